@@ -1,0 +1,55 @@
+"""Tests run stricter than users do: strict dtypes and ranks, 8 simulated devices, warnings as errors."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the time to compile, and tests compile most
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"))
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> pathlib.Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture
+def one_device():
+    """A mesh of one device: most tests need no more."""
+    from transformer.config import MeshConfig
+    from transformer.sharding import make_mesh
+
+    return make_mesh(MeshConfig(data=1))
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    assert jax.config.jax_numpy_dtype_promotion == "strict"
+
+
+def small_config(**sections):
+    """A config of a tiny model, each section's fields overridden by keyword: small_config(train={"seed": 1})."""
+    from transformer.config import default_config, resolve
+
+    config = default_config()
+    small = {
+        "model": {"num_layers": 2, "emb_dim": 16, "num_heads": 2, "mlp_dim": 32, "dropout_rate": 0.1},
+        "data": {"max_length": 32, "vocab_size": 300, "num_buckets": 3},
+        "optimizer": {"warmup_steps": 10},
+        "train": {"batch_tokens": 256, "num_steps": 20, "log_every_steps": 5, "eval_every_steps": 10},
+        "decode": {"beam_size": 2, "batch_rows": 8, "max_extra_length": 10, "max_source_tokens": 64},
+        "mesh": {"data": 1},
+    }
+    for source in (small, sections):
+        for section, fields in source.items():
+            config[section].update(fields)
+    return resolve(config)
