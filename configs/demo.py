@@ -1,0 +1,34 @@
+"""A small Transformer on the embedded data set `cldr`, English to German: dates, times, amounts, numbers."""
+
+from ml_collections import config_dict
+
+from transformer.config import default_config
+
+
+def get_config() -> config_dict.ConfigDict:
+    """2+2 layers of width 128, about a minute or two on two cores."""
+    config = default_config()
+    config.model.num_layers = 2
+    config.model.emb_dim = 128
+    config.model.mlp_dim = 512
+    config.model.num_heads = 4
+
+    config.data.name = "cldr"
+    config.data.source_language = "en"
+    config.data.target_language = "de"
+    config.data.vocab_size = 1000
+    config.data.max_length = 64
+    config.data.num_buckets = 4
+
+    config.optimizer.schedule = "cosine"
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 200
+
+    config.train.num_steps = 1000
+    config.train.batch_tokens = 4096
+    config.train.log_every_steps = 50
+    config.train.eval_every_steps = 500
+    config.train.checkpoint_every_steps = 500
+
+    config.decode.max_source_tokens = 256
+    return config

@@ -1,0 +1,149 @@
+"""Flags into a checked config, and commands that end with one message and the documented exit code."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from transformer import command_line
+from transformer.errors import UserError
+
+DEMO = "--config=configs/demo.py"
+
+
+@pytest.fixture(autouse=True)
+def _in_root(root, monkeypatch):
+    monkeypatch.chdir(root)
+    # ml_collections runs every config file in the module of this name, over what the last one left there.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+
+
+def parse(*arguments):
+    return command_line.config_flags(["train.py", *arguments])
+
+
+def test_overrides_change_fields_whatever_their_order():
+    for arguments in (
+        [DEMO, "--config.train.seed=5"],
+        ["--config.train.seed=5", DEMO],
+        [DEMO, "--config.train.seed", "5"],
+    ):
+        config, rest = parse(*arguments, "--workdir=x")
+        assert config.train.seed == 5
+        assert rest == ["--workdir=x"]
+
+
+def test_a_boolean_and_a_float_and_a_string():
+    config, _ = parse(
+        DEMO, "--config.model.share_embeddings=false", "--config.optimizer.clip_norm=2", "--config.model.norm=pre"
+    )
+    assert (config.model.share_embeddings, config.optimizer.clip_norm, config.model.norm) == (False, 2.0, "pre")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ([], r"expected --config=FILE"),
+        (["--config=configs/none.py"], r"configs/none\.py: no such file"),
+        ([DEMO, "--config.model.num_layer=3"], r"config\.model: unknown field 'num_layer'; did you mean 'num_layers'"),
+        ([DEMO, "--config.modle.num_layers=3"], r"config: unknown field 'modle'; did you mean 'model'"),
+        ([DEMO, "--config.model=3"], r"expected --config\.SECTION\.FIELD=VALUE"),
+        ([DEMO, "--config.model.num_layers.x=3"], r"expected --config\.SECTION\.FIELD=VALUE"),
+        ([DEMO, "--config.model.num_layers=two"], r"num_layers=two: invalid literal"),
+        ([DEMO, "--config.model.num_layers=1.5"], r"num_layers=1\.5"),
+        ([DEMO, "--config.model.num_layers"], r"expected a value"),
+        ([DEMO, "--config.model.num_layers=0"], r"num_layers: expected at least 1, got 0"),
+        ([DEMO, "--config.model.dropout_rate=nan"], r"dropout_rate: expected a finite number, got nan"),
+        ([DEMO, "--config.model.share_embeddings=3"], r"share_embeddings=3"),
+    ],
+)
+def test_bad_flags_are_refused_with_a_message(arguments, match):
+    with pytest.raises(UserError, match=match):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+        ("x = \n", "SyntaxError"),
+        ("x = 3\n", "get_config"),
+        (
+            "from transformer.config import default_config\ndef get_config():\n    c = default_config()\n"
+            "    c.model.layers = 3\n    return c\n",
+            "line 4: .*layers",
+        ),
+        ("def get_config():\n    return 3\n", "expected sections"),
+    ],
+)
+def test_an_error_inside_a_config_file_says_where(tmp_path, body, match):
+    path = tmp_path / "odd.py"
+    path.write_text(body)
+    with pytest.raises(UserError, match=match):
+        parse(f"--config={path}")
+
+
+def run(*command, **options):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=60, **options)
+
+
+NO_JAX = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jax", "flax", "optax", "orbax"):
+            raise AssertionError(f"{name} was imported")
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.py"], "expected --config=FILE"),
+        (["train.py", DEMO, "--workdir=x", "--config.train.seed=-1"], "config.train.seed: expected at least 0, got -1"),
+        (["train.py", DEMO, "--workdir=x", "--config.model.num_heads=3"], "num_heads = 3 does not divide"),
+        (["train.py", DEMO, "--workdir=x", "--config.data.name=no_such_set"], "no_such_set"),
+        (["train.py", DEMO], "--workdir"),
+        (["train.py", DEMO, "--workdir=x", "--wrokdir=y"], "--wrokdir"),
+        (["eval.py"], "--workdir"),
+        (["eval.py", "--workdir=x", "--source=a"], "--source and --reference go together"),
+    ],
+)
+def test_mistakes_cost_one_message_and_no_jax(arguments, message, tmp_path):
+    result = run("-c", NO_JAX, *arguments)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not os.path.exists("x")
+
+
+def test_a_failure_inside_is_exit_code_1_with_a_traceback():
+    result = run("-c", "from transformer import command_line\ncommand_line.run(lambda argv: 1 / 0)")
+    assert result.returncode == 1
+    assert "ZeroDivisionError" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("UserError('no')", 2), ("DivergedError('no')", 3), ("WorkdirError('no')", 4), ("StoppedError(15, 'no')", 143)],
+)
+def test_exit_codes_are_those_documented(error, code):
+    program = (
+        "from transformer.errors import *\nfrom transformer import command_line\n"
+        f"def f(argv): raise {error}\ncommand_line.run(f)"
+    )
+    result = run("-c", program)
+    assert result.returncode == code
+    assert result.stderr.strip().endswith(": no")
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    program = "from transformer import command_line\ndef f(a):\n  for i in range(100000): print(i)\ncommand_line.run(f)"
+    result = subprocess.run(f"{sys.executable} -c '{program}' | head -1", shell=True, capture_output=True, text=True)
+    assert result.stdout == "0\n"
+    assert result.stderr == ""

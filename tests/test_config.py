@@ -1,0 +1,136 @@
+"""What a config may be: every refusal names the field, what was expected and what was got."""
+
+import dataclasses
+import math
+
+import pytest
+
+from transformer import config as configs
+from transformer.config import Config, default_config, resolve
+from transformer.errors import UserError
+
+NUMBERS = [
+    (section, field.name, field)
+    for section, kind in configs.SECTIONS.items()
+    for field in dataclasses.fields(kind)
+    if field.type in (int, float)
+]
+FLOATS = [(section, name) for section, name, field in NUMBERS if field.type is float]
+INTS = [(section, name) for section, name, field in NUMBERS if field.type is int]
+
+
+def refused(match, **sections):
+    values = dataclasses.asdict(Config())
+    for section, fields in sections.items():
+        values[section] = {**values.get(section, {}), **fields} if isinstance(fields, dict) else fields
+    with pytest.raises(UserError, match=match):
+        resolve(values)
+
+
+def test_the_defaults_are_valid_and_survive_json():
+    config = resolve(default_config())
+    assert config == Config() == configs.from_json(config.to_json(), "config.json")
+
+
+def test_every_field_is_documented_and_has_a_default_of_its_type():
+    for section, kind in configs.SECTIONS.items():
+        for field in dataclasses.fields(kind):
+            assert len(field.metadata["doc"]) > 8, f"{section}.{field.name}"
+            assert type(field.default) is field.type
+
+
+def test_key_width_follows_model_width_until_it_is_set():
+    config = default_config()
+    config.model.emb_dim = 64
+    assert resolve(config).model.qkv_dim == resolve(config).model.value_dim == 64
+    config.model.qkv_dim = 32
+    assert (resolve(config).model.qkv_dim, resolve(config).model.value_dim) == (32, 32)
+    config.model.value_dim = 128
+    assert (resolve(config).model.qkv_dim, resolve(config).model.value_dim) == (32, 128)
+
+
+def test_a_config_file_cannot_invent_fields():
+    with pytest.raises(AttributeError):
+        default_config().model.dropuot_rate = 0.1
+
+
+@pytest.mark.parametrize(("section", "name"), FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, "0.1", True, None])
+def test_no_number_is_not_a_number(section, name, value):
+    refused(rf"config\.{section}\.{name}: expected", **{section: {name: value}})
+
+
+@pytest.mark.parametrize(("section", "name"), INTS)
+@pytest.mark.parametrize("value", [-2, 1.5, "2", True, None])
+def test_no_count_is_not_a_count(section, name, value):
+    refused(rf"config\.{section}\.{name}: expected", **{section: {name: value}})
+
+
+ZERO_IS_FINE = {("train", "seed"), ("train", "keep_best"), ("optimizer", "warmup_steps")}
+
+
+@pytest.mark.parametrize(("section", "name"), [pair for pair in INTS if pair not in ZERO_IS_FINE])
+def test_zero_is_refused_where_something_is_needed(section, name):
+    refused(rf"config\.{section}\.{name}: expected", **{section: {name: 0}})
+
+
+@pytest.mark.parametrize(
+    ("match", "sections"),
+    [
+        (r"config: unknown field 'modle'; did you mean 'model'", {"modle": {}}),
+        (r"config\.model: unknown field 'num_layer'; did you mean 'num_layers'", {"model": {"num_layer": 3}}),
+        (r"config\.train: unknown field 'zzz'; known: num_steps", {"train": {"zzz": 3}}),
+        (r"config\.model: expected a section of fields, got 3", {"model": 3}),
+        (r"num_heads = 7 does not divide qkv_dim = 512", {"model": {"num_heads": 7}}),
+        (r"num_heads = 8 does not divide value_dim = 100", {"model": {"value_dim": 100}}),
+        (r"sinusoidal positions need an even width", {"model": {"emb_dim": 33}}),
+        (r"norm: expected one of post, pre, got 'middle'", {"model": {"norm": "middle"}}),
+        (r"dtype: expected one of float32, bfloat16, got 'float16'", {"model": {"dtype": "float16"}}),
+        (r"dropout_rate: expected at most 0.99, got 1.0", {"model": {"dropout_rate": 1.0}}),
+        (r"max_positions: learned positions must cover", {"model": {"positions": "learned", "max_positions": 100}}),
+        (r"share_embeddings: expected bool, got 1 of type int", {"model": {"share_embeddings": 1}}),
+        (r"vocab_size: expected at least 8, got 0", {"data": {"vocab_size": 0}}),
+        (r"both 'de'", {"data": {"source_language": "de"}}),
+        (r"source_language: expected a language code", {"data": {"source_language": "../en"}}),
+        (r"source_language: expected a language code", {"data": {"source_language": ""}}),
+        (r"tokenizer: expected bpe, unigram or the path", {"data": {"tokenizer": "wordpiece"}}),
+        (r"train_source: read only with data\.name = 'text'", {"data": {"train_source": "a"}}),
+        (r"set exactly one of dir.*got none", {"data": {"name": "text"}}),
+        (r"set exactly one of dir.*got dir, train", {"data": {"name": "text", "dir": "x", "train": "y.tsv"}}),
+        (r"train_source and train_target go together", {"data": {"name": "text", "train_source": "x"}}),
+        (
+            r"valid_source and valid_target go together",
+            {"data": {"name": "text", "train": "x.tsv", "valid_target": "y"}},
+        ),
+        (r"batch_tokens: expected room for one sentence", {"train": {"batch_tokens": 100}}),
+        (r"adam has none", {"optimizer": {"weight_decay": 0.1}}),
+        (r"warmup_steps: the paper schedule needs at least 1", {"optimizer": {"warmup_steps": 0}}),
+        (r"schedule: expected one of", {"optimizer": {"schedule": "step"}}),
+        (r"epsilon: expected above 0, got 0", {"optimizer": {"epsilon": 0.0}}),
+        (r"config\.mesh\.data: expected -1", {"mesh": {"data": 0}}),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_message(match, sections):
+    refused(match, **sections)
+
+
+def test_a_whole_number_is_a_float_but_not_the_other_way_round():
+    assert resolve({"optimizer": {"clip_norm": 5}}).optimizer.clip_norm == 5.0
+    refused("expected int, got 5.0", train={"num_steps": 5.0})
+
+
+@pytest.mark.parametrize("values", [None, 3, [], "model"])
+def test_what_is_no_config_is_refused(values):
+    with pytest.raises(UserError, match="expected sections"):
+        resolve(values)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": {"num_layers": "six"}}'])
+def test_a_damaged_config_file_is_refused(text):
+    with pytest.raises(UserError):
+        configs.from_json(text, "config.json")
+
+
+def test_differences_name_field_old_and_new():
+    old, new = resolve({}), resolve({"train": {"seed": 3}, "model": {"norm": "pre"}})
+    assert configs.differences(old, new) == ["model.norm: 'post' → 'pre'", "train.seed: 0 → 3"]

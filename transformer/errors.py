@@ -1,0 +1,27 @@
+"""Errors that a person can mend, each with the exit code of its kind (see `command_line`)."""
+
+
+class UserError(Exception):
+    """Bad usage, config or input: says what was expected, what was got, and what to do."""
+
+    exit_code = 2
+
+
+class DivergedError(UserError):
+    """The loss is no longer a finite number."""
+
+    exit_code = 3
+
+
+class WorkdirError(UserError):
+    """The workdir is held by another run, or no checkpoint in it is sound."""
+
+    exit_code = 4
+
+
+class StoppedError(Exception):
+    """The run was asked to stop by a signal and has saved its state."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
