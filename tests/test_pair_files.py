@@ -1,0 +1,198 @@
+import gzip
+import json
+import lzma
+
+import pytest
+import zstandard
+
+from transformer.datasets import pair_files
+from transformer.errors import UserError
+
+LANGUAGES = ("en", "de")
+TMX = """<?xml version="1.0" encoding="UTF-8"?>
+<!DOCTYPE tmx SYSTEM "tmx14.dtd">
+<tmx version="1.4"><header srclang="en"><prop type="x">not a seg</prop></header><body>{}</body></tmx>
+"""
+PO = """# a comment
+msgid ""
+msgstr "Content-Type: text/plain; charset=UTF-8\\n"
+
+"""
+
+
+def pairs_of(path, content, columns=""):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(pair_files.read_pairs(path, LANGUAGES, columns))
+
+
+def refusal_of(path, content, columns=""):
+    with pytest.raises(UserError) as error:
+        pairs_of(path, content, columns)
+    return str(error.value)
+
+
+def unit(**texts):
+    return "<tu>" + "".join(f'<tuv xml:lang="{k}"><seg>{v}</seg></tuv>' for k, v in texts.items()) + "</tu>"
+
+
+def test_tsv_is_source_tab_target_without_quoting(tmp_path):
+    content = '"a\tb"\n\t\nc\u2028c\td\re\r\n" \'\ttail'
+    expected = [('"a', 'b"'), ("", ""), ("c\u2028c", "d\re\r"), ("\" '", "tail")]
+    assert pairs_of(tmp_path / "a.tsv", content) == expected
+
+
+@pytest.mark.parametrize(
+    ("extension", "pack"),
+    [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.ZstdCompressor().compress)],
+)
+def test_a_compressed_file_is_of_the_format_before_its_compression(tmp_path, extension, pack):
+    assert pairs_of(tmp_path / f"a.TSV{extension}", pack(b"a\tb\n")) == [("a", "b")]
+
+
+@pytest.mark.parametrize(("content", "got"), [("a\tb\nc\n", 1), ("a\tb\nc\td\te\n", 3), ("a\tb\n\n", 1)])
+def test_tsv_lines_of_another_width_are_refused(tmp_path, content, got):
+    message = refusal_of(tmp_path / "a.tsv", content)
+    assert "a.tsv, line 2: expected two columns" in message
+    assert f"got {got};" in message
+
+
+@pytest.mark.parametrize(("columns", "pair"), [("1,2", ("a", "b")), (" 3 , 1 ", ("c", "a"))])
+def test_columns_picks_two(tmp_path, columns, pair):
+    assert pairs_of(tmp_path / "a.tsv", "a\tb\tc\n", columns) == [pair]
+
+
+def test_columns_beyond_the_line_are_refused(tmp_path):
+    message = refusal_of(tmp_path / "a.tsv", "a\tb\tc\na\tb\n", "1,3")
+    assert "a.tsv, line 2: config.data.columns picks column 3, the line has 2" in message
+
+
+@pytest.mark.parametrize("columns", ["1", "1,2,3", "0,1", "-1,2", "a,b", "1;2", "1,1", ",", "1,²"])
+def test_columns_that_are_not_two_are_refused(tmp_path, columns):
+    assert refusal_of(tmp_path / "a.tsv", "a\tb\n", columns).startswith("config.data.columns: ")
+
+
+def test_jsonl_takes_the_keys_of_the_two_languages(tmp_path):
+    records = [{"en": "a\u2028\r\t", "de": "b", "fr": 3}, {"de": "", "en": "\ufeff😀"}]
+    content = "".join(json.dumps(record, ensure_ascii=index == 0) + "\n" for index, record in enumerate(records))
+    assert pairs_of(tmp_path / "a.jsonl", content) == [("a\u2028\r\t", "b"), ("\ufeff😀", "")]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "not JSON"),
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('["a", "b"]', "expected an object with the keys en and de"),
+        ('{"en": "a"}', "expected the key 'de', got 'en'"),
+        ("{}", "expected the key 'en', got none"),
+        ('{"en": "a", "de": 3}', "expected text under 'de', got 3"),
+        ('{"en": null, "de": "a"}', "expected text under 'en', got None"),
+        ('{"en": "a\\nb", "de": "a"}', "holds a line break"),
+        ('{"en": "a\\u0000b", "de": "a"}', "holds a NUL character"),
+        ('{"en": "a\\ud800b", "de": "a"}', "half a surrogate pair"),
+    ],
+)
+def test_jsonl_records_that_are_no_pair_are_refused(tmp_path, line, says):
+    message = refusal_of(tmp_path / "a.jsonl", f'{{"en": "a", "de": "b"}}\n{line}\n')
+    assert "a.jsonl, line 2: " in message
+    assert says in message
+
+
+def test_tmx_takes_the_units_with_both_languages(tmp_path):
+    body = unit(en="a", de="b") + unit(en="only") + unit(de="d", fr="f", en="e &lt; &#233;\u2028") + unit(en="", de="")
+    assert pairs_of(tmp_path / "a.tmx", TMX.format(body)) == [("a", "b"), ("e < é\u2028", "d"), ("", "")]
+
+
+def test_tmx_prefers_the_very_language_to_its_variants(tmp_path):
+    body = unit(**{"EN-us": "color", "DE_at": "Farbe"}) + unit(**{"en-US": "color", "EN": "hue", "de": "Farbton"})
+    assert pairs_of(tmp_path / "a.tmx", TMX.format(body)) == [("color", "Farbe"), ("hue", "Farbton")]
+
+
+def test_tmx_leaves_out_inline_codes_and_keeps_highlighted_text(tmp_path):
+    seg = 'Click <bpt i="1">&lt;b&gt;</bpt><hi>here</hi><ept i="1">x</ept><ph>p<sub>note</sub>q</ph> now<it>z</it>.'
+    assert pairs_of(tmp_path / "a.tmx", TMX.format(unit(en=seg, de="x"))) == [("Click herenote now.", "x")]
+
+
+def test_tmx_line_breaks_are_layout(tmp_path):
+    assert pairs_of(tmp_path / "a.tmx", TMX.format(unit(en="\n  a\n   b \n", de=" c "))) == [("a b", " c ")]
+
+
+def test_tmx_larger_than_a_chunk_is_read_whole(tmp_path):
+    body = "".join(unit(en=f"é {i}", de="x" * 50) for i in range(5000))
+    pairs = pairs_of(tmp_path / "a.tmx", TMX.format(body))
+    assert [source for source, _ in pairs] == [f"é {i}" for i in range(5000)]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (TMX.format("<tu>"), "a.tmx, line 3: not well-formed XML"),
+        ("", "a.tmx, line 1: not well-formed XML"),
+        (TMX.format(unit(en="a", fr="b")), "no unit has both en and de; languages in it: en, fr"),
+        ('<!DOCTYPE tmx [<!ENTITY a "aaaa">]><tmx>&a;</tmx>', "declares the XML entity 'a'"),
+        ('<!DOCTYPE tmx [<!ENTITY % p SYSTEM "/etc/passwd">]><tmx/>', "declares the XML entity 'p'"),
+        ('<!DOCTYPE tmx [<!ENTITY x SYSTEM "file:///etc/passwd">]><tmx>&x;</tmx>', "declares the XML entity 'x'"),
+    ],
+)
+def test_tmx_that_cannot_be_taken_is_refused(tmp_path, content, says):
+    assert says in refusal_of(tmp_path / "a.tmx", content)
+
+
+def test_tmx_of_no_units_is_empty(tmp_path):
+    assert pairs_of(tmp_path / "a.tmx", TMX.format("")) == []
+
+
+def test_po_takes_translated_entries(tmp_path):
+    content = (
+        PO + 'msgid "Open"\nmsgstr "Öffnen"\n\n#, fuzzy\nmsgid "Close"\nmsgstr "Auf"\n\nmsgid "Save"\nmsgstr ""\n\n'
+        'msgctxt "menu"\nmsgid "Open"\nmsgstr "Auf"\n\nmsgid "%d file"\nmsgid_plural "%d files"\n'
+        'msgstr[0] "%d Datei"\nmsgstr[1] "%d Dateien"\n\n#~ msgid "Old"\n#~ msgstr "Alt"\n'
+    )
+    assert pairs_of(tmp_path / "a.po", content) == [("Open", "Öffnen"), ("Open", "Auf")]
+
+
+def test_po_line_breaks_become_spaces_and_other_separators_stay(tmp_path):
+    content = PO + 'msgid ""\n"one\\n"\n"two\\n"\nmsgstr "eins\\n\\n zwei\u2028\u0085\\tdrei\\n"\n'
+    assert pairs_of(tmp_path / "a.po", content) == [("one two", "eins zwei\u2028\u0085\tdrei")]
+
+
+def test_po_that_cannot_be_parsed_is_refused_by_line(tmp_path):
+    assert "a.po, line 6: not a PO file" in refusal_of(tmp_path / "a.po", PO + 'msgid "a"\nnonsense\n')
+
+
+def test_bytes_that_are_not_text_are_refused_in_every_format(tmp_path):
+    for extension, line in {
+        ".tsv": b"a\tb\xff\n",
+        ".jsonl": b'{"en": "\xff", "de": ""}\n',
+        ".po": b'msgid "\xff"\n',
+    }.items():
+        assert f"a{extension}, line 1: not UTF-8" in refusal_of(tmp_path / f"a{extension}", line)
+    assert "not well-formed XML" in refusal_of(tmp_path / "a.tmx", TMX.format("<tu>").encode() + b"\xff")
+
+
+@pytest.mark.parametrize("extension", [".tsv", ".jsonl", ".po"])
+def test_a_file_of_no_bytes_has_no_pairs(tmp_path, extension):
+    assert pairs_of(tmp_path / f"a{extension}", b"") == []
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.gz", "a.csv.gz", "train.en"])
+def test_an_unknown_extension_is_refused_with_the_known_ones(tmp_path, name):
+    message = refusal_of(tmp_path / name, b"a\tb\n")
+    assert name in message
+    assert ".tsv, .jsonl, .tmx, .po" in message
+
+
+@pytest.mark.parametrize(
+    ("extension", "content"),
+    [
+        (".tsv", "x\ty\n" * 1000),
+        (".jsonl", '{"en": "x", "de": "y"}\n' * 1000),
+        (".tmx", TMX.format(unit(en="x", de="y") * 1000)),
+        (".po", PO + 'msgid "x"\nmsgstr "y"\n\n' * 1000),
+    ],
+)
+def test_a_truncated_archive_is_refused_in_every_format(tmp_path, extension, content):
+    packed = lzma.compress(content.encode())
+    assert len(pairs_of(tmp_path / f"a{extension}.xz", packed)) == 1000
+    assert "damaged or truncated archive" in refusal_of(tmp_path / f"a{extension}.xz", packed[:-20])

@@ -1,0 +1,1 @@
+"""Data sets: from files and TFDS to splits of sentence pairs."""
