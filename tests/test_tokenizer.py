@@ -1,0 +1,131 @@
+"""The vocabulary: special ids, round trips, foreign models, and what must never happen in silence."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from transformer import tokenizer
+from transformer.errors import UserError
+from transformer.tokenizer import BOS, EOS, PAD, UNK
+
+LINES = [f"the {a} {b} sees a {c}" for a in ("old", "new") for b in ("house", "tree", "river") for c in ("dog", "cat")]
+
+
+@pytest.fixture(scope="module")
+def small():
+    return tokenizer.train(LINES, 300, "bpe")
+
+
+def foreign(**options) -> bytes:
+    """A model as people train it elsewhere: unk 0, bos 1, eos 2 and no pad, unless said otherwise."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2, **options
+    )
+    return model.getvalue()
+
+
+def test_special_ids_are_the_first_four_and_explicit(small):
+    assert (PAD, BOS, EOS, UNK) == (0, 1, 2, 3)
+    assert small.pieces(range(4)) == ["<pad>", "<s>", "</s>", "<unk>"]
+    assert small.vocab_size == 300
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize(
+    "line", ["the old dog", "ünknown 漢字 😀", "tab\there", "lone\rreturn", "\u2028", "<s> </s> <pad>"]
+)
+def test_text_comes_back_as_it_was(model_type, line):
+    trained = tokenizer.train(LINES, 280, model_type)
+    (ids,) = trained.encode([line])
+    assert trained.decode(ids) == line
+    assert ids[-1] == EOS
+    assert not set(ids[:-1].tolist()) & {PAD, BOS, EOS, UNK}
+
+
+def test_a_blank_line_is_eos_alone(small):
+    assert [ids.tolist() for ids in small.encode(["", "  "])] == [[EOS], [EOS]]
+    assert small.decode([EOS]) == ""
+
+
+def test_decoding_stops_at_the_first_eos_and_skips_pad(small):
+    (ids,) = small.encode(["the cat"])
+    assert small.decode([*ids.tolist(), *ids.tolist()]) == "the cat"
+    assert small.decode([BOS, *ids.tolist()[:-1], PAD, PAD]) == "the cat"
+
+
+def test_a_line_break_spelled_in_bytes_cannot_break_the_line(small):
+    newline = next(i for i in range(300) if small.pieces([i]) == ["<0x0A>"])
+    null = next(i for i in range(300) if small.pieces([i]) == ["<0x00>"])
+    (ids,) = small.encode(["cat"])
+    assert small.decode([*ids[:-1], newline, null, *ids[:-1]]).splitlines() == ["cat   cat"]
+
+
+def test_bytes_that_are_no_text_become_a_replacement_character(small):
+    lone = next(i for i in range(300) if small.pieces([i]) == ["<0xFF>"])
+    assert small.decode([lone]) == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pad_id": 3}, {"pad_id": 0, "unk_id": 3, "bos_id": 1, "eos_id": 2}, {"bos_id": -1}]
+)
+def test_a_foreign_model_is_renumbered(options):
+    model = foreign(**options)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ours = tokenizer.Tokenizer(model)
+    (ids,) = ours.encode(["the old house @"])
+    assert ours.pieces(ids[:-1]) == [theirs.id_to_piece(i) for i in theirs.encode("the old house @")]
+    assert ids[-1] == EOS
+    assert UNK in ids  # @ was never seen, and this model has no bytes
+    assert PAD not in ids
+    known = [i for i in range(theirs.vocab_size()) if not theirs.is_control(i) and not theirs.is_unknown(i)]
+    assert ours.vocab_size == len(known) + 4
+    assert ours.decode(ours.encode(["the old house"])[0]) == "the old house"
+
+
+def test_training_again_gives_the_same_model(small):
+    assert tokenizer.train(LINES, 300, "bpe").digest == small.digest
+    assert tokenizer.train(LINES[:6], 290, "bpe").digest != small.digest
+
+
+def test_stored_and_loaded_it_is_the_same(small, tmp_path):
+    small.save(tmp_path / "tokenizer")
+    for path in (tmp_path / "tokenizer", tmp_path / "tokenizer" / tokenizer.FILE_NAME):
+        assert tokenizer.load(path).digest == small.digest
+    assert sorted(p.name for p in (tmp_path / "tokenizer").iterdir()) == [tokenizer.FILE_NAME]
+
+
+def test_it_can_be_pickled(small):
+    copy = pickle.loads(pickle.dumps(small))
+    np.testing.assert_array_equal(copy.encode(LINES[:1])[0], small.encode(LINES[:1])[0])
+
+
+def test_a_missing_model_is_an_error_not_a_new_one(tmp_path):
+    with pytest.raises(UserError, match="found no file"):
+        tokenizer.load(tmp_path / "none.model")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 100])
+def test_another_file_is_refused(tmp_path, content):
+    (tmp_path / "odd.model").write_bytes(content)
+    with pytest.raises(UserError, match=r"odd\.model: expected a SentencePiece model"):
+        tokenizer.load(tmp_path / "odd.model")
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_vocabulary_too_large_for_the_data_says_how_large_it_may_be(model_type):
+    with pytest.raises(UserError, match=r"vocab_size = 5000.*<= \d+"):
+        tokenizer.train(LINES, 5000, model_type)
+
+
+def test_a_vocabulary_too_small_for_the_bytes_is_refused():
+    with pytest.raises(UserError, match="vocab_size = 100"):
+        tokenizer.train(LINES, 100, "bpe")
+
+
+def test_cut_keeps_eos_last():
+    assert tokenizer.cut(np.array([5, 6, 7, EOS]), 3).tolist() == [5, 6, EOS]
+    assert tokenizer.cut(np.array([5, EOS]), 2).tolist() == [5, EOS]

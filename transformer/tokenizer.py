@@ -1,0 +1,142 @@
+"""SentencePiece: text ↔ ids, and the only owner of the ids of pad, bos, eos and unk.
+
+The same model serves both languages. Special ids are always 0 … 3: a model trained elsewhere is
+renumbered to fit. Padding is an id of its own, so that a loss mask never hides an unknown token.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import sentencepiece
+from etils import epath
+
+from transformer.errors import UserError
+
+PAD, BOS, EOS, UNK = range(4)
+FILE_NAME = "sentencepiece.model"
+
+
+class Tokenizer:
+    """A trained SentencePiece model; safe to pickle and to share between threads.
+
+    Attributes:
+      vocab_size: ids are 0 … vocab_size - 1.
+      digest: sha256 of the model, by which a vocabulary is recognised.
+    """
+
+    def __init__(self, model: bytes, path: str = FILE_NAME):
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path}: expected a SentencePiece model, got something else: {error}") from error
+        self.digest = hashlib.sha256(model).hexdigest()
+        self._to_ours, self._to_theirs = _renumber(self._processor)
+        self.vocab_size = len(self._to_theirs)
+
+    def __getstate__(self) -> bytes:
+        return self._model
+
+    def __setstate__(self, model: bytes) -> None:
+        self.__init__(model)  # type: ignore[misc]
+
+    def encode(self, lines: Sequence[str]) -> list[np.ndarray]:
+        """Each line as int32 ids ending in EOS; no line gets special ids otherwise, whatever its text."""
+        return [np.append(self._to_ours[ids], np.int32(EOS)) for ids in self._processor.encode(list(lines))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids up to the first EOS; a line break that the model spelled out becomes a space."""
+        theirs = []
+        for token in ids:
+            if token == EOS:
+                break
+            if token not in (PAD, BOS):
+                theirs.append(int(self._to_theirs[token]))
+        return self._processor.decode(theirs).replace("\n", " ").replace("\x00", " ")
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The written form of each id."""
+        return [self._processor.id_to_piece(int(self._to_theirs[token])) for token in ids]
+
+    def save(self, folder: epath.PathLike) -> None:
+        """Writes the model into `folder`, whole or not at all."""
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / (FILE_NAME + ".partial")
+        partial.write_bytes(self._model)
+        partial.replace(folder / FILE_NAME)
+
+
+def cut(ids: np.ndarray, longest: int) -> np.ndarray:
+    """The first `longest` tokens of a sentence, EOS last."""
+    return ids if len(ids) <= longest else np.append(ids[: longest - 1], np.int32(EOS))
+
+
+def load(path: epath.PathLike) -> Tokenizer:
+    """Reads a model file, or the one in a folder that `Tokenizer.save` wrote.
+
+    Raises:
+      UserError: there is none, or it is not a SentencePiece model. It is never trained anew here.
+    """
+    path = epath.Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.exists():
+        raise UserError(f"{path}: expected a SentencePiece model, found no file; restore it or name another")
+    return Tokenizer(path.read_bytes(), str(path))
+
+
+def train(lines: Iterable[str], vocab_size: int, model_type: str) -> Tokenizer:
+    """Trains a model of `vocab_size` pieces, bytes as fallback for what it has not seen.
+
+    Text is taken as it is, without Unicode normalisation, so that decoding gives back what was
+    encoded up to repeated spaces. The result depends on the lines and their order alone.
+
+    Args:
+      lines: sentences of both languages of the training split.
+      vocab_size: pieces, the four special ids and the 256 bytes included.
+      model_type: bpe or unigram.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            byte_fallback=True,
+            character_coverage=1.0 if vocab_size > 2000 else 0.9999,
+            normalization_rule_name="identity",
+            pad_id=PAD,
+            bos_id=BOS,
+            eos_id=EOS,
+            unk_id=UNK,
+            input_sentence_size=2_000_000,
+            shuffle_input_sentence=True,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = str(error).split("] ")[-1]
+        raise UserError(
+            f"config.data.vocab_size = {vocab_size}: cannot train a {model_type} vocabulary on this data: {reason}"
+        ) from error
+    return Tokenizer(model.getvalue())
+
+
+def _renumber(processor: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray]:
+    """Tables from the model's ids to ours and back; ours begin with pad, bos, eos, unk.
+
+    A special piece that the model lacks gets our id all the same, and stands for unk in its text.
+    """
+    unk = processor.unk_id()
+    specials = [processor.pad_id(), processor.bos_id(), processor.eos_id(), unk]
+    others = [i for i in range(processor.vocab_size()) if i not in specials]
+    to_theirs = np.array([unk if i < 0 else i for i in specials] + others, np.int32)
+    to_ours = np.zeros(processor.vocab_size(), np.int32)
+    to_ours[to_theirs[::-1]] = np.arange(len(to_theirs), dtype=np.int32)[::-1]
+    to_ours[unk] = UNK
+    return to_ours, to_theirs
