@@ -1,0 +1,168 @@
+"""The plan of global batches: the one invariant."""
+
+import numpy as np
+import pytest
+
+from transformer import batching
+from transformer.batching import PADDING_ROW, Bucket, PlannedBatch, Ragged, TrainPlan
+from transformer.tokenizer import PAD
+
+
+def lengths(n=1000, seed=0):
+    rng = np.random.default_rng(seed)
+    source = rng.integers(2, 40, n)
+    return source, np.clip(source + rng.integers(-5, 6, n), 2, None)
+
+
+def make_plan(n=1000, seed=7, **fields):
+    return TrainPlan(*lengths(n), **{"num_buckets": 4, "batch_tokens": 512, "max_length": 32, "seed": seed, **fields})
+
+
+def rows_of(plan, step, hosts):
+    """The global batch as the hosts together hold it."""
+    parts = [batching.host_rows(plan.batch(step), host, hosts).examples_B for host in range(hosts)]
+    assert len({len(part) for part in parts}) == 1
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+def test_any_number_of_hosts_sees_the_same_global_batches(hosts):
+    plan, alone = make_plan(), make_plan()
+    for step in range(2 * plan.steps_per_epoch):
+        np.testing.assert_array_equal(rows_of(plan, step, hosts), alone.batch(step).examples_B)
+
+
+def test_hosts_that_do_not_divide_the_rows_add_padding_rows_only():
+    plan = make_plan()
+    rows = rows_of(plan, 3, 3)
+    whole = plan.batch(3).examples_B
+    np.testing.assert_array_equal(rows[: len(whole)], whole)
+    assert (rows[len(whole) :] == PADDING_ROW).all()
+
+
+@pytest.mark.parametrize("start", [1, 5, 40, 41, 100])
+def test_any_step_is_known_without_those_before_it(start):
+    seen = make_plan()
+    before = [seen.batch(step) for step in range(start + 3)]
+    resumed = make_plan()
+    for step in range(start, start + 3):
+        np.testing.assert_array_equal(resumed.batch(step).examples_B, before[step].examples_B)
+        assert resumed.batch(step).bucket == before[step].bucket
+
+
+def test_the_plan_never_changes():
+    """A golden plan. A change here is a change of the data order of every run: bump the version if it is meant."""
+    plan = make_plan(n=60, batch_tokens=128)
+    assert plan.buckets == [Bucket(6, 6, 16), Bucket(16, 14, 8), Bucket(26, 23, 5), Bucket(32, 32, 4)]
+    assert plan.batch(0).examples_B.tolist() == [45, 9, 1, PADDING_ROW]
+    assert plan.batch(20).examples_B.tolist() == [51, 31, 8, 3, 20, 37, 48, PADDING_ROW]
+
+
+def test_an_epoch_holds_every_kept_pair_once_in_an_order_of_its_own():
+    plan = make_plan()
+    source, target = lengths()
+    kept = np.flatnonzero((source <= 32) & (target <= 32))
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        examples = np.concatenate([plan.batch(step).examples_B for step in steps])
+        epochs.append(examples[examples != PADDING_ROW])
+        np.testing.assert_array_equal(np.sort(epochs[-1]), kept)
+    assert not np.array_equal(*epochs)
+    assert (plan.kept, plan.dropped) == (len(kept), 1000 - len(kept))
+
+
+def test_the_seed_changes_the_order():
+    assert not np.array_equal(make_plan(seed=1).batch(0).examples_B, make_plan(seed=2).batch(0).examples_B)
+
+
+def test_every_pair_fits_its_bucket_and_every_batch_its_budget():
+    plan = make_plan()
+    source, target = lengths()
+    for step in range(plan.steps_per_epoch):
+        bucket, examples = plan.batch(step)
+        real = examples[examples != PADDING_ROW]
+        assert len(examples) == bucket.rows
+        assert bucket.rows * bucket.target <= 512
+        assert bucket.rows % batching.ROW_MULTIPLE == 0
+        assert source[real].max() <= bucket.source
+        assert target[real].max() <= bucket.target
+
+
+def test_fill_is_that_of_the_batches_made():
+    plan = make_plan()
+    _, target = lengths()
+    real = slots = 0
+    for step in range(plan.steps_per_epoch):
+        bucket, examples = plan.batch(step)
+        real += target[examples[examples != PADDING_ROW]].sum()
+        slots += bucket.rows * bucket.target
+    assert plan.fill == pytest.approx(real / slots)
+
+
+@pytest.mark.parametrize("num_buckets", [1, 2, 3, 5])
+def test_cuts_are_the_cheapest_of_all(num_buckets):
+    """Dynamic programming against trying every way to cut."""
+    import itertools
+
+    rng = np.random.default_rng(num_buckets)
+    n = 9
+    cost = np.triu(rng.random((n + 1, n + 1)) * np.arange(1, n + 2), 1)
+    cost[np.tril_indices(n + 1)] = np.inf
+    ways = [(0, *inner, n) for k in range(num_buckets) for inner in itertools.combinations(range(1, n), k)]
+    best = min(sum(cost[a, b] for a, b in itertools.pairwise(way)) for way in ways)
+    got = batching._cheapest_cuts(cost, num_buckets)
+    assert sum(cost[a, b] for a, b in got) == pytest.approx(best)
+    assert [got[0][0], got[-1][1]] == [0, n]
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(got))
+    assert len(got) <= num_buckets
+
+
+def test_more_buckets_fill_better():
+    fills = [make_plan(n=5000, num_buckets=k).fill for k in (1, 2, 4, 8)]
+    assert fills == sorted(fills)
+    assert fills[-1] > 0.8 > fills[0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_a_tiny_corpus_is_planned_too(n):
+    plan = make_plan(n=n, max_length=64)
+    examples = np.concatenate([plan.batch(step).examples_B for step in range(plan.steps_per_epoch)])
+    assert sorted(examples[examples != PADDING_ROW]) == list(range(n))
+
+
+def test_pairs_of_one_length_make_one_bucket():
+    plan = TrainPlan(np.full(50, 5), np.full(50, 6), num_buckets=8, batch_tokens=64, max_length=10, seed=0)
+    assert plan.buckets == [Bucket(5, 6, 8)]
+
+
+def test_no_pair_short_enough_gives_no_steps():
+    assert make_plan(max_length=1).steps_per_epoch == 0
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 100, 101])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_evaluation_covers_every_sentence_once(n, rows):
+    planned = batching.eval_plan(*lengths(n), lambda width: rows)
+    examples = np.concatenate([p.examples_B for p in planned]) if planned else np.zeros(0, int)
+    assert sorted(examples[examples != PADDING_ROW]) == list(range(n))
+    assert all(len(p.examples_B) == p.bucket.rows == rows for p in planned)
+
+
+def test_evaluation_width_depends_on_the_sentence_alone():
+    assert [batching.ladder(n) for n in (1, 16, 17, 32, 33, 100_000)] == [16, 16, 32, 32, 64, 131_072]
+
+
+def test_rectangles_cut_pad_and_leave_padding_rows_empty():
+    ragged = Ragged.from_sequences([np.array([5, 6, 2]), np.array([2]), np.array([], int), np.array([7, 8, 9, 2])])
+    got = ragged.rectangle(np.array([3, 0, PADDING_ROW, 1, 2]), 3)
+    np.testing.assert_array_equal(got, [[7, 8, 9], [5, 6, 2], [PAD] * 3, [2, PAD, PAD], [PAD] * 3])
+    assert got.dtype == np.int32
+
+
+def test_assemble_takes_source_and_target_of_the_same_pair():
+    source = Ragged.from_sequences([np.array([10, 2]), np.array([11, 2])])
+    target = Ragged.from_sequences([np.array([20, 2]), np.array([21, 2])])
+    batch = batching.assemble(PlannedBatch(Bucket(2, 3, 2), np.array([1, 0])), source, target)
+    np.testing.assert_array_equal(batch.source_BS, [[11, 2], [10, 2]])
+    np.testing.assert_array_equal(batch.target_BT, [[21, 2, PAD], [20, 2, PAD]])

@@ -1,0 +1,164 @@
+"""From a corpus to batches: ids cached once, batches by step, vocabularies never made anew in silence."""
+
+import dataclasses
+import itertools
+import pathlib
+
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from transformer import pipeline, tokenizer
+from transformer.datasets import corpus as corpora
+from transformer.errors import UserError
+from transformer.tokenizer import EOS, PAD
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A folder of small text files: 200 pairs of up to 12 words and two that are longer."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = [f"{a}{b}" for a in "bdgklmn" for b in ("a", "ei", "ou")]
+
+    def lines(count, longest):
+        return [" ".join(rng.choice(words, rng.integers(3, longest))) for _ in range(count)]
+
+    for split, count in (("train", 200), ("val", 20), ("test", 10)):
+        source = lines(count, 13) + [" ".join(words * 4)] * (2 if split == "train" else 0)
+        (folder / f"{split}.en").write_text("\n".join(source) + "\n")
+        (folder / f"{split}.de").write_text("\n".join(line[::-1] for line in source) + "\n")
+    return small_config(
+        data={"name": "text", "dir": str(folder), "data_dir": str(folder / "prepared"), "vocab_size": 290}
+    )
+
+
+@pytest.fixture(scope="module")
+def opened(config, tmp_path_factory):
+    corpus = corpora.open_corpus(config.data)
+    stored = tmp_path_factory.mktemp("workdir") / "tokenizer"
+    trained = pipeline.get_tokenizer(config.data, corpus, stored, may_train=True)
+    return corpus, trained, pipeline.token_ids(config.data, corpus, "train", trained)
+
+
+def test_ids_are_those_of_the_sentences_in_order(opened):
+    corpus, trained, ids = opened
+    sources = corpus.split("train").sources()
+    assert len(ids.source) == len(ids.target) == len(sources) == 202
+    for i in (0, 57, 201):
+        got = ids.source.flat[ids.source.offsets[i] : ids.source.offsets[i + 1]]
+        np.testing.assert_array_equal(got, trained.encode(sources[i : i + 1])[0])
+
+
+def test_a_sentence_is_tokenized_once(config, opened, monkeypatch):
+    corpus, trained, ids = opened
+    monkeypatch.setattr(type(trained), "encode", lambda *_: pytest.fail("tokenized again"))
+    again = pipeline.token_ids(config.data, corpus, "train", trained)
+    np.testing.assert_array_equal(again.target.flat, ids.target.flat)
+
+
+def test_another_vocabulary_has_ids_of_its_own(config, opened):
+    corpus, _, ids = opened
+    other = tokenizer.train([" ".join(pair) for pair in corpus.split("train")], 280, "bpe")
+    assert not np.array_equal(
+        pipeline.token_ids(config.data, corpus, "train", other).source.offsets, ids.source.offsets
+    )
+
+
+def test_damaged_ids_are_refused(config, opened):
+    corpus, _, _ = opened
+    other = tokenizer.train([" ".join(pair) for pair in corpus.split("train")], 285, "bpe")
+    folder = pathlib.Path(config.data.data_dir) / "token_ids"
+    before = set(folder.glob("*/source.ids"))
+    pipeline.token_ids(config.data, corpus, "validation", other)
+    (made,) = set(folder.glob("*/source.ids")) - before
+    made.write_bytes(made.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"expected .* bytes, got .*; delete"):
+        pipeline.token_ids(config.data, corpus, "validation", other)
+
+
+def test_nothing_half_written_stays_behind(config, opened, monkeypatch):
+    corpus, _, _ = opened
+    other = tokenizer.train([" ".join(pair) for pair in corpus.split("train")], 275, "bpe")
+    monkeypatch.setattr(pipeline.np, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        pipeline.token_ids(config.data, corpus, "train", other)
+    assert not list((pathlib.Path(config.data.data_dir) / "token_ids").glob("*partial*"))
+
+
+@pytest.mark.parametrize(("start", "hosts"), [(0, 1), (7, 1), (7, 2), (25, 4)])
+def test_batches_depend_on_the_step_alone(config, opened, start, hosts):
+    _, _, ids = opened
+    plan = pipeline.make_plan(config, ids)
+    whole = pipeline.train_iterator(plan, ids, start=0, num_steps=30)
+    wanted = list(itertools.islice(whole, start, 30))
+    parts = [
+        list(pipeline.train_iterator(plan, ids, start=start, num_steps=30, host=host, hosts=hosts))
+        for host in range(hosts)
+    ]
+    assert {len(part) for part in parts} == {30 - start}
+    for step, batch in enumerate(wanted):
+        together = np.concatenate([part[step].target_BT for part in parts])
+        np.testing.assert_array_equal(together, batch.target_BT)
+
+
+def test_an_iterator_resumes_from_its_state(config, opened):
+    _, _, ids = opened
+    plan = pipeline.make_plan(config, ids)
+    first = pipeline.train_iterator(plan, ids, start=0, num_steps=20)
+    for _ in range(6):
+        next(first)
+    state = first.get_state()
+    assert state == {"next_index": 6}
+    second = pipeline.train_iterator(plan, ids, start=0, num_steps=20)
+    second.set_state(state)
+    np.testing.assert_array_equal(next(first).source_BS, next(second).source_BS)
+
+
+def test_long_pairs_are_dropped_and_counted(config, opened):
+    _, _, ids = opened
+    plan = pipeline.make_plan(config, ids)
+    too_long = int(((ids.source.lengths > 32) | (ids.target.lengths > 32)).sum())
+    assert plan.dropped == too_long >= 2
+    batch = next(pipeline.train_iterator(plan, ids, start=0, num_steps=1))
+    assert max(batch.source_BS.shape[1], batch.target_BT.shape[1]) <= 32
+    last = [row[row != PAD][-1] for row in batch.target_BT if (row != PAD).any()]
+    assert set(last) == {EOS}
+
+
+def test_if_every_pair_is_too_long_there_is_nothing_to_train_on(config, opened):
+    short = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=2))
+    with pytest.raises(UserError, match=r"max_length = 2: none of the 202 training pairs"):
+        pipeline.make_plan(short, opened[2])
+
+
+def test_the_stored_vocabulary_is_used_and_never_trained_again(config, opened, tmp_path):
+    corpus, trained, _ = opened
+    other = tokenizer.train([" ".join(pair) for pair in corpus.split("train")], 280, "bpe")
+    other.save(tmp_path)
+    assert pipeline.get_tokenizer(config.data, corpus, tmp_path, may_train=True).digest == other.digest
+    (tmp_path / tokenizer.FILE_NAME).unlink()
+    with pytest.raises(UserError, match="the vocabulary of this workdir is missing"):
+        pipeline.get_tokenizer(config.data, corpus, tmp_path, may_train=False)
+    assert not list(tmp_path.iterdir())
+    assert pipeline.get_tokenizer(config.data, corpus, tmp_path, may_train=True).digest == trained.digest
+
+
+def test_a_vocabulary_from_elsewhere_must_have_the_size_the_config_says(config, opened, tmp_path):
+    corpus, trained, _ = opened
+    trained.save(tmp_path / "given")
+    path = str(tmp_path / "given" / tokenizer.FILE_NAME)
+    data = dataclasses.replace(config.data, tokenizer=path)
+    assert pipeline.get_tokenizer(data, corpus, tmp_path / "a", may_train=True).digest == trained.digest
+    assert (tmp_path / "a" / tokenizer.FILE_NAME).exists()
+    wrong = dataclasses.replace(data, vocab_size=999)
+    with pytest.raises(UserError, match=r"has 290 pieces; set data\.vocab_size = 290"):
+        pipeline.get_tokenizer(wrong, corpus, tmp_path / "b", may_train=True)
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_the_model_type_is_the_config_s(config, opened, tmp_path, model_type):
+    corpus, trained, _ = opened
+    data = dataclasses.replace(config.data, tokenizer=model_type)
+    got = pipeline.get_tokenizer(data, corpus, tmp_path / model_type, may_train=True)
+    assert (got.digest == trained.digest) == (model_type == "bpe")
