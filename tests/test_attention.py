@@ -1,0 +1,99 @@
+"""Attention against a float64 reference written another way, and its masks by gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer import attention
+
+
+def reference(q, k, v, mask):
+    """Equation 1 of the paper for one head at a time, in float64."""
+    out = np.zeros((*q.shape[:3], v.shape[3]), np.float64)
+    B, T, H, K = q.shape
+    mask = np.broadcast_to(mask, (B, 1, T, k.shape[1]))
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                score = q[b, t, h].astype(np.float64) @ k[b, :, h].astype(np.float64).T / np.sqrt(K)
+                score[~mask[b, 0, t]] = -np.inf
+                weight = np.exp(score - score.max())
+                out[b, t, h] = (weight / weight.sum()) @ v[b, :, h]
+    return out
+
+
+def draw(seed, *shapes, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("value_width", [4, 6])
+@pytest.mark.parametrize("kind", ["none", "padding", "causal", "both"])
+def test_equals_the_float64_reference(kind, value_width):
+    q, k, v = draw(0, (3, 5, 2, 4), (3, 5, 2, 4), (3, 5, 2, value_width))
+    is_token = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], bool)
+    mask = jnp.ones((1, 1, 1, 5), bool)
+    if kind in ("padding", "both"):
+        mask = mask & attention.padding_mask(is_token)
+    if kind in ("causal", "both"):
+        mask = mask & attention.causal_mask(5)
+    got = attention.dot_product_attention(q, k, v, mask)
+    want = reference(*(np.asarray(a) for a in (q, k, v, mask)))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_large_logits_stay_finite_and_right():
+    q, k, v = draw(1, (1, 3, 1, 8), (1, 4, 1, 8), (1, 4, 1, 8))
+    got = attention.dot_product_attention(100 * q, 100 * k, v, jnp.ones((1, 1, 1, 4), bool))
+    everywhere = np.ones((1, 1, 1, 4), bool)
+    want = reference(*(np.asarray(a) for a in (100 * q, 100 * k, v)), everywhere)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_query_that_may_look_nowhere_is_finite_with_finite_gradient():
+    q, k, v = draw(2, (1, 2, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4))
+    nowhere = jnp.zeros((1, 1, 1, 3), bool)
+    value, grad = jax.value_and_grad(lambda q: attention.dot_product_attention(q, k, v, nowhere).sum())(q)
+    assert np.isfinite(value)
+    assert np.isfinite(grad).all()
+
+
+def test_softmax_of_bfloat16_is_taken_in_float32():
+    q, k, v = draw(3, (2, 16, 2, 8), (2, 16, 2, 8), (2, 16, 2, 8), dtype=jnp.bfloat16)
+    mask = attention.causal_mask(16)
+    got = attention.dot_product_attention(q, k, v, mask)
+    want = reference(*(np.asarray(a, np.float64) for a in (q, k, v)), np.asarray(mask))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.03)
+
+
+def test_dropout_keeps_the_mean_and_needs_a_key():
+    x = jnp.ones((200, 200), jnp.float32)
+    dropped = attention.dropout(x, 0.25, jax.random.key(0))
+    assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
+    assert abs(float(dropped.mean()) - 1) < 0.01
+    assert attention.dropout(x, 0.25, None) is x
+    assert attention.dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_attention_dropout_changes_the_weights():
+    q, k, v = draw(4, (1, 3, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4))
+    mask = attention.causal_mask(3)
+    plain = attention.dot_product_attention(q, k, v, mask, 0.5)
+    dropped = attention.dot_product_attention(q, k, v, mask, 0.5, jax.random.key(1))
+    assert not np.allclose(plain, dropped)
+
+
+def test_cached_attention_equals_causal_attention_position_by_position():
+    B, N, T, H, K = 2, 3, 5, 2, 4
+    q, k, v = draw(5, (B * N, T, H, K), (B * N, T, H, K), (B * N, T, H, K))
+    want = attention.dot_product_attention(q, k, v, attention.causal_mask(T)).reshape(B, N, T, H, K)
+    # Slots not yet written hold rubbish, which must not be seen.
+    k_cache, v_cache = (jnp.full((B, N, T, H, K), 1e3, jnp.float32) for _ in range(2))
+    for position in range(T):
+        at = jnp.int32(position)
+        k_cache = attention.write_cache(k_cache, k.reshape(B, N, T, H, K)[:, :, position], at)
+        v_cache = attention.write_cache(v_cache, v.reshape(B, N, T, H, K)[:, :, position], at)
+        got = attention.cached_attention(q.reshape(B, N, T, H, K)[:, :, position], k_cache, v_cache, at)
+        np.testing.assert_allclose(got, want[:, :, position], atol=1e-6)

@@ -1,0 +1,103 @@
+"""The blocks: LayerNorm's hand-written gradient, positions, embeddings, shapes of heads, dropout's places."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.test_util import check_grads
+
+from transformer import layers
+
+
+def plain_layer_norm(x, scale, bias):
+    mean = x.mean(-1, keepdims=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+    return (x - mean) / jnp.sqrt(variance + layers.EPSILON) * scale[None, None] + bias[None, None]
+
+
+def test_layer_norm_and_its_gradients_equal_autodiff():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, weight = (jax.random.normal(key, (3, 4, 8)) * 3 + 1 for key in keys[:2])
+    scale, bias = (jax.random.normal(key, (8,)) for key in keys[2:])
+
+    def objective(function):
+        return lambda *inputs: (weight * function(*inputs)).sum()
+
+    got = jax.value_and_grad(objective(layers.layer_norm), (0, 1, 2))(x, scale, bias)
+    want = jax.value_and_grad(objective(plain_layer_norm), (0, 1, 2))(x, scale, bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+
+
+def test_layer_norm_gradient_by_finite_differences():
+    x = jax.random.normal(jax.random.key(1), (2, 3, 6))
+    scale, bias = jnp.full((6,), 1.5), jnp.full((6,), 0.5)
+    check_grads(layers.layer_norm, (x, scale, bias), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_layer_norm_of_bfloat16_has_float32_statistics_and_gradients():
+    x = (jax.random.normal(jax.random.key(2), (2, 3, 64)) + 100).astype(jnp.bfloat16)
+    scale, bias = jnp.ones(64), jnp.zeros(64)
+    out = layers.layer_norm(x, scale, bias)
+    want = plain_layer_norm(x.astype(jnp.float32), scale, bias)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), want, atol=0.02)
+    grads = jax.grad(lambda *a: layers.layer_norm(*a).astype(jnp.float32).sum(), (0, 1, 2))(x, scale, bias)
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32, jnp.float32]
+
+
+def test_sinusoids_are_those_of_the_paper():
+    table = layers.sinusoids(50, 16)
+    for position, pair in [(0, 0), (1, 0), (7, 3), (49, 7)]:
+        angle = position / 10000 ** (2 * pair / 16)
+        np.testing.assert_allclose(table[position, 2 * pair : 2 * pair + 2], [np.sin(angle), np.cos(angle)], atol=1e-6)
+
+
+def test_embedding_scales_by_root_of_width_and_logits_do_not():
+    embedding = layers.Embedding(10, 16, nnx.Rngs(params=0))
+    table = embedding.table[...]
+    ids = jnp.asarray([[3, 9]])
+    np.testing.assert_allclose(embedding(ids, jnp.float32), 4.0 * table[ids], rtol=1e-6)
+    x = jnp.ones((1, 2, 16))
+    np.testing.assert_allclose(embedding.logits(x), jnp.einsum("btd,vd->btv", x, table), rtol=1e-5)
+    assert embedding.logits(x.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_feed_forward_is_equation_2():
+    block = layers.FeedForward(4, 8, 0.0, nnx.Rngs(params=0))
+    block.bias_in[...] = jnp.linspace(-1, 1, 8)
+    block.bias_out[...] = jnp.linspace(0, 1, 4)
+    x = jax.random.normal(jax.random.key(3), (2, 3, 4))
+    hidden = np.maximum(np.asarray(x) @ np.asarray(block.kernel_in[...]) + np.asarray(block.bias_in[...]), 0)
+    want = hidden @ np.asarray(block.kernel_out[...]) + np.asarray(block.bias_out[...])
+    np.testing.assert_allclose(block(x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize(("qkv_dim", "value_dim"), [(8, 8), (4, 8), (16, 4)])
+def test_key_and_value_widths_are_free_of_the_model_width(qkv_dim, value_dim):
+    block = layers.MultiHeadAttention(8, 2, qkv_dim, value_dim, 0.0, nnx.Rngs(params=0))
+    x = jax.random.normal(jax.random.key(4), (2, 3, 8))
+    assert block(x, x, jnp.ones((1, 1, 1, 3), bool)).shape == (2, 3, 8)
+    assert block.query[...].shape == block.key[...].shape == (8, 2, qkv_dim // 2)
+    assert block.value[...].shape == (8, 2, value_dim // 2)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_residual_puts_norm_and_dropout_where_the_paper_does(norm):
+    block = layers.Residual(8, norm, 0.5, nnx.Rngs(params=0))
+    x = jax.random.normal(jax.random.key(5), (1, 2, 8))
+    key = jax.random.key(6)
+
+    def sublayer(y):
+        return y * 2.0
+
+    dropped = layers.attention.dropout(sublayer(x if norm == "post" else block.norm(x)), 0.5, key)
+    want = block.norm(x + dropped) if norm == "post" else x + dropped
+    np.testing.assert_allclose(block(x, sublayer, key), want, rtol=1e-6)
+    assert not np.allclose(block(x, sublayer, key), block(x, sublayer))
+
+
+def test_every_param_names_its_axes():
+    block = layers.MultiHeadAttention(8, 2, 8, 8, 0.0, nnx.Rngs(params=0))
+    for _, param in nnx.to_flat_state(nnx.state(block, nnx.Param)):
+        assert len(param.get_metadata()["axes"]) == param.get_value().ndim

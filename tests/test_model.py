@@ -1,0 +1,160 @@
+"""The Transformer: sizes of the paper, causality and padding by gradient, cached decoding, fields that must matter."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.conftest import small_config
+from transformer.config import ModelConfig
+from transformer.model import Transformer, shift_right
+from transformer.step import Model
+from transformer.tokenizer import BOS, EOS, PAD
+
+V = 50
+SOURCE = jnp.asarray([[5, 6, 7, 8, EOS], [9, 10, EOS, PAD, PAD]], jnp.int32)
+TARGET = jnp.asarray([[11, 12, 13, 14, 15, EOS], [16, 17, EOS, PAD, PAD, PAD]], jnp.int32)
+
+
+def make(**fields) -> Transformer:
+    config = dataclasses.replace(small_config().model, **fields)
+    return Transformer(config, V, nnx.Rngs(params=0))
+
+
+@functools.cache
+def paper_params(**fields) -> float:
+    return Model(ModelConfig(**fields), 40_900).num_params() / 1e6
+
+
+def test_base_has_the_paper_s_65_million_params():
+    assert abs(paper_params() / 65 - 1) < 0.03
+
+
+def test_big_has_the_paper_s_213_million_params():
+    big = {"emb_dim": 1024, "qkv_dim": 1024, "value_dim": 1024, "mlp_dim": 4096, "num_heads": 16}
+    assert abs(paper_params(**big) / 213 - 1) < 0.03
+
+
+def test_narrow_keys_have_the_paper_s_58_million_params():
+    """Table 3, row B, key width 16: the values keep theirs."""
+    assert abs(paper_params(qkv_dim=8 * 16) / 58 - 1) < 0.01
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_causality_by_gradient(norm):
+    """d logits[t] / d embedding of input t' is exactly zero for t' > t, and not zero for t' ≤ t.
+
+    Every input token occurs once, so that the gradient of its row of the table is that of its place.
+    """
+    inputs = shift_right(TARGET[:1])
+    graphdef, params = nnx.split(make(norm=norm, share_embeddings=False))
+
+    @jax.jit
+    def reach(t):
+        def objective(params):
+            model = nnx.merge(graphdef, params)
+            return jnp.square(model.decode(model.encode(SOURCE[:1]), SOURCE[:1], inputs)[0, t]).sum()
+
+        return jnp.abs(jax.grad(objective)(params)["embeddings"]["target"]["table"][...][inputs[0]]).sum(-1)
+
+    for t in range(TARGET.shape[1]):
+        assert (reach(t)[t + 1 :] == 0).all()
+        assert (reach(t)[: t + 1] > 0).all()
+
+
+def test_source_padding_cannot_be_seen():
+    """Whatever stands behind the end of a source, real outputs stay equal to the last bit."""
+    model = make()
+    wider = jnp.pad(SOURCE, ((0, 0), (0, 3)))
+    np.testing.assert_allclose(model(wider, TARGET)[0], model(SOURCE, TARGET)[0], atol=1e-5)
+    encoded = model.encode(SOURCE)
+    rubbish = jnp.where((SOURCE == PAD)[..., None], 1e4, encoded)
+    inputs = shift_right(TARGET)
+    np.testing.assert_array_equal(model.decode(rubbish, SOURCE, inputs), model.decode(encoded, SOURCE, inputs))
+
+
+def test_target_padding_cannot_be_seen():
+    model = make()
+    wider = jnp.pad(TARGET, ((0, 0), (0, 3)))
+    np.testing.assert_allclose(model(SOURCE, wider)[:, :6], model(SOURCE, TARGET), atol=1e-5)
+
+
+def test_rows_do_not_see_each_other():
+    model = make()
+    alone = model(SOURCE[1:], TARGET[1:])
+    np.testing.assert_allclose(model(SOURCE, TARGET)[1:], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("value_dim", [16, 8])
+def test_cached_decoding_equals_decoding_at_once(norm, positions, value_dim):
+    model = make(norm=norm, positions=positions, max_positions=16, value_dim=value_dim)
+    beams = 2
+    inputs = shift_right(TARGET)
+    want = model.decode(model.encode(SOURCE), SOURCE, inputs)
+    memory, caches = model.start(SOURCE, beams, TARGET.shape[1])
+    # Beam 0 follows the target; beam 1 goes elsewhere and must not disturb it.
+    other = jnp.where(inputs == BOS, BOS, 20)
+    for t in range(TARGET.shape[1]):
+        both = jnp.stack([inputs[:, t], other[:, t]], 1)
+        logits, caches = model.step(memory, caches, both, jnp.int32(t))
+        np.testing.assert_allclose(logits[:, 0], want[:, t], atol=2e-5)
+
+
+def test_shared_embeddings_are_one_matrix_and_separate_ones_three():
+    shared, separate = (
+        Model(dataclasses.replace(small_config().model, share_embeddings=share), V).num_params()
+        for share in (True, False)
+    )
+    assert separate - shared == 2 * V * 16
+
+
+def outputs(**fields):
+    model = make(**fields)
+    return np.asarray(model(SOURCE, TARGET, jax.random.key(0)), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_layers", 1),
+        ("num_heads", 4),
+        ("qkv_dim", 8),
+        ("value_dim", 8),
+        ("mlp_dim", 64),
+        ("norm", "pre"),
+        ("positions", "learned"),
+        ("share_embeddings", False),
+        ("dropout_rate", 0.3),
+        ("attention_dropout_rate", 0.3),
+        ("mlp_dropout_rate", 0.3),
+        ("dtype", "bfloat16"),
+    ],
+)
+def test_every_field_changes_the_output(field, value):
+    assert not np.array_equal(outputs(), outputs(**{field: value}))
+
+
+def test_learned_positions_have_as_many_rows_as_asked():
+    model = make(positions="learned", max_positions=7)
+    assert model.source_positions[...].shape == model.target_positions[...].shape == (7, 16)
+
+
+def test_without_a_key_nothing_is_dropped():
+    model = make(dropout_rate=0.5, attention_dropout_rate=0.5, mlp_dropout_rate=0.5)
+    np.testing.assert_array_equal(model(SOURCE, TARGET), make(dropout_rate=0.0)(SOURCE, TARGET))
+
+
+def test_bfloat16_is_close_to_float32_and_its_logits_are_float32():
+    wide, narrow = make()(SOURCE, TARGET), make(dtype="bfloat16")(SOURCE, TARGET)
+    assert narrow.dtype == jnp.float32
+    np.testing.assert_allclose(narrow, wide, atol=0.15)
+
+
+def test_shift_right_begins_with_bos_and_drops_the_end():
+    np.testing.assert_array_equal(shift_right(TARGET)[1], [BOS, 16, 17, EOS, PAD, PAD])

@@ -1,0 +1,180 @@
+"""The blocks that the model stacks: embeddings, positions, LayerNorm, multi-head attention, feed-forward.
+
+B batch, T target length, S source or key length, D model width, H heads, K width per head,
+F feed-forward width, V vocabulary, N beams.
+
+Params are float32 and carry the logical names of their axes, which only `sharding` maps to a mesh.
+Activations have the dtype of the input.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from transformer import attention
+
+Array = jax.Array
+Key = Array | None
+
+EPSILON = 1e-6
+glorot = jax.nn.initializers.glorot_uniform
+
+
+def make_param(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A float32 parameter whose axes have logical names."""
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def split_key(key: Key, count: int) -> list[Key]:
+    """`count` keys for dropout, or as many times None: nothing is dropped."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def sinusoids(length: int, width: int) -> np.ndarray:
+    """Position encodings, float32 [length, width]: sines in even places, cosines in odd ones (paper, 3.5)."""
+    position = np.arange(length, dtype=np.float64)[:, None]
+    rate = np.exp(-math.log(10000.0) * np.arange(0, width, 2, dtype=np.float64) / width)[None, :]
+    table = np.empty((length, width), np.float32)
+    table[:, 0::2], table[:, 1::2] = np.sin(position * rate), np.cos(position * rate)
+    return table
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: Array, scale_D: Array, bias_D: Array, epsilon: float = EPSILON) -> Array:
+    """(x - mean) / √(variance + ε) · scale + bias over the last axis, computed in float32.
+
+    The gradient is written by hand: XLA's CPU back end compiles the one of autodiff badly.
+    """
+    return _layer_norm_forward(x, scale_D, bias_D, epsilon)[0]
+
+
+def _broadcast(vector_D: Array, x: Array) -> Array:
+    return jnp.broadcast_to(vector_D, x.shape)
+
+
+def _layer_norm_forward(x: Array, scale_D: Array, bias_D: Array, epsilon: float) -> tuple[Array, tuple]:
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+    normed = centred * inverse
+    out = normed * _broadcast(scale_D, x) + _broadcast(bias_D, x)
+    return out.astype(x.dtype), (normed, inverse, scale_D)
+
+
+def _layer_norm_backward(epsilon: float, saved: tuple, grad: Array) -> tuple[Array, Array, Array]:
+    normed, inverse, scale_D = saved
+    wide = grad.astype(jnp.float32)
+    leading = tuple(range(grad.ndim - 1))
+    scaled = wide * _broadcast(scale_D, grad)
+    along = (scaled * normed).mean(-1, keepdims=True)
+    grad_x = inverse * (scaled - scaled.mean(-1, keepdims=True) - normed * along)
+    return grad_x.astype(grad.dtype), (wide * normed).sum(leading), wide.sum(leading)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with a learned scale and bias."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.scale = make_param(rngs, jax.nn.initializers.ones, (width,), ("norm",))
+        self.bias = make_param(rngs, jax.nn.initializers.zeros, (width,), ("norm",))
+
+    def __call__(self, x: Array) -> Array:
+        return layer_norm(x, self.scale[...], self.bias[...])
+
+
+class Embedding(nnx.Module):
+    """A matrix [V, D] that embeds ids, times √D, and, transposed, turns states into logits (paper, 3.4)."""
+
+    def __init__(self, vocab_size: int, width: int, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal(width**-0.5)
+        self.table = make_param(rngs, init, (vocab_size, width), ("vocab", "embed"))
+
+    def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
+        """ids [...] → [..., D]."""
+        table_VD = self.table[...]
+        return jnp.take(table_VD, ids, axis=0).astype(dtype) * jnp.asarray(table_VD.shape[1] ** 0.5, dtype)
+
+    def logits(self, x: Array) -> Array:
+        """[..., D] → float32 [..., V]."""
+        table_VD = self.table[...].astype(x.dtype)
+        return jnp.einsum("...d,vd->...v", x, table_VD, preferred_element_type=jnp.float32)
+
+
+class FeedForward(nnx.Module):
+    """max(0, x W1 + b1) W2 + b2 (paper, equation 2)."""
+
+    def __init__(self, width: int, mlp_dim: int, dropout_rate: float, rngs: nnx.Rngs):
+        self.dropout_rate = dropout_rate
+        self.kernel_in = make_param(rngs, glorot(), (width, mlp_dim), ("embed", "mlp"))
+        self.bias_in = make_param(rngs, jax.nn.initializers.zeros, (mlp_dim,), ("mlp",))
+        self.kernel_out = make_param(rngs, glorot(), (mlp_dim, width), ("mlp", "embed"))
+        self.bias_out = make_param(rngs, jax.nn.initializers.zeros, (width,), ("norm",))
+
+    def __call__(self, x: Array, key: Key = None) -> Array:
+        dtype = x.dtype
+        hidden = jnp.einsum("...d,df->...f", x, self.kernel_in[...].astype(dtype))
+        hidden = jax.nn.relu(hidden + _broadcast(self.bias_in[...].astype(dtype), hidden))
+        hidden = attention.dropout(hidden, self.dropout_rate, key)
+        out = jnp.einsum("...f,fd->...d", hidden, self.kernel_out[...].astype(dtype))
+        return out + _broadcast(self.bias_out[...].astype(dtype), out)
+
+
+class MultiHeadAttention(nnx.Module):
+    """Multi-head attention (paper, 3.2.2): H heads, projections without biases, keys and values of free width."""
+
+    def __init__(self, width: int, num_heads: int, qkv_dim: int, value_dim: int, dropout_rate: float, rngs: nnx.Rngs):
+        self.dropout_rate = dropout_rate
+        into_heads, from_heads = glorot(in_axis=0, out_axis=(1, 2)), glorot(in_axis=(0, 1), out_axis=2)
+        key_shape, value_shape = ((width, num_heads, dim // num_heads) for dim in (qkv_dim, value_dim))
+        axes = ("embed", "heads", "kv")
+        self.query = make_param(rngs, into_heads, key_shape, axes)
+        self.key = make_param(rngs, into_heads, key_shape, axes)
+        self.value = make_param(rngs, into_heads, value_shape, axes)
+        self.out = make_param(rngs, from_heads, (*value_shape[1:], width), ("heads", "kv", "embed"))
+
+    def queries(self, x: Array) -> Array:
+        """[..., D] → [..., H, K]."""
+        return jnp.einsum("...d,dhk->...hk", x, self.query[...].astype(x.dtype))
+
+    def keys_values(self, x: Array) -> tuple[Array, Array]:
+        """[..., D] → keys and values, each [..., H, K]."""
+        keys = jnp.einsum("...d,dhk->...hk", x, self.key[...].astype(x.dtype))
+        return keys, jnp.einsum("...d,dhk->...hk", x, self.value[...].astype(x.dtype))
+
+    def project(self, heads: Array) -> Array:
+        """[..., H, K] → [..., D]."""
+        return jnp.einsum("...hk,hkd->...d", heads, self.out[...].astype(heads.dtype))
+
+    def __call__(self, x_BTD: Array, memory_BSD: Array, mask: Array, key: Key = None) -> Array:
+        """Queries from `x_BTD`, keys and values from `memory_BSD`; returns [B, T, D]."""
+        k_BSHK, v_BSHK = self.keys_values(memory_BSD)
+        return self.attend(x_BTD, k_BSHK, v_BSHK, mask, key)
+
+    def attend(self, x_BTD: Array, k_BSHK: Array, v_BSHK: Array, mask: Array, key: Key = None) -> Array:
+        """The same over keys and values already computed, such as those of the source while decoding."""
+        q_BTHK = self.queries(x_BTD)
+        heads_BTHK = attention.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask, self.dropout_rate, key)
+        return self.project(heads_BTHK)
+
+
+class Residual(nnx.Module):
+    """A sublayer's dropout, residual sum and LayerNorm, in either order.
+
+    post: LayerNorm(x + dropout(f(x))) (paper, 3.1); pre: x + dropout(f(LayerNorm(x))).
+    """
+
+    def __init__(self, width: int, norm: str, dropout_rate: float, rngs: nnx.Rngs):
+        self.post, self.dropout_rate = norm == "post", dropout_rate
+        self.norm = LayerNorm(width, rngs)
+
+    def __call__(self, x: Array, sublayer: Callable[[Array], Array], key: Key = None) -> Array:
+        out = attention.dropout(sublayer(x if self.post else self.norm(x)), self.dropout_rate, key)
+        return self.norm(x + out) if self.post else x + out

@@ -1,0 +1,209 @@
+"""The Transformer: encoder, decoder, and decoding one token at a time from a cache (paper, section 3).
+
+B batch, S source length, T target length, D model width, V vocabulary, N beams,
+H heads, K width per head.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from transformer import attention
+from transformer.config import ModelConfig
+from transformer.layers import (
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    MultiHeadAttention,
+    Residual,
+    make_param,
+    sinusoids,
+    split_key,
+)
+from transformer.tokenizer import BOS, PAD
+
+Array = jax.Array
+Key = Array | None
+
+
+class LayerCache(NamedTuple):
+    """What one decoder layer has written so far: keys and values [B, N, T, H, K]."""
+
+    k_BNTHK: Array
+    v_BNTHK: Array
+
+
+class Memory(NamedTuple):
+    """The source as the decoder sees it: for each layer keys and values [B, S, H, K], one for all beams."""
+
+    layers: list[tuple[Array, Array]]
+    mask: Array
+
+
+class EncoderLayer(nnx.Module):
+    """Self-attention, then feed-forward."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention = make_attention(config, rngs)
+        self.attention_residual = make_residual(config, rngs)
+        self.mlp = make_mlp(config, rngs)
+        self.mlp_residual = make_residual(config, rngs)
+
+    def __call__(self, x_BSD: Array, mask: Array, key: Key) -> Array:
+        keys = split_key(key, 4)
+        x_BSD = self.attention_residual(x_BSD, lambda y: self.attention(y, y, mask, keys[0]), keys[1])
+        return self.mlp_residual(x_BSD, lambda y: self.mlp(y, keys[2]), keys[3])
+
+
+class DecoderLayer(nnx.Module):
+    """Causal self-attention, attention to the source, then feed-forward."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention = make_attention(config, rngs)
+        self.attention_residual = make_residual(config, rngs)
+        self.cross = make_attention(config, rngs)
+        self.cross_residual = make_residual(config, rngs)
+        self.mlp = make_mlp(config, rngs)
+        self.mlp_residual = make_residual(config, rngs)
+
+    def __call__(self, x_BTD: Array, encoded_BSD: Array, self_mask: Array, cross_mask: Array, key: Key) -> Array:
+        keys = split_key(key, 6)
+        x_BTD = self.attention_residual(x_BTD, lambda y: self.attention(y, y, self_mask, keys[0]), keys[1])
+        x_BTD = self.cross_residual(x_BTD, lambda y: self.cross(y, encoded_BSD, cross_mask, keys[2]), keys[3])
+        return self.mlp_residual(x_BTD, lambda y: self.mlp(y, keys[4]), keys[5])
+
+    def step(
+        self, x_BND: Array, source: tuple[Array, Array], mask: Array, cache: LayerCache, position: Array
+    ) -> tuple[Array, LayerCache]:
+        """One position of every beam; beams share the source's keys and values as so many queries."""
+
+        def look_back(y_BND: Array) -> Array:
+            nonlocal cache
+            k_BNHK, v_BNHK = self.attention.keys_values(y_BND)
+            cache = LayerCache(
+                attention.write_cache(cache.k_BNTHK, k_BNHK, position),
+                attention.write_cache(cache.v_BNTHK, v_BNHK, position),
+            )
+            heads = attention.cached_attention(self.attention.queries(y_BND), *cache, position)
+            return self.attention.project(heads)
+
+        x_BND = self.attention_residual(x_BND, look_back)
+        x_BND = self.cross_residual(x_BND, lambda y: self.cross.attend(y, *source, mask))
+        return self.mlp_residual(x_BND, self.mlp), cache
+
+
+class Transformer(nnx.Module):
+    """Encoder and decoder with their embeddings.
+
+    `share_embeddings` uses one matrix for source, target and output (paper, 3.4); otherwise there
+    are three. Sequences of ids end in EOS and are padded with PAD; the decoder's input is the target
+    shifted right by BOS.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
+        self.config, self.vocab_size = config, vocab_size
+        self.dtype = jnp.dtype(config.dtype)
+        tables = ["shared"] if config.share_embeddings else ["source", "target", "output"]
+        self.embeddings = nnx.Dict({name: Embedding(vocab_size, config.emb_dim, rngs) for name in tables})
+        if config.positions == "learned":
+            shape, init = (config.max_positions, config.emb_dim), jax.nn.initializers.normal(config.emb_dim**-0.5)
+            self.source_positions = make_param(rngs, init, shape, ("positions", "embed"))
+            self.target_positions = make_param(rngs, init, shape, ("positions", "embed"))
+        self.encoder = nnx.List([EncoderLayer(config, rngs) for _ in range(config.num_layers)])
+        self.decoder = nnx.List([DecoderLayer(config, rngs) for _ in range(config.num_layers)])
+        if config.norm == "pre":
+            self.encoder_norm = LayerNorm(config.emb_dim, rngs)
+            self.decoder_norm = LayerNorm(config.emb_dim, rngs)
+
+    def __call__(self, source_BS: Array, target_BT: Array, key: Key = None) -> Array:
+        """Teacher forcing: logits float32 [B, T, V] of each target token given those before it.
+
+        Without `key` there is no dropout.
+        """
+        encoder_key, decoder_key = split_key(key, 2)
+        encoded_BSD = self.encode(source_BS, encoder_key)
+        return self.decode(encoded_BSD, source_BS, shift_right(target_BT), decoder_key)
+
+    def encode(self, source_BS: Array, key: Key = None) -> Array:
+        """Ids int32 [B, S] → states [B, S, D] in the compute dtype; those at padding must not be used."""
+        keys = split_key(key, len(self.encoder) + 1)
+        mask = attention.padding_mask(source_BS != PAD)
+        x_BSD = self._embed("source", source_BS, self._positions("source", source_BS.shape[1]), keys[-1])
+        for layer, layer_key in zip(self.encoder, keys[:-1], strict=True):
+            x_BSD = layer(x_BSD, mask, layer_key)
+        return self.encoder_norm(x_BSD) if self.config.norm == "pre" else x_BSD
+
+    def decode(self, encoded_BSD: Array, source_BS: Array, inputs_BT: Array, key: Key = None) -> Array:
+        """All positions at once: `inputs_BT` starts with BOS; returns logits float32 [B, T, V].
+
+        Padding comes last in a row, so the causal mask alone keeps real positions from seeing it.
+        """
+        keys = split_key(key, len(self.decoder) + 1)
+        self_mask = attention.causal_mask(inputs_BT.shape[1])
+        cross_mask = attention.padding_mask(source_BS != PAD)
+        x_BTD = self._embed("target", inputs_BT, self._positions("target", inputs_BT.shape[1]), keys[-1])
+        for layer, layer_key in zip(self.decoder, keys[:-1], strict=True):
+            x_BTD = layer(x_BTD, encoded_BSD, self_mask, cross_mask, layer_key)
+        return self._logits(x_BTD)
+
+    def start(self, source_BS: Array, beams: int, max_length: int) -> tuple[Memory, list[LayerCache]]:
+        """What decoding step by step needs: the encoded source, and an empty cache of `max_length` slots a beam."""
+        encoded_BSD = self.encode(source_BS)
+        layers = [layer.cross.keys_values(encoded_BSD) for layer in self.decoder]
+        leading = (source_BS.shape[0], beams, max_length)
+        caches = [
+            LayerCache(*(jnp.zeros((*leading, *array.shape[2:]), self.dtype) for array in layer)) for layer in layers
+        ]
+        return Memory(layers, attention.padding_mask(source_BS != PAD)), caches
+
+    def step(
+        self, memory: Memory, caches: list[LayerCache], inputs_BN: Array, position: Array
+    ) -> tuple[Array, list[LayerCache]]:
+        """One position of every beam: logits float32 [B, N, V], and the cache with it written."""
+        table_TD = self._positions("target", caches[0].k_BNTHK.shape[2])
+        row_1D = jax.lax.dynamic_slice_in_dim(table_TD, position, 1)
+        x_BND = self._embed("target", inputs_BN, row_1D, None)
+        written = []
+        for layer, source, cache in zip(self.decoder, memory.layers, caches, strict=True):
+            x_BND, cache = layer.step(x_BND, source, memory.mask, cache, position)
+            written.append(cache)
+        return self._logits(x_BND), written
+
+    def _table(self, name: str) -> Embedding:
+        return self.embeddings["shared" if self.config.share_embeddings else name]
+
+    def _positions(self, side: str, length: int) -> Array:
+        if self.config.positions == "sinusoidal":
+            return jnp.asarray(sinusoids(length, self.config.emb_dim), self.dtype)
+        table = self.source_positions if side == "source" else self.target_positions
+        return table[...][:length].astype(self.dtype)
+
+    def _embed(self, side: str, ids: Array, positions_TD: Array, key: Key) -> Array:
+        x = self._table(side)(ids, self.dtype)
+        return attention.dropout(x + positions_TD[None], self.config.dropout_rate, key)
+
+    def _logits(self, x: Array) -> Array:
+        if self.config.norm == "pre":
+            x = self.decoder_norm(x)
+        return self._table("output").logits(x)
+
+
+def shift_right(target_BT: Array) -> Array:
+    """The decoder's input: BOS, then the target without its last place."""
+    return jnp.pad(target_BT[:, :-1], ((0, 0), (1, 0)), constant_values=BOS)
+
+
+def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
+    return MultiHeadAttention(
+        config.emb_dim, config.num_heads, config.qkv_dim, config.value_dim, config.attention_dropout_rate, rngs
+    )
+
+
+def make_mlp(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
+    return FeedForward(config.emb_dim, config.mlp_dim, config.mlp_dropout_rate, rngs)
+
+
+def make_residual(config: ModelConfig, rngs: nnx.Rngs) -> Residual:
+    return Residual(config.emb_dim, config.norm, config.dropout_rate, rngs)
