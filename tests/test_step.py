@@ -1,0 +1,193 @@
+"""What the devices do: golden numbers, uneven rows, meshes, donation, resume, no recompilation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.conftest import small_config
+from transformer import sharding, step
+from transformer.batching import Batch
+from transformer.compilation import CompileCounter
+from transformer.config import MeshConfig
+from transformer.tokenizer import EOS, PAD
+
+V = 40
+
+
+def draw_batch(rows=8, source=6, target=7, seed=0) -> Batch:
+    """Rows of uneven lengths."""
+    rng = np.random.default_rng(seed)
+
+    def side(width):
+        ids = rng.integers(4, V, (rows, width)).astype(np.int32)
+        for row, length in enumerate(rng.integers(2, width + 1, rows)):
+            ids[row, length - 1] = EOS
+            ids[row, length:] = PAD
+        return ids
+
+    return Batch(side(source), side(target))
+
+
+@functools.cache
+def setup(data: int = 1, **model):
+    config = small_config(model={"num_layers": 1, "dropout_rate": 0.0, **model}, mesh={"data": data})
+    mesh = sharding.make_mesh(config.mesh)
+    built = step.Model(config.model, V)
+    return config, mesh, built, step.make_train_step(built, config, mesh)
+
+
+def run(num_steps=1, data=1, batches=None, **model):
+    config, mesh, built, train_step = setup(data, **model)
+    state = step.init_state(built, config, mesh)
+    history = []
+    for i in range(num_steps):
+        batch = batches[i] if batches else draw_batch(seed=i)
+        state, metrics = train_step(state, sharding.place_batch(mesh, batch))
+        history.append(jax.device_get(metrics))
+    return jax.device_get(state), history
+
+
+def test_golden_one_step():
+    """Update these numbers when the model, its initialisation or the optimizer change on purpose, and say so."""
+    state, (metrics,) = run()
+    query = np.asarray(state.params["encoder"][0]["attention"]["query"])
+    assert metrics.loss.tokens == 41
+    np.testing.assert_allclose(metrics.loss.nll / metrics.loss.tokens, 4.063321, rtol=1e-4)
+    np.testing.assert_allclose(metrics.grad_norm, 1.767131, rtol=1e-4)
+    np.testing.assert_allclose(np.abs(query).sum(), 55.44878, rtol=1e-4)
+
+
+def test_the_loss_falls_on_one_batch_and_goes_on_falling():
+    batch = draw_batch()
+    _, history = run(60, batches=[batch] * 60)
+    losses = [m.loss.nll / m.loss.tokens for m in history]
+    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < losses[30]
+
+
+@pytest.mark.parametrize("data", [2, 4, 8])
+def test_rows_over_devices_give_the_same_update(data):
+    """Loss and gradients are of the global batch, whatever device has how many real tokens of it."""
+    one, (metrics,) = run()
+    many, (sharded,) = run(data=data)
+    np.testing.assert_allclose(sharded.loss, metrics.loss, rtol=1e-5)
+    np.testing.assert_allclose(sharded.grad_norm, metrics.grad_norm, rtol=1e-4)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one.params, many.params)
+    assert max(jax.tree.leaves(moved)) < 1e-4
+
+
+def test_uneven_rows_are_one_batch():
+    """The gradient of a batch is the token-weighted mean of those of its rows, not the mean of their means."""
+    config, _, built, _ = setup()
+    batch = draw_batch()
+    params = built.init(0)
+
+    def objective(params, batch):
+        logits = built.bind(params)(batch.source_BS, batch.target_BT)
+        sums = step.cross_entropy(logits, batch.target_BT, config.optimizer.label_smoothing)
+        return sums.objective, sums.tokens
+
+    @jax.jit
+    def grad(batch):
+        (value, tokens), gradient = jax.value_and_grad(objective, has_aux=True)(params, batch)
+        return value, gradient, tokens
+
+    whole, whole_grad, tokens = grad(batch)
+    rows = [grad(Batch(batch.source_BS[i : i + 1], batch.target_BT[i : i + 1])) for i in range(8)]
+    np.testing.assert_allclose(sum(r[0] for r in rows), whole, rtol=1e-5)
+    assert sum(float(r[2]) for r in rows) == float(tokens)
+    summed = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), [r[1] for r in rows])
+    difference = jax.tree.map(lambda a, b: a - b, summed, whole_grad)
+    assert optax.tree.norm(difference) < 1e-5 * optax.tree.norm(whole_grad)
+
+
+def test_padding_rows_change_nothing():
+    batch = draw_batch()
+    wider = Batch(*(np.pad(side, ((0, 8), (0, 0))) for side in batch))
+    _, (metrics,) = run(batches=[batch])
+    _, (padded,) = run(batches=[wider])
+    np.testing.assert_allclose(padded.loss, metrics.loss, rtol=1e-6)
+    np.testing.assert_allclose(padded.grad_norm, metrics.grad_norm, rtol=1e-5)
+
+
+def test_a_batch_of_padding_alone_is_no_nan():
+    _, (metrics,) = run(batches=[Batch(np.zeros((8, 4), np.int32), np.zeros((8, 4), np.int32))])
+    assert metrics.loss.tokens == 0
+    assert np.isfinite(metrics.grad_norm)
+
+
+def test_rows_that_do_not_divide_are_filled_up(one_device):
+    _, mesh, *_ = setup(8)
+    placed = sharding.place_batch(mesh, draw_batch(rows=5))
+    assert placed.target_BT.shape == (8, 7)
+    assert (np.asarray(placed.target_BT)[5:] == PAD).all()
+    assert sharding.place_batch(one_device, draw_batch(rows=5)).target_BT.shape == (5, 7)
+
+
+def test_dropout_differs_from_step_to_step_and_is_repeatable():
+    batch = draw_batch()
+    config, mesh, built, train_step = setup(dropout_rate=0.5)
+    losses = []
+    for done in (0, 0, 1):
+        state = step.init_state(built, config, mesh)._replace(step=jax.device_put(np.int32(done)))
+        losses.append(float(train_step(state, sharding.place_batch(mesh, batch))[1].loss.nll))
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_seed_changes_params_and_dropout():
+    built = setup()[2]
+    one, other = built.init(0), built.init(1)
+    assert not np.array_equal(one["embeddings"]["shared"]["table"], other["embeddings"]["shared"]["table"])
+
+
+def test_the_state_is_donated():
+    config, mesh, built, train_step = setup()
+    state = step.init_state(built, config, mesh)
+    train_step(state, sharding.place_batch(mesh, draw_batch()))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_nothing_recompiles_once_each_shape_was_seen():
+    config, mesh, built, train_step = setup(mlp_dim=24)
+    state = step.init_state(built, config, mesh)
+    shapes = [(8, 6, 7), (4, 9, 9), (8, 6, 7), (4, 9, 9), (8, 6, 7)]
+    counter, counts = CompileCounter(), []
+    for seed, shape in enumerate(shapes):
+        batch = sharding.place_batch(mesh, draw_batch(*shape, seed=seed))
+        with counter:
+            state, _ = train_step(state, batch)
+        counts.append(counter.count)
+    assert counts == [1, 2, 2, 2, 2]
+
+
+def test_evaluation_has_neither_dropout_nor_smoothing():
+    config, mesh, built, _ = setup(dropout_rate=0.5)
+    batch = sharding.place_batch(mesh, draw_batch())
+    params = step.init_state(built, config, mesh).params
+    sums = step.make_eval_step(built, mesh)(params, batch)
+    assert sums.objective == sums.nll
+    again = step.make_eval_step(built, mesh)(params, batch)
+    assert sums.nll == again.nll
+
+
+def test_optimizer_state_lives_where_its_params_do():
+    config, mesh, built, _ = setup(8)
+    state = step.init_state(built, config, mesh)
+    wanted = step.state_shardings(built, config, mesh)
+    jax.tree.map(lambda leaf, where: np.testing.assert_equal(leaf.sharding, where), state, wanted)
+    abstract = step.abstract_state(built, config, mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), state, abstract)
+
+
+def test_a_logical_axis_without_a_rule_is_an_error():
+    with pytest.raises(ValueError, match="no rule for the logical axis 'width'"):
+        sharding.spec(("width",))
+
+
+def test_more_devices_than_there_are_is_an_error():
+    with pytest.raises(Exception, match=r"config\.mesh\.data = 9: found only 8 devices"):
+        sharding.make_mesh(MeshConfig(data=9))

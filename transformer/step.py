@@ -1,0 +1,154 @@
+"""What the devices do: initialise, update, evaluate. Pure functions, compiled once for each batch shape.
+
+Params are a plain nested dict; the Flax module is split from them once and merged inside the step.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from transformer import sharding
+from transformer.batching import Batch
+from transformer.config import Config, ModelConfig
+from transformer.loss import LossSums, cross_entropy
+from transformer.model import Transformer
+from transformer.optimizer import make_optimizer, make_schedule
+
+Params = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """All that an update changes; `step` is the number of updates done, int32."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+class StepMetrics(NamedTuple):
+    """Of one update, float32 scalars: sums over the global batch, gradient norm before clipping, learning rate."""
+
+    loss: LossSums
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+
+
+class Model:
+    """The model's definition without its params.
+
+    Attributes:
+      abstract_params: shapes, dtypes and logical axes of the params.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        self._make = lambda rngs: Transformer(config, vocab_size, rngs)
+        module = nnx.eval_shape(lambda: self._make(nnx.Rngs(params=0)))
+        self._graphdef, self.abstract_params = nnx.split(module, nnx.Param)
+
+    def init(self, seed: int) -> Params:
+        """Fresh params, float32."""
+        return nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(params=jax.random.key(seed))), nnx.Param))
+
+    def bind(self, params: Params) -> Transformer:
+        """The module with these params, for use inside one traced function."""
+        return nnx.merge(self._graphdef, nnx.State(params))
+
+    def num_params(self) -> int:
+        """How many numbers the params hold."""
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.abstract_params))
+
+
+def state_shardings(model: Model, config: Config, mesh: Mesh) -> TrainState:
+    """A sharding in place of each array of the state: the optimizer's moments beside the params they belong to."""
+    params = sharding.param_shardings(mesh, model.abstract_params)
+    shapes = nnx.to_pure_dict(model.abstract_params)
+    optimizer = make_optimizer(config)
+    everywhere = sharding.replicated(mesh)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, param_sharding: param_sharding,
+        jax.eval_shape(optimizer.init, shapes),
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(cast(Any, everywhere), params, opt_state)
+
+
+def init_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
+    """The state before the first update, made in place on the devices that hold it."""
+
+    def init() -> TrainState:
+        params = model.init(config.train.seed)
+        return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+
+    return jax.jit(init, out_shardings=state_shardings(model, config, mesh))()
+
+
+def abstract_params(model: Model, mesh: Mesh) -> Params:
+    """Shapes, dtypes and shardings of the params, for restoring them."""
+    shardings = sharding.param_shardings(mesh, model.abstract_params)
+    return _with_shardings(nnx.to_pure_dict(model.abstract_params), shardings)
+
+
+def abstract_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, for restoring one."""
+    shapes = nnx.to_pure_dict(model.abstract_params)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, shapes, jax.eval_shape(make_optimizer(config).init, shapes))
+    return _with_shardings(state, state_shardings(model, config, mesh))
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+
+
+def make_train_step(
+    model: Model, config: Config, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The compiled update. Its state argument is donated: use what it returns."""
+    optimizer, schedule = make_optimizer(config), make_schedule(config)
+    dropout_key = jax.random.key(config.train.seed + 1)
+
+    def objective(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
+        logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key)
+        sums = cross_entropy(logits_BTV, batch.target_BT, config.optimizer.label_smoothing)
+        # The sums run over all devices' rows, so this is the mean over the global batch's tokens.
+        return sums.objective / jnp.maximum(sums.tokens, 1.0), sums
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(dropout_key, state.step)
+        grads, sums = jax.grad(objective, has_aux=True)(state.params, batch, key)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(sums, optax.tree.norm(grads), schedule(state.step))
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    states, everywhere = state_shardings(model, config, mesh), sharding.replicated(mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(states, sharding.batch_sharding(mesh)),
+        out_shardings=(states, everywhere),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(model: Model, mesh: Mesh) -> Callable[[Params, Batch], LossSums]:
+    """The compiled loss without dropout or smoothing."""
+
+    def eval_step(params: Params, batch: Batch) -> LossSums:
+        logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT)
+        return cross_entropy(logits_BTV, batch.target_BT, 0.0)
+
+    params = sharding.param_shardings(mesh, model.abstract_params)
+    return jax.jit(
+        eval_step,
+        in_shardings=(params, sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )
