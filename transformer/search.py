@@ -1,0 +1,271 @@
+"""Beam search, and greedy search as a beam of one, over a step function; knows nothing of the model.
+
+Shapes: B sentences, N beams, C = 2N - 1 candidates, T maximal length in tokens, V vocabulary.
+
+How hypotheses end, and how they rank:
+- Of the 2N - 1 best continuations of a sentence those with EOS have ended, and the N best others go on.
+  A hypothesis has one EOS continuation, so N - 1 others are there even when all N end at once. A beam of
+  one has one candidate: it is the argmax roll-out, whatever the length penalty.
+- A sentence is done when it reaches its own limit, or when nothing that goes on could still beat the worst
+  of its N best ended hypotheses. It does not change after that, whatever its neighbours do.
+- A hypothesis that the limit cuts is returned whole, without EOS, as not finished. Finished ones come
+  first, by score; cut ones fill the places left over, by score.
+- PAD and BOS are never generated. Their probability is not shared out among the other tokens: a score
+  is what the model gave.
+
+Sentences are searched apart. Over several devices call `beam_search` in a `jax.shard_map` over the sentences
+(check_vma=False): where XLA splits the batch by itself, each device gets all logits for its top_k.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Cache = Any
+"""Any pytree of arrays that all lead with [B, N]: what the step function remembers of each hypothesis."""
+
+StepFn = Callable[[Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
+"""(cache, the last token of each hypothesis: int32 [B, N], its position from 0, BOS being at 0: int32 [])
+→ (logits of the next token: any float [B, N, V], the cache of the same shapes and dtypes)."""
+
+IMPOSSIBLE = -1e9
+"""The log-probability and the score of what cannot be: finite, so that sums and ratios stay free of NaN."""
+
+
+class Hypotheses(NamedTuple):
+    """The N best hypotheses of each sentence, best first; a slot for which there is none has length 0.
+
+    tokens_BNT: int32, without BOS, with EOS where it was reached, PAD after.
+    lengths_BN: int32, tokens up to and with EOS.
+    scores_BN: float32, log-probability / length penalty; IMPOSSIBLE in an empty slot.
+    finished_BN: bool, whether EOS was reached.
+    """
+
+    tokens_BNT: jax.Array
+    lengths_BN: jax.Array
+    scores_BN: jax.Array
+    finished_BN: jax.Array
+
+
+class _Rules(NamedTuple):
+    """What stays the same while the search runs. penalties has T + 1 entries, one for each length."""
+
+    limits_B: jax.Array
+    penalties: jax.Array
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+
+class _Beams(NamedTuple):
+    """The hypotheses that go on and the best that have ended, both best first; tokens start with BOS."""
+
+    alive_tokens: jax.Array
+    alive_log_probs_BN: jax.Array
+    ended_tokens: jax.Array
+    ended_lengths_BN: jax.Array
+    ended_scores_BN: jax.Array
+
+
+class _Candidates(NamedTuple):
+    """The 2N - 1 best continuations of each sentence, best first."""
+
+    log_probs_BC: jax.Array
+    parents_BC: jax.Array
+    tokens_BC: jax.Array
+
+
+class _State(NamedTuple):
+    position: jax.Array
+    cache: Cache
+    beams: _Beams
+    done_B: jax.Array
+
+
+def beam_search(
+    step: StepFn,
+    cache: Cache,
+    *,
+    batch_size: int,
+    beam_size: int,
+    max_length: int,
+    max_lengths_B: jax.Array,
+    length_penalty: float | jax.Array,
+    bos_id: int,
+    eos_id: int,
+    pad_id: int,
+) -> Hypotheses:
+    """Searches for the N hypotheses of each sentence with the best log-probability / length penalty.
+
+    To be called inside jit: one while loop of fixed shapes, left as soon as every sentence is done. The
+    step function's cache follows the hypotheses; what the beams of a sentence share (the encoder's
+    output, its keys and values) belongs in the closure of `step`, not in the cache.
+
+    Args:
+      step: one step of the model. At position 0 all beams hold BOS and only the first one counts.
+      cache: its state before BOS; each leaf [batch_size, beam_size, ...].
+      batch_size, beam_size, max_length: B, N and T; static.
+      max_lengths_B: int32 [B], the most tokens, EOS counted, of each sentence; kept within 0..T. A limit
+        of 0 marks a row as padding: it is done from the start and gives an empty hypothesis.
+      length_penalty: alpha of ((5 + length) / 6) ** alpha (Wu et al., 2016, equation 14), EOS counted; a
+        float, or a float32 scalar that may differ from call to call of one compiled search.
+      bos_id, eos_id, pad_id: token ids; EOS may be the same as one of the others.
+
+    Raises:
+      ValueError: a size is not positive, or a leaf of the cache does not lead with [B, N].
+    """
+    _check_shapes(cache, batch_size, beam_size, max_length)
+    limits_B = jnp.clip(max_lengths_B, 0, max_length)
+    rules = _Rules(limits_B, _length_penalties(max_length, length_penalty), pad_id, bos_id, eos_id)
+    start = _State(
+        position=jnp.zeros((), jnp.int32),
+        cache=cache,
+        beams=_first_beams(batch_size, beam_size, max_length, rules),
+        done_B=limits_B == 0,
+    )
+    end = jax.lax.while_loop(
+        lambda state: ~jnp.all(state.done_B),
+        lambda state: _advance(step, state, rules),
+        start,
+    )
+    return _collect(end.beams, rules)
+
+
+def _check_shapes(cache: Cache, batch_size: int, beam_size: int, max_length: int) -> None:
+    if min(batch_size, beam_size, max_length) < 1:
+        raise ValueError(f"expected sizes of at least 1, got {batch_size=}, {beam_size=}, {max_length=}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cache):
+        if leaf.shape[:2] != (batch_size, beam_size):
+            raise ValueError(
+                f"expected cache{jax.tree_util.keystr(path)} to lead with [batch_size, beam_size] = "
+                f"[{batch_size}, {beam_size}], got the shape {leaf.shape}"
+            )
+
+
+def _length_penalties(max_length: int, alpha: float | jax.Array) -> jax.Array:
+    lengths = jnp.arange(max_length + 1, dtype=jnp.float32)
+    return ((5 + lengths) / 6) ** alpha
+
+
+def _first_beams(batch_size: int, beam_size: int, max_length: int, rules: _Rules) -> _Beams:
+    """One hypothesis to go on, BOS alone; the other beams are impossible, else they would repeat it."""
+    tokens = jnp.full((batch_size, beam_size, 1 + max_length), rules.pad_id, jnp.int32)
+    impossible_BN = jnp.full((batch_size, beam_size), IMPOSSIBLE, jnp.float32)
+    return _Beams(
+        alive_tokens=tokens.at[:, :, 0].set(rules.bos_id),
+        alive_log_probs_BN=impossible_BN.at[:, 0].set(0),
+        ended_tokens=tokens,
+        ended_lengths_BN=jnp.zeros((batch_size, beam_size), jnp.int32),
+        ended_scores_BN=impossible_BN,
+    )
+
+
+def _advance(step: StepFn, state: _State, rules: _Rules) -> _State:
+    """Extends all hypotheses by one token."""
+    last_BN = jax.lax.dynamic_index_in_dim(state.beams.alive_tokens, state.position, axis=2, keepdims=False)
+    logits_BNV, cache = step(state.cache, last_BN, state.position)
+    candidates = _expand(logits_BNV, state.beams.alive_log_probs_BN, rules)
+    position = state.position + 1
+    beams, parents_BN = _select(candidates, state.beams, position, rules)
+    beams = jax.tree.map(lambda old, new: _where_rows(state.done_B, old, new), state.beams, beams)
+    if last_BN.shape[1] > 1:
+        cache = jax.tree.map(lambda leaf: _take_beams(leaf, parents_BN), cache)
+    return _State(position, cache, beams, state.done_B | _is_done(beams, position, rules))
+
+
+def _expand(logits_BNV: jax.Array, alive_log_probs_BN: jax.Array, rules: _Rules) -> _Candidates:
+    batch_size, beam_size, vocab_size = logits_BNV.shape
+    allowed_V = np.ones(vocab_size, bool)
+    allowed_V[[rules.pad_id, rules.bos_id]] = False
+    allowed_V[rules.eos_id] = True
+    # In float32 also for speed: XLA's top_k on a CPU takes 10 to 100 times as long in bfloat16.
+    log_probs_BNV = jax.nn.log_softmax(logits_BNV.astype(jnp.float32)) + alive_log_probs_BN[:, :, None]
+    # NaN, from a beam with no possible token, compares as false and becomes IMPOSSIBLE too.
+    possible_BNV = _is_possible(log_probs_BNV) & allowed_V[None, None, :]
+    log_probs_BNV = jnp.where(possible_BNV, log_probs_BNV, IMPOSSIBLE)
+    log_probs_BC, flat_BC = jax.lax.top_k(log_probs_BNV.reshape(batch_size, -1), 2 * beam_size - 1)
+    return _Candidates(log_probs_BC, flat_BC // vocab_size, flat_BC % vocab_size)
+
+
+def _select(candidates: _Candidates, beams: _Beams, position: jax.Array, rules: _Rules) -> tuple[_Beams, jax.Array]:
+    """Sorts candidates, now `position` tokens long, into ended and going on; also the parents of the latter."""
+    # No slices of what top_k returns, here or in _is_done: XLA would merge them into it, and its CPU
+    # back end then sorts all N * V values: 30 to 100 times as slow.
+    log_probs_BC, parents_BC, last_BC = candidates
+    beam_size = beams.ended_scores_BN.shape[1]
+    tokens = _take_beams(beams.alive_tokens, parents_BC)
+    tokens = jax.lax.dynamic_update_index_in_dim(tokens, last_BC, position, axis=2)
+    is_eos_BC = last_BC == rules.eos_id
+
+    ends_BC = is_eos_BC & _is_possible(log_probs_BC)
+    scores_BC = jnp.where(ends_BC, log_probs_BC / rules.penalties[position], IMPOSSIBLE)
+    lengths_BC = jnp.where(ends_BC, position, 0)
+    # Those that ended before come first, so that a tie changes nothing, as the early stop expects.
+    ended_scores_BN, picked_BN = jax.lax.top_k(_join(beams.ended_scores_BN, scores_BC), beam_size)
+
+    open_log_probs_BC = jnp.where(is_eos_BC, IMPOSSIBLE, log_probs_BC)
+    alive_log_probs_BN, kept_BN = jax.lax.top_k(open_log_probs_BC, beam_size)
+    selected = _Beams(
+        alive_tokens=_take_beams(tokens, kept_BN),
+        alive_log_probs_BN=alive_log_probs_BN,
+        ended_tokens=_take_beams(_join(beams.ended_tokens, tokens), picked_BN),
+        ended_lengths_BN=_take_beams(_join(beams.ended_lengths_BN, lengths_BC), picked_BN),
+        ended_scores_BN=ended_scores_BN,
+    )
+    return selected, _take_beams(parents_BC, kept_BN)
+
+
+def _is_done(beams: _Beams, position: jax.Array, rules: _Rules) -> jax.Array:
+    """Whether each sentence is at its limit, or nothing that goes on can enter its N ended hypotheses."""
+    best_B = jnp.max(beams.alive_log_probs_BN, axis=1)
+    # Log-probabilities only fall, and the penalty is monotone: its largest value is at one of the two ends.
+    largest_penalty_B = jnp.maximum(rules.penalties[position], rules.penalties[rules.limits_B])
+    beaten_B = best_B / largest_penalty_B <= jnp.min(beams.ended_scores_BN, axis=1)
+    return (position >= rules.limits_B) | ~_is_possible(best_B) | beaten_B
+
+
+def _collect(beams: _Beams, rules: _Rules) -> Hypotheses:
+    """Ended hypotheses first, then the cut ones; a sentence with places left over is at its limit or has none."""
+    possible_BN = _is_possible(beams.alive_log_probs_BN)
+    cut_lengths_BN = jnp.where(possible_BN, rules.limits_B[:, None], 0)
+    cut_scores_BN = beams.alive_log_probs_BN / rules.penalties[rules.limits_B][:, None]
+    cut_scores_BN = jnp.where(possible_BN, cut_scores_BN, IMPOSSIBLE)
+
+    finished_BN = _is_possible(beams.ended_scores_BN)
+    beam_size = finished_BN.shape[1]
+    num_finished_B1 = jnp.sum(finished_BN, axis=1, keepdims=True, dtype=jnp.int32)
+    slots_1N = jnp.arange(beam_size, dtype=jnp.int32)[None, :]
+    # Both lists are sorted: slot i holds the i-th ended hypothesis or, past their number, the next cut one.
+    order_BN = jnp.where(finished_BN, slots_1N, beam_size + slots_1N - num_finished_B1)
+
+    lengths_BN = _take_beams(_join(beams.ended_lengths_BN, cut_lengths_BN), order_BN)
+    tokens_BNT = _take_beams(_join(beams.ended_tokens, beams.alive_tokens), order_BN)[:, :, 1:]
+    inside_BNT = np.arange(tokens_BNT.shape[2])[None, None, :] < lengths_BN[:, :, None]
+    return Hypotheses(
+        tokens_BNT=jnp.where(inside_BNT, tokens_BNT, rules.pad_id),
+        lengths_BN=lengths_BN,
+        scores_BN=_take_beams(_join(beams.ended_scores_BN, cut_scores_BN), order_BN),
+        finished_BN=finished_BN,
+    )
+
+
+def _is_possible(log_probs: jax.Array) -> jax.Array:
+    # Far from both what models give and IMPOSSIBLE, so that adding to IMPOSSIBLE does not blur the line.
+    return log_probs > IMPOSSIBLE / 2
+
+
+def _join(first: jax.Array, second: jax.Array) -> jax.Array:
+    return jnp.concatenate([first, second], axis=1)
+
+
+def _take_beams(values: jax.Array, beams: jax.Array) -> jax.Array:
+    """values [B, M, ...], beams int32 [B, N] within 0..M-1 → [B, N, ...]; batched, so a sharded B stays put."""
+    indices = beams.reshape(beams.shape + (1,) * (values.ndim - 2))
+    return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
+
+
+def _where_rows(keep_old_B: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.where(keep_old_B.reshape((-1,) + (1,) * (old.ndim - 1)), old, new)
