@@ -1,0 +1,182 @@
+"""A checkpoint is one verified unit: what comes back is what was saved, or it is called damaged."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from transformer import checkpoint, sharding, step, tokenizer
+from transformer.checkpoint import Checkpoints
+from transformer.errors import UserError, WorkdirError
+
+LINES = ["the old house", "a new tree", "the cat sees a dog", "trees and houses"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    config = small_config(model={"num_layers": 1}, mesh={"data": 2})
+    vocabulary = tokenizer.train(LINES, 280, "bpe")
+    model = step.Model(config.model, vocabulary.vocab_size)
+    mesh = sharding.make_mesh(config.mesh)
+    return config, vocabulary, model, mesh, step.init_state(model, config, mesh)
+
+
+@pytest.fixture(scope="module")
+def saved(parts, tmp_path_factory):
+    """A workdir with checkpoints 9, 10 and 100."""
+    workdir = tmp_path_factory.mktemp("saved")
+    for done, bleu in ((9, 30.0), (10, 20.0), (100, 10.0)):
+        save(workdir, parts, done, {checkpoint.SCORE: bleu, "best": 30.0})
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def save(workdir, parts, done, metrics=None):
+    config, vocabulary, _, mesh, state = parts
+    marked = jax.tree.map(lambda leaf: leaf + np.asarray(done, leaf.dtype), state.params)
+    counter = jax.device_put(np.int32(done), sharding.replicated(mesh))
+    Checkpoints(workdir).save(state._replace(step=counter, params=marked), config, vocabulary, metrics or {})
+
+
+def test_steps_are_in_order_of_number(workdir):
+    assert Checkpoints(workdir).steps() == [9, 10, 100]
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_the_state_comes_back_to_the_last_bit_on_any_mesh(parts, saved, devices):
+    config, _, model, _, state = parts
+    mesh = sharding.make_mesh(small_config(mesh={"data": devices}).mesh)
+    restored = Checkpoints(saved).restore(10, model, config, mesh)
+    assert int(restored.step) == 10
+    wanted = state._replace(params=jax.tree.map(lambda leaf: leaf + 10, state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), restored._replace(step=wanted.step), wanted)
+    assert restored.step.sharding.mesh.size == devices
+
+
+def test_the_model_comes_back_from_the_workdir_alone(parts, saved):
+    trained = checkpoint.load_trained(saved, "latest")
+    assert (trained.step, trained.config, trained.tokenizer.digest) == (100, parts[0], parts[1].digest)
+    table = parts[4].params["embeddings"]["shared"]["table"]
+    np.testing.assert_array_equal(trained.params["embeddings"]["shared"]["table"], table + 100)
+
+
+@pytest.mark.parametrize(("which", "wanted"), [("latest", 100), ("best", 9), ("10", 10)])
+def test_selection(workdir, which, wanted):
+    assert Checkpoints(workdir).select(which) == wanted
+
+
+@pytest.mark.parametrize("which", ["newest", "11", "-1", "", "1e2"])
+def test_a_checkpoint_that_is_not_there_is_an_error(workdir, which):
+    with pytest.raises(UserError, match=r"expected latest, best or one of \[9, 10, 100\]"):
+        Checkpoints(workdir).select(which)
+
+
+def test_a_workdir_without_checkpoints_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="found no checkpoint; train first"):
+        Checkpoints(tmp_path).select("latest")
+    with pytest.raises(UserError, match="expected a folder that train"):
+        checkpoint.load_trained(tmp_path / "none", "latest")
+    assert Checkpoints(tmp_path).newest_sound() is None
+
+
+def test_best_needs_a_score(parts, tmp_path):
+    save(tmp_path, parts, 5)
+    with pytest.raises(UserError, match="no checkpoint has a validation BLEU"):
+        Checkpoints(tmp_path).select("best")
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip(path):
+    content = bytearray(path.read_bytes() or b"x")
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped": flip,
+    "deleted": lambda path: path.unlink(),
+    "emptied": lambda path: path.write_bytes(b"") if path.stat().st_size else path.write_bytes(b"x"),
+    "halved": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] or b"x"),
+    "joined": lambda path: path.with_name(path.name + ".extra").write_bytes(b"x"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_no_damage_to_any_file_goes_unnoticed(workdir, damage, capsys):
+    folder = workdir / "checkpoints" / "100"
+    for path in files(folder):
+        shutil.copytree(folder, workdir / "whole")
+        DAMAGE[damage](path)
+        assert Checkpoints(workdir).newest_sound() == 10, path
+        message = capsys.readouterr().err
+        gone = path.name == checkpoint.MANIFEST and damage == "deleted"  # then it is not finished, so not there
+        assert gone or "checkpoint 100 is damaged and skipped" in message, path
+        shutil.rmtree(folder)
+        (workdir / "whole").rename(folder)
+    assert Checkpoints(workdir).newest_sound() == 100
+
+
+def test_a_damaged_one_gives_way_but_not_one_asked_for_by_number(workdir, capsys):
+    flip(files(workdir / "checkpoints" / "9" / "params")[-1])
+    assert Checkpoints(workdir).select("best") == 10
+    assert "checkpoint 9 is damaged" in capsys.readouterr().err
+    with pytest.raises(WorkdirError, match="checkpoint 9 is damaged"):
+        Checkpoints(workdir).select("9")
+
+
+def test_if_none_is_sound_nothing_starts_over(workdir):
+    for name in ("9", "10", "100"):
+        flip(workdir / "checkpoints" / name / "config.json")
+    with pytest.raises(WorkdirError, match=r"none of the checkpoints .* is sound"):
+        Checkpoints(workdir).newest_sound()
+
+
+def test_what_was_cut_short_does_not_count(workdir):
+    (workdir / "checkpoints" / "100" / checkpoint.MANIFEST).unlink()
+    (workdir / "checkpoints" / "200" / "params").mkdir(parents=True)
+    (workdir / "checkpoints" / "notes").mkdir()
+    assert Checkpoints(workdir).newest_sound() == 10
+
+
+def test_a_save_replaces_what_was_cut_short(workdir, parts):
+    (workdir / "checkpoints" / "100" / checkpoint.MANIFEST).unlink()
+    (workdir / "checkpoints" / "100" / "rubbish").write_text("x")
+    save(workdir, parts, 100)
+    assert Checkpoints(workdir).newest_sound() == 100
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_best", "left"),
+    [(1, 0, [100]), (1, 1, [9, 100]), (2, 0, [10, 100]), (1, 2, [9, 10, 100]), (5, 5, [9, 10, 100])],
+)
+def test_pruning_keeps_the_newest_and_the_best(workdir, keep_last, keep_best, left):
+    Checkpoints(workdir).prune(keep_last, keep_best)
+    assert Checkpoints(workdir).steps() == left
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == left
+
+
+def test_nothing_in_a_checkpoint_is_executed(workdir):
+    """A manifest, config or metrics file that is code is no manifest, config or metrics."""
+    folder = workdir / "checkpoints" / "100"
+    for name in (checkpoint.MANIFEST, "metrics.json"):
+        (folder / name).write_text("__import__('os').system('touch hacked')")
+    assert Checkpoints(workdir).metrics(100) == {}
+    assert Checkpoints(workdir).newest_sound() == 10
+
+
+def test_the_manifest_lists_every_file_with_its_digest(workdir):
+    folder = workdir / "checkpoints" / "100"
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    assert set(manifest) == {str(p.relative_to(folder)) for p in files(folder)} - {checkpoint.MANIFEST}
+    assert {"config.json", "metrics.json", f"tokenizer/{tokenizer.FILE_NAME}"} <= set(manifest)
