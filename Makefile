@@ -13,7 +13,7 @@ demo: $(VENV)/installed$(ACCELERATOR)
 	$(RUN) eval.py --workdir=$(WORKDIR) --checkpoint=best
 
 test: lint types
-	$(RUN) -m pytest -n 2 --dist worksteal
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -m slow

@@ -1,0 +1,41 @@
+"""A small Transformer on your own text: a folder of train.en, train.de, val.en, val.de and test.en, test.de.
+
+    python train.py --config=configs/text.py --workdir=runs/mine --config.data.dir=FOLDER
+
+Other languages: --config.data.source_language=fr --config.data.target_language=en. Other layouts:
+one file of both sides (`data.train`: .tsv .jsonl .tmx .po) or two named files (`data.train_source`,
+`data.train_target`), see DataConfig in transformer/config.py. Sizes suit some tens of thousands of
+sentences; more data carries more pieces, width and steps.
+"""
+
+from ml_collections import config_dict
+
+from transformer.config import default_config
+
+
+def get_config() -> config_dict.ConfigDict:
+    """3+3 layers of width 256."""
+    config = default_config()
+    config.model.num_layers = 3
+    config.model.emb_dim = 256
+    config.model.mlp_dim = 1024
+    config.model.num_heads = 4
+    config.model.dropout_rate = 0.2
+
+    config.data.name = "text"
+    config.data.dir = "data"
+    config.data.source_language = "en"
+    config.data.target_language = "de"
+    config.data.vocab_size = 4000
+    config.data.max_length = 128
+
+    config.optimizer.schedule = "inverse_sqrt"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 1000
+    config.optimizer.clip_norm = 1.0
+
+    config.train.num_steps = 10_000
+    config.train.batch_tokens = 4096
+    config.train.eval_every_steps = 1000
+    config.train.checkpoint_every_steps = 1000
+    return config

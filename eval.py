@@ -1,0 +1,123 @@
+"""Translates a test set with a checkpoint and scores it: a table on stderr, one JSON object last on stdout.
+
+    python eval.py --workdir=DIR [--checkpoint=latest|best|STEP] [--split=test]
+    python eval.py --workdir=DIR --source=FILE --reference=FILE[,FILE…]
+
+Model, vocabulary and decoding settings are those saved with the checkpoint.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import TYPE_CHECKING
+
+from transformer import command_line
+from transformer.command_line import say
+from transformer.errors import UserError
+
+if TYPE_CHECKING:
+    from transformer.checkpoint import Trained
+    from transformer.evaluate import Report
+
+SAMPLES = 5
+
+
+def main(argv: list[str]) -> None:
+    """Checks its flags before it imports JAX."""
+    args = parse(argv)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from transformer import compilation
+    from transformer.checkpoint import load_trained
+    from transformer.evaluate import Evaluator
+
+    compilation.enable_cache()
+    trained = load_trained(args.workdir, args.checkpoint)
+    name, sources, references = read_pairs(args, trained)
+    evaluator = Evaluator(trained.model, trained.tokenizer, trained.config, trained.mesh)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(f"translating {name}", total=len(sources))
+        report = evaluator.evaluate(
+            trained.params, sources, references, progress=lambda done: bar.advance(task, advance=done)
+        )
+    output = pathlib.Path(args.output or pathlib.Path(args.workdir) / "translations" / f"{trained.step}.{name}.txt")
+    write_lines(output, report.translations)
+    show_samples(sources, references[0], report.translations)
+    say(table(name, trained.step, report))
+    say(f"translations: {output}")
+    print(
+        json.dumps(
+            {
+                "step": trained.step,
+                "sentences": report.sentences,
+                "loss": report.loss,
+                **report.scores,
+                "seconds": round(report.seconds, 3),
+            }
+        )
+    )
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the flags."""
+    parser = argparse.ArgumentParser(prog="eval.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, help="folder that train.py wrote")
+    parser.add_argument("--checkpoint", default="latest", help="latest, best or a step (default: latest)")
+    parser.add_argument("--split", help="split of the config's data set (default: test)")
+    parser.add_argument("--source", help="text file to translate instead, one sentence a line")
+    parser.add_argument("--reference", help="its references; several files with commas between")
+    parser.add_argument("--output", help="where translations go (default: WORKDIR/translations/STEP.NAME.txt)")
+    args = parser.parse_args(argv[1:])
+    if bool(args.source) != bool(args.reference):
+        raise UserError("--source and --reference go together")
+    if args.source and args.split:
+        raise UserError("expected --split, or --source with --reference, got both")
+    return args
+
+
+def read_pairs(args: argparse.Namespace, trained: "Trained") -> tuple[str, list[str], list[list[str]]]:
+    """The name of the set, its source sentences, and one or more lists of references."""
+    from transformer.datasets import corpus, text_files
+
+    if args.source:
+        sources = list(text_files.read_lines(args.source))
+        return (
+            pathlib.Path(args.source).name,
+            sources,
+            [list(text_files.read_lines(path)) for path in args.reference.split(",")],
+        )
+    split = corpus.open_corpus(trained.config.data).split(args.split or "test")
+    return split.name, split.sources(), [split.targets()]
+
+
+def write_lines(path: pathlib.Path, lines: list[str]) -> None:
+    """Writes one sentence a line; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes("".join(f"{line}\n" for line in lines).encode())
+    partial.replace(path)
+
+
+def show_samples(sources: list[str], references: list[str], translations: list[str]) -> None:
+    """A few sentences, spread over the set."""
+    for i in range(0, len(sources), max(len(sources) // SAMPLES, 1)):
+        say(f"  source      {sources[i]}\n  translation {translations[i]}\n  reference   {references[i]}\n")
+
+
+def table(name: str, step: int, report: "Report") -> str:
+    """Scores for people."""
+    rows = [f"{name}: {report.sentences:,} sentences, checkpoint {step:,}, {report.seconds:.1f} s"]
+    if not report.sentences:
+        rows.append("  no sentences, so there is nothing to score")
+    for metric in ("bleu", "chrf", "ter"):
+        rows.append(f"  {metric.upper():<13}{report.scores[metric]:6.2f}   {report.scores[f'{metric}_signature']}")
+    rows.append(f"  {'loss':<13}{report.loss:6.3f}   nats per target token")
+    rows.append(f"  {'length ratio':<13}{report.scores['length_ratio']:6.3f}   hypothesis words / reference words")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

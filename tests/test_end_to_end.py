@@ -1,0 +1,222 @@
+"""The commands as people run them: train, evaluate, translate, and bad input to each of them."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+
+UNITS = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
+THINGS = {"houses": "Häuser", "trees": "Bäume", "cats": "Katzen", "dogs": "Hunde", "books": "Bücher"}
+NAMES = ["Anna", "Ben", "Carla", "David", "Emma"]
+
+SMALL = [
+    "--config=configs/text.py",
+    "--config.model.num_layers=1",
+    "--config.model.emb_dim=64",
+    "--config.model.mlp_dim=128",
+    "--config.model.dropout_rate=0.0",
+    "--config.data.vocab_size=360",
+    "--config.data.max_length=40",
+    "--config.data.num_buckets=1",
+    "--config.optimizer.learning_rate=0.005",
+    "--config.optimizer.warmup_steps=50",
+    "--config.train.batch_tokens=1024",
+    "--config.train.num_steps=250",
+    "--config.train.eval_every_steps=250",
+    "--config.decode.max_source_tokens=64",
+    "--config.decode.max_extra_length=10",
+]
+
+
+def pairs(count, seed):
+    """Sentences in which a number moves, a verb goes last and words change: "Anna sees 42 cats"."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(count):
+        name, thing, number = rng.choice(NAMES), rng.choice(list(THINGS)), rng.integers(10, 100)
+        words = f"{UNITS[number // 10]} {UNITS[number % 10]}"
+        out.append((f"today {name} sees {number} {thing}", f"heute hat {name} {words} {THINGS[thing]} gesehen"))
+    return out
+
+
+def run(*command, stdin=None, code=0):
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], input=stdin, capture_output=True, cwd=ROOT, timeout=300
+    )
+    assert result.returncode == code, result.stderr.decode()
+    if code:
+        assert b"Traceback" not in result.stderr, result.stderr.decode()
+    return result
+
+
+def write(path, lines):
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    everything = dict(pairs(4000, 0))
+    rows = list(everything.items())
+    for split, part in (("train", rows[60:]), ("val", rows[:20]), ("test", rows[20:60])):
+        for side, language in ((0, "en"), (1, "de")):
+            write(folder / f"{split}.{language}", [row[side] for row in part])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(folder, tmp_path_factory):
+    """A small model trained by the command itself."""
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    result = run("train.py", *SMALL, *data_flags(folder), f"--workdir={workdir}")
+    assert b"step 250/250" in result.stderr
+    assert not result.stdout
+    return workdir
+
+
+def data_flags(folder):
+    return [f"--config.data.dir={folder}", f"--config.data.data_dir={folder}/prepared"]
+
+
+def test_a_seeded_run_learns_the_task(workdir):
+    """BLEU of at least 90 on sentences it never saw; it reaches 99 to 100."""
+    result = run("eval.py", f"--workdir={workdir}")
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert list(report) == [
+        "step",
+        "sentences",
+        "loss",
+        "bleu",
+        "bleu_signature",
+        "chrf",
+        "chrf_signature",
+        "ter",
+        "ter_signature",
+        "length_ratio",
+        "seconds",
+    ]
+    assert (report["step"], report["sentences"]) == (250, 40)
+    assert report["bleu"] >= 90
+    assert b"translation heute hat" in result.stderr
+    assert report["bleu_signature"].encode() in result.stderr
+
+
+def test_the_score_is_that_of_the_sacrebleu_command_on_the_written_file(workdir, folder):
+    report = json.loads(run("eval.py", f"--workdir={workdir}", "--checkpoint=best").stdout.splitlines()[-1])
+    written = workdir / "translations" / "250.test.txt"
+    assert written.read_bytes().count(b"\n") == 40
+    result = run("-m", "sacrebleu", folder / "test.de", "-i", written, "-b", "-w", "12")
+    assert float(result.stdout) == pytest.approx(report["bleu"], abs=1e-9)
+
+
+def test_validation_and_eval_agree(workdir):
+    report = json.loads(run("eval.py", f"--workdir={workdir}", "--split=validation").stdout.splitlines()[-1])
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    (valid,) = [line for line in lines if "valid/bleu" in line]
+    assert report["bleu"] == pytest.approx(valid["valid/bleu"], abs=1e-9)
+    assert report["loss"] == pytest.approx(valid["valid/loss"], abs=1e-6)
+
+
+def test_files_can_be_scored_against_several_references(workdir, folder, tmp_path):
+    command = ["eval.py", f"--workdir={workdir}", f"--source={folder}/test.en", f"--output={tmp_path}/out.txt"]
+    report = json.loads(run(*command, f"--reference={folder}/test.de,{folder}/test.en").stdout.splitlines()[-1])
+    assert "nrefs:2" in report["bleu_signature"]
+    assert (tmp_path / "out.txt").read_bytes().count(b"\n") == 40
+
+
+def test_translate_streams_one_line_for_each(workdir, folder):
+    odd = ["today Anna sees 42 cats", "", "a\rb", "\u2028", "x" * 3000, "today Ben sees 99 dogs"]
+    source = "\n".join(odd).encode()  # the last line has no end
+    result = run("-m", "transformer.translate", f"--workdir={workdir}", "--batch_size=2", stdin=source)
+    lines = result.stdout.decode().split("\n")
+    assert len(lines) == len(odd) + 1
+    assert lines[-1] == lines[1] == ""
+    assert (lines[0], lines[5]) == ("heute hat Anna vier zwei Katzen gesehen", "heute hat Ben neun neun Hunde gesehen")
+    assert b"1 sources are longer than decode.max_source_tokens = 64" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [(b"good\n\xff\xfe\n", b"stdin, line 2: not UTF-8"), (b"a\0b\n", b"stdin, line 1: holds a NUL")],
+)
+def test_translate_refuses_what_is_no_text(workdir, source, message):
+    assert message in run("-m", "transformer.translate", f"--workdir={workdir}", stdin=source, code=2).stderr
+
+
+def test_an_empty_evaluation_file_scores_no_sentences(workdir, tmp_path):
+    write(tmp_path / "empty", [])
+    flags = [f"--source={tmp_path}/empty", f"--reference={tmp_path}/empty"]
+    result = run("eval.py", f"--workdir={workdir}", *flags)
+    assert json.loads(result.stdout.splitlines()[-1])["sentences"] == 0
+    assert b"nothing to score" in result.stderr
+
+
+def test_unequal_counts_are_refused_with_both(workdir, folder, tmp_path):
+    write(tmp_path / "short", ["one", "two"])
+    flags = [f"--source={folder}/test.en", f"--reference={tmp_path}/short"]
+    assert b"40" in run("eval.py", f"--workdir={workdir}", *flags, code=2).stderr
+
+
+BAD_DATA = {
+    "a missing file": (lambda f: (f / "train.de").unlink(), 2, r"train\.de"),
+    "unequal counts": (lambda f: write(f / "train.de", ["eins"]), 2, r"1,\d+ lines.* has 1:"),
+    "bad UTF-8": (lambda f: (f / "train.en").write_bytes(b"\xff\n"), 2, r"train\.en, line 1: not UTF-8"),
+    "NUL": (lambda f: (f / "val.en").write_bytes(b"a\0\n"), 2, r"val\.en, line 1: holds a NUL"),
+    "an empty file": (lambda f: [write(f / f"train.{s}", []) for s in ("en", "de")], 2, r"empty|no pairs|nothing"),
+    "blank lines only": (lambda f: [write(f / f"train.{s}", ["", ""]) for s in ("en", "de")], 2, r"nothing|blank"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_training_data_is_one_message_and_leaves_nothing_harmed(case, folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "data"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("prepared"))
+    change, code, message = BAD_DATA[case]
+    change(copy)
+    result = run("train.py", *SMALL, *data_flags(copy), f"--workdir={tmp_path}/run", code=code)
+    assert re.search(message, result.stderr.decode()), result.stderr.decode()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "code", "message"),
+    [
+        ("--config.data.vocab_size=30000", 2, "vocab_size = 30000: cannot train"),
+        ("--config.data.max_length=2", 2, "none of the"),
+        ("--config.mesh.data=64", 2, "found only"),
+        ("--config.data.tokenizer=none.model", 2, "none.model"),
+        ("--config.optimizer.learning_rate=1e30", 3, "the run diverged"),
+    ],
+)
+def test_what_only_the_data_or_the_machine_can_refuse(flag, code, message, folder, tmp_path):
+    result = run("train.py", *SMALL, *data_flags(folder), flag, f"--workdir={tmp_path}/run", code=code)
+    assert message in result.stderr.decode()
+
+
+@pytest.mark.parametrize("command", [["eval.py"], ["-m", "transformer.translate"]])
+def test_a_workdir_that_is_none_is_refused(command, tmp_path):
+    assert b"expected a folder" in run(*command, f"--workdir={tmp_path}/none", code=2, stdin=b"").stderr
+    assert b"found no checkpoint" in run(*command, f"--workdir={tmp_path}", code=2, stdin=b"").stderr
+
+
+def test_if_no_checkpoint_is_sound_the_exit_code_says_so(workdir, tmp_path):
+    import shutil
+
+    shutil.copytree(workdir, tmp_path / "run")
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        manifest.write_text("{}")
+    for command in (["eval.py"], ["-m", "transformer.translate"]):
+        result = run(*command, f"--workdir={tmp_path}/run", code=4, stdin=b"")
+        assert b"damaged" in result.stderr
+
+
+def test_another_config_is_refused_by_the_command_too(workdir, folder):
+    flags = [*SMALL, *data_flags(folder), "--config.model.norm=pre", f"--workdir={workdir}"]
+    assert b"model.norm: 'post'" in run("train.py", *flags, code=2).stderr

@@ -1,0 +1,83 @@
+"""Sums, speeds and files of the log."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from etils import epath
+from tensorboardX.proto import event_pb2
+
+from transformer.errors import DivergedError
+from transformer.loss import LossSums
+from transformer.run_log import Meter, RunLog
+from transformer.step import StepMetrics
+
+
+def metrics(nll=10.0, tokens=5.0, objective=12.0, norm=2.0):
+    return StepMetrics(LossSums(*map(np.float32, (objective, nll, 3.0, tokens))), np.float32(norm), np.float32(0.1))
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_means_are_over_tokens_not_over_batches():
+    clock = Clock()
+    meter = Meter(clock)
+    meter.add(metrics(nll=10, tokens=5), 1, slots=8)
+    meter.add(metrics(nll=90, tokens=15), 2, slots=24)
+    clock.now += 4
+    summary = meter.summary()
+    assert summary["train/loss"] == 5.0
+    assert summary["train/target_tokens_per_s"] == 5.0
+    assert summary["train/fill"] == 20 / 32
+    assert summary["train/step_ms"] == 2000
+    assert summary["train/accuracy"] == 6 / 20
+
+
+def test_time_spent_elsewhere_is_left_out():
+    clock = Clock()
+    meter = Meter(clock)
+    meter.add(metrics(), 1, slots=8)
+    clock.now += 1
+    with meter.paused():
+        clock.now += 1000
+    assert meter.summary()["train/target_tokens_per_s"] == 5.0
+    meter.reset()
+    assert meter.summary()["train/loss"] == 0.0
+
+
+@pytest.mark.parametrize("bad", [{"objective": math.nan}, {"objective": math.inf}, {"norm": math.nan}])
+def test_what_is_no_number_stops_the_run_and_names_the_update(bad):
+    with pytest.raises(DivergedError, match="at update 7 the loss is"):
+        Meter().add(metrics(**bad), 7, slots=8)
+
+
+def test_lines_are_json_and_resume_appends(tmp_path, capsys):
+    for start in (0, 10):
+        with RunLog(epath.Path(tmp_path), start, 20) as log:
+            log.write(start + 10, {"train/loss": 1.5, "train/target_tokens_per_s": 1234.0})
+            log.write(start + 10, {"valid/bleu": 30.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 10, 20, 20]
+    assert lines[1] == {"step": 10, "valid/bleu": 30.0}
+    shown = capsys.readouterr().err
+    assert "step 10/20 · loss 1.500 · 1,234 tokens/s · 0:0" in shown
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_events_hold_the_same_numbers(tmp_path):
+    with RunLog(epath.Path(tmp_path), 0, 20) as log:
+        log.write(10, {"valid/bleu": 30.5})
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    content, found = path.read_bytes(), {}
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        event = event_pb2.Event.FromString(content[12 : 12 + size])
+        found.update({(event.step, value.tag): value.simple_value for value in event.summary.value})
+        content = content[16 + size :]
+    assert found == {(10, "valid/bleu"): 30.5}

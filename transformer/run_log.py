@@ -1,0 +1,123 @@
+"""What a run tells: metrics.jsonl, TensorBoard events, and a progress bar or plain lines on stderr."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from transformer.errors import DivergedError
+from transformer.step import StepMetrics
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Meter:
+    """Adds up the metrics of updates between two lines of the log; time spent elsewhere is left out."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts anew, the clock too."""
+        self.nll = self.correct = self.tokens = self.slots = self.waited = self.grad_norm = self.learning_rate = 0.0
+        self.updates = 0
+        self._start = self._clock()
+
+    def add(self, metrics: StepMetrics, step: int, slots: int) -> None:
+        """Adds one update's metrics, already on the host.
+
+        Raises:
+          DivergedError: its loss or gradient is not a finite number.
+        """
+        if not (math.isfinite(metrics.loss.objective) and math.isfinite(metrics.grad_norm)):
+            raise DivergedError(
+                f"the run diverged: at update {step} the loss is {float(metrics.loss.objective)} and the gradient norm "
+                f"{float(metrics.grad_norm)}. Nothing was saved since the last checkpoint; lower "
+                "optimizer.learning_rate, raise optimizer.warmup_steps or set optimizer.clip_norm"
+            )
+        self.nll += float(metrics.loss.nll)
+        self.correct += float(metrics.loss.correct)
+        self.tokens += float(metrics.loss.tokens)
+        self.grad_norm += float(metrics.grad_norm)
+        self.learning_rate = float(metrics.learning_rate)
+        self.slots += slots
+        self.updates += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock."""
+        since = self._clock()
+        yield
+        self._start += self._clock() - since
+
+    def summary(self) -> dict[str, float]:
+        """Means since the last reset: loss in nats per target token, without smoothing; speed in real target tokens."""
+        seconds = max(self._clock() - self._start, 1e-9)
+        return {
+            "train/loss": self.nll / max(self.tokens, 1),
+            "train/accuracy": self.correct / max(self.tokens, 1),
+            "train/grad_norm": self.grad_norm / max(self.updates, 1),
+            "train/learning_rate": self.learning_rate,
+            "train/target_tokens_per_s": self.tokens / seconds,
+            "train/step_ms": 1000 * seconds / max(self.updates, 1),
+            "train/fill": self.tokens / max(self.slots, 1),
+            "train/input_wait": self.waited / seconds,
+        }
+
+
+class RunLog:
+    """The run's files and its bar; use as a context."""
+
+    def __init__(self, workdir: epath.Path, start: int, num_steps: int):
+        self._jsonl = (workdir / METRICS_FILE).open("a")
+        self._events = SummaryWriter(str(workdir), write_to_disk=True)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+        # A file or a pipe gets one line for each line of metrics instead of a bar.
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("training", total=num_steps, completed=start, note="")
+        self._num_steps, self._begun, self._start = num_steps, time.perf_counter(), start
+
+    def __enter__(self) -> "RunLog":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._jsonl.close()
+        self._events.close()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Records metrics of a step, and shows the ones people follow."""
+        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, np.float64(value), step)
+        self._events.flush()
+        if "train/loss" in values:
+            note = f"loss {values['train/loss']:.3f} · {values['train/target_tokens_per_s']:,.0f} tokens/s"
+            self._bar.update(self._task, completed=step, note=note)
+            if not self._console.is_terminal:
+                self.say(f"step {step:,}/{self._num_steps:,} · {note} · {self._left(step)} left")
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        self._console.print(message, markup=False)
+
+    def _left(self, step: int) -> str:
+        each = (time.perf_counter() - self._begun) / max(step - self._start, 1)
+        minutes, seconds = divmod(round(each * (self._num_steps - step)), 60)
+        return f"{minutes}:{seconds:02}"
