@@ -89,11 +89,26 @@ def test_cached_attention_equals_causal_attention_position_by_position():
     B, N, T, H, K = 2, 3, 5, 2, 4
     q, k, v = draw(5, (B * N, T, H, K), (B * N, T, H, K), (B * N, T, H, K))
     want = attention.dot_product_attention(q, k, v, attention.causal_mask(T)).reshape(B, N, T, H, K)
-    # Slots not yet written hold rubbish, which must not be seen.
+    # Slots not yet written hold rubbish, which must not be seen; so do the other beams' slots.
+    own = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32)[None, :, None], (B, N, T))
     k_cache, v_cache = (jnp.full((B, N, T, H, K), 1e3, jnp.float32) for _ in range(2))
     for position in range(T):
         at = jnp.int32(position)
         k_cache = attention.write_cache(k_cache, k.reshape(B, N, T, H, K)[:, :, position], at)
         v_cache = attention.write_cache(v_cache, v.reshape(B, N, T, H, K)[:, :, position], at)
-        got = attention.cached_attention(q.reshape(B, N, T, H, K)[:, :, position], k_cache, v_cache, at)
+        got = attention.cached_attention(q.reshape(B, N, T, H, K)[:, :, position], k_cache, v_cache, own, at)
         np.testing.assert_allclose(got, want[:, :, position], atol=1e-6)
+
+
+def test_a_hypothesis_sees_the_past_that_its_ancestors_wrote():
+    """One query over slots picked from several beams equals plain attention over those slots in a row."""
+    B, N, T, H, K = 2, 3, 4, 2, 4
+    q, k, v = draw(6, (B, N, H, K), (B, N, T, H, K), (B, N, T, H, K))
+    ancestors = jnp.asarray(np.random.default_rng(7).integers(0, N, (B, N, T)), jnp.int32)
+    got = attention.cached_attention(q, k, v, ancestors, jnp.int32(2))
+    for b in range(B):
+        for n in range(N):
+            path = [(b, int(ancestors[b, n, t]), t) for t in range(3)]
+            keys, values = (jnp.stack([array[at] for at in path])[None] for array in (k, v))
+            want = attention.dot_product_attention(q[b, n][None, None], keys, values, jnp.ones((1, 1, 1, 3), bool))
+            np.testing.assert_allclose(got[b, n], want[0, 0], atol=1e-6)

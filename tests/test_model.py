@@ -97,12 +97,12 @@ def test_cached_decoding_equals_decoding_at_once(norm, positions, value_dim):
     beams = 2
     inputs = shift_right(TARGET)
     want = model.decode(model.encode(SOURCE), SOURCE, inputs)
-    memory, caches = model.start(SOURCE, beams, TARGET.shape[1])
+    memory, cache = model.start(SOURCE, beams, TARGET.shape[1])
     # Beam 0 follows the target; beam 1 goes elsewhere and must not disturb it.
     other = jnp.where(inputs == BOS, BOS, 20)
     for t in range(TARGET.shape[1]):
         both = jnp.stack([inputs[:, t], other[:, t]], 1)
-        logits, caches = model.step(memory, caches, both, jnp.int32(t))
+        logits, cache = model.step(memory, cache, both, jnp.int32(t))
         np.testing.assert_allclose(logits[:, 0], want[:, t], atol=2e-5)
 
 

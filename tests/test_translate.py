@@ -5,12 +5,14 @@ import functools
 import io
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from transformer import batching, sharding, tokenizer, translate
+from transformer import batching, search, sharding, tokenizer, translate
 from transformer.batching import Ragged
+from transformer.model import reorder
 from transformer.step import Model
 from transformer.tokenizer import PAD
 from transformer.translate import Translator
@@ -124,6 +126,40 @@ def test_extra_length_bounds_the_output(parts):
 def test_a_wider_beam_finds_other_translations(parts, usual):
     greedy, params = make(parts, beam_size=1)
     assert greedy.translate(params, LINES) != usual
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_size):
+    """Beams cross and cross again; decoding at once must agree with what each then remembers."""
+    config, vocabulary, model, params = parts
+    source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)
+
+    @jax.jit
+    def both(params):
+        module = model.bind(params)
+        memory, cache = module.start(source, beam_size, 12)
+        found = search.beam_search(
+            functools.partial(module.step, memory),
+            cache,
+            batch_size=8,
+            beam_size=beam_size,
+            max_length=12,
+            max_lengths_B=np.full(8, 12, np.int32),
+            length_penalty=0.6,
+            bos_id=tokenizer.BOS,
+            eos_id=tokenizer.EOS,
+            pad_id=PAD,
+            reorder=reorder,
+        )
+        targets = found.tokens_BNT.reshape(8 * beam_size, 12)
+        logits = module(np.repeat(source, beam_size, 0), targets)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+        return found, jnp.where(targets != PAD, picked, 0.0).sum(-1).reshape(8, beam_size)
+
+    found, log_probs = both(params)
+    want = log_probs / ((5 + found.lengths_BN.astype(jnp.float32)) / 6) ** 0.6
+    np.testing.assert_allclose(found.scores_BN, want, rtol=1e-5)
+    assert len(np.unique(np.asarray(found.tokens_BNT[0]), axis=0)) == beam_size
 
 
 def test_the_stream_is_flushed_group_by_group():

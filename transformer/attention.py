@@ -20,11 +20,6 @@ def causal_mask(length: int) -> Array:
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
-def cache_mask(length: int, position: Array) -> Array:
-    """A cached decoder at `position` may look at what is written, slots ≤ position: bool [1, 1, 1, T]."""
-    return (jnp.arange(length, dtype=jnp.int32) <= position)[None, None, None, :]
-
-
 def dot_product_attention(
     q_BTHK: Array,
     k_BSHK: Array,
@@ -63,13 +58,23 @@ def write_cache(cache_BNTHK: Array, new_BNHK: Array, position: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(cache_BNTHK, new_BNHK[:, :, None], position, axis=2)
 
 
-def cached_attention(q_BNHK: Array, k_BNTHK: Array, v_BNTHK: Array, position: Array) -> Array:
-    """One query for each beam over that beam's own cache, as far as it is written; [B, N, H, K]."""
+def cached_attention(q_BNHK: Array, k_BNTHK: Array, v_BNTHK: Array, ancestors_BNT: Array, position: Array) -> Array:
+    """One query for each beam over the cache of all beams of its sentence, as far as its own past goes.
+
+    Hypotheses move between beams while the cache stays where it was written, which spares moving it at
+    every step; a hypothesis only knows where its past lies.
+
+    Args:
+      ancestors_BNT: int32; the beam in which the hypothesis now in beam n wrote its position t.
+      position: int32 []; positions after it are not written yet.
+
+    Returns:
+      [B, N, H, K]
+    """
     B, N, T = k_BNTHK.shape[:3]
-    out = dot_product_attention(
-        q_BNHK.reshape(B * N, 1, *q_BNHK.shape[2:]),
-        k_BNTHK.reshape(B * N, T, *k_BNTHK.shape[3:]),
-        v_BNTHK.reshape(B * N, T, *v_BNTHK.shape[3:]),
-        cache_mask(T, position),
-    )
-    return out.reshape(B, N, *v_BNTHK.shape[3:])
+    beams_N = jnp.arange(N, dtype=jnp.int32)
+    is_own = ancestors_BNT[:, :, None, :] == beams_N[None, None, :, None]
+    is_written = jnp.arange(T, dtype=jnp.int32) <= position
+    mask = (is_own & is_written[None, None, None, :]).reshape(B, 1, N, N * T)
+    k_BSHK, v_BSHK = (array.reshape(B, N * T, *array.shape[3:]) for array in (k_BNTHK, v_BNTHK))
+    return dot_product_attention(q_BNHK, k_BSHK, v_BSHK, mask)

@@ -35,6 +35,13 @@ class LayerCache(NamedTuple):
     v_BNTHK: Array
 
 
+class Cache(NamedTuple):
+    """What decoding remembers of all beams, and which beam wrote each position of a hypothesis' past."""
+
+    layers: list[LayerCache]
+    ancestors_BNT: Array
+
+
 class Memory(NamedTuple):
     """The source as the decoder sees it: for each layer keys and values [B, S, H, K], one for all beams."""
 
@@ -75,7 +82,13 @@ class DecoderLayer(nnx.Module):
         return self.mlp_residual(x_BTD, lambda y: self.mlp(y, keys[4]), keys[5])
 
     def step(
-        self, x_BND: Array, source: tuple[Array, Array], mask: Array, cache: LayerCache, position: Array
+        self,
+        x_BND: Array,
+        source: tuple[Array, Array],
+        mask: Array,
+        cache: LayerCache,
+        ancestors_BNT: Array,
+        position: Array,
     ) -> tuple[Array, LayerCache]:
         """One position of every beam; beams share the source's keys and values as so many queries."""
 
@@ -86,7 +99,7 @@ class DecoderLayer(nnx.Module):
                 attention.write_cache(cache.k_BNTHK, k_BNHK, position),
                 attention.write_cache(cache.v_BNTHK, v_BNHK, position),
             )
-            heads = attention.cached_attention(self.attention.queries(y_BND), *cache, position)
+            heads = attention.cached_attention(self.attention.queries(y_BND), *cache, ancestors_BNT, position)
             return self.attention.project(heads)
 
         x_BND = self.attention_residual(x_BND, look_back)
@@ -148,28 +161,28 @@ class Transformer(nnx.Module):
             x_BTD = layer(x_BTD, encoded_BSD, self_mask, cross_mask, layer_key)
         return self._logits(x_BTD)
 
-    def start(self, source_BS: Array, beams: int, max_length: int) -> tuple[Memory, list[LayerCache]]:
+    def start(self, source_BS: Array, beams: int, max_length: int) -> tuple[Memory, Cache]:
         """What decoding step by step needs: the encoded source, and an empty cache of `max_length` slots a beam."""
         encoded_BSD = self.encode(source_BS)
         layers = [layer.cross.keys_values(encoded_BSD) for layer in self.decoder]
         leading = (source_BS.shape[0], beams, max_length)
-        caches = [
+        empty = [
             LayerCache(*(jnp.zeros((*leading, *array.shape[2:]), self.dtype) for array in layer)) for layer in layers
         ]
-        return Memory(layers, attention.padding_mask(source_BS != PAD)), caches
+        return Memory(layers, attention.padding_mask(source_BS != PAD)), Cache(empty, jnp.zeros(leading, jnp.int32))
 
-    def step(
-        self, memory: Memory, caches: list[LayerCache], inputs_BN: Array, position: Array
-    ) -> tuple[Array, list[LayerCache]]:
+    def step(self, memory: Memory, cache: Cache, inputs_BN: Array, position: Array) -> tuple[Array, Cache]:
         """One position of every beam: logits float32 [B, N, V], and the cache with it written."""
-        table_TD = self._positions("target", caches[0].k_BNTHK.shape[2])
+        table_TD = self._positions("target", cache.ancestors_BNT.shape[2])
         row_1D = jax.lax.dynamic_slice_in_dim(table_TD, position, 1)
         x_BND = self._embed("target", inputs_BN, row_1D, None)
+        here_BN1 = jax.lax.broadcasted_iota(jnp.int32, (*inputs_BN.shape, 1), 1)
+        ancestors_BNT = jax.lax.dynamic_update_slice_in_dim(cache.ancestors_BNT, here_BN1, position, axis=2)
         written = []
-        for layer, source, cache in zip(self.decoder, memory.layers, caches, strict=True):
-            x_BND, cache = layer.step(x_BND, source, memory.mask, cache, position)
-            written.append(cache)
-        return self._logits(x_BND), written
+        for layer, source, past in zip(self.decoder, memory.layers, cache.layers, strict=True):
+            x_BND, past = layer.step(x_BND, source, memory.mask, past, ancestors_BNT, position)
+            written.append(past)
+        return self._logits(x_BND), Cache(written, ancestors_BNT)
 
     def _table(self, name: str) -> Embedding:
         return self.embeddings["shared" if self.config.share_embeddings else name]
@@ -188,6 +201,11 @@ class Transformer(nnx.Module):
         if self.config.norm == "pre":
             x = self.decoder_norm(x)
         return self._table("output").logits(x)
+
+
+def reorder(cache: Cache, parents_BN: Array) -> Cache:
+    """The cache after hypotheses moved from beams `parents_BN`, int32 [B, N]: keys and values stay where they are."""
+    return cache._replace(ancestors_BNT=jnp.take_along_axis(cache.ancestors_BNT, parents_BN[:, :, None], 1))
 
 
 def shift_right(target_BT: Array) -> Array:

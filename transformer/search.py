@@ -25,11 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 
 Cache = Any
-"""Any pytree of arrays that all lead with [B, N]: what the step function remembers of each hypothesis."""
+"""Any pytree of arrays: what the step function remembers of each hypothesis."""
 
 StepFn = Callable[[Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
 """(cache, the last token of each hypothesis: int32 [B, N], its position from 0, BOS being at 0: int32 [])
 → (logits of the next token: any float [B, N, V], the cache of the same shapes and dtypes)."""
+
+Reorder = Callable[[Cache, jax.Array], Cache]
+"""(cache, parents: int32 [B, N]) → the cache in which hypothesis n goes on from what was parents[b, n]."""
 
 IMPOSSIBLE = -1e9
 """The log-probability and the score of what cannot be: finite, so that sums and ratios stay free of NaN."""
@@ -97,6 +100,7 @@ def beam_search(
     bos_id: int,
     eos_id: int,
     pad_id: int,
+    reorder: Reorder | None = None,
 ) -> Hypotheses:
     """Searches for the N hypotheses of each sentence with the best log-probability / length penalty.
 
@@ -106,18 +110,20 @@ def beam_search(
 
     Args:
       step: one step of the model. At position 0 all beams hold BOS and only the first one counts.
-      cache: its state before BOS; each leaf [batch_size, beam_size, ...].
+      cache: its state before BOS.
       batch_size, beam_size, max_length: B, N and T; static.
       max_lengths_B: int32 [B], the most tokens, EOS counted, of each sentence; kept within 0..T. A limit
         of 0 marks a row as padding: it is done from the start and gives an empty hypothesis.
       length_penalty: alpha of ((5 + length) / 6) ** alpha (Wu et al., 2016, equation 14), EOS counted; a
         float, or a float32 scalar that may differ from call to call of one compiled search.
       bos_id, eos_id, pad_id: token ids; EOS may be the same as one of the others.
+      reorder: makes the cache follow its hypotheses, where that can be done for less than moving all of it;
+        None moves each leaf, which then is [batch_size, beam_size, ...].
 
     Raises:
-      ValueError: a size is not positive, or a leaf of the cache does not lead with [B, N].
+      ValueError: a size is not positive, or a leaf of a cache to be moved does not lead with [B, N].
     """
-    _check_shapes(cache, batch_size, beam_size, max_length)
+    _check_shapes(None if reorder else cache, batch_size, beam_size, max_length)
     limits_B = jnp.clip(max_lengths_B, 0, max_length)
     rules = _Rules(limits_B, _length_penalties(max_length, length_penalty), pad_id, bos_id, eos_id)
     start = _State(
@@ -128,7 +134,7 @@ def beam_search(
     )
     end = jax.lax.while_loop(
         lambda state: ~jnp.all(state.done_B),
-        lambda state: _advance(step, state, rules),
+        lambda state: _advance(step, reorder or move_beams, state, rules),
         start,
     )
     return _collect(end.beams, rules)
@@ -163,7 +169,7 @@ def _first_beams(batch_size: int, beam_size: int, max_length: int, rules: _Rules
     )
 
 
-def _advance(step: StepFn, state: _State, rules: _Rules) -> _State:
+def _advance(step: StepFn, reorder: Reorder, state: _State, rules: _Rules) -> _State:
     """Extends all hypotheses by one token."""
     last_BN = jax.lax.dynamic_index_in_dim(state.beams.alive_tokens, state.position, axis=2, keepdims=False)
     logits_BNV, cache = step(state.cache, last_BN, state.position)
@@ -172,7 +178,7 @@ def _advance(step: StepFn, state: _State, rules: _Rules) -> _State:
     beams, parents_BN = _select(candidates, state.beams, position, rules)
     beams = jax.tree.map(lambda old, new: _where_rows(state.done_B, old, new), state.beams, beams)
     if last_BN.shape[1] > 1:
-        cache = jax.tree.map(lambda leaf: _take_beams(leaf, parents_BN), cache)
+        cache = reorder(cache, parents_BN)
     return _State(position, cache, beams, state.done_B | _is_done(beams, position, rules))
 
 
@@ -255,6 +261,11 @@ def _collect(beams: _Beams, rules: _Rules) -> Hypotheses:
 def _is_possible(log_probs: jax.Array) -> jax.Array:
     # Far from both what models give and IMPOSSIBLE, so that adding to IMPOSSIBLE does not blur the line.
     return log_probs > IMPOSSIBLE / 2
+
+
+def move_beams(cache: Cache, parents_BN: jax.Array) -> Cache:
+    """Each leaf [B, N, ...] with the beams that `parents_BN`, int32 [B, N], names."""
+    return jax.tree.map(lambda leaf: _take_beams(leaf, parents_BN), cache)
 
 
 def _join(first: jax.Array, second: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from transformer import compilation, search, sharding
 from transformer.batching import PADDING_ROW, PlannedBatch, Ragged, eval_plan
 from transformer.command_line import say
 from transformer.config import DecodeConfig
+from transformer.model import reorder
 from transformer.step import Model, Params
 from transformer.tokenizer import BOS, EOS, PAD, Tokenizer, cut
 
@@ -103,6 +104,7 @@ def best_translations(model: Model, config: DecodeConfig, params: Params, source
         bos_id=BOS,
         eos_id=EOS,
         pad_id=PAD,
+        reorder=reorder,
     )
     return hypotheses.tokens_BNT[:, 0]
 
