@@ -8,12 +8,15 @@ Model, vocabulary and decoding settings are those saved with the checkpoint.
 
 import argparse
 import json
-import pathlib
+import math
 from typing import TYPE_CHECKING
+
+from etils import epath
 
 from transformer import command_line
 from transformer.command_line import say
-from transformer.errors import UserError
+from transformer.errors import DivergedError, UserError
+from transformer.files import reported, write_whole
 
 if TYPE_CHECKING:
     from transformer.checkpoint import Trained
@@ -36,6 +39,9 @@ def main(argv: list[str]) -> None:
     compilation.enable_cache()
     trained = load_trained(args.workdir, args.checkpoint)
     name, sources, references = read_pairs(args, trained)
+    output = epath.Path(args.output or epath.Path(args.workdir) / "translations" / f"{trained.step}.{name}.txt")
+    with reported(f"{output}"):
+        output.parent.mkdir(parents=True, exist_ok=True)
     evaluator = Evaluator(trained.model, trained.tokenizer, trained.config, trained.mesh)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
@@ -43,8 +49,10 @@ def main(argv: list[str]) -> None:
         report = evaluator.evaluate(
             trained.params, sources, references, progress=lambda done: bar.advance(task, advance=done)
         )
-    output = pathlib.Path(args.output or pathlib.Path(args.workdir) / "translations" / f"{trained.step}.{name}.txt")
-    write_lines(output, report.translations)
+    if not math.isfinite(report.loss):
+        raise DivergedError(f"checkpoint {trained.step}: its loss is {report.loss}; evaluate another")
+    with reported(f"{output}"):
+        write_whole(output, "".join(f"{line}\n" for line in report.translations))
     show_samples(sources, references[0], report.translations)
     say(table(name, trained.step, report))
     say(f"translations: {output}")
@@ -85,7 +93,7 @@ def read_pairs(args: argparse.Namespace, trained: "Trained") -> tuple[str, list[
     if args.source:
         sources = list(text_files.read_lines(args.source))
         return (
-            pathlib.Path(args.source).name,
+            epath.Path(args.source).name,
             sources,
             [list(text_files.read_lines(path)) for path in args.reference.split(",")],
         )
@@ -93,17 +101,9 @@ def read_pairs(args: argparse.Namespace, trained: "Trained") -> tuple[str, list[
     return split.name, split.sources(), [split.targets()]
 
 
-def write_lines(path: pathlib.Path, lines: list[str]) -> None:
-    """Writes one sentence a line; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes("".join(f"{line}\n" for line in lines).encode())
-    partial.replace(path)
-
-
 def show_samples(sources: list[str], references: list[str], translations: list[str]) -> None:
     """A few sentences, spread over the set."""
-    for i in range(0, len(sources), max(len(sources) // SAMPLES, 1)):
+    for i in range(0, len(sources), -(-len(sources) // SAMPLES) or 1):
         say(f"  source      {sources[i]}\n  translation {translations[i]}\n  reference   {references[i]}\n")
 
 

@@ -23,7 +23,6 @@ def get_config() -> config_dict.ConfigDict:
     config.model.dropout_rate = 0.2
 
     config.data.name = "text"
-    config.data.dir = "data"
     config.data.source_language = "en"
     config.data.target_language = "de"
     config.data.vocab_size = 4000

@@ -38,7 +38,8 @@ def _strict():
 
 def small_config(**sections):
     """A config of a tiny model, each section's fields overridden by keyword: small_config(train={"seed": 1})."""
-    from transformer.config import default_config, resolve
+    from transformer.config import default_config
+    from transformer.validation import resolve
 
     config = default_config()
     small = {

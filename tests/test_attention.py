@@ -65,7 +65,7 @@ def test_softmax_of_bfloat16_is_taken_in_float32():
     got = attention.dot_product_attention(q, k, v, mask)
     want = reference(*(np.asarray(a, np.float64) for a in (q, k, v)), np.asarray(mask))
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.03)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.008)  # 0.012 with a softmax in bfloat16
 
 
 def test_dropout_keeps_the_mean_and_needs_a_key():

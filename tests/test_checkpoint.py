@@ -29,7 +29,8 @@ def saved(parts, tmp_path_factory):
     """A workdir with checkpoints 9, 10 and 100."""
     workdir = tmp_path_factory.mktemp("saved")
     for done, bleu in ((9, 30.0), (10, 20.0), (100, 10.0)):
-        save(workdir, parts, done, {checkpoint.SCORE: bleu, "best": 30.0})
+        save(workdir, parts, done)
+        Checkpoints(workdir).record(done, {checkpoint.SCORE: bleu, "best": 30.0})
     return workdir
 
 
@@ -39,11 +40,11 @@ def workdir(saved, tmp_path):
     return tmp_path / "run"
 
 
-def save(workdir, parts, done, metrics=None):
+def save(workdir, parts, done):
     config, vocabulary, _, mesh, state = parts
     marked = jax.tree.map(lambda leaf: leaf + np.asarray(done, leaf.dtype), state.params)
     counter = jax.device_put(np.int32(done), sharding.replicated(mesh))
-    Checkpoints(workdir).save(state._replace(step=counter, params=marked), config, vocabulary, metrics or {})
+    Checkpoints(workdir).save(state._replace(step=counter, params=marked), config, vocabulary, "digest of the data")
 
 
 def test_steps_are_in_order_of_number(workdir):
@@ -119,11 +120,15 @@ def test_no_damage_to_any_file_goes_unnoticed(workdir, damage, capsys):
         shutil.copytree(folder, workdir / "whole")
         DAMAGE[damage](path)
         assert Checkpoints(workdir).newest_sound() == 10, path
-        message = capsys.readouterr().err
-        gone = path.name == checkpoint.MANIFEST and damage == "deleted"  # then it is not finished, so not there
-        assert gone or "checkpoint 100 is damaged and skipped" in message, path
+        assert "checkpoint 100 is damaged and skipped" in capsys.readouterr().err, path
         shutil.rmtree(folder)
         (workdir / "whole").rename(folder)
+    assert Checkpoints(workdir).newest_sound() == 100
+
+
+@pytest.mark.parametrize("name", [".DS_Store", ".nfs0001", "params/.DS_Store"])
+def test_what_a_file_manager_leaves_is_no_damage(workdir, name):
+    (workdir / "checkpoints" / "100" / name).write_text("x")
     assert Checkpoints(workdir).newest_sound() == 100
 
 
@@ -142,18 +147,60 @@ def test_if_none_is_sound_nothing_starts_over(workdir):
         Checkpoints(workdir).newest_sound()
 
 
-def test_what_was_cut_short_does_not_count(workdir):
-    (workdir / "checkpoints" / "100" / checkpoint.MANIFEST).unlink()
-    (workdir / "checkpoints" / "200" / "params").mkdir(parents=True)
+def test_what_was_cut_short_does_not_count_and_is_cleared(workdir):
+    for name in ("200.partial", "9.removed"):
+        (workdir / "checkpoints" / name / "params").mkdir(parents=True)
     (workdir / "checkpoints" / "notes").mkdir()
-    assert Checkpoints(workdir).newest_sound() == 10
+    assert Checkpoints(workdir).newest_sound() == 100
+    Checkpoints(workdir).prepare(100)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"9", "10", "100", "notes"}
 
 
-def test_a_save_replaces_what_was_cut_short(workdir, parts):
-    (workdir / "checkpoints" / "100" / checkpoint.MANIFEST).unlink()
-    (workdir / "checkpoints" / "100" / "rubbish").write_text("x")
+def test_a_lost_manifest_is_damage_and_never_a_fresh_start(workdir, capsys):
+    for name in ("9", "10", "100"):
+        (workdir / "checkpoints" / name / checkpoint.MANIFEST).unlink()
+    with pytest.raises(WorkdirError, match=r"none of the checkpoints .* is sound"):
+        Checkpoints(workdir).newest_sound()
+    assert capsys.readouterr().err.count("damaged") == 3
+
+
+def test_a_damaged_newest_is_put_aside_and_never_outlives_a_sound_one(workdir, parts):
+    flip(workdir / "checkpoints" / "100" / "config.json")
+    checkpoints = Checkpoints(workdir)
+    checkpoints.prepare(checkpoints.newest_sound())
+    assert (workdir / "checkpoints" / "100.damaged").exists()
+    save(workdir, parts, 50)
+    checkpoints.prune(keep_last=1, keep_best=0)
+    assert checkpoints.steps() == [50]
+    assert checkpoints.newest_sound() == 50
+
+
+def test_a_save_replaces_one_of_the_same_step(workdir, parts):
+    flip(workdir / "checkpoints" / "100" / "config.json")
     save(workdir, parts, 100)
     assert Checkpoints(workdir).newest_sound() == 100
+    assert Checkpoints(workdir).metrics(100) == {}
+
+
+def test_a_save_that_fails_leaves_the_others_as_they_were(workdir, parts, monkeypatch):
+    monkeypatch.setattr(checkpoint.ocp, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(UserError, match="No space left"):
+        save(workdir, parts, 200)
+    assert Checkpoints(workdir).newest_sound() == 100
+
+
+def test_of_equal_scores_the_newest_is_the_best(workdir):
+    for done in (9, 10):
+        Checkpoints(workdir).record(done, {checkpoint.SCORE: 30.0})
+    assert Checkpoints(workdir).select("best") == 10
+
+
+def test_a_model_is_used_on_whatever_devices_there_are(parts, tmp_path, monkeypatch):
+    """Trained on two devices of a mesh that the config fixed, opened on all eight, or on one."""
+    save(tmp_path, parts, 3)
+    assert checkpoint.load_trained(tmp_path, "latest").mesh.size == 8
+    monkeypatch.setattr(jax, "devices", lambda: [jax.local_devices()[0]])
+    assert checkpoint.load_trained(tmp_path, "latest").mesh.size == 1
 
 
 @pytest.mark.parametrize(
@@ -167,10 +214,8 @@ def test_pruning_keeps_the_newest_and_the_best(workdir, keep_last, keep_best, le
 
 
 def test_nothing_in_a_checkpoint_is_executed(workdir):
-    """A manifest, config or metrics file that is code is no manifest, config or metrics."""
-    folder = workdir / "checkpoints" / "100"
-    for name in (checkpoint.MANIFEST, "metrics.json"):
-        (folder / name).write_text("__import__('os').system('touch hacked')")
+    """A manifest that is code is no manifest."""
+    (workdir / "checkpoints" / "100" / checkpoint.MANIFEST).write_text("__import__('os').system('touch hacked')")
     assert Checkpoints(workdir).metrics(100) == {}
     assert Checkpoints(workdir).newest_sound() == 10
 
@@ -178,5 +223,6 @@ def test_nothing_in_a_checkpoint_is_executed(workdir):
 def test_the_manifest_lists_every_file_with_its_digest(workdir):
     folder = workdir / "checkpoints" / "100"
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    assert set(manifest) == {str(p.relative_to(folder)) for p in files(folder)} - {checkpoint.MANIFEST}
-    assert {"config.json", "metrics.json", f"tokenizer/{tokenizer.FILE_NAME}"} <= set(manifest)
+    assert set(manifest["files"]) == {str(p.relative_to(folder)) for p in files(folder)} - {checkpoint.MANIFEST}
+    assert {"config.json", f"tokenizer/{tokenizer.FILE_NAME}"} <= set(manifest["files"])
+    assert (manifest["data"], manifest["metrics"]["best"]) == ("digest of the data", 30.0)

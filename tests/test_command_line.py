@@ -44,7 +44,8 @@ def test_a_boolean_and_a_float_and_a_string():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ([], r"expected --config=FILE"),
+        ([], r"expected one --config=FILE"),
+        ([DEMO, DEMO], r"expected one --config=FILE.*got 2"),
         (["--config=configs/none.py"], r"configs/none\.py: no such file"),
         ([DEMO, "--config.model.num_layer=3"], r"config\.model: unknown field 'num_layer'; did you mean 'num_layers'"),
         ([DEMO, "--config.modle.num_layers=3"], r"config: unknown field 'modle'; did you mean 'model'"),
@@ -104,12 +105,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train.py"], "expected --config=FILE"),
+        (["train.py"], "expected one --config=FILE"),
         (["train.py", DEMO, "--workdir=x", "--config.train.seed=-1"], "config.train.seed: expected at least 0, got -1"),
         (["train.py", DEMO, "--workdir=x", "--config.model.num_heads=3"], "num_heads = 3 does not divide"),
         (["train.py", DEMO, "--workdir=x", "--config.data.name=no_such_set"], "no_such_set"),
         (["train.py", DEMO], "--workdir"),
         (["train.py", DEMO, "--workdir=x", "--wrokdir=y"], "--wrokdir"),
+        (["train.py", DEMO, "--workdir=x", "--config.data.tokenizer=no.model"], "no.model: expected a SentencePiece"),
         (["eval.py"], "--workdir"),
         (["eval.py", "--workdir=x", "--source=a"], "--source and --reference go together"),
     ],
@@ -147,3 +149,20 @@ def test_a_reader_that_goes_away_is_no_traceback():
     result = subprocess.run(f"{sys.executable} -c '{program}' | head -1", shell=True, capture_output=True, text=True)
     assert result.stdout == "0\n"
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["eval.py"], ["-m", "transformer.translate"]])
+def test_help_is_to_be_had(command):
+    result = run(*command, "--help")
+    assert result.returncode == 0
+    assert "--workdir" in result.stdout
+
+
+def test_huge_pages_are_asked_for_once():
+    program = (
+        "import os\nfrom transformer import command_line\ncommand_line.use_huge_pages()\n"
+        "print(os.environ['GLIBC_TUNABLES'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    assert run("-c", program, env=environment).stdout == "glibc.malloc.hugetlb=1\n"
+    assert run("-c", program, env={**environment, "GLIBC_TUNABLES": "mine"}).stdout == "mine\n"

@@ -6,8 +6,10 @@ import math
 import pytest
 
 from transformer import config as configs
-from transformer.config import Config, default_config, resolve
+from transformer import validation
+from transformer.config import Config, default_config
 from transformer.errors import UserError
+from transformer.validation import resolve
 
 NUMBERS = [
     (section, field.name, field)
@@ -29,7 +31,7 @@ def refused(match, **sections):
 
 def test_the_defaults_are_valid_and_survive_json():
     config = resolve(default_config())
-    assert config == Config() == configs.from_json(config.to_json(), "config.json")
+    assert config == Config() == validation.from_json(config.to_json(), "config.json")
 
 
 def test_every_field_is_documented_and_has_a_default_of_its_type():
@@ -39,14 +41,24 @@ def test_every_field_is_documented_and_has_a_default_of_its_type():
             assert type(field.default) is field.type
 
 
-def test_key_width_follows_model_width_until_it_is_set():
+def test_key_and_value_widths_follow_the_model_width_until_they_are_set():
     config = default_config()
     config.model.emb_dim = 64
     assert resolve(config).model.qkv_dim == resolve(config).model.value_dim == 64
+    assert resolve({"model": {"emb_dim": 64}}) == resolve(config)
     config.model.qkv_dim = 32
-    assert (resolve(config).model.qkv_dim, resolve(config).model.value_dim) == (32, 32)
+    assert (resolve(config).model.qkv_dim, resolve(config).model.value_dim) == (32, 64)
     config.model.value_dim = 128
     assert (resolve(config).model.qkv_dim, resolve(config).model.value_dim) == (32, 128)
+
+
+def test_paths_become_absolute_and_addresses_stay(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    data = {"name": "text", "dir": "corpus", "data_dir": "gs://bucket/data", "tokenizer": "a.model"}
+    got = configs.with_absolute_paths(resolve({"data": data})).data
+    assert (got.dir, got.data_dir) == (str(tmp_path / "corpus"), "gs://bucket/data")
+    assert (got.tokenizer, got.train) == (str(tmp_path / "a.model"), "")
+    assert configs.with_absolute_paths(Config()) == Config()
 
 
 def test_a_config_file_cannot_invent_fields():
@@ -128,9 +140,9 @@ def test_what_is_no_config_is_refused(values):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model": {"num_layers": "six"}}'])
 def test_a_damaged_config_file_is_refused(text):
     with pytest.raises(UserError):
-        configs.from_json(text, "config.json")
+        validation.from_json(text, "config.json")
 
 
 def test_differences_name_field_old_and_new():
     old, new = resolve({}), resolve({"train": {"seed": 3}, "model": {"norm": "pre"}})
-    assert configs.differences(old, new) == ["model.norm: 'post' → 'pre'", "train.seed: 0 → 3"]
+    assert list(map(str, configs.differences(old, new))) == ["model.norm: 'post' → 'pre'", "train.seed: 0 → 3"]

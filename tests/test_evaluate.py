@@ -100,7 +100,7 @@ def test_an_empty_set_is_evaluated(evaluator):
 def test_counts_are_checked_before_anything_is_translated(evaluator, monkeypatch):
     room, params, _, _ = evaluator
     monkeypatch.setattr(room.translator, "translate", lambda *_: pytest.fail("translated"))
-    with pytest.raises(UserError, match="expected a reference for each of 4 source sentences, got 3"):
+    with pytest.raises(UserError, match="got 4 sentences and 3 lines in reference 1"):
         room.evaluate(params, HYPOTHESES, [REFERENCES[:3]])
 
 

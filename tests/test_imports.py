@@ -13,7 +13,7 @@ PACKAGE = ROOT / "transformer"
 
 # Each room may import only rooms above it.
 ORDER = """
-errors config command_line
+errors files config validation command_line
 datasets/text_files datasets/pair_files
 datasets/cldr_words datasets/cldr_grammar datasets/cldr_locale datasets/cldr_slots
 datasets/cldr_frames_time datasets/cldr_frames_life datasets/cldr

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from transformer import loop
+from transformer import loop, step
 from transformer.batching import Batch
 from transformer.checkpoint import Checkpoints
 from transformer.errors import DivergedError, StoppedError, UserError, WorkdirError
@@ -152,40 +152,84 @@ def test_a_finished_run_is_left_alone(data, whole, capsys):
     before = files_of(whole)
     loop.fit(config_of(data), whole)
     assert files_of(whole) == before
-    assert "already trained for 12 steps" in capsys.readouterr().err
+    assert "trained for 12 steps; raise train.num_steps" in capsys.readouterr().err
 
 
-def test_a_stop_signal_saves_the_step_it_is_at(data, whole, tmp_path, monkeypatch):
+def stop_at(monkeypatch, update):
+    """Sends this process a SIGTERM while that update is dispatched."""
     dispatch = loop.Updates.dispatch
-    calls = []
 
     def interrupted(self):
         dispatch(self)
-        calls.append(1)
-        if len(calls) == 4:
+        if self._done == update:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(loop.Updates, "dispatch", interrupted)
+
+
+def test_a_stop_signal_saves_the_step_it_is_at(data, whole, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
+    stop_at(monkeypatch, 4)
     with pytest.raises(StoppedError, match="saved step 4") as stopped:
         loop.fit(config_of(data), tmp_path / "run")
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
     assert Checkpoints(tmp_path / "run").steps() == [3, 4]
-    monkeypatch.setattr(loop.Updates, "dispatch", dispatch)
+    monkeypatch.undo()
     loop.fit(config_of(data), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
 
 
-def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data, tmp_path):
-    config = config_of(data, optimizer={"schedule": "constant", "learning_rate": 1e30, "warmup_steps": 0})
-    with pytest.raises(DivergedError, match="the run diverged: at update"):
-        loop.fit(config, tmp_path / "run")
-    assert all(
-        np.isfinite(leaf).all()
-        for done in Checkpoints(tmp_path / "run").steps()
-        for leaf in jax.tree.leaves(restore(tmp_path / "run", done))
-    )
+@pytest.mark.parametrize("keep_last", [1, 20])
+@pytest.mark.parametrize("what", ["loss", "params"])
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data, whole, tmp_path, monkeypatch, what, keep_last):
+    """From update 8 on the loss, or the params that a good loss left behind, are no numbers."""
+    make = step.make_train_step
+
+    def failing(*args):
+        train_step = make(*args)
+
+        def run(state, batch):
+            state, metrics = train_step(state, batch)
+            if int(jax.device_get(state.step)) < 8:
+                return state, metrics
+            if what == "loss":
+                bad = jax.device_put(np.float32(np.nan))
+                return state, metrics._replace(loss=metrics.loss._replace(objective=bad))
+            return state._replace(params=jax.tree.map(jax.jit(lambda leaf: leaf / 0.0), state.params)), metrics
+
+        return run
+
+    monkeypatch.setattr(loop.step, "make_train_step", failing)
+    with pytest.raises(DivergedError, match="the run diverged") as diverged:
+        loop.fit(config_of(data, train={"keep_last": keep_last}), tmp_path / "run")
+    assert diverged.value.exit_code == 3
+    assert Checkpoints(tmp_path / "run").newest_sound() == 6
+    monkeypatch.setattr(loop.step, "make_train_step", make)
+    loop.fit(config_of(data), tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
+
+
+def test_a_validation_loss_that_is_no_number_makes_no_checkpoint(data, tmp_path, monkeypatch):
+    held_out = loop.Evaluator.held_out_loss
+    losses = iter([None, np.nan])
+    monkeypatch.setattr(loop.Evaluator, "held_out_loss", lambda *args: next(losses) or held_out(*args))
+    with pytest.raises(DivergedError, match="the validation loss is nan"):
+        loop.fit(config_of(data), tmp_path / "run")
+    assert Checkpoints(tmp_path / "run").newest_sound() == 9
+
+
+def test_a_validation_that_a_stop_prevented_is_made_up_for(data, whole, tmp_path, monkeypatch):
+    """Else an interrupted run could choose another best checkpoint than an undisturbed one."""
+    for at in (6, 12):
+        stop_at(monkeypatch, at)
+        with pytest.raises(StoppedError, match=f"saved step {at}"):
+            loop.fit(config_of(data), tmp_path / "run")
+        monkeypatch.undo()
+        assert "valid/bleu" not in Checkpoints(tmp_path / "run").metrics(at)
+    loop.fit(config_of(data), tmp_path / "run")
+    for at in (6, 12):
+        assert Checkpoints(tmp_path / "run").metrics(at) == Checkpoints(whole).metrics(at)
 
 
 def test_a_workdir_of_another_config_is_refused_and_unharmed(data, whole):
@@ -198,7 +242,7 @@ def test_a_workdir_of_another_config_is_refused_and_unharmed(data, whole):
 def test_a_lost_vocabulary_is_not_trained_again(data, tmp_path):
     loop.fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
     (tmp_path / "run" / "tokenizer" / "sentencepiece.model").unlink()
-    with pytest.raises(UserError, match="the vocabulary of this workdir is missing"):
+    with pytest.raises(UserError, match="missing or not the one"):
         loop.fit(config_of(data), tmp_path / "run")
 
 
@@ -209,6 +253,37 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(data, whole, tmp_path,
     loop.fit(config_of(data), tmp_path / "run")
     assert "checkpoint 6 is damaged" in capsys.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
+
+
+def test_a_failed_start_does_not_bind_the_workdir(data, tmp_path):
+    with pytest.raises(UserError, match="vocab_size = 30000: cannot train"):
+        loop.fit(config_of({**data, "vocab_size": 30000}), tmp_path / "run")
+    loop.fit(config_of({**data, "vocab_size": 285}, train={"num_steps": 3}), tmp_path / "run")
+    with pytest.raises(UserError, match="vocab_size: 285 → 290"):
+        loop.fit(config_of({**data, "vocab_size": 290}), tmp_path / "run")
+
+
+def test_other_training_data_is_refused_and_the_same_data_elsewhere_is_not(data, tmp_path):
+    import shutil
+
+    moved = tmp_path / "moved"
+    shutil.copytree(data["dir"], moved, ignore=shutil.ignore_patterns("prepared"))
+    elsewhere = {**data, "dir": str(moved)}
+    loop.fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
+    loop.fit(config_of(elsewhere, train={"num_steps": 6}), tmp_path / "run")
+    lines = (moved / "train.en").read_text().splitlines()
+    (moved / "train.en").write_text("\n".join(lines[::-1]) + "\n")
+    with pytest.raises(UserError, match="the training data has changed since step 6: its digest was"):
+        loop.fit(config_of(elsewhere), tmp_path / "run")
+
+
+def test_another_vocabulary_in_the_workdir_is_refused(data, whole, tmp_path):
+    from transformer import tokenizer
+
+    loop.fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
+    tokenizer.train(["a b c"] * 9, 264, "unigram").save(tmp_path / "run" / "tokenizer")
+    with pytest.raises(UserError, match="missing or not the one"):
+        loop.fit(config_of(data), tmp_path / "run")
 
 
 def test_if_no_checkpoint_is_sound_training_refuses_to_start_over(data, tmp_path):

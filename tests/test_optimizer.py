@@ -41,13 +41,13 @@ PARAMS = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0)}
 GRADS = {"kernel": jnp.asarray([[3.0, 0.0], [0.0, 4.0]]), "bias": jnp.zeros((2,))}
 
 
-def update(**fields):
+def update(grads=None, **fields):
     config = small_config(optimizer={"schedule": "constant", "warmup_steps": 0, "learning_rate": 0.1, **fields})
     optimizer = make_optimizer(config)
     state = optimizer.init(PARAMS)
     with jax.numpy_dtype_promotion("standard"):
-        for grads in (GRADS, jax.tree.map(lambda g: g * 0.5, GRADS)):
-            updates, state = optimizer.update(grads, state, PARAMS)
+        for gradient in grads or (GRADS, jax.tree.map(lambda g: g * 0.5, GRADS)):
+            updates, state = optimizer.update(gradient, state, PARAMS)
     return updates
 
 
@@ -66,10 +66,12 @@ def test_weight_decay_is_decoupled_and_spares_biases():
 
 
 def test_clipping_is_by_the_global_norm():
-    """Adam forgets the scale of a constant gradient, so the first step is clipped alone to tell them apart."""
-    got, want = update(clip_norm=3.5), update()
-    assert not np.allclose(got["kernel"], want["kernel"])
-    np.testing.assert_array_equal(update(clip_norm=100.0)["kernel"], want["kernel"])
+    """Adam forgets a common scale, so two steps are taken of which clipping shrinks the first alone."""
+    small = jax.tree.map(lambda g: g * 0.5, GRADS)  # norm 2.5, under the bound; the first has norm 5
+    scaled = jax.tree.map(lambda g: g * (3.5 / 5), GRADS)
+    jax.tree.map(np.testing.assert_allclose, update(clip_norm=3.5), update(grads=(scaled, small)))
+    jax.tree.map(np.testing.assert_array_equal, update(clip_norm=100.0), update())
+    assert not np.allclose(update(clip_norm=3.5)["kernel"], update()["kernel"])
 
 
 @pytest.mark.parametrize(("field", "value"), [("beta1", 0.5), ("beta2", 0.5), ("epsilon", 1.0), ("learning_rate", 0.2)])

@@ -37,7 +37,7 @@ def config(tmp_path_factory):
 def opened(config, tmp_path_factory):
     corpus = corpora.open_corpus(config.data)
     stored = tmp_path_factory.mktemp("workdir") / "tokenizer"
-    trained = pipeline.get_tokenizer(config.data, corpus, stored, may_train=True)
+    trained = pipeline.get_tokenizer(config.data, corpus, stored)
     return corpus, trained, pipeline.token_ids(config.data, corpus, "train", trained)
 
 
@@ -65,23 +65,26 @@ def test_another_vocabulary_has_ids_of_its_own(config, opened):
     )
 
 
-def test_damaged_ids_are_refused(config, opened):
+@pytest.mark.parametrize("name", [*pipeline.FILES, pipeline.ABOUT])
+def test_damaged_ids_are_made_anew(config, opened, name, capsys):
     corpus, _, _ = opened
     other = tokenizer.train([" ".join(pair) for pair in corpus.split("train")], 285, "bpe")
-    folder = pathlib.Path(config.data.data_dir) / "token_ids"
-    before = set(folder.glob("*/source.ids"))
-    pipeline.token_ids(config.data, corpus, "validation", other)
-    (made,) = set(folder.glob("*/source.ids")) - before
-    made.write_bytes(made.read_bytes()[:-2])
-    with pytest.raises(UserError, match=r"expected .* bytes, got .*; delete"):
-        pipeline.token_ids(config.data, corpus, "validation", other)
+    wanted = [np.array(side.flat) for side in pipeline.token_ids(config.data, corpus, "validation", other)]
+    (folder,) = (pathlib.Path(config.data.data_dir) / "token_ids").glob(f"*{other.digest[:24]}")
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    got = pipeline.token_ids(config.data, corpus, "validation", other)
+    assert "damaged" in capsys.readouterr().err
+    np.testing.assert_array_equal(got.source.flat, wanted[0])
+    np.testing.assert_array_equal(got.target.flat, wanted[1])
 
 
 def test_nothing_half_written_stays_behind(config, opened, monkeypatch):
     corpus, _, _ = opened
     other = tokenizer.train([" ".join(pair) for pair in corpus.split("train")], 275, "bpe")
     monkeypatch.setattr(pipeline.np, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         pipeline.token_ids(config.data, corpus, "train", other)
     assert not list((pathlib.Path(config.data.data_dir) / "token_ids").glob("*partial*"))
 
@@ -102,19 +105,6 @@ def test_batches_depend_on_the_step_alone(config, opened, start, hosts):
         np.testing.assert_array_equal(together, batch.target_BT)
 
 
-def test_an_iterator_resumes_from_its_state(config, opened):
-    _, _, ids = opened
-    plan = pipeline.make_plan(config, ids)
-    first = pipeline.train_iterator(plan, ids, start=0, num_steps=20)
-    for _ in range(6):
-        next(first)
-    state = first.get_state()
-    assert state == {"next_index": 6}
-    second = pipeline.train_iterator(plan, ids, start=0, num_steps=20)
-    second.set_state(state)
-    np.testing.assert_array_equal(next(first).source_BS, next(second).source_BS)
-
-
 def test_long_pairs_are_dropped_and_counted(config, opened):
     _, _, ids = opened
     plan = pipeline.make_plan(config, ids)
@@ -132,16 +122,31 @@ def test_if_every_pair_is_too_long_there_is_nothing_to_train_on(config, opened):
         pipeline.make_plan(short, opened[2])
 
 
-def test_the_stored_vocabulary_is_used_and_never_trained_again(config, opened, tmp_path):
+def test_a_vocabulary_is_trained_once_and_then_used(config, opened, tmp_path, monkeypatch):
     corpus, trained, _ = opened
-    other = tokenizer.train([" ".join(pair) for pair in corpus.split("train")], 280, "bpe")
-    other.save(tmp_path)
-    assert pipeline.get_tokenizer(config.data, corpus, tmp_path, may_train=True).digest == other.digest
-    (tmp_path / tokenizer.FILE_NAME).unlink()
-    with pytest.raises(UserError, match="the vocabulary of this workdir is missing"):
-        pipeline.get_tokenizer(config.data, corpus, tmp_path, may_train=False)
-    assert not list(tmp_path.iterdir())
-    assert pipeline.get_tokenizer(config.data, corpus, tmp_path, may_train=True).digest == trained.digest
+    assert pipeline.get_tokenizer(config.data, corpus, tmp_path).digest == trained.digest
+    monkeypatch.setattr(tokenizer, "train", lambda *_: pytest.fail("trained again"))
+    assert pipeline.get_tokenizer(config.data, corpus, tmp_path).digest == trained.digest
+
+
+def test_before_the_first_checkpoint_another_size_makes_another_vocabulary(config, opened, tmp_path, capsys):
+    corpus, trained, _ = opened
+    trained.save(tmp_path)
+    smaller = dataclasses.replace(config.data, vocab_size=280)
+    assert pipeline.get_tokenizer(smaller, corpus, tmp_path).vocab_size == 280
+    assert "replacing the vocabulary" in capsys.readouterr().err
+    assert tokenizer.load(tmp_path).vocab_size == 280
+
+
+def test_after_it_the_vocabulary_must_be_that_of_the_checkpoints(opened, tmp_path):
+    trained = opened[1]
+    trained.save(tmp_path / "right")
+    assert pipeline.same_tokenizer(tmp_path / "right", trained) is trained
+    with pytest.raises(UserError, match="missing or not the one"):
+        pipeline.same_tokenizer(tmp_path / "none", trained)
+    tokenizer.train(["a b c"] * 9, 264, "unigram").save(tmp_path / "other")
+    with pytest.raises(UserError, match="missing or not the one"):
+        pipeline.same_tokenizer(tmp_path / "other", trained)
 
 
 def test_a_vocabulary_from_elsewhere_must_have_the_size_the_config_says(config, opened, tmp_path):
@@ -149,16 +154,16 @@ def test_a_vocabulary_from_elsewhere_must_have_the_size_the_config_says(config, 
     trained.save(tmp_path / "given")
     path = str(tmp_path / "given" / tokenizer.FILE_NAME)
     data = dataclasses.replace(config.data, tokenizer=path)
-    assert pipeline.get_tokenizer(data, corpus, tmp_path / "a", may_train=True).digest == trained.digest
+    assert pipeline.get_tokenizer(data, corpus, tmp_path / "a").digest == trained.digest
     assert (tmp_path / "a" / tokenizer.FILE_NAME).exists()
     wrong = dataclasses.replace(data, vocab_size=999)
     with pytest.raises(UserError, match=r"has 290 pieces; set data\.vocab_size = 290"):
-        pipeline.get_tokenizer(wrong, corpus, tmp_path / "b", may_train=True)
+        pipeline.get_tokenizer(wrong, corpus, tmp_path / "b")
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_the_model_type_is_the_config_s(config, opened, tmp_path, model_type):
     corpus, trained, _ = opened
     data = dataclasses.replace(config.data, tokenizer=model_type)
-    got = pipeline.get_tokenizer(data, corpus, tmp_path / model_type, may_train=True)
+    got = pipeline.get_tokenizer(data, corpus, tmp_path / model_type)
     assert (got.digest == trained.digest) == (model_type == "bpe")

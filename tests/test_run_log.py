@@ -81,3 +81,17 @@ def test_events_hold_the_same_numbers(tmp_path):
         found.update({(event.step, value.tag): value.simple_value for value in event.summary.value})
         content = content[16 + size :]
     assert found == {(10, "valid/bleu"): 30.5}
+
+
+def test_what_is_done_again_is_not_listed_twice(tmp_path):
+    whole = b'{"step": 5, "a": 1}\n{"step": 10, "a": 2}\n{"step": 12, "a": 3}\n{"step": 1'
+    (tmp_path / "metrics.jsonl").write_bytes(whole)
+    with RunLog(epath.Path(tmp_path), 10, 20) as log:
+        log.write(12, {"a": 4.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["a"]) for line in lines] == [(5, 1), (10, 2), (12, 4.0)]
+
+
+def test_what_is_no_number_is_never_written(tmp_path):
+    with RunLog(epath.Path(tmp_path), 0, 20) as log, pytest.raises(ValueError, match="not JSON compliant"):
+        log.write(10, {"valid/loss": math.nan})

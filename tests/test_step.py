@@ -1,5 +1,6 @@
 """What the devices do: golden numbers, uneven rows, meshes, donation, resume, no recompilation."""
 
+import dataclasses
 import functools
 
 import jax
@@ -139,9 +140,24 @@ def test_dropout_differs_from_step_to_step_and_is_repeatable():
 
 
 def test_the_seed_changes_params_and_dropout():
-    built = setup()[2]
+    config, mesh, built, _ = setup(dropout_rate=0.5)
     one, other = built.init(0), built.init(1)
     assert not np.array_equal(one["embeddings"]["shared"]["table"], other["embeddings"]["shared"]["table"])
+    losses = []
+    for seed in (0, 0, 1):
+        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        state = step.init_state(built, config, mesh)
+        train_step = step.make_train_step(built, seeded, mesh)
+        losses.append(float(train_step(state, sharding.place_batch(mesh, draw_batch()))[1].loss.nll))
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_params_that_are_no_numbers_are_seen():
+    params = setup()[2].init(0)
+    assert step.all_finite(params)
+    for bad in (np.nan, np.inf):
+        params["decoder"][0]["mlp"]["bias_in"] = params["decoder"][0]["mlp"]["bias_in"].at[3].set(bad)
+        assert not step.all_finite(params)
 
 
 def test_the_state_is_donated():

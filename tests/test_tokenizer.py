@@ -39,7 +39,7 @@ def test_special_ids_are_the_first_four_and_explicit(small):
     "line", ["the old dog", "ünknown 漢字 😀", "tab\there", "lone\rreturn", "\u2028", "<s> </s> <pad>"]
 )
 def test_text_comes_back_as_it_was(model_type, line):
-    trained = tokenizer.train(LINES, 280, model_type)
+    trained = tokenizer.train(LINES, 277, model_type)
     (ids,) = trained.encode([line])
     assert trained.decode(ids) == line
     assert ids[-1] == EOS
@@ -124,6 +124,17 @@ def test_a_vocabulary_too_large_for_the_data_says_how_large_it_may_be(model_type
 def test_a_vocabulary_too_small_for_the_bytes_is_refused():
     with pytest.raises(UserError, match="vocab_size = 100"):
         tokenizer.train(LINES, 100, "bpe")
+
+
+def test_scripts_of_thousands_of_characters_fit_with_rare_ones_in_bytes():
+    rng = np.random.default_rng(0)
+    common = "".join(chr(0x4E00 + i) for i in range(300))
+    lines = ["".join(rng.choice(list(common), 30)) for _ in range(2000)]
+    rare = [chr(0x5E00 + i) for i in range(700)]
+    trained = tokenizer.train([*lines, *rare], 1000, "bpe")
+    assert trained.decode(trained.encode([rare[5]])[0]) == rare[5]
+    with pytest.raises(UserError, match=r"smaller than required_chars\. .* Raise data\.vocab_size\."):
+        tokenizer.train([*lines, *rare], 400, "bpe")
 
 
 def test_cut_keeps_eos_last():

@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import small_config
 from transformer import batching, search, sharding, tokenizer, translate
 from transformer.batching import Ragged
+from transformer.errors import UserError
 from transformer.model import reorder
 from transformer.step import Model
 from transformer.tokenizer import PAD
@@ -131,7 +132,7 @@ def test_a_wider_beam_finds_other_translations(parts, usual):
 @pytest.mark.parametrize("beam_size", [1, 4])
 def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_size):
     """Beams cross and cross again; decoding at once must agree with what each then remembers."""
-    config, vocabulary, model, params = parts
+    _, vocabulary, model, params = parts
     source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)
 
     @jax.jit
@@ -160,6 +161,29 @@ def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_siz
     want = log_probs / ((5 + found.lengths_BN.astype(jnp.float32)) / 6) ** 0.6
     np.testing.assert_allclose(found.scores_BN, want, rtol=1e-5)
     assert len(np.unique(np.asarray(found.tokens_BNT[0]), axis=0)) == beam_size
+
+
+def test_the_length_penalty_is_the_config_s(parts):
+    """A model that likes to end ends early, unless long hypotheses are made up to."""
+    params = jax.tree.map(lambda leaf: leaf, parts[3])
+    end_V = params["embeddings"]["shared"]["table"][tokenizer.EOS]
+    params["decoder"][0]["mlp_residual"]["norm"]["bias"] = 2 * end_V / jnp.linalg.norm(end_V)
+    lengths = [
+        sum(map(len, make(parts, beam_size=4, length_penalty=alpha)[0].translate(params, LINES)))
+        for alpha in (0.0, 3.0)
+    ]
+    assert 3 * lengths[0] < lengths[1]
+
+
+def test_lines_before_one_that_is_no_text_are_translated_still():
+    def lines():
+        yield "a"
+        raise UserError("line 2: not UTF-8")
+
+    out = io.BytesIO()
+    with pytest.raises(UserError, match="line 2"):
+        translate.translate_stream(lambda group: group, lines(), out, 10)
+    assert out.getvalue() == b"a\n"
 
 
 def test_the_stream_is_flushed_group_by_group():

@@ -41,12 +41,11 @@ def test_a_lock_dies_with_its_process(folder):
 
 def test_the_config_is_kept_and_must_stay(folder):
     folder.mkdir()
-    assert workdir.adopt_config(folder, small_config()) == []
-    assert workdir.adopt_config(folder, small_config()) == []
-    before = (folder / workdir.CONFIG_FILE).read_text()
+    assert workdir.config_changes(folder, small_config()) == []
+    workdir.keep_config(folder, small_config())
+    assert workdir.config_changes(folder, small_config()) == []
     with pytest.raises(UserError, match=r"another config: model.norm: 'post' → 'pre'; train.seed: 0 → 5"):
-        workdir.adopt_config(folder, small_config(model={"norm": "pre"}, train={"seed": 5}))
-    assert (folder / workdir.CONFIG_FILE).read_text() == before
+        workdir.config_changes(folder, small_config(model={"norm": "pre"}, train={"seed": 5}))
 
 
 @pytest.mark.parametrize(
@@ -59,23 +58,38 @@ def test_the_config_is_kept_and_must_stay(folder):
         {"data": {"data_dir": "elsewhere"}},
     ],
 )
-def test_harmless_changes_are_taken_and_named(folder, change):
+def test_harmless_changes_are_named(folder, change):
     folder.mkdir()
-    workdir.adopt_config(folder, small_config())
-    assert len(workdir.adopt_config(folder, small_config(**change))) == sum(map(len, change.values()))
-    assert workdir.adopt_config(folder, small_config(**change)) == []
+    workdir.keep_config(folder, small_config())
+    changes = workdir.config_changes(folder, small_config(**change))
+    assert len(changes) == sum(map(len, change.values()))
+    assert all(" → " in line for line in changes)
+    workdir.keep_config(folder, small_config(**change))
+    assert workdir.config_changes(folder, small_config(**change)) == []
 
 
 def test_more_steps_are_no_harmless_change_to_a_schedule_that_ends_with_them(folder):
     folder.mkdir()
     cosine = {"optimizer": {"schedule": "cosine"}}
-    workdir.adopt_config(folder, small_config(**cosine))
+    workdir.keep_config(folder, small_config(**cosine))
     with pytest.raises(UserError, match=r"num_steps: 20 → 30"):
-        workdir.adopt_config(folder, small_config(train={"num_steps": 30}, **cosine))
+        workdir.config_changes(folder, small_config(train={"num_steps": 30}, **cosine))
 
 
 def test_a_damaged_config_is_named(folder):
     folder.mkdir()
     (folder / workdir.CONFIG_FILE).write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not a config in JSON"):
-        workdir.adopt_config(folder, small_config())
+        workdir.config_changes(folder, small_config())
+
+
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"--workdir=.*file: File exists"):
+        workdir.lock(epath.Path(tmp_path / "file"))
+
+
+def test_a_file_system_without_locks_is_a_warning(folder, monkeypatch, capsys):
+    monkeypatch.setattr(workdir.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks")))
+    workdir.lock(folder).close()
+    assert "cannot be locked (no locks)" in capsys.readouterr().err

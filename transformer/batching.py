@@ -16,6 +16,7 @@ from transformer.tokenizer import PAD
 
 ROW_MULTIPLE = 8  # rows divide evenly over 1, 2, 4 and 8 devices
 FIT = 0.95  # share of a bucket's sources that its width must hold; the others go one bucket up
+FINEST = 256  # widths told apart when buckets are chosen
 PADDING_ROW = -1
 
 
@@ -84,6 +85,13 @@ def choose_buckets(source_N: np.ndarray, target_N: np.ndarray, num_buckets: int,
     a bucket's source width holds all but the longest few of its sources, and those move up. Rows are
     as many as `batch_tokens` target tokens allow, in multiples of 8 where there are 8.
     """
+    unit = -(-int(max(target_N.max(), source_N.max())) // FINEST)  # for long sequences, widths in larger steps
+    widths = _choose_widths(-(-source_N // unit), -(-target_N // unit), num_buckets)
+    return [Bucket(s * unit, t * unit, _rows(batch_tokens, t * unit)) for s, t in widths]
+
+
+def _choose_widths(source_N: np.ndarray, target_N: np.ndarray, num_buckets: int) -> list[tuple[int, int]]:
+    """Source and target widths of the buckets."""
     longest = int(target_N.max())
     counts = np.zeros((longest + 1, int(source_N.max()) + 1), np.int64)
     np.add.at(counts, (target_N, source_N), 1)
@@ -99,7 +107,7 @@ def choose_buckets(source_N: np.ndarray, target_N: np.ndarray, num_buckets: int,
     for start, end in _cheapest_cuts(cost, num_buckets):
         last = end == longest
         widest = max(widest, int(source_N.max()) if last else int(width[start, end]))
-        buckets.append(Bucket(max(widest, 1), end, _rows(batch_tokens, end)))
+        buckets.append((max(widest, 1), end))
     return buckets
 
 

@@ -1,17 +1,14 @@
 """Checkpoints: state, config, tokenizer and metrics as one verified unit.
 
-checkpoints/STEP/ holds params/ and optimizer/ (Orbax), config.json, tokenizer/, metrics.json and, written
-last, manifest.json with the size and sha256 of every other file. Without a manifest that agrees a
-checkpoint does not count: it is reported as damaged and the newest sound one is taken instead. Nothing
-found in a checkpoint is ever executed.
+checkpoints/STEP/ holds params/ and optimizer/ (Orbax), config.json, tokenizer/ and manifest.json: the
+metrics, the digest of the training data, and size and SHA-256 of every other file. It is written under
+another name and moved into place when it is whole. One whose files are not those of its manifest is
+reported as damaged, and the newest sound one is taken instead. Nothing found in it is ever executed.
 """
 
 import dataclasses
-import hashlib
 import json
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,22 +16,37 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from transformer import config as configs
-from transformer import sharding
+from transformer import sharding, validation
 from transformer import tokenizer as tokenizers
-from transformer.config import Config
+from transformer.command_line import say
+from transformer.config import Config, MeshConfig
 from transformer.errors import UserError, WorkdirError
+from transformer.files import reported, sha256, write_whole
 from transformer.step import Model, Params, TrainState, abstract_params, abstract_state
 from transformer.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 SCORE = "valid/bleu"  # the metric that makes a checkpoint the best
+UNFINISHED = (".partial", ".removed")
 
 Metrics = dict[str, float]
 
 
 class Damaged(Exception):
     """A checkpoint whose files are not those that were written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself: its metrics, the digest of the training data, and its files."""
+
+    metrics: Metrics
+    data: str
+    files: dict[str, tuple[int, str]]
+
+    def to_json(self) -> str:
+        """As it is written."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
 
 
 class Checkpoints:
@@ -44,27 +56,48 @@ class Checkpoints:
         self.folder = epath.Path(workdir) / "checkpoints"
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, oldest first; whether they are sound is not looked at."""
+        """Steps of all checkpoints, oldest first; whether they are sound is not looked at."""
         if not self.folder.exists():
             return []
-        names = [path.name for path in self.folder.iterdir() if (path / MANIFEST).exists()]
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
-    def save(self, state: TrainState, config: Config, tokenizer: Tokenizer, metrics: Metrics) -> None:
-        """Writes the checkpoint of `state.step`; it counts once its manifest stands, never before."""
-        folder = self.folder / str(int(jax.device_get(state.step)))
-        if folder.exists():
-            _remove(folder)
-        folder.mkdir(parents=True)
-        ocp.save(folder / "params", state.params)
-        ocp.save(folder / "optimizer", state.opt_state)
-        tokenizer.save(folder / "tokenizer")
-        (folder / "config.json").write_text(config.to_json())
-        (folder / "metrics.json").write_text(json.dumps(metrics) + "\n")
-        manifest = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
-        partial = folder / (MANIFEST + ".partial")
-        partial.write_text(json.dumps(manifest, indent=1) + "\n")
-        partial.replace(folder / MANIFEST)
+    def save(self, state: TrainState, config: Config, tokenizer: Tokenizer, data: str) -> None:
+        """Writes the checkpoint of `state.step`, without metrics; `data` is the digest of the training split."""
+        place = self.folder / str(int(jax.device_get(state.step)))
+        folder = place.parent / f"{place.name}.partial"
+        with reported(f"{place}"):
+            if folder.exists():
+                folder.rmtree()
+            folder.mkdir(parents=True)
+            ocp.save(folder / "params", state.params)
+            ocp.save(folder / "optimizer", state.opt_state)
+            tokenizer.save(folder / "tokenizer")
+            write_whole(folder / "config.json", config.to_json())
+            files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
+            write_whole(folder / MANIFEST, Manifest({}, data, files).to_json())
+            if place.exists():
+                self.remove(int(place.name))
+            folder.rename(place)
+
+    def record(self, step: int, metrics: Metrics) -> None:
+        """Adds metrics to a checkpoint."""
+        manifest = dataclasses.replace(self.manifest(step), metrics=metrics)
+        with reported(f"{self.folder / str(step)}"):
+            write_whole(self.folder / str(step) / MANIFEST, manifest.to_json())
+
+    def manifest(self, step: int) -> Manifest:
+        """What a checkpoint says of itself, not yet held against its files.
+
+        Raises:
+          Damaged: it cannot be read.
+        """
+        try:
+            values = json.loads((self.folder / str(step) / MANIFEST).read_text())
+            metrics = {str(name): float(value) for name, value in values["metrics"].items()}
+            files = {str(name): (int(size), str(digest)) for name, (size, digest) in values["files"].items()}
+            return Manifest(metrics, str(values["data"]), files)
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            raise Damaged(f"{MANIFEST} cannot be read: {error!r}") from error
 
     def verify(self, step: int) -> None:
         """Compares every file with the manifest.
@@ -72,18 +105,17 @@ class Checkpoints:
         Raises:
           Damaged: a file is missing, is new, or has other content.
         """
-        folder = self.folder / str(step)
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            written = {name: (int(size), str(digest)) for name, (size, digest) in manifest.items()}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise Damaged(f"{MANIFEST} cannot be read: {error}") from error
+        folder, written = self.folder / str(step), self.manifest(step).files
         found = {str(path.relative_to(folder)): path for path in _files(folder)}
         odd = sorted(found.keys() ^ written.keys())
         if odd:
             raise Damaged(f"{odd[0]} is {'missing' if odd[0] in written else 'not part of it'}")
         for name, path in sorted(found.items()):
-            if tuple(_fingerprint(path)) != written[name]:
+            try:
+                same = _fingerprint(path) == written[name]
+            except OSError as error:
+                raise Damaged(f"{name} cannot be read: {error}") from error
+            if not same:
                 raise Damaged(f"{name} has changed since it was written")
 
     def newest_sound(self) -> int | None:
@@ -115,36 +147,62 @@ class Checkpoints:
         if which == "latest":
             return self.newest_sound() or 0
         if which == "best":
-            scored = sorted((s for s in available if SCORE in self.metrics(s)), key=lambda s: self.metrics(s)[SCORE])
-            if not scored:
-                raise UserError(f"{self.folder}: no checkpoint has a validation BLEU yet; use --checkpoint=latest")
-            for step in reversed(scored):
-                if self._sound(step):
-                    return step
-            return self.newest_sound() or 0
+            return self._best(available)
         if not which.isdecimal() or int(which) not in available:
             raise UserError(f"--checkpoint: expected latest, best or one of {available}, got {which!r}")
         if not self._sound(int(which)):
             raise WorkdirError(f"checkpoint {which} is damaged; ask for another")
         return int(which)
 
+    def _best(self, available: list[int]) -> int:
+        sound = [step for step in available if self._sound(step)]
+        if not sound:
+            raise WorkdirError(f"{self.folder}: none of the checkpoints {available} is sound")
+        scored = self._by_score(sound)
+        if not scored:
+            raise UserError(f"{self.folder}: no checkpoint has a validation BLEU yet; use --checkpoint=latest")
+        return scored[-1]
+
+    def _by_score(self, steps: list[int]) -> list[int]:
+        """Those of the steps that have a score, best last; of equals the newest is the best."""
+        scores = {step: self.metrics(step).get(SCORE) for step in steps}
+        return sorted((step for step in steps if scores[step] is not None), key=lambda step: (scores[step], step))
+
     def metrics(self, step: int) -> Metrics:
-        """The metrics saved with a checkpoint; none if their file is damaged."""
+        """The metrics recorded with a checkpoint; none if it is damaged."""
         try:
-            values = json.loads((self.folder / str(step) / "metrics.json").read_text())
-            return {str(name): float(value) for name, value in values.items()}
-        except (OSError, ValueError, AttributeError, TypeError):
+            return self.manifest(step).metrics
+        except Damaged:
             return {}
+
+    def prepare(self, newest: int | None) -> None:
+        """Before training goes on from `newest`: clears what was cut short, and puts later, damaged ones aside."""
+        if not self.folder.exists():
+            return
+        for path in self.folder.iterdir():
+            if path.name.endswith(UNFINISHED):
+                path.rmtree()
+            elif path.name.isdecimal() and newest is not None and int(path.name) > newest:
+                aside = path.parent / f"{path.name}.damaged"
+                if aside.exists():
+                    aside.rmtree()
+                path.rename(aside)
 
     def prune(self, keep_last: int, keep_best: int) -> None:
         """Deletes all but the newest and the best ones."""
         available = self.steps()
-        scored = [step for step in available if SCORE in self.metrics(step)]
-        best = sorted(scored, key=lambda step: self.metrics(step)[SCORE])
+        best = self._by_score(available)
         keep = {*available[-keep_last:], *(best[-keep_best:] if keep_best else [])}
         for step in available:
             if step not in keep:
-                _remove(self.folder / str(step))
+                self.remove(step)
+
+    def remove(self, step: int) -> None:
+        """Deletes a checkpoint; it is gone from `steps` before its first file is."""
+        gone = self.folder / f"{step}.removed"
+        if gone.exists():
+            gone.rmtree()
+        (self.folder / str(step)).rename(gone).rmtree()
 
     def restore_params(self, step: int, model: Model, mesh: Mesh) -> Params:
         """The params alone, on the devices of `mesh`."""
@@ -157,11 +215,15 @@ class Checkpoints:
         counter = jax.device_put(np.asarray(step, np.int32), abstract.step.sharding)
         return TrainState(counter, self.restore_params(step, model, mesh), opt_state)
 
+    def tokenizer(self, step: int) -> Tokenizer:
+        """The vocabulary that a checkpoint was trained with."""
+        return tokenizers.load(self.folder / str(step) / "tokenizer")
+
     def _sound(self, step: int) -> bool:
         try:
             self.verify(step)
         except Damaged as damage:
-            print(f"checkpoint {step} is damaged and skipped: {damage}", file=sys.stderr, flush=True)
+            say(f"checkpoint {step} is damaged and skipped: {damage}")
             return False
         return True
 
@@ -179,40 +241,30 @@ class Trained:
 
 
 def load_trained(workdir: epath.PathLike, which: str) -> Trained:
-    """Reads config, tokenizer and params of one checkpoint; nothing but the workdir is needed."""
+    """Reads config, tokenizer and params of one checkpoint onto all devices there are; no other file is needed."""
     workdir = epath.Path(workdir)
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: expected a folder that train.py wrote, found none")
     checkpoints = Checkpoints(workdir)
     step = checkpoints.select(which)
-    folder = checkpoints.folder / str(step)
-    config = configs.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
-    tokenizer = tokenizers.load(folder / "tokenizer")
-    mesh = sharding.make_mesh(config.mesh)
+    path = checkpoints.folder / str(step) / "config.json"
+    config = validation.from_json(path.read_text(), str(path))
+    tokenizer = checkpoints.tokenizer(step)
+    mesh = sharding.make_mesh(MeshConfig())
     model = Model(config.model, tokenizer.vocab_size)
     return Trained(step, config, tokenizer, model, checkpoints.restore_params(step, model, mesh), mesh)
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    """All files below a checkpoint but its manifest."""
+    """All files below a checkpoint but its manifest, and those that a file manager or NFS may leave."""
     for path in folder.iterdir():
+        if path.name.startswith(".") or path.name == MANIFEST or path.name.endswith(".partial"):
+            continue
         if path.is_dir():
             yield from _files(path)
-        elif path.name not in (MANIFEST, MANIFEST + ".partial"):
+        else:
             yield path
 
 
-def _fingerprint(path: epath.Path) -> list[Any]:
-    """Size in bytes and sha256 of a file."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return [size, digest.hexdigest()]
-
-
-def _remove(folder: epath.Path) -> None:
-    """Deletes a checkpoint, its manifest first: half deleted it counts no more."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    folder.rmtree()
+def _fingerprint(path: epath.Path) -> tuple[int, str]:
+    return path.stat().length, sha256(path)

@@ -12,12 +12,12 @@ import traceback
 from collections.abc import Callable
 
 from transformer import config as configs
+from transformer import validation
 from transformer.errors import StoppedError, UserError
 
 
 def run(command: Callable[[list[str]], object]) -> None:
     """Runs a command on sys.argv; errors a person can mend become one message and an exit code."""
-    _use_huge_pages()
     try:
         command(sys.argv)
         sys.stdout.flush()
@@ -32,11 +32,12 @@ def run(command: Callable[[list[str]], object]) -> None:
         sys.exit(130)
 
 
-def _use_huge_pages() -> None:
-    """Starts the process anew with huge pages for memory from malloc, which glibc reads at the start alone.
+def use_huge_pages() -> None:
+    """The first thing a training command does: starts anew with huge pages for memory from malloc.
 
-    XLA's CPU back end takes its buffers from malloc at every step and gives them back; with small
-    pages a third of a training step's CPU time went into page faults (docs/log.md, 2026-11-20).
+    glibc reads that setting at the start of a process alone. XLA's CPU back end takes its buffers from
+    malloc at every step and gives them back; with small pages a third of a training step's CPU time
+    went into page faults (docs/log.md, 2026-11-20).
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -55,9 +56,10 @@ def config_flags(argv: list[str]) -> tuple[configs.Config, list[str]]:
     from ml_collections import config_flags as ml_flags
 
     mine, rest = _split(argv[1:])
-    path = next((a.partition("=")[2] for a in mine if a.startswith("--config=")), "")
-    if not path:
-        raise UserError("expected --config=FILE, such as --config=configs/demo.py")
+    paths = [argument.partition("=")[2] for argument in mine if argument.startswith("--config=")]
+    if len(paths) != 1 or not paths[0]:
+        raise UserError(f"expected one --config=FILE, such as --config=configs/demo.py, got {len(paths)}")
+    path = paths[0]
     if not os.path.isfile(path.partition(":")[0]):
         raise UserError(f"--config={path}: no such file; the configs that come with the project are in configs/")
     values = flags.FlagValues()
@@ -73,7 +75,7 @@ def config_flags(argv: list[str]) -> tuple[configs.Config, list[str]]:
         raise UserError(str(error)) from error
     except Exception as error:  # whatever the config file, which is Python, may raise
         raise UserError(f"--config={path}: {_where(error, path)}{type(error).__name__}: {error}") from error
-    return configs.resolve(loaded), rest
+    return validation.resolve(loaded), rest
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -99,11 +101,11 @@ def _check_name(argument: str) -> None:
     import dataclasses
 
     parts = argument.partition("=")[0].removeprefix("--config.").split(".")
-    configs.refuse_unknown("config", parts[:1], list(configs.SECTIONS))
+    validation.refuse_unknown("config", parts[:1], list(configs.SECTIONS))
     if len(parts) != 2:
         raise UserError(f"{argument}: expected --config.SECTION.FIELD=VALUE")
     fields = [field.name for field in dataclasses.fields(configs.SECTIONS[parts[0]])]
-    configs.refuse_unknown(f"config.{parts[0]}", parts[1:], fields)
+    validation.refuse_unknown(f"config.{parts[0]}", parts[1:], fields)
 
 
 def _where(error: Exception, path: str) -> str:

@@ -1,22 +1,16 @@
 """Every field a run can be given: its default, its bounds, and what it means.
 
-A config file is Python and runs; what it returns is checked here, before JAX is imported, so that a
-mistake costs a message and not a compilation. The rooms receive the frozen dataclasses below.
+A config file is Python and runs; what it returns is checked by `validation`, before JAX is imported. The
+rooms receive the frozen dataclasses below.
 """
 
 import dataclasses
-import difflib
 import json
-import math
 import os
-import types
 import typing
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import config_dict
-
-from transformer.errors import UserError
 
 
 def _field(default: Any, doc: str, *, low: float | None = None, high: float | None = None, one_of: tuple = ()) -> Any:
@@ -24,7 +18,7 @@ def _field(default: Any, doc: str, *, low: float | None = None, high: float | No
     return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "one_of": one_of})
 
 
-_TINY = 1e-30  # stands for "above zero" in a closed bound
+TINY = 1e-30  # stands for "above zero" in a closed bound
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +69,7 @@ class DataConfig:
     )
     vocab_size: int = _field(37000, "pieces of the shared vocabulary, specials included", low=8, high=1_000_000)
     tokenizer: str = _field("bpe", "SentencePiece model type, bpe or unigram, or the path of a trained .model file")
-    max_length: int = _field(256, "training drops pairs with a side above this many tokens, end included", low=2)
+    max_length: int = _field(256, "training drops pairs with a side of more tokens, end included", low=2, high=65536)
     num_buckets: int = _field(8, "batch shapes by length: more waste less padding and compile longer", low=1, high=64)
 
 
@@ -95,7 +89,7 @@ class OptimizerConfig:
     )
     beta1: float = _field(0.9, "decay of the first moment", low=0, high=0.999999)
     beta2: float = _field(0.98, "decay of the second moment", low=0, high=0.9999999)
-    epsilon: float = _field(1e-9, "added to the root of the second moment", low=_TINY)
+    epsilon: float = _field(1e-9, "added to the root of the second moment", low=TINY)
     weight_decay: float = _field(0.0, "adamw: decoupled decay of matrices, not of biases and LayerNorm", low=0)
     clip_norm: float = _field(0.0, "largest global norm of the gradient; 0 does not clip", low=0)
     label_smoothing: float = _field(
@@ -153,151 +147,58 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
+PATHS = ("dir", "train_source", "train_target", "valid_source", "valid_target", "train", "valid", "data_dir")
+FOLLOW_EMB_DIM = ("qkv_dim", "value_dim")
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}
 
 
 def default_config() -> config_dict.ConfigDict:
     """All sections with their defaults, for a config file to change; unknown fields are refused.
 
-    `model.qkv_dim` follows `model.emb_dim` until it is set itself, and `model.value_dim` follows `model.qkv_dim`.
+    `model.qkv_dim` and `model.value_dim` follow `model.emb_dim` until they are set themselves.
     """
     config = config_dict.ConfigDict(dataclasses.asdict(Config()))
-    config.model.qkv_dim = config.model.get_oneway_ref("emb_dim")
-    config.model.value_dim = config.model.get_oneway_ref("qkv_dim")
+    for name in FOLLOW_EMB_DIM:
+        config.model[name] = config.model.get_oneway_ref("emb_dim")
     return config.lock()
 
 
-def resolve(values: Any) -> Config:
-    """Checks a ConfigDict or nested mapping and returns it as frozen dataclasses.
+def with_absolute_paths(config: Config) -> Config:
+    """The config with its local paths made absolute, so that it means the same wherever it is read again."""
 
-    Raises:
-      UserError: an unknown section or field, a wrong type, a value out of bounds, or fields that
-        cannot go together; the message names the field, what was expected and what was got.
-    """
-    if isinstance(values, config_dict.ConfigDict):
-        values = values.to_dict()
-    if not isinstance(values, dict):
-        raise UserError(f"config: expected sections {', '.join(SECTIONS)}, got {type(values).__name__}")
-    refuse_unknown("config", values, list(SECTIONS))
-    sections = {}
-    for name, section in SECTIONS.items():
-        given = values.get(name, {})
-        if not isinstance(given, dict):
-            raise UserError(f"config.{name}: expected a section of fields, got {given!r}")
-        fields = {field.name: field for field in dataclasses.fields(section)}
-        refuse_unknown(f"config.{name}", given, list(fields))
-        sections[name] = section(**{key: _checked(f"config.{name}.{key}", fields[key], v) for key, v in given.items()})
-    config = Config(**sections)
-    _check_together(config)
-    return config
+    def absolute(path: str) -> str:
+        return path if not path or "://" in path else os.path.abspath(os.path.expanduser(path))
+
+    data = config.data
+    changed: dict[str, Any] = {name: absolute(getattr(data, name)) for name in PATHS}
+    if data.tokenizer not in ("bpe", "unigram"):
+        changed["tokenizer"] = absolute(data.tokenizer)
+    return dataclasses.replace(config, data=dataclasses.replace(data, **changed))
 
 
-def from_json(text: str, path: str) -> Config:
-    """Reads what `Config.to_json` wrote; `path` is named in errors."""
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not a config in JSON: {error}") from error
-    return resolve(values)
+class Change(NamedTuple):
+    """A field in which two configs differ."""
+
+    section: str
+    field: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.section}.{self.field}: {self.old!r} → {self.new!r}"
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """The fields in which two configs differ, as 'section.field: old → new'."""
-    rows = []
-    for name, section in SECTIONS.items():
-        for field in dataclasses.fields(section):
-            before, after = (getattr(getattr(config, name), field.name) for config in (old, new))
+def differences(old: Config, new: Config) -> list[Change]:
+    """All fields in which two configs differ."""
+    changes = []
+    for section in SECTIONS:
+        for field in field_names(section):
+            before, after = (getattr(getattr(config, section), field) for config in (old, new))
             if before != after:
-                rows.append(f"{name}.{field.name}: {before!r} → {after!r}")
-    return rows
+                changes.append(Change(section, field, before, after))
+    return changes
 
 
-def refuse_unknown(where: str, given: Iterable[str], known: list[str]) -> None:
-    """Raises a UserError for the first name that is not known, with the nearest that is."""
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            raise UserError(f"{where}: unknown field {key!r}; {hint}")
-
-
-def _checked(where: str, field: dataclasses.Field, value: Any) -> Any:
-    """The value in the field's type and within its bounds, or a UserError."""
-    kind = typing.cast(type, field.type)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"{where}: expected {kind.__name__}, got {value!r} of type {type(value).__name__}")
-    limits = types.SimpleNamespace(**field.metadata)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: expected a finite number, got {value}")
-    if limits.one_of and value not in limits.one_of:
-        raise UserError(f"{where}: expected one of {', '.join(limits.one_of)}, got {value!r}")
-    if limits.low is not None and value < limits.low:
-        bound = "above 0" if limits.low == _TINY else f"at least {limits.low}"
-        raise UserError(f"{where}: expected {bound}, got {value}")
-    if limits.high is not None and value > limits.high:
-        raise UserError(f"{where}: expected at most {limits.high}, got {value}")
-    return value
-
-
-def _check_together(config: Config) -> None:
-    model, data, optimizer, train, decode = config.model, config.data, config.optimizer, config.train, config.decode
-    for name, width in (("qkv_dim", model.qkv_dim), ("value_dim", model.value_dim)):
-        if width % model.num_heads:
-            raise UserError(f"config.model: num_heads = {model.num_heads} does not divide {name} = {width}")
-    if model.positions == "sinusoidal" and model.emb_dim % 2:
-        raise UserError(f"config.model.emb_dim: sinusoidal positions need an even width, got {model.emb_dim}")
-    longest = max(data.max_length, decode.max_source_tokens + decode.max_extra_length)
-    if model.positions == "learned" and longest > model.max_positions:
-        raise UserError(
-            f"config.model.max_positions: learned positions must cover the longest sequence, {longest} = max(data."
-            f"max_length, decode.max_source_tokens + decode.max_extra_length), got {model.max_positions}"
-        )
-    if train.batch_tokens < data.max_length:
-        raise UserError(
-            f"config.train.batch_tokens: expected room for one sentence of data.max_length = {data.max_length} tokens, "
-            f"got {train.batch_tokens}"
-        )
-    if optimizer.name == "adam" and optimizer.weight_decay:
-        raise UserError(
-            "config.optimizer.weight_decay: adam has none; set optimizer.name to adamw, or weight_decay to 0"
-        )
-    if optimizer.schedule in ("paper", "inverse_sqrt") and not optimizer.warmup_steps:
-        raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")
-    if config.mesh.data == 0:
-        raise UserError("config.mesh.data: expected -1 for all devices, or at least 1, got 0")
-    _check_data(data)
-
-
-def _check_data(data: DataConfig) -> None:
-    for side in ("source_language", "target_language"):
-        code = getattr(data, side)
-        if not code or not code.replace("-", "").replace("_", "").isalnum():
-            raise UserError(f"config.data.{side}: expected a language code such as 'en', got {code!r}")
-    if data.source_language == data.target_language:
-        raise UserError(f"config.data: source_language and target_language are both {data.source_language!r}")
-    if data.tokenizer not in ("bpe", "unigram") and not os.fspath(data.tokenizer).endswith(".model"):
-        raise UserError(
-            f"config.data.tokenizer: expected bpe, unigram or the path of a .model file, got {data.tokenizer!r}"
-        )
-    text_fields = ("dir", "train_source", "train_target", "valid_source", "valid_target", "train", "valid", "columns")
-    given = [name for name in text_fields if getattr(data, name)]
-    if data.name != "text":
-        if given:
-            raise UserError(f"config.data.{given[0]}: read only with data.name = 'text', got data.name = {data.name!r}")
-        return
-    ways = [name for name in ("dir", "train_source", "train") if getattr(data, name)]
-    if len(ways) != 1:
-        raise UserError(
-            "config.data: with data.name = 'text' set exactly one of dir (a folder of train.LANG files), "
-            f"train_source with train_target, or train (one file); got {', '.join(ways) or 'none'}"
-        )
-    for side in ("train", "valid"):
-        one, other = getattr(data, f"{side}_source"), getattr(data, f"{side}_target")
-        if bool(one) != bool(other):
-            raise UserError(f"config.data: {side}_source and {side}_target go together, got {one!r} and {other!r}")
-    if data.valid and data.valid_source:
-        raise UserError("config.data: set valid or valid_source with valid_target, not both")
-    if data.dir and (data.valid or data.valid_source):
-        raise UserError("config.data: data.dir brings its own val files; leave the valid fields empty")
+def field_names(section: str) -> list[str]:
+    """The fields of a section."""
+    return [field.name for field in dataclasses.fields(SECTIONS[section])]

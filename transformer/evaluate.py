@@ -13,6 +13,7 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 
 from transformer import sharding
 from transformer.batching import Ragged, assemble, eval_plan
+from transformer.command_line import say
 from transformer.config import Config
 from transformer.errors import UserError
 from transformer.step import Model, Params, make_eval_step
@@ -45,12 +46,7 @@ def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]], metric
     Raises:
       UserError: the counts differ, which sacreBLEU itself would not notice.
     """
-    for number, reference in enumerate(references, 1):
-        if len(reference) != len(hypotheses):
-            raise UserError(
-                f"expected one reference for each sentence, got {len(hypotheses):,} sentences and {len(reference):,} "
-                f"lines in reference {number}"
-            )
+    _check_counts(len(hypotheses), references)
     scores: Scores = {}
     for name in metrics:
         metric = METRICS[name]()
@@ -61,6 +57,15 @@ def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]], metric
     hypothesis_words = sum(len(line.split()) for line in hypotheses)
     scores["length_ratio"] = hypothesis_words / reference_words if reference_words else 0.0
     return scores
+
+
+def _check_counts(sentences: int, references: Sequence[Sequence[str]]) -> None:
+    for number, reference in enumerate(references, 1):
+        if len(reference) != sentences:
+            raise UserError(
+                f"expected one reference for each sentence, got {sentences:,} sentences and {len(reference):,} lines "
+                f"in reference {number}"
+            )
 
 
 class Evaluator:
@@ -81,9 +86,7 @@ class Evaluator:
     ) -> Report:
         """Translates and scores every sentence once; the loss is against the first reference."""
         start = time.perf_counter()
-        if any(len(reference) != len(sources) for reference in references):
-            counts = " and ".join(f"{len(reference):,}" for reference in references)
-            raise UserError(f"expected a reference for each of {len(sources):,} source sentences, got {counts}")
+        _check_counts(len(sources), references)
         loss = self.held_out_loss(params, sources, references[0])
         translations = self.translator.translate(params, sources, progress)
         self.translator.say_truncated()
@@ -93,17 +96,19 @@ class Evaluator:
     def held_out_loss(self, params: Params, sources: Sequence[str], targets: Sequence[str]) -> float:
         """Mean cross-entropy in nats per target token; sides are cut as decoding cuts them."""
         decode = self._config.decode
-        source = self._encode(sources, decode.max_source_tokens)
-        target = self._encode(targets, decode.max_source_tokens + decode.max_extra_length)
+        longest = decode.max_source_tokens + decode.max_extra_length
+        encoded = self._tokenizer.encode(targets)
+        over = sum(len(ids) > longest for ids in encoded)
+        if over:
+            say(f"warning: {over:,} references have over {longest} tokens; the loss is that of their first {longest}")
+        target = Ragged.from_sequences([cut(ids, longest) for ids in encoded])
+        source = Ragged.from_sequences([cut(ids, decode.max_source_tokens) for ids in self._tokenizer.encode(sources)])
         sums = []
         for planned in eval_plan(source.lengths, target.lengths, self._rows):
             batch = sharding.place_batch(self._mesh, assemble(planned, source, target))
             sums.append(self._eval_step(params, batch))
         parts = jax.device_get(sums)
         return sum(float(part.nll) for part in parts) / max(sum(float(part.tokens) for part in parts), 1.0)
-
-    def _encode(self, lines: Sequence[str], longest: int) -> Ragged:
-        return Ragged.from_sequences([cut(ids, longest) for ids in self._tokenizer.encode(lines)])
 
     def _rows(self, width: int) -> int:
         multiple = sharding.row_multiple(self._mesh)

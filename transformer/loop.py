@@ -1,27 +1,31 @@
 """What the host does: fetch, dispatch, log, evaluate, save, resume, and stop when the loss is no number.
 
-The device runs update n while the host reads the metrics of update n - 1; nothing else makes it wait.
+The devices run update n while the host reads the metrics of update n - 1. They wait for the host where a
+line is logged, a checkpoint saved or the validation split scored.
 """
 
+import functools
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import jax
 from etils import epath
 
 from transformer import compilation, pipeline, sharding, step, workdir
 from transformer.batching import Batch
-from transformer.checkpoint import SCORE, Checkpoints, Metrics
+from transformer.checkpoint import SCORE, Checkpoints
 from transformer.command_line import say
 from transformer.config import Config
 from transformer.datasets import corpus as corpora
-from transformer.errors import StoppedError
+from transformer.errors import DivergedError, StoppedError, UserError
 from transformer.evaluate import Evaluator
-from transformer.run_log import Meter, RunLog
+from transformer.run_log import WHAT_HELPS, Meter, RunLog
 from transformer.step import StepMetrics, TrainState
+from transformer.tokenizer import Tokenizer
 
 
 def fit(config: Config, folder: epath.PathLike) -> None:
@@ -33,13 +37,11 @@ def fit(config: Config, folder: epath.PathLike) -> None:
     """
     path = epath.Path(folder)
     compilation.enable_cache()
-    with ExitStack() as stack:
-        stack.enter_context(workdir.lock(path))
-        changes = workdir.adopt_config(path, config)
-        if changes:
-            say(f"{path}: goes on with changes: {'; '.join(changes)}")
-        stop_signal = stack.enter_context(_stop_signals())
-        Run(config, path).train(stop_signal)
+    with workdir.lock(path):
+        run = Run(config, path)
+        workdir.keep_config(path, config)
+        with _stop_signals() as stop_signal:
+            run.train(stop_signal)
 
 
 class Updates:
@@ -81,56 +83,92 @@ class Run:
 
     def __init__(self, config: Config, path: epath.Path):
         self.config, self.path = config, path
+        self.mesh = sharding.make_mesh(config.mesh)
         self.checkpoints = Checkpoints(path)
         newest = self.checkpoints.newest_sound()
+        # Until there is a checkpoint, nothing is lost with another config.
+        changes = workdir.config_changes(path, config) if newest is not None else []
         corpus = corpora.open_corpus(config.data)
-        self.tokenizer = pipeline.get_tokenizer(config.data, corpus, path / "tokenizer", newest is None)
+        self.tokenizer = self._tokenizer(corpus, newest)
+        self.data_digest = corpus.split("train").digest
+        self._check_data(newest)
         self.ids = pipeline.token_ids(config.data, corpus, "train", self.tokenizer)
         self.plan = pipeline.make_plan(config, self.ids)
         self.valid = corpus.split("validation")
-        self.mesh = sharding.make_mesh(config.mesh)
         model = step.Model(config.model, self.tokenizer.vocab_size)
         self.evaluator = Evaluator(model, self.tokenizer, config, self.mesh)
         self.train_step = step.make_train_step(model, config, self.mesh)
-        self.start, self.best = newest or 0, 0.0
+        self.checkpoints.prepare(newest)
+        self.start = newest or 0
         if newest is None:
             self.state = step.init_state(model, config, self.mesh)
         else:
             self.state = self.checkpoints.restore(newest, model, config, self.mesh)
-            self.best = self.checkpoints.metrics(newest).get("best", 0.0)
         self._describe(model)
+        if changes:
+            say(f"changed since the last sitting: {'; '.join(changes)}")
 
     def train(self, stop_signal: Callable[[], int | None]) -> None:
         """Does the updates that are left."""
         train = self.config.train
-        if self.start >= train.num_steps:
-            say(f"{self.path}: already trained for {self.start:,} steps; raise train.num_steps to go on")
+        # The last sitting may have been stopped before it could validate.
+        owes = self._is_due(self.start, train.eval_every_steps) and SCORE not in self.checkpoints.metrics(self.start)
+        if self.start >= train.num_steps and not owes:
+            say(f"{self.path}: trained for {self.start:,} steps; raise train.num_steps to go on")
             return
-        batches = pipeline.train_iterator(self.plan, self.ids, start=self.start, num_steps=train.num_steps)
-        updates = Updates(self.train_step, self.state, batches, lambda batch: sharding.place_batch(self.mesh, batch))
         with RunLog(self.path, self.start, train.num_steps) as log:
+            if owes:
+                self._evaluate(self.state.params, self.start, log)
+            batches = pipeline.train_iterator(
+                self.plan,
+                self.ids,
+                start=self.start,
+                num_steps=train.num_steps,
+                host=jax.process_index(),
+                hosts=jax.process_count(),
+            )
+            place = functools.partial(sharding.place_batch, self.mesh)
+            updates = Updates(self.train_step, self.state, batches, place)
             for done in range(self.start + 1, train.num_steps + 1):
                 updates.dispatch()
                 log.advance(done)
-                last, stopped = done == train.num_steps, stop_signal()
-                if done % train.log_every_steps == 0 or last:
-                    updates.drain()
-                    log.write(done, {**updates.meter.summary(), "train/compiles": updates.compiles.count})
-                    updates.meter.reset()
-                evaluates = done % train.eval_every_steps == 0 or last
-                if evaluates or done % train.checkpoint_every_steps == 0 or stopped:
-                    updates.drain()
-                    with updates.meter.paused():
-                        self._keep(updates.state, done, log, evaluates and not stopped)
-                if stopped:
-                    raise StoppedError(stopped, f"stopped by signal {stopped}; saved step {done:,}; run again to go on")
+                self._after_update(updates, done, log, stop_signal())
 
-    def _keep(self, state: TrainState, done: int, log: RunLog, evaluates: bool) -> None:
-        """Saves a checkpoint, with its score where it is time for one."""
-        scores = self._evaluate(state, done, log) if evaluates else {}
-        self.best = max(scores.get(SCORE, 0.0), self.best)
-        self.checkpoints.save(state, self.config, self.tokenizer, {**scores, "best": self.best})
-        self.checkpoints.prune(self.config.train.keep_last, self.config.train.keep_best)
+    def _after_update(self, updates: Updates, done: int, log: RunLog, stopped: int | None) -> None:
+        """Logs, saves and evaluates, each when it is due, and stops when it is told to."""
+        train = self.config.train
+        if self._is_due(done, train.log_every_steps):
+            updates.drain()
+            log.write(done, {**updates.meter.summary(), "train/compiles": updates.compiles.count})
+            updates.meter.reset()
+        evaluates = self._is_due(done, train.eval_every_steps)
+        if evaluates or stopped or self._is_due(done, train.checkpoint_every_steps):
+            updates.drain()
+            with updates.meter.paused():
+                self._save(updates.state, done)
+                if evaluates and not stopped:
+                    self._evaluate(updates.state.params, done, log)
+                self.checkpoints.prune(train.keep_last, train.keep_best)
+        if stopped:
+            raise StoppedError(stopped, f"stopped by signal {stopped}; saved step {done:,}; run again to go on")
+
+    def _is_due(self, done: int, every: int) -> bool:
+        return done > 0 and (done % every == 0 or done == self.config.train.num_steps)
+
+    def _tokenizer(self, corpus: corpora.Corpus, newest: int | None) -> Tokenizer:
+        stored = self.path / "tokenizer"
+        if newest is None:
+            return pipeline.get_tokenizer(self.config.data, corpus, stored)
+        return pipeline.same_tokenizer(stored, self.checkpoints.tokenizer(newest))
+
+    def _check_data(self, newest: int | None) -> None:
+        """Refuses to go on with other training data than before: its order could not be the same."""
+        before = self.checkpoints.manifest(newest).data if newest is not None else self.data_digest
+        if before != self.data_digest:
+            raise UserError(
+                f"{self.path}: the training data has changed since step {newest:,}: its digest was {before[:16]} and "
+                f"is {self.data_digest[:16]}. Restore it, or choose another --workdir"
+            )
 
     def _describe(self, model: step.Model) -> None:
         plan, data = self.plan, self.config.data
@@ -142,17 +180,30 @@ class Run:
         shapes = " ".join(f"{b.rows}x({b.source}, {b.target})" for b in plan.buckets)
         say(f"batch shapes, rows x (source, target): {shapes}")
         if self.start:
-            say(f"resuming from step {self.start:,}")
+            say(f"resuming after step {self.start:,}")
 
-    def _evaluate(self, state: TrainState, done: int, log: RunLog) -> Metrics:
-        """Loss and scores of the validation split."""
+    def _save(self, state: TrainState, done: int) -> None:
+        """Saves a checkpoint, if its params are numbers: the loss just read was that of the params before them."""
+        if not step.all_finite(state.params):
+            raise DivergedError(f"the run diverged: update {done} made params that are no numbers; {WHAT_HELPS}")
+        self.checkpoints.save(state, self.config, self.tokenizer, self.data_digest)
+
+    def _evaluate(self, params: step.Params, done: int, log: RunLog) -> None:
+        """Scores the validation split, and records the scores with the checkpoint of this step."""
         sources, references = self.valid.sources(), [self.valid.targets()]
-        report = self.evaluator.evaluate(state.params, sources, references, metrics=("bleu", "chrf"))
+        report = self.evaluator.evaluate(params, sources, references, metrics=("bleu", "chrf"))
+        if not math.isfinite(report.loss):
+            self.checkpoints.remove(done)
+            raise DivergedError(
+                f"the run diverged: after update {done} the validation loss is {report.loss}; {WHAT_HELPS}"
+            )
         bleu, chrf = float(report.scores["bleu"]), float(report.scores["chrf"])
         scores = {"valid/loss": report.loss, SCORE: bleu, "valid/chrf": chrf}
+        best = max([bleu, *(self.checkpoints.metrics(other).get("best", 0.0) for other in self.checkpoints.steps())])
+        self.checkpoints.record(done, {**scores, "best": best})
         log.write(done, {**scores, "valid/seconds": report.seconds})
-        log.say(f"step {done:,} · validation loss {report.loss:.3f} · BLEU {bleu:.2f} · {report.seconds:.0f} s")
-        return scores
+        shown = f"validation loss {report.loss:.3f} · BLEU {bleu:.2f}, best {best:.2f}"
+        log.say(f"step {done:,} · {shown} · {report.seconds:.0f} s")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from transformer import attention
@@ -191,7 +192,9 @@ class Transformer(nnx.Module):
         if self.config.positions == "sinusoidal":
             return jnp.asarray(sinusoids(length, self.config.emb_dim), self.dtype)
         table = self.source_positions if side == "source" else self.target_positions
-        return table[...][:length].astype(self.dtype)
+        # Beyond the table there is padding only: the config sees to it that every sentence fits.
+        rows = np.minimum(np.arange(length), table.shape[0] - 1)
+        return table[...][rows].astype(self.dtype)
 
     def _embed(self, side: str, ids: Array, positions_TD: Array, key: Key) -> Array:
         x = self._table(side)(ids, self.dtype)

@@ -1,15 +1,14 @@
 """From a corpus to this host's rows of each global batch: token ids cached on disk, read by Grain.
 
 A sentence is tokenized once for each pair of corpus and vocabulary; training then maps flat arrays
-of ids into memory. The iterator's whole state is the step.
+of ids into memory. The iterator's whole state is the step at which it starts.
 """
 
 import itertools
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import grain
@@ -23,9 +22,12 @@ from transformer.config import Config, DataConfig
 from transformer.datasets import corpus as corpora
 from transformer.datasets.split import Split
 from transformer.errors import UserError
+from transformer.files import reported, sha256
 from transformer.tokenizer import Tokenizer
 
 CHUNK = 10_000  # pairs tokenized at a time
+ABOUT = "about.json"
+FILES = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
 PREFETCH = 16  # batches made ahead of the device
 
 
@@ -36,28 +38,16 @@ class TokenIds(NamedTuple):
     target: Ragged
 
 
-class TrainBatches:
-    """A random-access source of one host's part of each global batch, for Grain; index = step."""
-
-    def __init__(self, plan: TrainPlan, ids: TokenIds, num_steps: int, host: int, hosts: int):
-        self._plan, self._ids, self._num_steps, self._host, self._hosts = plan, ids, num_steps, host, hosts
-
-    def __len__(self) -> int:
-        return self._num_steps
-
-    def __getitem__(self, step: int) -> Batch:
-        return assemble(host_rows(self._plan.batch(int(step)), self._host, self._hosts), *self._ids)
-
-
 def train_iterator(
     plan: TrainPlan, ids: TokenIds, *, start: int, num_steps: int, host: int = 0, hosts: int = 1
-) -> grain.DatasetIterator:
-    """Yields the batches of steps `start` … `num_steps` - 1, made ahead in threads."""
-    source = TrainBatches(plan, ids, num_steps, host, hosts)
+) -> Iterator[Batch]:
+    """Yields this host's rows of the batches of steps `start` … `num_steps` - 1, made ahead in a thread."""
+
+    def make(step: int) -> Batch:
+        return assemble(host_rows(plan.batch(step), host, hosts), *ids)
+
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
-    iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
-    iterator.set_state({"next_index": start})
-    return iterator
+    return iter(grain.MapDataset.range(start, num_steps).map(make).to_iter_dataset(options))
 
 
 def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
@@ -82,60 +72,69 @@ def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
     return plan
 
 
-def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path, may_train: bool) -> Tokenizer:
-    """The workdir's vocabulary if it has one; else the one named by the config, or a newly trained one, stored.
+def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) -> Tokenizer:
+    """The vocabulary of a run that has no checkpoint yet: stored already, named by the config, or trained now."""
+    given = tokenizers.named_by(data)
+    if (stored / tokenizers.FILE_NAME).exists():
+        tokenizer = tokenizers.load(stored)
+        if tokenizer.digest == (given or tokenizer).digest and tokenizer.vocab_size == data.vocab_size:
+            return tokenizer
+        say(f"{stored}: replacing the vocabulary, which no checkpoint uses and the config does not ask for")
+    if given is None:
+        say(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} pieces")
+        given = tokenizers.train(Sentences(corpus.split("train")), data.vocab_size, data.tokenizer)
+    given.save(stored)
+    return given
+
+
+def same_tokenizer(stored: epath.Path, trained: Tokenizer) -> Tokenizer:
+    """The vocabulary that the checkpoints were trained with, which must be the workdir's too.
 
     Raises:
-      UserError: `may_train` is False, as for a workdir that has been trained in, and its vocabulary is gone.
+      UserError: the workdir's is missing or another one.
     """
-    if (stored / tokenizers.FILE_NAME).exists():
-        return tokenizers.load(stored)
-    if not may_train:
-        raise UserError(
-            f"{stored}: the vocabulary of this workdir is missing. A new one would not fit its checkpoints: copy "
-            f"tokenizer/{tokenizers.FILE_NAME} back from the newest folder under checkpoints/"
-        )
-    if data.tokenizer in ("bpe", "unigram"):
-        say(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} pieces")
-        tokenizer = tokenizers.train(_sentences(corpus), data.vocab_size, data.tokenizer)
-    else:
-        tokenizer = tokenizers.load(data.tokenizer)
-        if tokenizer.vocab_size != data.vocab_size:
-            raise UserError(
-                f"config.data.vocab_size = {data.vocab_size}, but {data.tokenizer} has {tokenizer.vocab_size} pieces; "
-                f"set data.vocab_size = {tokenizer.vocab_size}"
-            )
-    tokenizer.save(stored)
-    return tokenizer
+    if (stored / tokenizers.FILE_NAME).exists() and tokenizers.load(stored).digest == trained.digest:
+        return trained
+    raise UserError(
+        f"{stored}: the vocabulary of this workdir is missing or not the one its checkpoints were trained with, and "
+        f"another would not fit them: copy tokenizer/{tokenizers.FILE_NAME} back from the newest checkpoint"
+    )
 
 
-def _sentences(corpus: corpora.Corpus) -> Iterable[str]:
-    for source, target in corpus.split("train"):
-        yield source
-        yield target
+class Sentences:
+    """All sentences of a split, source and target in turn; can be gone through again."""
+
+    def __init__(self, split: Split):
+        self._split = split
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(self._split)
 
 
 def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokenizer: Tokenizer) -> TokenIds:
-    """Ids of a whole split, from the cache beside the prepared data or made now and kept there.
-
-    Raises:
-      UserError: cached files are not as long as they were written.
-    """
+    """Ids of a whole split, from the cache beside the prepared data or made now and kept there."""
     split = corpus.split(split_name)
     languages = f"{corpus.source_language}-{corpus.target_language}"
     key = f"{split.digest[:24]}-{languages}-{tokenizer.digest[:24]}"
     folder = epath.Path(corpora.data_dir(data)) / "token_ids" / key
-    if not folder.exists():
+    with reported(f"{folder}, under config.data.data_dir"):
+        if folder.exists():
+            try:
+                return _read(folder)
+            except (OSError, ValueError, KeyError) as error:
+                say(f"{folder}: damaged ({error}); made anew")
+                shutil.rmtree(folder)
         say(f"tokenizing {split_name}: {len(split):,} pairs")
         _write(folder, split, tokenizer)
-    return TokenIds(_read(folder, "source"), _read(folder, "target"))
+        return _read(folder)
 
 
 def _write(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
     """Tokenizes into a folder that appears whole or not at all, so that two runs may do it at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    partial = epath.Path(tempfile.mkdtemp(prefix=folder.name + ".partial", dir=folder.parent))
+    partial = folder.parent / f"{folder.name}.{os.getpid()}.partial"
+    partial.mkdir()
     try:
         lengths: dict[str, list[int]] = {"source": [], "target": []}
         with (partial / "source.ids").open("wb") as source, (partial / "target.ids").open("wb") as target:
@@ -148,7 +147,8 @@ def _write(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
         for name, values in lengths.items():
             with (partial / f"{name}.offsets.npy").open("wb") as file:
                 np.save(file, np.cumsum([0, *values], dtype=np.int64))
-        (partial / "about.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "split": split.name}))
+        digests = {name: sha256(partial / name) for name in FILES}
+        (partial / ABOUT).write_text(json.dumps({"dtype": np.dtype(dtype).name, "sha256": digests}))
         try:
             os.rename(partial, folder)
         except OSError:
@@ -158,12 +158,16 @@ def _write(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _read(folder: epath.Path, side: str) -> Ragged:
-    dtype = np.dtype(json.loads((folder / "about.json").read_text())["dtype"])
+def _read(folder: epath.Path) -> TokenIds:
+    """Maps the ids into memory, once their digests are right; a ValueError if they are not."""
+    about = json.loads((folder / ABOUT).read_text())
+    for name in FILES:
+        if sha256(folder / name) != about["sha256"][name]:
+            raise ValueError(f"{name} has changed since it was written")
+    return TokenIds(*(_side(folder, side, np.dtype(about["dtype"])) for side in ("source", "target")))
+
+
+def _side(folder: epath.Path, side: str, dtype: np.dtype) -> Ragged:
     offsets = np.load(folder / f"{side}.offsets.npy", allow_pickle=False)
-    path = folder / f"{side}.ids"
-    expected = int(offsets[-1]) * dtype.itemsize
-    if path.stat().length != expected:
-        raise UserError(f"{path}: expected {expected} bytes, got {path.stat().length}; delete {folder} to make it anew")
-    flat = np.memmap(path, dtype, mode="r") if expected else np.zeros(0, dtype)
+    flat = np.memmap(folder / f"{side}.ids", dtype, mode="r") if offsets[-1] else np.zeros(0, dtype)
     return Ragged(flat, offsets)

@@ -1,10 +1,10 @@
 """What a run tells: metrics.jsonl, TensorBoard events, and a progress bar or plain lines on stderr."""
 
+import contextlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 
 import numpy as np
 from etils import epath
@@ -13,9 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from transformer.errors import DivergedError
+from transformer.files import write_whole
 from transformer.step import StepMetrics
 
 METRICS_FILE = "metrics.jsonl"
+WHAT_HELPS = (
+    "no checkpoint was made of that. Lower optimizer.learning_rate, raise optimizer.warmup_steps or set "
+    "optimizer.clip_norm, and start in a new workdir"
+)
 
 
 class Meter:
@@ -40,8 +45,7 @@ class Meter:
         if not (math.isfinite(metrics.loss.objective) and math.isfinite(metrics.grad_norm)):
             raise DivergedError(
                 f"the run diverged: at update {step} the loss is {float(metrics.loss.objective)} and the gradient norm "
-                f"{float(metrics.grad_norm)}. Nothing was saved since the last checkpoint; lower "
-                "optimizer.learning_rate, raise optimizer.warmup_steps or set optimizer.clip_norm"
+                f"{float(metrics.grad_norm)}; {WHAT_HELPS}"
             )
         self.nll += float(metrics.loss.nll)
         self.correct += float(metrics.loss.correct)
@@ -51,7 +55,7 @@ class Meter:
         self.slots += slots
         self.updates += 1
 
-    @contextmanager
+    @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Stops the clock."""
         since = self._clock()
@@ -77,8 +81,9 @@ class RunLog:
     """The run's files and its bar; use as a context."""
 
     def __init__(self, workdir: epath.Path, start: int, num_steps: int):
+        _forget_after(workdir / METRICS_FILE, start)
         self._jsonl = (workdir / METRICS_FILE).open("a")
-        self._events = SummaryWriter(str(workdir), write_to_disk=True)
+        self._events = SummaryWriter(str(workdir), purge_step=start + 1)
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
@@ -102,7 +107,7 @@ class RunLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records metrics of a step, and shows the ones people follow."""
-        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        self._jsonl.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._jsonl.flush()
         for name, value in values.items():
             self._events.add_scalar(name, np.float64(value), step)
@@ -121,3 +126,16 @@ class RunLog:
         each = (time.perf_counter() - self._begun) / max(step - self._start, 1)
         minutes, seconds = divmod(round(each * (self._num_steps - step)), 60)
         return f"{minutes}:{seconds:02}"
+
+
+def _forget_after(path: epath.Path, step: int) -> None:
+    """Drops lines of steps that are about to be done again, and one that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+    if b"".join(kept) != path.read_bytes():
+        write_whole(path, b"".join(kept))

@@ -113,7 +113,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The compiled update. Its state argument is donated: use what it returns."""
     optimizer, schedule = make_optimizer(config), make_schedule(config)
-    dropout_key = jax.random.key(config.train.seed + 1)
+    dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
 
     def objective(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
         logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key)
@@ -137,6 +137,12 @@ def make_train_step(
         out_shardings=(states, everywhere),
         donate_argnums=0,
     )
+
+
+@jax.jit
+def all_finite(params: Params) -> jax.Array:
+    """Whether every param is a finite number; bool []."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
 def make_eval_step(model: Model, mesh: Mesh) -> Callable[[Params, Batch], LossSums]:

@@ -4,18 +4,26 @@ The same model serves both languages. Special ids are always 0 … 3: a model tr
 renumbered to fit. Padding is an id of its own, so that a loss mask never hides an unknown token.
 """
 
+import collections
 import hashlib
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
 from etils import epath
 
+from transformer.config import DataConfig
 from transformer.errors import UserError
+from transformer.files import write_whole
 
 PAD, BOS, EOS, UNK = range(4)
 FILE_NAME = "sentencepiece.model"
+NUM_FIXED = 4 + 256  # special ids and bytes
+OPTION_HINT = "Increase vocab_size or decrease character_coverage with --character_coverage option."
+LEAST_COVERAGE = 0.98  # SentencePiece takes no less
+COUNTED_LINES = 200_000  # enough to know an alphabet by
 
 
 class Tokenizer:
@@ -65,9 +73,7 @@ class Tokenizer:
         """Writes the model into `folder`, whole or not at all."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / (FILE_NAME + ".partial")
-        partial.write_bytes(self._model)
-        partial.replace(folder / FILE_NAME)
+        write_whole(folder / FILE_NAME, self._model)
 
 
 def cut(ids: np.ndarray, longest: int) -> np.ndarray:
@@ -89,6 +95,23 @@ def load(path: epath.PathLike) -> Tokenizer:
     return Tokenizer(path.read_bytes(), str(path))
 
 
+def named_by(data: DataConfig) -> Tokenizer | None:
+    """The model whose path the config names; None if one is to be trained.
+
+    Raises:
+      UserError: it is missing, is no model, or has another size than the config says.
+    """
+    if data.tokenizer in ("bpe", "unigram"):
+        return None
+    tokenizer = load(data.tokenizer)
+    if tokenizer.vocab_size != data.vocab_size:
+        raise UserError(
+            f"config.data.vocab_size = {data.vocab_size}, but {data.tokenizer} has {tokenizer.vocab_size} pieces; "
+            f"set data.vocab_size = {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
 def train(lines: Iterable[str], vocab_size: int, model_type: str) -> Tokenizer:
     """Trains a model of `vocab_size` pieces, bytes as fallback for what it has not seen.
 
@@ -96,7 +119,7 @@ def train(lines: Iterable[str], vocab_size: int, model_type: str) -> Tokenizer:
     encoded up to repeated spaces. The result depends on the lines and their order alone.
 
     Args:
-      lines: sentences of both languages of the training split.
+      lines: sentences of both languages of the training split; gone through twice.
       vocab_size: pieces, the four special ids and the 256 bytes included.
       model_type: bpe or unigram.
     """
@@ -108,7 +131,7 @@ def train(lines: Iterable[str], vocab_size: int, model_type: str) -> Tokenizer:
             vocab_size=vocab_size,
             model_type=model_type,
             byte_fallback=True,
-            character_coverage=1.0 if vocab_size > 2000 else 0.9999,
+            character_coverage=_coverage(lines, vocab_size),
             normalization_rule_name="identity",
             pad_id=PAD,
             bos_id=BOS,
@@ -120,11 +143,25 @@ def train(lines: Iterable[str], vocab_size: int, model_type: str) -> Tokenizer:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).split("] ")[-1]
+        reason = str(error).split("] ")[-1].replace(OPTION_HINT, "Raise data.vocab_size.")
         raise UserError(
             f"config.data.vocab_size = {vocab_size}: cannot train a {model_type} vocabulary on this data: {reason}"
         ) from error
     return Tokenizer(model.getvalue())
+
+
+def _coverage(lines: Iterable[str], vocab_size: int) -> float:
+    """The share of text whose characters get pieces of their own: all of it, if they fill under 3/4 of the vocabulary.
+
+    Else rare ones are spelled in bytes, so that scripts of thousands of characters fit too.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    for line in itertools.islice(lines, COUNTED_LINES):
+        counts.update(line)
+    room = max(3 * (vocab_size - NUM_FIXED) // 4, 1)
+    if len(counts) <= room:
+        return 1.0
+    return max(sum(count for _, count in counts.most_common(room)) / counts.total(), LEAST_COVERAGE)
 
 
 def _renumber(processor: sentencepiece.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ from transformer import compilation, search, sharding
 from transformer.batching import PADDING_ROW, PlannedBatch, Ragged, eval_plan
 from transformer.command_line import say
 from transformer.config import DecodeConfig
+from transformer.errors import UserError
 from transformer.model import reorder
 from transformer.step import Model, Params
 from transformer.tokenizer import BOS, EOS, PAD, Tokenizer, cut
@@ -112,11 +113,16 @@ def best_translations(model: Model, config: DecodeConfig, params: Params, source
 def chunks(lines: Iterable[str], size: int) -> Iterator[list[str]]:
     """Lines in groups of `size`, the last one shorter."""
     group: list[str] = []
-    for line in lines:
-        group.append(line)
-        if len(group) == size:
+    try:
+        for line in lines:
+            group.append(line)
+            if len(group) == size:
+                yield group
+                group = []
+    except UserError:  # a line that is no text: those before it still count
+        if group:
             yield group
-            group = []
+        raise
     if group:
         yield group
 
@@ -153,8 +159,10 @@ def main(argv: list[str]) -> None:
         decode = dataclasses.replace(decode, beam_size=args.beam_size)
     translator = Translator(trained.model, trained.tokenizer, decode, trained.mesh)
     translate = functools.partial(translator.translate, trained.params)
-    translate_stream(translate, decode_lines(sys.stdin.buffer, "stdin"), sys.stdout.buffer, args.batch_size)
-    translator.say_truncated()
+    try:
+        translate_stream(translate, decode_lines(sys.stdin.buffer, "stdin"), sys.stdout.buffer, args.batch_size)
+    finally:
+        translator.say_truncated()
 
 
 if __name__ == "__main__":

@@ -8,24 +8,23 @@ from typing import IO
 from etils import epath
 
 from transformer import config as configs
+from transformer import validation
+from transformer.command_line import say
 from transformer.config import Config
 from transformer.errors import UserError, WorkdirError
+from transformer.files import reported, write_whole
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
 
-# What may change between two sittings of one run, as it changes no update that is still to come.
-HARMLESS = (
-    "train.num_steps",
-    "train.log_every_steps",
-    "train.eval_every_steps",
-    "train.checkpoint_every_steps",
-    "train.keep_last",
-    "train.keep_best",
-    "data.data_dir",
-    "decode.",
-    "mesh.",
-)
+# What may change between two sittings of one run, as it changes no update that is still to come. Data
+# may have moved: whether it is the same is seen by its digest.
+HARMLESS = {
+    "train": {"log_every_steps", "eval_every_steps", "checkpoint_every_steps", "keep_last", "keep_best"},
+    "data": {*configs.PATHS, "tokenizer"},
+    "decode": {*configs.field_names("decode")},
+    "mesh": {*configs.field_names("mesh")},
+}
 
 
 def lock(workdir: epath.Path) -> IO[str]:
@@ -33,50 +32,56 @@ def lock(workdir: epath.Path) -> IO[str]:
 
     Raises:
       WorkdirError: another run has it.
+      UserError: it is no folder or cannot be written.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = (workdir / LOCK_FILE).open("a")
+    with reported(f"--workdir={workdir}"):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK_FILE).open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         holder = (workdir / LOCK_FILE).read_text().strip() or "another process"
         raise WorkdirError(f"{workdir}: held by {holder}; wait for it, stop it, or choose another --workdir") from error
+    except OSError as error:
+        say(f"warning: {workdir} cannot be locked ({error}); see to it that no other run uses it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
 
 
-def adopt_config(workdir: epath.Path, config: Config) -> list[str]:
-    """Makes `config` the workdir's own, if it may be.
+def config_changes(workdir: epath.Path, config: Config) -> list[str]:
+    """How a config differs, harmlessly, from the one that the workdir's run was made with.
 
     Returns:
-      The harmless differences from the config that it had, as 'field: old → new'.
+      The differences, as 'section.field: old → new'.
 
     Raises:
-      UserError: it belongs to a run with another config; every field that differs is named.
+      UserError: others than harmless ones; every field of them is named.
     """
     path = workdir / CONFIG_FILE
-    changes: list[str] = []
-    if path.exists():
-        old = configs.from_json(path.read_text(), str(path))
-        changes = configs.differences(old, config)
-        serious = [change for change in changes if not _harmless(change, config)]
-        if serious:
-            raise UserError(
-                f"{workdir}: holds a run with another config: {'; '.join(serious)}. Resume it with its own config, or "
-                "choose another --workdir"
-            )
-        if not changes:
-            return []
-    partial = workdir / (CONFIG_FILE + ".partial")
-    partial.write_text(config.to_json())
-    partial.replace(path)
-    return changes
+    if not path.exists():
+        return []
+    changes = configs.differences(validation.from_json(path.read_text(), str(path)), config)
+    serious = [change for change in changes if not _harmless(change, config)]
+    if serious:
+        raise UserError(
+            f"{workdir}: holds a run with another config: {'; '.join(map(str, serious))}. Resume it with its own "
+            "config, or choose another --workdir"
+        )
+    return [str(change) for change in changes]
 
 
-def _harmless(change: str, config: Config) -> bool:
-    if change.startswith("train.num_steps") and config.optimizer.schedule in ("cosine", "linear"):
-        return False  # these schedules end at num_steps
-    return change.startswith(HARMLESS)
+def keep_config(workdir: epath.Path, config: Config) -> None:
+    """Makes a config the workdir's own."""
+    path = workdir / CONFIG_FILE
+    if not path.exists() or path.read_text() != config.to_json():
+        with reported(f"--workdir={workdir}"):
+            write_whole(path, config.to_json())
+
+
+def _harmless(change: configs.Change, config: Config) -> bool:
+    if (change.section, change.field) == ("train", "num_steps"):
+        return config.optimizer.schedule not in ("cosine", "linear")  # these end at num_steps
+    return change.field in HARMLESS.get(change.section, ())

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from transformer.command_line import say
 from transformer.config import DataConfig
 from transformer.datasets import contents, parallel_text, prepared
 from transformer.datasets.split import Split
@@ -60,10 +60,10 @@ class Corpus:
     def _report(self, facts: contents.Facts) -> None:
         count = facts.pairs["train"]
         if facts.blank:
-            print(f"data: {self.dropped:,} of {count:,} training pairs have a blank side: left out", file=sys.stderr)
+            say(f"data: {self.dropped:,} of {count:,} training pairs have a blank side: left out")
         if facts.held_out:
             held_out = f"{len(facts.held_out):,} of {count:,} training pairs"
-            print(f"data: no validation split: {held_out} are held out as one", file=sys.stderr)
+            say(f"data: no validation split: {held_out} are held out as one")
 
     def split(self, name: str) -> Split:
         """The split of that name; "test" is also the only one whose name starts with it.

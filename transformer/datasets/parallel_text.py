@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from transformer.command_line import say
 from transformer.config import DataConfig
 from transformer.datasets import pair_files, text_files
 from transformer.errors import UserError
@@ -149,7 +149,7 @@ class ParallelText(tfds.core.ShardBasedBuilder):
             raise UserError(f"{' and '.join(self._files['train'].paths)}: no pairs of sentences to train on; got 0")
         self.info.metadata["empty_splits"] = [split for split in lengths if not lengths[split]]
         counts = ", ".join(f"{split} {sum(shards):,}" for split, shards in lengths.items())
-        print(f"data: sentence pairs: {counts}", file=sys.stderr)
+        say(f"data: sentence pairs: {counts}")
         return {split: self._shards(split, shards) for split, shards in lengths.items() if shards}
 
     def _shards(self, split: str, lengths: list[int]) -> list[Callable[[], Iterator]]:
@@ -161,7 +161,7 @@ class ParallelText(tfds.core.ShardBasedBuilder):
         due = time.monotonic() + _SECONDS_BETWEEN_LINES
         for row, pair in enumerate(self._files[split].pairs()):
             if time.monotonic() > due:
-                print(f"data: prepared {row:,} of {total:,} pairs of {split}", file=sys.stderr)
+                say(f"data: prepared {row:,} of {total:,} pairs of {split}")
                 due += _SECONDS_BETWEEN_LINES
             yield row, dict(zip(self._languages, pair, strict=True))
 

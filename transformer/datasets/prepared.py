@@ -22,8 +22,10 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
+from transformer.command_line import say
 from transformer.datasets import text_files
 from transformer.errors import UserError
+from transformer.files import write_whole
 
 _RECORD = "digests.json"
 
@@ -186,10 +188,8 @@ def how_to_prepare(builder: Any) -> str:
 
 def write_beside(path: epath.Path, content: bytes) -> None:
     """Writes a file of derived facts whole or not at all; does without where the folder is read-only."""
-    part = path.parent / f"{path.name}.{os.getpid()}.part"
     with contextlib.suppress(OSError):
-        part.write_bytes(content)
-        part.replace(path)
+        write_whole(path, content)
 
 
 @contextlib.contextmanager
@@ -218,7 +218,7 @@ def _prepare_under_lock(builder: Any, own: bool) -> None:
     if own:
         for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
             left.rmtree()
-    print(f"data: preparing {builder.info.full_name} in {folder}", file=sys.stderr)
+    say(f"data: preparing {builder.info.full_name} in {folder}")
     try:
         builder.download_and_prepare()
     except UserError:
@@ -241,7 +241,7 @@ def _locked(folder: epath.Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"data: another process is preparing {folder}; waiting for it", file=sys.stderr)
+                say(f"data: another process is preparing {folder}; waiting for it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 pass  # a file system without locks

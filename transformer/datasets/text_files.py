@@ -7,7 +7,6 @@ encoding and is dropped; anywhere else it is content. Files stream: none is held
 
 import contextlib
 import gzip
-import hashlib
 import io
 import itertools
 import lzma
@@ -20,6 +19,7 @@ import zstandard
 from etils import epath
 
 from transformer.errors import UserError
+from transformer.files import sha256
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 
@@ -82,11 +82,8 @@ def check_readable(path: epath.PathLike) -> None:
 
 def file_digest(path: epath.PathLike) -> str:
     """SHA-256 of the bytes of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with _reported(path), epath.Path(path).expanduser().open("rb") as stream:
-        while chunk := stream.read(_CHUNK * 16):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with _reported(path):
+        return sha256(epath.Path(path).expanduser())
 
 
 @contextlib.contextmanager

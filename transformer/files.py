@@ -1,0 +1,41 @@
+"""Files that appear whole or not at all, their digests, and what the file system refuses."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+
+from etils import epath
+
+from transformer.errors import UserError
+
+
+def write_whole(path: epath.PathLike, content: bytes | str) -> None:
+    """Writes a file beside its place and moves it there, so that nobody ever reads half of it."""
+    path = epath.Path(path)
+    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
+    data = content.encode() if isinstance(content, str) else content
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        with contextlib.suppress(OSError, AttributeError):  # object storage has no file descriptor
+            os.fsync(file.fileno())
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Turns what the file system refuses into a UserError; `what` names the path and where it comes from."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}; check the path, its mode and the space left") from error
+
+
+def sha256(path: epath.PathLike) -> str:
+    """SHA-256 of the bytes of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

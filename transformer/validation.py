@@ -1,0 +1,145 @@
+"""Whether a config can be: known fields, right types, values in bounds, and fields that go together.
+
+It runs before JAX is imported, so that a mistake costs a message and not a compilation.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import config_dict
+
+from transformer.config import FOLLOW_EMB_DIM, PATHS, SECTIONS, TINY, Config, DataConfig
+from transformer.errors import UserError
+
+
+def resolve(values: Any) -> Config:
+    """Checks a ConfigDict or nested mapping and returns it as frozen dataclasses.
+
+    Raises:
+      UserError: an unknown section or field, a wrong type, a value out of bounds, or fields that
+        cannot go together; the message names the field, what was expected and what was got.
+    """
+    if isinstance(values, config_dict.ConfigDict):
+        values = values.to_dict()
+    if not isinstance(values, dict):
+        raise UserError(f"config: expected sections {', '.join(SECTIONS)}, got {type(values).__name__}")
+    refuse_unknown("config", values, list(SECTIONS))
+    sections = {}
+    for name, section in SECTIONS.items():
+        given = values.get(name, {})
+        if not isinstance(given, dict):
+            raise UserError(f"config.{name}: expected a section of fields, got {given!r}")
+        if name == "model" and "emb_dim" in given:
+            given = {**dict.fromkeys(FOLLOW_EMB_DIM, given["emb_dim"]), **given}
+        fields = {field.name: field for field in dataclasses.fields(section)}
+        refuse_unknown(f"config.{name}", given, list(fields))
+        sections[name] = section(**{key: _checked(f"config.{name}.{key}", fields[key], v) for key, v in given.items()})
+    config = Config(**sections)
+    _check_together(config)
+    return config
+
+
+def from_json(text: str, path: str) -> Config:
+    """Reads what `Config.to_json` wrote; `path` is named in errors."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not a config in JSON: {error}") from error
+    return resolve(values)
+
+
+def refuse_unknown(where: str, given: Iterable[str], known: list[str]) -> None:
+    """Raises a UserError for the first name that is not known, with the nearest that is."""
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise UserError(f"{where}: unknown field {key!r}; {hint}")
+
+
+def _checked(where: str, field: dataclasses.Field, value: Any) -> Any:
+    """The value in the field's type and within its bounds, or a UserError."""
+    kind = typing.cast(type, field.type)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{where}: expected {kind.__name__}, got {value!r} of type {type(value).__name__}")
+    limits = types.SimpleNamespace(**field.metadata)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: expected a finite number, got {value}")
+    if limits.one_of and value not in limits.one_of:
+        raise UserError(f"{where}: expected one of {', '.join(limits.one_of)}, got {value!r}")
+    if limits.low is not None and value < limits.low:
+        bound = "above 0" if limits.low == TINY else f"at least {limits.low}"
+        raise UserError(f"{where}: expected {bound}, got {value}")
+    if limits.high is not None and value > limits.high:
+        raise UserError(f"{where}: expected at most {limits.high}, got {value}")
+    return value
+
+
+def _check_together(config: Config) -> None:
+    model, data, optimizer, train, decode = config.model, config.data, config.optimizer, config.train, config.decode
+    for name, width in (("qkv_dim", model.qkv_dim), ("value_dim", model.value_dim)):
+        if width % model.num_heads:
+            raise UserError(f"config.model: num_heads = {model.num_heads} does not divide {name} = {width}")
+    if model.positions == "sinusoidal" and model.emb_dim % 2:
+        raise UserError(f"config.model.emb_dim: sinusoidal positions need an even width, got {model.emb_dim}")
+    longest = max(data.max_length, decode.max_source_tokens + decode.max_extra_length)
+    if model.positions == "learned" and longest > model.max_positions:
+        raise UserError(
+            f"config.model.max_positions: learned positions must cover the longest sequence, {longest} = max(data."
+            f"max_length, decode.max_source_tokens + decode.max_extra_length), got {model.max_positions}"
+        )
+    if train.batch_tokens < data.max_length:
+        raise UserError(
+            f"config.train.batch_tokens: expected room for one sentence of data.max_length = {data.max_length} tokens, "
+            f"got {train.batch_tokens}"
+        )
+    if optimizer.name == "adam" and optimizer.weight_decay:
+        raise UserError(
+            "config.optimizer.weight_decay: adam has none; set optimizer.name to adamw, or weight_decay to 0"
+        )
+    if optimizer.schedule in ("paper", "inverse_sqrt") and not optimizer.warmup_steps:
+        raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")
+    if config.mesh.data == 0:
+        raise UserError("config.mesh.data: expected -1 for all devices, or at least 1, got 0")
+    _check_data(data)
+
+
+def _check_data(data: DataConfig) -> None:
+    for side in ("source_language", "target_language"):
+        code = getattr(data, side)
+        if not code or not code.replace("-", "").replace("_", "").isalnum():
+            raise UserError(f"config.data.{side}: expected a language code such as 'en', got {code!r}")
+    if data.source_language == data.target_language:
+        raise UserError(f"config.data: source_language and target_language are both {data.source_language!r}")
+    if data.tokenizer not in ("bpe", "unigram") and not os.fspath(data.tokenizer).endswith(".model"):
+        raise UserError(
+            f"config.data.tokenizer: expected bpe, unigram or the path of a .model file, got {data.tokenizer!r}"
+        )
+    given = [name for name in (*PATHS, "columns") if name != "data_dir" and getattr(data, name)]
+    if data.name != "text":
+        if given:
+            raise UserError(f"config.data.{given[0]}: read only with data.name = 'text', got data.name = {data.name!r}")
+        return
+    ways = [name for name in ("dir", "train_source", "train") if getattr(data, name)]
+    if len(ways) != 1:
+        raise UserError(
+            "config.data: with data.name = 'text' set exactly one of dir (a folder of train.LANG files), "
+            f"train_source with train_target, or train (one file); got {', '.join(ways) or 'none'}"
+        )
+    for side in ("train", "valid"):
+        one, other = getattr(data, f"{side}_source"), getattr(data, f"{side}_target")
+        if bool(one) != bool(other):
+            raise UserError(f"config.data: {side}_source and {side}_target go together, got {one!r} and {other!r}")
+    if data.valid and data.valid_source:
+        raise UserError("config.data: set valid or valid_source with valid_target, not both")
+    if data.dir and (data.valid or data.valid_source):
+        raise UserError("config.data: data.dir brings its own val files; leave the valid fields empty")
