@@ -6,13 +6,15 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check --quiet
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-slow lint types lock clean
+.PHONY: demo test test-fast test-slow lint types lock clean
 
 demo: $(VENV)/installed$(ACCELERATOR)
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR)
 	$(RUN) eval.py --workdir=$(WORKDIR) --checkpoint=best
 
-test: lint types
+test: lint types test-fast
+
+test-fast: $(VENV)/installed-dev
 	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed-dev

@@ -24,11 +24,11 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 200
 
-    config.train.num_steps = 1000
+    config.train.num_steps = 800
     config.train.batch_tokens = 4096
     config.train.log_every_steps = 50
-    config.train.eval_every_steps = 500
-    config.train.checkpoint_every_steps = 500
+    config.train.eval_every_steps = 400
+    config.train.checkpoint_every_steps = 400
 
     config.decode.max_source_tokens = 256
     return config

@@ -178,7 +178,7 @@ def _config_of(configs: list[str], languages: tuple[str, str]) -> str:
 
 def _unknown(name: str, error: str, data_dir: str) -> str:
     """The message for a data set that TFDS does not know; its error lists those it does."""
-    known = ["text", "cldr", *re.findall(r"^\s*- (\w+)$", error, re.MULTILINE)]
+    known = {"text", "cldr", *re.findall(r"^\s*- (\w+)$", error, re.MULTILINE)}
     close = difflib.get_close_matches(name.split("/")[0], known, 3, 0.7)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return (
