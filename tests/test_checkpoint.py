@@ -182,6 +182,12 @@ def test_a_save_replaces_one_of_the_same_step(workdir, parts):
     assert Checkpoints(workdir).metrics(100) == {}
 
 
+def test_a_relative_workdir_will_do(parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("runs/here", parts, 3)
+    assert checkpoint.load_trained("runs/here", "latest").step == 3
+
+
 def test_a_save_that_fails_leaves_the_others_as_they_were(workdir, parts, monkeypatch):
     monkeypatch.setattr(checkpoint.ocp, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(UserError, match="No space left"):

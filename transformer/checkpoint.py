@@ -53,7 +53,7 @@ class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: epath.PathLike):
-        self.folder = epath.Path(workdir) / "checkpoints"
+        self.folder = epath.Path(workdir).expanduser().resolve() / "checkpoints"  # Orbax takes no relative path
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, oldest first; whether they are sound is not looked at."""
