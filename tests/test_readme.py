@@ -1,0 +1,60 @@
+"""What the README says of files, commands and fields is so."""
+
+import re
+
+import pytest
+
+from tests.conftest import ROOT
+from transformer import command_line
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_file_tree_is_the_real_one():
+    (tree,) = [body for _, body in BLOCKS if body.startswith("train.py ")]
+    shown = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
+    rooms = {path.name for path in (ROOT / "transformer").glob("*.py")} - {"__init__.py"}
+    assert shown == rooms | {"datasets/"}
+    for line in tree.splitlines():
+        place = "transformer/" + line.split()[0] if line.startswith("  ") else line.split()[0]
+        assert (ROOT / place).exists(), place
+
+
+def test_every_link_into_the_repository_leads_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_field_it_names_exists():
+    for argument in re.findall(r"--config\.\w+\.\w+", README):
+        command_line._check_name(f"{argument}=x")
+    for section, field in re.findall(r"`(data|model|train|mesh|decode|optimizer)\.(\w{3,})`", README):
+        command_line._check_name(f"--config.{section}.{field}=x")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--config.data.dir=x"],
+        ["--config.data.train_source=a", "--config.data.train_target=b"],
+        ["--config.data.train=x.tsv.gz", "--config.data.valid=y.jsonl"],
+        ["--config.data.name=wmt14_translate/de-en"],
+        ["--config.data.name=cldr", "--config.data.target_language=fr"],
+    ],
+)
+def test_every_layout_it_names_can_be_asked_for_with_the_text_config(flags, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command_line.config_flags(["train.py", "--config=configs/text.py", *flags])
+
+
+def test_its_python_is_a_config(tmp_path):
+    (body,) = [body for language, body in BLOCKS if language == "python"]
+    (tmp_path / "mine.py").write_text(body)
+    config, _ = command_line.config_flags(["train.py", f"--config={tmp_path}/mine.py"])
+    assert (config.data.target_language, config.model.dropout_rate) == ("fr", 0.3)
+
+
+def test_make_targets_it_names_exist():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`?make ([a-z][a-z-]*)", README)) <= set(targets)
