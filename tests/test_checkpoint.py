@@ -44,7 +44,7 @@ def save(workdir, parts, done):
     config, vocabulary, _, mesh, state = parts
     marked = jax.tree.map(lambda leaf: leaf + np.asarray(done, leaf.dtype), state.params)
     counter = jax.device_put(np.int32(done), sharding.replicated(mesh))
-    Checkpoints(workdir).save(state._replace(step=counter, params=marked), config, vocabulary, "digest of the data")
+    Checkpoints(workdir).save(state._replace(step=counter, params=marked), config, vocabulary, "digest of the data", {})
 
 
 def test_steps_are_in_order_of_number(workdir):

@@ -1,5 +1,6 @@
 """What the host does: order of dispatch and reading, exact resume, signals, divergence, workdirs of others."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -155,9 +156,12 @@ def test_a_finished_run_is_left_alone(data, whole, capsys):
     assert "trained for 12 steps; raise train.num_steps" in capsys.readouterr().err
 
 
+DISPATCH = loop.Updates.dispatch
+
+
 def stop_at(monkeypatch, update):
     """Sends this process a SIGTERM while that update is dispatched."""
-    dispatch = loop.Updates.dispatch
+    dispatch = DISPATCH
 
     def interrupted(self):
         dispatch(self)
@@ -253,6 +257,29 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(data, whole, tmp_path,
     loop.fit(config_of(data), tmp_path / "run")
     assert "checkpoint 6 is damaged" in capsys.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
+
+
+def test_a_run_ends_early_when_validation_gets_no_better(data, tmp_path, monkeypatch, capsys):
+    """BLEU by validation: 10, 30, 20, 30, …; the third without a better one than 30 is the fifth of all."""
+    scores = iter([10.0, 30.0, 20.0, 30.0, 25.0, 99.0])
+    evaluate = loop.Evaluator.evaluate
+
+    def scored(*args, **options):
+        report = evaluate(*args, **options)
+        return dataclasses.replace(report, scores={**report.scores, "bleu": next(scores)})
+
+    monkeypatch.setattr(loop.Evaluator, "evaluate", scored)
+    train = {"num_steps": 12, "eval_every_steps": 2, "early_stopping_patience": 3}
+    stop_at(monkeypatch, 7)  # the count survives an interruption
+    with pytest.raises(StoppedError):
+        loop.fit(config_of(data, train=train), tmp_path / "run")
+    stop_at(monkeypatch, 0)
+    loop.fit(config_of(data, train=train), tmp_path / "run")
+    assert Checkpoints(tmp_path / "run").steps()[-1] == 10
+    assert Checkpoints(tmp_path / "run").select("best") == 8
+    loop.fit(config_of(data, train=train), tmp_path / "run")
+    assert Checkpoints(tmp_path / "run").steps()[-1] == 10
+    assert capsys.readouterr().err.count("3 validations without a better BLEU than 30.00") == 2
 
 
 def test_a_failed_start_does_not_bind_the_workdir(data, tmp_path):

@@ -106,6 +106,40 @@ def test_uneven_rows_are_one_batch():
     assert optax.tree.norm(difference) < 1e-5 * optax.tree.norm(whole_grad)
 
 
+@pytest.mark.parametrize(("parts", "data"), [(2, 1), (4, 1), (2, 4)])
+def test_parts_one_after_the_other_are_one_batch(parts, data):
+    """Rows of uneven lengths, and a count of them that the parts do not divide."""
+    batch = draw_batch(rows=7)
+    one, (whole,) = run(batches=[batch])
+    config, mesh, built, _ = setup(data)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=parts))
+    train_step = step.make_train_step(built, config, mesh)
+    state, metrics = train_step(step.init_state(built, config, mesh), sharding.place_batch(mesh, batch, parts))
+    np.testing.assert_allclose(metrics.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics.grad_norm, whole.grad_norm, rtol=1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), jax.device_get(state.params), one.params)
+    assert max(jax.tree.leaves(moved)) < 1e-4
+
+
+def test_parts_drop_different_units():
+    """With the same rows in both parts and one key for both, the parts' losses would be equal."""
+    built = setup(dropout_rate=0.5)[2]
+    batch = draw_batch(rows=1)
+    twice = Batch(*(np.repeat(side, 2, 0) for side in batch))
+
+    def objective(params, batch, key):
+        sums = step.cross_entropy(built.bind(params)(batch.source_BS, batch.target_BT, key), batch.target_BT, 0.0)
+        return sums.objective, sums
+
+    sums = jax.jit(
+        lambda b, parts: step.sum_gradients(objective, built.init(0), b, jax.random.key(3), parts)[1], static_argnums=1
+    )
+    keys = jax.random.split(jax.random.key(3), 2)
+    alone = [jax.jit(objective)(built.init(0), batch, key)[0] for key in keys]
+    np.testing.assert_allclose(sums(twice, 2).objective, sum(alone), rtol=1e-5)
+    assert abs(float(alone[0] - alone[1])) > 1e-3
+
+
 def test_padding_rows_change_nothing():
     batch = draw_batch()
     wider = Batch(*(np.pad(side, ((0, 8), (0, 0))) for side in batch))

@@ -61,8 +61,8 @@ class Checkpoints:
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
-    def save(self, state: TrainState, config: Config, tokenizer: Tokenizer, data: str) -> None:
-        """Writes the checkpoint of `state.step`, without metrics; `data` is the digest of the training split."""
+    def save(self, state: TrainState, config: Config, tokenizer: Tokenizer, data: str, metrics: Metrics) -> None:
+        """Writes the checkpoint of `state.step`; `data` is the digest of the training split."""
         place = self.folder / str(int(jax.device_get(state.step)))
         folder = place.parent / f"{place.name}.partial"
         with reported(f"{place}"):
@@ -74,14 +74,15 @@ class Checkpoints:
             tokenizer.save(folder / "tokenizer")
             write_whole(folder / "config.json", config.to_json())
             files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
-            write_whole(folder / MANIFEST, Manifest({}, data, files).to_json())
+            write_whole(folder / MANIFEST, Manifest(metrics, data, files).to_json())
             if place.exists():
                 self.remove(int(place.name))
             folder.rename(place)
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Adds metrics to a checkpoint."""
-        manifest = dataclasses.replace(self.manifest(step), metrics=metrics)
+        manifest = self.manifest(step)
+        manifest = dataclasses.replace(manifest, metrics={**manifest.metrics, **metrics})
         with reported(f"{self.folder / str(step)}"):
             write_whole(self.folder / str(step) / MANIFEST, manifest.to_json())
 

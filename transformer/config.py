@@ -103,9 +103,15 @@ class TrainConfig:
 
     num_steps: int = _field(100_000, "updates of the whole run", low=1)
     batch_tokens: int = _field(25_000, "target tokens of the global batch, padding counted", low=1)
+    accumulation_steps: int = _field(
+        1, "parts of a batch that go through the model one after the other", low=1, high=4096
+    )
     log_every_steps: int = _field(50, "steps between lines of metrics", low=1)
     eval_every_steps: int = _field(2_000, "steps between validations: loss and BLEU", low=1)
     checkpoint_every_steps: int = _field(1_000, "steps between checkpoints", low=1)
+    early_stopping_patience: int = _field(
+        0, "validations without a better BLEU before the run ends; 0: none does", low=0
+    )
     keep_last: int = _field(5, "newest checkpoints to keep", low=1)
     keep_best: int = _field(1, "checkpoints of the best validation BLEU to keep besides", low=0)
     seed: int = _field(0, "of initialisation, data order and dropout", low=0, high=2**31 - 1)

@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import jax
 from etils import epath
 
 from transformer import compilation, pipeline, sharding, step, workdir
 from transformer.batching import Batch
-from transformer.checkpoint import SCORE, Checkpoints
+from transformer.checkpoint import SCORE, Checkpoints, Metrics
 from transformer.command_line import say
 from transformer.config import Config
 from transformer.datasets import corpus as corpora
@@ -78,6 +79,22 @@ class Updates:
             self.meter.add(jax.device_get(metrics), done, slots)
 
 
+class Progress(NamedTuple):
+    """How validation goes: the best BLEU so far, and how many validations in a row were no better."""
+
+    best: float = -1.0
+    stale: int = 0
+
+    def after(self, bleu: float) -> "Progress":
+        """After one more validation."""
+        return Progress(bleu, 0) if bleu > self.best else Progress(self.best, self.stale + 1)
+
+    @classmethod
+    def of(cls, metrics: Metrics) -> "Progress":
+        """As it was saved with a checkpoint."""
+        return cls(metrics["best"], int(metrics["stale"]))
+
+
 class Run:
     """One sitting of a run: everything it needs, opened once."""
 
@@ -99,11 +116,12 @@ class Run:
         self.evaluator = Evaluator(model, self.tokenizer, config, self.mesh)
         self.train_step = step.make_train_step(model, config, self.mesh)
         self.checkpoints.prepare(newest)
-        self.start = newest or 0
+        self.start, self.progress = newest or 0, Progress()
         if newest is None:
             self.state = step.init_state(model, config, self.mesh)
         else:
             self.state = self.checkpoints.restore(newest, model, config, self.mesh)
+            self.progress = Progress.of(self.checkpoints.metrics(newest))
         self._describe(model)
         if changes:
             say(f"changed since the last sitting: {'; '.join(changes)}")
@@ -113,8 +131,7 @@ class Run:
         train = self.config.train
         # The last sitting may have been stopped before it could validate.
         owes = self._is_due(self.start, train.eval_every_steps) and SCORE not in self.checkpoints.metrics(self.start)
-        if self.start >= train.num_steps and not owes:
-            say(f"{self.path}: trained for {self.start:,} steps; raise train.num_steps to go on")
+        if not owes and self._is_over(self.start):
             return
         with RunLog(self.path, self.start, train.num_steps) as log:
             if owes:
@@ -127,12 +144,14 @@ class Run:
                 host=jax.process_index(),
                 hosts=jax.process_count(),
             )
-            place = functools.partial(sharding.place_batch, self.mesh)
+            place = functools.partial(sharding.place_batch, self.mesh, parts=train.accumulation_steps)
             updates = Updates(self.train_step, self.state, batches, place)
             for done in range(self.start + 1, train.num_steps + 1):
                 updates.dispatch()
                 log.advance(done)
                 self._after_update(updates, done, log, stop_signal())
+                if self._is_over(done):
+                    return
 
     def _after_update(self, updates: Updates, done: int, log: RunLog, stopped: int | None) -> None:
         """Logs, saves and evaluates, each when it is due, and stops when it is told to."""
@@ -151,6 +170,17 @@ class Run:
                 self.checkpoints.prune(train.keep_last, train.keep_best)
         if stopped:
             raise StoppedError(stopped, f"stopped by signal {stopped}; saved step {done:,}; run again to go on")
+
+    def _is_over(self, done: int) -> bool:
+        """Whether nothing is left to do; says why, unless the bar does."""
+        train, stale = self.config.train, self.progress.stale
+        if train.early_stopping_patience and stale >= train.early_stopping_patience:
+            best = self.progress.best
+            say(f"step {done:,}: {stale:,} validations without a better BLEU than {best:.2f}, so the run ends here")
+            return True
+        if done == self.start >= train.num_steps:
+            say(f"{self.path}: trained for {done:,} steps; raise train.num_steps to go on")
+        return done >= train.num_steps
 
     def _is_due(self, done: int, every: int) -> bool:
         return done > 0 and (done % every == 0 or done == self.config.train.num_steps)
@@ -186,7 +216,7 @@ class Run:
         """Saves a checkpoint, if its params are numbers: the loss just read was that of the params before them."""
         if not step.all_finite(state.params):
             raise DivergedError(f"the run diverged: update {done} made params that are no numbers; {WHAT_HELPS}")
-        self.checkpoints.save(state, self.config, self.tokenizer, self.data_digest)
+        self.checkpoints.save(state, self.config, self.tokenizer, self.data_digest, self.progress._asdict())
 
     def _evaluate(self, params: step.Params, done: int, log: RunLog) -> None:
         """Scores the validation split, and records the scores with the checkpoint of this step."""
@@ -199,10 +229,10 @@ class Run:
             )
         bleu, chrf = float(report.scores["bleu"]), float(report.scores["chrf"])
         scores = {"valid/loss": report.loss, SCORE: bleu, "valid/chrf": chrf}
-        best = max([bleu, *(self.checkpoints.metrics(other).get("best", 0.0) for other in self.checkpoints.steps())])
-        self.checkpoints.record(done, {**scores, "best": best})
+        self.progress = self.progress.after(bleu)
+        self.checkpoints.record(done, {**scores, **self.progress._asdict()})
         log.write(done, {**scores, "valid/seconds": report.seconds})
-        shown = f"validation loss {report.loss:.3f} · BLEU {bleu:.2f}, best {best:.2f}"
+        shown = f"validation loss {report.loss:.3f} · BLEU {bleu:.2f}, best {self.progress.best:.2f}"
         log.say(f"step {done:,} · {shown} · {report.seconds:.0f} s")
 
 

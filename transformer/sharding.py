@@ -91,9 +91,13 @@ def row_multiple(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def place_batch(mesh: Mesh, batch: Any) -> Any:
-    """This host's rows of a batch → global arrays; rows are filled up with zeros, which are padding, to divide."""
-    shards = max(row_multiple(mesh) // jax.process_count(), 1)
+def place_batch(mesh: Mesh, batch: Any, parts: int = 1) -> Any:
+    """This host's rows of a batch → global arrays; rows are filled up with zeros, which are padding, to divide.
+
+    Args:
+      parts: into how many each device's rows must divide further.
+    """
+    shards = max(row_multiple(mesh) // jax.process_count(), 1) * parts
 
     def place(array: np.ndarray) -> jax.Array:
         missing = -len(array) % shards

@@ -118,12 +118,13 @@ def make_train_step(
     def objective(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
         logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key)
         sums = cross_entropy(logits_BTV, batch.target_BT, config.optimizer.label_smoothing)
-        # The sums run over all devices' rows, so this is the mean over the global batch's tokens.
-        return sums.objective / jnp.maximum(sums.tokens, 1.0), sums
+        return sums.objective, sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(dropout_key, state.step)
-        grads, sums = jax.grad(objective, has_aux=True)(state.params, batch, key)
+        summed, sums = sum_gradients(objective, state.params, batch, key, config.train.accumulation_steps)
+        # The sums run over all rows of all devices, so these are gradients of the mean over the global batch's tokens.
+        grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums.tokens, 1.0), summed)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -137,6 +138,34 @@ def make_train_step(
         out_shardings=(states, everywhere),
         donate_argnums=0,
     )
+
+
+def sum_gradients(
+    objective: Callable[[Params, Batch, jax.Array], tuple[jax.Array, LossSums]],
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    parts: int,
+) -> tuple[Params, LossSums]:
+    """Gradient of a sum over a batch, and its sums, one of `parts` of the rows after the other.
+
+    Only one part's activations are in memory at a time. The parts' own token counts do not matter: sums
+    are added, and divided once.
+    """
+    gradient = jax.grad(objective, has_aux=True)
+    if parts == 1:
+        return gradient(params, batch, key)
+
+    def split(array: jax.Array) -> jax.Array:
+        # Part i takes every parts-th row from i: each device then has its share of every part.
+        rows = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
+        return jnp.moveaxis(rows, 1, 0)
+
+    def add(total: tuple[Params, LossSums], part: tuple[Batch, jax.Array]) -> tuple[tuple[Params, LossSums], None]:
+        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+    zero = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros(()) for _ in LossSums._fields)))
+    return jax.lax.scan(add, zero, (jax.tree.map(split, batch), jax.random.split(key, parts)))[0]
 
 
 @jax.jit

@@ -20,7 +20,14 @@ LOCK_FILE = "lock"
 # What may change between two sittings of one run, as it changes no update that is still to come. Data
 # may have moved: whether it is the same is seen by its digest.
 HARMLESS = {
-    "train": {"log_every_steps", "eval_every_steps", "checkpoint_every_steps", "keep_last", "keep_best"},
+    "train": {
+        "log_every_steps",
+        "eval_every_steps",
+        "checkpoint_every_steps",
+        "early_stopping_patience",
+        "keep_last",
+        "keep_best",
+    },
     "data": {*configs.PATHS, "tokenizer"},
     "decode": {*configs.field_names("decode")},
     "mesh": {*configs.field_names("mesh")},
