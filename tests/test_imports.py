@@ -23,6 +23,7 @@ sharding attention layers model
 loss optimizer step compilation checkpoint
 search translate evaluate
 workdir run_log loop
+benchmark
 """.split()
 
 ROOMS = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py"))

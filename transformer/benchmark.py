@@ -1,0 +1,146 @@
+"""How fast a config trains here: target tokens per second over its own data, warm.
+
+    python -m transformer.benchmark --config=configs/NAME.py [--input] [--num_steps=N]
+
+Every batch shape is compiled and run once before the clock starts. Tokens are real target tokens,
+padding left out. `--input` measures the data path alone: plan, assembly and prefetch, no device.
+The last line of stdout is one JSON object.
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from etils import epath
+
+from transformer import command_line, compilation, pipeline, sharding, step
+from transformer.batching import Batch, TrainPlan
+from transformer.command_line import positive_int, say
+from transformer.config import Config
+from transformer.datasets import corpus as corpora
+from transformer.pipeline import TokenIds
+from transformer.tokenizer import PAD
+
+ROUNDS = 5  # timed apart, so that the median passes over a busy moment of the machine
+
+Row = dict[str, float | str]
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags, measures, prints."""
+    parser = argparse.ArgumentParser(prog="python -m transformer.benchmark", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="config file, with --config.SECTION.FIELD=VALUE overrides")
+    parser.add_argument("--input", action="store_true", help="measure the data path alone")
+    parser.add_argument("--num_steps", type=positive_int, default=50, help="updates to time (default: 50)")
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        return
+    config, rest = command_line.config_flags(argv)
+    args = parser.parse_args(rest)
+    corpora.check(config.data)
+    compilation.enable_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = corpora.open_corpus(config.data)
+        tokenizer = pipeline.get_tokenizer(config.data, corpus, epath.Path(folder))
+    ids = pipeline.token_ids(config.data, corpus, "train", tokenizer)
+    plan = pipeline.make_plan(config, ids)
+    row = measure_input(plan, ids, args.num_steps) if args.input else measure(config, plan, ids, args.num_steps)
+    print(json.dumps({**row, **sizes(config, tokenizer.vocab_size)}))
+
+
+def sizes(config: Config, vocab_size: int) -> Row:
+    """What was measured."""
+    model = config.model
+    return {
+        "dtype": model.dtype,
+        "emb_dim": model.emb_dim,
+        "mlp_dim": model.mlp_dim,
+        "num_layers": model.num_layers,
+        "num_heads": model.num_heads,
+        "vocab_size": vocab_size,
+        "batch_tokens": config.train.batch_tokens,
+    }
+
+
+def measure_input(plan: TrainPlan, ids: TokenIds, num_steps: int) -> Row:
+    """Real target tokens per second that the data path delivers, median of rounds."""
+    rates = []
+    for start in range(0, ROUNDS * num_steps, num_steps):
+        batches = pipeline.train_iterator(plan, ids, start=start, num_steps=start + num_steps)
+        since = time.perf_counter()
+        tokens = sum(real_tokens(batch) for batch in batches)
+        rates.append(tokens / (time.perf_counter() - since))
+    return {"input_target_tokens_per_s": round(float(np.median(rates)))}
+
+
+def measure(config: Config, plan: TrainPlan, ids: TokenIds, num_steps: int) -> Row:
+    """Speed of the training step as the loop runs it, median of rounds."""
+    mesh = sharding.make_mesh(config.mesh)
+    model = step.Model(config.model, config.data.vocab_size)
+    train_step = step.make_train_step(model, config, mesh)
+    state = step.init_state(model, config, mesh)
+    parts = config.train.accumulation_steps
+    compile_since = time.perf_counter()
+    for batch in one_of_each_shape(plan, ids):
+        state, metrics = train_step(state, sharding.place_batch(mesh, batch, parts))
+    jax.block_until_ready(metrics)
+    compile_s = time.perf_counter() - compile_since
+    say(f"{len(plan.buckets)} shapes compiled or found in the cache, and run once: {compile_s:.1f} s")
+    each = max(num_steps // ROUNDS, 1)
+    batches = pipeline.train_iterator(plan, ids, start=0, num_steps=ROUNDS * each)
+    rates, seconds = [], []
+    for number in range(1, ROUNDS + 1):
+        tokens, since = 0, time.perf_counter()
+        for batch in itertools.islice(batches, each):
+            tokens += real_tokens(batch)
+            state, metrics = train_step(state, sharding.place_batch(mesh, batch, parts))
+        jax.block_until_ready(metrics)
+        seconds.append((time.perf_counter() - since) / each)
+        rates.append(tokens / (seconds[-1] * each))
+        say(f"round {number} of {ROUNDS}: {rates[-1]:,.0f} target tokens/s")
+    return {
+        "params": model.num_params(),
+        "target_tokens_per_s": round(float(np.median(rates))),
+        "step_ms": round(1000 * float(np.median(seconds)), 2),
+        "compile_s": round(compile_s, 2),
+        "peak_memory_mb": round(peak_memory_mb()),
+        "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
+    }
+
+
+def one_of_each_shape(plan: TrainPlan, ids: TokenIds) -> Iterator[Batch]:
+    """One batch of each bucket."""
+    seen = set()
+    for number in range(plan.steps_per_epoch):
+        bucket = plan.batch(number).bucket
+        if bucket not in seen:
+            seen.add(bucket)
+            yield next(pipeline.train_iterator(plan, ids, start=number, num_steps=number + 1))
+        if len(seen) == len(plan.buckets):
+            return
+
+
+def real_tokens(batch: Batch) -> int:
+    """Target tokens that are no padding."""
+    return int(np.count_nonzero(batch.target_BT != PAD))
+
+
+def peak_memory_mb() -> float:
+    """Most memory in use at once, in MiB: of the first device where it says so, else of this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"] / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+if __name__ == "__main__":
+    command_line.use_huge_pages()
+    command_line.run(main)
