@@ -1,4 +1,11 @@
-"""A small Transformer on the embedded data set `cldr`, English to German: dates, times, amounts, numbers."""
+"""A small Transformer on the embedded data set `cldr`, English to German: dates, times, amounts, numbers.
+
+    make demo
+
+or, without scoring, `python train.py --config=configs/demo.py --workdir=runs/demo`. Test BLEU 97.9 (sacreBLEU
+nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0) after 800 updates; 3½ minutes on 2 cores of an
+AMD EPYC, float32, install and scoring included (2026-11-20, commit 39b4d45).
+"""
 
 from ml_collections import config_dict
 
@@ -6,7 +13,7 @@ from transformer.config import default_config
 
 
 def get_config() -> config_dict.ConfigDict:
-    """2+2 layers of width 128, about a minute or two on two cores."""
+    """2+2 layers of width 128."""
     config = default_config()
     config.model.num_layers = 2
     config.model.emb_dim = 128

@@ -98,14 +98,11 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _check_name(argument: str) -> None:
     """Refuses a field that does not exist, with the nearest that does."""
-    import dataclasses
-
     parts = argument.partition("=")[0].removeprefix("--config.").split(".")
     validation.refuse_unknown("config", parts[:1], list(configs.SECTIONS))
     if len(parts) != 2:
         raise UserError(f"{argument}: expected --config.SECTION.FIELD=VALUE")
-    fields = [field.name for field in dataclasses.fields(configs.SECTIONS[parts[0]])]
-    validation.refuse_unknown(f"config.{parts[0]}", parts[1:], fields)
+    validation.refuse_unknown(f"config.{parts[0]}", parts[1:], configs.field_names(parts[0]))
 
 
 def _where(error: Exception, path: str) -> str:

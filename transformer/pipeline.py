@@ -134,6 +134,7 @@ def _write(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     partial = folder.parent / f"{folder.name}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of an earlier process with this number
     partial.mkdir()
     try:
         lengths: dict[str, list[int]] = {"source": [], "target": []}
