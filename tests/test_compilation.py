@@ -1,0 +1,50 @@
+"""Compiled programs are kept on disk, apart for each kind of CPU, and counted."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from transformer import compilation
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from transformer import compilation
+compilation.enable_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).block_until_ready()
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+def run(**environment):
+    kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-c", PROGRAM]
+    result = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=True)
+    return pathlib.Path(result.stdout.strip())
+
+
+def test_programs_are_kept_in_a_folder_for_this_kind_of_cpu(tmp_path):
+    folder = run(XDG_CACHE_HOME=str(tmp_path))
+    assert folder == tmp_path / "transformer-jax" / compilation._machine()
+    assert any(folder.iterdir())
+
+
+def test_a_folder_of_the_user_s_own_is_kept_to(tmp_path):
+    assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == tmp_path / "mine"
+    assert any((tmp_path / "mine").iterdir())
+
+
+def test_programs_are_counted_while_it_is_entered():
+    function = jax.jit(lambda x: x * 3.0)
+    counter = compilation.CompileCounter()
+    inputs = [jnp.ones(n) for n in (3, 3, 4, 5)]
+    with counter:
+        function(inputs[0])
+        function(inputs[1])
+        function(inputs[2])
+    function(inputs[3])
+    assert counter.count == 2
