@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the flags."""
     parser = argparse.ArgumentParser(prog="eval.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--workdir", required=True, help="folder that train.py wrote")
+    parser.add_argument("--workdir", required=True, type=command_line.workdir_path, help="folder that train.py wrote")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step (default: latest)")
     parser.add_argument("--split", help="split of the config's data set (default: test)")
     parser.add_argument("--source", help="text file to translate instead, one sentence a line")
@@ -81,6 +81,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv[1:])
     if bool(args.source) != bool(args.reference):
         raise UserError("--source and --reference go together")
+    if args.output and args.output in (args.source, *(args.reference or "").split(",")):
+        raise UserError(f"--output={args.output} would overwrite what is read; name another file")
     if args.source and args.split:
         raise UserError("expected --split, or --source with --reference, got both")
     return args
@@ -97,7 +99,10 @@ def read_pairs(args: argparse.Namespace, trained: "Trained") -> tuple[str, list[
             sources,
             [list(text_files.read_lines(path)) for path in args.reference.split(",")],
         )
-    split = corpus.open_corpus(trained.config.data).split(args.split or "test")
+    try:
+        split = corpus.open_corpus(trained.config.data).split(args.split or "test")
+    except UserError as error:
+        raise UserError(f"{error}. Or name another --split, or score files with --source and --reference") from error
     return split.name, split.sources(), [split.targets()]
 
 

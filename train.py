@@ -20,7 +20,9 @@ def main(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="config file; it is Python and runs")
-    parser.add_argument("--workdir", required=True, help="folder of the run; made if it is missing")
+    parser.add_argument(
+        "--workdir", required=True, type=command_line.workdir_path, help="folder of the run; made if it is missing"
+    )
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         return

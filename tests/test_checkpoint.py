@@ -88,6 +88,21 @@ def test_a_workdir_without_checkpoints_is_an_error(tmp_path):
     assert Checkpoints(tmp_path).newest_sound() is None
 
 
+def test_if_the_one_with_a_score_is_damaged_the_newest_sound_is_taken(parts, tmp_path, capsys):
+    for done in (3, 5):
+        save(tmp_path, parts, done)
+    Checkpoints(tmp_path).record(3, {checkpoint.SCORE: 30.0})
+    flip(tmp_path / "checkpoints" / "3" / "config.json")
+    assert Checkpoints(tmp_path).select("best") == 5
+    assert "checkpoint 3 is damaged" in capsys.readouterr().err
+
+
+def test_checkpoints_that_are_a_file_are_refused(tmp_path):
+    (tmp_path / "checkpoints").write_text("x")
+    with pytest.raises(UserError, match="expected a folder of checkpoints, found a file"):
+        Checkpoints(tmp_path).newest_sound()
+
+
 def test_best_needs_a_score(parts, tmp_path):
     save(tmp_path, parts, 5)
     with pytest.raises(UserError, match="no checkpoint has a validation BLEU"):

@@ -1,5 +1,6 @@
 """Flags into a checked config, and commands that end with one message and the documented exit code."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -15,8 +16,6 @@ DEMO = "--config=configs/demo.py"
 @pytest.fixture(autouse=True)
 def _in_root(root, monkeypatch):
     monkeypatch.chdir(root)
-    # ml_collections runs every config file in the module of this name, over what the last one left there.
-    monkeypatch.delitem(sys.modules, "config_config", raising=False)
 
 
 def parse(*arguments):
@@ -32,6 +31,49 @@ def test_overrides_change_fields_whatever_their_order():
         config, rest = parse(*arguments, "--workdir=x")
         assert config.train.seed == 5
         assert rest == ["--workdir=x"]
+
+
+def test_whole_numbers_may_be_written_as_people_do():
+    assert parse(DEMO, "--config.train.num_steps=1e5")[0].train.num_steps == 100_000
+
+
+def test_a_config_file_may_take_a_name(tmp_path):
+    path = tmp_path / "named.py"
+    path.write_text(
+        "from transformer.config import default_config\ndef get_config(name='a'):\n    c = default_config()\n"
+        "    c.train.seed = {'a': 1, 'b': 2}[name]\n    return c\n"
+    )
+    assert [parse(f"--config={path}{name}")[0].train.seed for name in ("", ":a", ":b")] == [1, 1, 2]
+    with pytest.raises(UserError, match="line 4: KeyError: 'c'"):
+        parse(f"--config={path}:c")
+
+
+def test_a_workdir_is_made_absolute_and_never_empty(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert command_line.workdir_path("~/run") == "/home/me/run"
+    assert command_line.workdir_path("run") == os.path.join(os.getcwd(), "run")
+    assert command_line.workdir_path("gs://bucket/run") == "gs://bucket/run"
+    with pytest.raises(argparse.ArgumentTypeError, match="empty"):
+        command_line.workdir_path(" ")
+
+
+@pytest.mark.parametrize("command", [["train.py", DEMO], ["eval.py"], ["-m", "transformer.translate"]])
+def test_an_empty_workdir_is_refused(command):
+    result = run(*command, "--workdir=")
+    assert result.returncode == 2
+    assert "got an empty name" in result.stderr
+
+
+def test_want_of_memory_is_a_message_with_advice():
+    program = (
+        "from transformer import command_line\n"
+        "def f(argv): raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\\nmore')\n"
+        "command_line.run(f)"
+    )
+    result = run("-c", program)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "lower train.batch_tokens, decode.beam_size" in result.stderr
 
 
 def test_a_boolean_and_a_float_and_a_string():
@@ -51,12 +93,12 @@ def test_a_boolean_and_a_float_and_a_string():
         ([DEMO, "--config.modle.num_layers=3"], r"config: unknown field 'modle'; did you mean 'model'"),
         ([DEMO, "--config.model=3"], r"expected --config\.SECTION\.FIELD=VALUE"),
         ([DEMO, "--config.model.num_layers.x=3"], r"expected --config\.SECTION\.FIELD=VALUE"),
-        ([DEMO, "--config.model.num_layers=two"], r"num_layers=two: invalid literal"),
-        ([DEMO, "--config.model.num_layers=1.5"], r"num_layers=1\.5"),
+        ([DEMO, "--config.model.num_layers=two"], r"num_layers: expected int, got 'two'"),
+        ([DEMO, "--config.model.num_layers=1.5"], r"num_layers: expected int, got '1\.5'"),
         ([DEMO, "--config.model.num_layers"], r"expected a value"),
         ([DEMO, "--config.model.num_layers=0"], r"num_layers: expected at least 1, got 0"),
         ([DEMO, "--config.model.dropout_rate=nan"], r"dropout_rate: expected a finite number, got nan"),
-        ([DEMO, "--config.model.share_embeddings=3"], r"share_embeddings=3"),
+        ([DEMO, "--config.model.share_embeddings=3"], r"share_embeddings: expected bool, got '3'"),
     ],
 )
 def test_bad_flags_are_refused_with_a_message(arguments, match):
@@ -73,9 +115,16 @@ def test_bad_flags_are_refused_with_a_message(arguments, match):
         (
             "from transformer.config import default_config\ndef get_config():\n    c = default_config()\n"
             "    c.model.layers = 3\n    return c\n",
-            "line 4: .*layers",
+            "line 4: unknown field 'layers'; did you mean 'num_layers'",
         ),
-        ("def get_config():\n    return 3\n", "expected sections"),
+        ("def get_config():\n    return 3\n", "expected get_config to return a ConfigDict, got int"),
+        ("def get_config():\n    raise KeyError('boo')\n", "line 2: KeyError: 'boo'"),
+        ("def get_config():\n    return {'modle': {}}\n", "unknown field 'modle'; did you mean 'model'"),
+        (
+            "from transformer.config import default_config\ndef get_config():\n    c = default_config()\n"
+            "    c.model.dropout_rate = 'high'\n    return c\n",
+            "line 4: TypeError",
+        ),
     ],
 )
 def test_an_error_inside_a_config_file_says_where(tmp_path, body, match):

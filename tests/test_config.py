@@ -78,7 +78,12 @@ def test_no_count_is_not_a_count(section, name, value):
     refused(rf"config\.{section}\.{name}: expected", **{section: {name: value}})
 
 
-ZERO_IS_FINE = {("train", "seed"), ("train", "keep_best"), ("optimizer", "warmup_steps")}
+ZERO_IS_FINE = {
+    ("train", "seed"),
+    ("train", "keep_best"),
+    ("train", "early_stopping_patience"),
+    ("optimizer", "warmup_steps"),
+}
 
 
 @pytest.mark.parametrize(("section", "name"), [pair for pair in INTS if pair not in ZERO_IS_FINE])

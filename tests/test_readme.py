@@ -5,7 +5,9 @@ import re
 import pytest
 
 from tests.conftest import ROOT
-from transformer import command_line
+from transformer import command_line, tokenizer
+from transformer import config as configs
+from transformer.datasets import cldr
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -28,9 +30,9 @@ def test_every_link_into_the_repository_leads_somewhere():
 
 def test_every_field_it_names_exists():
     for argument in re.findall(r"--config\.\w+\.\w+", README):
-        command_line._check_name(f"{argument}=x")
+        configs.field_type(*argument.removeprefix("--config.").split("."))
     for section, field in re.findall(r"`(data|model|train|mesh|decode|optimizer)\.(\w{3,})`", README):
-        command_line._check_name(f"--config.{section}.{field}=x")
+        configs.field_type(section, field)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,8 @@ def test_its_python_is_a_config(tmp_path):
     (tmp_path / "mine.py").write_text(body)
     config, _ = command_line.config_flags(["train.py", f"--config={tmp_path}/mine.py"])
     assert (config.data.target_language, config.model.dropout_rate) == ("fr", 0.3)
+    sentences = [sentence for pair in cldr.generate("fr", {"train": 5000})["train"] for sentence in pair]
+    assert tokenizer.train(sentences, config.data.vocab_size, config.data.tokenizer).vocab_size == 2000
 
 
 def test_make_targets_it_names_exist():

@@ -95,3 +95,12 @@ def test_what_is_done_again_is_not_listed_twice(tmp_path):
 def test_what_is_no_number_is_never_written(tmp_path):
     with RunLog(epath.Path(tmp_path), 0, 20) as log, pytest.raises(ValueError, match="not JSON compliant"):
         log.write(10, {"valid/loss": math.nan})
+
+
+def test_metrics_of_a_run_that_lost_its_checkpoints_are_put_aside(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "a": 1}\n')
+    with RunLog(epath.Path(tmp_path), 0, 20) as log:
+        log.write(1, {"a": 4.0})
+    assert (tmp_path / "metrics.jsonl.old").read_text() == '{"step": 5, "a": 1}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": 4.0}\n'
+    assert "training starts anew" in capsys.readouterr().err

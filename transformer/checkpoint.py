@@ -59,6 +59,8 @@ class Checkpoints:
         """Steps of all checkpoints, oldest first; whether they are sound is not looked at."""
         if not self.folder.exists():
             return []
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: expected a folder of checkpoints, found a file")
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
     def save(self, state: TrainState, config: Config, tokenizer: Tokenizer, data: str, metrics: Metrics) -> None:
@@ -160,6 +162,8 @@ class Checkpoints:
         if not sound:
             raise WorkdirError(f"{self.folder}: none of the checkpoints {available} is sound")
         scored = self._by_score(sound)
+        if not scored and len(sound) < len(available):
+            return sound[-1]  # the one with the score may be among the damaged, which were reported
         if not scored:
             raise UserError(f"{self.folder}: no checkpoint has a validation BLEU yet; use --checkpoint=latest")
         return scored[-1]

@@ -6,30 +6,43 @@ on SIGTERM / SIGINT.
 """
 
 import argparse
+import difflib
 import os
+import re
+import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 
+from ml_collections import config_dict
+
 from transformer import config as configs
 from transformer import validation
+from transformer.config import default_config
 from transformer.errors import StoppedError, UserError
 
 
 def run(command: Callable[[list[str]], object]) -> None:
     """Runs a command on sys.argv; errors a person can mend become one message and an exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training takes it, Ctrl-C ends at once and quietly
+    name = os.path.basename(sys.argv[0])
     try:
         command(sys.argv)
         sys.stdout.flush()
     except (UserError, StoppedError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of our output went away. Python would complain once more while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except Exception as error:  # XLA and TensorStore have no class of their own for this
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        advice = "lower train.batch_tokens, decode.beam_size or decode.batch_rows, or free space on the disk"
+        print(f"{name}: out of memory or disk: {str(error).splitlines()[0]}; {advice}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
 
 
 def use_huge_pages() -> None:
@@ -47,35 +60,56 @@ def use_huge_pages() -> None:
 def config_flags(argv: list[str]) -> tuple[configs.Config, list[str]]:
     """Reads --config=FILE and its --config.SECTION.FIELD=VALUE overrides; returns the rest of the arguments too.
 
-    The order of the flags does not matter. JAX is not imported, unless the config file does.
+    The order of the flags does not matter. FILE may end in :NAME, which its `get_config` then receives. JAX
+    is not imported, unless the config file does.
 
     Raises:
       UserError: no such file, an error inside it, an unknown field, or a value that cannot be.
     """
-    from absl import flags
-    from ml_collections import config_flags as ml_flags
-
     mine, rest = _split(argv[1:])
     paths = [argument.partition("=")[2] for argument in mine if argument.startswith("--config=")]
     if len(paths) != 1 or not paths[0]:
         raise UserError(f"expected one --config=FILE, such as --config=configs/demo.py, got {len(paths)}")
-    path = paths[0]
-    if not os.path.isfile(path.partition(":")[0]):
+    overrides = [_override(argument) for argument in mine if not argument.startswith("--config=")]
+    config = _load(paths[0])
+    for section, field, value in overrides:
+        config[section][field] = value
+    return validation.resolve(config), rest
+
+
+def _load(path: str) -> config_dict.ConfigDict:
+    """What the `get_config` of a config file returns."""
+    file, _, name = path.partition(":")
+    if not os.path.isfile(file):
         raise UserError(f"--config={path}: no such file; the configs that come with the project are in configs/")
-    values = flags.FlagValues()
-    overrides = [argument for argument in mine if not argument.startswith("--config=")]
-    for argument in overrides:
-        _check_name(argument)
-    line = [argv[0], f"--config={path}", *overrides]
-    ml_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=line)
     try:
-        values(line)
-        loaded = values.config
-    except flags.Error as error:
-        raise UserError(str(error)) from error
+        config = runpy.run_path(file)["get_config"](*([name] if name else []))
+    except KeyError as error:
+        if error.args != ("get_config",):
+            raise UserError(_inside(path, error)) from error
+        raise UserError(f"--config={path}: expected a function get_config, found none; see configs/demo.py") from error
     except Exception as error:  # whatever the config file, which is Python, may raise
-        raise UserError(f"--config={path}: {_where(error, path)}{type(error).__name__}: {error}") from error
-    return validation.resolve(loaded), rest
+        raise UserError(_inside(path, error)) from error
+    if not isinstance(config, (config_dict.ConfigDict, dict)):
+        raise UserError(f"--config={path}: expected get_config to return a ConfigDict, got {type(config).__name__}")
+    return config_dict.ConfigDict({**default_config().to_dict(), **validation.sections(config)})
+
+
+def _inside(path: str, error: Exception) -> str:
+    """One line on an error inside a config file."""
+    file = os.path.abspath(path.partition(":")[0])
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == file]
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    where = f"line {lines[-1]}: " if lines else ""
+    unknown = re.search(r'Key "(\w+)" does not exist', str(error))
+    if unknown:
+        known = [name for section in configs.SECTIONS for name in (section, *configs.field_names(section))]
+        close = difflib.get_close_matches(unknown[1], known, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"--config={path}: {where}unknown field {unknown[1]!r}{hint}"
+    return f"--config={path}: {where}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -96,18 +130,41 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return mine, rest
 
 
-def _check_name(argument: str) -> None:
-    """Refuses a field that does not exist, with the nearest that does."""
-    parts = argument.partition("=")[0].removeprefix("--config.").split(".")
+def _override(argument: str) -> tuple[str, str, int | float | bool | str]:
+    """Section, field and value of one --config.SECTION.FIELD=VALUE."""
+    name, _, text = argument.partition("=")
+    parts = name.removeprefix("--config.").split(".")
     validation.refuse_unknown("config", parts[:1], list(configs.SECTIONS))
     if len(parts) != 2:
         raise UserError(f"{argument}: expected --config.SECTION.FIELD=VALUE")
-    validation.refuse_unknown(f"config.{parts[0]}", parts[1:], configs.field_names(parts[0]))
+    section, field = parts
+    validation.refuse_unknown(f"config.{section}", [field], configs.field_names(section))
+    kind = configs.field_type(section, field)
+    try:
+        return section, field, PARSERS[kind](text)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{name}: expected {kind.__name__}, got {text!r}") from error
 
 
-def _where(error: Exception, path: str) -> str:
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path)]
-    return f"line {lines[-1]}: " if lines else ""
+def _parse_int(text: str) -> int:
+    """Also 1e5, which is whole."""
+    value = float(text)
+    return int(text) if value != int(value) or abs(value) >= 2**53 else int(value)
+
+
+PARSERS: dict[type, Callable[[str], int | float | bool | str]] = {
+    int: _parse_int,
+    float: float,
+    bool: lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()],
+    str: str,
+}
+
+
+def workdir_path(text: str) -> str:
+    """An argparse type: an absolute path, ~ expanded, or an address such as gs://bucket/run."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 
 def positive_int(text: str) -> int:

@@ -205,6 +205,11 @@ def differences(old: Config, new: Config) -> list[Change]:
     return changes
 
 
+def field_type(section: str, name: str) -> type:
+    """The type of a field."""
+    return next(typing.cast(type, field.type) for field in dataclasses.fields(SECTIONS[section]) if field.name == name)
+
+
 def field_names(section: str) -> list[str]:
     """The fields of a section."""
     return [field.name for field in dataclasses.fields(SECTIONS[section])]

@@ -20,7 +20,11 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
         file.flush()
         with contextlib.suppress(OSError, AttributeError):  # object storage has no file descriptor
             os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

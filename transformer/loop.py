@@ -169,7 +169,8 @@ class Run:
                     self._evaluate(updates.state.params, done, log)
                 self.checkpoints.prune(train.keep_last, train.keep_best)
         if stopped:
-            raise StoppedError(stopped, f"stopped by signal {stopped}; saved step {done:,}; run again to go on")
+            name = signal.Signals(stopped).name
+            raise StoppedError(stopped, f"stopped by {name}; saved step {done:,}; run again to go on")
 
     def _is_over(self, done: int) -> bool:
         """Whether nothing is left to do; says why, unless the bar does."""
@@ -247,7 +248,7 @@ def _stop_signals() -> Iterator[Callable[[], int | None]]:
     def note(number: int, _: object) -> None:
         seen.append(number)
         signal.signal(number, signal.SIG_DFL)
-        say(f"signal {number}: stopping after this update; send it again to stop at once")
+        say(f"{signal.Signals(number).name}: stopping after this update; send it again to stop at once")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from transformer.command_line import say
 from transformer.errors import DivergedError
 from transformer.files import write_whole
 from transformer.step import StepMetrics
@@ -131,6 +132,11 @@ class RunLog:
 def _forget_after(path: epath.Path, step: int) -> None:
     """Drops lines of steps that are about to be done again, and one that a kill cut short."""
     if not path.exists():
+        return
+    if step == 0 and path.stat().length:
+        old = path.parent / f"{path.name}.old"
+        path.replace(old)
+        say(f"{path.parent}: holds no checkpoint, so training starts anew; the metrics of before are in {old.name}")
         return
     kept = []
     for line in path.read_bytes().split(b"\n"):

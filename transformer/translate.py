@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import compilation, search, sharding
+from transformer import compilation, search, sharding, validation
 from transformer.batching import PADDING_ROW, PlannedBatch, Ragged, eval_plan
 from transformer.command_line import say
 from transformer.config import DecodeConfig
@@ -140,11 +140,11 @@ def main(argv: list[str]) -> None:
     """Reads source lines on stdin and writes their translations to stdout, one for one."""
     import argparse
 
-    from transformer.command_line import positive_int
+    from transformer.command_line import positive_int, workdir_path
     from transformer.datasets.text_files import decode_lines
 
     parser = argparse.ArgumentParser(prog="python -m transformer.translate", description=main.__doc__)
-    parser.add_argument("--workdir", required=True, help="folder that train.py wrote")
+    parser.add_argument("--workdir", required=True, type=workdir_path, help="folder that train.py wrote")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step (default: latest)")
     parser.add_argument("--batch_size", type=positive_int, default=256, help="lines read before the first is written")
     parser.add_argument("--beam_size", type=positive_int, help="hypotheses kept (default: the config's)")
@@ -154,9 +154,10 @@ def main(argv: list[str]) -> None:
 
     compilation.enable_cache()
     trained = load_trained(args.workdir, args.checkpoint)
-    decode = trained.config.decode
+    values = dataclasses.asdict(trained.config)
     if args.beam_size:
-        decode = dataclasses.replace(decode, beam_size=args.beam_size)
+        values["decode"]["beam_size"] = args.beam_size
+    decode = validation.resolve(values).decode
     translator = Translator(trained.model, trained.tokenizer, decode, trained.mesh)
     translate = functools.partial(translator.translate, trained.params)
     try:

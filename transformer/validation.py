@@ -26,24 +26,31 @@ def resolve(values: Any) -> Config:
       UserError: an unknown section or field, a wrong type, a value out of bounds, or fields that
         cannot go together; the message names the field, what was expected and what was got.
     """
+    values = sections(values)
+    resolved = {}
+    for name, section in SECTIONS.items():
+        given = values.get(name, {})
+        if name == "model" and "emb_dim" in given:
+            given = {**dict.fromkeys(FOLLOW_EMB_DIM, given["emb_dim"]), **given}
+        fields = {field.name: field for field in dataclasses.fields(section)}
+        refuse_unknown(f"config.{name}", given, list(fields))
+        resolved[name] = section(**{key: _checked(f"config.{name}.{key}", fields[key], v) for key, v in given.items()})
+    config = Config(**resolved)
+    _check_together(config)
+    return config
+
+
+def sections(values: Any) -> dict[str, dict]:
+    """A ConfigDict or nested mapping as sections of fields, which are not looked at yet."""
     if isinstance(values, config_dict.ConfigDict):
         values = values.to_dict()
     if not isinstance(values, dict):
         raise UserError(f"config: expected sections {', '.join(SECTIONS)}, got {type(values).__name__}")
     refuse_unknown("config", values, list(SECTIONS))
-    sections = {}
-    for name, section in SECTIONS.items():
-        given = values.get(name, {})
+    for name, given in values.items():
         if not isinstance(given, dict):
             raise UserError(f"config.{name}: expected a section of fields, got {given!r}")
-        if name == "model" and "emb_dim" in given:
-            given = {**dict.fromkeys(FOLLOW_EMB_DIM, given["emb_dim"]), **given}
-        fields = {field.name: field for field in dataclasses.fields(section)}
-        refuse_unknown(f"config.{name}", given, list(fields))
-        sections[name] = section(**{key: _checked(f"config.{name}.{key}", fields[key], v) for key, v in given.items()})
-    config = Config(**sections)
-    _check_together(config)
-    return config
+    return values
 
 
 def from_json(text: str, path: str) -> Config:
