@@ -33,6 +33,14 @@ def test_overrides_change_fields_whatever_their_order():
         assert rest == ["--workdir=x"]
 
 
+def test_widths_follow_an_override_of_the_model_width(tmp_path):
+    """A field that follows another in the config file goes on following it on the command line."""
+    (tmp_path / "plain.py").write_text("def get_config():\n    return {'model': {'num_layers': 2}}\n")
+    for path in ("configs/demo.py", tmp_path / "plain.py"):
+        model = parse(f"--config={path}", "--config.model.emb_dim=64")[0].model
+        assert (model.emb_dim, model.qkv_dim, model.value_dim, model.num_layers) == (64, 64, 64, 2)
+
+
 def test_whole_numbers_may_be_written_as_people_do():
     assert parse(DEMO, "--config.train.num_steps=1e5")[0].train.num_steps == 100_000
 

@@ -19,7 +19,6 @@ from ml_collections import config_dict
 
 from transformer import config as configs
 from transformer import validation
-from transformer.config import default_config
 from transformer.errors import StoppedError, UserError
 
 
@@ -92,7 +91,15 @@ def _load(path: str) -> config_dict.ConfigDict:
         raise UserError(_inside(path, error)) from error
     if not isinstance(config, (config_dict.ConfigDict, dict)):
         raise UserError(f"--config={path}: expected get_config to return a ConfigDict, got {type(config).__name__}")
-    return config_dict.ConfigDict({**default_config().to_dict(), **validation.sections(config)})
+    given = validation.sections(config)
+    # Not flattened: fields that follow others, as qkv_dim follows emb_dim, must see overrides too.
+    if isinstance(config, dict):
+        config = config_dict.ConfigDict(config)
+    config.unlock()
+    for section in configs.SECTIONS:
+        if section not in given:
+            config[section] = config_dict.ConfigDict()
+    return config
 
 
 def _inside(path: str, error: Exception) -> str:
