@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from transformer import attention
+from transformer.attention import Visible
 
 
 def reference(q, k, v, mask):
@@ -32,12 +33,12 @@ def draw(seed, *shapes, dtype=np.float32):
 @pytest.mark.parametrize("kind", ["none", "padding", "causal", "both"])
 def test_equals_the_float64_reference(kind, value_width):
     q, k, v = draw(0, (3, 5, 2, 4), (3, 5, 2, 4), (3, 5, 2, value_width))
-    is_token = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], bool)
+    is_token = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], jnp.int32)
     mask = jnp.ones((1, 1, 1, 5), bool)
     if kind in ("padding", "both"):
-        mask = mask & attention.padding_mask(is_token)
+        mask = mask & Visible(keys_BS=is_token).mask(5, 5)
     if kind in ("causal", "both"):
-        mask = mask & attention.causal_mask(5)
+        mask = mask & Visible(causal=True).mask(5, 5)
     got = attention.dot_product_attention(q, k, v, mask)
     want = reference(*(np.asarray(a) for a in (q, k, v, mask)))
     np.testing.assert_allclose(got, want, atol=1e-6)
@@ -61,7 +62,7 @@ def test_a_query_that_may_look_nowhere_is_finite_with_finite_gradient():
 
 def test_softmax_of_bfloat16_is_taken_in_float32():
     q, k, v = draw(3, (2, 16, 2, 8), (2, 16, 2, 8), (2, 16, 2, 8), dtype=jnp.bfloat16)
-    mask = attention.causal_mask(16)
+    mask = Visible(causal=True).mask(16, 16)
     got = attention.dot_product_attention(q, k, v, mask)
     want = reference(*(np.asarray(a, np.float64) for a in (q, k, v)), np.asarray(mask))
     assert got.dtype == jnp.bfloat16
@@ -79,7 +80,7 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
 
 def test_attention_dropout_changes_the_weights():
     q, k, v = draw(4, (1, 3, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4))
-    mask = attention.causal_mask(3)
+    mask = Visible(causal=True).mask(3, 3)
     plain = attention.dot_product_attention(q, k, v, mask, 0.5)
     dropped = attention.dot_product_attention(q, k, v, mask, 0.5, jax.random.key(1))
     assert not np.allclose(plain, dropped)
@@ -88,7 +89,7 @@ def test_attention_dropout_changes_the_weights():
 def test_cached_attention_equals_causal_attention_position_by_position():
     B, N, T, H, K = 2, 3, 5, 2, 4
     q, k, v = draw(5, (B * N, T, H, K), (B * N, T, H, K), (B * N, T, H, K))
-    want = attention.dot_product_attention(q, k, v, attention.causal_mask(T)).reshape(B, N, T, H, K)
+    want = attention.dot_product_attention(q, k, v, Visible(causal=True).mask(T, T)).reshape(B, N, T, H, K)
     # Slots not yet written hold rubbish, which must not be seen; so do the other beams' slots.
     own = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32)[None, :, None], (B, N, T))
     k_cache, v_cache = (jnp.full((B, N, T, H, K), 1e3, jnp.float32) for _ in range(2))
@@ -112,3 +113,26 @@ def test_a_hypothesis_sees_the_past_that_its_ancestors_wrote():
             keys, values = (jnp.stack([array[at] for at in path])[None] for array in (k, v))
             want = attention.dot_product_attention(q[b, n][None, None], keys, values, jnp.ones((1, 1, 1, 3), bool))
             np.testing.assert_allclose(got[b, n], want[0, 0], atol=1e-6)
+
+
+SEGMENTS = {
+    "queries_BT": jnp.asarray([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]], jnp.int32),
+    "keys_BS": jnp.asarray([[1, 2, 2, 2, 0], [1, 1, 2, 3, 3]], jnp.int32),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_segments_see_their_own_kind_only(causal):
+    mask = np.broadcast_to(Visible(**SEGMENTS, causal=causal).mask(6, 5), (2, 1, 6, 5))
+    for b, t, s in np.ndindex(2, 6, 5):
+        same = SEGMENTS["queries_BT"][b, t] == SEGMENTS["keys_BS"][b, s]
+        assert mask[b, 0, t, s] == (same and (s <= t or not causal))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_block_of_the_mask_is_that_block_of_the_whole(causal, packed):
+    visible = Visible(SEGMENTS["queries_BT"] if packed else None, SEGMENTS["keys_BS"], causal)
+    whole = np.broadcast_to(visible.mask(6, 5), (2, 1, 6, 5))
+    block = np.broadcast_to(visible.mask(3, 2, jnp.int32(2), jnp.int32(1)), (2, 1, 3, 2))
+    np.testing.assert_array_equal(block, whole[:, :, 2:5, 1:3])

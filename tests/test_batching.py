@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from transformer import batching
-from transformer.batching import PADDING_ROW, Bucket, PlannedBatch, Ragged, TrainPlan
+from transformer.batching import PADDING_ROW, Bucket, BucketPlan, PlannedBatch, Ragged
 from transformer.tokenizer import PAD
 
 
@@ -15,7 +15,7 @@ def lengths(n=1000, seed=0):
 
 
 def make_plan(n=1000, seed=7, **fields):
-    return TrainPlan(*lengths(n), **{"num_buckets": 4, "batch_tokens": 512, "max_length": 32, "seed": seed, **fields})
+    return BucketPlan(*lengths(n), **{"num_buckets": 4, "batch_tokens": 512, "max_length": 32, "seed": seed, **fields})
 
 
 def rows_of(plan, step, hosts):
@@ -132,7 +132,7 @@ def test_a_tiny_corpus_is_planned_too(n):
 
 
 def test_pairs_of_one_length_make_one_bucket():
-    plan = TrainPlan(np.full(50, 5), np.full(50, 6), num_buckets=8, batch_tokens=64, max_length=10, seed=0)
+    plan = BucketPlan(np.full(50, 5), np.full(50, 6), num_buckets=8, batch_tokens=64, max_length=10, seed=0)
     assert plan.buckets == [Bucket(5, 6, 8)]
 
 

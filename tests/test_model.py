@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 
 from tests.conftest import small_config
+from transformer.batching import PADDING_ROW, Ragged
 from transformer.config import ModelConfig, default_config
-from transformer.model import Transformer, shift_right
+from transformer.model import Transformer
+from transformer.segments import shift_right
 from transformer.step import Model
 from transformer.tokenizer import BOS, EOS, PAD
 from transformer.validation import resolve
@@ -60,7 +62,7 @@ def test_causality_by_gradient(norm):
     def reach(t):
         def objective(params):
             model = nnx.merge(graphdef, params)
-            return jnp.square(model.decode(model.encode(SOURCE[:1]), SOURCE[:1], inputs)[0, t]).sum()
+            return jnp.square(model(SOURCE[:1], TARGET[:1])[0, t]).sum()
 
         return jnp.abs(jax.grad(objective)(params)["embeddings"]["target"]["table"][...][inputs[0]]).sum(-1)
 
@@ -76,8 +78,7 @@ def test_source_padding_cannot_be_seen():
     np.testing.assert_allclose(model(wider, TARGET), model(SOURCE, TARGET), atol=1e-5)
     encoded = model.encode(SOURCE)
     rubbish = jnp.where((SOURCE == PAD)[..., None], 1e4, encoded)
-    inputs = shift_right(TARGET)
-    np.testing.assert_array_equal(model.decode(rubbish, SOURCE, inputs), model.decode(encoded, SOURCE, inputs))
+    np.testing.assert_array_equal(model.decode(rubbish, SOURCE, TARGET), model.decode(encoded, SOURCE, TARGET))
 
 
 def test_target_padding_cannot_be_seen():
@@ -99,7 +100,7 @@ def test_cached_decoding_equals_decoding_at_once(norm, positions, value_dim):
     model = make(norm=norm, positions=positions, max_positions=16, value_dim=value_dim)
     beams = 2
     inputs = shift_right(TARGET)
-    want = model.decode(model.encode(SOURCE), SOURCE, inputs)
+    want = model(SOURCE, TARGET)
     memory, cache = model.start(SOURCE, beams, TARGET.shape[1])
     # Beam 0 follows the target; beam 1 goes elsewhere and must not disturb it.
     other = jnp.where(inputs == BOS, BOS, 20)
@@ -136,6 +137,7 @@ def outputs(**fields):
         ("dropout_rate", 0.3),
         ("attention_dropout_rate", 0.3),
         ("mlp_dropout_rate", 0.3),
+        ("attention", "blockwise"),
         ("dtype", "bfloat16"),
     ],
 )
@@ -166,5 +168,33 @@ def test_bfloat16_is_close_to_float32_and_its_logits_are_float32():
     np.testing.assert_allclose(narrow, wide, atol=0.15)
 
 
-def test_shift_right_begins_with_bos_and_drops_the_end():
-    np.testing.assert_array_equal(shift_right(TARGET)[1], [BOS, 16, 17, EOS, PAD, PAD])
+def sentences(rng, count, most):
+    """Random sentences without special ids, each with EOS at its end."""
+    return [np.append(rng.integers(4, V, rng.integers(1, most)), EOS) for _ in range(count)]
+
+
+@pytest.mark.parametrize("path", ["plain", "blockwise"])
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
+def test_sentences_in_a_packed_row_do_not_see_each_other(positions, path):
+    """Logits of each sentence are those it gets alone."""
+    rng = np.random.default_rng(0)
+    model = make(positions=positions, attention=path)
+    sources, targets = sentences(rng, 4, 7), sentences(rng, 4, 7)
+    rows = np.array([[0, 1, 2], [3, PADDING_ROW, PADDING_ROW]])
+    source, target = (Ragged.from_sequences(side).rectangle(rows, 24) for side in (sources, targets))
+    packed = np.asarray(model(jnp.asarray(source), jnp.asarray(target), packed=True))
+    place = [0, len(targets[0]), len(targets[0]) + len(targets[1]), 0]
+    for i, row in enumerate([0, 0, 0, 1]):
+        alone = model(jnp.asarray(sources[i][None], jnp.int32), jnp.asarray(targets[i][None], jnp.int32))
+        np.testing.assert_allclose(packed[row, place[i] : place[i] + len(targets[i])], alone[0], atol=2e-5)
+
+
+def test_long_sentences_are_attended_by_blocks():
+    """`auto` must not make the quadratic array where it is large."""
+    source = jnp.full((1, 1100), 5, jnp.int32)
+    target = jnp.full((1, 16), 5, jnp.int32)
+    text = {path: str(jax.make_jaxpr(make(attention=path))(source, target)) for path in ("auto", "plain", "blockwise")}
+    assert "1100,1100" in text["plain"]
+    assert "1100,1100" not in text["auto"]
+    assert "16,1100" in text["auto"]  # few queries: the plain path
+    assert "16,1100" not in text["blockwise"]

@@ -4,20 +4,45 @@ B batch, T query length, S key length, H heads, K width per head, N beams.
 Masks are boolean, True where a query may look, of shape [B or 1, 1, T or 1, S].
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-def padding_mask(is_token_BS: Array) -> Array:
-    """Every query may look at real tokens only: bool [B, S] → [B, 1, 1, S]."""
-    return is_token_BS[:, None, None, :]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visible:
+    """Where queries may look: at keys of their own segment and, if causal, at none after their own place.
 
+    Attributes:
+      queries_BT: int32 segment of each query; None: it looks at every key that is not padding.
+      keys_BS: int32 segment of each key, 0 for padding; None: no key is padding.
+      causal: position t looks at positions ≤ t only (paper, section 3.2.3).
+    """
 
-def causal_mask(length: int) -> Array:
-    """Position t may look at positions ≤ t (paper, section 3.2.3): bool [1, 1, T, T]."""
-    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+    queries_BT: Array | None = None
+    keys_BS: Array | None = None
+    causal: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def mask(self, queries: int, keys: int, first_query: Array | int = 0, first_key: Array | int = 0) -> Array:
+        """As a mask, over whole rows or over the block of queries and keys that begins at these places."""
+        mask = jnp.ones((1, 1, 1, 1), bool)
+        if self.keys_BS is not None:
+            keys_BS = jax.lax.dynamic_slice_in_dim(self.keys_BS, first_key, keys, axis=1)[:, None, None, :]
+            if self.queries_BT is None:
+                mask = keys_BS != 0
+            else:
+                queries_BT = jax.lax.dynamic_slice_in_dim(self.queries_BT, first_query, queries, axis=1)
+                mask = queries_BT[:, None, :, None] == keys_BS
+        if self.causal:
+            query_T1 = jax.lax.broadcasted_iota(jnp.int32, (queries, 1), 0) + jnp.int32(first_query)
+            key_1S = jax.lax.broadcasted_iota(jnp.int32, (1, keys), 1) + jnp.int32(first_key)
+            mask = mask & (key_1S <= query_T1)[None, None]
+        return mask
 
 
 def dot_product_attention(
@@ -38,9 +63,7 @@ def dot_product_attention(
     """
     width = q_BTHK.shape[-1]
     logits_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
-    logits_BHTS = logits_BHTS * width**-0.5
-    lowest = jnp.finfo(jnp.float32).min
-    weights_BHTS = jax.nn.softmax(jnp.where(mask, logits_BHTS, lowest), axis=-1)
+    weights_BHTS = jax.nn.softmax(jnp.where(mask, logits_BHTS * width**-0.5, LOWEST), axis=-1)
     weights_BHTS = dropout(weights_BHTS.astype(v_BSHK.dtype), dropout_rate, key)
     return jnp.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK)
 

@@ -6,6 +6,7 @@ names. Whatever the number of hosts or devices, and after any resume, step n hol
 B rows of the global batch, S source length, T target length, N examples.
 """
 
+import abc
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ PADDING_ROW = -1
 
 
 class Batch(NamedTuple):
-    """Ids int32, each row ending in EOS and padded with PAD; a row of nothing but PAD is no sentence.
+    """Ids int32: in each row sentences that end in EOS, one or in a packed batch several, and then PAD.
 
     NumPy arrays on the host, JAX arrays on the devices.
     """
@@ -39,7 +40,10 @@ class Bucket(NamedTuple):
 
 
 class PlannedBatch(NamedTuple):
-    """The shape of a global batch and the example of each row, PADDING_ROW where there is none."""
+    """The shape of a global batch and the example of each row, PADDING_ROW where there is none.
+
+    Packed rows name several examples each: [B, M].
+    """
 
     bucket: Bucket
     examples_B: np.ndarray
@@ -60,15 +64,23 @@ class Ragged:
         offsets = np.cumsum([0, *(len(sequence) for sequence in sequences)], dtype=np.int64)
         return cls(np.concatenate([*sequences, np.zeros(0, np.int32)]).astype(np.int32), offsets)
 
-    def rectangle(self, examples_B: np.ndarray, width: int) -> np.ndarray:
-        """int32 [B, width]: each sequence, or as much of it as fits, then PAD."""
-        real = examples_B != PADDING_ROW
-        safe = np.where(real, examples_B, 0)
-        lengths = np.where(real, np.minimum(self.lengths[safe], width), 0)
-        column = np.arange(width)
-        filled = column < lengths[:, None]
-        out = np.full(filled.shape, PAD, np.int32)
-        out[filled] = self.flat[(self.offsets[safe][:, None] + column)[filled]]
+    def rectangle(self, examples: np.ndarray, width: int) -> np.ndarray:
+        """int32 [B, width]: the sequences of each row one after another, then PAD.
+
+        Args:
+          examples: [B] or [B, M]; PADDING_ROW stands for none. Those of a row must fit together, except
+            that a single one is cut.
+        """
+        examples_BM = examples.reshape(len(examples), -1)
+        real = examples_BM != PADDING_ROW
+        safe = np.where(real, examples_BM, 0)
+        lengths_BM = np.where(real, np.minimum(self.lengths[safe], width), 0)
+        ends = lengths_BM.cumsum()
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths_BM.ravel(), lengths_BM.ravel())
+        starts_BM = lengths_BM.cumsum(1) - lengths_BM + np.arange(len(examples))[:, None] * width
+        out = np.full((len(examples), width), PAD, np.int32)
+        place = np.repeat(starts_BM.ravel(), lengths_BM.ravel()) + within
+        out.ravel()[place] = self.flat[np.repeat(self.offsets[safe].ravel(), lengths_BM.ravel()) + within]
         return out
 
 
@@ -87,7 +99,7 @@ def choose_buckets(source_N: np.ndarray, target_N: np.ndarray, num_buckets: int,
     """
     unit = -(-int(max(target_N.max(), source_N.max())) // FINEST)  # for long sequences, widths in larger steps
     widths = _choose_widths(-(-source_N // unit), -(-target_N // unit), num_buckets)
-    return [Bucket(s * unit, t * unit, _rows(batch_tokens, t * unit)) for s, t in widths]
+    return [Bucket(s * unit, t * unit, rows_for(batch_tokens, t * unit)) for s, t in widths]
 
 
 def _choose_widths(source_N: np.ndarray, target_N: np.ndarray, num_buckets: int) -> list[tuple[int, int]]:
@@ -129,7 +141,8 @@ def _cheapest_cuts(cost: np.ndarray, num_buckets: int) -> list[tuple[int, int]]:
     return intervals[::-1]
 
 
-def _rows(batch_tokens: int, width: int) -> int:
+def rows_for(batch_tokens: int, width: int) -> int:
+    """Rows of a batch of `batch_tokens` slots, in multiples of 8 where there are 8."""
     rows = max(batch_tokens // width, 1)
     return rows if rows < ROW_MULTIPLE else rows - rows % ROW_MULTIPLE
 
@@ -148,14 +161,35 @@ def shuffled(n: int, *key: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-class TrainPlan:
+class TrainPlan(abc.ABC):
     """Batches without end: every epoch holds each kept pair once, in an order of its own.
 
     Attributes:
       buckets: the shapes, shortest first.
       kept, dropped: how many pairs have both sides within `max_length` tokens, and how many have not.
       steps_per_epoch: batches of one epoch; the same for all.
+      fill: real target tokens over target slots.
     """
+
+    def __init__(self, source_N: np.ndarray, target_N: np.ndarray, max_length: int, seed: int):
+        self._kept = np.flatnonzero((source_N <= max_length) & (target_N <= max_length))
+        self.kept, self.dropped, self.seed = len(self._kept), len(source_N) - len(self._kept), seed
+        self.buckets: list[Bucket] = []
+        self.steps_per_epoch, self.fill = 0, 0.0
+        self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
+
+    def batch(self, step: int) -> PlannedBatch:
+        """The global batch of update `step`, counted from 0."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[index]
+
+    @abc.abstractmethod
+    def _plan_epoch(self, epoch: int) -> list[PlannedBatch]:
+        """All batches of an epoch, a function of the seed and the lengths alone."""
+
+
+class BucketPlan(TrainPlan):
+    """Batches of rows of one sentence each, in a few shapes by length."""
 
     def __init__(
         self,
@@ -167,35 +201,30 @@ class TrainPlan:
         max_length: int,
         seed: int,
     ):
-        kept = np.flatnonzero((source_N <= max_length) & (target_N <= max_length))
-        self.kept, self.dropped, self.seed = len(kept), len(source_N) - len(kept), seed
-        self.buckets: list[Bucket] = []
-        self._members: list[np.ndarray] = []
-        if len(kept):
-            self.buckets = choose_buckets(source_N[kept], target_N[kept], num_buckets, batch_tokens)
-            bucket_N = assign(source_N[kept], target_N[kept], self.buckets)
-            self._members = [kept[bucket_N == index] for index in range(len(self.buckets))]
+        super().__init__(source_N, target_N, max_length, seed)
+        if not self.kept:
+            return
+        kept_source, kept_target = source_N[self._kept], target_N[self._kept]
+        self.buckets = choose_buckets(kept_source, kept_target, num_buckets, batch_tokens)
+        bucket_N = assign(kept_source, kept_target, self.buckets)
+        self._members = [self._kept[bucket_N == index] for index in range(len(self.buckets))]
         self._batches = [-(-len(m) // b.rows) for m, b in zip(self._members, self.buckets, strict=True)]
         self.steps_per_epoch = sum(self._batches)
-        tokens = int(target_N[kept].sum())
         slots = sum(n * b.rows * b.target for n, b in zip(self._batches, self.buckets, strict=True))
-        self.fill = tokens / slots if slots else 0.0
-        self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
-
-    def batch(self, step: int) -> PlannedBatch:
-        """The global batch of update `step`, counted from 0."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch)[index]
+        self.fill = int(kept_target.sum()) / slots
 
     def _plan_epoch(self, epoch: int) -> list[PlannedBatch]:
         planned = []
         for index, (bucket, members) in enumerate(zip(self.buckets, self._members, strict=True)):
             order = members[shuffled(len(members), self.seed, epoch, index)]
-            # Even parts, so that no batch is so small that its few tokens weigh far more than others.
-            for part in np.array_split(order, max(self._batches[index], 1)):
-                if len(part):
-                    planned.append(PlannedBatch(bucket, _padded(part, bucket.rows)))
+            parts = even_parts(order, self._batches[index])
+            planned += [PlannedBatch(bucket, _padded(part, bucket.rows)) for part in parts]
         return [planned[i] for i in shuffled(len(planned), self.seed, epoch, len(self.buckets))]
+
+
+def even_parts(order: np.ndarray, parts: int) -> list[np.ndarray]:
+    """An epoch's rows as batches of even size, so that none has so few tokens that they weigh far more than others."""
+    return [part for part in np.array_split(order, max(parts, 1)) if len(part)]
 
 
 def ladder(length: int, smallest: int = 16) -> int:
@@ -216,7 +245,9 @@ def eval_plan(source_N: np.ndarray, target_N: np.ndarray, rows_of: Callable[[int
 
 
 def _padded(examples: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(examples, (0, rows - len(examples)), constant_values=PADDING_ROW)
+    """Padding rows at the end, up to so many."""
+    missing = ((0, rows - len(examples)), *((0, 0),) * (examples.ndim - 1))
+    return np.pad(examples, missing, constant_values=PADDING_ROW)
 
 
 def host_rows(planned: PlannedBatch, host: int, hosts: int) -> PlannedBatch:

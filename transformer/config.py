@@ -42,6 +42,11 @@ class ModelConfig:
     )
     attention_dropout_rate: float = _field(0.0, "on the attention weights", low=0, high=0.99)
     mlp_dropout_rate: float = _field(0.0, "inside the feed-forward block, after its activation", low=0, high=0.99)
+    attention: str = _field(
+        "auto",
+        "plain, or blockwise: memory linear in length; auto: by blocks from length 1,024",
+        one_of=("auto", "plain", "blockwise"),
+    )
     dtype: str = _field(
         "float32", "of activations; params, softmax and loss stay float32", one_of=("float32", "bfloat16")
     )
@@ -70,7 +75,14 @@ class DataConfig:
     vocab_size: int = _field(37000, "pieces of the shared vocabulary, specials included", low=8, high=1_000_000)
     tokenizer: str = _field("bpe", "SentencePiece model type, bpe or unigram, or the path of a trained .model file")
     max_length: int = _field(256, "training drops pairs with a side of more tokens, end included", low=2, high=65536)
-    num_buckets: int = _field(8, "batch shapes by length: more waste less padding and compile longer", low=1, high=64)
+    batching: str = _field(
+        "bucket",
+        "bucket: rows of one sentence, in shapes by length; pack: rows of several, in one shape",
+        one_of=("bucket", "pack"),
+    )
+    num_buckets: int = _field(
+        8, "bucket: shapes by length; more waste less padding, and compile longer", low=1, high=64
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,14 @@ import numpy as np
 from flax import nnx
 
 from transformer import attention
+from transformer.attention import Visible
+from transformer.blockwise import blockwise_attention
 
 Array = jax.Array
 Key = Array | None
 
 EPSILON = 1e-6
+BLOCKWISE_FROM = 1024  # length from which `auto` attends by blocks
 glorot = jax.nn.initializers.glorot_uniform
 
 
@@ -130,8 +133,17 @@ class FeedForward(nnx.Module):
 class MultiHeadAttention(nnx.Module):
     """Multi-head attention (paper, 3.2.2): H heads, projections without biases, keys and values of free width."""
 
-    def __init__(self, width: int, num_heads: int, qkv_dim: int, value_dim: int, dropout_rate: float, rngs: nnx.Rngs):
-        self.dropout_rate = dropout_rate
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        qkv_dim: int,
+        value_dim: int,
+        dropout_rate: float,
+        path: str,
+        rngs: nnx.Rngs,
+    ):
+        self.dropout_rate, self.path = dropout_rate, path
         into_heads, from_heads = glorot(in_axis=0, out_axis=(1, 2)), glorot(in_axis=(0, 1), out_axis=2)
         key_shape, value_shape = ((width, num_heads, dim // num_heads) for dim in (qkv_dim, value_dim))
         axes = ("embed", "heads", "kv")
@@ -153,16 +165,21 @@ class MultiHeadAttention(nnx.Module):
         """[..., H, K] → [..., D]."""
         return jnp.einsum("...hk,hkd->...d", heads, self.out[...].astype(heads.dtype))
 
-    def __call__(self, x_BTD: Array, memory_BSD: Array, mask: Array, key: Key = None) -> Array:
+    def __call__(self, x_BTD: Array, memory_BSD: Array, visible: Visible, key: Key = None) -> Array:
         """Queries from `x_BTD`, keys and values from `memory_BSD`; returns [B, T, D]."""
-        k_BSHK, v_BSHK = self.keys_values(memory_BSD)
-        return self.attend(x_BTD, k_BSHK, v_BSHK, mask, key)
-
-    def attend(self, x_BTD: Array, k_BSHK: Array, v_BSHK: Array, mask: Array, key: Key = None) -> Array:
-        """The same over keys and values already computed, such as those of the source while decoding."""
-        q_BTHK = self.queries(x_BTD)
-        heads_BTHK = attention.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask, self.dropout_rate, key)
+        q_BTHK, (k_BSHK, v_BSHK) = self.queries(x_BTD), self.keys_values(memory_BSD)
+        queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
+        if self.path == "blockwise" or (self.path == "auto" and queries * keys >= BLOCKWISE_FROM**2):
+            heads_BTHK = blockwise_attention(q_BTHK, k_BSHK, v_BSHK, visible, self.dropout_rate, key)
+        else:
+            mask = visible.mask(queries, keys)
+            heads_BTHK = attention.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask, self.dropout_rate, key)
         return self.project(heads_BTHK)
+
+    def look(self, x_BND: Array, k_BSHK: Array, v_BSHK: Array, visible: Visible) -> Array:
+        """Queries from `x_BND` over keys and values already computed, such as the source's while decoding."""
+        mask = visible.mask(x_BND.shape[1], k_BSHK.shape[1])
+        return self.project(attention.dot_product_attention(self.queries(x_BND), k_BSHK, v_BSHK, mask))
 
 
 class Residual(nnx.Module):

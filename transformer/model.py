@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from transformer import attention
+from transformer.attention import Visible
 from transformer.config import ModelConfig
 from transformer.layers import (
     Embedding,
@@ -23,7 +24,7 @@ from transformer.layers import (
     sinusoids,
     split_key,
 )
-from transformer.tokenizer import BOS, PAD
+from transformer.segments import positions, segments, shift_right
 
 Array = jax.Array
 Key = Array | None
@@ -47,7 +48,7 @@ class Memory(NamedTuple):
     """The source as the decoder sees it: for each layer keys and values [B, S, H, K], one for all beams."""
 
     layers: list[tuple[Array, Array]]
-    mask: Array
+    visible: Visible
 
 
 class EncoderLayer(nnx.Module):
@@ -59,9 +60,9 @@ class EncoderLayer(nnx.Module):
         self.mlp = make_mlp(config, rngs)
         self.mlp_residual = make_residual(config, rngs)
 
-    def __call__(self, x_BSD: Array, mask: Array, key: Key) -> Array:
+    def __call__(self, x_BSD: Array, visible: Visible, key: Key) -> Array:
         keys = split_key(key, 4)
-        x_BSD = self.attention_residual(x_BSD, lambda y: self.attention(y, y, mask, keys[0]), keys[1])
+        x_BSD = self.attention_residual(x_BSD, lambda y: self.attention(y, y, visible, keys[0]), keys[1])
         return self.mlp_residual(x_BSD, lambda y: self.mlp(y, keys[2]), keys[3])
 
 
@@ -76,17 +77,17 @@ class DecoderLayer(nnx.Module):
         self.mlp = make_mlp(config, rngs)
         self.mlp_residual = make_residual(config, rngs)
 
-    def __call__(self, x_BTD: Array, encoded_BSD: Array, self_mask: Array, cross_mask: Array, key: Key) -> Array:
+    def __call__(self, x_BTD: Array, encoded_BSD: Array, past: Visible, source: Visible, key: Key) -> Array:
         keys = split_key(key, 6)
-        x_BTD = self.attention_residual(x_BTD, lambda y: self.attention(y, y, self_mask, keys[0]), keys[1])
-        x_BTD = self.cross_residual(x_BTD, lambda y: self.cross(y, encoded_BSD, cross_mask, keys[2]), keys[3])
+        x_BTD = self.attention_residual(x_BTD, lambda y: self.attention(y, y, past, keys[0]), keys[1])
+        x_BTD = self.cross_residual(x_BTD, lambda y: self.cross(y, encoded_BSD, source, keys[2]), keys[3])
         return self.mlp_residual(x_BTD, lambda y: self.mlp(y, keys[4]), keys[5])
 
     def step(
         self,
         x_BND: Array,
         source: tuple[Array, Array],
-        mask: Array,
+        visible: Visible,
         cache: LayerCache,
         ancestors_BNT: Array,
         position: Array,
@@ -104,7 +105,7 @@ class DecoderLayer(nnx.Module):
             return self.attention.project(heads)
 
         x_BND = self.attention_residual(x_BND, look_back)
-        x_BND = self.cross_residual(x_BND, lambda y: self.cross.attend(y, *source, mask))
+        x_BND = self.cross_residual(x_BND, lambda y: self.cross.look(y, *source, visible))
         return self.mlp_residual(x_BND, self.mlp), cache
 
 
@@ -131,35 +132,43 @@ class Transformer(nnx.Module):
             self.encoder_norm = LayerNorm(config.emb_dim, rngs)
             self.decoder_norm = LayerNorm(config.emb_dim, rngs)
 
-    def __call__(self, source_BS: Array, target_BT: Array, key: Key = None) -> Array:
+    def __call__(self, source_BS: Array, target_BT: Array, key: Key = None, packed: bool = False) -> Array:
         """Teacher forcing: logits float32 [B, T, V] of each target token given those before it.
 
-        Without `key` there is no dropout.
+        Without `key` there is no dropout. `packed` rows hold several sentences, which do not see each other.
         """
         encoder_key, decoder_key = split_key(key, 2)
-        encoded_BSD = self.encode(source_BS, encoder_key)
-        return self.decode(encoded_BSD, source_BS, shift_right(target_BT), decoder_key)
+        encoded_BSD = self.encode(source_BS, encoder_key, packed)
+        return self.decode(encoded_BSD, source_BS, target_BT, decoder_key, packed)
 
-    def encode(self, source_BS: Array, key: Key = None) -> Array:
+    def encode(self, source_BS: Array, key: Key = None, packed: bool = False) -> Array:
         """Ids int32 [B, S] → states [B, S, D] in the compute dtype; those at padding must not be used."""
         keys = split_key(key, len(self.encoder) + 1)
-        mask = attention.padding_mask(source_BS != PAD)
-        x_BSD = self._embed("source", source_BS, self._positions("source", source_BS.shape[1]), keys[-1])
+        segments_BS = segments(source_BS)
+        visible = Visible(segments_BS if packed else None, segments_BS)
+        places = positions(segments_BS) if packed else None
+        x_BSD = self._embed("source", source_BS, self._positions("source", source_BS.shape[1], places), keys[-1])
         for layer, layer_key in zip(self.encoder, keys[:-1], strict=True):
-            x_BSD = layer(x_BSD, mask, layer_key)
+            x_BSD = layer(x_BSD, visible, layer_key)
         return self.encoder_norm(x_BSD) if self.config.norm == "pre" else x_BSD
 
-    def decode(self, encoded_BSD: Array, source_BS: Array, inputs_BT: Array, key: Key = None) -> Array:
-        """All positions at once: `inputs_BT` starts with BOS; returns logits float32 [B, T, V].
+    def decode(
+        self, encoded_BSD: Array, source_BS: Array, target_BT: Array, key: Key = None, packed: bool = False
+    ) -> Array:
+        """Logits float32 [B, T, V] of all places of the target at once, each given the tokens before it.
 
-        Padding comes last in a row, so the causal mask alone keeps real positions from seeing it.
+        Padding comes last in a row, so causality alone keeps real positions from seeing it.
         """
         keys = split_key(key, len(self.decoder) + 1)
-        self_mask = attention.causal_mask(inputs_BT.shape[1])
-        cross_mask = attention.padding_mask(source_BS != PAD)
-        x_BTD = self._embed("target", inputs_BT, self._positions("target", inputs_BT.shape[1]), keys[-1])
+        past, source, places = Visible(causal=True), Visible(keys_BS=segments(source_BS)), None
+        if packed:
+            segments_BT = segments(target_BT)
+            past, source = Visible(segments_BT, segments_BT, causal=True), Visible(segments_BT, source.keys_BS)
+            places = positions(segments_BT)
+        inputs_BT = shift_right(target_BT)
+        x_BTD = self._embed("target", inputs_BT, self._positions("target", inputs_BT.shape[1], places), keys[-1])
         for layer, layer_key in zip(self.decoder, keys[:-1], strict=True):
-            x_BTD = layer(x_BTD, encoded_BSD, self_mask, cross_mask, layer_key)
+            x_BTD = layer(x_BTD, encoded_BSD, past, source, layer_key)
         return self._logits(x_BTD)
 
     def start(self, source_BS: Array, beams: int, max_length: int) -> tuple[Memory, Cache]:
@@ -170,35 +179,38 @@ class Transformer(nnx.Module):
         empty = [
             LayerCache(*(jnp.zeros((*leading, *array.shape[2:]), self.dtype) for array in layer)) for layer in layers
         ]
-        return Memory(layers, attention.padding_mask(source_BS != PAD)), Cache(empty, jnp.zeros(leading, jnp.int32))
+        return Memory(layers, Visible(keys_BS=segments(source_BS))), Cache(empty, jnp.zeros(leading, jnp.int32))
 
     def step(self, memory: Memory, cache: Cache, inputs_BN: Array, position: Array) -> tuple[Array, Cache]:
         """One position of every beam: logits float32 [B, N, V], and the cache with it written."""
-        table_TD = self._positions("target", cache.ancestors_BNT.shape[2])
-        row_1D = jax.lax.dynamic_slice_in_dim(table_TD, position, 1)
-        x_BND = self._embed("target", inputs_BN, row_1D, None)
+        table_1TD = self._positions("target", cache.ancestors_BNT.shape[2])
+        row_11D = jax.lax.dynamic_slice_in_dim(table_1TD, position, 1, axis=1)
+        x_BND = self._embed("target", inputs_BN, row_11D, None)
         here_BN1 = jax.lax.broadcasted_iota(jnp.int32, (*inputs_BN.shape, 1), 1)
         ancestors_BNT = jax.lax.dynamic_update_slice_in_dim(cache.ancestors_BNT, here_BN1, position, axis=2)
         written = []
         for layer, source, past in zip(self.decoder, memory.layers, cache.layers, strict=True):
-            x_BND, past = layer.step(x_BND, source, memory.mask, past, ancestors_BNT, position)
+            x_BND, past = layer.step(x_BND, source, memory.visible, past, ancestors_BNT, position)
             written.append(past)
         return self._logits(x_BND), Cache(written, ancestors_BNT)
 
     def _table(self, name: str) -> Embedding:
         return self.embeddings["shared" if self.config.share_embeddings else name]
 
-    def _positions(self, side: str, length: int) -> Array:
+    def _positions(self, side: str, length: int, places_BT: Array | None = None) -> Array:
+        """Encodings of places 0 … length - 1, or of given ones: [1 or B, length, D]."""
         if self.config.positions == "sinusoidal":
-            return jnp.asarray(sinusoids(length, self.config.emb_dim), self.dtype)
-        table = self.source_positions if side == "source" else self.target_positions
-        # Beyond the table there is padding only: the config sees to it that every sentence fits.
-        rows = np.minimum(np.arange(length), table.shape[0] - 1)
-        return table[...][rows].astype(self.dtype)
+            table_TD = jnp.asarray(sinusoids(length, self.config.emb_dim), self.dtype)
+        else:
+            table = self.source_positions if side == "source" else self.target_positions
+            # Beyond the table there is padding only: the config sees to it that every sentence fits.
+            rows = np.minimum(np.arange(length), table.shape[0] - 1)
+            table_TD = table[...][rows].astype(self.dtype)
+        return table_TD[None] if places_BT is None else jnp.take(table_TD, places_BT, axis=0)
 
-    def _embed(self, side: str, ids: Array, positions_TD: Array, key: Key) -> Array:
+    def _embed(self, side: str, ids: Array, positions: Array, key: Key) -> Array:
         x = self._table(side)(ids, self.dtype)
-        return attention.dropout(x + positions_TD[None], self.config.dropout_rate, key)
+        return attention.dropout(x + positions, self.config.dropout_rate, key)
 
     def _logits(self, x: Array) -> Array:
         if self.config.norm == "pre":
@@ -211,14 +223,15 @@ def reorder(cache: Cache, parents_BN: Array) -> Cache:
     return cache._replace(ancestors_BNT=jnp.take_along_axis(cache.ancestors_BNT, parents_BN[:, :, None], 1))
 
 
-def shift_right(target_BT: Array) -> Array:
-    """The decoder's input: BOS, then the target without its last place."""
-    return jnp.pad(target_BT[:, :-1], ((0, 0), (1, 0)), constant_values=BOS)
-
-
 def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
     return MultiHeadAttention(
-        config.emb_dim, config.num_heads, config.qkv_dim, config.value_dim, config.attention_dropout_rate, rngs
+        config.emb_dim,
+        config.num_heads,
+        config.qkv_dim,
+        config.value_dim,
+        config.attention_dropout_rate,
+        config.attention,
+        rngs,
     )
 
 

@@ -16,13 +16,14 @@ import numpy as np
 from etils import epath
 
 from transformer import tokenizer as tokenizers
-from transformer.batching import Batch, Ragged, TrainPlan, assemble, host_rows
+from transformer.batching import Batch, BucketPlan, Ragged, TrainPlan, assemble, host_rows
 from transformer.command_line import say
 from transformer.config import Config, DataConfig
 from transformer.datasets import corpus as corpora
 from transformer.datasets.split import Split
 from transformer.errors import UserError
 from transformer.files import reported, sha256
+from transformer.packing import PackedPlan
 from transformer.tokenizer import Tokenizer
 
 CHUNK = 10_000  # pairs tokenized at a time
@@ -56,14 +57,17 @@ def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
     Raises:
       UserError: no pair is short enough.
     """
-    plan = TrainPlan(
-        ids.source.lengths,
-        ids.target.lengths,
-        num_buckets=config.data.num_buckets,
-        batch_tokens=config.train.batch_tokens,
-        max_length=config.data.max_length,
-        seed=config.train.seed,
-    )
+    lengths = ids.source.lengths, ids.target.lengths
+    same = {
+        "batch_tokens": config.train.batch_tokens,
+        "max_length": config.data.max_length,
+        "seed": config.train.seed,
+    }
+    plan: TrainPlan
+    if config.data.batching == "pack":
+        plan = PackedPlan(*lengths, **same)
+    else:
+        plan = BucketPlan(*lengths, num_buckets=config.data.num_buckets, **same)
     if not plan.kept:
         raise UserError(
             f"config.data.max_length = {config.data.max_length}: none of the {plan.dropped:,} training pairs is that "

@@ -114,9 +114,10 @@ def make_train_step(
     """The compiled update. Its state argument is donated: use what it returns."""
     optimizer, schedule = make_optimizer(config), make_schedule(config)
     dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    packed = config.data.batching == "pack"
 
     def objective(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
-        logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key)
+        logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key, packed)
         sums = cross_entropy(logits_BTV, batch.target_BT, config.optimizer.label_smoothing)
         return sums.objective, sums
 

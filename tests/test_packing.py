@@ -1,0 +1,185 @@
+"""Packed batches: the one invariant again, rows that hold what they say, and a loss that does not notice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from transformer import batching, packing, sharding, step
+from transformer.batching import PADDING_ROW, BucketPlan, Ragged
+from transformer.loss import cross_entropy
+from transformer.packing import PackedPlan
+from transformer.tokenizer import EOS
+
+
+def lengths(n=1000, seed=0):
+    rng = np.random.default_rng(seed)
+    source = np.clip(rng.lognormal(2.5, 0.5, n).astype(int), 2, None)
+    return source, np.clip(source + rng.integers(-3, 5, n), 2, None)
+
+
+def make_plan(n=1000, seed=7, **fields):
+    return PackedPlan(*lengths(n), **{"batch_tokens": 512, "max_length": 48, "seed": seed, **fields})
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+def test_any_number_of_hosts_sees_the_same_global_batches(hosts):
+    plan, alone = make_plan(), make_plan()
+    for number in range(plan.steps_per_epoch + 2):
+        parts = [batching.host_rows(plan.batch(number), host, hosts).examples_B for host in range(hosts)]
+        np.testing.assert_array_equal(np.concatenate(parts), alone.batch(number).examples_B)
+
+
+@pytest.mark.parametrize("start", [1, 5, 31, 64, 200])
+def test_any_step_is_known_without_those_before_it(start):
+    seen = make_plan()
+    before = [seen.batch(number).examples_B for number in range(start + 2)]
+    resumed = make_plan()
+    for number in range(start, start + 2):
+        np.testing.assert_array_equal(resumed.batch(number).examples_B, before[number])
+
+
+def test_the_plan_never_changes():
+    """A golden plan. A change here is a change of the data order of every packed run."""
+    plan = make_plan(n=40, batch_tokens=96)
+    assert plan.buckets == [batching.Bucket(48, 48, 2)]
+    assert plan.batch(0).examples_B.tolist() == [[7, 35, 23, -1, -1, -1], [10, 14, 26, 9, -1, -1]]
+
+
+def epoch_of(plan, epoch):
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    return [plan.batch(number).examples_B for number in steps]
+
+
+def test_an_epoch_holds_every_kept_pair_once_in_an_order_of_its_own():
+    plan = make_plan()
+    source, target = lengths()
+    kept = np.flatnonzero((source <= 48) & (target <= 48))
+    orders = []
+    for epoch in range(2):
+        examples = np.concatenate([batch.ravel() for batch in epoch_of(plan, epoch)])
+        orders.append(examples[examples != PADDING_ROW])
+        np.testing.assert_array_equal(np.sort(orders[-1]), kept)
+    assert not np.array_equal(*orders)
+    assert (plan.kept, plan.dropped) == (len(kept), 1000 - len(kept))
+
+
+def test_sentences_meet_others_in_every_epoch():
+    plan = make_plan()
+    pairs = []
+    for epoch in range(2):
+        rows = np.concatenate(epoch_of(plan, epoch))
+        pairs.append({tuple(sorted(row[row != PADDING_ROW])) for row in rows if row[1] != PADDING_ROW})
+    assert len(pairs[0] & pairs[1]) < len(pairs[0]) / 4
+
+
+def test_every_row_holds_what_it_names():
+    plan = make_plan()
+    source, target = lengths()
+    (bucket,) = plan.buckets
+    for examples_BM in epoch_of(plan, 0):
+        assert examples_BM.shape[0] == bucket.rows
+        real = examples_BM != PADDING_ROW
+        assert (np.where(real, source[examples_BM], 0).sum(1) <= bucket.source).all()
+        assert (np.where(real, target[examples_BM], 0).sum(1) <= bucket.target).all()
+
+
+def test_rows_are_filled_and_fill_is_that_of_the_batches_made():
+    plan = make_plan(n=20_000)
+    _, target = lengths(20_000)
+    (bucket,) = plan.buckets
+    real = sum(np.where(batch != PADDING_ROW, target[batch], 0).sum() for batch in epoch_of(plan, 0))
+    assert plan.fill == pytest.approx(real / (plan.steps_per_epoch * bucket.rows * bucket.target))
+    assert plan.fill > 0.95
+    buckets = BucketPlan(*lengths(20_000), num_buckets=8, batch_tokens=512, max_length=48, seed=0)
+    assert plan.fill > buckets.fill
+
+
+def test_the_seed_changes_the_order():
+    assert not np.array_equal(make_plan(seed=1).batch(0).examples_B, make_plan(seed=2).batch(0).examples_B)
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_a_tiny_corpus_is_planned_too(n):
+    plan = make_plan(n=n)
+    examples = np.concatenate([batch.ravel() for batch in epoch_of(plan, 0)])
+    assert sorted(examples[examples != PADDING_ROW]) == list(range(n))
+
+
+def test_no_pair_short_enough_gives_no_steps():
+    assert make_plan(max_length=1).steps_per_epoch == 0
+
+
+def test_as_few_rows_as_can_be_where_that_is_plain():
+    """Two to a row at most, complements together, and a full side alone decides."""
+    for sources, targets, rows in (([5, 2], [2, 5], 10), ([7, 3], [6, 4], 10), ([10], [1], 10)):
+        packed = packing.pack(np.array(sources), np.array(targets), np.full(len(sources), 10), 10, 10)
+        assert len(packed.counts_R) == rows
+        assert len(packed.classes) == packed.counts_R.sum() == 10 * len(sources)
+
+
+def corpus(n=60):
+    rng = np.random.default_rng(1)
+    source, target = lengths(n, seed=3)
+    return tuple(
+        Ragged.from_sequences([np.append(rng.integers(4, 40, size - 1), EOS) for size in sizes])
+        for sizes in (source, target)
+    )
+
+
+def total_gradient(plan, ids, packed):
+    """Loss sums and summed gradient over one epoch, without dropout."""
+    model = step.Model(small_config().model, 40)
+    params = model.init(0)
+
+    def objective(params, batch):
+        sums = cross_entropy(model.bind(params)(*batch, packed=packed), batch.target_BT, 0.1)
+        return sums.objective, sums
+
+    add = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    parts = []
+    for number in range(plan.steps_per_epoch):
+        batch = jax.tree.map(jnp.asarray, batching.assemble(plan.batch(number), *ids))
+        (_, sums), grads = add(params, batch)
+        parts.append((sums, grads))
+    return jax.tree.map(lambda *leaves: sum(leaves), *parts)
+
+
+def test_packed_loss_and_gradient_are_those_of_unpacked_rows():
+    ids = corpus()
+    sides = ids[0].lengths, ids[1].lengths
+    fields = {"batch_tokens": 384, "max_length": 48, "seed": 0}
+    packed, packed_grads = total_gradient(PackedPlan(*sides, **fields), ids, packed=True)
+    alone, grads = total_gradient(BucketPlan(*sides, num_buckets=2, **fields), ids, packed=False)
+    assert packed.tokens == alone.tokens
+    np.testing.assert_allclose(packed.objective, alone.objective, rtol=1e-5)
+    np.testing.assert_allclose(packed.nll, alone.nll, rtol=1e-5)
+    flat, want = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in (packed_grads, grads))
+    assert jnp.linalg.norm(flat - want) < 1e-5 * jnp.linalg.norm(want)
+
+
+def test_the_field_packs_the_training_step():
+    """The compiled update of a packed config is that of its sentences, whatever the number of devices."""
+    ids = corpus()
+    plan = PackedPlan(ids[0].lengths, ids[1].lengths, batch_tokens=384, max_length=48, seed=0)
+    batch = batching.assemble(plan.batch(0), *ids)
+    losses = {}
+    for batching_mode in ("pack", "bucket"):
+        config = small_config(data={"batching": batching_mode}, model={"dropout_rate": 0.0})
+        mesh = sharding.make_mesh(config.mesh)
+        model = step.Model(config.model, 40)
+        update = step.make_train_step(model, config, mesh)
+        _, metrics = update(step.init_state(model, config, mesh), sharding.place_batch(mesh, batch))
+        losses[batching_mode] = float(metrics.loss.nll / metrics.loss.tokens)
+    model = step.Model(small_config().model, 40)
+    examples = batch_examples(plan)
+    source, target = (side.rectangle(examples, 48) for side in ids)
+    sums = cross_entropy(model.bind(model.init(0))(jnp.asarray(source), jnp.asarray(target)), jnp.asarray(target), 0.0)
+    assert losses["pack"] == pytest.approx(float(sums.nll / sums.tokens), rel=1e-5)
+    assert losses["bucket"] != pytest.approx(losses["pack"], rel=1e-3)
+
+
+def batch_examples(plan):
+    examples = plan.batch(0).examples_B.ravel()
+    return examples[examples != PADDING_ROW]
