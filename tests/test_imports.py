@@ -20,7 +20,7 @@ datasets/cldr_frames_time datasets/cldr_frames_life datasets/cldr
 datasets/parallel_text datasets/prepared datasets/split datasets/contents datasets/corpus
 tokenizer batching pipeline
 sharding attention layers model
-loss optimizer step compilation checkpoint
+loss optimizer step compilation checkpoint trained
 search translate evaluate
 workdir run_log loop
 benchmark

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from transformer import loop, step
+from transformer import loop, step, trained
 from transformer.batching import Batch
 from transformer.checkpoint import Checkpoints
 from transformer.errors import DivergedError, StoppedError, UserError, WorkdirError
@@ -96,7 +96,7 @@ def final_params(workdir, done=12):
 
 
 def restore(workdir, done):
-    from transformer.checkpoint import load_trained
+    from transformer.trained import load_trained
 
     return jax.tree.map(np.asarray, load_trained(workdir, str(done)).params)
 
@@ -276,7 +276,7 @@ def test_a_run_ends_early_when_validation_gets_no_better(data, tmp_path, monkeyp
     stop_at(monkeypatch, 0)
     loop.fit(config_of(data, train=train), tmp_path / "run")
     assert Checkpoints(tmp_path / "run").steps()[-1] == 10
-    assert Checkpoints(tmp_path / "run").select("best") == 8
+    assert trained.select(Checkpoints(tmp_path / "run"), "best") == [8]
     loop.fit(config_of(data, train=train), tmp_path / "run")
     assert Checkpoints(tmp_path / "run").steps()[-1] == 10
     assert capsys.readouterr().err.count("3 validations without a better BLEU than 30.00") == 2
