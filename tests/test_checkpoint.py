@@ -72,6 +72,18 @@ def test_the_state_comes_back_to_the_last_bit_on_any_mesh(parts, saved, devices)
     assert restored.step.sharding.mesh.size == devices
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_moving_average_comes_back_too(parts, saved, tmp_path, devices):
+    config, vocabulary, model, _, state = parts
+    config = small_config(model={"num_layers": 1}, mesh={"data": devices}, train={"ema_decay": 0.9})
+    state = state._replace(ema=jax.tree.map(lambda leaf: leaf + np.float32(3), state.params))
+    Checkpoints(tmp_path).save(state, config, vocabulary, "", {})
+    restored = Checkpoints(tmp_path).restore(0, model, config, sharding.make_mesh(config.mesh))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert any(name.startswith("ema/") for name in Checkpoints(tmp_path).manifest(0).files)
+    assert not (saved / "checkpoints" / "100" / "ema").exists()
+
+
 def test_checkpoints_that_are_a_file_are_refused(tmp_path):
     (tmp_path / "checkpoints").write_text("x")
     with pytest.raises(UserError, match="expected a folder of checkpoints, found a file"):

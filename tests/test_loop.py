@@ -149,6 +149,47 @@ def test_resume_is_exact(data, whole, tmp_path, stop):
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
 
 
+EMA = {"ema_decay": 0.9}
+
+
+@pytest.fixture(scope="module")
+def averaged(data, tmp_path_factory):
+    """A run that keeps a moving average, and the params that its validations were of."""
+    workdir, seen = tmp_path_factory.mktemp("averaged") / "run", []
+    evaluate = loop.Evaluator.evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            loop.Evaluator,
+            "evaluate",
+            lambda self, *a, **k: (seen.append(jax.device_get(a[0])), evaluate(self, *a, **k))[1],
+        )
+        loop.fit(config_of(data, train=EMA), workdir)
+    return workdir, seen
+
+
+def test_a_moving_average_is_what_is_validated_and_translated_with(whole, averaged):
+    workdir, seen = averaged
+    assert len(seen) == 2
+    jax.tree.map(np.testing.assert_array_equal, seen[1], restore(workdir, 12))
+    jax.tree.map(np.testing.assert_array_equal, restore(workdir, "average:1"), restore(whole, 12))
+    pairs = zip(jax.tree.leaves(restore(workdir, 12)), jax.tree.leaves(restore(whole, 12)), strict=True)
+    assert not all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_a_moving_average_resumes_exactly(data, averaged, tmp_path):
+    loop.fit(config_of(data, train={**EMA, "num_steps": 9}), tmp_path / "run")
+    loop.fit(config_of(data, train=EMA), tmp_path / "run")
+    for which in (12, "average:1"):
+        jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "run", which), restore(averaged[0], which))
+
+
+def test_a_moving_average_cannot_begin_or_end_halfway(data, whole, averaged):
+    with pytest.raises(UserError, match=r"another config: train\.ema_decay: 0\.0 → 0\.9"):
+        loop.fit(config_of(data, train=EMA), whole)
+    with pytest.raises(UserError, match=r"another config: train\.ema_decay: 0\.9 → 0\.0"):
+        loop.fit(config_of(data), averaged[0])
+
+
 def test_a_finished_run_is_left_alone(data, whole, capsys):
     before = files_of(whole)
     loop.fit(config_of(data), whole)

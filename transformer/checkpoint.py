@@ -1,9 +1,10 @@
 """Checkpoints: state, config, tokenizer and metrics as one verified unit.
 
-checkpoints/STEP/ holds params/ and optimizer/ (Orbax), config.json, tokenizer/ and manifest.json: the
-metrics, the digest of the training data, and size and SHA-256 of every other file. It is written under
-another name and moved into place when it is whole. One whose files are not those of its manifest is
-reported as damaged, and the newest sound one is taken instead. Nothing found in it is ever executed.
+checkpoints/STEP/ holds params/, optimizer/ and, where a moving average is kept, ema/ (Orbax), config.json,
+tokenizer/ and manifest.json: the metrics, the digest of the training data, and size and SHA-256 of every
+other file. It is written under another name and moved into place when it is whole. One whose files are
+not those of its manifest is reported as damaged, and the newest sound one is taken instead. Nothing found
+in it is ever executed.
 """
 
 import dataclasses
@@ -72,6 +73,8 @@ class Checkpoints:
             folder.mkdir(parents=True)
             ocp.save(folder / "params", state.params)
             ocp.save(folder / "optimizer", state.opt_state)
+            if state.ema is not None:
+                ocp.save(folder / "ema", state.ema)
             tokenizer.save(folder / "tokenizer")
             write_whole(folder / "config.json", config.to_json())
             files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
@@ -187,16 +190,18 @@ class Checkpoints:
             gone.rmtree()
         (self.folder / str(step)).rename(gone).rmtree()
 
-    def restore_params(self, step: int, model: Model, mesh: Mesh) -> Params:
-        """The params alone, on the devices of `mesh`."""
-        return ocp.load(self.folder / str(step) / "params", abstract_params(model, mesh))
+    def restore_params(self, step: int, model: Model, mesh: Mesh, kind: str = "params") -> Params:
+        """The params alone, on the devices of `mesh`; with kind `ema` their moving average."""
+        return ocp.load(self.folder / str(step) / kind, abstract_params(model, mesh))
 
     def restore(self, step: int, model: Model, config: Config, mesh: Mesh) -> TrainState:
         """The whole state, on the devices of `mesh`, whatever mesh it was saved from."""
         abstract = abstract_state(model, config, mesh)
         opt_state = ocp.load(self.folder / str(step) / "optimizer", abstract.opt_state)
         counter = jax.device_put(np.asarray(step, np.int32), abstract.step.sharding)
-        return TrainState(counter, self.restore_params(step, model, mesh), opt_state)
+        params = self.restore_params(step, model, mesh)
+        ema = self.restore_params(step, model, mesh, "ema") if config.train.ema_decay else None
+        return TrainState(counter, params, opt_state, ema)
 
     def tokenizer(self, step: int) -> Tokenizer:
         """The vocabulary that a checkpoint was trained with."""

@@ -135,7 +135,7 @@ class Run:
             return
         with RunLog(self.path, self.start, train.num_steps) as log:
             if owes:
-                self._evaluate(self.state.params, self.start, log)
+                self._evaluate(self.state.eval_params, self.start, log)
             batches = pipeline.train_iterator(
                 self.plan,
                 self.ids,
@@ -166,7 +166,7 @@ class Run:
             with updates.meter.paused():
                 self._save(updates.state, done)
                 if evaluates and not stopped:
-                    self._evaluate(updates.state.params, done, log)
+                    self._evaluate(updates.state.eval_params, done, log)
                 self.checkpoints.prune(train.keep_last, train.keep_best)
         if stopped:
             name = signal.Signals(stopped).name

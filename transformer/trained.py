@@ -64,7 +64,8 @@ def load_trained(workdir: epath.PathLike, which: str) -> Trained:
 
     Args:
       workdir: what train.py wrote.
-      which: latest, best, a step, average:N or best-average:N.
+      which: latest, best or a step, of which the moving average is taken if the run keeps one; or
+        average:N or best-average:N, the mean of params as they were trained.
     """
     workdir = epath.Path(workdir)
     if not workdir.is_dir():
@@ -76,7 +77,10 @@ def load_trained(workdir: epath.PathLike, which: str) -> Trained:
     tokenizer = checkpoints.tokenizer(steps[-1])
     mesh = sharding.make_mesh(MeshConfig())
     model = Model(config.model, tokenizer.vocab_size)
-    params = mean_params(checkpoints, steps, model, mesh)
+    if AVERAGE.fullmatch(which):
+        params = mean_params(checkpoints, steps, model, mesh)
+    else:
+        params = checkpoints.restore_params(steps[0], model, mesh, "ema" if config.train.ema_decay else "params")
     return Trained(which, steps, config, tokenizer, model, params, mesh)
 
 
