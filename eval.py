@@ -20,6 +20,7 @@ from transformer.errors import DivergedError, UserError
 from transformer.files import reported, write_whole
 
 if TYPE_CHECKING:
+    from transformer.cost import Spent
     from transformer.evaluate import Report
     from transformer.trained import Trained
 
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> None:
     from rich.progress import Progress
 
     from transformer import compilation
+    from transformer.cost import Spent
     from transformer.evaluate import Evaluator
     from transformer.trained import load_trained
 
@@ -55,7 +57,8 @@ def main(argv: list[str]) -> None:
     with reported(f"{output}"):
         write_whole(output, "".join(f"{line}\n" for line in report.translations))
     show_samples(sources, references[0], report.translations)
-    say(table(name, trained.title, report))
+    spent = Spent.of(trained.metrics)
+    say(table(name, trained.title, report, spent))
     say(f"translations: {output}")
     print(
         json.dumps(
@@ -65,6 +68,9 @@ def main(argv: list[str]) -> None:
                 "loss": report.loss,
                 **report.scores,
                 "seconds": round(report.seconds, 3),
+                "train_flops": spent and spent.flops,
+                "train_tokens": spent and spent.tokens,
+                "train_hours": spent and spent.seconds / 3600,
             }
         )
     )
@@ -115,7 +121,7 @@ def show_samples(sources: list[str], references: list[str], translations: list[s
         say(f"  source      {sources[i]}\n  translation {translations[i]}\n  reference   {references[i]}\n")
 
 
-def table(name: str, title: str, report: "Report") -> str:
+def table(name: str, title: str, report: "Report", spent: "Spent | None") -> str:
     """Scores for people."""
     rows = [f"{name}: {report.sentences:,} sentences, {title}, {report.seconds:.1f} s"]
     if not report.sentences:
@@ -124,6 +130,8 @@ def table(name: str, title: str, report: "Report") -> str:
         rows.append(f"  {metric.upper():<13}{report.scores[metric]:6.2f}   {report.scores[f'{metric}_signature']}")
     rows.append(f"  {'loss':<13}{report.loss:6.3f}   nats per target token")
     rows.append(f"  {'length ratio':<13}{report.scores['length_ratio']:6.3f}   hypothesis words / reference words")
+    if spent:
+        rows.append(f"  trained on {spent}")
     return "\n".join(rows)
 
 

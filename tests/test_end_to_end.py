@@ -118,7 +118,12 @@ def test_a_seeded_run_learns_the_task(workdir):
         "ter_signature",
         "length_ratio",
         "seconds",
+        "train_flops",
+        "train_tokens",
+        "train_hours",
     ]
+    assert min(report["train_flops"], report["train_tokens"], report["train_hours"]) > 0
+    assert re.search(rb"trained on [\d.]+ k target tokens, \d\.\de\+\d+ FLOPs, 0\.\d\d hours", result.stderr)
     assert (report["step"], report["sentences"]) == (250, 40)
     assert report["bleu"] >= 90
     assert b"translation heute hat" in result.stderr

@@ -19,6 +19,7 @@ from transformer.config import Config, ModelConfig
 from transformer.loss import LossSums, cross_entropy
 from transformer.model import Transformer
 from transformer.optimizer import make_optimizer, make_schedule
+from transformer.tokenizer import PAD
 
 Params = dict[str, Any]
 
@@ -43,11 +44,19 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Of one update, float32 scalars: sums over the global batch, gradient norm before clipping, learning rate."""
+    """Of one update, float32 scalars, over the global batch.
+
+    Attributes:
+      loss: sums over target tokens.
+      grad_norm: of the mean gradient, before clipping.
+      learning_rate: of this update.
+      source_tokens: real ones, EOS included.
+    """
 
     loss: LossSums
     grad_norm: jax.Array
     learning_rate: jax.Array
+    source_tokens: jax.Array
 
 
 class Model:
@@ -141,7 +150,8 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(sums, optax.tree.norm(grads), schedule(state.step))
+        source_tokens = (batch.source_BS != PAD).sum(dtype=jnp.float32)
+        metrics = StepMetrics(sums, optax.tree.norm(grads), schedule(state.step), source_tokens)
         ema = None if state.ema is None else moving_average(state.ema, params, state.step, config.train.ema_decay)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 

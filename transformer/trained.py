@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from transformer import sharding, validation
-from transformer.checkpoint import Checkpoints
+from transformer.checkpoint import Checkpoints, Metrics
 from transformer.config import Config, MeshConfig
 from transformer.errors import UserError, WorkdirError
 from transformer.step import Model, Params
@@ -30,10 +30,12 @@ class Trained:
     Attributes:
       which: as it was asked for.
       steps: of the checkpoints whose params these are, oldest first; several where it is their mean.
+      metrics: recorded with the newest.
     """
 
     which: str
     steps: list[int]
+    metrics: Metrics
     config: Config
     tokenizer: Tokenizer
     model: Model
@@ -81,7 +83,8 @@ def load_trained(workdir: epath.PathLike, which: str) -> Trained:
         params = mean_params(checkpoints, steps, model, mesh)
     else:
         params = checkpoints.restore_params(steps[0], model, mesh, "ema" if config.train.ema_decay else "params")
-    return Trained(which, steps, config, tokenizer, model, params, mesh)
+    metrics = checkpoints.metrics(steps[-1])
+    return Trained(which, steps, metrics, config, tokenizer, model, params, mesh)
 
 
 def mean_params(checkpoints: Checkpoints, steps: list[int], model: Model, mesh: Mesh) -> Params:
