@@ -1,9 +1,10 @@
 """Translates a test set with a checkpoint and scores it: a table on stderr, one JSON object last on stdout.
 
-    python eval.py --workdir=DIR [--checkpoint=latest|best|STEP] [--split=test]
+    python eval.py --workdir=DIR [--checkpoint=WHICH] [--split=test]
     python eval.py --workdir=DIR --source=FILE --reference=FILE[,FILE…]
 
-Model, vocabulary and decoding settings are those saved with the checkpoint.
+WHICH is latest, best, a step, or the mean of several: average:N of the newest N, best-average:N of the N with
+the best validation BLEU. Model, vocabulary and decoding settings are those saved with the checkpoint.
 """
 
 import argparse
@@ -19,8 +20,9 @@ from transformer.errors import DivergedError, UserError
 from transformer.files import reported, write_whole
 
 if TYPE_CHECKING:
-    from transformer.checkpoint import Trained
+    from transformer.cost import Spent
     from transformer.evaluate import Report
+    from transformer.trained import Trained
 
 SAMPLES = 5
 
@@ -33,13 +35,14 @@ def main(argv: list[str]) -> None:
     from rich.progress import Progress
 
     from transformer import compilation
-    from transformer.checkpoint import load_trained
+    from transformer.cost import Spent
     from transformer.evaluate import Evaluator
+    from transformer.trained import load_trained
 
     compilation.enable_cache()
     trained = load_trained(args.workdir, args.checkpoint)
     name, sources, references = read_pairs(args, trained)
-    output = epath.Path(args.output or epath.Path(args.workdir) / "translations" / f"{trained.step}.{name}.txt")
+    output = epath.Path(args.output or epath.Path(args.workdir) / "translations" / f"{trained.file_stem}.{name}.txt")
     with reported(f"{output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
     evaluator = Evaluator(trained.model, trained.tokenizer, trained.config, trained.mesh)
@@ -50,11 +53,12 @@ def main(argv: list[str]) -> None:
             trained.params, sources, references, progress=lambda done: bar.advance(task, advance=done)
         )
     if not math.isfinite(report.loss):
-        raise DivergedError(f"checkpoint {trained.step}: its loss is {report.loss}; evaluate another")
+        raise DivergedError(f"{trained.title}: its loss is {report.loss}; evaluate another")
     with reported(f"{output}"):
         write_whole(output, "".join(f"{line}\n" for line in report.translations))
     show_samples(sources, references[0], report.translations)
-    say(table(name, trained.step, report))
+    spent = Spent.of(trained.metrics)
+    say(table(name, trained.title, report, spent))
     say(f"translations: {output}")
     print(
         json.dumps(
@@ -64,6 +68,9 @@ def main(argv: list[str]) -> None:
                 "loss": report.loss,
                 **report.scores,
                 "seconds": round(report.seconds, 3),
+                "train_flops": spent and spent.flops,
+                "train_tokens": spent and spent.tokens,
+                "train_hours": spent and spent.seconds / 3600,
             }
         )
     )
@@ -73,7 +80,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the flags."""
     parser = argparse.ArgumentParser(prog="eval.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--workdir", required=True, type=command_line.workdir_path, help="folder that train.py wrote")
-    parser.add_argument("--checkpoint", default="latest", help="latest, best or a step (default: latest)")
+    parser.add_argument(
+        "--checkpoint", default="latest", help="latest (default), best, a step, average:N or best-average:N"
+    )
     parser.add_argument("--split", help="split of the config's data set (default: test)")
     parser.add_argument("--source", help="text file to translate instead, one sentence a line")
     parser.add_argument("--reference", help="its references; several files with commas between")
@@ -112,15 +121,17 @@ def show_samples(sources: list[str], references: list[str], translations: list[s
         say(f"  source      {sources[i]}\n  translation {translations[i]}\n  reference   {references[i]}\n")
 
 
-def table(name: str, step: int, report: "Report") -> str:
+def table(name: str, title: str, report: "Report", spent: "Spent | None") -> str:
     """Scores for people."""
-    rows = [f"{name}: {report.sentences:,} sentences, checkpoint {step:,}, {report.seconds:.1f} s"]
+    rows = [f"{name}: {report.sentences:,} sentences, {title}, {report.seconds:.1f} s"]
     if not report.sentences:
         rows.append("  no sentences, so there is nothing to score")
     for metric in ("bleu", "chrf", "ter"):
         rows.append(f"  {metric.upper():<13}{report.scores[metric]:6.2f}   {report.scores[f'{metric}_signature']}")
     rows.append(f"  {'loss':<13}{report.loss:6.3f}   nats per target token")
     rows.append(f"  {'length ratio':<13}{report.scores['length_ratio']:6.3f}   hypothesis words / reference words")
+    if spent:
+        rows.append(f"  trained on {spent}")
     return "\n".join(rows)
 
 

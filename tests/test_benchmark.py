@@ -12,7 +12,16 @@ from transformer import benchmark
 from transformer.batching import Batch
 
 SIZES = ["dtype", "emb_dim", "mlp_dim", "num_layers", "num_heads", "vocab_size", "batch_tokens"]
-SPEED = ["params", "target_tokens_per_s", "step_ms", "compile_s", "peak_memory_mb", "device"]
+SPEED = [
+    "params",
+    "target_tokens_per_s",
+    "step_ms",
+    "flops_per_step",
+    "flops_per_s",
+    "compile_s",
+    "peak_memory_mb",
+    "device",
+]
 
 
 @pytest.mark.parametrize(("flags", "keys"), [([], SPEED), (["--input"], ["input_target_tokens_per_s"])])

@@ -1,5 +1,6 @@
 """A checkpoint is one verified unit: what comes back is what was saved, or it is called damaged."""
 
+import functools
 import json
 import shutil
 
@@ -15,8 +16,9 @@ from transformer.errors import UserError, WorkdirError
 LINES = ["the old house", "a new tree", "the cat sees a dog", "trees and houses"]
 
 
-@pytest.fixture(scope="module")
-def parts():
+@functools.cache
+def make_parts():
+    """Config, tokenizer, model, mesh and a fresh state."""
     config = small_config(model={"num_layers": 1}, mesh={"data": 2})
     vocabulary = tokenizer.train(LINES, 280, "bpe")
     model = step.Model(config.model, vocabulary.vocab_size)
@@ -24,14 +26,22 @@ def parts():
     return config, vocabulary, model, mesh, step.init_state(model, config, mesh)
 
 
-@pytest.fixture(scope="module")
-def saved(parts, tmp_path_factory):
-    """A workdir with checkpoints 9, 10 and 100."""
-    workdir = tmp_path_factory.mktemp("saved")
+def save_three(workdir):
+    """Checkpoints 9, 10 and 100 of falling BLEU."""
     for done, bleu in ((9, 30.0), (10, 20.0), (100, 10.0)):
-        save(workdir, parts, done)
+        save(workdir, make_parts(), done)
         Checkpoints(workdir).record(done, {checkpoint.SCORE: bleu, "best": 30.0})
     return workdir
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return make_parts()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_three(tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture
@@ -62,51 +72,22 @@ def test_the_state_comes_back_to_the_last_bit_on_any_mesh(parts, saved, devices)
     assert restored.step.sharding.mesh.size == devices
 
 
-def test_the_model_comes_back_from_the_workdir_alone(parts, saved):
-    trained = checkpoint.load_trained(saved, "latest")
-    assert (trained.step, trained.config, trained.tokenizer.digest) == (100, parts[0], parts[1].digest)
-    table = parts[4].params["embeddings"]["shared"]["table"]
-    np.testing.assert_array_equal(trained.params["embeddings"]["shared"]["table"], table + 100)
-
-
-@pytest.mark.parametrize(("which", "wanted"), [("latest", 100), ("best", 9), ("10", 10)])
-def test_selection(workdir, which, wanted):
-    assert Checkpoints(workdir).select(which) == wanted
-
-
-@pytest.mark.parametrize("which", ["newest", "11", "-1", "", "1e2"])
-def test_a_checkpoint_that_is_not_there_is_an_error(workdir, which):
-    with pytest.raises(UserError, match=r"expected latest, best or one of \[9, 10, 100\]"):
-        Checkpoints(workdir).select(which)
-
-
-def test_a_workdir_without_checkpoints_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="found no checkpoint; train first"):
-        Checkpoints(tmp_path).select("latest")
-    with pytest.raises(UserError, match="expected a folder that train"):
-        checkpoint.load_trained(tmp_path / "none", "latest")
-    assert Checkpoints(tmp_path).newest_sound() is None
-
-
-def test_if_the_one_with_a_score_is_damaged_the_newest_sound_is_taken(parts, tmp_path, capsys):
-    for done in (3, 5):
-        save(tmp_path, parts, done)
-    Checkpoints(tmp_path).record(3, {checkpoint.SCORE: 30.0})
-    flip(tmp_path / "checkpoints" / "3" / "config.json")
-    assert Checkpoints(tmp_path).select("best") == 5
-    assert "checkpoint 3 is damaged" in capsys.readouterr().err
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_moving_average_comes_back_too(parts, saved, tmp_path, devices):
+    config, vocabulary, model, _, state = parts
+    config = small_config(model={"num_layers": 1}, mesh={"data": devices}, train={"ema_decay": 0.9})
+    state = state._replace(ema=jax.tree.map(lambda leaf: leaf + np.float32(3), state.params))
+    Checkpoints(tmp_path).save(state, config, vocabulary, "", {})
+    restored = Checkpoints(tmp_path).restore(0, model, config, sharding.make_mesh(config.mesh))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert any(name.startswith("ema/") for name in Checkpoints(tmp_path).manifest(0).files)
+    assert not (saved / "checkpoints" / "100" / "ema").exists()
 
 
 def test_checkpoints_that_are_a_file_are_refused(tmp_path):
     (tmp_path / "checkpoints").write_text("x")
     with pytest.raises(UserError, match="expected a folder of checkpoints, found a file"):
         Checkpoints(tmp_path).newest_sound()
-
-
-def test_best_needs_a_score(parts, tmp_path):
-    save(tmp_path, parts, 5)
-    with pytest.raises(UserError, match="no checkpoint has a validation BLEU"):
-        Checkpoints(tmp_path).select("best")
 
 
 def files(folder):
@@ -145,14 +126,6 @@ def test_no_damage_to_any_file_goes_unnoticed(workdir, damage, capsys):
 def test_what_a_file_manager_leaves_is_no_damage(workdir, name):
     (workdir / "checkpoints" / "100" / name).write_text("x")
     assert Checkpoints(workdir).newest_sound() == 100
-
-
-def test_a_damaged_one_gives_way_but_not_one_asked_for_by_number(workdir, capsys):
-    flip(files(workdir / "checkpoints" / "9" / "params")[-1])
-    assert Checkpoints(workdir).select("best") == 10
-    assert "checkpoint 9 is damaged" in capsys.readouterr().err
-    with pytest.raises(WorkdirError, match="checkpoint 9 is damaged"):
-        Checkpoints(workdir).select("9")
 
 
 def test_if_none_is_sound_nothing_starts_over(workdir):
@@ -197,31 +170,11 @@ def test_a_save_replaces_one_of_the_same_step(workdir, parts):
     assert Checkpoints(workdir).metrics(100) == {}
 
 
-def test_a_relative_workdir_will_do(parts, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save("runs/here", parts, 3)
-    assert checkpoint.load_trained("runs/here", "latest").step == 3
-
-
 def test_a_save_that_fails_leaves_the_others_as_they_were(workdir, parts, monkeypatch):
     monkeypatch.setattr(checkpoint.ocp, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(UserError, match="No space left"):
         save(workdir, parts, 200)
     assert Checkpoints(workdir).newest_sound() == 100
-
-
-def test_of_equal_scores_the_newest_is_the_best(workdir):
-    for done in (9, 10):
-        Checkpoints(workdir).record(done, {checkpoint.SCORE: 30.0})
-    assert Checkpoints(workdir).select("best") == 10
-
-
-def test_a_model_is_used_on_whatever_devices_there_are(parts, tmp_path, monkeypatch):
-    """Trained on two devices of a mesh that the config fixed, opened on all eight, or on one."""
-    save(tmp_path, parts, 3)
-    assert checkpoint.load_trained(tmp_path, "latest").mesh.size == 8
-    monkeypatch.setattr(jax, "devices", lambda: [jax.local_devices()[0]])
-    assert checkpoint.load_trained(tmp_path, "latest").mesh.size == 1
 
 
 @pytest.mark.parametrize(

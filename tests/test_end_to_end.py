@@ -79,6 +79,25 @@ def workdir(folder, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture
+def averaged(workdir, tmp_path):
+    """The same workdir with one more checkpoint, 240, whose params are fresh."""
+    import shutil
+
+    import jax
+
+    from transformer import sharding, step
+    from transformer.checkpoint import Checkpoints
+    from transformer.trained import load_trained
+
+    shutil.copytree(workdir, tmp_path / "run")
+    trained = load_trained(workdir, "latest")
+    state = step.init_state(trained.model, trained.config, sharding.make_mesh(trained.config.mesh))
+    counter = jax.device_put(np.int32(240), state.step.sharding)
+    Checkpoints(tmp_path / "run").save(state._replace(step=counter), trained.config, trained.tokenizer, "", {})
+    return tmp_path / "run"
+
+
 def data_flags(folder):
     return [f"--config.data.dir={folder}", f"--config.data.data_dir={folder}/prepared"]
 
@@ -99,7 +118,12 @@ def test_a_seeded_run_learns_the_task(workdir):
         "ter_signature",
         "length_ratio",
         "seconds",
+        "train_flops",
+        "train_tokens",
+        "train_hours",
     ]
+    assert min(report["train_flops"], report["train_tokens"], report["train_hours"]) > 0
+    assert re.search(rb"trained on [\d.]+ k target tokens, \d\.\de\+\d+ FLOPs, 0\.\d\d hours", result.stderr)
     assert (report["step"], report["sentences"]) == (250, 40)
     assert report["bleu"] >= 90
     assert b"translation heute hat" in result.stderr
@@ -120,6 +144,29 @@ def test_validation_and_eval_agree(workdir):
     (valid,) = [line for line in lines if "valid/bleu" in line]
     assert report["bleu"] == pytest.approx(valid["valid/bleu"], abs=1e-9)
     assert report["loss"] == pytest.approx(valid["valid/loss"], abs=1e-6)
+
+
+def test_the_mean_of_checkpoints_can_be_scored_and_translates(averaged, folder):
+    result = run("eval.py", f"--workdir={averaged}", "--checkpoint=average:2")
+    assert json.loads(result.stdout.splitlines()[-1])["step"] == 250
+    assert b"average of 2: 240, 250" in result.stderr
+    (written,) = (averaged / "translations").glob("250-average-2.test.txt")
+    source = (folder / "test.en").read_bytes()
+    command = ["-m", "transformer.translate", f"--workdir={averaged}"]
+    mean = run(*command, "--checkpoint=average:2", stdin=source)
+    assert mean.stdout == written.read_bytes()
+    assert mean.stdout != run(*command, "--checkpoint=latest", stdin=source).stdout
+
+
+@pytest.mark.parametrize("command", [["eval.py"], ["-m", "transformer.translate"]])
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [("average:0", "N at least 1"), ("average:x", "N at least 1"), ("average:99", "found 1 of 1")],
+)
+def test_a_mean_that_cannot_be_is_one_line(workdir, command, which, message):
+    result = run(*command, f"--workdir={workdir}", f"--checkpoint={which}", stdin=b"", code=2)
+    (line,) = result.stderr.decode().splitlines()
+    assert message in line
 
 
 def test_files_can_be_scored_against_several_references(workdir, folder, tmp_path):

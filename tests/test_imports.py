@@ -18,9 +18,9 @@ datasets/text_files datasets/pair_files
 datasets/cldr_words datasets/cldr_grammar datasets/cldr_locale datasets/cldr_slots
 datasets/cldr_frames_time datasets/cldr_frames_life datasets/cldr
 datasets/parallel_text datasets/prepared datasets/split datasets/contents datasets/corpus
-tokenizer batching packing pipeline
+tokenizer batching packing cost pipeline
 sharding segments attention blockwise layers model
-loss optimizer step compilation checkpoint
+loss optimizer step compilation checkpoint trained
 search translate evaluate
 workdir run_log loop
 benchmark

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from transformer import loop, step
+from transformer import loop, step, trained
 from transformer.batching import Batch
 from transformer.checkpoint import Checkpoints
+from transformer.cost import Spent
 from transformer.errors import DivergedError, StoppedError, UserError, WorkdirError
 from transformer.loss import LossSums
 from transformer.step import StepMetrics, TrainState
@@ -28,18 +29,17 @@ class FakeStep:
     def __call__(self, state, batch):
         self.events.append(f"run {batch}")
         loss = jax.device_put(np.float32(next(self.losses)))
-        metrics = StepMetrics(LossSums(loss, loss, loss, jax.device_put(np.float32(4))), loss, loss)
+        metrics = StepMetrics(LossSums(loss, loss, loss, jax.device_put(np.float32(4))), loss, loss, loss)
         return state._replace(step=state.step), metrics
 
 
 def make_updates(losses, monkeypatch):
     fake = FakeStep(losses)
     batches = (Batch(i, np.zeros((2, 3), np.int32)) for i in range(10))
-    updates = loop.Updates(
-        fake, TrainState(jax.device_put(np.int32(0)), {}, ()), batches, lambda batch: batch.source_BS
-    )
+    state = TrainState(jax.device_put(np.int32(0)), {}, ())
+    updates = loop.Updates(fake, state, batches, lambda batch: batch.source_BS, lambda placed: 10 * placed, Spent())
     add = updates.meter.add
-    monkeypatch.setattr(updates.meter, "add", lambda m, s, n: (fake.events.append(f"read {s}"), add(m, s, n)))
+    monkeypatch.setattr(updates.meter, "add", lambda m, s, **n: (fake.events.append(f"read {s}"), add(m, s, **n)))
     return updates, fake
 
 
@@ -52,6 +52,7 @@ def test_metrics_are_read_while_the_next_update_runs(monkeypatch):
     updates.drain()
     assert fake.events[5:] == ["read 3"]
     assert (updates.meter.updates, updates.meter.slots) == (3, 18)
+    assert updates.meter.spent()._replace(seconds=0) == Spent(flops=30, tokens=12, source_tokens=6)
 
 
 def test_a_loss_that_is_no_number_stops_at_its_update(monkeypatch):
@@ -96,7 +97,7 @@ def final_params(workdir, done=12):
 
 
 def restore(workdir, done):
-    from transformer.checkpoint import load_trained
+    from transformer.trained import load_trained
 
     return jax.tree.map(np.asarray, load_trained(workdir, str(done)).params)
 
@@ -134,6 +135,8 @@ def test_a_run_leaves_what_is_documented(whole):
     assert [line["step"] for line in valid] == [6, 12]
     assert {"train/target_tokens_per_s", "train/fill", "train/learning_rate", "train/input_wait"} <= set(train[0])
     assert {"valid/loss", "valid/bleu"} <= set(valid[0])
+    assert {"train/flops", "train/tokens", "train/hours"} <= set(train[0]) & set(valid[0])
+    assert train[0]["train/peak_memory_mb"] > 0
     assert Checkpoints(whole).metrics(12)["valid/bleu"] == valid[1]["valid/bleu"]
 
 
@@ -147,6 +150,70 @@ def test_resume_is_exact(data, whole, tmp_path, stop):
     loop.fit(config_of(data, train={"num_steps": stop}), tmp_path / "run")
     loop.fit(config_of(data), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
+
+
+EMA = {"ema_decay": 0.9}
+
+
+@pytest.fixture(scope="module")
+def averaged(data, tmp_path_factory):
+    """A run that keeps a moving average, and the params that its validations were of."""
+    workdir, seen = tmp_path_factory.mktemp("averaged") / "run", []
+    evaluate = loop.Evaluator.evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            loop.Evaluator,
+            "evaluate",
+            lambda self, *a, **k: (seen.append(jax.device_get(a[0])), evaluate(self, *a, **k))[1],
+        )
+        loop.fit(config_of(data, train=EMA), workdir)
+    return workdir, seen
+
+
+def test_a_moving_average_is_what_is_validated_and_translated_with(whole, averaged):
+    workdir, seen = averaged
+    assert len(seen) == 2
+    jax.tree.map(np.testing.assert_array_equal, seen[1], restore(workdir, 12))
+    jax.tree.map(np.testing.assert_array_equal, restore(workdir, "average:1"), restore(whole, 12))
+    pairs = zip(jax.tree.leaves(restore(workdir, 12)), jax.tree.leaves(restore(whole, 12)), strict=True)
+    assert not all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_a_moving_average_resumes_exactly(data, averaged, tmp_path):
+    loop.fit(config_of(data, train={**EMA, "num_steps": 9}), tmp_path / "run")
+    loop.fit(config_of(data, train=EMA), tmp_path / "run")
+    for which in (12, "average:1"):
+        jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "run", which), restore(averaged[0], which))
+
+
+def test_a_moving_average_cannot_begin_or_end_halfway(data, whole, averaged):
+    with pytest.raises(UserError, match=r"another config: train\.ema_decay: 0\.0 → 0\.9"):
+        loop.fit(config_of(data, train=EMA), whole)
+    with pytest.raises(UserError, match=r"another config: train\.ema_decay: 0\.9 → 0\.0"):
+        loop.fit(config_of(data), averaged[0])
+
+
+def test_what_a_run_has_cost_is_counted_over_all_its_sittings(data, whole, tmp_path):
+    """Against the plan of its batches; and a run of two sittings counts to the same, to the last digit."""
+    from transformer import cost, pipeline
+    from transformer.datasets import corpus as corpora
+    from transformer.trained import load_trained
+
+    config = config_of(data)
+    vocabulary = load_trained(whole, "12").tokenizer
+    ids = pipeline.token_ids(config.data, corpora.open_corpus(config.data), "train", vocabulary)
+    batches = list(pipeline.train_iterator(pipeline.make_plan(config, ids), ids, start=0, num_steps=12))
+    spent = Spent.of(Checkpoints(whole).metrics(12))
+    assert spent.tokens == sum(np.count_nonzero(batch.target_BT) for batch in batches)
+    assert spent.source_tokens == sum(np.count_nonzero(batch.source_BS) for batch in batches)
+    assert spent.flops == sum(cost.batch_flops(config.model, vocabulary.vocab_size, batch) for batch in batches)
+    loop.fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
+    before = Spent.of(Checkpoints(tmp_path / "run").metrics(9))
+    loop.fit(config, tmp_path / "run")
+    after = Spent.of(Checkpoints(tmp_path / "run").metrics(12))
+    assert after._replace(seconds=0) == spent._replace(seconds=0)
+    assert after.seconds > before.seconds > 0
+    assert [line["train/flops"] for line in lines_of(tmp_path / "run")][-1] == spent.flops
 
 
 def test_a_finished_run_is_left_alone(data, whole, capsys):
@@ -233,7 +300,9 @@ def test_a_validation_that_a_stop_prevented_is_made_up_for(data, whole, tmp_path
         assert "valid/bleu" not in Checkpoints(tmp_path / "run").metrics(at)
     loop.fit(config_of(data), tmp_path / "run")
     for at in (6, 12):
-        assert Checkpoints(tmp_path / "run").metrics(at) == Checkpoints(whole).metrics(at)
+        resumed, undisturbed = (Checkpoints(workdir).metrics(at) for workdir in (tmp_path / "run", whole))
+        assert undisturbed.pop("train/hours") > 0 < resumed.pop("train/hours")
+        assert resumed == undisturbed
 
 
 def test_a_workdir_of_another_config_is_refused_and_unharmed(data, whole):
@@ -276,7 +345,7 @@ def test_a_run_ends_early_when_validation_gets_no_better(data, tmp_path, monkeyp
     stop_at(monkeypatch, 0)
     loop.fit(config_of(data, train=train), tmp_path / "run")
     assert Checkpoints(tmp_path / "run").steps()[-1] == 10
-    assert Checkpoints(tmp_path / "run").select("best") == 8
+    assert trained.select(Checkpoints(tmp_path / "run"), "best") == [8]
     loop.fit(config_of(data, train=train), tmp_path / "run")
     assert Checkpoints(tmp_path / "run").steps()[-1] == 10
     assert capsys.readouterr().err.count("3 validations without a better BLEU than 30.00") == 2

@@ -2,20 +2,25 @@
 
 import json
 import math
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
+from transformer.cost import Spent
 from transformer.errors import DivergedError
 from transformer.loss import LossSums
-from transformer.run_log import Meter, RunLog
+from transformer.run_log import Meter, RunLog, peak_memory_mb
 from transformer.step import StepMetrics
 
 
 def metrics(nll=10.0, tokens=5.0, objective=12.0, norm=2.0):
-    return StepMetrics(LossSums(*map(np.float32, (objective, nll, 3.0, tokens))), np.float32(norm), np.float32(0.1))
+    return StepMetrics(
+        LossSums(*map(np.float32, (objective, nll, 3.0, tokens))), np.float32(norm), np.float32(0.1), np.float32(6)
+    )
 
 
 class Clock:
@@ -27,9 +32,9 @@ class Clock:
 
 def test_means_are_over_tokens_not_over_batches():
     clock = Clock()
-    meter = Meter(clock)
-    meter.add(metrics(nll=10, tokens=5), 1, slots=8)
-    meter.add(metrics(nll=90, tokens=15), 2, slots=24)
+    meter = Meter(clock=clock)
+    meter.add(metrics(nll=10, tokens=5), 1, slots=8, flops=0)
+    meter.add(metrics(nll=90, tokens=15), 2, slots=24, flops=0)
     clock.now += 4
     summary = meter.summary()
     assert summary["train/loss"] == 5.0
@@ -41,8 +46,8 @@ def test_means_are_over_tokens_not_over_batches():
 
 def test_time_spent_elsewhere_is_left_out():
     clock = Clock()
-    meter = Meter(clock)
-    meter.add(metrics(), 1, slots=8)
+    meter = Meter(clock=clock)
+    meter.add(metrics(), 1, slots=8, flops=0)
     clock.now += 1
     with meter.paused():
         clock.now += 1000
@@ -54,7 +59,31 @@ def test_time_spent_elsewhere_is_left_out():
 @pytest.mark.parametrize("bad", [{"objective": math.nan}, {"objective": math.inf}, {"norm": math.nan}])
 def test_what_is_no_number_stops_the_run_and_names_the_update(bad):
     with pytest.raises(DivergedError, match="at update 7 the loss is"):
-        Meter().add(metrics(**bad), 7, slots=8)
+        Meter().add(metrics(**bad), 7, slots=8, flops=0)
+
+
+def test_what_was_spent_goes_on_from_the_sittings_before():
+    clock = Clock()
+    meter = Meter(Spent(flops=1e18, tokens=1000, source_tokens=2000, seconds=3600), clock)
+    meter.add(metrics(tokens=5), 1, slots=8, flops=3e18)
+    clock.now += 30
+    meter.reset()
+    with meter.paused():
+        clock.now += 1000
+    meter.add(metrics(tokens=7), 2, slots=8, flops=3e18)
+    clock.now += 60
+    assert meter.spent() == Spent(flops=7e18, tokens=1012, source_tokens=2012, seconds=3690)
+    assert Meter().spent().seconds < 1
+
+
+def test_peak_memory_is_that_of_the_process_where_devices_do_not_say():
+    assert 100 < peak_memory_mb() < 100_000
+
+
+def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
+    devices = [SimpleNamespace(memory_stats=lambda n=n: {"peak_bytes_in_use": n << 20}) for n in (3, 7, 5)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert peak_memory_mb() == 7
 
 
 def test_lines_are_json_and_resume_appends(tmp_path, capsys):

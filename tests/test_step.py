@@ -186,6 +186,55 @@ def test_the_seed_changes_params_and_dropout():
     assert losses[0] == losses[1] != losses[2]
 
 
+def with_ema(config, decay):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, ema_decay=decay))
+
+
+def run_with_ema(decay, num_steps=3, data=1):
+    """The states after each update, on the host."""
+    config, mesh, built, _ = setup(data)
+    config = with_ema(config, decay)
+    train_step = step.make_train_step(built, config, mesh)
+    state = step.init_state(built, config, mesh)
+    states = [jax.device_get(state)]
+    for i in range(num_steps):
+        state, _ = train_step(state, sharding.place_batch(mesh, draw_batch(seed=i)))
+        states.append(jax.device_get(state))
+    return states, state
+
+
+@pytest.mark.parametrize("decay", [0.15, 0.999])
+def test_the_moving_average_is_that_of_the_params(decay):
+    """Decays of 1/10, 2/11 and 3/12 in the first three updates, unless the config's is smaller."""
+    states, _ = run_with_ema(decay)
+    wanted = states[0].params
+    for done, state in enumerate(states[1:]):
+        weight = min(decay, (1 + done) / (10 + done))
+        wanted = jax.tree.map(lambda old, new, w=weight: w * old + (1 - w) * new, wanted, state.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, wanted)
+    assert states[-1].eval_params is states[-1].ema
+
+
+def test_a_moving_average_changes_nothing_else():
+    state, _ = run(3)
+    averaged, _ = run_with_ema(0.99)
+    assert state.ema is None
+    assert state.eval_params is state.params
+    jax.tree.map(np.testing.assert_array_equal, averaged[-1]._replace(ema=None), state)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), averaged[-1].ema, state.params)
+    assert max(jax.tree.leaves(moved)) > 1e-5
+
+
+def test_the_moving_average_lives_where_its_params_do():
+    _, state = run_with_ema(0.99, num_steps=1, data=8)
+    config, mesh, built, _ = setup(8)
+    abstract = step.abstract_state(built, with_ema(config, 0.99), mesh)
+    for tree in (state.ema, abstract.ema):
+        jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding, b.sharding), tree, state.params)
+        assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(tree))
+    assert step.abstract_state(built, config, mesh).ema is None
+
+
 def test_params_that_are_no_numbers_are_seen():
     params = setup()[2].init(0)
     assert step.all_finite(params)

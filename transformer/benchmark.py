@@ -10,8 +10,6 @@ The last line of stdout is one JSON object.
 import argparse
 import itertools
 import json
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,12 +18,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from transformer import command_line, compilation, pipeline, sharding, step
+from transformer import command_line, compilation, cost, pipeline, sharding, step
 from transformer.batching import Batch, TrainPlan
 from transformer.command_line import positive_int, say
 from transformer.config import Config
 from transformer.datasets import corpus as corpora
 from transformer.pipeline import TokenIds
+from transformer.run_log import peak_memory_mb
 from transformer.tokenizer import PAD
 
 ROUNDS = 5  # timed apart, so that the median passes over a busy moment of the machine
@@ -95,20 +94,24 @@ def measure(config: Config, plan: TrainPlan, ids: TokenIds, num_steps: int) -> R
     say(f"{len(plan.buckets)} shapes compiled or found in the cache, and run once: {compile_s:.1f} s")
     each = max(num_steps // ROUNDS, 1)
     batches = pipeline.train_iterator(plan, ids, start=0, num_steps=ROUNDS * each)
-    rates, seconds = [], []
+    rounds = []
     for number in range(1, ROUNDS + 1):
-        tokens, since = 0, time.perf_counter()
+        tokens, flops, since = 0, 0, time.perf_counter()
         for batch in itertools.islice(batches, each):
+            placed = sharding.place_batch(mesh, batch, parts)
             tokens += real_tokens(batch)
-            state, metrics = train_step(state, sharding.place_batch(mesh, batch, parts))
+            flops += cost.batch_flops(config.model, config.data.vocab_size, placed)
+            state, metrics = train_step(state, placed)
         jax.block_until_ready(metrics)
-        seconds.append((time.perf_counter() - since) / each)
-        rates.append(tokens / (seconds[-1] * each))
-        say(f"round {number} of {ROUNDS}: {rates[-1]:,.0f} target tokens/s")
+        rounds.append((time.perf_counter() - since, tokens, flops))
+        say(f"round {number} of {ROUNDS}: {tokens / rounds[-1][0]:,.0f} target tokens/s")
+    seconds, tokens, flops = np.array(rounds).T
     return {
         "params": model.num_params(),
-        "target_tokens_per_s": round(float(np.median(rates))),
-        "step_ms": round(1000 * float(np.median(seconds)), 2),
+        "target_tokens_per_s": round(float(np.median(tokens / seconds))),
+        "step_ms": round(1000 * float(np.median(seconds)) / each, 2),
+        "flops_per_step": round(float(flops.mean()) / each),
+        "flops_per_s": round(float(np.median(flops / seconds))),
         "compile_s": round(compile_s, 2),
         "peak_memory_mb": round(peak_memory_mb()),
         "device": f"{mesh.size} x {jax.devices()[0].device_kind}",
@@ -130,15 +133,6 @@ def one_of_each_shape(plan: TrainPlan, ids: TokenIds) -> Iterator[Batch]:
 def real_tokens(batch: Batch) -> int:
     """Target tokens that are no padding."""
     return int(np.count_nonzero(batch.target_BT != PAD))
-
-
-def peak_memory_mb() -> float:
-    """Most memory in use at once, in MiB: of the first device where it says so, else of this process."""
-    stats = jax.devices()[0].memory_stats()
-    if stats:
-        return stats["peak_bytes_in_use"] / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Checkpoints: state, config, tokenizer and metrics as one verified unit.
 
-checkpoints/STEP/ holds params/ and optimizer/ (Orbax), config.json, tokenizer/ and manifest.json: the
-metrics, the digest of the training data, and size and SHA-256 of every other file. It is written under
-another name and moved into place when it is whole. One whose files are not those of its manifest is
-reported as damaged, and the newest sound one is taken instead. Nothing found in it is ever executed.
+checkpoints/STEP/ holds params/, optimizer/ and, where a moving average is kept, ema/ (Orbax), config.json,
+tokenizer/ and manifest.json: the metrics, the digest of the training data, and size and SHA-256 of every
+other file. It is written under another name and moved into place when it is whole. One whose files are
+not those of its manifest is reported as damaged, and the newest sound one is taken instead. Nothing found
+in it is ever executed.
 """
 
 import dataclasses
@@ -16,10 +17,9 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from transformer import sharding, validation
 from transformer import tokenizer as tokenizers
 from transformer.command_line import say
-from transformer.config import Config, MeshConfig
+from transformer.config import Config
 from transformer.errors import UserError, WorkdirError
 from transformer.files import reported, sha256, write_whole
 from transformer.step import Model, Params, TrainState, abstract_params, abstract_state
@@ -73,6 +73,8 @@ class Checkpoints:
             folder.mkdir(parents=True)
             ocp.save(folder / "params", state.params)
             ocp.save(folder / "optimizer", state.opt_state)
+            if state.ema is not None:
+                ocp.save(folder / "ema", state.ema)
             tokenizer.save(folder / "tokenizer")
             write_whole(folder / "config.json", config.to_json())
             files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
@@ -121,6 +123,15 @@ class Checkpoints:
             if not same:
                 raise Damaged(f"{name} has changed since it was written")
 
+    def is_sound(self, step: int) -> bool:
+        """Whether a checkpoint verifies; says what is wrong with it if not."""
+        try:
+            self.verify(step)
+        except Damaged as damage:
+            say(f"checkpoint {step} is damaged and skipped: {damage}")
+            return False
+        return True
+
     def newest_sound(self) -> int | None:
         """The newest step that verifies; None if nothing was ever saved.
 
@@ -129,7 +140,7 @@ class Checkpoints:
         """
         available = self.steps()
         for step in reversed(available):
-            if self._sound(step):
+            if self.is_sound(step):
                 return step
         if available:
             raise WorkdirError(
@@ -138,37 +149,7 @@ class Checkpoints:
             )
         return None
 
-    def select(self, which: str) -> int:
-        """The step that `latest`, `best` or a number names.
-
-        A damaged one gives way to the newest sound (`latest`) or to the best sound one (`best`), and is
-        reported; a step asked for by number is never replaced.
-        """
-        available = self.steps()
-        if not available:
-            raise UserError(f"{self.folder}: found no checkpoint; train first, or name another --workdir")
-        if which == "latest":
-            return self.newest_sound() or 0
-        if which == "best":
-            return self._best(available)
-        if not which.isdecimal() or int(which) not in available:
-            raise UserError(f"--checkpoint: expected latest, best or one of {available}, got {which!r}")
-        if not self._sound(int(which)):
-            raise WorkdirError(f"checkpoint {which} is damaged; ask for another")
-        return int(which)
-
-    def _best(self, available: list[int]) -> int:
-        sound = [step for step in available if self._sound(step)]
-        if not sound:
-            raise WorkdirError(f"{self.folder}: none of the checkpoints {available} is sound")
-        scored = self._by_score(sound)
-        if not scored and len(sound) < len(available):
-            return sound[-1]  # the one with the score may be among the damaged, which were reported
-        if not scored:
-            raise UserError(f"{self.folder}: no checkpoint has a validation BLEU yet; use --checkpoint=latest")
-        return scored[-1]
-
-    def _by_score(self, steps: list[int]) -> list[int]:
+    def by_score(self, steps: list[int]) -> list[int]:
         """Those of the steps that have a score, best last; of equals the newest is the best."""
         scores = {step: self.metrics(step).get(SCORE) for step in steps}
         return sorted((step for step in steps if scores[step] is not None), key=lambda step: (scores[step], step))
@@ -196,7 +177,7 @@ class Checkpoints:
     def prune(self, keep_last: int, keep_best: int) -> None:
         """Deletes all but the newest and the best ones."""
         available = self.steps()
-        best = self._by_score(available)
+        best = self.by_score(available)
         keep = {*available[-keep_last:], *(best[-keep_best:] if keep_best else [])}
         for step in available:
             if step not in keep:
@@ -209,55 +190,22 @@ class Checkpoints:
             gone.rmtree()
         (self.folder / str(step)).rename(gone).rmtree()
 
-    def restore_params(self, step: int, model: Model, mesh: Mesh) -> Params:
-        """The params alone, on the devices of `mesh`."""
-        return ocp.load(self.folder / str(step) / "params", abstract_params(model, mesh))
+    def restore_params(self, step: int, model: Model, mesh: Mesh, kind: str = "params") -> Params:
+        """The params alone, on the devices of `mesh`; with kind `ema` their moving average."""
+        return ocp.load(self.folder / str(step) / kind, abstract_params(model, mesh))
 
     def restore(self, step: int, model: Model, config: Config, mesh: Mesh) -> TrainState:
         """The whole state, on the devices of `mesh`, whatever mesh it was saved from."""
         abstract = abstract_state(model, config, mesh)
         opt_state = ocp.load(self.folder / str(step) / "optimizer", abstract.opt_state)
         counter = jax.device_put(np.asarray(step, np.int32), abstract.step.sharding)
-        return TrainState(counter, self.restore_params(step, model, mesh), opt_state)
+        params = self.restore_params(step, model, mesh)
+        ema = self.restore_params(step, model, mesh, "ema") if config.train.ema_decay else None
+        return TrainState(counter, params, opt_state, ema)
 
     def tokenizer(self, step: int) -> Tokenizer:
         """The vocabulary that a checkpoint was trained with."""
         return tokenizers.load(self.folder / str(step) / "tokenizer")
-
-    def _sound(self, step: int) -> bool:
-        try:
-            self.verify(step)
-        except Damaged as damage:
-            say(f"checkpoint {step} is damaged and skipped: {damage}")
-            return False
-        return True
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A model read from a workdir, ready to translate."""
-
-    step: int
-    config: Config
-    tokenizer: Tokenizer
-    model: Model
-    params: Params
-    mesh: Mesh
-
-
-def load_trained(workdir: epath.PathLike, which: str) -> Trained:
-    """Reads config, tokenizer and params of one checkpoint onto all devices there are; no other file is needed."""
-    workdir = epath.Path(workdir)
-    if not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: expected a folder that train.py wrote, found none")
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.select(which)
-    path = checkpoints.folder / str(step) / "config.json"
-    config = validation.from_json(path.read_text(), str(path))
-    tokenizer = checkpoints.tokenizer(step)
-    mesh = sharding.make_mesh(MeshConfig())
-    model = Model(config.model, tokenizer.vocab_size)
-    return Trained(step, config, tokenizer, model, checkpoints.restore_params(step, model, mesh), mesh)
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:

@@ -126,6 +126,13 @@ class TrainConfig:
     )
     keep_last: int = _field(5, "newest checkpoints to keep", low=1)
     keep_best: int = _field(1, "checkpoints of the best validation BLEU to keep besides", low=0)
+    ema_decay: float = _field(
+        0.0,
+        "keeps a moving average of the params, which validation, eval and translate then use in their place (but "
+        "average:N means the params themselves): decay an update, min(this, (1 + step) / (10 + step)); 0: none",
+        low=0,
+        high=0.999999,
+    )
     seed: int = _field(0, "of initialisation, data order and dropout", low=0, high=2**31 - 1)
 
 

@@ -11,12 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
-from transformer import compilation, pipeline, sharding, step, workdir
+from transformer import compilation, cost, pipeline, sharding, step, workdir
 from transformer.batching import Batch
 from transformer.checkpoint import SCORE, Checkpoints, Metrics
 from transformer.command_line import say
@@ -24,7 +24,7 @@ from transformer.config import Config
 from transformer.datasets import corpus as corpora
 from transformer.errors import DivergedError, StoppedError, UserError
 from transformer.evaluate import Evaluator
-from transformer.run_log import WHAT_HELPS, Meter, RunLog
+from transformer.run_log import WHAT_HELPS, Meter, RunLog, peak_memory_mb
 from transformer.step import StepMetrics, TrainState
 from transformer.tokenizer import Tokenizer
 
@@ -54,11 +54,13 @@ class Updates:
         state: TrainState,
         batches: Iterator[Batch],
         place: Callable[[Batch], Batch],
+        flops_of: Callable[[Batch], float],
+        spent: cost.Spent,
     ):
-        self.state, self.meter, self.compiles = state, Meter(), compilation.CompileCounter()
-        self._train_step, self._batches, self._place = train_step, batches, place
+        self.state, self.meter, self.compiles = state, Meter(spent), compilation.CompileCounter()
+        self._train_step, self._batches, self._place, self._flops_of = train_step, batches, place, flops_of
         self._done = int(jax.device_get(state.step))
-        self._unread: tuple[StepMetrics, int, int] | None = None
+        self._unread: tuple[StepMetrics, int, dict[str, Any]] | None = None
 
     def dispatch(self) -> None:
         """Starts one update; nothing but the batch travels to the devices, and nothing back."""
@@ -66,17 +68,18 @@ class Updates:
         batch = next(self._batches)
         self.meter.waited += time.perf_counter() - waiting_since
         with jax.transfer_guard("disallow"), self.compiles:
-            self.state, metrics = self._train_step(self.state, self._place(batch))
+            placed = self._place(batch)
+            self.state, metrics = self._train_step(self.state, placed)
         self.drain()
         self._done += 1
-        self._unread = metrics, self._done, batch.target_BT.size
+        self._unread = metrics, self._done, {"slots": batch.target_BT.size, "flops": self._flops_of(placed)}
 
     def drain(self) -> None:
         """Reads the metrics that are still on the devices; a DivergedError if they are no numbers."""
         if self._unread:
-            metrics, done, slots = self._unread
+            metrics, done, size = self._unread
             self._unread = None
-            self.meter.add(jax.device_get(metrics), done, slots)
+            self.meter.add(jax.device_get(metrics), done, **size)
 
 
 class Progress(NamedTuple):
@@ -116,12 +119,13 @@ class Run:
         self.evaluator = Evaluator(model, self.tokenizer, config, self.mesh)
         self.train_step = step.make_train_step(model, config, self.mesh)
         self.checkpoints.prepare(newest)
-        self.start, self.progress = newest or 0, Progress()
+        self.start, self.progress, self.spent = newest or 0, Progress(), cost.Spent()
         if newest is None:
             self.state = step.init_state(model, config, self.mesh)
         else:
             self.state = self.checkpoints.restore(newest, model, config, self.mesh)
-            self.progress = Progress.of(self.checkpoints.metrics(newest))
+            before = self.checkpoints.metrics(newest)
+            self.progress, self.spent = Progress.of(before), cost.Spent.of(before) or self.spent
         self._describe(model)
         if changes:
             say(f"changed since the last sitting: {'; '.join(changes)}")
@@ -135,7 +139,7 @@ class Run:
             return
         with RunLog(self.path, self.start, train.num_steps) as log:
             if owes:
-                self._evaluate(self.state.params, self.start, log)
+                self._evaluate(self.state.eval_params, self.start, log)
             batches = pipeline.train_iterator(
                 self.plan,
                 self.ids,
@@ -145,7 +149,8 @@ class Run:
                 hosts=jax.process_count(),
             )
             place = functools.partial(sharding.place_batch, self.mesh, parts=train.accumulation_steps)
-            updates = Updates(self.train_step, self.state, batches, place)
+            flops_of = functools.partial(cost.batch_flops, self.config.model, self.tokenizer.vocab_size)
+            updates = Updates(self.train_step, self.state, batches, place, flops_of, self.spent)
             for done in range(self.start + 1, train.num_steps + 1):
                 updates.dispatch()
                 log.advance(done)
@@ -156,17 +161,20 @@ class Run:
     def _after_update(self, updates: Updates, done: int, log: RunLog, stopped: int | None) -> None:
         """Logs, saves and evaluates, each when it is due, and stops when it is told to."""
         train = self.config.train
-        if self._is_due(done, train.log_every_steps):
+        logs, evaluates = self._is_due(done, train.log_every_steps), self._is_due(done, train.eval_every_steps)
+        saves = evaluates or stopped or self._is_due(done, train.checkpoint_every_steps)
+        if logs or saves:
             updates.drain()
-            log.write(done, {**updates.meter.summary(), "train/compiles": updates.compiles.count})
+            self.spent = updates.meter.spent()
+        if logs:
+            machine = {"train/compiles": updates.compiles.count, "train/peak_memory_mb": peak_memory_mb()}
+            log.write(done, {**updates.meter.summary(), **self.spent.metrics(), **machine})
             updates.meter.reset()
-        evaluates = self._is_due(done, train.eval_every_steps)
-        if evaluates or stopped or self._is_due(done, train.checkpoint_every_steps):
-            updates.drain()
+        if saves:
             with updates.meter.paused():
                 self._save(updates.state, done)
                 if evaluates and not stopped:
-                    self._evaluate(updates.state.params, done, log)
+                    self._evaluate(updates.state.eval_params, done, log)
                 self.checkpoints.prune(train.keep_last, train.keep_best)
         if stopped:
             name = signal.Signals(stopped).name
@@ -217,7 +225,8 @@ class Run:
         """Saves a checkpoint, if its params are numbers: the loss just read was that of the params before them."""
         if not step.all_finite(state.params):
             raise DivergedError(f"the run diverged: update {done} made params that are no numbers; {WHAT_HELPS}")
-        self.checkpoints.save(state, self.config, self.tokenizer, self.data_digest, self.progress._asdict())
+        metrics = {**self.progress._asdict(), **self.spent.metrics()}
+        self.checkpoints.save(state, self.config, self.tokenizer, self.data_digest, metrics)
 
     def _evaluate(self, params: step.Params, done: int, log: RunLog) -> None:
         """Scores the validation split, and records the scores with the checkpoint of this step."""
@@ -232,9 +241,9 @@ class Run:
         scores = {"valid/loss": report.loss, SCORE: bleu, "valid/chrf": chrf}
         self.progress = self.progress.after(bleu)
         self.checkpoints.record(done, {**scores, **self.progress._asdict()})
-        log.write(done, {**scores, "valid/seconds": report.seconds})
+        log.write(done, {**scores, "valid/seconds": report.seconds, **self.spent.metrics()})
         shown = f"validation loss {report.loss:.3f} · BLEU {bleu:.2f}, best {self.progress.best:.2f}"
-        log.say(f"step {done:,} · {shown} · {report.seconds:.0f} s")
+        log.say(f"step {done:,} · {shown} · {report.seconds:.0f} s · after {self.spent}")
 
 
 @contextmanager

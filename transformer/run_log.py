@@ -3,9 +3,12 @@
 import contextlib
 import json
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+import jax
 import numpy as np
 from etils import epath
 from rich.console import Console
@@ -13,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from transformer.command_line import say
+from transformer.cost import Spent
 from transformer.errors import DivergedError
 from transformer.files import write_whole
 from transformer.step import StepMetrics
@@ -25,10 +29,17 @@ WHAT_HELPS = (
 
 
 class Meter:
-    """Adds up the metrics of updates between two lines of the log; time spent elsewhere is left out."""
+    """Adds up the metrics of updates between two lines of the log, and what the run has cost from its start.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    Time spent elsewhere is left out of both.
+
+    Args:
+      spent: before this sitting.
+    """
+
+    def __init__(self, spent: Spent | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self._spent = clock, spent or Spent()
+        self._begun = clock() - self._spent.seconds
         self.reset()
 
     def reset(self) -> None:
@@ -37,7 +48,7 @@ class Meter:
         self.updates = 0
         self._start = self._clock()
 
-    def add(self, metrics: StepMetrics, step: int, slots: int) -> None:
+    def add(self, metrics: StepMetrics, step: int, *, slots: int, flops: float) -> None:
         """Adds one update's metrics, already on the host.
 
         Raises:
@@ -55,13 +66,25 @@ class Meter:
         self.learning_rate = float(metrics.learning_rate)
         self.slots += slots
         self.updates += 1
+        before = self._spent
+        self._spent = before._replace(
+            flops=before.flops + flops,
+            tokens=before.tokens + float(metrics.loss.tokens),
+            source_tokens=before.source_tokens + float(metrics.source_tokens),
+        )
+
+    def spent(self) -> Spent:
+        """All sittings so far, this one included; never reset."""
+        return self._spent._replace(seconds=self._clock() - self._begun)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Stops the clock."""
         since = self._clock()
         yield
-        self._start += self._clock() - since
+        away = self._clock() - since
+        self._start += away
+        self._begun += away
 
     def summary(self) -> dict[str, float]:
         """Means since the last reset: loss in nats per target token, without smoothing; speed in real target tokens."""
@@ -76,6 +99,15 @@ class Meter:
             "train/fill": self.tokens / max(self.slots, 1),
             "train/input_wait": self.waited / seconds,
         }
+
+
+def peak_memory_mb() -> float:
+    """Most memory in use at once so far, in MiB: of the fullest device where they say so, else of this process."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return max(stat["peak_bytes_in_use"] for stat in stats) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 class RunLog:

@@ -19,24 +19,44 @@ from transformer.config import Config, ModelConfig
 from transformer.loss import LossSums, cross_entropy
 from transformer.model import Transformer
 from transformer.optimizer import make_optimizer, make_schedule
+from transformer.tokenizer import PAD
 
 Params = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """All that an update changes; `step` is the number of updates done, int32."""
+    """All that an update changes.
+
+    Attributes:
+      step: the number of updates done, int32.
+      ema: moving average of the params, float32; None where `train.ema_decay` is 0.
+    """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
+    ema: Params | None = None
+
+    @property
+    def eval_params(self) -> Params:
+        """What validation uses: the average where one is kept."""
+        return self.params if self.ema is None else self.ema
 
 
 class StepMetrics(NamedTuple):
-    """Of one update, float32 scalars: sums over the global batch, gradient norm before clipping, learning rate."""
+    """Of one update, float32 scalars, over the global batch.
+
+    Attributes:
+      loss: sums over target tokens.
+      grad_norm: of the mean gradient, before clipping.
+      learning_rate: of this update.
+      source_tokens: real ones, EOS included.
+    """
 
     loss: LossSums
     grad_norm: jax.Array
     learning_rate: jax.Array
+    source_tokens: jax.Array
 
 
 class Model:
@@ -77,7 +97,7 @@ def state_shardings(model: Model, config: Config, mesh: Mesh) -> TrainState:
         params,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(cast(Any, everywhere), params, opt_state)
+    return TrainState(cast(Any, everywhere), params, opt_state, params if config.train.ema_decay else None)
 
 
 def init_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
@@ -85,7 +105,8 @@ def init_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
 
     def init() -> TrainState:
         params = model.init(config.train.seed)
-        return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+        ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params), ema)
 
     return jax.jit(init, out_shardings=state_shardings(model, config, mesh))()
 
@@ -100,7 +121,8 @@ def abstract_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, for restoring one."""
     shapes = nnx.to_pure_dict(model.abstract_params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(step, shapes, jax.eval_shape(make_optimizer(config).init, shapes))
+    opt_state = jax.eval_shape(make_optimizer(config).init, shapes)
+    state = TrainState(step, shapes, opt_state, shapes if config.train.ema_decay else None)
     return _with_shardings(state, state_shardings(model, config, mesh))
 
 
@@ -129,8 +151,10 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(sums, optax.tree.norm(grads), schedule(state.step))
-        return TrainState(state.step + 1, params, opt_state), metrics
+        source_tokens = (batch.source_BS != PAD).sum(dtype=jnp.float32)
+        metrics = StepMetrics(sums, optax.tree.norm(grads), schedule(state.step), source_tokens)
+        ema = None if state.ema is None else moving_average(state.ema, params, state.step, config.train.ema_decay)
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     states, everywhere = state_shardings(model, config, mesh), sharding.replicated(mesh)
     return jax.jit(
@@ -139,6 +163,13 @@ def make_train_step(
         out_shardings=(states, everywhere),
         donate_argnums=0,
     )
+
+
+def moving_average(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
+    """decay · ema + (1 - decay) · params, where a decay of (1 + step) / (10 + step) at most soon forgets the start."""
+    done = step.astype(jnp.float32)
+    weight = 1.0 - jnp.minimum(decay, (1.0 + done) / (10.0 + done))
+    return jax.tree.map(lambda old, new: old + weight * (new - old), ema, params)
 
 
 def sum_gradients(

@@ -145,12 +145,14 @@ def main(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="python -m transformer.translate", description=main.__doc__)
     parser.add_argument("--workdir", required=True, type=workdir_path, help="folder that train.py wrote")
-    parser.add_argument("--checkpoint", default="latest", help="latest, best or a step (default: latest)")
+    parser.add_argument(
+        "--checkpoint", default="latest", help="latest (default), best, a step, average:N or best-average:N"
+    )
     parser.add_argument("--batch_size", type=positive_int, default=256, help="lines read before the first is written")
     parser.add_argument("--beam_size", type=positive_int, help="hypotheses kept (default: the config's)")
     args = parser.parse_args(argv[1:])
 
-    from transformer.checkpoint import load_trained
+    from transformer.trained import load_trained
 
     compilation.enable_cache()
     trained = load_trained(args.workdir, args.checkpoint)

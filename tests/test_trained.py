@@ -1,0 +1,195 @@
+"""What --checkpoint names: one checkpoint, or the mean of several."""
+
+import gc
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.test_checkpoint import files, flip, make_parts, save, save_three
+from transformer import checkpoint, trained
+from transformer.checkpoint import Checkpoints
+from transformer.errors import UserError, WorkdirError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_three(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return make_parts()
+
+
+def table_of(params):
+    return np.asarray(params["embeddings"]["shared"]["table"])
+
+
+def select(workdir, which):
+    return trained.select(Checkpoints(workdir), which)
+
+
+BAD_AVERAGES = [
+    "average:0",
+    "average:x",
+    "average:",
+    "average",
+    "average:-1",
+    "average:1.5",
+    "best-average:0",
+    "average:²",
+]
+
+
+def test_the_model_comes_back_from_the_workdir_alone(parts, saved):
+    got = trained.load_trained(saved, "latest")
+    assert (got.step, got.config, got.tokenizer.digest) == (100, parts[0], parts[1].digest)
+    assert (got.title, got.file_stem) == ("checkpoint 100", "100")
+    np.testing.assert_array_equal(table_of(got.params), table_of(parts[4].params) + 100)
+
+
+@pytest.mark.parametrize(
+    ("which", "wanted"),
+    [
+        ("latest", [100]),
+        ("best", [9]),
+        ("10", [10]),
+        ("average:1", [100]),
+        ("average:2", [10, 100]),
+        ("average:3", [9, 10, 100]),
+        ("best-average:1", [9]),
+        ("best-average:2", [9, 10]),
+    ],
+)
+def test_selection(workdir, which, wanted):
+    assert select(workdir, which) == wanted
+
+
+@pytest.mark.parametrize("which", ["newest", "11", "-1", "", "1e2", *BAD_AVERAGES])
+def test_a_checkpoint_that_is_not_there_is_an_error(workdir, which):
+    with pytest.raises(UserError, match=r"expected latest, best, average:N, .* or one of \[9, 10, 100\], got"):
+        select(workdir, which)
+
+
+def test_a_workdir_without_checkpoints_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="found no checkpoint; train first"):
+        select(tmp_path, "latest")
+    with pytest.raises(UserError, match="expected a folder that train"):
+        trained.load_trained(tmp_path / "none", "latest")
+    assert Checkpoints(tmp_path).newest_sound() is None
+
+
+def test_if_the_one_with_a_score_is_damaged_the_newest_sound_is_taken(parts, tmp_path, capsys):
+    for done in (3, 5):
+        save(tmp_path, parts, done)
+    Checkpoints(tmp_path).record(3, {checkpoint.SCORE: 30.0})
+    flip(tmp_path / "checkpoints" / "3" / "config.json")
+    assert select(tmp_path, "best") == [5]
+    assert "checkpoint 3 is damaged" in capsys.readouterr().err
+
+
+def test_best_needs_a_score(parts, tmp_path):
+    save(tmp_path, parts, 5)
+    with pytest.raises(UserError, match="no checkpoint has a validation BLEU"):
+        select(tmp_path, "best")
+
+
+def test_a_damaged_one_gives_way_but_not_one_asked_for_by_number(workdir, capsys):
+    flip(files(workdir / "checkpoints" / "9" / "params")[-1])
+    assert select(workdir, "best") == [10]
+    assert "checkpoint 9 is damaged" in capsys.readouterr().err
+    with pytest.raises(WorkdirError, match="checkpoint 9 is damaged"):
+        select(workdir, "9")
+
+
+def test_a_relative_workdir_will_do(parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("runs/here", parts, 3)
+    assert trained.load_trained("runs/here", "latest").step == 3
+
+
+def test_of_equal_scores_the_newest_is_the_best(workdir):
+    for done in (9, 10):
+        Checkpoints(workdir).record(done, {checkpoint.SCORE: 30.0})
+    assert select(workdir, "best") == [10]
+
+
+def test_a_model_is_used_on_whatever_devices_there_are(parts, tmp_path, monkeypatch):
+    """Trained on two devices of a mesh that the config fixed, opened on all eight, or on one."""
+    save(tmp_path, parts, 3)
+    assert trained.load_trained(tmp_path, "latest").mesh.size == 8
+    monkeypatch.setattr(jax, "devices", lambda: [jax.local_devices()[0]])
+    assert trained.load_trained(tmp_path, "latest").mesh.size == 1
+
+
+@pytest.mark.parametrize(("which", "mean"), [("average:2", 55), ("average:3", 119 / 3), ("best-average:2", 9.5)])
+def test_an_average_is_the_mean_of_the_params(parts, saved, which, mean):
+    got = trained.load_trained(saved, which)
+    wanted = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(mean), parts[4].params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got.params, wanted)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(got.params))
+
+
+def test_an_average_lies_where_the_params_of_one_do(parts, saved):
+    got, one = (trained.load_trained(saved, which) for which in ("average:3", "latest"))
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding, b.sharding), got.params, one.params)
+
+
+def test_an_average_says_of_which(saved):
+    got = trained.load_trained(saved, "average:2")
+    assert (got.step, got.title, got.file_stem) == (100, "average of 2: 10, 100", "100-average-2")
+    got = trained.load_trained(saved, "best-average:2")
+    assert (got.step, got.title, got.file_stem) == (10, "average of best 2: 9, 10", "10-best-average-2")
+
+
+@pytest.mark.parametrize(("which", "left"), [("average:2", [9, 100]), ("best-average:2", [9, 100])])
+def test_a_damaged_one_is_left_out_for_the_next(workdir, capsys, which, left):
+    flip(files(workdir / "checkpoints" / "10" / "params")[-1])
+    assert select(workdir, which) == left
+    assert "checkpoint 10 is damaged" in capsys.readouterr().err
+
+
+def test_too_few_to_average_are_counted(workdir):
+    with pytest.raises(UserError, match=r"expected 99 sound checkpoints to average, found 3 of 3; .*train\.keep_last"):
+        select(workdir, "average:99")
+    Checkpoints(workdir).remove(100)
+    flip(workdir / "checkpoints" / "9" / "config.json")
+    with pytest.raises(UserError, match=r"expected 2 sound checkpoints to average, found 1 of 2"):
+        select(workdir, "average:2")
+    with pytest.raises(UserError, match=r"with a validation BLEU, found 1 of 2; .*train\.keep_best"):
+        select(workdir, "best-average:2")
+
+
+@pytest.mark.parametrize("which", ["average:2", "best-average:2"])
+def test_if_none_is_sound_there_is_nothing_to_average(workdir, which):
+    for name in ("9", "10", "100"):
+        flip(workdir / "checkpoints" / name / "config.json")
+    with pytest.raises(WorkdirError, match="none of the checkpoints"):
+        select(workdir, which)
+
+
+def test_averaging_holds_two_copies_at_most(parts, saved, monkeypatch):
+    """No more are alive when one more is read, and the sum takes the place of what it was before."""
+    _, _, model, mesh, _ = parts
+    restore, held, first = Checkpoints.restore_params, [], []
+
+    def counted(*args):
+        params = restore(*args)
+        gc.collect()
+        held.append(sum(array.nbytes for array in jax.live_arrays()) - before)
+        first.extend(jax.tree.leaves(params) if not first else [])
+        return params
+
+    monkeypatch.setattr(Checkpoints, "restore_params", counted)
+    before = sum(array.nbytes for array in jax.live_arrays())
+    trained.mean_params(Checkpoints(saved), [9, 10, 100], model, mesh)
+    assert max(held) <= 2 * 4 * model.num_params()
+    assert all(leaf.is_deleted() for leaf in first)

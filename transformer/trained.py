@@ -1,0 +1,169 @@
+"""A trained model as a person names it, ready to translate: one checkpoint, or the mean of several.
+
+The paper's base model is the mean of its last 5 checkpoints (section 6.1): `average:5`.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from transformer import sharding, validation
+from transformer.checkpoint import Checkpoints, Metrics
+from transformer.config import Config, MeshConfig
+from transformer.errors import UserError, WorkdirError
+from transformer.step import Model, Params
+from transformer.tokenizer import Tokenizer
+
+AVERAGE = re.compile(r"(best-)?average:([1-9][0-9]{0,5})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model read from a workdir.
+
+    Attributes:
+      which: as it was asked for.
+      steps: of the checkpoints whose params these are, oldest first; several where it is their mean.
+      metrics: recorded with the newest.
+    """
+
+    which: str
+    steps: list[int]
+    metrics: Metrics
+    config: Config
+    tokenizer: Tokenizer
+    model: Model
+    params: Params
+    mesh: Mesh
+
+    @property
+    def step(self) -> int:
+        """The newest of the steps."""
+        return self.steps[-1]
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        if not AVERAGE.fullmatch(self.which):
+            return f"checkpoint {self.step:,}"
+        best = "best " if self.which.startswith("best") else ""
+        return f"average of {best}{len(self.steps)}: {', '.join(map(str, self.steps))}"
+
+    @property
+    def file_stem(self) -> str:
+        """For the name of a file: the step, and what was averaged."""
+        return f"{self.step}-{self.which.replace(':', '-')}" if AVERAGE.fullmatch(self.which) else str(self.step)
+
+
+def load_trained(workdir: epath.PathLike, which: str) -> Trained:
+    """Reads config, tokenizer and params onto all devices there are; needs nothing but checkpoints.
+
+    Args:
+      workdir: what train.py wrote.
+      which: latest, best or a step, of which the moving average is taken if the run keeps one; or
+        average:N or best-average:N, the mean of params as they were trained.
+    """
+    workdir = epath.Path(workdir)
+    if not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: expected a folder that train.py wrote, found none")
+    checkpoints = Checkpoints(workdir)
+    steps = select(checkpoints, which)
+    path = checkpoints.folder / str(steps[-1]) / "config.json"
+    config = validation.from_json(path.read_text(), str(path))
+    tokenizer = checkpoints.tokenizer(steps[-1])
+    mesh = sharding.make_mesh(MeshConfig())
+    model = Model(config.model, tokenizer.vocab_size)
+    if AVERAGE.fullmatch(which):
+        params = mean_params(checkpoints, steps, model, mesh)
+    else:
+        params = checkpoints.restore_params(steps[0], model, mesh, "ema" if config.train.ema_decay else "params")
+    metrics = checkpoints.metrics(steps[-1])
+    return Trained(which, steps, metrics, config, tokenizer, model, params, mesh)
+
+
+def mean_params(checkpoints: Checkpoints, steps: list[int], model: Model, mesh: Mesh) -> Params:
+    """The mean of the params of several checkpoints, on the devices of `mesh`.
+
+    They are read one after the other and summed in float32, so two copies are in memory and never more.
+    """
+    total = checkpoints.restore_params(steps[0], model, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, total)
+    in_place = functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
+    add = in_place(lambda total, params: jax.tree.map(jnp.add, total, params))
+    for step in steps[1:]:
+        total = add(total, checkpoints.restore_params(step, model, mesh))
+    if len(steps) == 1:
+        return total
+    return in_place(lambda total: jax.tree.map(lambda leaf: leaf / len(steps), total))(total)
+
+
+def select(checkpoints: Checkpoints, which: str) -> list[int]:
+    """The steps that `which` names, oldest first.
+
+    A damaged one is reported and gives way to the next newest or next best sound one; a step asked for
+    by number is never replaced.
+
+    Raises:
+      UserError: there is no such checkpoint, or there are not as many as it asks for.
+      WorkdirError: none of them is sound.
+    """
+    available = checkpoints.steps()
+    if not available:
+        raise UserError(f"{checkpoints.folder}: found no checkpoint; train first, or name another --workdir")
+    average = AVERAGE.fullmatch(which)
+    if average:
+        return _several(checkpoints, available, int(average[2]), best=bool(average[1]))
+    if which in ("latest", "best"):
+        return [_best(checkpoints, available) if which == "best" else checkpoints.newest_sound() or 0]
+    if not which.isdecimal() or int(which) not in available:
+        raise UserError(
+            "--checkpoint: expected latest, best, average:N, best-average:N with N at least 1, or one of "
+            f"{available}, got {which!r}"
+        )
+    if not checkpoints.is_sound(int(which)):
+        raise WorkdirError(f"checkpoint {which} is damaged; ask for another")
+    return [int(which)]
+
+
+def _several(checkpoints: Checkpoints, available: list[int], count: int, *, best: bool) -> list[int]:
+    """The `count` newest sound ones, or of those with a validation BLEU the best."""
+    if best:
+        found = checkpoints.by_score(_sound(checkpoints, available))[-count:]
+    else:
+        found = list(itertools.islice(filter(checkpoints.is_sound, reversed(available)), count))
+    if not found and not best:
+        raise _none_is_sound(checkpoints, available)
+    if len(found) < count:
+        what, field = ("with a validation BLEU", "train.keep_best") if best else ("to average", "train.keep_last")
+        raise UserError(
+            f"{checkpoints.folder}: expected {count:,} sound checkpoints {what}, found {len(found):,} of "
+            f"{len(available):,}; ask for fewer, or raise {field} before training on"
+        )
+    return sorted(found)
+
+
+def _best(checkpoints: Checkpoints, available: list[int]) -> int:
+    sound = _sound(checkpoints, available)
+    scored = checkpoints.by_score(sound)
+    if not scored and len(sound) < len(available):
+        return sound[-1]  # the one with the score may be among the damaged, which were reported
+    if not scored:
+        raise UserError(f"{checkpoints.folder}: no checkpoint has a validation BLEU yet; use --checkpoint=latest")
+    return scored[-1]
+
+
+def _sound(checkpoints: Checkpoints, available: list[int]) -> list[int]:
+    sound = [step for step in available if checkpoints.is_sound(step)]
+    if not sound:
+        raise _none_is_sound(checkpoints, available)
+    return sound
+
+
+def _none_is_sound(checkpoints: Checkpoints, available: list[int]) -> WorkdirError:
+    return WorkdirError(f"{checkpoints.folder}: none of the checkpoints {available} is sound")
