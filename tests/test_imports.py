@@ -13,11 +13,11 @@ PACKAGE = ROOT / "transformer"
 
 # Each room may import only rooms above it.
 ORDER = """
-errors files config validation command_line
+errors files config validation command_line progress
 datasets/text_files datasets/pair_files
 datasets/cldr_words datasets/cldr_grammar datasets/cldr_locale datasets/cldr_slots
 datasets/cldr_frames_time datasets/cldr_frames_life datasets/cldr
-datasets/parallel_text datasets/prepared datasets/split datasets/contents datasets/corpus
+datasets/pair_shards datasets/parallel_text datasets/prepared datasets/split datasets/contents datasets/corpus
 tokenizer batching pipeline
 sharding attention layers model
 loss optimizer step compilation checkpoint
