@@ -17,7 +17,9 @@ errors files config validation command_line progress
 datasets/text_files datasets/pair_files
 datasets/cldr_words datasets/cldr_grammar datasets/cldr_locale datasets/cldr_slots
 datasets/cldr_frames_time datasets/cldr_frames_life datasets/cldr
-datasets/pair_shards datasets/parallel_text datasets/prepared datasets/split datasets/contents datasets/corpus
+datasets/pair_shards datasets/parallel_text datasets/prepared
+datasets/archives datasets/members datasets/wmt
+datasets/split datasets/contents datasets/corpus
 tokenizer batching pipeline
 sharding attention layers model
 loss optimizer step compilation checkpoint

@@ -17,7 +17,7 @@ Pair = tuple[str, str]
 _SHARD_BYTES = 32 << 20  # of text; TFDS holds one shard in memory while it writes it
 
 
-class PairShards(tfds.core.ShardBasedBuilder, skip_registration=True):
+class PairShards(tfds.core.ShardBasedBuilder):
     """A TFDS builder by shards: TFDS's GeneratorBasedBuilder needs TensorFlow above 1 GB a split.
 
     A split of no pairs, which TFDS cannot write, is listed in `info.metadata["empty_splits"]`.
