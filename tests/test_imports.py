@@ -20,12 +20,12 @@ datasets/cldr_frames_time datasets/cldr_frames_life datasets/cldr
 datasets/pair_shards datasets/parallel_text datasets/prepared
 datasets/archives datasets/members datasets/wmt
 datasets/split datasets/contents datasets/corpus
-tokenizer batching pipeline
+tokenizer batching pipeline data_report
 sharding attention layers model
 loss optimizer step compilation checkpoint
 search translate evaluate
 workdir run_log loop
-benchmark
+benchmark prepare
 """.split()
 
 ROOMS = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py"))

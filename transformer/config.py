@@ -65,7 +65,7 @@ class DataConfig:
     valid: str = _field("", "text: both sides of validation in one file")
     columns: str = _field("", "tsv: which two columns are source and target, counted from 1, as in '1,2'")
     data_dir: str = _field(
-        "", "where prepared data and token ids are kept; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
+        "", "where prepared data, vocabularies and token ids are kept; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
     )
     manual_dir: str = _field(
         "", "a folder of WMT archives fetched by hand, by their own names; empty: downloads/manual under data_dir"
