@@ -155,7 +155,9 @@ def test_a_damaged_file_is_refused_wherever_it_lies(tmp_path, address):
         place.parent.mkdir(exist_ok=True)
         place.write_bytes(CONTENT[:-1])
         says = refusal_of(tmp_path, archive(address))
-        assert says.startswith(f"{place}: not the published archive or cut short: expected {len(CONTENT):,} bytes")
+        assert says.startswith(
+            f"{place}: not the archive {address}/set/a.tgz, or cut short: expected {len(CONTENT):,} b"
+        )
         assert "delete it and run again" in says
 
 

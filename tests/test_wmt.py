@@ -1,5 +1,6 @@
 """WMT without TensorFlow: the pairs are those that TFDS's own code reads from the same archives."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -181,7 +182,7 @@ def test_an_archive_with_another_checksum_is_refused(tmp_path, filled):
     path.write_bytes(content[:-1])
     with pytest.raises(UserError) as error:
         corpus.open_corpus(data)
-    assert f"{path}: not the published archive or cut short: expected {len(content):,} bytes" in str(error.value)
+    assert f"{path}: not the archive {NEWS}, or cut short: expected {len(content):,} bytes" in str(error.value)
     assert f"got {len(content) - 1:,} bytes" in str(error.value)
 
 
@@ -212,6 +213,14 @@ def test_a_manual_folder_of_one_s_own(tmp_path, filled):
     (tmp_path / "data/downloads/manual").rename(tmp_path / "mine")
     opened = corpus.open_corpus(DataConfig(name=data.name, data_dir=data.data_dir, manual_dir=str(tmp_path / "mine")))
     assert len(opened.split("validation")) == 22
+
+
+def test_a_manual_folder_that_is_not_there_or_not_asked_for_is_refused(tmp_path, filled):
+    data = dataclasses.replace(filled("wmt_t2t_translate/de-en"), manual_dir=str(tmp_path / "none"))
+    with pytest.raises(UserError, match="none: there is no such folder"):
+        corpus.open_corpus(data)
+    with pytest.raises(UserError, match=r"manual_dir: read only with .*wmt14_translate"):
+        corpus.check(dataclasses.replace(data, name="cldr", target_language="de"))
 
 
 def test_other_languages_are_refused(filled):

@@ -104,8 +104,8 @@ def _verified(path: pathlib.Path, archive: Archive) -> Found:
         say(f"data: {path}: no checksum of it is recorded, so it is taken as it is; sha256 {digest}")
     elif digest != archive.sha256:
         raise UserError(
-            f"{path}: not the published archive or cut short: expected {_shown(archive.size, archive.sha256)}, got "
-            f"{_shown(size, digest)}; delete it and run again, or put the right one in its place"
+            f"{path}: not the archive {archive.url}, or cut short: expected {_shown(archive.size, archive.sha256)}, "
+            f"got {_shown(size, digest)}; delete it and run again, or put the right one in its place"
         )
     return Found(path, digest)
 
@@ -165,7 +165,7 @@ def _finish(archive: Archive, partial: pathlib.Path, path: pathlib.Path) -> Foun
     if archive.sha256 and digest != archive.sha256:
         partial.unlink()
         raise UserError(
-            f"{archive.url}: not the published archive: expected {_shown(archive.size, archive.sha256)}, got "
+            f"{archive.url}: not the archive that it was: expected {_shown(archive.size, archive.sha256)}, got "
             f"{_shown(size, digest)}, which is deleted again; fetch {archive.name} elsewhere and put it into "
             "config.data.manual_dir"
         )

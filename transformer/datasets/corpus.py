@@ -86,6 +86,8 @@ def check(data: DataConfig) -> None:
 
     Imports no JAX and reads no sentence; `open_corpus` may still find fault with the content.
     """
+    if data.manual_dir and _base(data) not in wmt.NAMES:
+        raise UserError(f"config.data.manual_dir: read only with {' and '.join(wmt.NAMES)}; got name = {data.name!r}")
     if data.name == "text":
         parallel_text.find_splits(data)
         return
@@ -115,7 +117,7 @@ def open_corpus(data: DataConfig) -> Corpus:
       UserError: as `check`, or the data cannot be prepared, or is damaged, or leaves nothing to train on.
     """
     check(data)
-    name, folder = re.split("[/:]", data.name)[0], data_dir(data)
+    name, folder = _base(data), data_dir(data)
     make: Callable[[], Any] = functools.partial(_tfds_builder, data)
     if data.name == "text":
         make = functools.partial(parallel_text.ParallelText, parallel_text.find_splits(data), folder)
@@ -129,6 +131,11 @@ def data_dir(data: DataConfig) -> str:
     """The folder of prepared data and token ids."""
     folder = data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return os.fspath(epath.Path(folder).expanduser())
+
+
+def _base(data: DataConfig) -> str:
+    """The name of the data set without config and version."""
+    return re.split("[/:]", data.name)[0]
 
 
 def _tfds_builder(data: DataConfig) -> Any:

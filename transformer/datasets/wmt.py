@@ -40,7 +40,7 @@ class Part:
 
 
 class Wmt(PairShards, skip_registration=True):  # type: ignore[call-arg]  # TFDS's keyword, unseen by mypy
-    """Makes the data set of one of TFDS's own WMT builders."""
+    """Makes the data set of one of TFDS's own WMT builders; its metadata keep the digests of the archives."""
 
     def __init__(self, theirs: Any, data_dir: str, manual_dir: str):
         """`theirs`: TFDS's builder; `manual_dir`: the folder of archives put there by hand, "" for the usual one."""
@@ -49,6 +49,7 @@ class Wmt(PairShards, skip_registration=True):  # type: ignore[call-arg]  # TFDS
         self.origin = theirs.info.full_name
         self._theirs = theirs.info
         self._parts = parts(theirs)
+        self._manual_dir = manual_dir
         downloads = os.path.join(data_dir, "downloads")
         self._store = Store(manual_dir or os.path.join(downloads, "manual"), downloads)
         self._found: dict[Archive, Found] = {}
@@ -77,6 +78,8 @@ class Wmt(PairShards, skip_registration=True):  # type: ignore[call-arg]  # TFDS
                 f"{self.data_path}: expected a local folder to prepare {self.origin} in; set config.data.data_dir to "
                 "one and copy the prepared folder afterwards"
             )
+        if self._manual_dir and not os.path.isdir(self._manual_dir):
+            raise UserError(f"config.data.manual_dir = {self._manual_dir}: there is no such folder; check the path")
         every = itertools.chain.from_iterable(self._parts.values())
         self._found = self._store.get(archive for part in every for archive in part.archives)
         self.info.metadata["archives"] = {archive.name: found.sha256 for archive, found in self._found.items()}
