@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from transformer.config import DataConfig
-from transformer.datasets import contents, parallel_text, prepared
+from transformer.datasets import contents, pair_shards, parallel_text, prepared
 from transformer.errors import UserError
 
 LANGUAGES = ("en", "de")
@@ -90,7 +90,7 @@ def test_digests_are_of_the_pairs_and_their_order_alone(tmp_path, monkeypatch):
     changed = [*pairs(20)[:-1], ("en 19", "de 1x")]
     shifted = [*pairs(20)[:-1], ("en 19d", "e 19")]
     for number, train in enumerate([pairs(20), pairs(20), changed, shifted, pairs(20)[::-1], pairs(19)]):
-        monkeypatch.setattr(parallel_text, "_SHARD_BYTES", 40 if number == 1 else 1 << 20)
+        monkeypatch.setattr(pair_shards, "_SHARD_BYTES", 40 if number == 1 else 1 << 20)
         (tmp_path / str(number)).mkdir()
         facts = contents.find(open_text(tmp_path / str(number), train, test=pairs(3)), LANGUAGES)
         digests.append(facts.digests)

@@ -13,17 +13,19 @@ PACKAGE = ROOT / "transformer"
 
 # Each room may import only rooms above it.
 ORDER = """
-errors files config validation command_line
+errors files config validation command_line progress
 datasets/text_files datasets/pair_files
 datasets/cldr_words datasets/cldr_grammar datasets/cldr_locale datasets/cldr_slots
 datasets/cldr_frames_time datasets/cldr_frames_life datasets/cldr
-datasets/parallel_text datasets/prepared datasets/split datasets/contents datasets/corpus
-tokenizer batching packing cost pipeline
+datasets/pair_shards datasets/parallel_text datasets/prepared
+datasets/archives datasets/members datasets/wmt
+datasets/split datasets/contents datasets/corpus
+tokenizer batching packing cost pipeline data_report
 sharding segments attention blockwise layers model
 loss optimizer step compilation checkpoint trained
 search translate evaluate
 workdir run_log loop
-benchmark
+benchmark prepare
 """.split()
 
 ROOMS = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py"))

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import zstandard
 
+from transformer import progress
 from transformer.config import DataConfig
-from transformer.datasets import parallel_text, prepared
+from transformer.datasets import pair_shards, parallel_text, prepared
 from transformer.datasets.split import Split
 from transformer.errors import UserError
 
@@ -143,7 +144,7 @@ def test_one_file_formats_are_prepared(tmp_path):
 
 
 def test_many_shards_keep_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel_text, "_SHARD_BYTES", 100)
+    monkeypatch.setattr(pair_shards, "_SHARD_BYTES", 100)
     lines = [f"line {number}" for number in range(99)]
     write(tmp_path / "text", train__en=lines, train__de=lines)
     opened = build(config(dir=tmp_path / "text"), tmp_path / "data")
@@ -233,7 +234,7 @@ def test_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch
 
 
 def test_long_work_reports_its_progress(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(parallel_text, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     write(tmp_path / "text", train__en=["a"] * 1234, train__de=["b"] * 1234)
     build(config(dir=tmp_path / "text"), tmp_path / "data")
     out, err = capfd.readouterr()

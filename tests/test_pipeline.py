@@ -122,11 +122,40 @@ def test_if_every_pair_is_too_long_there_is_nothing_to_train_on(config, opened):
         pipeline.make_plan(short, opened[2])
 
 
-def test_a_vocabulary_is_trained_once_and_then_used(config, opened, tmp_path, monkeypatch):
+def test_a_vocabulary_is_trained_once_and_then_used_by_every_run(config, opened, tmp_path, monkeypatch):
     corpus, trained, _ = opened
-    assert pipeline.get_tokenizer(config.data, corpus, tmp_path).digest == trained.digest
     monkeypatch.setattr(tokenizer, "train", lambda *_: pytest.fail("trained again"))
-    assert pipeline.get_tokenizer(config.data, corpus, tmp_path).digest == trained.digest
+    for workdir in (tmp_path / "one", tmp_path / "other", tmp_path / "one"):
+        assert pipeline.get_tokenizer(config.data, corpus, workdir).digest == trained.digest
+        assert tokenizer.load(workdir).digest == trained.digest
+
+
+def test_each_corpus_direction_size_and_type_has_a_vocabulary_of_its_own(config, opened, tmp_path):
+    def kept(data, corpus):
+        before = set(tmp_path.glob("vocabularies/*/*.model"))
+        pipeline.vocabulary(dataclasses.replace(data, data_dir=str(tmp_path)), corpus)
+        return len(set(tmp_path.glob("vocabularies/*/*.model")) - before)
+
+    corpus, data = opened[0], config.data
+    back = dataclasses.replace(data, source_language="de", target_language="en")
+    other = dataclasses.replace(data, train_source=f"{data.dir}/val.en", train_target=f"{data.dir}/val.de", dir="")
+    assert kept(data, corpus) == 1
+    assert kept(data, corpus) == 0
+    assert kept(back, corpora.open_corpus(back)) == 1
+    assert kept(other, corpora.open_corpus(other)) == 1
+    assert kept(dataclasses.replace(data, vocab_size=288), corpus) == 1
+    assert kept(dataclasses.replace(data, tokenizer="unigram", vocab_size=280), corpus) == 1
+
+
+def test_a_damaged_vocabulary_is_trained_anew(config, opened, capsys):
+    corpus, trained, _ = opened
+    (path,) = (pathlib.Path(config.data.data_dir) / "vocabularies").glob(f"*/{trained.digest}.model")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert pipeline.vocabulary(config.data, corpus).digest == trained.digest
+    assert f"{path}: damaged; the vocabulary is trained anew" in capsys.readouterr().err
+    assert path.read_bytes() != content
 
 
 def test_before_the_first_checkpoint_another_size_makes_another_vocabulary(config, opened, tmp_path, capsys):

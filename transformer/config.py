@@ -70,7 +70,10 @@ class DataConfig:
     valid: str = _field("", "text: both sides of validation in one file")
     columns: str = _field("", "tsv: which two columns are source and target, counted from 1, as in '1,2'")
     data_dir: str = _field(
-        "", "where prepared data and token ids are kept; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
+        "", "where prepared data, vocabularies and token ids are kept; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
+    )
+    manual_dir: str = _field(
+        "", "a folder of WMT archives fetched by hand, by their own names; empty: downloads/manual under data_dir"
     )
     vocab_size: int = _field(37000, "pieces of the shared vocabulary, specials included", low=8, high=1_000_000)
     tokenizer: str = _field("bpe", "SentencePiece model type, bpe or unigram, or the path of a trained .model file")
@@ -172,7 +175,8 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
-PATHS = ("dir", "train_source", "train_target", "valid_source", "valid_target", "train", "valid", "data_dir")
+TEXT_PATHS = ("dir", "train_source", "train_target", "valid_source", "valid_target", "train", "valid")
+PATHS = (*TEXT_PATHS, "data_dir", "manual_dir")
 FOLLOW_EMB_DIM = ("qkv_dim", "value_dim")
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}
 

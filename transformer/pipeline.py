@@ -4,6 +4,7 @@ A sentence is tokenized once for each pair of corpus and vocabulary; training th
 of ids into memory. The iterator's whole state is the step at which it starts.
 """
 
+import array
 import itertools
 import json
 import os
@@ -11,7 +12,6 @@ import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import grain
 import numpy as np
 from etils import epath
 
@@ -24,6 +24,7 @@ from transformer.datasets.split import Split
 from transformer.errors import UserError
 from transformer.files import reported, sha256
 from transformer.packing import PackedPlan
+from transformer.progress import told
 from transformer.tokenizer import Tokenizer
 
 CHUNK = 10_000  # pairs tokenized at a time
@@ -43,6 +44,7 @@ def train_iterator(
     plan: TrainPlan, ids: TokenIds, *, start: int, num_steps: int, host: int = 0, hosts: int = 1
 ) -> Iterator[Batch]:
     """Yields this host's rows of the batches of steps `start` … `num_steps` - 1, made ahead in a thread."""
+    import grain  # which imports JAX: preparing data does without
 
     def make(step: int) -> Batch:
         return assemble(host_rows(plan.batch(step), host, hosts), *ids)
@@ -84,11 +86,30 @@ def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) 
         if tokenizer.digest == (given or tokenizer).digest and tokenizer.vocab_size == data.vocab_size:
             return tokenizer
         say(f"{stored}: replacing the vocabulary, which no checkpoint uses and the config does not ask for")
-    if given is None:
-        say(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} pieces")
-        given = tokenizers.train(Sentences(corpus.split("train")), data.vocab_size, data.tokenizer)
+    given = given or vocabulary(data, corpus)
     given.save(stored)
     return given
+
+
+def vocabulary(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
+    """The vocabulary of a corpus: named by the config, kept beside the prepared data, or trained now and kept there."""
+    if given := tokenizers.named_by(data):
+        return given
+    split = corpus.split("train")
+    languages = f"{corpus.source_language}-{corpus.target_language}"
+    key = f"{split.digest[:24]}-{languages}-{data.tokenizer}-{data.vocab_size}-{tokenizers.RECIPE}"
+    folder = epath.Path(corpora.data_dir(data)) / "vocabularies" / key
+    with reported(f"{folder}, under config.data.data_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob("*.model")):
+            if sha256(path) == path.stem:
+                return tokenizers.load(path)
+            say(f"{path}: damaged; the vocabulary is trained anew")
+            path.unlink()
+        say(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} pieces")
+        trained = tokenizers.train(Sentences(split), data.vocab_size, data.tokenizer)
+        trained.save(folder, f"{trained.digest}.model")
+    return trained
 
 
 def same_tokenizer(stored: epath.Path, trained: Tokenizer) -> Tokenizer:
@@ -141,17 +162,17 @@ def _write(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # of an earlier process with this number
     partial.mkdir()
     try:
-        lengths: dict[str, list[int]] = {"source": [], "target": []}
+        lengths = {"source": array.array("q"), "target": array.array("q")}
         with (partial / "source.ids").open("wb") as source, (partial / "target.ids").open("wb") as target:
-            reader = iter(split)
-            while pairs := list(itertools.islice(reader, CHUNK)):
+            chunks = told(_chunks(split), lambda count: f"tokenized {count * CHUNK:,} of {len(split):,} pairs")
+            for pairs in chunks:
                 for side, name, file in ((0, "source", source), (1, "target", target)):
                     sequences = tokenizer.encode([pair[side] for pair in pairs])
-                    lengths[name] += [len(ids) for ids in sequences]
+                    lengths[name].extend(len(ids) for ids in sequences)
                     file.write(np.concatenate(sequences).astype(dtype).tobytes())
         for name, values in lengths.items():
             with (partial / f"{name}.offsets.npy").open("wb") as file:
-                np.save(file, np.cumsum([0, *values], dtype=np.int64))
+                np.save(file, np.concatenate([[0], np.cumsum(values, dtype=np.int64)]))
         digests = {name: sha256(partial / name) for name in FILES}
         (partial / ABOUT).write_text(json.dumps({"dtype": np.dtype(dtype).name, "sha256": digests}))
         try:
@@ -161,6 +182,12 @@ def _write(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _chunks(split: Split) -> Iterator[list[tuple[str, str]]]:
+    reader = iter(split)
+    while pairs := list(itertools.islice(reader, CHUNK)):
+        yield pairs
 
 
 def _read(folder: epath.Path) -> TokenIds:

@@ -20,6 +20,7 @@ from transformer.files import write_whole
 
 PAD, BOS, EOS, UNK = range(4)
 FILE_NAME = "sentencepiece.model"
+RECIPE = 1  # goes up whenever `train` comes to make another model of the same lines
 NUM_FIXED = 4 + 256  # special ids and bytes
 OPTION_HINT = "Increase vocab_size or decrease character_coverage with --character_coverage option."
 LEAST_COVERAGE = 0.98  # SentencePiece takes no less
@@ -69,11 +70,11 @@ class Tokenizer:
         """The written form of each id."""
         return [self._processor.id_to_piece(int(self._to_theirs[token])) for token in ids]
 
-    def save(self, folder: epath.PathLike) -> None:
+    def save(self, folder: epath.PathLike, name: str = FILE_NAME) -> None:
         """Writes the model into `folder`, whole or not at all."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / FILE_NAME, self._model)
+        write_whole(folder / name, self._model)
 
 
 def cut(ids: np.ndarray, longest: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from transformer.config import FOLLOW_EMB_DIM, PATHS, SECTIONS, TINY, Config, DataConfig
+from transformer.config import FOLLOW_EMB_DIM, SECTIONS, TEXT_PATHS, TINY, Config, DataConfig
 from transformer.errors import UserError
 
 
@@ -131,7 +131,7 @@ def _check_data(data: DataConfig) -> None:
         raise UserError(
             f"config.data.tokenizer: expected bpe, unigram or the path of a .model file, got {data.tokenizer!r}"
         )
-    given = [name for name in (*PATHS, "columns") if name != "data_dir" and getattr(data, name)]
+    given = [name for name in (*TEXT_PATHS, "columns") if getattr(data, name)]
     if data.name != "text":
         if given:
             raise UserError(f"config.data.{given[0]}: read only with data.name = 'text', got data.name = {data.name!r}")

@@ -21,7 +21,7 @@ from etils import epath
 
 from transformer.command_line import say
 from transformer.config import DataConfig
-from transformer.datasets import contents, parallel_text, prepared
+from transformer.datasets import contents, parallel_text, prepared, wmt
 from transformer.datasets.split import Split
 from transformer.errors import UserError
 
@@ -86,6 +86,8 @@ def check(data: DataConfig) -> None:
 
     Imports no JAX and reads no sentence; `open_corpus` may still find fault with the content.
     """
+    if data.manual_dir and _base(data) not in wmt.NAMES:
+        raise UserError(f"config.data.manual_dir: read only with {' and '.join(wmt.NAMES)}; got name = {data.name!r}")
     if data.name == "text":
         parallel_text.find_splits(data)
         return
@@ -100,7 +102,7 @@ def check(data: DataConfig) -> None:
             f"expected source_language = {data.source_language!r} and target_language = {data.target_language!r} in it"
             f"{configs}"
         )
-    built_in = type(builder).__module__.startswith("tensorflow_datasets.")
+    built_in = type(builder).__module__.startswith("tensorflow_datasets.") and builder.name not in wmt.NAMES
     if built_in and not prepared.is_prepared(builder) and not importlib.util.find_spec("tensorflow"):
         raise UserError(
             f"{builder.info.full_name} is not prepared in {builder.data_path}, and TFDS prepares it with TensorFlow, "
@@ -115,10 +117,13 @@ def open_corpus(data: DataConfig) -> Corpus:
       UserError: as `check`, or the data cannot be prepared, or is damaged, or leaves nothing to train on.
     """
     check(data)
+    name, folder = _base(data), data_dir(data)
     make: Callable[[], Any] = functools.partial(_tfds_builder, data)
     if data.name == "text":
-        make = functools.partial(parallel_text.ParallelText, parallel_text.find_splits(data), data_dir(data))
-    own = data.name.split("/")[0] in ("text", "cldr")
+        make = functools.partial(parallel_text.ParallelText, parallel_text.find_splits(data), folder)
+    elif name in wmt.NAMES:
+        make = functools.partial(wmt.Wmt, _tfds_builder(data), folder, data.manual_dir)
+    own = name in ("text", "cldr", *wmt.NAMES)
     return Corpus(prepared.prepare(make, own=own), (data.source_language, data.target_language))
 
 
@@ -126,6 +131,11 @@ def data_dir(data: DataConfig) -> str:
     """The folder of prepared data and token ids."""
     folder = data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return os.fspath(epath.Path(folder).expanduser())
+
+
+def _base(data: DataConfig) -> str:
+    """The name of the data set without config and version."""
+    return re.split("[/:]", data.name)[0]
 
 
 def _tfds_builder(data: DataConfig) -> Any:
@@ -143,6 +153,11 @@ def _tfds_builder(data: DataConfig) -> Any:
         raise UserError(_unknown(name, str(error), options["data_dir"])) from error
     except Exception as error:  # TFDS and what it reads from the folder raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "File format" in reason:
+            reason = (
+                f"it lies in {options['data_dir']} in another format than array_record, which TensorFlow alone reads; "
+                "move that folder away, or choose another config.data.data_dir"
+            )
         raise UserError(f"config.data.name: TFDS cannot open {name!r}: {reason}") from error
 
 

@@ -6,27 +6,22 @@ exactly as in the files.
 """
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
 
-from transformer.command_line import say
 from transformer.config import DataConfig
 from transformer.datasets import pair_files, text_files
+from transformer.datasets.pair_shards import Pair, PairShards
 from transformer.errors import UserError
 
 VALIDATION_STEMS = ("val", "valid", "validation", "dev")
-
-_SHARD_BYTES = 32 << 20  # of text; TFDS holds one shard in memory while it writes it
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,69 +108,27 @@ def _stems(folder: str, languages: tuple[str, str]) -> dict[str, list[str]]:
     return stems
 
 
-class ParallelText(tfds.core.ShardBasedBuilder):
-    """Text files as ArrayRecord, by shards: TFDS's GeneratorBasedBuilder needs TensorFlow above 1 GB a split.
-
-    A split of no pairs, which TFDS cannot write, is listed in `info.metadata["empty_splits"]`.
-    """
+class ParallelText(PairShards):
+    """Text files as ArrayRecord."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, files: Mapping[str, SplitFiles], data_dir: epath.PathLike):
         self._files = dict(files)
-        self._languages = self._files["train"].languages
+        self.languages = self._files["train"].languages
+        self.origin = " and ".join(self._files["train"].paths)
         self._digest = _digest(self._files)
-        name = f"{'-'.join(self._languages)}-{self._digest[:16]}"
+        name = f"{'-'.join(self.languages)}-{self._digest[:16]}"
         config = tfds.core.BuilderConfig(name=name, description="Parallel text from the user's files")
         super().__init__(config=config, data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.Translation(languages=self._languages),
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(),
-        )
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         super()._download_and_prepare(dl_manager, download_config)
         if _digest(self._files) != self._digest:
             raise UserError("the text files changed while they were being read; run again when they are complete")
 
-    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable[[], Iterator]]]:
-        """Reads everything once for its errors and sizes before a byte is written."""
-        lengths = {split: _shard_lengths(files.pairs()) for split, files in self._files.items()}
-        if not lengths["train"]:
-            raise UserError(f"{' and '.join(self._files['train'].paths)}: no pairs of sentences to train on; got 0")
-        self.info.metadata["empty_splits"] = [split for split in lengths if not lengths[split]]
-        counts = ", ".join(f"{split} {sum(shards):,}" for split, shards in lengths.items())
-        say(f"data: sentence pairs: {counts}")
-        return {split: self._shards(split, shards) for split, shards in lengths.items() if shards}
-
-    def _shards(self, split: str, lengths: list[int]) -> list[Callable[[], Iterator]]:
-        """One generator a shard; TFDS runs them in order, so they can share one pass over the files."""
-        examples = self._examples(split, sum(lengths))
-        return [functools.partial(itertools.islice, examples, length) for length in lengths]
-
-    def _examples(self, split: str, total: int) -> Iterator[tuple[int, dict[str, str]]]:
-        due = time.monotonic() + _SECONDS_BETWEEN_LINES
-        for row, pair in enumerate(self._files[split].pairs()):
-            if time.monotonic() > due:
-                say(f"data: prepared {row:,} of {total:,} pairs of {split}")
-                due += _SECONDS_BETWEEN_LINES
-            yield row, dict(zip(self._languages, pair, strict=True))
-
-
-def _shard_lengths(pairs: Iterator[tuple[str, str]]) -> list[int]:
-    """Cuts the pairs into shards of about _SHARD_BYTES: their counts."""
-    lengths, count, size = [], 0, 0
-    for source, target in pairs:
-        count += 1
-        size += len(source) + len(target)
-        if size >= _SHARD_BYTES:
-            lengths.append(count)
-            count = size = 0
-    return [*lengths, count] if count else lengths
+    def _pairs_by_split(self) -> dict[str, Callable[[], Iterator[Pair]]]:
+        return {split: files.pairs for split, files in self._files.items()}
 
 
 def _digest(files: Mapping[str, SplitFiles]) -> str:

@@ -160,7 +160,7 @@ def prepare(make: Callable[[], Any], *, own: bool) -> Prepared:
     if not _is_complete(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(folder.parent), quiet(bars=not own):
+            with locked(folder.parent), quiet(bars=not own):
                 builder = make()
                 if not _is_complete(folder):
                     _prepare_under_lock(builder, own)
@@ -207,6 +207,22 @@ def quiet(bars: bool = False) -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+@contextlib.contextmanager
+def locked(folder: epath.PathLike) -> Iterator[None]:
+    """Holds the folder for one process at a time; where files cannot be locked, TFDS's rename decides."""
+    with contextlib.ExitStack() as stack:
+        if "://" not in os.fspath(folder):
+            lock = stack.enter_context(open(os.path.join(folder, ".lock"), "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"data: another process is preparing {os.fspath(folder)}; waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:
+                pass  # a file system without locks
+        yield
+
+
 def _is_complete(folder: epath.Path) -> bool:
     return (folder / "dataset_info.json").exists() and (folder / "features.json").exists()
 
@@ -230,19 +246,3 @@ def _prepare_under_lock(builder: Any, own: bool) -> None:
             raise
         remedy = "mend the cause and run again" if own else how_to_prepare(builder)
         raise UserError(f"cannot prepare {builder.info.full_name} in {folder}: {error}; {remedy}") from error
-
-
-@contextlib.contextmanager
-def _locked(folder: epath.Path) -> Iterator[None]:
-    """Holds the folder for one process at a time; where files cannot be locked, TFDS's rename decides."""
-    with contextlib.ExitStack() as stack:
-        if "://" not in os.fspath(folder):
-            lock = stack.enter_context(open(folder / ".lock", "w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"data: another process is preparing {folder}; waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError:
-                pass  # a file system without locks
-        yield

@@ -56,13 +56,17 @@ def read_parallel(source: epath.PathLike, target: epath.PathLike) -> Iterator[tu
     Raises:
       UserError: as `read_lines`, or the files have different counts of lines.
     """
-    lines = (read_lines(source), read_lines(target))
+    yield from in_step((read_lines(source), read_lines(target)), (source, target))
+
+
+def in_step(lines: tuple[Iterator[str], Iterator[str]], names: tuple[epath.PathLike, epath.PathLike]) -> Iterator[Any]:
+    """Yields pairs of what two iterators yield, which must be as much; `names` are named in errors."""
     for number, (one, other) in enumerate(itertools.zip_longest(*lines)):
         if one is None or other is None:
             more = number + 1 + sum(1 for _ in lines[one is None])
             counts = (number, more) if one is None else (more, number)
             raise UserError(
-                f"{source} has {counts[0]:,} lines and {target} has {counts[1]:,}: expected as many, line by line "
+                f"{names[0]} has {counts[0]:,} lines and {names[1]} has {counts[1]:,}: expected as many, line by line "
                 "translations of each other"
             )
         yield one, other

@@ -1,0 +1,54 @@
+"""Makes the data of a config ahead of training: sentence pairs, vocabulary and token ids.
+
+    python -m transformer.prepare --config=configs/NAME.py [--report] [--config.SECTION.FIELD=VALUE …]
+
+train.py with the same config then starts at once. Archives of WMT are taken from `data.manual_dir` or
+fetched; run it again to go on where it stopped. `--report` prints on stdout what is in the data. JAX is
+not imported.
+"""
+
+import argparse
+
+from transformer import command_line, data_report, pipeline
+from transformer import config as configs
+from transformer.command_line import say
+from transformer.datasets import corpus as corpora
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags, prepares, reports."""
+    parser = argparse.ArgumentParser(prog="python -m transformer.prepare", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="config file, with --config.SECTION.FIELD=VALUE overrides")
+    parser.add_argument("--report", action="store_true", help="print counts, lengths, duplicates and overlaps")
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        return
+    config, rest = command_line.config_flags(argv)
+    args = parser.parse_args(rest)
+    prepare(configs.with_absolute_paths(config), report=args.report)
+
+
+def prepare(config: configs.Config, *, report: bool) -> None:
+    """Does what is not done yet, and says on stderr what is there.
+
+    Raises:
+      UserError: as `corpus.open_corpus`, or no training pair is short enough, or no vocabulary can be trained.
+    """
+    data = config.data
+    corpus = corpora.open_corpus(data)
+    tokenizer = pipeline.vocabulary(data, corpus)
+    ids = {"train": pipeline.token_ids(data, corpus, "train", tokenizer)}
+    plan = pipeline.make_plan(config, ids["train"])
+    say(
+        f"ready in {corpora.data_dir(data)}: {plan.kept:,} training pairs, without {plan.dropped:,} longer than "
+        f"data.max_length = {data.max_length}; {tokenizer.vocab_size:,} pieces; {plan.steps_per_epoch:,} steps an epoch"
+    )
+    if report:
+        splits = {name: corpus.split(name) for name in corpus.names}
+        for name in splits:
+            ids.setdefault(name, pipeline.token_ids(data, corpus, name, tokenizer))
+        data_report.show(config, splits, ids, plan, corpus.dropped, tokenizer)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
