@@ -29,7 +29,13 @@ benchmark prepare
 """.split()
 
 ROOMS = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py"))
-SOURCES = [*PACKAGE.rglob("*.py"), *(ROOT / "configs").glob("*.py"), ROOT / "train.py", ROOT / "eval.py"]
+SOURCES = [
+    *PACKAGE.rglob("*.py"),
+    *(ROOT / "benchmarks").glob("*.py"),
+    *(ROOT / "configs").glob("*.py"),
+    ROOT / "train.py",
+    ROOT / "eval.py",
+]
 
 
 def imported_rooms(path):

@@ -19,7 +19,7 @@ from transformer.attention import LOWEST, Visible
 
 Array = jax.Array
 
-BLOCK = 512  # queries and keys of a block
+BLOCK = 128  # queries and keys of a block; larger ones are slower on a CPU (docs/log.md)
 
 
 class Drop(NamedTuple):

@@ -44,7 +44,7 @@ class ModelConfig:
     mlp_dropout_rate: float = _field(0.0, "inside the feed-forward block, after its activation", low=0, high=0.99)
     attention: str = _field(
         "auto",
-        "plain, or blockwise: memory linear in length; auto: by blocks from length 1,024",
+        "plain, or blockwise: memory linear in length; auto: by blocks from length 512",
         one_of=("auto", "plain", "blockwise"),
     )
     dtype: str = _field(

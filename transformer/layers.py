@@ -24,7 +24,7 @@ Array = jax.Array
 Key = Array | None
 
 EPSILON = 1e-6
-BLOCKWISE_FROM = 1024  # length from which `auto` attends by blocks
+BLOCKWISE_FROM = 512  # length from which `auto` attends by blocks
 glorot = jax.nn.initializers.glorot_uniform
 
 

@@ -1,0 +1,54 @@
+"""Two commands in turn, so that a busy moment of the machine meets both; quotes the median of the ratios.
+
+    python -m benchmarks.pairs --key=target_tokens_per_s --pairs=3 \
+        --ours="python -m transformer.benchmark --config=configs/multi30k.py --config.data.dir=FOLDER" \
+        --other="python PEER.py"
+
+The last line of what each prints is a JSON object with the key. The last line of stdout is one too.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+
+from transformer.command_line import positive_int, run, say
+from transformer.errors import UserError
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags, runs the pairs, prints."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pairs", allow_abbrev=False)
+    parser.add_argument("--ours", required=True, help="command of this project")
+    parser.add_argument("--other", required=True, help="command to measure beside")
+    parser.add_argument("--key", required=True, help="of the figure in the JSON object that both print last")
+    parser.add_argument("--pairs", type=positive_int, default=3, help="how often (default: 3)")
+    args = parser.parse_args(argv[1:])
+    ours, other = [], []
+    for number in range(1, args.pairs + 1):
+        ours.append(figure(args.ours, args.key))
+        other.append(figure(args.other, args.key))
+        say(f"pair {number} of {args.pairs}: {ours[-1]:,.0f} against {other[-1]:,.0f}: {ours[-1] / other[-1]:.2f}")
+    ratios = [one / two for one, two in zip(ours, other, strict=True)]
+    print(
+        json.dumps({"key": args.key, "ours": ours, "other": other, "median_ratio": round(statistics.median(ratios), 2)})
+    )
+
+
+def figure(command: str, key: str) -> float:
+    """What a command reports."""
+    done = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        raise UserError(f"{command}: expected a JSON object on its last line, got exit code {done.returncode}")
+    try:
+        return float(json.loads(lines[-1])[key])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{command}: expected a JSON object with {key!r} on its last line, got {lines[-1]!r}"
+        ) from error
+
+
+if __name__ == "__main__":
+    run(main)

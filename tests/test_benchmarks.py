@@ -1,0 +1,48 @@
+"""The measuring commands: that they measure what they say, not what comes out."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import attention_memory, pairs
+from transformer.errors import UserError
+
+
+def test_pairs_quote_the_median_of_ratios(capsys, monkeypatch):
+    figures = iter([30, 10, 90, 10, 40, 10])
+    monkeypatch.setattr(pairs, "figure", lambda command, key: next(figures))
+    pairs.main(["pairs", "--ours=a", "--other=b", "--key=speed", "--pairs=3"])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row == {"key": "speed", "ours": [30, 90, 40], "other": [10, 10, 10], "median_ratio": 4.0}
+
+
+def test_a_figure_is_read_from_the_last_line(tmp_path):
+    script = tmp_path / "speak.py"
+    script.write_text("print('warming up')\nprint('{\"speed\": 12.5}')\n")
+    assert pairs.figure(f"{sys.executable} {script}", "speed") == 12.5
+
+
+@pytest.mark.parametrize("body", ["print('no json')", "print('{}')", "raise SystemExit(3)", ""])
+def test_a_command_without_a_figure_is_refused(tmp_path, body):
+    script = tmp_path / "speak.py"
+    script.write_text(body)
+    with pytest.raises(UserError, match="expected a JSON object"):
+        pairs.figure(f"{sys.executable} {script}", "speed")
+
+
+def test_the_compiled_step_grows_with_the_length_by_blocks_and_with_its_square_without():
+    lengths = [1024, 2048, 4096]
+    plain = [attention_memory.temporary_mb("plain", length) for length in lengths]
+    blockwise = [attention_memory.temporary_mb("blockwise", length) for length in [*lengths, 16384]]
+    assert attention_memory.growth(lengths, plain) > 1.9
+    assert attention_memory.growth([4096, 16384], blockwise[-2:]) < 1.1
+    assert blockwise[2] < plain[2] / 20
+
+
+@pytest.mark.parametrize("name", ["attention_memory", "pairs"])
+def test_each_command_explains_itself(name):
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert f"benchmarks.{name}" in done.stdout
