@@ -78,6 +78,24 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
     assert attention.dropout(x, 0.0, jax.random.key(0)) is x
 
 
+@pytest.mark.parametrize("rate", [0.001, 0.1, 0.3, 0.99])
+def test_dropout_has_the_rate_asked_for_though_a_byte_knows_256_only(rate):
+    x = jnp.ones((64, 30), jnp.float32)
+    dropped = jax.vmap(lambda key: attention.dropout(x, rate, key))(jax.random.split(jax.random.key(0), 2000))
+    assert abs(float((dropped == 0).mean()) - rate) < min(0.003, 0.2 * rate)
+    kept = np.unique(dropped[dropped > 0])
+    np.testing.assert_allclose(kept, 1 / (1 - rate), rtol=1e-5)
+
+
+def test_dropout_draws_each_element_and_each_call_by_itself():
+    """Four elements share a word, and rows share a call: neither may show."""
+    dropped = attention.dropout(jnp.ones((4000, 8), jnp.float32), 0.5, jax.random.key(0)) > 0
+    together = np.corrcoef(np.asarray(dropped, np.float64).T)
+    assert np.abs(together - np.eye(8)).max() < 0.06
+    other = attention.dropout(jnp.ones((4000, 8), jnp.float32), 0.5, jax.random.key(1)) > 0
+    assert abs(float((dropped == other).mean()) - 0.5) < 0.02
+
+
 def test_attention_dropout_changes_the_weights():
     q, k, v = draw(4, (1, 3, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4))
     mask = Visible(causal=True).mask(3, 3)

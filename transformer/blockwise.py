@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transformer.attention import LOWEST, Visible
+from transformer.attention import LOWEST, Visible, dropout
 
 Array = jax.Array
 
@@ -184,9 +184,7 @@ class _Scorer(NamedTuple):
         rate, key = self.drop
         if key is None:
             return weights_BHqs
-        block_key = jax.random.fold_in(jax.random.fold_in(key, i), j)
-        keep = jax.random.bernoulli(block_key, 1.0 - rate, weights_BHqs.shape)
-        return jnp.where(keep, weights_BHqs / (1.0 - rate), 0.0)
+        return dropout(weights_BHqs, rate, jax.random.fold_in(jax.random.fold_in(key, i), j))
 
     def last_keys(self, i: Array) -> Any:
         """Blocks of keys up to the last that these queries see."""
