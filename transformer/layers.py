@@ -164,6 +164,10 @@ class MultiHeadAttention(nnx.Module):
         heads_BTHK = attention.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask, self.dropout_rate, key)
         return self.project(heads_BTHK)
 
+    def weights(self, x_BTD: Array, k_BSHK: Array, mask: Array) -> Array:
+        """How much each query attends to each key, the mean over heads: float32 [B, T, S]."""
+        return attention.attention_weights(self.queries(x_BTD), k_BSHK, mask).mean(axis=1)
+
 
 class Residual(nnx.Module):
     """A sublayer's dropout, residual sum and LayerNorm, in either order.
