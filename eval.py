@@ -3,7 +3,7 @@
     python eval.py --workdir=DIR [--checkpoint=latest|best|STEP] [--split=test]
     python eval.py --workdir=DIR --source=FILE --reference=FILE[,FILE…]
 
-Model, vocabulary and decoding settings are those saved with the checkpoint.
+Model, vocabulary and decoding settings are those saved with the checkpoint; --decode.FIELD=VALUE sets another.
 """
 
 import argparse
@@ -27,12 +27,13 @@ SAMPLES = 5
 
 def main(argv: list[str]) -> None:
     """Checks its flags before it imports JAX."""
-    args = parse(argv)
+    fields, rest = command_line.decode_flags(argv)
+    args = parse(rest)
 
     from rich.console import Console
     from rich.progress import Progress
 
-    from transformer import compilation
+    from transformer import compilation, validation
     from transformer.checkpoint import load_trained
     from transformer.evaluate import Evaluator
 
@@ -42,7 +43,8 @@ def main(argv: list[str]) -> None:
     output = epath.Path(args.output or epath.Path(args.workdir) / "translations" / f"{trained.step}.{name}.txt")
     with reported(f"{output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
-    evaluator = Evaluator(trained.model, trained.tokenizer, trained.config, trained.mesh)
+    config = validation.with_decode(trained.config, fields)
+    evaluator = Evaluator(trained.model, trained.tokenizer, config, trained.mesh)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(f"translating {name}", total=len(sources))
@@ -69,8 +71,8 @@ def main(argv: list[str]) -> None:
     )
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Reads the flags."""
+def parse(rest: list[str]) -> argparse.Namespace:
+    """Reads the flags other than --decode.FIELD."""
     parser = argparse.ArgumentParser(prog="eval.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--workdir", required=True, type=command_line.workdir_path, help="folder that train.py wrote")
     parser.add_argument("--checkpoint", default="latest", help="latest, best or a step (default: latest)")
@@ -78,7 +80,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--source", help="text file to translate instead, one sentence a line")
     parser.add_argument("--reference", help="its references; several files with commas between")
     parser.add_argument("--output", help="where translations go (default: WORKDIR/translations/STEP.NAME.txt)")
-    args = parser.parse_args(argv[1:])
+    args = parser.parse_args(rest)
     if bool(args.source) != bool(args.reference):
         raise UserError("--source and --reference go together")
     if args.output and args.output in (args.source, *(args.reference or "").split(",")):

@@ -21,7 +21,8 @@ datasets/parallel_text datasets/prepared datasets/split datasets/contents datase
 tokenizer batching pipeline
 sharding attention layers model
 loss optimizer step compilation checkpoint
-hypotheses restrictions constraints search sampling reranking translate evaluate
+hypotheses restrictions constraints search sampling decoding
+wishes reranking translator translate evaluate
 workdir run_log loop
 benchmark
 """.split()
