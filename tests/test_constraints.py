@@ -9,13 +9,10 @@ from tests.chains import (
     BOS,
     EOS,
     PAD,
-    A,
-    B,
     attending_step,
     chain_step,
     covered,
     every_hypothesis,
-    hand_made_chain,
     log_softmax,
     penalty,
     random_chains,
@@ -133,16 +130,30 @@ def test_a_sentence_does_not_depend_on_its_neighbours():
     np.testing.assert_array_equal(together.tokens_BNT, turned.tokens_BNT[::-1])
 
 
-def test_the_beam_is_shared_out_between_banks():
-    """Half of the beam keeps what has begun the phrase, though all else is likelier."""
-    rows = {(position, last): {A: 0.6, B: 0.3, 5: 0.05, EOS: 0.05} for position in range(6) for last in (1, A, B, 5)}
-    chain = np.pad(hand_made_chain({}), ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=-np.inf)
-    for (position, last), probabilities in rows.items():
+def table(rows, max_length=8, vocab_size=8):
+    """One chain from {last token: {next token: probability}}, the same at all positions; others are sure of EOS."""
+    logits = np.full((1, max_length, vocab_size, vocab_size), -np.inf, np.float32)
+    logits[..., EOS] = 0
+    for last, probabilities in rows.items():
+        logits[:, :, last] = -np.inf
         for token, probability in probabilities.items():
-            chain[0, position, last, token] = np.log(probability)
-    best, second = texts(search(chain, [[(5,)]], 2, [4], alpha=0.0), 0)
-    assert best == [5, EOS]  # 0.05 * 0.05: met at once, ended at once
-    assert sorted(second) == sorted([A, 5, EOS]) or second == [5, A, EOS]
+            logits[:, :, last, token] = np.log(probability)
+    return logits
+
+
+def test_what_has_begun_a_phrase_stays_however_unlikely():
+    """Nine in ten tokens are 3 to the end: by likelihood alone, two beams would never hold a 5."""
+    chain = table({BOS: {3: 0.89, 4: 0.1, 5: 0.01}, 3: {3: 0.89, 4: 0.1, 5: 0.01}, 5: {6: 0.5, EOS: 0.5}})
+    best = texts(search(chain, [[(5, 6)]], 2, [8], alpha=0.0), 0)[0]
+    assert best == [5, 6, EOS]
+
+
+def test_a_phrase_comes_in_its_place_though_there_are_more_banks_than_beams():
+    """Four banks and two beams: the hypothesis that would come to the phrase by itself must not be crowded out."""
+    rows = {BOS: {3: 0.9, 5: 0.1}, 3: {4: 0.9, 5: 0.1}, 4: {5: 1.0}, 5: {6: 1.0}, 6: {7: 1.0}}
+    found = search(table(rows), [[(5, 6, 7)]], 2, [8], alpha=0.0)
+    assert texts(found, 0)[0] == [3, 4, 5, 6, 7, EOS]
+    np.testing.assert_allclose(np.exp(found.scores_BN[0, 0]), 0.81, rtol=1e-5)
 
 
 def walk(phrase, tokens, width=4):

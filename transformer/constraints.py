@@ -5,9 +5,10 @@ put into banks by how many tokens of their phrases they have. Besides the best c
 each hypothesis, those that go on with a phrase, its best one, and the end. The beam takes from the banks
 in turn: the best of each bank, fullest bank first, then the second best of each.
 
-Two things differ from the papers. A phrase is met once it stands in the hypothesis, however it got there, so
-phrases may overlap: progress follows Knuth, Morris and Pratt, not a reset at each wrong token. And what could
-no longer place its phrases before the limit comes last, so one hypothesis at least meets them all.
+Three things differ from the papers. A phrase is met once it stands in the hypothesis, however it got there, so
+phrases may overlap: progress follows Knuth, Morris and Pratt, not a reset at each wrong token. What could no longer
+place its phrases before the limit comes last, so one hypothesis at least meets them all. And the likeliest candidate
+stays, whatever its bank: with more banks than beams, phrases would else be begun at once, and not in their place.
 
 Shapes: B sentences, N beams, C candidates, K phrases of a sentence, L longest phrase in tokens, V vocabulary.
 """
@@ -145,6 +146,9 @@ def allocate(
     banks = these.tokens_BKL.shape[1] * these.tokens_BKL.shape[2] + 1
     turn_BC = rank_BC * banks - bank_BC
     last_turn = count * banks
+    if beam_size > 1:  # a beam of one would put its phrases off until the limit forces them in
+        is_best_BC = jnp.argmax(log_probs_BC, axis=1, keepdims=True) == np.arange(count)[None, :]
+        turn_BC = jnp.where(is_best_BC, -banks, turn_BC)
     turn_BC += jnp.where(is_late_BC, last_turn, 0) + jnp.where(is_possible(log_probs_BC), 0, 2 * last_turn)
     _, kept_BN = jax.lax.top_k(-turn_BC, beam_size)
     log_probs_BN, order_BN = jax.lax.top_k(take_beams(log_probs_BC, kept_BN), beam_size)

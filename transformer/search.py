@@ -1,7 +1,6 @@
 """Beam search, and greedy search as a beam of one, over a step function; knows nothing of the model.
 
-Shapes: B sentences, N beams, C = 2N - 1 candidates (more with phrases), T maximal length in tokens, V vocabulary,
-S source length, K phrases of a sentence, L longest phrase.
+Shapes: B sentences, N beams, C candidates, T maximal length, V vocabulary, S source length, K phrases of L tokens.
 
 How hypotheses end, and how they rank:
 - Of the 2N - 1 best continuations of a sentence those with EOS have ended, and the N best others go on.
@@ -26,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer import constraints
-from transformer.constraints import Phrases
 from transformer.hypotheses import (
     IMPOSSIBLE,
     Cache,
@@ -52,7 +50,7 @@ class _Rules(NamedTuple):
     ids: SpecialIds
     restrictions: Restrictions
     coverage: Coverage | None
-    phrases: Phrases | None
+    phrases: constraints.Phrases | None
 
 
 class _Beams(NamedTuple):
@@ -198,11 +196,10 @@ def _advance(step: StepFn, reorder: Reorder, state: _State, rules: _Rules) -> _S
 
 def _expand(logits_BNV: jax.Array, beams: _Beams, position: jax.Array, rules: _Rules) -> _Candidates:
     batch_size, beam_size, vocab_size = logits_BNV.shape
-    ids = rules.ids
-    allowed = allowed_next(rules.restrictions, beams.alive_tokens, position, rules.limits_B, vocab_size, ids)
+    allowed = allowed_next(rules.restrictions, beams.alive_tokens, position, rules.limits_B, vocab_size, rules.ids)
     if rules.phrases:
         may_end_BN = constraints.all_met(rules.phrases, beams.progress_BNK)
-        allowed = allowed & ((np.arange(vocab_size) != ids.eos)[None, None, :] | may_end_BN[:, :, None])
+        allowed = allowed & ((np.arange(vocab_size) != rules.ids.eos)[None, None, :] | may_end_BN[:, :, None])
     # In float32 also for speed: XLA's top_k on a CPU takes 10 to 100 times as long in bfloat16.
     log_probs_BNV = jax.nn.log_softmax(logits_BNV.astype(jnp.float32)) + beams.alive_log_probs_BN[:, :, None]
     # NaN, from a beam with no possible token, compares as false and becomes IMPOSSIBLE too.
@@ -210,7 +207,7 @@ def _expand(logits_BNV: jax.Array, beams: _Beams, position: jax.Array, rules: _R
     log_probs_BC, flat_BC = jax.lax.top_k(log_probs_BNV.reshape(batch_size, -1), 2 * beam_size - 1)
     if rules.phrases:
         log_probs_BC, flat_BC = constraints.add_candidates(
-            rules.phrases, beams.progress_BNK, log_probs_BNV, log_probs_BC, flat_BC, ids.eos
+            rules.phrases, beams.progress_BNK, log_probs_BNV, log_probs_BC, flat_BC, rules.ids.eos
         )
     return _Candidates(log_probs_BC, flat_BC // vocab_size, flat_BC % vocab_size)
 
@@ -278,8 +275,8 @@ def _collect(beams: _Beams, rules: _Rules) -> Hypotheses:
     cut_scores_BN = jnp.where(possible_BN, cut_scores_BN, IMPOSSIBLE)
     if rules.phrases or rules.coverage:
         cut_scores_BN, order_BN = jax.lax.top_k(cut_scores_BN, cut_scores_BN.shape[1])
-        cut_tokens = take_beams(cut_tokens, order_BN)
-    cut_lengths_BN = jnp.where(is_possible(cut_scores_BN), rules.limits_B[:, None], 0)
+        cut_tokens, possible_BN = take_beams(cut_tokens, order_BN), is_possible(cut_scores_BN)
+    cut_lengths_BN = jnp.where(possible_BN, rules.limits_B[:, None], 0)
 
     finished_BN = is_possible(beams.ended_scores_BN)
     beam_size = finished_BN.shape[1]
