@@ -158,7 +158,7 @@ def test_a_phrase_comes_in_its_place_though_there_are_more_banks_than_beams():
 
 def walk(phrase, tokens, width=4):
     """The progress of one phrase after each token."""
-    these = constraints.phrases(padded([[phrase]], 1, width), PAD, jnp.zeros(1, jnp.int32))
+    these = constraints.phrases(padded([[phrase]], 1, width), PAD)
     progress, seen = jnp.zeros((1, 1, 1), jnp.int32), []
     for token in tokens:
         progress = constraints.advance(these, progress, jnp.full((1, 1), token, jnp.int32))
@@ -172,11 +172,20 @@ def test_progress_falls_back_to_the_longest_beginning_and_not_to_nothing():
     assert walk((3, 4), (4, 5, 3, 3, 4, 3)) == [0, 0, 1, 1, 2, 2]
 
 
-def test_what_is_missing_is_enough_and_falls_by_one_a_token():
-    these = constraints.phrases(padded([[(3, 4, 5), (4, 4)]], 2, 4), PAD, jnp.array([2]))
-    progress = jnp.array([[[0, 0], [2, 1], [3, 1], [3, 2]]], jnp.int32)
-    assert constraints.missing(these, progress, jnp.int32(2)).tolist() == [[5, 3, 1, 0]]
-    assert constraints.missing(these, progress, jnp.int32(1)).tolist() == [[6, 6, 3, 1]]
+def test_what_is_placed_counts_one_phrase_under_way():
+    these = constraints.phrases(padded([[(3, 4, 5), (4, 4)]], 2, 4), PAD)
+    progress = jnp.array([[[0, 0], [2, 1], [3, 1], [0, 2], [3, 2]]], jnp.int32)
+    assert constraints.placed(these, progress).tolist() == [[0, 2, 4, 2, 5]]
+
+
+@pytest.mark.parametrize("beam_size", [1, 2])
+def test_phrases_that_begin_alike_do_not_block_each_other(beam_size):
+    """3 3 3 is on the way to all three: to stay there must not seem better than to go on with one."""
+    chain = table({last: {3: 0.9, 4: 0.02, 5: 0.02, 6: 0.02, EOS: 0.04} for last in (BOS, 3, 4, 5, 6)}, 13)
+    asked = [(3, 3, 3, 4), (3, 3, 3, 5), (3, 3, 3, 6)]
+    found = search(chain, [asked], beam_size, [13])
+    assert found.finished_BN[0, 0]
+    assert all(holds(texts(found, 0)[0], phrase) for phrase in asked)
 
 
 def test_coverage_and_phrases_go_together():

@@ -76,11 +76,11 @@ def test_fields_wishes_and_seeds_can_be_given_to_a_call(loaded, usual):
 
 
 def test_programs_are_compiled_once_and_kept(loaded, usual):
-    calls = ({}, {"beam_size": 3}, {"method": "sample", "seed": 5}, {"method": "sample", "seed": 6}, {"n_best": 2})
+    calls = ({}, {"beam_size": 3}, {"method": "sample", "seed": 5}, {"n_best": 2})
     for options in calls:
         loaded.translate(SHORT, **options)
     with CompileCounter() as counter:
-        for options in calls:
+        for options in (*calls, {"method": "sample", "seed": 77}):
             loaded.translate(SHORT[::-1], **options)
     assert counter.count == 0
     with CompileCounter() as counter:
@@ -253,6 +253,12 @@ def test_bad_flags_are_one_message(command, tmp_path, flags, message):
         command(SHORT[:1], *[flag.replace("FILE", str(path)) for flag in flags])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_errors_name_the_line_whatever_the_group(command, tmp_path):
+    path = write(tmp_path / "phrases", ["", "", "red\t"])
+    with pytest.raises(UserError, match="sentence 3: expected phrases that are not empty"):
+        command(SHORT[:3], f"--constraint_file={path}", "--batch_size=2")
 
 
 def test_a_file_that_ends_early_says_so_after_what_it_held(command, tmp_path, capfdbinary):

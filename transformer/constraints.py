@@ -1,14 +1,15 @@
 """Phrases that a translation must hold: which of them a hypothesis has met, and how the beam is shared out.
 
 Dynamic beam allocation (Post and Vilar, 2018) in the vectorised form of Hu et al. (2019). Hypotheses are
-put into banks by how many tokens of their phrases they have. Besides the best continuations there are, for
+put into banks by how many tokens of their phrases they have placed. Besides the best continuations there are, for
 each hypothesis, those that go on with a phrase, its best one, and the end. The beam takes from the banks
-in turn: the best of each bank, fullest bank first, then the second best of each.
+in turn: the best of each bank, fullest bank first, then the second best of each. So at each step one hypothesis
+places one more token, and phrases that fit into the limit are met, however narrow the beam.
 
-Three things differ from the papers. A phrase is met once it stands in the hypothesis, however it got there, so
-phrases may overlap: progress follows Knuth, Morris and Pratt, not a reset at each wrong token. What could no longer
-place its phrases before the limit comes last, so one hypothesis at least meets them all. And the likeliest candidate
-stays, whatever its bank: with more banks than beams, phrases would else be begun at once, and not in their place.
+Two things differ from the papers. A phrase is met once it stands in the hypothesis, however it got there, so
+phrases may overlap: progress follows Knuth, Morris and Pratt, not a reset at each wrong token. And the likeliest
+candidate stays, whatever its bank: with more banks than beams, phrases would else be begun at once, and not in
+their place.
 
 Shapes: B sentences, N beams, C candidates, K phrases of a sentence, L longest phrase in tokens, V vocabulary.
 """
@@ -27,17 +28,15 @@ class Phrases(NamedTuple):
 
     tokens_BKL: int32, PAD after.
     lengths_BK: int32; 0 where there is no phrase.
-    prefix_lengths_B: int32, tokens that the translation is forced to begin with.
     borders_BKML: bool [B, K, L + 1, L]; at [m, l]: the first l tokens are the last l of the first m.
     """
 
     tokens_BKL: jax.Array
     lengths_BK: jax.Array
-    prefix_lengths_B: jax.Array
     borders_BKML: jax.Array
 
 
-def phrases(tokens_BKL: jax.Array, pad_id: int, prefix_lengths_B: jax.Array) -> Phrases:
+def phrases(tokens_BKL: jax.Array, pad_id: int) -> Phrases:
     """Makes ready what following the phrases needs; `tokens_BKL` is int32 with PAD after each phrase."""
     longest = tokens_BKL.shape[2]
     lengths_BK = jnp.sum(tokens_BKL != pad_id, axis=2, dtype=jnp.int32)
@@ -48,7 +47,7 @@ def phrases(tokens_BKL: jax.Array, pad_id: int, prefix_lengths_B: jax.Array) -> 
     same_BKLM = jnp.pad(same_BKLL, ((0, 0), (0, 0), (0, 1), (1, 0)), constant_values=True)
     met, border = np.arange(longest + 1)[:, None], np.arange(longest)[None, :]
     borders_BKML = same_BKLM[:, :, np.maximum(met - border, 0), border] & (border <= met)[None, None]
-    return Phrases(tokens_BKL, lengths_BK, prefix_lengths_B, borders_BKML)
+    return Phrases(tokens_BKL, lengths_BK, borders_BKML)
 
 
 def start(these: Phrases, beam_size: int) -> jax.Array:
@@ -75,17 +74,15 @@ def all_met(these: Phrases, progress_BCK: jax.Array) -> jax.Array:
     return jnp.all(progress_BCK == these.lengths_BK[:, None, :], axis=2)
 
 
-def missing(these: Phrases, progress_BCK: jax.Array, position: jax.Array) -> jax.Array:
-    """How many tokens are surely enough to bring in all that is owed: int32 [B, C].
+def placed(these: Phrases, progress_BCK: jax.Array) -> jax.Array:
+    """How many tokens of its phrases each hypothesis has: those met, and the one under way furthest; int32 [B, C].
 
-    The phrase under way is gone on with and the others follow whole; a prefix may break it off.
+    Only one can be gone on with: two under way at once must not count more than one does.
     """
     lengths_B1K = these.lengths_BK[:, None, :]
-    open_BCK = progress_BCK < lengths_B1K
-    owed_BC = jnp.sum(jnp.where(open_BCK, lengths_B1K, 0), axis=2)
-    under_way_BC = jnp.max(jnp.where(open_BCK, progress_BCK, 0), axis=2)
-    prefix_B1 = jnp.maximum(these.prefix_lengths_B - position, 0)[:, None]
-    return owed_BC + jnp.where(prefix_B1 > 0, prefix_B1, -under_way_BC)
+    met_BCK = progress_BCK == lengths_B1K
+    under_way_BC = jnp.max(jnp.where(met_BCK, 0, progress_BCK), axis=2)
+    return jnp.sum(jnp.where(met_BCK, lengths_B1K, 0), axis=2) + under_way_BC
 
 
 def add_candidates(
@@ -124,32 +121,25 @@ def allocate(
     these: Phrases,
     progress_BCK: jax.Array,
     log_probs_BC: jax.Array,
-    position: jax.Array,
-    limits_B: jax.Array,
     beam_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Which candidates, now `position` tokens long, go on: their log-probabilities and places, both [B, N], best first.
+    """Which candidates go on: their log-probabilities and places, both [B, N], best first.
 
     Args:
       progress_BCK: of the candidates themselves.
       log_probs_BC: of the candidates; IMPOSSIBLE for what has ended.
-      limits_B: the most tokens of each sentence, EOS counted.
     """
-    room_B1 = (limits_B - position - 1)[:, None]
-    is_late_BC = missing(these, progress_BCK, position) > room_B1
-    bank_BC = jnp.sum(progress_BCK, axis=2)
+    bank_BC = placed(these, progress_BCK)
     count = log_probs_BC.shape[1]
     ahead_BCC = log_probs_BC[:, None, :] > log_probs_BC[:, :, None]
     ahead_BCC |= (log_probs_BC[:, None, :] == log_probs_BC[:, :, None]) & np.tri(count, k=-1, dtype=bool)[None]
-    rivals_BCC = (bank_BC[:, :, None] == bank_BC[:, None, :]) & (is_late_BC[:, :, None] == is_late_BC[:, None, :])
-    rank_BC = jnp.sum(ahead_BCC & rivals_BCC, axis=2, dtype=jnp.int32)
+    rank_BC = jnp.sum(ahead_BCC & (bank_BC[:, :, None] == bank_BC[:, None, :]), axis=2, dtype=jnp.int32)
     banks = these.tokens_BKL.shape[1] * these.tokens_BKL.shape[2] + 1
     turn_BC = rank_BC * banks - bank_BC
-    last_turn = count * banks
-    if beam_size > 1:  # a beam of one would put its phrases off until the limit forces them in
+    if beam_size > 1:  # a beam of one would never place a phrase
         is_best_BC = jnp.argmax(log_probs_BC, axis=1, keepdims=True) == np.arange(count)[None, :]
         turn_BC = jnp.where(is_best_BC, -banks, turn_BC)
-    turn_BC += jnp.where(is_late_BC, last_turn, 0) + jnp.where(is_possible(log_probs_BC), 0, 2 * last_turn)
+    turn_BC += jnp.where(is_possible(log_probs_BC), 0, count * banks)
     _, kept_BN = jax.lax.top_k(-turn_BC, beam_size)
     log_probs_BN, order_BN = jax.lax.top_k(take_beams(log_probs_BC, kept_BN), beam_size)
     return log_probs_BN, take_beams(kept_BN, order_BN)

@@ -27,12 +27,6 @@ class Restrictions(NamedTuple):
     no_repeat_ngram: int = 0
     prefix_BP: jax.Array | None = None
 
-    def prefix_lengths(self, pad_id: int) -> jax.Array:
-        """int32 [B], or [1] of zero without prefixes."""
-        if self.prefix_BP is None:
-            return jnp.zeros(1, jnp.int32)
-        return jnp.sum(self.prefix_BP != pad_id, axis=1, dtype=jnp.int32)
-
 
 def allowed_next(
     restrictions: Restrictions,

@@ -129,14 +129,13 @@ def beam_search(
     """
     _check_shapes(None if reorder else cache, batch_size, beam_size, max_length)
     limits_B = jnp.clip(max_lengths_B, 0, max_length)
-    restrictions = restrictions or Restrictions()
     rules = _Rules(
         limits_B,
         length_penalties(max_length, length_penalty, length_penalty_form),
         SpecialIds(pad_id, bos_id, eos_id),
-        restrictions,
+        restrictions or Restrictions(),
         coverage,
-        None if phrases_BKL is None else constraints.phrases(phrases_BKL, pad_id, restrictions.prefix_lengths(pad_id)),
+        None if phrases_BKL is None else constraints.phrases(phrases_BKL, pad_id),
     )
     start = _State(
         position=jnp.zeros((), jnp.int32),
@@ -235,9 +234,7 @@ def _select(candidates: _Candidates, beams: _Beams, position: jax.Array, rules: 
     progress_BNK = None
     if rules.phrases:
         progress_BCK = constraints.advance(rules.phrases, take_beams(beams.progress_BNK, parents_BC), last_BC)
-        alive_log_probs_BN, kept_BN = constraints.allocate(
-            rules.phrases, progress_BCK, open_log_probs_BC, position, rules.limits_B, beam_size
-        )
+        alive_log_probs_BN, kept_BN = constraints.allocate(rules.phrases, progress_BCK, open_log_probs_BC, beam_size)
         progress_BNK = take_beams(progress_BCK, kept_BN)
     else:
         alive_log_probs_BN, kept_BN = jax.lax.top_k(open_log_probs_BC, beam_size)

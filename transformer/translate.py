@@ -74,7 +74,8 @@ class LoadedModel:
         """One translation for each sentence, in order; a blank sentence gives an empty one.
 
         Args:
-          sentences: one line of text each; a long one is translated from its first `max_source_tokens` tokens.
+          sentences: one line of text each; of a long one only the first `max_source_tokens` tokens count, and a
+            warning on stderr says so.
           n_best: gives at most so many hypotheses (text, score, finished) of each sentence instead, best first.
           prefixes: a text for each sentence that its translation begins with; blank for none.
           constraints: a list of phrases for each sentence that its translation holds.
@@ -89,6 +90,7 @@ class LoadedModel:
         found = translator.hypotheses(
             self._params, sentences, n_best=n_best or 1, prefixes=prefixes, constraints=constraints, seed=seed
         )
+        translator.say_truncated()
         return [best_text(one) for one in found] if n_best is None else found
 
     def translator(self, fields: dict[str, Any]) -> tuple[Translator, int]:
@@ -118,7 +120,7 @@ def load(workdir: epath.PathLike, checkpoint: str = "latest", ensemble: Sequence
     Raises:
       UserError: there is no such checkpoint, or a tokenizer is another.
     """
-    members = [load_trained(folder, checkpoint) for folder in (workdir, *ensemble)]
+    members = [load_trained(epath.Path(folder).expanduser(), checkpoint) for folder in (workdir, *ensemble)]
     for folder, member in zip(ensemble, members[1:], strict=True):
         if member.tokenizer.digest != members[0].tokenizer.digest:
             raise UserError(
