@@ -4,7 +4,8 @@
     python eval.py --workdir=DIR --source=FILE --reference=FILE[,FILE…]
 
 WHICH is latest, best, a step, or the mean of several: average:N of the newest N, best-average:N of the N with
-the best validation BLEU. Model, vocabulary and decoding settings are those saved with the checkpoint.
+the best validation BLEU. Model, vocabulary and decoding settings are those saved with the checkpoint;
+--decode.FIELD=VALUE sets another.
 """
 
 import argparse
@@ -29,12 +30,13 @@ SAMPLES = 5
 
 def main(argv: list[str]) -> None:
     """Checks its flags before it imports JAX."""
-    args = parse(argv)
+    fields, rest = command_line.decode_flags(argv)
+    args = parse(rest)
 
     from rich.console import Console
     from rich.progress import Progress
 
-    from transformer import compilation
+    from transformer import compilation, validation
     from transformer.cost import Spent
     from transformer.evaluate import Evaluator
     from transformer.trained import load_trained
@@ -45,7 +47,8 @@ def main(argv: list[str]) -> None:
     output = epath.Path(args.output or epath.Path(args.workdir) / "translations" / f"{trained.file_stem}.{name}.txt")
     with reported(f"{output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
-    evaluator = Evaluator(trained.model, trained.tokenizer, trained.config, trained.mesh)
+    config = validation.with_decode(trained.config, fields)
+    evaluator = Evaluator(trained.model, trained.tokenizer, config, trained.mesh)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(f"translating {name}", total=len(sources))
@@ -76,8 +79,8 @@ def main(argv: list[str]) -> None:
     )
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Reads the flags."""
+def parse(rest: list[str]) -> argparse.Namespace:
+    """Reads the flags other than --decode.FIELD."""
     parser = argparse.ArgumentParser(prog="eval.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--workdir", required=True, type=command_line.workdir_path, help="folder that train.py wrote")
     parser.add_argument(
@@ -87,7 +90,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--source", help="text file to translate instead, one sentence a line")
     parser.add_argument("--reference", help="its references; several files with commas between")
     parser.add_argument("--output", help="where translations go (default: WORKDIR/translations/STEP.NAME.txt)")
-    args = parser.parse_args(argv[1:])
+    args = parser.parse_args(rest)
     if bool(args.source) != bool(args.reference):
         raise UserError("--source and --reference go together")
     if args.output and args.output in (args.source, *(args.reference or "").split(",")):

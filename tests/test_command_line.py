@@ -33,6 +33,21 @@ def test_overrides_change_fields_whatever_their_order():
         assert rest == ["--workdir=x"]
 
 
+def test_decode_flags_are_fields_of_their_section_alone():
+    arguments = ["eval.py", "--decode.beam_size=1e1", "--workdir=x", "--decode.top_p", "0.5", "--decode.method=sample"]
+    fields, rest = command_line.decode_flags(arguments)
+    assert fields == {"beam_size": 10, "top_p": 0.5, "method": "sample"}
+    assert rest == ["--workdir=x"]
+    for argument, match in (
+        ("--decode.bean_size=3", "config.decode: unknown field 'bean_size'; did you mean 'beam_size'"),
+        ("--decode.beam_size=x", "--decode.beam_size: expected int, got 'x'"),
+        ("--decode.beam_size", "expected a value"),
+        ("--decode=x", "expected --decode.FIELD=VALUE"),
+    ):
+        with pytest.raises(UserError, match=match):
+            command_line.decode_flags(["eval.py", argument])
+
+
 def test_widths_follow_an_override_of_the_model_width(tmp_path):
     """A field that follows another in the config file goes on following it on the command line."""
     (tmp_path / "plain.py").write_text("def get_config():\n    return {'model': {'num_layers': 2}}\n")
@@ -171,6 +186,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         (["train.py", DEMO, "--workdir=x", "--config.data.tokenizer=no.model"], "no.model: expected a SentencePiece"),
         (["eval.py"], "--workdir"),
         (["eval.py", "--workdir=x", "--source=a"], "--source and --reference go together"),
+        (["eval.py", "--workdir=x", "--decode.bean_size=3"], "unknown field 'bean_size'; did you mean 'beam_size'"),
     ],
 )
 def test_mistakes_cost_one_message_and_no_jax(arguments, message, tmp_path):

@@ -83,6 +83,10 @@ ZERO_IS_FINE = {
     ("train", "keep_best"),
     ("train", "early_stopping_patience"),
     ("optimizer", "warmup_steps"),
+    ("decode", "min_length"),
+    ("decode", "no_repeat_ngram"),
+    ("decode", "top_k"),
+    ("decode", "seed"),
 }
 
 
@@ -151,3 +155,34 @@ def test_a_damaged_config_file_is_refused(text):
 def test_differences_name_field_old_and_new():
     old, new = resolve({}), resolve({"train": {"seed": 3}, "model": {"norm": "pre"}})
     assert list(map(str, configs.differences(old, new))) == ["model.norm: 'post' → 'pre'", "train.seed: 0 → 3"]
+
+
+def test_other_decode_fields_are_checked_with_the_whole():
+    config = resolve({"model": {"positions": "learned", "max_positions": 562}})
+    changed = validation.with_decode(config, {"beam_size": 7, "length_penalty": 1})
+    assert changed == dataclasses.replace(
+        config, decode=dataclasses.replace(config.decode, beam_size=7, length_penalty=1.0)
+    )
+    with pytest.raises(UserError, match="learned positions must cover the longest sequence, 563"):
+        validation.with_decode(config, {"max_extra_length": 51})
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"top_k": 5}, r"top_k = 5: read only with method = sample or mbr, got method = beam; leave top_k at 0"),
+        ({"temperature": 0.5}, "temperature = 0.5: read only with"),
+        ({"top_p": 0.5}, "top_p = 0.5: read only with"),
+        ({"seed": 1}, "seed = 1: read only with"),
+        ({"mbr_samples": 5, "method": "sample"}, "mbr_samples = 5: read only with method = mbr"),
+        ({"coverage_penalty": 0.2, "method": "mbr"}, "coverage_penalty = 0.2: read only with method = beam"),
+    ],
+)
+def test_no_decode_field_is_set_where_nothing_reads_it(fields, match):
+    refused(match, decode=fields)
+
+
+def test_methods_read_their_fields():
+    resolve({"decode": {"method": "sample", "top_k": 5, "top_p": 0.5, "temperature": 0.5, "seed": 1}})
+    resolve({"decode": {"method": "mbr", "mbr_samples": 5}})
+    resolve({"decode": {"coverage_penalty": 0.2}})

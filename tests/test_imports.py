@@ -23,7 +23,8 @@ datasets/split datasets/contents datasets/corpus
 tokenizer batching packing cost pipeline data_report
 sharding segments attention blockwise layers model
 loss optimizer step compilation checkpoint trained
-search translate evaluate
+hypotheses restrictions constraints search sampling decoding
+wishes reranking translator translate evaluate
 workdir run_log loop
 benchmark prepare
 """.split()

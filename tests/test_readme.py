@@ -1,11 +1,12 @@
 """What the README says of files, commands and fields is so."""
 
+import inspect
 import re
 
 import pytest
 
 from tests.conftest import ROOT
-from transformer import command_line, tokenizer
+from transformer import command_line, tokenizer, translate, validation
 from transformer import config as configs
 from transformer.datasets import cldr
 
@@ -31,6 +32,8 @@ def test_every_link_into_the_repository_leads_somewhere():
 def test_every_field_it_names_exists():
     for argument in re.findall(r"--config\.\w+\.\w+", README):
         configs.field_type(*argument.removeprefix("--config.").split("."))
+    for field in re.findall(r"--decode\.([a-z]\w*)", README):
+        configs.field_type("decode", field)
     for section, field in re.findall(r"`(data|model|train|mesh|decode|optimizer)\.(\w{3,})`", README):
         configs.field_type(section, field)
 
@@ -51,12 +54,32 @@ def test_every_layout_it_names_can_be_asked_for_with_the_text_config(flags, monk
 
 
 def test_its_python_is_a_config(tmp_path):
-    (body,) = [body for language, body in BLOCKS if language == "python"]
+    _, body = [body for language, body in BLOCKS if language == "python"]
     (tmp_path / "mine.py").write_text(body)
     config, _ = command_line.config_flags(["train.py", f"--config={tmp_path}/mine.py"])
     assert (config.data.target_language, config.model.dropout_rate) == ("fr", 0.3)
     sentences = [sentence for pair in cldr.generate("fr", {"train": 5000})["train"] for sentence in pair]
     assert tokenizer.train(sentences, config.data.vocab_size, config.data.tokenizer).vocab_size == 2000
+
+
+def test_its_python_translates(monkeypatch):
+    """The calls of its example, to a model that knows what the API takes."""
+    body, _ = [body for language, body in BLOCKS if language == "python"]
+    calls = []
+
+    class Model:
+        def translate(self, sentences, **options):
+            inspect.signature(translate.LoadedModel.translate).bind(self, sentences, **options)
+            calls.append(options)
+            return [[translate.Hypothesis("", 0.0, True)]] if "n_best" in options else [""]
+
+    monkeypatch.setattr(translate, "load", lambda workdir, checkpoint, ensemble: Model())
+    exec(compile(body, "README.md", "exec"), {})
+    for options in calls:
+        decode = {name: value for name, value in options.items() if name in configs.field_names("decode")}
+        assert options.keys() - decode.keys() <= {"n_best", "prefixes", "constraints"}
+        validation.resolve({"decode": decode})
+    assert len(calls) == 4
 
 
 def test_make_targets_it_names_exist():

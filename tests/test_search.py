@@ -1,12 +1,7 @@
-"""The search against exhaustive search and a plain NumPy one, on chains whose probabilities are given.
-
-A chain is a table of logits [B, T, V, V]: sentence, position, last token, next token. PAD and BOS get as
-much probability as other tokens, so that a search which generates them is found out.
-"""
+"""The search against exhaustive search and a plain NumPy one, on chains whose probabilities are given."""
 
 import functools
 import itertools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,100 +9,37 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from transformer.search import IMPOSSIBLE, Hypotheses, beam_search
-
-PAD, BOS, EOS, A, B = range(5)
-
-
-def chain_step(logits_BTVV: jax.Array) -> Callable:
-    def step(cache, tokens_BN, position):
-        now_BVV = jax.lax.dynamic_index_in_dim(logits_BTVV, position, axis=1, keepdims=False)
-        return jax.vmap(lambda now_VV, tokens_N: now_VV[tokens_N])(now_BVV, tokens_BN), cache
-
-    return step
-
-
-def search_with(step, cache, shape, limits_B, alpha=0.0, bos_id=BOS, pad_id=PAD) -> Hypotheses:
-    """`beam_search` with shape (B, N, T) and the ids of these tests."""
-    batch_size, beam_size, max_length = shape
-    return beam_search(
-        step,
-        cache,
-        batch_size=batch_size,
-        beam_size=beam_size,
-        max_length=max_length,
-        max_lengths_B=jnp.asarray(limits_B, jnp.int32),
-        length_penalty=alpha,
-        bos_id=bos_id,
-        eos_id=EOS,
-        pad_id=pad_id,
-    )
+from tests.chains import (
+    BOS,
+    EOS,
+    PAD,
+    A,
+    B,
+    attending_step,
+    chain_step,
+    covered,
+    every_hypothesis,
+    hand_made_chain,
+    log_softmax,
+    penalty,
+    random_chains,
+    search_with,
+    texts,
+)
+from transformer.hypotheses import IMPOSSIBLE, Coverage, Hypotheses
 
 
-@functools.partial(jax.jit, static_argnames="beam_size")
-def search_chains(logits_BTVV, limits_B, alpha, beam_size) -> Hypotheses:
-    batch_size, max_length = logits_BTVV.shape[:2]
-    return search_with(chain_step(logits_BTVV), (), (batch_size, beam_size, max_length), limits_B, alpha)
+@functools.partial(jax.jit, static_argnames=("beam_size", "form"))
+def search_chains(logits_BTVV, limits_B, alpha, beam_size, form="gnmt") -> Hypotheses:
+    shape = (logits_BTVV.shape[0], beam_size, logits_BTVV.shape[1])
+    return search_with(chain_step(logits_BTVV), (), shape, limits_B, alpha, length_penalty_form=form)
 
 
-def search(logits_BTVV, beam_size: int, limits=None, alpha: float = 0.0) -> Hypotheses:
+def search(logits_BTVV, beam_size: int, limits=None, alpha: float = 0.0, form: str = "gnmt") -> Hypotheses:
     logits_BTVV = jnp.asarray(logits_BTVV)
     limits_B = np.full(len(logits_BTVV), logits_BTVV.shape[1]) if limits is None else limits
-    found = search_chains(logits_BTVV, jnp.asarray(limits_B, jnp.int32), jnp.float32(alpha), beam_size)
+    found = search_chains(logits_BTVV, jnp.asarray(limits_B, jnp.int32), jnp.float32(alpha), beam_size, form)
     return jax.tree.map(np.asarray, found)
-
-
-def random_chains(seed: int, batch_size: int, max_length: int, vocab_size: int, eos_logit: float = 0.0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(scale=2.0, size=(batch_size, max_length, vocab_size, vocab_size)).astype(np.float32)
-    logits[..., EOS] += eos_logit
-    return logits
-
-
-def hand_made_chain(rows: dict[tuple[int, int], dict[int, float]], max_length: int = 6) -> np.ndarray:
-    """One chain of V = 5 from {(position, last token): {next token: probability}}; other rows are sure of EOS."""
-    logits = np.full((1, max_length, 5, 5), -np.inf, np.float32)
-    logits[..., EOS] = 0
-    for (position, last), probabilities in rows.items():
-        logits[0, position, last, EOS] = -np.inf
-        for token, probability in probabilities.items():
-            logits[0, position, last, token] = np.log(probability)
-    return logits
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
-
-
-def penalty(length: int, alpha: float) -> float:
-    return ((5 + length) / 6) ** alpha
-
-
-def texts(found: Hypotheses, sentence: int) -> list[list[int]]:
-    """The hypotheses of a sentence, empty slots left out; checks that PAD, and only PAD, follows each."""
-    hypotheses = []
-    for tokens, length, score in zip(
-        found.tokens_BNT[sentence], found.lengths_BN[sentence], found.scores_BN[sentence], strict=True
-    ):
-        assert (tokens[length:] == PAD).all()
-        assert (tokens[:length] != PAD).all()
-        if score != IMPOSSIBLE:
-            hypotheses.append(tokens[:length].tolist())
-    return hypotheses
-
-
-def every_hypothesis(log_probs_TVV: np.ndarray, limit: int, symbols: list[int]) -> dict[tuple, float]:
-    """Log-probability of every hypothesis: those that end within the limit, and those that it cuts."""
-    found, open_ones = {}, {(): 0.0}
-    for position in range(limit):
-        extended = {}
-        for tokens, log_prob in open_ones.items():
-            row_V = log_probs_TVV[position, tokens[-1] if tokens else BOS]
-            found[(*tokens, EOS)] = log_prob + row_V[EOS]
-            extended.update({(*tokens, symbol): log_prob + row_V[symbol] for symbol in symbols})
-        open_ones = extended
-    return found | open_ones
 
 
 def plain_beam_search(log_probs_TVV, beam_size: int, limit: int, alpha: float) -> list[tuple[bool, float, list[int]]]:
@@ -126,15 +58,19 @@ def plain_beam_search(log_probs_TVV, beam_size: int, limit: int, alpha: float) -
     return (ended + cut)[:beam_size]
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.5, -0.5])
-def test_a_wide_beam_finds_what_exhaustive_search_finds(alpha):
-    # 3 symbols and 6 tokens: at most 972 continuations at once, which 2 * 487 - 1 candidates hold.
-    chains, beam_size = random_chains(0, 200, 6, vocab_size=6), 487
-    limits = np.random.default_rng(1).integers(1, 7, size=200)
-    found = search(chains, beam_size, limits, alpha)
+@pytest.mark.parametrize("symbols", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("form", "alpha"), [("gnmt", 0.0), ("gnmt", 0.6), ("gnmt", 1.5), ("gnmt", -0.5), ("length", 0.6), ("length", 1.0)]
+)
+def test_a_wide_beam_finds_what_exhaustive_search_finds(form, alpha, symbols):
+    """50 chains of each number of symbols, up to 6 tokens long, and all of their hypotheses in order."""
+    beam_size = symbols**5 * (symbols + 1) // 2 + 1  # 2 * beam_size - 1 candidates hold all continuations at once
+    chains = random_chains(symbols, 50, 6, vocab_size=3 + symbols)
+    limits = np.random.default_rng(1).integers(1, 7, size=50)
+    found = search(chains, beam_size, limits, alpha, form)
     for sentence, limit in enumerate(limits):
-        log_probs = every_hypothesis(log_softmax(chains[sentence]), limit, symbols=[3, 4, 5])
-        expected = {t: (t[-1] == EOS, value / penalty(len(t), alpha)) for t, value in log_probs.items()}
+        log_probs = every_hypothesis(log_softmax(chains[sentence]), limit, symbols=list(range(3, 3 + symbols)))
+        expected = {t: (t[-1] == EOS, value / penalty(len(t), alpha, form)) for t, value in log_probs.items()}
         ranked = sorted(expected.values(), reverse=True)[:beam_size]
         got = [tuple(tokens) for tokens in texts(found, sentence)]
         assert len(set(got)) == len(got) == len(ranked)
@@ -261,6 +197,32 @@ def test_a_limit_of_zero_gives_an_empty_hypothesis():
     assert not found.finished_BN[0].any()
     assert (found.tokens_BNT[0] == PAD).all()
     assert len(texts(found, 1)) == 3
+
+
+@pytest.mark.parametrize("weight", [0.3, 3.0])
+def test_coverage_decides_between_whole_hypotheses(weight):
+    """Against all there are; a source that is padding need not be attended to."""
+    chains = random_chains(15, 40, 6, vocab_size=6, eos_logit=1.0)
+    attention = np.random.default_rng(15).dirichlet(np.full(4, 0.2), 6).astype(np.float32)
+    is_source_BS = np.tile([True, True, True, False], (40, 1))
+    limits = np.random.default_rng(16).integers(1, 7, size=40)
+    coverage = Coverage(weight, jnp.asarray(is_source_BS))
+    step = attending_step(chains, attention)
+    found = jax.jit(lambda: search_with(step, (), (40, 487, 6), limits, 0.6, coverage=coverage))()
+    found = jax.tree.map(np.asarray, found)
+    changed = 0
+    for sentence, limit in enumerate(limits):
+        log_probs = every_hypothesis(log_softmax(chains[sentence]), limit, symbols=[3, 4, 5])
+        plain = {t: (t[-1] == EOS, value / penalty(len(t), 0.6)) for t, value in log_probs.items()}
+        scored = {
+            t: (whole, score + covered(attention[:, :3], [BOS, *t[:-1]], weight)) for t, (whole, score) in plain.items()
+        }
+        got = texts(found, sentence)
+        ranked = [score for _, score in sorted(scored.values(), reverse=True)][: len(got)]
+        np.testing.assert_allclose(found.scores_BN[sentence, : len(got)], ranked, atol=1e-4)
+        assert tuple(got[0]) == max(scored, key=lambda tokens: scored[tokens])
+        changed += tuple(got[0]) != max(plain, key=lambda tokens: plain[tokens])
+    assert changed > 5
 
 
 def test_a_sentence_does_not_depend_on_its_neighbours():

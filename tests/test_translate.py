@@ -1,178 +1,271 @@
-"""Sentences in, sentences out: order, neighbours, blank and long lines, and what decoding fields do."""
+"""The Python API and the command: one load, threads, flags, files that belong together, and lines that stream."""
 
-import dataclasses
-import functools
 import io
+import sys
+import threading
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import transformer
 from tests.conftest import small_config
-from transformer import batching, search, sharding, tokenizer, translate
-from transformer.batching import Ragged
+from tests.test_translator import LINES
+from transformer import sharding, step, tokenizer, translate
+from transformer.checkpoint import Checkpoints
+from transformer.compilation import CompileCounter
 from transformer.errors import UserError
-from transformer.model import reorder
-from transformer.step import Model
-from transformer.tokenizer import PAD
-from transformer.translate import Translator
 
-WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
-LINES = [" ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 9)) for i in range(40)]
+SHORT = [line for line in LINES if len(line.split()) < 4]  # of one width: one program
 
 
-@pytest.fixture(scope="module")
-def parts():
-    config = small_config(model={"num_layers": 1})
-    vocabulary = tokenizer.train(LINES, 300, "bpe")
-    model = Model(config.model, vocabulary.vocab_size)
-    return config, vocabulary, model, model.init(3)
-
-
-def make(parts, devices=1, **fields):
-    config, vocabulary, model, params = parts
-    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=devices))
-    decode = dataclasses.replace(config.decode, **fields)
-    translator = Translator(model, vocabulary, decode, mesh)
-    return translator, jax.device_put(params, sharding.replicated(mesh))
+def save(workdir, vocabulary, seed=3, **model):
+    """A workdir of an untrained model."""
+    config = small_config(model={"num_layers": 1, **model})
+    fresh = step.Model(config.model, vocabulary.vocab_size)
+    state = step.init_state(fresh, config, sharding.make_mesh(config.mesh))
+    state = state._replace(
+        params=jax.tree.map(lambda one, like: jax.device_put(one, like.sharding), fresh.init(seed), state.params)
+    )
+    Checkpoints(workdir).save(state, config, vocabulary, "digest of the data", {})
+    return workdir
 
 
 @pytest.fixture(scope="module")
-def usual(parts):
-    translator, params = make(parts)
-    return translator.translate(params, LINES)
+def vocabulary():
+    return tokenizer.train(LINES, 300, "bpe")
 
 
-def test_translations_are_varied_enough_to_tell_lines_apart(usual):
+@pytest.fixture(scope="module")
+def workdir(vocabulary, tmp_path_factory):
+    return save(tmp_path_factory.mktemp("runs") / "one", vocabulary)
+
+
+@pytest.fixture(scope="module")
+def another(vocabulary, tmp_path_factory):
+    return save(tmp_path_factory.mktemp("runs") / "another", vocabulary, seed=4, emb_dim=24, qkv_dim=24, value_dim=24)
+
+
+@pytest.fixture(scope="module")
+def loaded(workdir):
+    return transformer.load(workdir)
+
+
+@pytest.fixture(scope="module")
+def usual(loaded):
+    return loaded.translate(LINES)
+
+
+def test_a_call_translates_and_gives_n_best_when_asked(loaded, usual):
+    assert len(usual) == len(LINES)
     assert len(set(usual)) > 10
+    several = loaded.translate(SHORT[:2], n_best=2)
+    assert [found[0].text for found in several] == [usual[LINES.index(line)] for line in SHORT[:2]]
+    assert all(len(found) == 2 and found[0].score > found[1].score for found in several)
+    assert loaded.translate([]) == []
 
 
-@pytest.mark.parametrize("size", [1, 7, 40])
-def test_grouping_changes_nothing(parts, usual, size):
-    translator, params = make(parts)
-    got = []
-    for group in translate.chunks(LINES, size):
-        got += translator.translate(params, group)
-    assert got == usual
+def test_fields_wishes_and_seeds_can_be_given_to_a_call(loaded, usual):
+    short = [usual[LINES.index(line)] for line in SHORT]
+    assert loaded.translate(SHORT, beam_size=1) != short
+    drawn = [loaded.translate(SHORT, method="sample", seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    begun = loaded.translate(SHORT, prefixes=["red"] * len(SHORT), constraints=[["cat"]] * len(SHORT))
+    assert all(text.startswith("red") and "cat" in text for text in begun)
+    assert loaded.translate(SHORT) == short
 
 
-def test_order_changes_nothing_but_the_order(parts, usual):
-    translator, params = make(parts)
-    order = np.random.default_rng(0).permutation(len(LINES))
-    got = translator.translate(params, [LINES[i] for i in order])
-    assert got == [usual[i] for i in order]
+def test_programs_are_compiled_once_and_kept(loaded, usual):
+    calls = ({}, {"beam_size": 3}, {"method": "sample", "seed": 5}, {"n_best": 2})
+    for options in calls:
+        loaded.translate(SHORT, **options)
+    with CompileCounter() as counter:
+        for options in (*calls, {"method": "sample", "seed": 77}):
+            loaded.translate(SHORT[::-1], **options)
+    assert counter.count == 0
+    with CompileCounter() as counter:
+        loaded.translate(SHORT, length_penalty=0.7)
+    assert counter.count == 1
 
 
-def test_devices_change_nothing(parts, usual):
-    translator, params = make(parts, devices=8)
-    assert translator.translate(params, LINES) == usual
+def test_threads_get_what_one_caller_gets_and_compile_no_more(workdir):
+    """Eight threads with different work begin at once on a model that has compiled nothing."""
+    fresh, results = transformer.load(workdir), {}
+    work = [(SHORT[i % 2 :: 2], {"beam_size": 2 + i % 2}) for i in range(8)]
+    barrier = threading.Barrier(8)
 
+    def run(i):
+        barrier.wait()
+        results[i] = [fresh.translate(work[i][0], **work[i][1]) for _ in range(3)]
 
-def test_rows_are_filled_up_to_the_devices(parts, usual):
-    translator, params = make(parts, devices=8, batch_rows=3)
-    assert translator.translate(params, LINES[:3]) == usual[:3]
-
-
-def test_each_shape_is_compiled_once(parts):
-    translator, params = make(parts)
-    widths = {batching.ladder(len(ids)) for ids in parts[1].encode(LINES)}
-    for lines in (LINES, LINES[::-1], LINES[:9]):
-        translator.translate(params, lines)
-    assert translator._search._cache_size() == len(widths) > 1
-
-
-@pytest.mark.parametrize("lines", [[], [""], ["", "  ", "\t"], ["", LINES[3], " ", LINES[4]]])
-def test_blank_lines_have_blank_translations_in_their_place(parts, usual, lines):
-    translator, params = make(parts)
-    got = translator.translate(params, lines)
-    assert got == [usual[LINES.index(line)] if line in LINES else "" for line in lines]
+    with CompileCounter() as counter:
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert counter.count == 2
+    for i, (sentences, options) in enumerate(work):
+        assert results[i] == [fresh.translate(sentences, **options)] * 3
 
 
 @pytest.mark.parametrize(
-    "odd", ["\r", "a\rb", "\u2028", "a\u2028b", "\u0085", "\ufeffa", "\ufffd", "x" * 5000, "漢" * 40, "<s>"]
+    ("sentences", "options", "message"),
+    [
+        ("one text", {}, "expected a list of sentences, got one text"),
+        (["a"], {"beam": 3}, "config.decode: unknown field 'beam'"),
+        (["a"], {"beam_size": 0}, "config.decode.beam_size: expected at least 1, got 0"),
+        (["a"], {"temperature": 0.5}, "temperature = 0.5: read only with method = sample or mbr, got method = beam"),
+        (["a"], {"method": "sample", "coverage_penalty": 0.5}, "coverage_penalty = 0.5: read only with method = beam"),
+        (["a"], {"method": "sample", "mbr_samples": 3}, "mbr_samples = 3: read only with method = mbr"),
+        (["a"], {"seed": 3}, "seed = 3: read only with method = sample or mbr"),
+        (["a"], {"n_best": 3}, "n_best = 3: expected at most decode.beam_size = 2"),
+    ],
 )
-def test_every_line_gives_exactly_one_line(parts, odd):
-    translator, params = make(parts)
-    out = io.BytesIO()
-    translate.translate_stream(lambda group: translator.translate(params, group), [LINES[0], odd, LINES[1]], out, 2)
-    assert out.getvalue().count(b"\n") == 3
-    assert out.getvalue().endswith(b"\n")
+def test_what_cannot_be_asked_of_a_call_is_refused(loaded, sentences, options, message):
+    with pytest.raises(UserError) as caught:
+        loaded.translate(sentences, **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_long_source_is_cut_and_counted(parts, capsys):
-    translator, params = make(parts, max_source_tokens=8)
-    head = " ".join(WORDS)
-    got = translator.translate(params, [f"{head} has a cat", LINES[0], f"{head} sees"])
-    assert got[0] == got[2] != got[1]
-    assert translator.truncated == 2
-    translator.say_truncated()
-    assert "2 sources are longer than decode.max_source_tokens = 8" in capsys.readouterr().err
+def test_an_ensemble_is_loaded_from_workdirs(loaded, workdir, another, usual):
+    both = transformer.load(workdir, ensemble=[another]).translate(SHORT)
+    assert both != [usual[LINES.index(line)] for line in SHORT]
+    assert both == transformer.load(another, ensemble=[workdir]).translate(SHORT)
 
 
-def test_extra_length_bounds_the_output(parts):
-    """An untrained model rarely ends by itself, so the limit shows: source tokens + extra."""
-    config, vocabulary, model, params = parts
-    sources = Ragged.from_sequences(vocabulary.encode(LINES[:8]))
-    for extra in (1, 10):
-        decode = dataclasses.replace(config.decode, max_extra_length=extra)
-        search = jax.jit(functools.partial(translate.best_translations, model, decode))
-        tokens = np.asarray(search(params, sources.rectangle(np.arange(8), 16)))
-        assert tokens.shape == (8, 16 + extra)
-        lengths = (tokens != PAD).sum(1)
-        assert (lengths <= sources.lengths + extra).all()
-        assert (lengths == sources.lengths + extra).any()
+def test_an_ensemble_of_other_tokenizers_is_refused(workdir, tmp_path):
+    stranger = save(tmp_path / "stranger", tokenizer.train(LINES, 290, "bpe"))
+    with pytest.raises(UserError, match="expected the tokenizer of") as caught:
+        transformer.load(workdir, ensemble=[stranger])
+    assert "\n" not in str(caught.value)
 
 
-def test_a_wider_beam_finds_other_translations(parts, usual):
-    greedy, params = make(parts, beam_size=1)
-    assert greedy.translate(params, LINES) != usual
+def test_a_member_whose_positions_do_not_reach_is_refused(workdir, vocabulary, tmp_path):
+    short = save(tmp_path / "short", vocabulary, positions="learned", max_positions=80)
+    model = transformer.load(workdir, ensemble=[short])
+    assert len(model.translate(SHORT[:1])) == 1
+    with pytest.raises(UserError, match="max_positions: learned positions must cover"):
+        model.translate(SHORT[:1], max_extra_length=40)
 
 
-@pytest.mark.parametrize("beam_size", [1, 4])
-def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_size):
-    """Beams cross and cross again; decoding at once must agree with what each then remembers."""
-    _, vocabulary, model, params = parts
-    source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)
+def test_importing_the_package_imports_no_jax(root):
+    import subprocess
 
-    @jax.jit
-    def both(params):
-        module = model.bind(params)
-        memory, cache = module.start(source, beam_size, 12)
-        found = search.beam_search(
-            functools.partial(module.step, memory),
-            cache,
-            batch_size=8,
-            beam_size=beam_size,
-            max_length=12,
-            max_lengths_B=np.full(8, 12, np.int32),
-            length_penalty=0.6,
-            bos_id=tokenizer.BOS,
-            eos_id=tokenizer.EOS,
-            pad_id=PAD,
-            reorder=reorder,
-        )
-        targets = found.tokens_BNT.reshape(8 * beam_size, 12)
-        logits = module(np.repeat(source, beam_size, 0), targets)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-        return found, jnp.where(targets != PAD, picked, 0.0).sum(-1).reshape(8, beam_size)
-
-    found, log_probs = both(params)
-    want = log_probs / ((5 + found.lengths_BN.astype(jnp.float32)) / 6) ** 0.6
-    np.testing.assert_allclose(found.scores_BN, want, rtol=1e-5)
-    assert len(np.unique(np.asarray(found.tokens_BNT[0]), axis=0)) == beam_size
+    program = "import sys, transformer; transformer.load; print('jax' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
+    assert result.stdout == "False\n"
 
 
-def test_the_length_penalty_is_the_config_s(parts):
-    """A model that likes to end ends early, unless long hypotheses are made up to."""
-    params = jax.tree.map(lambda leaf: leaf, parts[3])
-    end_V = params["embeddings"]["shared"]["table"][tokenizer.EOS]
-    params["decoder"][0]["mlp_residual"]["norm"]["bias"] = 2 * end_V / jnp.linalg.norm(end_V)
-    lengths = [
-        sum(map(len, make(parts, beam_size=4, length_penalty=alpha)[0].translate(params, LINES)))
-        for alpha in (0.0, 3.0)
-    ]
-    assert 3 * lengths[0] < lengths[1]
+@pytest.fixture
+def command(workdir, monkeypatch, capfdbinary):
+    """Runs the command on lines of text; gives its lines."""
+
+    def run(lines, *flags):
+        text = "".join(f"{line}\n" for line in lines).encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        translate.main(["translate", f"--workdir={workdir}", *map(str, flags)])
+        return capfdbinary.readouterr().out
+
+    return run
+
+
+def write(path, lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+WAYS = {
+    "beam": [],
+    "n-best": ["--n_best=2"],
+    "sample": ["--decode.method=sample", "--n_best=3", "--decode.top_p=0.9"],
+    "mbr": ["--mbr=4", "--decode.seed=3"],
+    "wishes": ["--decode.max_extra_length=25"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_neither_batch_size_nor_order_changes_a_byte(command, tmp_path, way):
+    lines = [*SHORT, "", *SHORT[3:]]
+    prefixes = ["red" if i % 3 == 0 and line else "" for i, line in enumerate(lines)]
+    phrases = ["cat\told tree" if i % 2 == 0 and line else "" for i, line in enumerate(lines)]
+
+    def run(order, size):
+        files = []
+        if way == "wishes":
+            one = write(tmp_path / "prefixes", [prefixes[i] for i in order])
+            other = write(tmp_path / "phrases", [phrases[i] for i in order])
+            files = [f"--prefix_file={one}", f"--constraint_file={other}"]
+        return command([lines[i] for i in order], *WAYS[way], *files, f"--batch_size={size}")
+
+    straight = range(len(lines))
+    usual = run(straight, 32)
+    assert usual == run(straight, 1) == run(straight, 7)
+    order = np.random.default_rng(0).permutation(len(lines))
+    shuffled = run(order, 7).decode().split("\n")[:-1]
+    if "n_best" in str(WAYS[way]):
+        by_line = [line.split(" ||| ", 1) for line in shuffled]
+        shuffled = [f"{int(order[int(index)])} ||| {rest}" for index, rest in by_line]
+        assert sorted(shuffled) == sorted(usual.decode().split("\n")[:-1])
+    else:
+        back = dict(zip(order.tolist(), shuffled, strict=True))
+        assert [back[i] for i in straight] == usual.decode().split("\n")[:-1]
+    if way == "wishes":
+        for prefix, several, text in zip(prefixes, phrases, usual.decode().split("\n")[:-1], strict=True):
+            assert text.startswith(prefix)
+            assert all(phrase in text for phrase in several.split("\t"))
+
+
+def test_n_best_lines_are_those_of_moses(command, loaded):
+    got = command([SHORT[0], "", SHORT[1]], "--n_best=2").decode().split("\n")
+    found = loaded.translate([SHORT[0], "", SHORT[1]], n_best=2)
+    want = [f"{i} ||| {one.text} ||| {one.score:.6f}" for i, several in enumerate(found) for one in several]
+    assert got == [*want, ""]
+    assert [line.split(" ||| ")[0] for line in want] == ["0", "0", "1", "2", "2"]
+
+
+def test_flags_are_fields(command, usual, another, loaded):
+    short = "".join(f"{usual[LINES.index(line)]}\n" for line in SHORT).encode()
+    assert command(SHORT) == command(SHORT, "--decode.beam_size=2") == short
+    assert command(SHORT, "--beam_size=1") == command(SHORT, "--decode.beam_size", "1") != short
+    assert command(SHORT, "--mbr=3") == command(SHORT, "--decode.method=mbr", "--decode.mbr_samples=3") != short
+    assert command(SHORT, f"--ensemble={another}") != short
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--decode.beam=3"], "config.decode: unknown field 'beam'; did you mean 'beam_size'"),
+        (["--decode.beam_size=two"], "--decode.beam_size: expected int, got 'two'"),
+        (["--decode=3"], "expected --decode.FIELD=VALUE"),
+        (["--beam_size=3", "--decode.beam_size=3"], "--beam_size and --decode.beam_size set the same"),
+        (["--mbr=3", "--decode.method=sample"], "--mbr and --decode.method set the same"),
+        (["--n_best=9"], "n_best = 9: expected at most decode.beam_size = 2"),
+        (["--decode.top_p=2"], "config.decode.top_p: expected at most 1, got 2.0"),
+        (["--prefix_file=FILE", "--constraint_file=none.tsv"], "none.tsv"),
+        (["--prefix_file=FILE"], "stdin has 1 lines and"),
+    ],
+)
+def test_bad_flags_are_one_message(command, tmp_path, flags, message):
+    path = write(tmp_path / "two", ["red", "red"])
+    with pytest.raises(UserError) as caught:
+        command(SHORT[:1], *[flag.replace("FILE", str(path)) for flag in flags])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_name_the_line_whatever_the_group(command, tmp_path):
+    path = write(tmp_path / "phrases", ["", "", "red\t"])
+    with pytest.raises(UserError, match="sentence 3: expected phrases that are not empty"):
+        command(SHORT[:3], f"--constraint_file={path}", "--batch_size=2")
+
+
+def test_a_file_that_ends_early_says_so_after_what_it_held(command, tmp_path, capfdbinary):
+    path = write(tmp_path / "one", ["red"])
+    with pytest.raises(UserError, match="one has 1 lines and stdin has more"):
+        command(SHORT[:2], f"--prefix_file={path}")
+    assert capfdbinary.readouterr().out.startswith(b"red")
 
 
 def test_lines_before_one_that_is_no_text_are_translated_still():
@@ -182,7 +275,7 @@ def test_lines_before_one_that_is_no_text_are_translated_still():
 
     out = io.BytesIO()
     with pytest.raises(UserError, match="line 2"):
-        translate.translate_stream(lambda group: group, lines(), out, 10)
+        translate.translate_stream(list, lines(), out, 10)
     assert out.getvalue() == b"a\n"
 
 
@@ -195,3 +288,13 @@ def test_the_stream_is_flushed_group_by_group():
 
     translate.translate_stream(lambda group: [line.upper() for line in group], iter(["a", "b", "c"]), Out(), 2)
     assert written == [b"A\nB\n", b"A\nB\nC\n"]
+
+
+@pytest.mark.parametrize(
+    "odd", ["\r", "a\rb", "\u2028", "a\u2028b", "\u0085", "\ufeffa", "\ufffd", "x" * 5000, "漢" * 40, "<s>"]
+)
+def test_every_line_gives_exactly_one_line(loaded, odd):
+    out = io.BytesIO()
+    translate.translate_stream(loaded.translate, [LINES[0], odd, LINES[1]], out, 2)
+    assert out.getvalue().count(b"\n") == 3
+    assert out.getvalue().endswith(b"\n")

@@ -1,4 +1,25 @@
 """The Transformer of "Attention Is All You Need" (Vaswani et al., 2017) in JAX and Flax.
 
+    import transformer
+
+    model = transformer.load("runs/mine", checkpoint="best")
+    model.translate(["Good morning!"], beam_size=8)
+
 Importing this package imports neither JAX nor Flax: a config is checked before either is paid for.
 """
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformer.translate import LoadedModel
+
+
+def load(
+    workdir: str | os.PathLike, checkpoint: str = "latest", ensemble: Sequence[str | os.PathLike] = ()
+) -> "LoadedModel":
+    """Reads the trained model of a workdir once, to translate often: see `transformer.translate.load`."""
+    from transformer import translate
+
+    return translate.load(workdir, checkpoint, ensemble)

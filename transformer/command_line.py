@@ -65,7 +65,7 @@ def config_flags(argv: list[str]) -> tuple[configs.Config, list[str]]:
     Raises:
       UserError: no such file, an error inside it, an unknown field, or a value that cannot be.
     """
-    mine, rest = _split(argv[1:])
+    mine, rest = _split(argv[1:], "config")
     paths = [argument.partition("=")[2] for argument in mine if argument.startswith("--config=")]
     if len(paths) != 1 or not paths[0]:
         raise UserError(f"expected one --config=FILE, such as --config=configs/demo.py, got {len(paths)}")
@@ -119,14 +119,31 @@ def _inside(path: str, error: Exception) -> str:
     return f"--config={path}: {where}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The --config flags, each as one --name=value, and all others."""
+def decode_flags(argv: list[str]) -> tuple[dict[str, int | float | bool | str], list[str]]:
+    """Reads --decode.FIELD=VALUE, each of which overrides a field of the checkpoint's config; the rest as well.
+
+    Raises:
+      UserError: an unknown field, or a value that is not of its type; bounds are checked with the config.
+    """
+    mine, rest = _split(argv[1:], "decode")
+    fields = {}
+    for argument in mine:
+        name, _, text = argument.partition("=")
+        if name == "--decode":
+            raise UserError(f"{argument}: expected --decode.FIELD=VALUE, such as --decode.length_penalty=1")
+        field = name.removeprefix("--decode.")
+        fields[field] = _parse(name, "decode", field, text)
+    return fields, rest
+
+
+def _split(arguments: list[str], prefix: str) -> tuple[list[str], list[str]]:
+    """The flags --PREFIX and --PREFIX.ANYTHING, each as one --name=value, and all others."""
     mine, rest = [], []
     queue = list(arguments)
     while queue:
         argument = queue.pop(0)
         name = argument.partition("=")[0].lstrip("-")
-        if not argument.startswith("-") or (name != "config" and not name.startswith("config.")):
+        if not argument.startswith("-") or (name != prefix and not name.startswith(f"{prefix}.")):
             rest.append(argument)
             continue
         if "=" not in argument:
@@ -145,12 +162,17 @@ def _override(argument: str) -> tuple[str, str, int | float | bool | str]:
     if len(parts) != 2:
         raise UserError(f"{argument}: expected --config.SECTION.FIELD=VALUE")
     section, field = parts
+    return section, field, _parse(name, section, field, text)
+
+
+def _parse(flag: str, section: str, field: str, text: str) -> int | float | bool | str:
+    """The value of a flag in the type of its field."""
     validation.refuse_unknown(f"config.{section}", [field], configs.field_names(section))
     kind = configs.field_type(section, field)
     try:
-        return section, field, PARSERS[kind](text)
+        return PARSERS[kind](text)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{name}: expected {kind.__name__}, got {text!r}") from error
+        raise UserError(f"{flag}: expected {kind.__name__}, got {text!r}") from error
 
 
 def _parse_int(text: str) -> int:

@@ -141,10 +141,32 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """Beam search, the same in validation, evaluation and translation."""
+    """How translations are searched for, the same in validation, evaluation and translation."""
 
-    beam_size: int = _field(4, "hypotheses kept; 1 is greedy", low=1, high=1000)
-    length_penalty: float = _field(0.6, "alpha of the GNMT length penalty ((5 + length) / 6)^alpha", low=0, high=10)
+    method: str = _field(
+        "beam",
+        "beam search, a sample, or of mbr_samples samples the one most like the others by chrF (minimum Bayes risk)",
+        one_of=("beam", "sample", "mbr"),
+    )
+    beam_size: int = _field(4, "hypotheses kept by beam search; 1 is greedy", low=1, high=1000)
+    length_penalty: float = _field(0.6, "alpha of the length penalty; 0 is none", low=0, high=10)
+    length_penalty_form: str = _field(
+        "gnmt",
+        "what log-probabilities are divided by: gnmt ((5 + length) / 6)^alpha, or length^alpha",
+        one_of=("gnmt", "length"),
+    )
+    coverage_penalty: float = _field(
+        0.0, "beam: beta of the GNMT coverage penalty on sources left out; 0 is none", low=0, high=10
+    )
+    min_length: int = _field(0, "tokens of a translation, at least, its end not counted, where the limit allows", low=0)
+    no_repeat_ngram: int = _field(0, "no n-gram of so many tokens occurs twice in a translation; 0: any may", low=0)
+    temperature: float = _field(1.0, "sample, mbr: logits are divided by it", low=0.01, high=100)
+    top_k: int = _field(0, "sample, mbr: only among so many most probable tokens; 0: all", low=0)
+    top_p: float = _field(
+        1.0, "sample, mbr: only among the fewest tokens of this share of the probability; 1: all", low=TINY, high=1
+    )
+    seed: int = _field(0, "sample, mbr: of the samples; equal sentences get equal ones", low=0, high=2**31 - 1)
+    mbr_samples: int = _field(16, "mbr: samples drawn of each sentence", low=2, high=1000)
     max_extra_length: int = _field(50, "a translation has at most source length + this many tokens", low=1)
     batch_rows: int = _field(
         32, "sentences the device decodes at once: a fixed shape, whatever --batch_size groups", low=1

@@ -18,7 +18,7 @@ from transformer.config import Config
 from transformer.errors import UserError
 from transformer.step import Model, Params, make_eval_step
 from transformer.tokenizer import Tokenizer, cut
-from transformer.translate import Translator
+from transformer.translator import Translator
 
 Scores = dict[str, float | str]
 METRICS = {"bleu": BLEU, "chrf": CHRF, "ter": TER}

@@ -181,6 +181,11 @@ class MultiHeadAttention(nnx.Module):
         mask = visible.mask(x_BND.shape[1], k_BSHK.shape[1])
         return self.project(attention.dot_product_attention(self.queries(x_BND), k_BSHK, v_BSHK, mask))
 
+    def weights(self, x_BTD: Array, k_BSHK: Array, visible: Visible) -> Array:
+        """How much each query attends to each key, the mean over heads: float32 [B, T, S]."""
+        mask = visible.mask(x_BTD.shape[1], k_BSHK.shape[1])
+        return attention.attention_weights(self.queries(x_BTD), k_BSHK, mask).mean(axis=1)
+
 
 class Residual(nnx.Module):
     """A sublayer's dropout, residual sum and LayerNorm, in either order.

@@ -4,7 +4,7 @@ B batch, S source length, T target length, D model width, V vocabulary, N beams,
 H heads, K width per head.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,8 +91,13 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache,
         ancestors_BNT: Array,
         position: Array,
-    ) -> tuple[Array, LayerCache]:
-        """One position of every beam; beams share the source's keys and values as so many queries."""
+        attending: bool,
+    ) -> tuple[Array, LayerCache, Array | None]:
+        """One position of every beam; beams share the source's keys and values as so many queries.
+
+        If `attending`, the third result is how much each beam attends to the source: float32 [B, N, S].
+        """
+        weights_BNS = None
 
         def look_back(y_BND: Array) -> Array:
             nonlocal cache
@@ -104,9 +109,15 @@ class DecoderLayer(nnx.Module):
             heads = attention.cached_attention(self.attention.queries(y_BND), *cache, ancestors_BNT, position)
             return self.attention.project(heads)
 
+        def look_across(y_BND: Array) -> Array:
+            nonlocal weights_BNS
+            if attending:
+                weights_BNS = self.cross.weights(y_BND, source[0], visible)
+            return self.cross.look(y_BND, *source, visible)
+
         x_BND = self.attention_residual(x_BND, look_back)
-        x_BND = self.cross_residual(x_BND, lambda y: self.cross.look(y, *source, visible))
-        return self.mlp_residual(x_BND, self.mlp), cache
+        x_BND = self.cross_residual(x_BND, look_across)
+        return self.mlp_residual(x_BND, self.mlp), cache, weights_BNS
 
 
 class Transformer(nnx.Module):
@@ -183,16 +194,29 @@ class Transformer(nnx.Module):
 
     def step(self, memory: Memory, cache: Cache, inputs_BN: Array, position: Array) -> tuple[Array, Cache]:
         """One position of every beam: logits float32 [B, N, V], and the cache with it written."""
+        logits_BNV, cache, _ = self._step(memory, cache, inputs_BN, position, False)
+        return logits_BNV, cache
+
+    def step_attending(
+        self, memory: Memory, cache: Cache, inputs_BN: Array, position: Array
+    ) -> tuple[Array, Cache, Array]:
+        """As `step`, and the last layer's attention to the source, the mean over heads: float32 [B, N, S], of sum 1."""
+        return self._step(memory, cache, inputs_BN, position, True)
+
+    def _step(
+        self, memory: Memory, cache: Cache, inputs_BN: Array, position: Array, attending: bool
+    ) -> tuple[Array, Cache, Any]:
         table_1TD = self._positions("target", cache.ancestors_BNT.shape[2])
         row_11D = jax.lax.dynamic_slice_in_dim(table_1TD, position, 1, axis=1)
         x_BND = self._embed("target", inputs_BN, row_11D, None)
         here_BN1 = jax.lax.broadcasted_iota(jnp.int32, (*inputs_BN.shape, 1), 1)
         ancestors_BNT = jax.lax.dynamic_update_slice_in_dim(cache.ancestors_BNT, here_BN1, position, axis=2)
-        written = []
+        written, attended_BNS = [], None
         for layer, source, past in zip(self.decoder, memory.layers, cache.layers, strict=True):
-            x_BND, past = layer.step(x_BND, source, memory.visible, past, ancestors_BNT, position)
+            asked = attending and layer is self.decoder[-1]
+            x_BND, past, attended_BNS = layer.step(x_BND, source, memory.visible, past, ancestors_BNT, position, asked)
             written.append(past)
-        return self._logits(x_BND), Cache(written, ancestors_BNT)
+        return self._logits(x_BND), Cache(written, ancestors_BNT), attended_BNS
 
     def _table(self, name: str) -> Embedding:
         return self.embeddings["shared" if self.config.share_embeddings else name]

@@ -1,6 +1,6 @@
 """Beam search, and greedy search as a beam of one, over a step function; knows nothing of the model.
 
-Shapes: B sentences, N beams, C = 2N - 1 candidates, T maximal length in tokens, V vocabulary.
+Shapes: B sentences, N beams, C candidates, T maximal length, V vocabulary, S source length, K phrases of L tokens.
 
 How hypotheses end, and how they rank:
 - Of the 2N - 1 best continuations of a sentence those with EOS have ended, and the N best others go on.
@@ -11,46 +11,35 @@ How hypotheses end, and how they rank:
 - A hypothesis that the limit cuts is returned whole, without EOS, as not finished. Finished ones come
   first, by score; cut ones fill the places left over, by score.
 - PAD and BOS are never generated. Their probability is not shared out among the other tokens: a score
-  is what the model gave.
+  is what the model gave. The same holds of what restrictions rule out.
+- With phrases, a hypothesis ends only when it holds them all, and `constraints` shares out the beam.
 
 Sentences are searched apart. Over several devices call `beam_search` in a `jax.shard_map` over the sentences
 (check_vma=False): where XLA splits the batch by itself, each device gets all logits for its top_k.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Cache = Any
-"""Any pytree of arrays: what the step function remembers of each hypothesis."""
-
-StepFn = Callable[[Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
-"""(cache, the last token of each hypothesis: int32 [B, N], its position from 0, BOS being at 0: int32 [])
-→ (logits of the next token: any float [B, N, V], the cache of the same shapes and dtypes)."""
-
-Reorder = Callable[[Cache, jax.Array], Cache]
-"""(cache, parents: int32 [B, N]) → the cache in which hypothesis n goes on from what was parents[b, n]."""
-
-IMPOSSIBLE = -1e9
-"""The log-probability and the score of what cannot be: finite, so that sums and ratios stay free of NaN."""
-
-
-class Hypotheses(NamedTuple):
-    """The N best hypotheses of each sentence, best first; a slot for which there is none has length 0.
-
-    tokens_BNT: int32, without BOS, with EOS where it was reached, PAD after.
-    lengths_BN: int32, tokens up to and with EOS.
-    scores_BN: float32, log-probability / length penalty; IMPOSSIBLE in an empty slot.
-    finished_BN: bool, whether EOS was reached.
-    """
-
-    tokens_BNT: jax.Array
-    lengths_BN: jax.Array
-    scores_BN: jax.Array
-    finished_BN: jax.Array
+from transformer import constraints
+from transformer.hypotheses import (
+    IMPOSSIBLE,
+    Cache,
+    Coverage,
+    Hypotheses,
+    Reorder,
+    SpecialIds,
+    StepFn,
+    is_possible,
+    join,
+    length_penalties,
+    move_beams,
+    take_beams,
+)
+from transformer.restrictions import Restrictions, allowed_next
 
 
 class _Rules(NamedTuple):
@@ -58,23 +47,29 @@ class _Rules(NamedTuple):
 
     limits_B: jax.Array
     penalties: jax.Array
-    pad_id: int
-    bos_id: int
-    eos_id: int
+    ids: SpecialIds
+    restrictions: Restrictions
+    coverage: Coverage | None
+    phrases: constraints.Phrases | None
 
 
 class _Beams(NamedTuple):
-    """The hypotheses that go on and the best that have ended, both best first; tokens start with BOS."""
+    """The hypotheses that go on and the best that have ended, both best first; tokens start with BOS.
+
+    What coverage and phrases remember of those that go on is None without them.
+    """
 
     alive_tokens: jax.Array
     alive_log_probs_BN: jax.Array
     ended_tokens: jax.Array
     ended_lengths_BN: jax.Array
     ended_scores_BN: jax.Array
+    attended_BNS: Any
+    progress_BNK: Any
 
 
 class _Candidates(NamedTuple):
-    """The 2N - 1 best continuations of each sentence, best first."""
+    """The 2N - 1 best continuations of each sentence, best first, and then those that phrases call for."""
 
     log_probs_BC: jax.Array
     parents_BC: jax.Array
@@ -101,6 +96,10 @@ def beam_search(
     eos_id: int,
     pad_id: int,
     reorder: Reorder | None = None,
+    length_penalty_form: str = "gnmt",
+    restrictions: Restrictions | None = None,
+    coverage: Coverage | None = None,
+    phrases_BKL: jax.Array | None = None,
 ) -> Hypotheses:
     """Searches for the N hypotheses of each sentence with the best log-probability / length penalty.
 
@@ -114,18 +113,30 @@ def beam_search(
       batch_size, beam_size, max_length: B, N and T; static.
       max_lengths_B: int32 [B], the most tokens, EOS counted, of each sentence; kept within 0..T. A limit
         of 0 marks a row as padding: it is done from the start and gives an empty hypothesis.
-      length_penalty: alpha of ((5 + length) / 6) ** alpha (Wu et al., 2016, equation 14), EOS counted; a
-        float, or a float32 scalar that may differ from call to call of one compiled search.
+      length_penalty: alpha of `length_penalties`; a float, or a float32 scalar that may differ from call to
+        call of one compiled search.
       bos_id, eos_id, pad_id: token ids; EOS may be the same as one of the others.
       reorder: makes the cache follow its hypotheses, where that can be done for less than moving all of it;
         None moves each leaf, which then is [batch_size, beam_size, ...].
+      length_penalty_form: gnmt or length; static.
+      restrictions: what hypotheses may say.
+      coverage: a penalty added to the scores; `step` then returns its attention too.
+      phrases_BKL: int32, what each translation must hold, PAD after each phrase. All are met if the prefix,
+        the phrases one after the other and EOS fit into the limit; nothing is returned that lacks one.
 
     Raises:
       ValueError: a size is not positive, or a leaf of a cache to be moved does not lead with [B, N].
     """
     _check_shapes(None if reorder else cache, batch_size, beam_size, max_length)
     limits_B = jnp.clip(max_lengths_B, 0, max_length)
-    rules = _Rules(limits_B, _length_penalties(max_length, length_penalty), pad_id, bos_id, eos_id)
+    rules = _Rules(
+        limits_B,
+        length_penalties(max_length, length_penalty, length_penalty_form),
+        SpecialIds(pad_id, bos_id, eos_id),
+        restrictions or Restrictions(),
+        coverage,
+        None if phrases_BKL is None else constraints.phrases(phrases_BKL, pad_id),
+    )
     start = _State(
         position=jnp.zeros((), jnp.int32),
         cache=cache,
@@ -151,48 +162,52 @@ def _check_shapes(cache: Cache, batch_size: int, beam_size: int, max_length: int
             )
 
 
-def _length_penalties(max_length: int, alpha: float | jax.Array) -> jax.Array:
-    lengths = jnp.arange(max_length + 1, dtype=jnp.float32)
-    return ((5 + lengths) / 6) ** alpha
-
-
 def _first_beams(batch_size: int, beam_size: int, max_length: int, rules: _Rules) -> _Beams:
     """One hypothesis to go on, BOS alone; the other beams are impossible, else they would repeat it."""
-    tokens = jnp.full((batch_size, beam_size, 1 + max_length), rules.pad_id, jnp.int32)
+    tokens = jnp.full((batch_size, beam_size, 1 + max_length), rules.ids.pad, jnp.int32)
     impossible_BN = jnp.full((batch_size, beam_size), IMPOSSIBLE, jnp.float32)
     return _Beams(
-        alive_tokens=tokens.at[:, :, 0].set(rules.bos_id),
+        alive_tokens=tokens.at[:, :, 0].set(rules.ids.bos),
         alive_log_probs_BN=impossible_BN.at[:, 0].set(0),
         ended_tokens=tokens,
         ended_lengths_BN=jnp.zeros((batch_size, beam_size), jnp.int32),
         ended_scores_BN=impossible_BN,
+        attended_BNS=rules.coverage and rules.coverage.start(beam_size),
+        progress_BNK=rules.phrases and constraints.start(rules.phrases, beam_size),
     )
 
 
 def _advance(step: StepFn, reorder: Reorder, state: _State, rules: _Rules) -> _State:
     """Extends all hypotheses by one token."""
     last_BN = jax.lax.dynamic_index_in_dim(state.beams.alive_tokens, state.position, axis=2, keepdims=False)
-    logits_BNV, cache = step(state.cache, last_BN, state.position)
-    candidates = _expand(logits_BNV, state.beams.alive_log_probs_BN, rules)
+    logits_BNV, cache, *attention = step(state.cache, last_BN, state.position)
+    before = state.beams
+    if rules.coverage:
+        before = before._replace(attended_BNS=before.attended_BNS + attention[0])
+    candidates = _expand(logits_BNV, before, state.position, rules)
     position = state.position + 1
-    beams, parents_BN = _select(candidates, state.beams, position, rules)
+    beams, parents_BN = _select(candidates, before, position, rules)
     beams = jax.tree.map(lambda old, new: _where_rows(state.done_B, old, new), state.beams, beams)
     if last_BN.shape[1] > 1:
         cache = reorder(cache, parents_BN)
     return _State(position, cache, beams, state.done_B | _is_done(beams, position, rules))
 
 
-def _expand(logits_BNV: jax.Array, alive_log_probs_BN: jax.Array, rules: _Rules) -> _Candidates:
+def _expand(logits_BNV: jax.Array, beams: _Beams, position: jax.Array, rules: _Rules) -> _Candidates:
     batch_size, beam_size, vocab_size = logits_BNV.shape
-    allowed_V = np.ones(vocab_size, bool)
-    allowed_V[[rules.pad_id, rules.bos_id]] = False
-    allowed_V[rules.eos_id] = True
+    allowed = allowed_next(rules.restrictions, beams.alive_tokens, position, rules.limits_B, vocab_size, rules.ids)
+    if rules.phrases:
+        may_end_BN = constraints.all_met(rules.phrases, beams.progress_BNK)
+        allowed = allowed & ((np.arange(vocab_size) != rules.ids.eos)[None, None, :] | may_end_BN[:, :, None])
     # In float32 also for speed: XLA's top_k on a CPU takes 10 to 100 times as long in bfloat16.
-    log_probs_BNV = jax.nn.log_softmax(logits_BNV.astype(jnp.float32)) + alive_log_probs_BN[:, :, None]
+    log_probs_BNV = jax.nn.log_softmax(logits_BNV.astype(jnp.float32)) + beams.alive_log_probs_BN[:, :, None]
     # NaN, from a beam with no possible token, compares as false and becomes IMPOSSIBLE too.
-    possible_BNV = _is_possible(log_probs_BNV) & allowed_V[None, None, :]
-    log_probs_BNV = jnp.where(possible_BNV, log_probs_BNV, IMPOSSIBLE)
+    log_probs_BNV = jnp.where(is_possible(log_probs_BNV) & allowed, log_probs_BNV, IMPOSSIBLE)
     log_probs_BC, flat_BC = jax.lax.top_k(log_probs_BNV.reshape(batch_size, -1), 2 * beam_size - 1)
+    if rules.phrases:
+        log_probs_BC, flat_BC = constraints.add_candidates(
+            rules.phrases, beams.progress_BNK, log_probs_BNV, log_probs_BC, flat_BC, rules.ids.eos
+        )
     return _Candidates(log_probs_BC, flat_BC // vocab_size, flat_BC % vocab_size)
 
 
@@ -202,80 +217,80 @@ def _select(candidates: _Candidates, beams: _Beams, position: jax.Array, rules: 
     # back end then sorts all N * V values: 30 to 100 times as slow.
     log_probs_BC, parents_BC, last_BC = candidates
     beam_size = beams.ended_scores_BN.shape[1]
-    tokens = _take_beams(beams.alive_tokens, parents_BC)
+    tokens = take_beams(beams.alive_tokens, parents_BC)
     tokens = jax.lax.dynamic_update_index_in_dim(tokens, last_BC, position, axis=2)
-    is_eos_BC = last_BC == rules.eos_id
+    is_eos_BC = last_BC == rules.ids.eos
 
-    ends_BC = is_eos_BC & _is_possible(log_probs_BC)
-    scores_BC = jnp.where(ends_BC, log_probs_BC / rules.penalties[position], IMPOSSIBLE)
+    ends_BC = is_eos_BC & is_possible(log_probs_BC)
+    scores_BC = log_probs_BC / rules.penalties[position]
+    if rules.coverage:
+        scores_BC += take_beams(rules.coverage.score(beams.attended_BNS), parents_BC)
+    scores_BC = jnp.where(ends_BC, scores_BC, IMPOSSIBLE)
     lengths_BC = jnp.where(ends_BC, position, 0)
     # Those that ended before come first, so that a tie changes nothing, as the early stop expects.
-    ended_scores_BN, picked_BN = jax.lax.top_k(_join(beams.ended_scores_BN, scores_BC), beam_size)
+    ended_scores_BN, picked_BN = jax.lax.top_k(join(beams.ended_scores_BN, scores_BC), beam_size)
 
     open_log_probs_BC = jnp.where(is_eos_BC, IMPOSSIBLE, log_probs_BC)
-    alive_log_probs_BN, kept_BN = jax.lax.top_k(open_log_probs_BC, beam_size)
+    progress_BNK = None
+    if rules.phrases:
+        progress_BCK = constraints.advance(rules.phrases, take_beams(beams.progress_BNK, parents_BC), last_BC)
+        alive_log_probs_BN, kept_BN = constraints.allocate(rules.phrases, progress_BCK, open_log_probs_BC, beam_size)
+        progress_BNK = take_beams(progress_BCK, kept_BN)
+    else:
+        alive_log_probs_BN, kept_BN = jax.lax.top_k(open_log_probs_BC, beam_size)
+    came_from_BN = take_beams(parents_BC, kept_BN)
     selected = _Beams(
-        alive_tokens=_take_beams(tokens, kept_BN),
+        alive_tokens=take_beams(tokens, kept_BN),
         alive_log_probs_BN=alive_log_probs_BN,
-        ended_tokens=_take_beams(_join(beams.ended_tokens, tokens), picked_BN),
-        ended_lengths_BN=_take_beams(_join(beams.ended_lengths_BN, lengths_BC), picked_BN),
+        ended_tokens=take_beams(join(beams.ended_tokens, tokens), picked_BN),
+        ended_lengths_BN=take_beams(join(beams.ended_lengths_BN, lengths_BC), picked_BN),
         ended_scores_BN=ended_scores_BN,
+        attended_BNS=None if beams.attended_BNS is None else take_beams(beams.attended_BNS, came_from_BN),
+        progress_BNK=progress_BNK,
     )
-    return selected, _take_beams(parents_BC, kept_BN)
+    return selected, came_from_BN
 
 
 def _is_done(beams: _Beams, position: jax.Array, rules: _Rules) -> jax.Array:
     """Whether each sentence is at its limit, or nothing that goes on can enter its N ended hypotheses."""
     best_B = jnp.max(beams.alive_log_probs_BN, axis=1)
-    # Log-probabilities only fall, and the penalty is monotone: its largest value is at one of the two ends.
+    # Log-probabilities only fall, coverage adds nothing above 0, and the penalty is monotone: its largest value is
+    # at one of the two ends.
     largest_penalty_B = jnp.maximum(rules.penalties[position], rules.penalties[rules.limits_B])
     beaten_B = best_B / largest_penalty_B <= jnp.min(beams.ended_scores_BN, axis=1)
-    return (position >= rules.limits_B) | ~_is_possible(best_B) | beaten_B
+    return (position >= rules.limits_B) | ~is_possible(best_B) | beaten_B
 
 
 def _collect(beams: _Beams, rules: _Rules) -> Hypotheses:
     """Ended hypotheses first, then the cut ones; a sentence with places left over is at its limit or has none."""
-    possible_BN = _is_possible(beams.alive_log_probs_BN)
-    cut_lengths_BN = jnp.where(possible_BN, rules.limits_B[:, None], 0)
-    cut_scores_BN = beams.alive_log_probs_BN / rules.penalties[rules.limits_B][:, None]
+    possible_BN = is_possible(beams.alive_log_probs_BN)
+    cut_tokens, cut_scores_BN = beams.alive_tokens, beams.alive_log_probs_BN / rules.penalties[rules.limits_B][:, None]
+    if rules.phrases:
+        possible_BN &= constraints.all_met(rules.phrases, beams.progress_BNK)
+    if rules.coverage:
+        cut_scores_BN += rules.coverage.score(beams.attended_BNS)
     cut_scores_BN = jnp.where(possible_BN, cut_scores_BN, IMPOSSIBLE)
+    if rules.phrases or rules.coverage:
+        cut_scores_BN, order_BN = jax.lax.top_k(cut_scores_BN, cut_scores_BN.shape[1])
+        cut_tokens, possible_BN = take_beams(cut_tokens, order_BN), is_possible(cut_scores_BN)
+    cut_lengths_BN = jnp.where(possible_BN, rules.limits_B[:, None], 0)
 
-    finished_BN = _is_possible(beams.ended_scores_BN)
+    finished_BN = is_possible(beams.ended_scores_BN)
     beam_size = finished_BN.shape[1]
     num_finished_B1 = jnp.sum(finished_BN, axis=1, keepdims=True, dtype=jnp.int32)
     slots_1N = jnp.arange(beam_size, dtype=jnp.int32)[None, :]
     # Both lists are sorted: slot i holds the i-th ended hypothesis or, past their number, the next cut one.
     order_BN = jnp.where(finished_BN, slots_1N, beam_size + slots_1N - num_finished_B1)
 
-    lengths_BN = _take_beams(_join(beams.ended_lengths_BN, cut_lengths_BN), order_BN)
-    tokens_BNT = _take_beams(_join(beams.ended_tokens, beams.alive_tokens), order_BN)[:, :, 1:]
+    lengths_BN = take_beams(join(beams.ended_lengths_BN, cut_lengths_BN), order_BN)
+    tokens_BNT = take_beams(join(beams.ended_tokens, cut_tokens), order_BN)[:, :, 1:]
     inside_BNT = np.arange(tokens_BNT.shape[2])[None, None, :] < lengths_BN[:, :, None]
     return Hypotheses(
-        tokens_BNT=jnp.where(inside_BNT, tokens_BNT, rules.pad_id),
+        tokens_BNT=jnp.where(inside_BNT, tokens_BNT, rules.ids.pad),
         lengths_BN=lengths_BN,
-        scores_BN=_take_beams(_join(beams.ended_scores_BN, cut_scores_BN), order_BN),
+        scores_BN=take_beams(join(beams.ended_scores_BN, cut_scores_BN), order_BN),
         finished_BN=finished_BN,
     )
-
-
-def _is_possible(log_probs: jax.Array) -> jax.Array:
-    # Far from both what models give and IMPOSSIBLE, so that adding to IMPOSSIBLE does not blur the line.
-    return log_probs > IMPOSSIBLE / 2
-
-
-def move_beams(cache: Cache, parents_BN: jax.Array) -> Cache:
-    """Each leaf [B, N, ...] with the beams that `parents_BN`, int32 [B, N], names."""
-    return jax.tree.map(lambda leaf: _take_beams(leaf, parents_BN), cache)
-
-
-def _join(first: jax.Array, second: jax.Array) -> jax.Array:
-    return jnp.concatenate([first, second], axis=1)
-
-
-def _take_beams(values: jax.Array, beams: jax.Array) -> jax.Array:
-    """values [B, M, ...], beams int32 [B, N] within 0..M-1 → [B, N, ...]; batched, so a sharded B stays put."""
-    indices = beams.reshape(beams.shape + (1,) * (values.ndim - 2))
-    return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
 
 
 def _where_rows(keep_old_B: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:

@@ -1,121 +1,141 @@
-"""Sentences → sentences: pad, search, detokenize, restore the order. As a command it streams lines.
+"""Load once, translate often, from Python (`transformer.load`) or as a command that streams lines:
 
-    python -m transformer.translate --workdir=DIR < source.txt > translations.txt
-
-The device sees a few fixed shapes only: a sentence's width depends on its own length and the number
-of rows on `decode.batch_rows`, so its translation depends on neither batch size, order nor neighbours.
-
-B rows, S source length, N beams, T longest translation.
+python -m transformer.translate --workdir=DIR < source.txt > translations.txt
 """
 
+import argparse
 import dataclasses
 import functools
+import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from etils import epath
 
-from transformer import compilation, search, sharding, validation
-from transformer.batching import PADDING_ROW, PlannedBatch, Ragged, eval_plan
-from transformer.command_line import say
+from transformer import command_line, compilation, validation
 from transformer.config import DecodeConfig
+from transformer.datasets import text_files
 from transformer.errors import UserError
-from transformer.model import reorder
-from transformer.step import Model, Params
-from transformer.tokenizer import BOS, EOS, PAD, Tokenizer, cut
+from transformer.trained import Trained, load_trained
+from transformer.translator import Hypothesis, Translator, best_text
+
+Item = TypeVar("Item")
+PROGRAMS = 32  # ways of decoding whose compiled programs are kept
 
 
-class Translator:
-    """Translates with one model and any params of its shape; each shape is compiled once.
+class LoadedModel:
+    """A model, or several as an ensemble, read from workdirs; threads may share it.
 
-    Attributes:
-      truncated: sources cut to `decode.max_source_tokens` so far.
+    Each way of decoding is compiled once for each width of sentences, at first use, and kept.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, config: DecodeConfig, mesh: jax.sharding.Mesh):
-        self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
-        multiple = sharding.row_multiple(mesh)
-        self._rows = -(-config.batch_rows // multiple) * multiple
-        self._search = jax.jit(sharding.over_rows(mesh, functools.partial(best_translations, model, config)))
-        self.truncated = 0
+    def __init__(self, members: Sequence[Trained]):
+        self._members = members
+        model = members[0].model if len(members) == 1 else [member.model for member in members]
+        self._params: Any = members[0].params if len(members) == 1 else tuple(member.params for member in members)
+        self._translators = functools.lru_cache(PROGRAMS)(
+            lambda decode: Translator(model, members[0].tokenizer, decode, members[0].mesh)
+        )
+        self._lock = threading.Lock()
+
+    @overload
+    def translate(
+        self,
+        sentences: Sequence[str],
+        *,
+        n_best: None = None,
+        prefixes: Sequence[str] | None = None,
+        constraints: Sequence[Sequence[str]] | None = None,
+        **decode: int | float | str,
+    ) -> list[str]: ...
+
+    @overload
+    def translate(
+        self,
+        sentences: Sequence[str],
+        *,
+        n_best: int,
+        prefixes: Sequence[str] | None = None,
+        constraints: Sequence[Sequence[str]] | None = None,
+        **decode: int | float | str,
+    ) -> list[list[Hypothesis]]: ...
 
     def translate(
-        self, params: Params, sentences: Sequence[str], progress: Callable[[int], None] = lambda done: None
-    ) -> list[str]:
+        self,
+        sentences: Sequence[str],
+        *,
+        n_best: int | None = None,
+        prefixes: Sequence[str] | None = None,
+        constraints: Sequence[Sequence[str]] | None = None,
+        **decode: int | float | str,
+    ) -> list[str] | list[list[Hypothesis]]:
         """One translation for each sentence, in order; a blank sentence gives an empty one.
 
         Args:
-          params: of the model, on the mesh.
-          sentences: one line of text each.
-          progress: called with the number of sentences translated by each batch.
+          sentences: one line of text each; of a long one only the first `max_source_tokens` tokens count, and a
+            warning on stderr says so.
+          n_best: gives at most so many hypotheses (text, score, finished) of each sentence instead, best first.
+          prefixes: a text for each sentence that its translation begins with; blank for none.
+          constraints: a list of phrases for each sentence that its translation holds.
+          decode: fields of the config's decode section, such as `beam_size=8`, in place of the model's own.
+
+        Raises:
+          UserError: an unknown field, an impossible value, or a prefix or constraint that cannot be met.
         """
-        translations = [""] * len(sentences)
-        filled = [i for i, sentence in enumerate(sentences) if sentence.strip()]
-        sources = Ragged.from_sequences(self._encode([sentences[i] for i in filled]))
-        # Two batches under way: the device works on one while the host turns the other into text.
-        running: list[tuple[PlannedBatch, jax.Array]] = []
-        for planned in eval_plan(sources.lengths, np.zeros_like(sources.lengths), lambda width: self._rows):
-            source_BS = sources.rectangle(planned.examples_B, planned.bucket.source)
-            running.append((planned, self._search(params, sharding.place_batch(self._mesh, source_BS))))
-            if len(running) > 1:
-                progress(self._collect(running.pop(0), filled, translations))
-        for batch in running:
-            progress(self._collect(batch, filled, translations))
-        return translations
+        if isinstance(sentences, str):
+            raise UserError(f"expected a list of sentences, got one text, {sentences!r}")
+        translator, seed = self.translator(decode)
+        found = translator.hypotheses(
+            self._params, sentences, n_best=n_best or 1, prefixes=prefixes, constraints=constraints, seed=seed
+        )
+        translator.say_truncated()
+        return [best_text(one) for one in found] if n_best is None else found
 
-    def say_truncated(self) -> None:
-        """Warns once of the sources that were cut."""
-        if self.truncated:
-            limit = self._config.max_source_tokens
-            say(f"warning: {self.truncated:,} sources are longer than decode.max_source_tokens = {limit}; cut to it")
-            self.truncated = 0
+    def translator(self, fields: dict[str, Any]) -> tuple[Translator, int]:
+        """The translator that these decode fields ask for, the same one each time, and the seed."""
+        # Each member's own config is checked: its learned positions may cover less than this decoding asks for.
+        own = dataclasses.asdict(self._members[0].config.decode)
+        configs = [validation.with_decode(member.config, {**own, **fields}) for member in self._members]
+        decode: DecodeConfig = configs[0].decode
+        with self._lock:
+            return self._translators(dataclasses.replace(decode, seed=0)), decode.seed
 
-    def _encode(self, sentences: Sequence[str]) -> list[np.ndarray]:
-        longest = self._config.max_source_tokens
-        encoded = self._tokenizer.encode(sentences)
-        self.truncated += sum(len(ids) > longest for ids in encoded)
-        return [cut(ids, longest) for ids in encoded]
-
-    def _collect(self, batch: tuple[PlannedBatch, jax.Array], filled: list[int], translations: list[str]) -> int:
-        planned, tokens = batch
-        real = planned.examples_B[planned.examples_B != PADDING_ROW]
-        for example, ids in zip(real, jax.device_get(tokens), strict=False):  # padding rows come last
-            translations[filled[example]] = self._tokenizer.decode(ids.tolist())
-        return len(real)
+    @property
+    def params(self) -> Any:
+        """What `Translator.translate` takes."""
+        return self._params
 
 
-def best_translations(model: Model, config: DecodeConfig, params: Params, source_BS: jax.Array) -> jax.Array:
-    """Ids int32 [B, T] of the best hypothesis of each row, T = S + max_extra_length; nothing but PAD for padding."""
-    module = model.bind(params)
-    batch, width = source_BS.shape
-    longest = width + config.max_extra_length
-    lengths_B = (source_BS != PAD).sum(-1, dtype=jnp.int32)
-    memory, cache = module.start(source_BS, config.beam_size, longest)
-    hypotheses = search.beam_search(
-        functools.partial(module.step, memory),
-        cache,
-        batch_size=batch,
-        beam_size=config.beam_size,
-        max_length=longest,
-        max_lengths_B=jnp.where(lengths_B > 0, lengths_B + jnp.int32(config.max_extra_length), 0),
-        length_penalty=config.length_penalty,
-        bos_id=BOS,
-        eos_id=EOS,
-        pad_id=PAD,
-        reorder=reorder,
-    )
-    return hypotheses.tokens_BNT[:, 0]
+def load(workdir: epath.PathLike, checkpoint: str = "latest", ensemble: Sequence[epath.PathLike] = ()) -> LoadedModel:
+    """Reads the model of a workdir.
+
+    Args:
+      workdir: a folder that train.py wrote.
+      checkpoint: latest, best, a step, average:N or best-average:N; of each workdir.
+      ensemble: more workdirs, whose models' probabilities are averaged with those of the first. They must have
+        been trained with the same tokenizer; decoding is configured by the first.
+
+    Raises:
+      UserError: there is no such checkpoint, or a tokenizer is another.
+    """
+    members = [load_trained(epath.Path(folder).expanduser(), checkpoint) for folder in (workdir, *ensemble)]
+    for folder, member in zip(ensemble, members[1:], strict=True):
+        if member.tokenizer.digest != members[0].tokenizer.digest:
+            raise UserError(
+                f"{folder}: expected the tokenizer of {workdir}, {members[0].tokenizer.digest[:12]}, got "
+                f"{member.tokenizer.digest[:12]}; an ensemble shares one: train with data.tokenizer = its .model file"
+            )
+    return LoadedModel(members)
 
 
-def chunks(lines: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Lines in groups of `size`, the last one shorter."""
-    group: list[str] = []
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Items, such as lines, in groups of `size`, the last one shorter."""
+    group: list[Item] = []
     try:
-        for line in lines:
-            group.append(line)
+        for item in items:
+            group.append(item)
             if len(group) == size:
                 yield group
                 group = []
@@ -128,47 +148,120 @@ def chunks(lines: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def translate_stream(
-    translate: Callable[[list[str]], list[str]], lines: Iterable[str], out: BinaryIO, size: int
+    translate: Callable[[list[Item]], list[str]], items: Iterable[Item], out: BinaryIO, size: int
 ) -> None:
-    """Writes one line for each line read, as soon as its group of `size` is translated."""
-    for group in chunks(lines, size):
+    """Writes the lines that `translate` gives for each group of `size` items, as soon as it has them."""
+    for group in chunks(items, size):
         out.write("".join(f"{line}\n" for line in translate(group)).encode())
         out.flush()
 
 
+class Line(NamedTuple):
+    """A line of the source, numbered from 1, with its lines of the other files."""
+
+    number: int
+    source: str
+    prefix: str | None
+    phrases: list[str] | None
+
+
+def read_together(
+    sources: Iterable[str], prefix_file: epath.PathLike | None, constraint_file: epath.PathLike | None
+) -> Iterator[Line]:
+    """Lines that belong together.
+
+    A line of the constraint file holds the phrases of its sentence with tabs between; an empty one, none.
+
+    Raises:
+      UserError: the files have different counts of lines.
+    """
+    others = [text_files.read_lines(path) if path else itertools.repeat("") for path in (prefix_file, constraint_file)]
+    end = object()
+    for number, source in enumerate(itertools.chain(sources, [end]), 1):
+        prefix, phrases = (next(lines, end) for lines in others)
+        for path, line in ((prefix_file, prefix), (constraint_file, phrases)):
+            if path and (source is end) != (line is end):
+                less, more = ("stdin", path) if source is end else (path, "stdin")
+                raise UserError(f"{less} has {number - 1:,} lines and {more} has more: expected one for each sentence")
+        if source is end:
+            return
+        split = str(phrases).split("\t") if phrases else []
+        yield Line(number, str(source), str(prefix) if prefix_file else None, split if constraint_file else None)
+
+
 def main(argv: list[str]) -> None:
     """Reads source lines on stdin and writes their translations to stdout, one for one."""
-    import argparse
-
-    from transformer.command_line import positive_int, workdir_path
-    from transformer.datasets.text_files import decode_lines
-
-    parser = argparse.ArgumentParser(prog="python -m transformer.translate", description=main.__doc__)
-    parser.add_argument("--workdir", required=True, type=workdir_path, help="folder that train.py wrote")
-    parser.add_argument(
-        "--checkpoint", default="latest", help="latest (default), best, a step, average:N or best-average:N"
-    )
-    parser.add_argument("--batch_size", type=positive_int, default=256, help="lines read before the first is written")
-    parser.add_argument("--beam_size", type=positive_int, help="hypotheses kept (default: the config's)")
-    args = parser.parse_args(argv[1:])
-
-    from transformer.trained import load_trained
-
+    fields, rest = command_line.decode_flags(argv)
+    args = _parse(rest)
+    for flag, name, values in (
+        ("--beam_size", "beam_size", {"beam_size": args.beam_size}),
+        ("--mbr", "mbr_samples", {"method": "mbr", "mbr_samples": args.mbr}),
+    ):
+        if values[name]:
+            twice = sorted(fields.keys() & values.keys())
+            if twice:
+                raise UserError(f"{flag} and --decode.{twice[0]} set the same; give one of them")
+            fields.update(values)
     compilation.enable_cache()
-    trained = load_trained(args.workdir, args.checkpoint)
-    values = dataclasses.asdict(trained.config)
-    if args.beam_size:
-        values["decode"]["beam_size"] = args.beam_size
-    decode = validation.resolve(values).decode
-    translator = Translator(trained.model, trained.tokenizer, decode, trained.mesh)
-    translate = functools.partial(translator.translate, trained.params)
+    loaded = load(args.workdir, args.checkpoint, args.ensemble)
+    translator, seed = loaded.translator(fields)
+
+    def translate(group: list[Line]) -> list[str]:
+        found = translator.hypotheses(
+            loaded.params,
+            [line.source for line in group],
+            n_best=args.n_best or 1,
+            prefixes=[line.prefix or "" for line in group] if args.prefix_file else None,
+            constraints=[line.phrases or [] for line in group] if args.constraint_file else None,
+            seed=seed,
+            first=group[0].number,
+        )
+        if args.n_best is None:
+            return [best_text(one) for one in found]
+        return [
+            f"{line.number - 1} ||| {one.text} ||| {one.score:.6f}"
+            for line, several in zip(group, found, strict=True)
+            for one in several
+        ]
+
+    lines = read_together(text_files.decode_lines(sys.stdin.buffer, "stdin"), args.prefix_file, args.constraint_file)
     try:
-        translate_stream(translate, decode_lines(sys.stdin.buffer, "stdin"), sys.stdout.buffer, args.batch_size)
+        translate_stream(translate, lines, sys.stdout.buffer, args.batch_size)
     finally:
         translator.say_truncated()
 
 
-if __name__ == "__main__":
-    from transformer.command_line import run
+def _parse(rest: list[str]) -> argparse.Namespace:
+    """Reads the flags other than --decode.FIELD."""
+    parser = argparse.ArgumentParser(
+        prog="python -m transformer.translate",
+        description=main.__doc__,
+        epilog="--decode.FIELD=VALUE sets any field of the decode section of transformer/config.py.",
+        allow_abbrev=False,
+    )
+    positive, folder = command_line.positive_int, command_line.workdir_path
+    parser.add_argument("--workdir", required=True, type=folder, help="folder that train.py wrote")
+    parser.add_argument(
+        "--checkpoint", default="latest", help="latest (default), best, a step, average:N or best-average:N"
+    )
+    parser.add_argument("--batch_size", type=positive, default=256, help="lines read before the first is written")
+    parser.add_argument("--beam_size", type=positive, help="the same as --decode.beam_size")
+    parser.add_argument(
+        "--n_best", type=positive, help="write up to so many lines for each: INDEX ||| TEXT ||| SCORE, INDEX from 0"
+    )
+    parser.add_argument(
+        "--prefix_file", help="for each line what its translation begins with; a blank line asks nothing"
+    )
+    parser.add_argument("--constraint_file", help="for each line the phrases its translation holds, tabs between")
+    parser.add_argument(
+        "--ensemble",
+        type=lambda text: [folder(one) for one in text.split(",")],
+        default=[],
+        help="more workdirs of the same tokenizer, commas between: the models' probabilities are averaged",
+    )
+    parser.add_argument("--mbr", type=positive, help="of so many samples, the one most like the others by chrF")
+    return parser.parse_args(rest)
 
-    run(main)
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from transformer.config import FOLLOW_EMB_DIM, SECTIONS, TEXT_PATHS, TINY, Config, DataConfig
+from transformer.config import FOLLOW_EMB_DIM, SECTIONS, TEXT_PATHS, TINY, Config, DataConfig, DecodeConfig
 from transformer.errors import UserError
 
 
@@ -118,6 +118,30 @@ def _check_together(config: Config) -> None:
     if config.mesh.data == 0:
         raise UserError("config.mesh.data: expected -1 for all devices, or at least 1, got 0")
     _check_data(data)
+    _check_decode(decode)
+
+
+def with_decode(config: Config, fields: dict[str, Any]) -> Config:
+    """The config with other fields of its decode section, checked as a whole.
+
+    Raises:
+      UserError: as `resolve`.
+    """
+    values = dataclasses.asdict(config)
+    return resolve({**values, "decode": {**values["decode"], **fields}})
+
+
+def _check_decode(decode: DecodeConfig) -> None:
+    """Fields that the method does not read must be left alone."""
+    drawing = ("sample", "mbr")
+    readers = dict.fromkeys(("temperature", "top_k", "top_p", "seed"), drawing)
+    for name, methods in {**readers, "mbr_samples": ("mbr",), "coverage_penalty": ("beam",)}.items():
+        value, default = getattr(decode, name), getattr(DecodeConfig, name)
+        if decode.method not in methods and value != default:
+            raise UserError(
+                f"config.decode.{name} = {value}: read only with method = {' or '.join(methods)}, got method = "
+                f"{decode.method}; leave {name} at {default}, or change the method"
+            )
 
 
 def _check_data(data: DataConfig) -> None:

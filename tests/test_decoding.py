@@ -1,0 +1,146 @@
+"""What the device does with a batch: limits, scores of one model and of several, attention to the source."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from tests.test_translator import LINES
+from transformer import decoding, search, tokenizer
+from transformer.batching import Ragged
+from transformer.decoding import Request
+from transformer.model import reorder
+from transformer.step import Model
+from transformer.tokenizer import PAD
+
+
+@pytest.fixture(scope="module")
+def parts():
+    config = small_config(model={"num_layers": 1})
+    vocabulary = tokenizer.train(LINES, 300, "bpe")
+    model = Model(config.model, vocabulary.vocab_size)
+    return config, vocabulary, model, model.init(3)
+
+
+def test_extra_length_bounds_the_output(parts):
+    """An untrained model rarely ends by itself, so the limit shows: source tokens + extra."""
+    config, vocabulary, model, params = parts
+    sources = Ragged.from_sequences(vocabulary.encode(LINES[:8]))
+    for extra in (1, 10):
+        decode = dataclasses.replace(config.decode, max_extra_length=extra)
+        run = jax.jit(functools.partial(decoding.decode, (model,), decode, 1))
+        tokens = np.asarray(run((params,), Request(sources.rectangle(np.arange(8), 16))).tokens_BNT[:, 0])
+        assert tokens.shape == (8, 16 + extra)
+        lengths = (tokens != PAD).sum(1)
+        assert (lengths <= sources.lengths + extra).all()
+        assert (lengths == sources.lengths + extra).any()
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_size):
+    """Beams cross and cross again; decoding at once must agree with what each then remembers."""
+    _, vocabulary, model, params = parts
+    source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)
+
+    @jax.jit
+    def both(params):
+        module = model.bind(params)
+        memory, cache = module.start(source, beam_size, 12)
+        found = search.beam_search(
+            functools.partial(module.step, memory),
+            cache,
+            batch_size=8,
+            beam_size=beam_size,
+            max_length=12,
+            max_lengths_B=np.full(8, 12, np.int32),
+            length_penalty=0.6,
+            bos_id=tokenizer.BOS,
+            eos_id=tokenizer.EOS,
+            pad_id=PAD,
+            reorder=reorder,
+        )
+        targets = found.tokens_BNT.reshape(8 * beam_size, 12)
+        logits = module(np.repeat(source, beam_size, 0), targets)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+        return found, jnp.where(targets != PAD, picked, 0.0).sum(-1).reshape(8, beam_size)
+
+    found, log_probs = both(params)
+    want = log_probs / ((5 + found.lengths_BN.astype(jnp.float32)) / 6) ** 0.6
+    np.testing.assert_allclose(found.scores_BN, want, rtol=1e-5)
+    assert len(np.unique(np.asarray(found.tokens_BNT[0]), axis=0)) == beam_size
+
+
+def cross_attention(module, source_BS, inputs_BT):
+    """The last decoder layer's attention to the source, all positions at once, the mean over heads."""
+    seen, layer = [], module.decoder[-1]
+    attend = layer.cross.attend
+    weights = layer.cross.weights
+
+    def spy(x, k, v, mask, key=None):
+        seen.append(weights(x, k, mask))
+        return attend(x, k, v, mask, key)
+
+    object.__setattr__(layer.cross, "attend", spy)
+    module.decode(module.encode(source_BS), source_BS, inputs_BT)
+    return seen[-1]
+
+
+def test_the_attention_of_a_step_is_that_of_decoding_at_once(parts):
+    _, vocabulary, _, _ = parts
+    model = Model(small_config(model={"num_layers": 2}).model, vocabulary.vocab_size)
+    params = model.init(1)
+    source = jnp.asarray(Ragged.from_sequences(vocabulary.encode(LINES[:4])).rectangle(np.arange(4), 16))
+    inputs = jnp.asarray(np.random.default_rng(0).integers(4, 300, (4, 6)), jnp.int32).at[:, 0].set(tokenizer.BOS)
+    module = model.bind(params)
+    memory, cache = module.start(source, 1, 6)
+    steps = []
+    for t in range(6):
+        _, cache, attended = module.step_attending(memory, cache, inputs[:, t : t + 1], jnp.int32(t))
+        steps.append(attended[:, 0])
+    got = np.stack(steps, axis=1)
+    np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
+    assert (got[np.broadcast_to((source == PAD)[:, None, :], got.shape)] == 0).all()
+    np.testing.assert_allclose(got, cross_attention(model.bind(params), source, inputs), rtol=1e-4, atol=1e-6)
+
+
+def test_an_ensemble_scores_by_the_mean_probability(parts):
+    config, vocabulary, model, params = parts
+    other = Model(small_config(model={"num_layers": 2, "emb_dim": 24}).model, vocabulary.vocab_size)
+    models, both = (model, other), (params, other.init(4))
+    source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)
+    decode = dataclasses.replace(config.decode, beam_size=3)
+
+    @jax.jit
+    def run(both):
+        found = decoding.decode(models, decode, 3, both, Request(source))
+        targets = found.tokens_BNT.reshape(24, -1)
+        logits = [one.bind(own)(np.repeat(source, 3, 0), targets) for one, own in zip(models, both, strict=True)]
+        mean = jnp.log(sum(jax.nn.softmax(one) for one in logits) / 2)
+        picked = jnp.take_along_axis(mean, targets[..., None], -1)[..., 0]
+        return found, jnp.where(targets != PAD, picked, 0.0).sum(-1).reshape(8, 3)
+
+    found, log_probs = run(both)
+    want = log_probs / ((5 + found.lengths_BN.astype(jnp.float32)) / 6) ** 0.6
+    np.testing.assert_allclose(found.scores_BN, want, rtol=1e-5)
+
+
+def test_the_mean_is_of_probabilities_and_not_of_logarithms():
+    sure, unsure = jnp.log(jnp.array([0.98, 0.02])), jnp.log(jnp.array([0.5, 0.5]))
+    got = jnp.exp(decoding.mean_probability([sure + 3.0, unsure]))
+    np.testing.assert_allclose(got, [0.74, 0.26], rtol=1e-5)
+    assert decoding.mean_probability([sure]) is sure
+
+
+def test_default_fields_add_nothing_to_the_program(parts):
+    """No sort, the three selections of a plain beam search, and no more of them for n-best."""
+    config, vocabulary, model, params = parts
+    source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)
+    for count in (1, 2):
+        run = jax.jit(functools.partial(decoding.decode, (model,), config.decode, count))
+        program = run.lower((params,), Request(source)).compile().as_text()
+        assert program.count('custom_call_target="TopK"') == 3
+        assert " sort(" not in program

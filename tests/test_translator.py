@@ -1,0 +1,285 @@
+"""Sentences in, sentences out: order, neighbours, blank and long lines, and what decoding fields and wishes do."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from transformer import batching, sharding, tokenizer
+from transformer.compilation import CompileCounter
+from transformer.errors import UserError
+from transformer.reranking import expected_chrf
+from transformer.step import Model
+from transformer.translator import Translator
+
+WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
+LINES = [" ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 9)) for i in range(40)]
+SHORT = LINES[:4]  # of one width: one program
+
+
+@pytest.fixture(scope="module")
+def parts():
+    config = small_config(model={"num_layers": 1})
+    vocabulary = tokenizer.train(LINES, 300, "bpe")
+    model = Model(config.model, vocabulary.vocab_size)
+    return config, vocabulary, model, model.init(3)
+
+
+def make(parts, devices=1, **fields):
+    config, vocabulary, model, params = parts
+    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=devices))
+    decode = dataclasses.replace(config.decode, **fields)
+    translator = Translator(model, vocabulary, decode, mesh)
+    return translator, jax.device_put(params, sharding.replicated(mesh))
+
+
+@pytest.fixture(scope="module")
+def usual(parts):
+    translator, params = make(parts)
+    return translator.translate(params, LINES)
+
+
+def eager(params):
+    """The params of a model that likes to end."""
+    params = jax.tree.map(lambda leaf: leaf, params)
+    end_V = params["embeddings"]["shared"]["table"][tokenizer.EOS]
+    params["decoder"][0]["mlp_residual"]["norm"]["bias"] = 2 * end_V / jnp.linalg.norm(end_V)
+    return params
+
+
+def test_translations_are_varied_enough_to_tell_lines_apart(usual):
+    assert len(set(usual)) > 10
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_grouping_changes_nothing(parts, usual, size):
+    translator, params = make(parts)
+    got = []
+    for start in range(0, len(LINES), size):
+        got += translator.translate(params, LINES[start : start + size])
+    assert got == usual
+
+
+def test_order_changes_nothing_but_the_order(parts, usual):
+    translator, params = make(parts)
+    order = np.random.default_rng(0).permutation(len(LINES))
+    got = translator.translate(params, [LINES[i] for i in order])
+    assert got == [usual[i] for i in order]
+
+
+def test_devices_change_nothing(parts, usual):
+    translator, params = make(parts, devices=8)
+    assert translator.translate(params, LINES) == usual
+
+
+def test_rows_are_filled_up_to_the_devices(parts, usual):
+    translator, params = make(parts, devices=8, batch_rows=3)
+    assert translator.translate(params, LINES[:3]) == usual[:3]
+
+
+def test_each_shape_is_compiled_once(parts):
+    translator, params = make(parts)
+    widths = {batching.ladder(len(ids)) for ids in parts[1].encode(LINES)}
+    with CompileCounter() as counter:
+        for lines in (LINES, LINES[::-1], LINES[:9]):
+            translator.translate(params, lines)
+    assert counter.count == len(widths) > 1
+
+
+@pytest.mark.parametrize("lines", [[], [""], ["", "  ", "\t"], ["", LINES[3], " ", LINES[4]]])
+def test_blank_lines_have_blank_translations_in_their_place(parts, usual, lines):
+    translator, params = make(parts)
+    got = translator.translate(params, lines)
+    assert got == [usual[LINES.index(line)] if line in LINES else "" for line in lines]
+
+
+def test_a_long_source_is_cut_and_counted(parts, capsys):
+    translator, params = make(parts, max_source_tokens=8)
+    head = " ".join(WORDS)
+    got = translator.translate(params, [f"{head} has a cat", LINES[0], f"{head} sees"])
+    assert got[0] == got[2] != got[1]
+    assert translator.truncated == 2
+    translator.say_truncated()
+    assert "2 sources are longer than decode.max_source_tokens = 8" in capsys.readouterr().err
+
+
+def test_a_wider_beam_finds_other_translations(parts, usual):
+    greedy, params = make(parts, beam_size=1)
+    assert greedy.translate(params, LINES) != usual
+
+
+def test_the_length_penalty_is_the_config_s(parts):
+    """A model that likes to end ends early, unless long hypotheses are made up to."""
+    params = eager(parts[3])
+    lengths = [
+        sum(map(len, make(parts, beam_size=4, length_penalty=alpha)[0].translate(params, LINES)))
+        for alpha in (0.0, 3.0)
+    ]
+    assert 3 * lengths[0] < lengths[1]
+
+
+def best(parts, **fields):
+    translator, _ = make(parts, **fields)
+    return [found[0] for found in translator.hypotheses(eager(parts[3]), SHORT)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "others"),
+    [
+        ({}, {"length_penalty_form": "length"}),
+        ({}, {"coverage_penalty": 5.0, "beam_size": 4}),
+        ({}, {"min_length": 20}),
+        ({}, {"no_repeat_ngram": 2}),
+        ({}, {"method": "sample"}),
+        ({"method": "sample"}, {"temperature": 0.3}),
+        ({"method": "sample"}, {"top_k": 3}),
+        ({"method": "sample"}, {"top_p": 0.5}),
+        ({"method": "sample"}, {"seed": 1}),
+        ({"method": "sample"}, {"method": "mbr", "mbr_samples": 4}),
+        ({"method": "mbr", "mbr_samples": 4}, {"mbr_samples": 8}),
+    ],
+)
+def test_every_field_changes_what_comes_out(parts, fields, others):
+    assert best(parts, **fields) != best(parts, **{**fields, **others})
+
+
+@pytest.mark.parametrize("method", ["beam", "sample", "mbr"])
+def test_n_best_goes_on_from_the_best(parts, method):
+    fields = {"method": method, "beam_size": 4, "mbr_samples": 6}
+    if method != "mbr":
+        del fields["mbr_samples"]
+    translator, params = make(parts, **fields)
+    several = translator.hypotheses(params, SHORT, n_best=4)
+    single = translator.translate(params, SHORT)
+    assert [found[0].text for found in several] == single
+    assert all(len(found) == 4 for found in several)
+    assert any(len({one.text for one in found}) > 1 for found in several)
+    if method == "beam":
+        assert all(found == sorted(found, key=lambda one: (-one.finished, -one.score)) for found in several)
+
+
+def test_mbr_takes_the_sample_most_like_the_others(parts):
+    sampler, params = make(parts, method="sample", top_k=20)
+    samples = sampler.hypotheses(params, SHORT, n_best=8)
+    chosen = make(parts, method="mbr", mbr_samples=8, top_k=20)[0].hypotheses(params, SHORT, n_best=8)
+    for drawn, ranked in zip(samples, chosen, strict=True):
+        utilities = expected_chrf([one.text for one in drawn])
+        assert ranked[0].text == drawn[int(np.argmax(utilities))].text
+        assert [one.score for one in ranked] == sorted(utilities, reverse=True)
+
+
+@pytest.mark.parametrize("method", ["sample", "mbr"])
+@pytest.mark.parametrize("size", [1, 7])
+def test_samples_do_not_depend_on_grouping_or_order(parts, method, size):
+    translator, params = make(parts, method=method)
+    usual = translator.hypotheses(params, LINES, n_best=2)
+    order = np.random.default_rng(0).permutation(len(LINES))
+    got = {}
+    for start in range(0, len(order), size):
+        group = order[start : start + size]
+        got.update(zip(group, translator.hypotheses(params, [LINES[i] for i in group], n_best=2), strict=True))
+    assert [got[i] for i in range(len(LINES))] == usual
+
+
+def test_a_seed_given_to_the_call_is_that_of_the_config(parts):
+    translator, params = make(parts, method="sample")
+    seeded, _ = make(parts, method="sample", seed=5)
+    assert translator.hypotheses(params, SHORT, seed=5) == seeded.hypotheses(params, SHORT)
+
+
+PREFIXES = ["the old", "", "blue trees have", "  ", "x", "the cat sees a"]
+PHRASES = [["tree"], [], ["a house", "old cats"], ["red"], ["house", "tree", "cat"], ["dog sees"]]
+
+
+def test_translations_begin_and_hold_as_asked_whatever_the_grouping(parts):
+    translator, params = make(parts, beam_size=3, max_extra_length=25)
+    lines = [line for line in LINES if len(line.split()) < 4]
+    rng = np.random.default_rng(1)
+    prefixes = [PREFIXES[i] for i in rng.integers(0, 6, len(lines))]
+    phrases = [PHRASES[i] for i in rng.integers(0, 6, len(lines))]
+
+    def run(chosen):
+        asked = {"prefixes": [prefixes[i] for i in chosen], "constraints": [phrases[i] for i in chosen]}
+        return translator.hypotheses(params, [lines[i] for i in chosen], n_best=2, **asked)
+
+    together = run(range(len(lines)))
+    for found, prefix, several in zip(together, prefixes, phrases, strict=True):
+        for one in found:
+            assert one.text.startswith(prefix.strip())
+            assert all(phrase in one.text for phrase in several)
+        assert found[0].finished or not several
+    order = rng.permutation(len(lines))
+    assert [run([i])[0] for i in order] == [together[i] for i in order]
+    assert run(order) == [together[i] for i in order]
+
+
+def test_sentences_without_wishes_are_not_changed_by_those_of_others(parts, usual):
+    translator, params = make(parts)
+    constraints = [["tree"] if i % 3 == 0 else [] for i in range(len(LINES))]
+    got = translator.hypotheses(params, LINES, constraints=constraints)
+    assert [found[0].text for i, found in enumerate(got) if i % 3] == [line for i, line in enumerate(usual) if i % 3]
+    assert got[0][0].text != usual[0]
+
+
+def test_samples_may_have_a_prefix(parts):
+    translator, params = make(parts, method="sample")
+    found = translator.hypotheses(params, LINES[:4], n_best=5, prefixes=["the old"] * 4)
+    texts = [one.text for several in found for one in several]
+    assert all(text.startswith("the old") for text in texts)
+    assert len(set(texts)) > 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ({}, {"n_best": 3}, r"n_best = 3: expected at most decode\.beam_size = 2"),
+        ({}, {"n_best": 0}, "n_best: expected at least 1, got 0"),
+        ({"method": "mbr", "mbr_samples": 4}, {"n_best": 5}, r"at most decode\.mbr_samples = 4"),
+        ({"method": "sample"}, {"constraints": [["a"], []]}, r"constraints need decode\.method = beam, got sample"),
+        ({"no_repeat_ngram": 2}, {"constraints": [["a"], []]}, "may contradict each other"),
+        ({}, {"constraints": [["a"]]}, "constraints: expected one for each of 2 sentences, got 1"),
+        ({}, {"prefixes": ["a", "b", "c"]}, "prefixes: expected one for each of 2 sentences, got 3"),
+        ({}, {"constraints": [["a"], ["b", " "]]}, "sentence 2: expected phrases that are not empty"),
+        ({}, {"constraints": ["a", ""]}, "sentence 1: expected a list of phrases, got one text, 'a'"),
+        ({}, {"constraints": [[], ["tree " * 20]], "first": 11}, "sentence 12: its prefix and phrases take 60 tokens"),
+        ({}, {"prefixes": ["tree " * 20, ""]}, "sentence 1: its prefix and phrases take 60 tokens and an end, but"),
+    ],
+)
+def test_what_cannot_be_is_refused(parts, fields, options, message):
+    translator, params = make(parts, **fields)
+    with pytest.raises(UserError, match=message) as caught:
+        translator.hypotheses(params, LINES[:2], **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_can_be_asked_of_a_blank_source(parts):
+    translator, params = make(parts)
+    with pytest.raises(UserError, match="sentence 2: a blank source has no translation"):
+        translator.hypotheses(params, ["a", " "], prefixes=["", "a"])
+    assert translator.hypotheses(params, [" "], prefixes=[" "], constraints=[[]])[0][0].text == ""
+
+
+def test_models_of_an_ensemble_decide_together(parts):
+    config, vocabulary, model, params = parts
+    mesh = sharding.make_mesh(config.mesh)
+    other_config = small_config(model={"num_layers": 2, "emb_dim": 24, "norm": "pre"})
+    other = Model(other_config.model, vocabulary.vocab_size)
+    everything = (params, other.init(4))
+    both = Translator((model, other), vocabulary, config.decode, mesh).translate(everything, LINES)
+    alone = [
+        Translator(one, vocabulary, config.decode, mesh).translate(own, LINES)
+        for one, own in zip((model, other), everything, strict=True)
+    ]
+    assert both != alone[0]
+    assert both != alone[1]
+    turned = Translator((other, model), vocabulary, config.decode, mesh).translate(everything[::-1], LINES)
+    assert turned == both
+
+
+def test_a_model_and_itself_are_the_model(parts, usual):
+    config, vocabulary, model, params = parts
+    twice = Translator((model, model), vocabulary, config.decode, sharding.make_mesh(config.mesh))
+    assert twice.translate((params, params), LINES) == usual

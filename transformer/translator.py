@@ -1,0 +1,211 @@
+"""Sentences → translations: encode, pad, search, detokenize, restore the order.
+
+The device sees a few fixed shapes only: a sentence's shape depends on its own length and wish, and the
+number of rows on `decode.batch_rows`, so its translation depends on neither batch size, order nor neighbours.
+
+B rows, S source length, P longest prefix, K phrases of a sentence, L longest phrase.
+"""
+
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from transformer import reranking, sharding, wishes
+from transformer.batching import PADDING_ROW, Ragged, eval_plan
+from transformer.command_line import say
+from transformer.config import DecodeConfig
+from transformer.decoding import Request, decode
+from transformer.errors import UserError
+from transformer.hypotheses import Hypotheses
+from transformer.step import Model, Params
+from transformer.tokenizer import Tokenizer, cut
+from transformer.wishes import Wish
+
+# Taken to start or compile a program, so that threads start theirs one by one, in the same order on all devices.
+_DEVICE = threading.Lock()
+
+
+class Hypothesis(NamedTuple):
+    """One translation of a sentence.
+
+    score: log-probability / length penalty, and what coverage adds; with decode.method = mbr the expected chrF.
+    finished: whether it came to its end within its limit.
+    """
+
+    text: str
+    score: float
+    finished: bool
+
+
+class Translator:
+    """Translates with one model or several, and any params of their shape; each shape is compiled once.
+
+    Safe to share between threads.
+
+    Attributes:
+      truncated: sources cut to `decode.max_source_tokens` so far.
+    """
+
+    def __init__(
+        self, model: Model | Sequence[Model], tokenizer: Tokenizer, config: DecodeConfig, mesh: jax.sharding.Mesh
+    ):
+        self._models = (model,) if isinstance(model, Model) else tuple(model)
+        self._is_ensemble = not isinstance(model, Model)
+        self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
+        multiple = sharding.row_multiple(mesh)
+        self._rows = -(-config.batch_rows // multiple) * multiple
+        self._programs: dict[int, Callable[[Any, Any], Hypotheses]] = {}
+        self.truncated, self._counting = 0, threading.Lock()
+
+    def translate(
+        self,
+        params: Params | Sequence[Params],
+        sentences: Sequence[str],
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[str]:
+        """One translation for each sentence, in order; a blank sentence gives an empty one.
+
+        Args:
+          params: of the model, on the mesh; of several models, one of each.
+          sentences: one line of text each.
+          progress: called with the number of sentences translated by each batch.
+        """
+        return [best_text(found) for found in self.hypotheses(params, sentences, progress=progress)]
+
+    def hypotheses(
+        self,
+        params: Params | Sequence[Params],
+        sentences: Sequence[str],
+        *,
+        n_best: int = 1,
+        prefixes: Sequence[str] | None = None,
+        constraints: Sequence[Sequence[str]] | None = None,
+        seed: int | None = None,
+        first: int = 1,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[list[Hypothesis]]:
+        """At most `n_best` translations of each sentence, best first; samples in the order drawn.
+
+        Args:
+          prefixes: what each translation begins with; a blank one asks nothing.
+          constraints: the phrases that each translation holds.
+          seed: of the samples, in place of `decode.seed`.
+          first: what the first sentence is called in errors.
+
+        Raises:
+          UserError: more hypotheses than there are, or wishes that cannot be met (see `wishes.make`).
+        """
+        count = self._count(n_best, constraints)
+        filled = [i for i, sentence in enumerate(sentences) if sentence.strip()]
+        sources = Ragged.from_sequences(self._encode([sentences[i] for i in filled]))
+        limits = np.zeros(len(sentences), np.int64)
+        limits[filled] = sources.lengths + self._config.max_extra_length
+        asked = wishes.make(self._tokenizer, prefixes, constraints, limits.tolist(), first)
+        keys_N2 = self._keys(sources, self._config.seed if seed is None else seed)
+        found: list[list[Hypothesis]] = [[Hypothesis("", 0.0, True)] for _ in sentences]
+
+        def collect(examples_B: np.ndarray, batch: Hypotheses) -> None:
+            real = examples_B[examples_B != PADDING_ROW]  # padding rows come last
+            for example, row in zip(real, self._texts(batch), strict=False):
+                found[filled[example]] = self._ranked(row)[:n_best]
+            progress(len(real))
+
+        # Two batches under way: the device works on one while the host turns the other into text.
+        running: list[tuple[np.ndarray, Hypotheses]] = []
+        for examples_B, request in self._requests(sources, [asked[i] for i in filled], keys_N2):
+            running.append((examples_B, self._start(count, params, request)))
+            if len(running) > 1:
+                collect(*running.pop(0))
+        for batch in running:
+            collect(*batch)
+        return found
+
+    def say_truncated(self) -> None:
+        """Warns once of the sources that were cut."""
+        if self.truncated:
+            limit = self._config.max_source_tokens
+            say(f"warning: {self.truncated:,} sources are longer than decode.max_source_tokens = {limit}; cut to it")
+            self.truncated = 0
+
+    def _count(self, n_best: int, constraints: Sequence[Sequence[str]] | None) -> int:
+        """How many hypotheses the device is asked for."""
+        config = self._config
+        if n_best < 1:
+            raise UserError(f"n_best: expected at least 1, got {n_best}")
+        if constraints is not None and config.method != "beam":
+            raise UserError(f"constraints need decode.method = beam, got {config.method}")
+        if constraints is not None and config.no_repeat_ngram:
+            raise UserError("constraints and decode.no_repeat_ngram may contradict each other; set it to 0")
+        name = {"beam": "beam_size", "mbr": "mbr_samples"}.get(config.method)
+        if name and n_best > getattr(config, name):
+            raise UserError(f"n_best = {n_best}: expected at most decode.{name} = {getattr(config, name)}; raise that")
+        return config.mbr_samples if config.method == "mbr" else n_best
+
+    def _encode(self, sentences: Sequence[str]) -> list[np.ndarray]:
+        longest = self._config.max_source_tokens
+        encoded = self._tokenizer.encode(sentences)
+        with self._counting:
+            self.truncated += sum(len(ids) > longest for ids in encoded)
+        return [cut(ids, longest) for ids in encoded]
+
+    def _keys(self, sources: Ragged, seed: int) -> np.ndarray | None:
+        """A random key for each sentence from the seed and its own ids, so that its samples depend on nothing else."""
+        if self._config.method == "beam":
+            return None
+        digests = [
+            hashlib.blake2b(np.array([seed, *ids], "<u4").tobytes(), digest_size=8).digest()
+            for ids in np.split(sources.flat, sources.offsets[1:-1])
+        ]
+        return np.frombuffer(b"".join(digests), "<u4").astype(np.uint32).reshape(-1, 2)
+
+    def _requests(
+        self, sources: Ragged, asked: Sequence[Wish], keys_N2: np.ndarray | None
+    ) -> Iterator[tuple[np.ndarray, Request]]:
+        """Every sentence once: the sentences of a batch, PADDING_ROW where there is none, and what the device gets."""
+        groups: dict[wishes.Shape, list[int]] = {}
+        for index, wish in enumerate(asked):
+            groups.setdefault(wish.shape(), []).append(index)
+        for shape, members in sorted(groups.items()):
+            lengths = sources.lengths[members]
+            for planned in eval_plan(lengths, np.zeros_like(lengths), lambda width: self._rows):
+                is_real_B = planned.examples_B != PADDING_ROW
+                examples_B = np.where(is_real_B, np.array(members)[planned.examples_B], PADDING_ROW)
+                source_BS = sources.rectangle(examples_B, planned.bucket.source)
+                keys_B2 = None if keys_N2 is None else keys_N2[np.where(is_real_B, examples_B, 0)]
+                yield examples_B, Request(source_BS, keys_B2, *wishes.rectangles(asked, examples_B, shape))
+
+    def _start(self, count: int, params: Params | Sequence[Params], request: Request) -> Hypotheses:
+        """Hands a batch to the device; does not wait for it."""
+        placed = sharding.place_batch(self._mesh, request)
+        with _DEVICE:
+            if count not in self._programs:
+                run = functools.partial(decode, self._models, self._config, count)
+                self._programs[count] = jax.jit(sharding.over_rows(self._mesh, run))
+            return self._programs[count](params if self._is_ensemble else (params,), placed)
+
+    def _texts(self, batch: Hypotheses) -> Iterator[list[Hypothesis]]:
+        """The hypotheses of each row, those of length 0 left out."""
+        tokens_BNT, lengths_BN, scores_BN, finished_BN = jax.device_get(batch)
+        for rows in zip(tokens_BNT, lengths_BN, scores_BN, finished_BN, strict=True):
+            yield [
+                Hypothesis(self._tokenizer.decode(ids[:length].tolist()), float(score), bool(finished))
+                for ids, length, score, finished in zip(*rows, strict=True)
+                if length
+            ]
+
+    def _ranked(self, found: list[Hypothesis]) -> list[Hypothesis]:
+        if self._config.method != "mbr" or not found:
+            return found
+        utilities = reranking.expected_chrf([one.text for one in found])
+        order = np.argsort(-utilities, kind="stable")
+        return [found[i]._replace(score=float(utilities[i])) for i in order]
+
+
+def best_text(found: Sequence[Hypothesis]) -> str:
+    """The text of the first hypothesis; empty where there is none."""
+    return found[0].text if found else ""

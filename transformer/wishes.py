@@ -1,0 +1,126 @@
+"""What a person asks of one translation besides its source: how it begins, and which phrases it holds.
+
+Texts become ids here, and what cannot be met is refused before anything is searched. Widths are on a ladder,
+so that the shape the device sees depends on the sentence's own wish alone.
+
+B rows, P longest prefix, K phrases of a sentence, L longest phrase.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from transformer.batching import PADDING_ROW, Ragged, ladder
+from transformer.errors import UserError
+from transformer.tokenizer import UNK, Tokenizer
+
+SHORTEST_PREFIX, FEWEST_PHRASES, SHORTEST_PHRASE = 16, 4, 8  # lowest rungs: each shape is a program to compile
+
+
+class Shape(NamedTuple):
+    """Widths P, K and L; 0 where nothing is asked."""
+
+    prefix: int
+    phrases: int
+    phrase: int
+
+
+class Wish(NamedTuple):
+    """Ids without EOS."""
+
+    prefix: np.ndarray
+    phrases: list[np.ndarray]
+
+    def shape(self) -> Shape:
+        """The rungs of the ladder that hold it."""
+        return Shape(
+            ladder(len(self.prefix), SHORTEST_PREFIX) if len(self.prefix) else 0,
+            ladder(len(self.phrases), FEWEST_PHRASES) if self.phrases else 0,
+            ladder(max(map(len, self.phrases)), SHORTEST_PHRASE) if self.phrases else 0,
+        )
+
+    def length(self) -> int:
+        """Tokens of a translation that surely holds all of it, without EOS."""
+        return len(self.prefix) + sum(map(len, self.phrases))
+
+
+def make(
+    tokenizer: Tokenizer,
+    prefixes: Sequence[str] | None,
+    constraints: Sequence[Sequence[str]] | None,
+    limits: Sequence[int],
+    first: int = 1,
+) -> list[Wish]:
+    """The wish for each sentence; a blank prefix and a list of no phrases ask nothing.
+
+    Args:
+      prefixes: a text for each sentence, or None.
+      constraints: phrases for each sentence, or None; the same phrase twice is asked for once.
+      limits: the most tokens of each translation, EOS counted; 0 of a blank sentence, which is not translated.
+      first: what the first sentence is called in errors.
+
+    Raises:
+      UserError: other counts than sentences, an empty phrase, text that the vocabulary cannot write, or more
+        than fits into the limit.
+    """
+    for name, given in (("prefixes", prefixes), ("constraints", constraints)):
+        if given is not None and len(given) != len(limits):
+            raise UserError(f"{name}: expected one for each of {len(limits):,} sentences, got {len(given):,}")
+    if prefixes is None and constraints is None:
+        return [Wish(np.zeros(0, np.int32), [])] * len(limits)
+    wishes = []
+    for index, limit in enumerate(limits):
+        where = f"sentence {first + index}"
+        prefix = prefixes[index] if prefixes is not None else ""
+        asked = constraints[index] if constraints is not None else ()
+        wish = _encode(tokenizer, prefix if prefix.strip() else "", asked, where)
+        _check_room(wish, limit, where)
+        wishes.append(wish)
+    return wishes
+
+
+def _encode(tokenizer: Tokenizer, prefix: str, asked: Sequence[str], where: str) -> Wish:
+    if isinstance(asked, str):
+        raise UserError(f"{where}: expected a list of phrases, got one text, {asked!r}")
+    for phrase in asked:
+        if not phrase.strip():
+            raise UserError(f"{where}: expected phrases that are not empty, got {list(asked)!r}")
+    texts = [prefix, *dict.fromkeys(asked)]
+    ids = [one[:-1] for one in tokenizer.encode(texts)]
+    for text, one in zip(texts, ids, strict=True):
+        if UNK in one:
+            raise UserError(f"{where}: the vocabulary cannot write {text!r}; ask for other words")
+    distinct = {one.tobytes(): one for one in ids[1:]}
+    return Wish(ids[0], list(distinct.values()))
+
+
+def _check_room(wish: Wish, limit: int, where: str) -> None:
+    if not wish.length():
+        return
+    if not limit:
+        raise UserError(f"{where}: a blank source has no translation, so nothing can be asked of it")
+    if wish.length() + 1 > limit:
+        raise UserError(
+            f"{where}: its prefix and phrases take {wish.length()} tokens and an end, but its translation has at most "
+            f"{limit} (source tokens + decode.max_extra_length); ask for less, or raise decode.max_extra_length"
+        )
+
+
+def rectangles(
+    wishes: Sequence[Wish], examples_B: np.ndarray, shape: Shape
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """prefix_BP and phrases_BKL, int32 with PAD after, of the wishes that rows name; None where nothing is asked."""
+    rows = [wishes[i] if i != PADDING_ROW else Wish(np.zeros(0, np.int32), []) for i in examples_B]
+    prefix_BP, phrases_BKL = None, None
+    if shape.prefix:
+        prefix_BP = _rectangle([row.prefix for row in rows], shape.prefix)
+    if shape.phrases:
+        nothing = np.zeros(0, np.int32)
+        flat = [(row.phrases + [nothing] * shape.phrases)[k] for row in rows for k in range(shape.phrases)]
+        phrases_BKL = _rectangle(flat, shape.phrase).reshape(len(rows), shape.phrases, shape.phrase)
+    return prefix_BP, phrases_BKL
+
+
+def _rectangle(sequences: Sequence[np.ndarray], width: int) -> np.ndarray:
+    return Ragged.from_sequences(sequences).rectangle(np.arange(len(sequences)), width)
