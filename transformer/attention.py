@@ -5,11 +5,15 @@ Masks are boolean, True where a query may look, of shape [B or 1, 1, T or 1, S].
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import threefry2x32_p
 
 Array = jax.Array
+Words = tuple[Array, Array]
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -21,28 +25,40 @@ class Visible:
     Attributes:
       queries_BT: int32 segment of each query; None: it looks at every key that is not padding.
       keys_BS: int32 segment of each key, 0 for padding; None: no key is padding.
+      first_query, first_key: place in the row of the first query and key, int32 [], where these are a part of it;
+        None: 0.
       causal: position t looks at positions ≤ t only (paper, section 3.2.3).
     """
 
     queries_BT: Array | None = None
     keys_BS: Array | None = None
+    first_query: Array | None = None
+    first_key: Array | None = None
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def mask(self, queries: int, keys: int, first_query: Array | int = 0, first_key: Array | int = 0) -> Array:
-        """As a mask, over whole rows or over the block of queries and keys that begins at these places."""
+    def mask(self, queries: int, keys: int, query: Array | int = 0, key: Array | int = 0) -> Array:
+        """As a mask, over all queries and keys or over the block that begins at these."""
         mask = jnp.ones((1, 1, 1, 1), bool)
         if self.keys_BS is not None:
-            keys_BS = jax.lax.dynamic_slice_in_dim(self.keys_BS, first_key, keys, axis=1)[:, None, None, :]
+            keys_BS = jax.lax.dynamic_slice_in_dim(self.keys_BS, key, keys, axis=1)[:, None, None, :]
             if self.queries_BT is None:
                 mask = keys_BS != 0
             else:
-                queries_BT = jax.lax.dynamic_slice_in_dim(self.queries_BT, first_query, queries, axis=1)
+                queries_BT = jax.lax.dynamic_slice_in_dim(self.queries_BT, query, queries, axis=1)
                 mask = queries_BT[:, None, :, None] == keys_BS
         if self.causal:
-            query_T1 = jax.lax.broadcasted_iota(jnp.int32, (queries, 1), 0) + jnp.int32(first_query)
-            key_1S = jax.lax.broadcasted_iota(jnp.int32, (1, keys), 1) + jnp.int32(first_key)
+            query_T1 = jax.lax.broadcasted_iota(jnp.int32, (queries, 1), 0) + self.query_place(query)
+            key_1S = jax.lax.broadcasted_iota(jnp.int32, (1, keys), 1) + self.key_place(key)
             mask = mask & (key_1S <= query_T1)[None, None]
         return mask
+
+    def query_place(self, index: Array | int) -> Array:
+        """The place in the row of a query."""
+        return jnp.int32(index) + (jnp.int32(0) if self.first_query is None else self.first_query)
+
+    def key_place(self, index: Array | int) -> Array:
+        """The place in the row of a key."""
+        return jnp.int32(index) + (jnp.int32(0) if self.first_key is None else self.first_key)
 
 
 def dot_product_attention(
@@ -64,16 +80,63 @@ def dot_product_attention(
     width = q_BTHK.shape[-1]
     logits_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     weights_BHTS = jax.nn.softmax(jnp.where(mask, logits_BHTS * width**-0.5, LOWEST), axis=-1)
-    weights_BHTS = dropout(weights_BHTS.astype(v_BSHK.dtype), dropout_rate, key)
+    weights_BHTS = weights_BHTS.astype(v_BSHK.dtype)
+    if key is not None and dropout_rate:
+        B, H, T, S = weights_BHTS.shape
+        keep_BHTS = kept_weights(head_words(key, B, H), dropout_rate, jnp.int32(0), T, jnp.int32(0), S)
+        weights_BHTS = drop(weights_BHTS, keep_BHTS, dropout_rate)
     return jnp.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); identity without a key."""
+    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); identity without a key.
+
+    The bit of an element is a hash of its row and its place within it: rows and lengths that are filled up,
+    for a mesh to divide them, leave the others' bits as they are.
+    """
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    row, *rest = (jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in range(x.ndim))
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for size, index in zip(x.shape[1:], rest, strict=True):
+        place = place * np.uint32(size) + index
+    return drop(x, _kept(_hash(_words(key), row, place), rate), rate)
+
+
+def drop(x: Array, keep: Array, rate: float) -> Array:
+    """Zeroes what is not kept and scales the rest by 1 / (1 - rate)."""
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def head_words(key: Array, batch: int, heads: int) -> Words:
+    """Two random uint32 [B, H] for each row and head, from which `kept_weights` draws."""
+    row_BH, head_BH = (jax.lax.broadcasted_iota(jnp.uint32, (batch, heads), axis) for axis in (0, 1))
+    return _hash(_words(key), row_BH, head_BH)
+
+
+def kept_weights(words: Words, rate: float, query: Array, queries: int, key: Array, keys: int) -> Array:
+    """Which attention weights dropout keeps, bool [B, H, queries, keys], from a first query and key on.
+
+    The bit of a weight is a hash of its own row, head and places: the same in any block, on any device.
+    """
+    shape = (*words[0].shape, queries, keys)
+    query_BHTS = jax.lax.broadcasted_iota(jnp.uint32, shape, 2) + query.astype(jnp.uint32)
+    key_BHTS = jax.lax.broadcasted_iota(jnp.uint32, shape, 3) + key.astype(jnp.uint32)
+    return _kept(_hash([word[:, :, None, None] for word in words], query_BHTS, key_BHTS), rate)
+
+
+def _kept(bits: Words, rate: float) -> Array:
+    return bits[0] >= np.uint32(round(rate * 2**32))
+
+
+def _words(key: Array) -> Array:
+    return jax.random.key_data(key).ravel()[:2]
+
+
+def _hash(words: Sequence[Array] | Array, high: Array, low: Array) -> Words:
+    """Threefry-2x32 of two counters under a key of two words; all uint32, of one shape in the end."""
+    one, other = (jnp.broadcast_to(word, high.shape) for word in words)
+    return tuple(threefry2x32_p.bind(one, other, high, low))
 
 
 def write_cache(cache_BNTHK: Array, new_BNHK: Array, position: Array) -> Array:

@@ -37,7 +37,7 @@ class Translator:
 
     def __init__(self, model: Model, tokenizer: Tokenizer, config: DecodeConfig, mesh: jax.sharding.Mesh):
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
-        multiple = sharding.row_multiple(mesh)
+        multiple = sharding.row_multiple(mesh, "sentences")
         self._rows = -(-config.batch_rows // multiple) * multiple
         self._search = jax.jit(sharding.over_rows(mesh, functools.partial(best_translations, model, config)))
         self.truncated = 0
@@ -52,6 +52,7 @@ class Translator:
           sentences: one line of text each.
           progress: called with the number of sentences translated by each batch.
         """
+        params = sharding.on_every_device(self._mesh, params)
         translations = [""] * len(sentences)
         filled = [i for i, sentence in enumerate(sentences) if sentence.strip()]
         sources = Ragged.from_sequences(self._encode([sentences[i] for i in filled]))
@@ -59,7 +60,8 @@ class Translator:
         running: list[tuple[PlannedBatch, jax.Array]] = []
         for planned in eval_plan(sources.lengths, np.zeros_like(sources.lengths), lambda width: self._rows):
             source_BS = sources.rectangle(planned.examples_B, planned.bucket.source)
-            running.append((planned, self._search(params, sharding.place_batch(self._mesh, source_BS))))
+            placed = sharding.place_batch(self._mesh, source_BS, rows="sentences")
+            running.append((planned, self._search(params, placed)))
             if len(running) > 1:
                 progress(self._collect(running.pop(0), filled, translations))
         for batch in running:
