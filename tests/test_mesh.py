@@ -32,9 +32,9 @@ MODEL = {"num_layers": 1, "num_heads": 8, "emb_dim": 16, "mlp_dim": 16, "qkv_dim
 STEPS = 5
 
 
-def config_of(sizes=(1, 1, 1, 1), **model):
+def config_of(sizes=(1, 1, 1, 1), train=(), **model):
     mesh = dict(zip(AXES, sizes, strict=True))
-    return small_config(model={**MODEL, **model}, data={"vocab_size": V}, mesh=mesh)
+    return small_config(model={**MODEL, **model}, data={"vocab_size": V}, mesh=mesh, train=dict(train))
 
 
 def batches():
@@ -70,7 +70,7 @@ def results(config):
     loss, grads = jax.device_get(gradient_of(config)(state.params, first))
     train_step, losses = step.make_train_step(model, config, mesh), []
     for batch in batches():
-        state, metrics = train_step(state, sharding.place_batch(mesh, batch))
+        state, metrics = train_step(state, sharding.place_batch(mesh, batch, config.train.accumulation_steps))
         losses.append(float(metrics.loss.nll / metrics.loss.tokens))
     return loss, grads, losses
 
@@ -121,8 +121,7 @@ def bytes_by_device(tree):
 @pytest.mark.parametrize("scan", [False, True])
 def test_fsdp_stores_an_eighth_on_each_device(scan):
     """Params, both moments and the moving average, when made and after an update."""
-    config = config_of((1, 8, 1, 1), **WIDE, scan_layers=scan, num_layers=2)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema_decay=0.9))
+    config = config_of((1, 8, 1, 1), {"ema_decay": 0.9}, **WIDE, scan_layers=scan, num_layers=2)
     mesh, model = sharding.make_mesh(config.mesh), step.Model(config.model, V)
     state = step.init_state(model, config, mesh)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -174,18 +173,26 @@ def test_data_parallel_devices_exchange_gradients_and_nothing_else():
 @pytest.mark.parametrize("scan", [False, True])
 def test_fsdp_devices_gather_params_and_exchange_gradients(scan):
     sizes, most = param_sizes(config_of(**WIDE))
-    large = [
-        found
-        for found in collectives(config_of((1, 8, 1, 1), **WIDE, num_layers=3, scan_layers=scan))
-        if found[2] > 1024
-    ]
+    config = config_of((1, 8, 1, 1), **WIDE, num_layers=3, scan_layers=scan)
+    large = [found for found in collectives(config) if found[2] > 1024]
     assert {what for what, _, _ in large} == {"all-gather", "all-reduce"}
     assert {math.prod(shape) for what, shape, _ in large} <= sizes
-    assert max(size for what, _, size in large if what == "all-gather") <= 4 * most
+    gathers = [size for what, _, size in large if what == "all-gather"]
+    assert max(gathers) <= 4 * most
+    if not scan:  # where a layer's params are used, and again in its backward pass
+        params = step.Model(config.model, V).init(0)
+        matrices = [leaf for leaf in jax.tree.leaves((params["encoder"], params["decoder"])) if leaf.ndim > 1]
+        assert len(gathers) >= 2 * len(matrices)
 
 
 @pytest.mark.parametrize(
-    "fields", [{"scan_layers": True, "num_layers": 2}, {"remat": "dots"}, {"dtype": "bfloat16"}], ids=str
+    "fields",
+    [
+        {"scan_layers": True, "num_layers": 2},
+        {"remat": "dots", "train": {"accumulation_steps": 2}},
+        {"dtype": "bfloat16"},
+    ],
+    ids=str,
 )
 def test_other_programs_run_on_a_mesh(fields):
     """Against the same program on one device."""
@@ -193,7 +200,7 @@ def test_other_programs_run_on_a_mesh(fields):
     np.testing.assert_allclose(*losses, rtol=1e-2 if "dtype" in fields else 1e-4)
 
 
-def test_packed_rows_and_parts_run_on_a_mesh():
+def test_packed_rows_are_told_apart_on_a_mesh():
     rng = np.random.default_rng(0)
     side = rng.integers(4, V, (8, 12)).astype(np.int32)
     side[:, [4, 7, 11]] = EOS

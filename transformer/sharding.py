@@ -57,7 +57,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise UserError(f"config.mesh asks for {count} devices: with several hosts all {len(available)} must be used")
     # Neighbours in the mesh are neighbours in the machine, where that is known.
     whole = count == len(available)
-    grid = mesh_utils.create_device_mesh(shape, available) if whole else np.array(available[:count]).reshape(shape)
+    if whole:
+        grid = mesh_utils.create_device_mesh(shape, available, allow_split_physical_axes=True)
+    else:
+        grid = np.array(available[:count]).reshape(shape)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -171,6 +174,12 @@ _gather.defvjp(
     lambda param, used, stored: (_gather(param, used, stored), None),
     lambda used, stored, _, grad: (jax.lax.with_sharding_constraint(grad, stored),),
 )
+
+
+def all_but_gathered(*_: Any, **params: Any) -> bool:
+    """A policy for `jax.checkpoint`: the backward pass gathers params again, and keeps everything else."""
+    called = params.get("call_jaxpr")
+    return called is None or [equation.primitive.name for equation in called.eqns] != ["sharding_constraint"]
 
 
 def shards(axis: str) -> int:

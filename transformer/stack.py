@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer import sharding
+
 Array = jax.Array
 Key = Array | None
 
@@ -45,11 +47,15 @@ def run_stack(
 
     Args:
       keys_L: of dropout, one a layer; None: nothing is dropped.
-      remat: what the backward pass computes again: `none`, or one of POLICIES (Chen et al. 2016).
+      remat: what the backward pass computes again, `none` or one of POLICIES (Chen et al. 2016). Params that were
+        gathered to be used are gathered again in any case, else each device would keep those of all layers.
     """
 
     def kept(function: Callable) -> Callable:
-        return function if remat == "none" else jax.checkpoint(function, policy=POLICIES[remat])
+        if remat == "none":
+            gathers = sharding.shards("embed") > 1
+            return jax.checkpoint(function, policy=sharding.all_but_gathered) if gathers else function
+        return jax.checkpoint(function, policy=POLICIES[remat])
 
     if isinstance(stack, nnx.List):
         for i, layer in enumerate(stack):
