@@ -136,3 +136,26 @@ def test_a_block_of_the_mask_is_that_block_of_the_whole(causal, packed):
     whole = np.broadcast_to(visible.mask(6, 5), (2, 1, 6, 5))
     block = np.broadcast_to(visible.mask(3, 2, jnp.int32(2), jnp.int32(1)), (2, 1, 3, 2))
     np.testing.assert_array_equal(block, whole[:, :, 2:5, 1:3])
+
+
+def test_filled_up_rows_and_lengths_leave_the_others_bits_as_they_are():
+    """So no mesh changes what is dropped, whatever it fills up."""
+    key = jax.random.key(0)
+    small = attention.dropout(jnp.ones((3, 5, 4)), 0.5, key)
+    large = attention.dropout(jnp.ones((8, 9, 4)), 0.5, key)
+    np.testing.assert_array_equal(large[:3, :5], small)
+    assert not np.array_equal(small[0], small[1])
+    assert not np.array_equal(small, attention.dropout(jnp.ones((3, 5, 4)), 0.5, jax.random.key(1)))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.7])
+def test_as_many_weights_are_dropped_as_asked_and_each_by_itself(rate):
+    words = attention.head_words(jax.random.key(2), 3, 4)
+    keep = np.asarray(attention.kept_weights(words, rate, jnp.int32(0), 64, jnp.int32(0), 64))
+    assert abs(keep.mean() - (1 - rate)) < 0.01
+    for axis in range(4):  # neighbours along no axis know of each other
+        one, other = np.split(keep, 2, axis) if axis == 1 else (keep.take(0, axis), keep.take(1, axis))
+        expected = (1 - rate) ** 2 + rate**2
+        assert abs((one == other).mean() - expected) < 0.06
+    part = attention.kept_weights(words, rate, jnp.int32(7), 5, jnp.int32(20), 9)
+    np.testing.assert_array_equal(part, keep[:, :, 7:12, 20:29])
