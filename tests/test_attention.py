@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer import attention
+from transformer import attention, dropout
 from transformer.attention import Visible
 
 
@@ -71,17 +71,17 @@ def test_softmax_of_bfloat16_is_taken_in_float32():
 
 def test_dropout_keeps_the_mean_and_needs_a_key():
     x = jnp.ones((200, 200), jnp.float32)
-    dropped = attention.dropout(x, 0.25, jax.random.key(0))
+    dropped = dropout.dropout(x, 0.25, jax.random.key(0))
     assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
     assert abs(float(dropped.mean()) - 1) < 0.01
-    assert attention.dropout(x, 0.25, None) is x
-    assert attention.dropout(x, 0.0, jax.random.key(0)) is x
+    assert dropout.dropout(x, 0.25, None) is x
+    assert dropout.dropout(x, 0.0, jax.random.key(0)) is x
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.3, 0.99])
 def test_dropout_has_the_rate_asked_for_though_a_byte_knows_256_only(rate):
     x = jnp.ones((64, 30), jnp.float32)
-    dropped = jax.vmap(lambda key: attention.dropout(x, rate, key))(jax.random.split(jax.random.key(0), 2000))
+    dropped = jax.vmap(lambda key: dropout.dropout(x, rate, key))(jax.random.split(jax.random.key(0), 2000))
     assert abs(float((dropped == 0).mean()) - rate) < min(0.003, 0.2 * rate)
     kept = np.unique(dropped[dropped > 0])
     np.testing.assert_allclose(kept, 1 / (1 - rate), rtol=1e-5)
@@ -89,10 +89,10 @@ def test_dropout_has_the_rate_asked_for_though_a_byte_knows_256_only(rate):
 
 def test_dropout_draws_each_element_and_each_call_by_itself():
     """Four elements share a word, and rows share a call: neither may show."""
-    dropped = attention.dropout(jnp.ones((4000, 8), jnp.float32), 0.5, jax.random.key(0)) > 0
+    dropped = dropout.dropout(jnp.ones((4000, 8), jnp.float32), 0.5, jax.random.key(0)) > 0
     together = np.corrcoef(np.asarray(dropped, np.float64).T)
     assert np.abs(together - np.eye(8)).max() < 0.06
-    other = attention.dropout(jnp.ones((4000, 8), jnp.float32), 0.5, jax.random.key(1)) > 0
+    other = dropout.dropout(jnp.ones((4000, 8), jnp.float32), 0.5, jax.random.key(1)) > 0
     assert abs(float((dropped == other).mean()) - 0.5) < 0.02
 
 
@@ -154,3 +154,26 @@ def test_a_block_of_the_mask_is_that_block_of_the_whole(causal, packed):
     whole = np.broadcast_to(visible.mask(6, 5), (2, 1, 6, 5))
     block = np.broadcast_to(visible.mask(3, 2, jnp.int32(2), jnp.int32(1)), (2, 1, 3, 2))
     np.testing.assert_array_equal(block, whole[:, :, 2:5, 1:3])
+
+
+def test_filled_up_rows_and_lengths_leave_the_others_bits_as_they_are():
+    """So no mesh changes what is dropped, whatever it fills up."""
+    key = jax.random.key(0)
+    small = dropout.dropout(jnp.ones((3, 5, 4)), 0.5, key)
+    large = dropout.dropout(jnp.ones((8, 9, 4)), 0.5, key)
+    np.testing.assert_array_equal(large[:3, :5], small)
+    assert not np.array_equal(small[0], small[1])
+    assert not np.array_equal(small, dropout.dropout(jnp.ones((3, 5, 4)), 0.5, jax.random.key(1)))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.7])
+def test_as_many_weights_are_dropped_as_asked_and_each_by_itself(rate):
+    words = dropout.head_words(jax.random.key(2), 3, 4)
+    keep = np.asarray(dropout.kept_weights(words, rate, jnp.int32(0), 64, jnp.int32(0), 64))
+    assert abs(keep.mean() - (1 - rate)) < 0.01
+    for axis in range(4):  # neighbours along no axis know of each other
+        one, other = np.split(keep, 2, axis) if axis == 1 else (keep.take(0, axis), keep.take(1, axis))
+        expected = (1 - rate) ** 2 + rate**2
+        assert abs((one == other).mean() - expected) < 0.06
+    part = dropout.kept_weights(words, rate, jnp.int32(7), 5, jnp.int32(20), 9)
+    np.testing.assert_array_equal(part, keep[:, :, 7:12, 20:29])

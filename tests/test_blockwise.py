@@ -137,3 +137,11 @@ def test_memory_grows_with_the_length_and_not_its_square():
     assert used[2] - used[1] < 4.2 * (used[1] - used[0]) + 1e5
     assert temporaries(plain, 4096) > 10 * used[1]
     assert used[2] < temporaries(plain, 4096) / 4
+
+
+def test_dropout_draws_the_bits_of_the_plain_path_in_any_block():
+    q, k, v, key = draw(0, 20), draw(1, 20), draw(2, 20), jax.random.key(3)
+    wanted = attention.dot_product_attention(q, k, v, Visible(causal=True).mask(20, 20), 0.4, key)
+    for block in (3, 8, 512):
+        got = blockwise_attention(q, k, v, Visible(causal=True), 0.4, key, block)
+        np.testing.assert_allclose(got, wanted, atol=1e-5)

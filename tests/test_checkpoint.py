@@ -72,6 +72,20 @@ def test_the_state_comes_back_to_the_last_bit_on_any_mesh(parts, saved, devices)
     assert restored.step.sharding.mesh.size == devices
 
 
+def test_what_fsdp_saved_comes_back_on_other_meshes(tmp_path):
+    config = small_config(model={"num_layers": 1}, mesh={"fsdp": 8}, train={"ema_decay": 0.9})
+    _, vocabulary, model, *_ = make_parts()
+    state = step.init_state(model, config, sharding.make_mesh(config.mesh))
+    assert not state.params["encoder"][0]["mlp"]["kernel_in"].is_fully_replicated
+    Checkpoints(tmp_path).save(state, config, vocabulary, "", {})
+    for sizes in ({"data": 8}, {"data": 2, "tensor": 2, "sequence": 2}, {"data": 1}):
+        mesh = sharding.make_mesh(small_config(mesh=sizes).mesh)
+        restored = Checkpoints(tmp_path).restore(0, model, config, mesh)
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+        wanted = step.state_shardings(model, config, mesh)
+        jax.tree.map(lambda leaf, where: np.testing.assert_equal(leaf.sharding, where), restored, wanted)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_moving_average_comes_back_too(parts, saved, tmp_path, devices):
     config, vocabulary, model, _, state = parts

@@ -129,6 +129,18 @@ def test_zero_is_refused_where_something_is_needed(section, name):
         (r"schedule: expected one of", {"optimizer": {"schedule": "step"}}),
         (r"epsilon: expected above 0, got 0", {"optimizer": {"epsilon": 0.0}}),
         (r"config\.mesh\.data: expected -1", {"mesh": {"data": 0}}),
+        (r"config\.mesh\.tensor: expected at least -1, got -2", {"mesh": {"tensor": -2}}),
+        (r"-1 in one field at most, got it in data and fsdp; set mesh\.data to", {"mesh": {"fsdp": -1}}),
+        (r"mesh\.tensor = 3 does not divide model\.num_heads = 8; set mesh\.tensor to 1", {"mesh": {"tensor": 3}}),
+        (
+            r"mesh\.fsdp = 3 does not divide model\.emb_dim = 512; set .* to 513",
+            {"mesh": {"fsdp": 3}},
+        ),
+        (
+            r"mesh\.tensor = 8 does not divide data\.vocab_size = 4001; set mesh\.tensor to 1, or .* to 4008",
+            {"mesh": {"tensor": 8}, "data": {"vocab_size": 4001}},
+        ),
+        (r"remat: expected one of none, dots, full", {"model": {"remat": "some"}}),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_message(match, sections):

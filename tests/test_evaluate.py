@@ -79,6 +79,19 @@ def test_the_loss_is_the_mean_over_all_tokens(evaluator):
     assert room.held_out_loss(params, sources, targets) == pytest.approx(nll / count, rel=1e-5)
 
 
+def test_a_mesh_changes_nothing_but_rounding(evaluator):
+    one, params, model, vocabulary = evaluator
+    config = small_config(
+        model={"num_layers": 1}, train={"batch_tokens": 64}, mesh={"fsdp": 2, "tensor": 2, "sequence": 2}
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    many = evaluate.Evaluator(model, vocabulary, config, mesh)
+    split = jax.device_put(params, sharding.param_shardings(mesh, model.abstract_params))
+    ours, theirs = (room.evaluate(held, HYPOTHESES, [REFERENCES]) for room, held in ((many, split), (one, params)))
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+    assert ours.translations == theirs.translations
+
+
 def test_the_report_holds_a_translation_for_each_sentence(evaluator):
     room, params, _, _ = evaluator
     done = []

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from transformer import layers
+from transformer import dropout, layers
+from transformer.attention import Visible
 
 
 def plain_layer_norm(x, scale, bias):
@@ -75,9 +76,9 @@ def test_feed_forward_is_equation_2():
 
 @pytest.mark.parametrize(("qkv_dim", "value_dim"), [(8, 8), (4, 8), (16, 4)])
 def test_key_and_value_widths_are_free_of_the_model_width(qkv_dim, value_dim):
-    block = layers.MultiHeadAttention(8, 2, qkv_dim, value_dim, 0.0, nnx.Rngs(params=0))
+    block = layers.MultiHeadAttention(8, 2, qkv_dim, value_dim, 0.0, "plain", nnx.Rngs(params=0))
     x = jax.random.normal(jax.random.key(4), (2, 3, 8))
-    assert block(x, x, jnp.ones((1, 1, 1, 3), bool)).shape == (2, 3, 8)
+    assert block(x, x, Visible()).shape == (2, 3, 8)
     assert block.query[...].shape == block.key[...].shape == (8, 2, qkv_dim // 2)
     assert block.value[...].shape == (8, 2, value_dim // 2)
 
@@ -91,13 +92,13 @@ def test_residual_puts_norm_and_dropout_where_the_paper_does(norm):
     def sublayer(y):
         return y * 2.0
 
-    dropped = layers.attention.dropout(sublayer(x if norm == "post" else block.norm(x)), 0.5, key)
+    dropped = dropout.dropout(sublayer(x if norm == "post" else block.norm(x)), 0.5, key)
     want = block.norm(x + dropped) if norm == "post" else x + dropped
     np.testing.assert_allclose(block(x, sublayer, key), want, rtol=1e-6)
     assert not np.allclose(block(x, sublayer, key), block(x, sublayer))
 
 
 def test_every_param_names_its_axes():
-    block = layers.MultiHeadAttention(8, 2, 8, 8, 0.0, nnx.Rngs(params=0))
+    block = layers.MultiHeadAttention(8, 2, 8, 8, 0.0, "plain", nnx.Rngs(params=0))
     for _, param in nnx.to_flat_state(nnx.state(block, nnx.Param)):
         assert len(param.get_metadata()["axes"]) == param.get_value().ndim

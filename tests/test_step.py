@@ -288,5 +288,5 @@ def test_a_logical_axis_without_a_rule_is_an_error():
 
 
 def test_more_devices_than_there_are_is_an_error():
-    with pytest.raises(Exception, match=r"config\.mesh\.data = 9: found only 8 devices"):
+    with pytest.raises(Exception, match=r"mesh\.data = 9 asks for 9 devices: found only 8 devices"):
         sharding.make_mesh(MeshConfig(data=9))

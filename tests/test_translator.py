@@ -75,6 +75,13 @@ def test_devices_change_nothing(parts, usual):
     assert translator.translate(params, LINES) == usual
 
 
+def test_a_mesh_that_splits_params_changes_nothing(parts, usual):
+    config, vocabulary, model, params = parts
+    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, fsdp=2, tensor=2, sequence=2))
+    split = jax.device_put(params, sharding.param_shardings(mesh, model.abstract_params))
+    assert Translator(model, vocabulary, config.decode, mesh).translate(split, LINES) == usual
+
+
 def test_rows_are_filled_up_to_the_devices(parts, usual):
     translator, params = make(parts, devices=8, batch_rows=3)
     assert translator.translate(params, LINES[:3]) == usual[:3]

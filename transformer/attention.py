@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from transformer.dropout import drop, head_words, kept_weights
+
 Array = jax.Array
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -21,28 +23,40 @@ class Visible:
     Attributes:
       queries_BT: int32 segment of each query; None: it looks at every key that is not padding.
       keys_BS: int32 segment of each key, 0 for padding; None: no key is padding.
+      first_query, first_key: place in the row of the first query and key, int32 [], where these are a part of it;
+        None: 0.
       causal: position t looks at positions ≤ t only (paper, section 3.2.3).
     """
 
     queries_BT: Array | None = None
     keys_BS: Array | None = None
+    first_query: Array | None = None
+    first_key: Array | None = None
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def mask(self, queries: int, keys: int, first_query: Array | int = 0, first_key: Array | int = 0) -> Array:
-        """As a mask, over whole rows or over the block of queries and keys that begins at these places."""
+    def mask(self, queries: int, keys: int, query: Array | int = 0, key: Array | int = 0) -> Array:
+        """As a mask, over all queries and keys or over the block that begins at these."""
         mask = jnp.ones((1, 1, 1, 1), bool)
         if self.keys_BS is not None:
-            keys_BS = jax.lax.dynamic_slice_in_dim(self.keys_BS, first_key, keys, axis=1)[:, None, None, :]
+            keys_BS = jax.lax.dynamic_slice_in_dim(self.keys_BS, key, keys, axis=1)[:, None, None, :]
             if self.queries_BT is None:
                 mask = keys_BS != 0
             else:
-                queries_BT = jax.lax.dynamic_slice_in_dim(self.queries_BT, first_query, queries, axis=1)
+                queries_BT = jax.lax.dynamic_slice_in_dim(self.queries_BT, query, queries, axis=1)
                 mask = queries_BT[:, None, :, None] == keys_BS
         if self.causal:
-            query_T1 = jax.lax.broadcasted_iota(jnp.int32, (queries, 1), 0) + jnp.int32(first_query)
-            key_1S = jax.lax.broadcasted_iota(jnp.int32, (1, keys), 1) + jnp.int32(first_key)
+            query_T1 = jax.lax.broadcasted_iota(jnp.int32, (queries, 1), 0) + self.query_place(query)
+            key_1S = jax.lax.broadcasted_iota(jnp.int32, (1, keys), 1) + self.key_place(key)
             mask = mask & (key_1S <= query_T1)[None, None]
         return mask
+
+    def query_place(self, index: Array | int) -> Array:
+        """The place in the row of a query."""
+        return jnp.int32(index) + (jnp.int32(0) if self.first_query is None else self.first_query)
+
+    def key_place(self, index: Array | int) -> Array:
+        """The place in the row of a key."""
+        return jnp.int32(index) + (jnp.int32(0) if self.first_key is None else self.first_key)
 
 
 def dot_product_attention(
@@ -61,8 +75,11 @@ def dot_product_attention(
     Returns:
       [B, T, H, K] in the dtype of `v_BSHK`.
     """
-    weights_BHTS = attention_weights(q_BTHK, k_BSHK, mask)
-    weights_BHTS = dropout(weights_BHTS.astype(v_BSHK.dtype), dropout_rate, key)
+    weights_BHTS = attention_weights(q_BTHK, k_BSHK, mask).astype(v_BSHK.dtype)
+    if key is not None and dropout_rate:
+        B, H, T, S = weights_BHTS.shape
+        keep_BHTS = kept_weights(head_words(key, B, H), dropout_rate, jnp.int32(0), T, jnp.int32(0), S)
+        weights_BHTS = drop(weights_BHTS, keep_BHTS, dropout_rate)
     return jnp.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK)
 
 
@@ -71,23 +88,6 @@ def attention_weights(q_BTHK: Array, k_BSHK: Array, mask: Array) -> Array:
     width = q_BTHK.shape[-1]
     logits_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     return jax.nn.softmax(jnp.where(mask, logits_BHTS * width**-0.5, LOWEST), axis=-1)
-
-
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); identity without a key.
-
-    A random word serves four elements, a byte each: drawing words is what dropout costs. As a byte knows
-    256 rates only, the one between the two next to `rate` is drawn for each call.
-    """
-    if key is None or rate == 0.0:
-        return x
-    bits_key, rate_key = jax.random.split(key)
-    *leading, width = x.shape
-    words = jax.random.bits(bits_key, (*leading, -(-width // 4)), jnp.uint32)
-    bytes_ = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*leading, -1)[..., :width]
-    lowest_kept = jnp.floor(256.0 * rate + jax.random.uniform(rate_key)).astype(jnp.uint8)
-    scale = jnp.where(bytes_ >= lowest_kept, 1.0 / (1.0 - rate), 0.0).astype(x.dtype)
-    return x * jax.lax.optimization_barrier(scale)
 
 
 def write_cache(cache_BNTHK: Array, new_BNHK: Array, position: Array) -> Array:

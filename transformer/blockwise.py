@@ -5,7 +5,7 @@ Gimelshein 2018; Rabe and Staats 2021). The gradient computes the weights of eac
 2022, algorithm 4). Blocks that a causal mask hides whole are not computed.
 
 B batch, T query length, S key length, H heads, K width per head; q and s in a name are a block's
-queries and keys. Sums are float32.
+queries and keys, n and m how many blocks there are of them. Sums are float32.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from transformer.attention import LOWEST, Visible, dropout
+from transformer.attention import LOWEST, Visible
+from transformer.dropout import Words, drop, head_words, kept_weights
 
 Array = jax.Array
 
@@ -23,10 +24,35 @@ BLOCK = 128  # queries and keys of a block; larger ones are slower on a CPU (doc
 
 
 class Drop(NamedTuple):
-    """Dropout of attention weights: each block draws from a key of its own."""
+    """Dropout of attention weights; see `kept_weights`."""
 
     rate: float
-    key: Array | None
+    words: Words | None
+
+
+class Running(NamedTuple):
+    """What queries, by blocks, have gathered from the keys that have passed: weighted values, sums, maxima."""
+
+    sum_nBHqK: Array
+    total_nBHq: Array
+    highest_nBHq: Array
+
+
+class Looked(NamedTuple):
+    """Queries that have looked at all keys, as their gradient needs them: in `mean_BHT` that of their weights."""
+
+    q_BHTK: Array
+    grad_BHTK: Array
+    mean_BHT: Array
+    log_total_BHT: Array
+
+
+class Gradients(NamedTuple):
+    """Of queries, and by blocks of keys and values, as far as blocks have met; float32."""
+
+    q_BHTK: Array
+    k_mBHsK: Array
+    v_mBHsK: Array
 
 
 def blockwise_attention(
@@ -38,11 +64,21 @@ def blockwise_attention(
     key: Array | None = None,
     block: int = BLOCK,
 ) -> Array:
-    """As `attention.dot_product_attention` under `visible`, to 1e-5; dropout draws other bits.
+    """As `attention.dot_product_attention` under `visible`, to 1e-5, with the same dropout.
 
     Returns:
       [B, T, H, K] in the dtype of `v_BSHK`.
     """
+    *arrays, visible, sizes = in_blocks(q_BTHK, k_BSHK, v_BSHK, visible, block)
+    words = head_words(key, q_BTHK.shape[0], q_BTHK.shape[2]) if key is not None and dropout_rate else None
+    out_BHTK = _attend(*arrays, visible, words, dropout_rate, sizes)
+    return jnp.swapaxes(out_BHTK, 1, 2)[:, : q_BTHK.shape[1]]
+
+
+def in_blocks(
+    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible: Visible, block: int
+) -> tuple[Array, Array, Array, Visible, tuple[int, int]]:
+    """Heads before lengths, lengths filled up to whole blocks, and the sizes of a block of queries and of keys."""
     queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
     size_q, size_s = min(block, queries), min(block, keys)
     if keys % size_s and visible.keys_BS is None:
@@ -56,9 +92,7 @@ def blockwise_attention(
         _fill(jnp.swapaxes(array, 1, 2), 2, size)
         for array, size in ((q_BTHK, size_q), (k_BSHK, size_s), (v_BSHK, size_s))
     )
-    rate = 0.0 if key is None else dropout_rate
-    out_BHTK = _attend(q_BHTK, k_BHSK, v_BHSK, visible, key if rate else None, rate, (size_q, size_s))
-    return jnp.swapaxes(out_BHTK, 1, 2)[:, :queries]
+    return q_BHTK, k_BHSK, v_BHSK, visible, (size_q, size_s)
 
 
 def _fill(array: Array, axis: int, block: int) -> Array:
@@ -73,11 +107,11 @@ def _attend(
     k_BHSK: Array,
     v_BHSK: Array,
     visible: Visible,
-    key: Array | None,
+    words: Words | None,
     rate: float,
     sizes: tuple[int, int],
 ) -> Array:
-    return _forward(q_BHTK, k_BHSK, v_BHSK, visible, key, rate, sizes)[0]
+    return _forward(q_BHTK, k_BHSK, v_BHSK, visible, words, rate, sizes)[0]
 
 
 def _forward(
@@ -85,88 +119,33 @@ def _forward(
     k_BHSK: Array,
     v_BHSK: Array,
     visible: Visible,
-    key: Array | None,
+    words: Words | None,
     rate: float,
     sizes: tuple[int, int],
 ) -> tuple[Array, tuple]:
     """Output, and what the gradient needs: the inputs, the output and the log of each query's sum."""
-    size_q, size_s = sizes
-    scorer = _Scorer(q_BHTK, k_BHSK, visible, Drop(rate, key), sizes)
-    B, H, T = q_BHTK.shape[:3]
-
-    def add_keys(i: Array, j: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        sum_BHqK, total_BHq, highest_BHq = running
-        logits_BHqs, _ = scorer.logits(i, j)
-        higher_BHq = jnp.maximum(highest_BHq, logits_BHqs.max(-1))
-        shrink_BHq = jnp.exp(highest_BHq - higher_BHq)
-        weights_BHqs = jnp.exp(logits_BHqs - higher_BHq[..., None])
-        total_BHq = total_BHq * shrink_BHq + weights_BHqs.sum(-1)
-        kept_BHqs = scorer.dropped(weights_BHqs, i, j).astype(v_BHSK.dtype)
-        sum_BHqK = sum_BHqK * shrink_BHq[..., None] + _product("bhqs,bhsk->bhqk", kept_BHqs, _block(v_BHSK, j, size_s))
-        return sum_BHqK, total_BHq, higher_BHq
-
-    def of_queries(i: Array) -> tuple[Array, Array]:
-        empty = (
-            jnp.zeros((B, H, size_q, v_BHSK.shape[-1]), jnp.float32),
-            jnp.zeros((B, H, size_q), jnp.float32),
-            jnp.full((B, H, size_q), LOWEST),
-        )
-        step = functools.partial(add_keys, i)
-        sum_BHqK, total_BHq, highest_BHq = jax.lax.fori_loop(0, scorer.last_keys(i), step, empty)
-        out_BHqK = sum_BHqK / total_BHq[..., None]
-        return out_BHqK.astype(v_BHSK.dtype), highest_BHq + jnp.log(total_BHq)
-
-    blocks = jax.lax.map(of_queries, jnp.arange(T // size_q, dtype=jnp.int32))
-    out_BHTK, log_total_BHT = (_join(array) for array in blocks)
-    return out_BHTK, (q_BHTK, k_BHSK, v_BHSK, visible, key, out_BHTK, log_total_BHT)
+    meeting = Meeting(q_BHTK, k_BHSK, v_BHSK, visible, Drop(rate, words), sizes)
+    out_BHTK, log_total_BHT = settle(look(meeting, nothing_seen(meeting)), v_BHSK.dtype)
+    return out_BHTK, (q_BHTK, k_BHSK, v_BHSK, visible, words, out_BHTK, log_total_BHT)
 
 
 def _backward(rate: float, sizes: tuple[int, int], saved: tuple, grad_BHTK: Array) -> tuple:
-    q_BHTK, k_BHSK, v_BHSK, visible, key, out_BHTK, log_total_BHT = saved
-    size_q, size_s = sizes
-    scorer = _Scorer(q_BHTK, k_BHSK, visible, Drop(rate, key), sizes)
-    scale = q_BHTK.shape[-1] ** -0.5
-    # Every weight of a query loses the mean of their gradients, which the output tells without the weights.
-    mean_BHT = (grad_BHTK.astype(jnp.float32) * out_BHTK.astype(jnp.float32)).sum(-1)
-
-    def add_queries(j: Array, i: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        dq_BHTK, dk_BHsK, dv_BHsK = running
-        q_BHqK, grad_BHqK = _block(q_BHTK, i, size_q), _block(grad_BHTK, i, size_q)
-        logits_BHqs, mask = scorer.logits(i, j)
-        weights_BHqs = jnp.exp(logits_BHqs - _block(log_total_BHT, i, size_q)[..., None])
-        kept_BHqs = scorer.dropped(weights_BHqs, i, j).astype(grad_BHTK.dtype)
-        dv_BHsK += _product("bhqs,bhqk->bhsk", kept_BHqs, grad_BHqK)
-        dweights_BHqs = _product("bhqk,bhsk->bhqs", grad_BHqK, _block(v_BHSK, j, size_s))
-        dweights_BHqs = scorer.dropped(dweights_BHqs, i, j) - _block(mean_BHT, i, size_q)[..., None]
-        dlogits_BHqs = jnp.where(mask, weights_BHqs * dweights_BHqs * scale, 0.0).astype(q_BHTK.dtype)
-        dk_BHsK += _product("bhqs,bhqk->bhsk", dlogits_BHqs, q_BHqK)
-        dq_BHqK = _product("bhqs,bhsk->bhqk", dlogits_BHqs, _block(k_BHSK, j, size_s))
-        dq_BHqK += _block(dq_BHTK, i, size_q)
-        dq_BHTK = jax.lax.dynamic_update_slice_in_dim(dq_BHTK, dq_BHqK, i * size_q, axis=2)
-        return dq_BHTK, dk_BHsK, dv_BHsK
-
-    def of_keys(dq_BHTK: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
-        empty = [jnp.zeros((*array.shape[:2], size_s, array.shape[3]), jnp.float32) for array in (k_BHSK, v_BHSK)]
-        step = functools.partial(add_queries, j)
-        last = q_BHTK.shape[2] // size_q
-        dq_BHTK, *dkv = jax.lax.fori_loop(scorer.first_queries(j), last, step, (dq_BHTK, *empty))
-        return dq_BHTK, tuple(dkv)
-
-    blocks = jnp.arange(k_BHSK.shape[2] // size_s, dtype=jnp.int32)
-    dq_BHTK, dkv = jax.lax.scan(of_keys, jnp.zeros(q_BHTK.shape, jnp.float32), blocks)
-    dk_BHSK, dv_BHSK = (_join(array) for array in dkv)
-    grads = dq_BHTK.astype(q_BHTK.dtype), dk_BHSK.astype(k_BHSK.dtype), dv_BHSK.astype(v_BHSK.dtype)
-    return (*grads, None, None)
+    *qkv, visible, words, out_BHTK, log_total_BHT = saved
+    q_BHTK, k_BHSK, v_BHSK = qkv
+    meeting = Meeting(q_BHTK, k_BHSK, v_BHSK, visible, Drop(rate, words), sizes)
+    looked = Looked(q_BHTK, grad_BHTK, mean_gradient(grad_BHTK, out_BHTK), log_total_BHT)
+    return *in_rows(look_back(meeting, looked, no_gradients(meeting)), *qkv), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-class _Scorer(NamedTuple):
-    """Logits and dropout of block i of the queries against block j of the keys."""
+class Meeting(NamedTuple):
+    """Queries that meet keys, block by block: i is one of queries, j one of keys."""
 
     q_BHTK: Array
     k_BHSK: Array
+    v_BHSK: Array
     visible: Visible
     drop: Drop
     sizes: tuple[int, int]
@@ -181,21 +160,120 @@ class _Scorer(NamedTuple):
 
     def dropped(self, weights_BHqs: Array, i: Array, j: Array) -> Array:
         """Weights after dropout, or their gradient before it: both are scaled by the same bits."""
-        rate, key = self.drop
-        if key is None:
+        (rate, words), (size_q, size_s) = self.drop, self.sizes
+        if words is None:
             return weights_BHqs
-        return dropout(weights_BHqs, rate, jax.random.fold_in(jax.random.fold_in(key, i), j))
+        query, key = self.visible.query_place(i * size_q), self.visible.key_place(j * size_s)
+        return drop(weights_BHqs, kept_weights(words, rate, query, size_q, key, size_s), rate)
 
     def last_keys(self, i: Array) -> Any:
         """Blocks of keys up to the last that these queries see."""
-        blocks = self.k_BHSK.shape[2] // self.sizes[1]
+        size_q, size_s = self.sizes
+        blocks = self.k_BHSK.shape[2] // size_s
         if not self.visible.causal:
             return blocks
-        return jnp.minimum(((i + 1) * self.sizes[0] - 1) // self.sizes[1] + 1, blocks)
+        ahead = self.visible.query_place((i + 1) * size_q - 1) - self.visible.key_place(0)
+        return jnp.clip(ahead // size_s + 1, 0, blocks)
 
     def first_queries(self, j: Array) -> Any:
         """The first block of queries that sees these keys."""
-        return j * self.sizes[1] // self.sizes[0] if self.visible.causal else 0
+        size_q, size_s = self.sizes
+        if not self.visible.causal:
+            return 0
+        ahead = self.visible.key_place(j * size_s) - self.visible.query_place(0)
+        return jnp.clip(ahead // size_q, 0, self.q_BHTK.shape[2] // size_q)
+
+
+def nothing_seen(meeting: Meeting) -> Running:
+    """Before the first keys."""
+    B, H, T, _ = meeting.q_BHTK.shape
+    size_q, width = meeting.sizes[0], meeting.v_BHSK.shape[-1]
+    shape = (T // size_q, B, H, size_q)
+    return Running(jnp.zeros((*shape, width), jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, LOWEST))
+
+
+def look(meeting: Meeting, running: Running) -> Running:
+    """Lets all blocks of keys pass all blocks of queries."""
+    v_BHSK, size_s = meeting.v_BHSK, meeting.sizes[1]
+
+    def add_keys(i: Array, j: Array, running: Running) -> Running:
+        sum_BHqK, total_BHq, highest_BHq = running
+        logits_BHqs, _ = meeting.logits(i, j)
+        higher_BHq = jnp.maximum(highest_BHq, logits_BHqs.max(-1))
+        shrink_BHq = jnp.exp(highest_BHq - higher_BHq)
+        weights_BHqs = jnp.exp(logits_BHqs - higher_BHq[..., None])
+        total_BHq = total_BHq * shrink_BHq + weights_BHqs.sum(-1)
+        kept_BHqs = meeting.dropped(weights_BHqs, i, j).astype(v_BHSK.dtype)
+        sum_BHqK = sum_BHqK * shrink_BHq[..., None] + _product("bhqs,bhsk->bhqk", kept_BHqs, _block(v_BHSK, j, size_s))
+        return Running(sum_BHqK, total_BHq, higher_BHq)
+
+    def of_queries(block: tuple[Array, Running]) -> Running:
+        i, running = block
+        return jax.lax.fori_loop(0, meeting.last_keys(i), functools.partial(add_keys, i), running)
+
+    blocks = jnp.arange(running.sum_nBHqK.shape[0], dtype=jnp.int32)
+    return jax.lax.map(of_queries, (blocks, running))
+
+
+def settle(running: Running, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Output [B, H, T, K] and the log of each query's sum [B, H, T], when all keys have passed."""
+    out_nBHqK = (running.sum_nBHqK / running.total_nBHq[..., None]).astype(dtype)
+    return _join(out_nBHqK), _join(running.highest_nBHq + jnp.log(running.total_nBHq))
+
+
+def mean_gradient(grad_BHTK: Array, out_BHTK: Array) -> Array:
+    """The mean of the gradients of a query's weights, which each of them loses; the output tells it without them."""
+    return (grad_BHTK.astype(jnp.float32) * out_BHTK.astype(jnp.float32)).sum(-1)
+
+
+def no_gradients(meeting: Meeting) -> Gradients:
+    """Before the first keys."""
+
+    def zeros(array: Array) -> Array:
+        B, H, S, K = array.shape
+        return jnp.zeros((S // meeting.sizes[1], B, H, meeting.sizes[1], K), jnp.float32)
+
+    q_BHTK = jnp.zeros(meeting.q_BHTK.shape, jnp.float32)
+    return Gradients(q_BHTK, zeros(meeting.k_BHSK), zeros(meeting.v_BHSK))
+
+
+def look_back(meeting: Meeting, looked: Looked, gradients: Gradients) -> Gradients:
+    """Adds the gradients of all blocks of queries and these keys."""
+    size_q, size_s = meeting.sizes
+    q_BHTK, grad_BHTK = looked.q_BHTK, looked.grad_BHTK
+    scale, last = q_BHTK.shape[-1] ** -0.5, q_BHTK.shape[2] // size_q
+
+    def add_queries(j: Array, i: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        dq_BHTK, dk_BHsK, dv_BHsK = running
+        q_BHqK, grad_BHqK = _block(q_BHTK, i, size_q), _block(grad_BHTK, i, size_q)
+        logits_BHqs, mask = meeting.logits(i, j)
+        weights_BHqs = jnp.exp(logits_BHqs - _block(looked.log_total_BHT, i, size_q)[..., None])
+        kept_BHqs = meeting.dropped(weights_BHqs, i, j).astype(grad_BHTK.dtype)
+        dv_BHsK += _product("bhqs,bhqk->bhsk", kept_BHqs, grad_BHqK)
+        dweights_BHqs = _product("bhqk,bhsk->bhqs", grad_BHqK, _block(meeting.v_BHSK, j, size_s))
+        dweights_BHqs = meeting.dropped(dweights_BHqs, i, j) - _block(looked.mean_BHT, i, size_q)[..., None]
+        dlogits_BHqs = jnp.where(mask, weights_BHqs * dweights_BHqs * scale, 0.0).astype(q_BHTK.dtype)
+        dk_BHsK += _product("bhqs,bhqk->bhsk", dlogits_BHqs, q_BHqK)
+        dq_BHqK = _product("bhqs,bhsk->bhqk", dlogits_BHqs, _block(meeting.k_BHSK, j, size_s))
+        dq_BHqK += _block(dq_BHTK, i, size_q)
+        dq_BHTK = jax.lax.dynamic_update_slice_in_dim(dq_BHTK, dq_BHqK, i * size_q, axis=2)
+        return dq_BHTK, dk_BHsK, dv_BHsK
+
+    def of_keys(dq_BHTK: Array, block: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        j, dk_BHsK, dv_BHsK = block
+        step = functools.partial(add_queries, j)
+        dq_BHTK, *dkv = jax.lax.fori_loop(meeting.first_queries(j), last, step, (dq_BHTK, dk_BHsK, dv_BHsK))
+        return dq_BHTK, tuple(dkv)
+
+    blocks = jnp.arange(gradients.k_mBHsK.shape[0], dtype=jnp.int32)
+    dq_BHTK, dkv = jax.lax.scan(of_keys, gradients.q_BHTK, (blocks, *gradients[1:]))
+    return Gradients(dq_BHTK, *dkv)
+
+
+def in_rows(gradients: Gradients, *qkv: Array) -> tuple[Array, ...]:
+    """As arrays like those that they belong to: [B, H, T or S, K]."""
+    joined = (gradients.q_BHTK, _join(gradients.k_mBHsK), _join(gradients.v_mBHsK))
+    return tuple(gradient.astype(array.dtype) for gradient, array in zip(joined, qkv, strict=True))
 
 
 def _block(array: Array, index: Array, size: int) -> Array:

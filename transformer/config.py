@@ -44,9 +44,17 @@ class ModelConfig:
     mlp_dropout_rate: float = _field(0.0, "inside the feed-forward block, after its activation", low=0, high=0.99)
     attention: str = _field(
         "auto",
-        "plain, or blockwise: memory linear in length; auto: by blocks from length 512",
-        one_of=("auto", "plain", "blockwise"),
+        "plain; blockwise: memory linear in length; ring: the same with the length split over mesh.sequence; auto: "
+        "ring where that is above 1, else by blocks from length 512",
+        one_of=("auto", "plain", "blockwise", "ring"),
     )
+    remat: str = _field(
+        "none",
+        "what the backward pass computes again rather than keeps: none; dots: all but products with params; full: "
+        "whole layers",
+        one_of=("none", "dots", "full"),
+    )
+    scan_layers: bool = _field(False, "one program for all layers, over stacked params: compiles faster, runs slower")
     dtype: str = _field(
         "float32", "of activations; params, softmax and loss stay float32", one_of=("float32", "bfloat16")
     )
@@ -176,9 +184,16 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How devices are arranged."""
+    """How devices are arranged: the product of the four is the number of devices. -1, in one of them, fills up."""
 
-    data: int = _field(-1, "devices over which the rows of a batch are split; -1: all", low=-1)
+    data: int = _field(-1, "devices over which the rows of a batch are split; -1: all that are left", low=-1)
+    fsdp: int = _field(
+        1, "the same, and each stores one of so many parts of params and optimizer state; divides emb_dim", low=-1
+    )
+    tensor: int = _field(
+        1, "devices over which heads, mlp_dim and the vocabulary are split; divides each of them", low=-1
+    )
+    sequence: int = _field(1, "devices over which the length of a sentence is split, see attention = ring", low=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 B batch, T target length, S source or key length, D model width, H heads, K width per head,
 F feed-forward width, V vocabulary, N beams.
 
-Params are float32 and carry the logical names of their axes, which only `sharding` maps to a mesh.
-Activations have the dtype of the input.
+Params are float32, and carry the logical names of their axes, as activations are given theirs, which only
+`sharding` maps to a mesh. Activations have the dtype of the input.
 """
 
 import functools
@@ -16,21 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transformer import attention
+from transformer import attention, sharding
 from transformer.attention import Visible
 from transformer.blockwise import blockwise_attention
+from transformer.dropout import dropout
+from transformer.ring import ring_attention
 
 Array = jax.Array
 Key = Array | None
 
 EPSILON = 1e-6
 BLOCKWISE_FROM = 512  # length from which `auto` attends by blocks
+STATES = ("batch", "length", "embed")  # axes of what passes from layer to layer
 glorot = jax.nn.initializers.glorot_uniform
 
 
 def make_param(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     """A float32 parameter whose axes have logical names."""
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def use(param: nnx.Param, dtype: jnp.dtype | None = None) -> Array:
+    """A param to compute with, in a dtype, and whole where only its storage is split."""
+    value = param[...] if dtype is None else param[...].astype(dtype)
+    axes = param.get_metadata()["axes"]
+    return sharding.gathered(value, axes[len(axes) - value.ndim :])  # without that of the layers, if stacked
 
 
 def split_key(key: Key, count: int) -> list[Key]:
@@ -102,13 +112,14 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
         """ids [...] → [..., D]."""
-        table_VD = self.table[...]
+        table_VD = use(self.table)
         return jnp.take(table_VD, ids, axis=0).astype(dtype) * jnp.asarray(table_VD.shape[1] ** 0.5, dtype)
 
     def logits(self, x: Array) -> Array:
         """[..., D] → float32 [..., V]."""
-        table_VD = self.table[...].astype(x.dtype)
-        return jnp.einsum("...d,vd->...v", x, table_VD, preferred_element_type=jnp.float32)
+        table_VD = use(self.table, x.dtype)
+        logits = jnp.einsum("...d,vd->...v", x, table_VD, preferred_element_type=jnp.float32)
+        return sharding.constrain(logits, ("batch", "length", "vocab"))
 
 
 class FeedForward(nnx.Module):
@@ -123,10 +134,11 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Array, key: Key = None) -> Array:
         dtype = x.dtype
-        hidden = jnp.einsum("...d,df->...f", x, self.kernel_in[...].astype(dtype))
+        hidden = jnp.einsum("...d,df->...f", x, use(self.kernel_in, dtype))
+        hidden = sharding.constrain(hidden, ("batch", "length", "mlp"))
         hidden = jax.nn.relu(hidden + _broadcast(self.bias_in[...].astype(dtype), hidden))
-        hidden = attention.dropout(hidden, self.dropout_rate, key)
-        out = jnp.einsum("...f,fd->...d", hidden, self.kernel_out[...].astype(dtype))
+        hidden = dropout(hidden, self.dropout_rate, key)
+        out = jnp.einsum("...f,fd->...d", hidden, use(self.kernel_out, dtype))
         return out + _broadcast(self.bias_out[...].astype(dtype), out)
 
 
@@ -154,26 +166,31 @@ class MultiHeadAttention(nnx.Module):
 
     def queries(self, x: Array) -> Array:
         """[..., D] → [..., H, K]."""
-        return jnp.einsum("...d,dhk->...hk", x, self.query[...].astype(x.dtype))
+        return jnp.einsum("...d,dhk->...hk", x, use(self.query, x.dtype))
 
     def keys_values(self, x: Array) -> tuple[Array, Array]:
         """[..., D] → keys and values, each [..., H, K]."""
-        keys = jnp.einsum("...d,dhk->...hk", x, self.key[...].astype(x.dtype))
-        return keys, jnp.einsum("...d,dhk->...hk", x, self.value[...].astype(x.dtype))
+        keys = jnp.einsum("...d,dhk->...hk", x, use(self.key, x.dtype))
+        return keys, jnp.einsum("...d,dhk->...hk", x, use(self.value, x.dtype))
 
     def project(self, heads: Array) -> Array:
         """[..., H, K] → [..., D]."""
-        return jnp.einsum("...hk,hkd->...d", heads, self.out[...].astype(heads.dtype))
+        return jnp.einsum("...hk,hkd->...d", heads, use(self.out, heads.dtype))
 
     def __call__(self, x_BTD: Array, memory_BSD: Array, visible: Visible, key: Key = None) -> Array:
         """Queries from `x_BTD`, keys and values from `memory_BSD`; returns [B, T, D]."""
-        q_BTHK, (k_BSHK, v_BSHK) = self.queries(x_BTD), self.keys_values(memory_BSD)
+        q_BTHK, k_BSHK, v_BSHK = (
+            sharding.constrain(heads, ("batch", "length", "heads", "kv"))
+            for heads in (self.queries(x_BTD), *self.keys_values(memory_BSD))
+        )
         queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
-        if self.path == "blockwise" or (self.path == "auto" and queries * keys >= BLOCKWISE_FROM**2):
-            heads_BTHK = blockwise_attention(q_BTHK, k_BSHK, v_BSHK, visible, self.dropout_rate, key)
-        else:
+        path = choose_path(self.path, queries, keys)
+        if path == "plain":
             mask = visible.mask(queries, keys)
             heads_BTHK = attention.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask, self.dropout_rate, key)
+        else:
+            attend = ring_attention if path == "ring" else blockwise_attention
+            heads_BTHK = attend(q_BTHK, k_BSHK, v_BSHK, visible, self.dropout_rate, key)
         return self.project(heads_BTHK)
 
     def look(self, x_BND: Array, k_BSHK: Array, v_BSHK: Array, visible: Visible) -> Array:
@@ -187,6 +204,14 @@ class MultiHeadAttention(nnx.Module):
         return attention.attention_weights(self.queries(x_BTD), k_BSHK, mask).mean(axis=1)
 
 
+def choose_path(path: str, queries: int, keys: int) -> str:
+    """Which attention is used where a path was asked for; a ring of one device is blockwise."""
+    ring = sharding.shards("length") > 1
+    if path == "auto":
+        return "ring" if ring else "blockwise" if queries * keys >= BLOCKWISE_FROM**2 else "plain"
+    return "blockwise" if path == "ring" and not ring else path
+
+
 class Residual(nnx.Module):
     """A sublayer's dropout, residual sum and LayerNorm, in either order.
 
@@ -198,5 +223,6 @@ class Residual(nnx.Module):
         self.norm = LayerNorm(width, rngs)
 
     def __call__(self, x: Array, sublayer: Callable[[Array], Array], key: Key = None) -> Array:
-        out = attention.dropout(sublayer(x if self.post else self.norm(x)), self.dropout_rate, key)
+        out = sharding.constrain(sublayer(x if self.post else self.norm(x)), STATES)
+        out = dropout(out, self.dropout_rate, key)
         return self.norm(x + out) if self.post else x + out

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from transformer import sharding
 from transformer.tokenizer import PAD
 
 Array = jax.Array
@@ -34,7 +35,7 @@ def cross_entropy(logits_BTV: Array, target_BT: Array, label_smoothing: float) -
     logits_BTV = logits_BTV.astype(jnp.float32)
     is_token_BT = target_BT != PAD
     log_total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    picked_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
+    picked_BT = pick(logits_BTV, target_BT)
     nll_BT = log_total_BT - picked_BT
     uniform_BT = log_total_BT - logits_BTV.mean(-1)
     objective_BT = (1.0 - label_smoothing) * nll_BT + label_smoothing * uniform_BT
@@ -44,3 +45,12 @@ def cross_entropy(logits_BTV: Array, target_BT: Array, label_smoothing: float) -
         return jnp.where(is_token_BT, values_BT, 0.0).sum()
 
     return LossSums(total(objective_BT), total(nll_BT), total(correct_BT), is_token_BT.astype(jnp.float32).sum())
+
+
+def pick(logits_BTV: Array, target_BT: Array) -> Array:
+    """The logit of each target token, float32 [B, T]."""
+    if sharding.shards("vocab") == 1:
+        return jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
+    # A sum that every device takes over its own part of the vocabulary.
+    ids_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
+    return jnp.where(ids_BTV == target_BT[..., None], logits_BTV, 0.0).sum(-1)

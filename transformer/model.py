@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transformer import attention
+from transformer import attention, sharding
 from transformer.attention import Visible
 from transformer.config import ModelConfig
+from transformer.dropout import dropout
 from transformer.layers import (
+    STATES,
     Embedding,
     FeedForward,
     LayerNorm,
@@ -23,8 +25,10 @@ from transformer.layers import (
     make_param,
     sinusoids,
     split_key,
+    use,
 )
 from transformer.segments import positions, segments, shift_right
+from transformer.stack import layers_of, make_stack, run_stack
 
 Array = jax.Array
 Key = Array | None
@@ -137,8 +141,8 @@ class Transformer(nnx.Module):
             shape, init = (config.max_positions, config.emb_dim), jax.nn.initializers.normal(config.emb_dim**-0.5)
             self.source_positions = make_param(rngs, init, shape, ("positions", "embed"))
             self.target_positions = make_param(rngs, init, shape, ("positions", "embed"))
-        self.encoder = nnx.List([EncoderLayer(config, rngs) for _ in range(config.num_layers)])
-        self.decoder = nnx.List([DecoderLayer(config, rngs) for _ in range(config.num_layers)])
+        self.encoder = make_stack([EncoderLayer(config, rngs) for _ in range(config.num_layers)], config.scan_layers)
+        self.decoder = make_stack([DecoderLayer(config, rngs) for _ in range(config.num_layers)], config.scan_layers)
         if config.norm == "pre":
             self.encoder_norm = LayerNorm(config.emb_dim, rngs)
             self.decoder_norm = LayerNorm(config.emb_dim, rngs)
@@ -154,13 +158,16 @@ class Transformer(nnx.Module):
 
     def encode(self, source_BS: Array, key: Key = None, packed: bool = False) -> Array:
         """Ids int32 [B, S] → states [B, S, D] in the compute dtype; those at padding must not be used."""
-        keys = split_key(key, len(self.encoder) + 1)
+        keys, embed_key = self._layer_keys(key)
         segments_BS = segments(source_BS)
         visible = Visible(segments_BS if packed else None, segments_BS)
         places = positions(segments_BS) if packed else None
-        x_BSD = self._embed("source", source_BS, self._positions("source", source_BS.shape[1], places), keys[-1])
-        for layer, layer_key in zip(self.encoder, keys[:-1], strict=True):
-            x_BSD = layer(x_BSD, visible, layer_key)
+        x_BSD = self._embed("source", source_BS, self._positions("source", source_BS.shape[1], places), embed_key)
+
+        def call(layer: EncoderLayer, x_BSD: Array, layer_key: Key) -> Array:
+            return layer(x_BSD, visible, layer_key)
+
+        x_BSD = run_stack(self.encoder, x_BSD, keys, self.config.remat, call)
         return self.encoder_norm(x_BSD) if self.config.norm == "pre" else x_BSD
 
     def decode(
@@ -170,22 +177,24 @@ class Transformer(nnx.Module):
 
         Padding comes last in a row, so causality alone keeps real positions from seeing it.
         """
-        keys = split_key(key, len(self.decoder) + 1)
+        keys, embed_key = self._layer_keys(key)
         past, source, places = Visible(causal=True), Visible(keys_BS=segments(source_BS)), None
         if packed:
             segments_BT = segments(target_BT)
             past, source = Visible(segments_BT, segments_BT, causal=True), Visible(segments_BT, source.keys_BS)
             places = positions(segments_BT)
         inputs_BT = shift_right(target_BT)
-        x_BTD = self._embed("target", inputs_BT, self._positions("target", inputs_BT.shape[1], places), keys[-1])
-        for layer, layer_key in zip(self.decoder, keys[:-1], strict=True):
-            x_BTD = layer(x_BTD, encoded_BSD, past, source, layer_key)
-        return self._logits(x_BTD)
+        x_BTD = self._embed("target", inputs_BT, self._positions("target", inputs_BT.shape[1], places), embed_key)
+
+        def call(layer: DecoderLayer, x_BTD: Array, layer_key: Key) -> Array:
+            return layer(x_BTD, encoded_BSD, past, source, layer_key)
+
+        return self._logits(run_stack(self.decoder, x_BTD, keys, self.config.remat, call))
 
     def start(self, source_BS: Array, beams: int, max_length: int) -> tuple[Memory, Cache]:
         """What decoding step by step needs: the encoded source, and an empty cache of `max_length` slots a beam."""
         encoded_BSD = self.encode(source_BS)
-        layers = [layer.cross.keys_values(encoded_BSD) for layer in self.decoder]
+        layers = [layer.cross.keys_values(encoded_BSD) for layer in layers_of(self.decoder, self.config.num_layers)]
         leading = (source_BS.shape[0], beams, max_length)
         empty = [
             LayerCache(*(jnp.zeros((*leading, *array.shape[2:]), self.dtype) for array in layer)) for layer in layers
@@ -211,12 +220,19 @@ class Transformer(nnx.Module):
         x_BND = self._embed("target", inputs_BN, row_11D, None)
         here_BN1 = jax.lax.broadcasted_iota(jnp.int32, (*inputs_BN.shape, 1), 1)
         ancestors_BNT = jax.lax.dynamic_update_slice_in_dim(cache.ancestors_BNT, here_BN1, position, axis=2)
-        written, attended_BNS = [], None
-        for layer, source, past in zip(self.decoder, memory.layers, cache.layers, strict=True):
-            asked = attending and layer is self.decoder[-1]
+        written, attended_BNS, layers = [], None, layers_of(self.decoder, self.config.num_layers)
+        for layer, source, past in zip(layers, memory.layers, cache.layers, strict=True):
+            asked = attending and layer is layers[-1]
             x_BND, past, attended_BNS = layer.step(x_BND, source, memory.visible, past, ancestors_BNT, position, asked)
             written.append(past)
         return self._logits(x_BND), Cache(written, ancestors_BNT), attended_BNS
+
+    def _layer_keys(self, key: Key) -> tuple[Key, Key]:
+        """Dropout's keys for each layer, and for the embeddings."""
+        if key is None:
+            return None, None
+        keys = jax.random.split(key, self.config.num_layers + 1)
+        return keys[:-1], keys[-1]
 
     def _table(self, name: str) -> Embedding:
         return self.embeddings["shared" if self.config.share_embeddings else name]
@@ -229,12 +245,12 @@ class Transformer(nnx.Module):
             table = self.source_positions if side == "source" else self.target_positions
             # Beyond the table there is padding only: the config sees to it that every sentence fits.
             rows = np.minimum(np.arange(length), table.shape[0] - 1)
-            table_TD = table[...][rows].astype(self.dtype)
+            table_TD = use(table)[rows].astype(self.dtype)
         return table_TD[None] if places_BT is None else jnp.take(table_TD, places_BT, axis=0)
 
     def _embed(self, side: str, ids: Array, positions: Array, key: Key) -> Array:
-        x = self._table(side)(ids, self.dtype)
-        return attention.dropout(x + positions, self.config.dropout_rate, key)
+        x = sharding.constrain(self._table(side)(ids, self.dtype) + positions, STATES)
+        return dropout(x, self.config.dropout_rate, key)
 
     def _logits(self, x: Array) -> Array:
         if self.config.norm == "pre":

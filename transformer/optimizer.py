@@ -1,5 +1,7 @@
 """The learning rate schedule and the chain of gradient transformations (paper, section 5.3)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,10 +44,16 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         chain.append(optax.clip_by_global_norm(optimizer.clip_norm))
     chain.append(optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.epsilon))
     if optimizer.name == "adamw":
-        chain.append(optax.add_decayed_weights(optimizer.weight_decay, mask=_matrices))
+        matrices = functools.partial(_matrices, config.model.scan_layers)
+        chain.append(optax.add_decayed_weights(optimizer.weight_decay, mask=matrices))
     chain.append(optax.scale_by_learning_rate(make_schedule(config)))
     return optax.chain(*chain)
 
 
-def _matrices(params: optax.Params) -> optax.Params:
-    return jax.tree.map(lambda param: param.ndim > 1, params)
+def _matrices(stacked: bool, params: optax.Params) -> optax.Params:
+    """Which params are matrices; those of stacked layers have one axis more."""
+
+    def is_matrix(path: tuple, param: jax.Array) -> bool:
+        return param.ndim > (2 if stacked and path[0].key in ("encoder", "decoder") else 1)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -139,15 +139,16 @@ def make_train_step(
     packed = config.data.batching == "pack"
 
     def objective(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
-        logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key, packed)
-        sums = cross_entropy(logits_BTV, batch.target_BT, config.optimizer.label_smoothing)
+        with sharding.on_mesh(mesh):
+            logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key, packed)
+            sums = cross_entropy(logits_BTV, batch.target_BT, config.optimizer.label_smoothing)
         return sums.objective, sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(dropout_key, state.step)
-        summed, sums = sum_gradients(objective, state.params, batch, key, config.train.accumulation_steps)
+        total, sums = sum_gradients(objective, state.params, batch, key, config.train.accumulation_steps)
         # The sums run over all rows of all devices, so these are gradients of the mean over the global batch's tokens.
-        grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums.tokens, 1.0), summed)
+        grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums.tokens, 1.0), total)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -210,8 +211,9 @@ def make_eval_step(model: Model, mesh: Mesh) -> Callable[[Params, Batch], LossSu
     """The compiled loss without dropout or smoothing."""
 
     def eval_step(params: Params, batch: Batch) -> LossSums:
-        logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT)
-        return cross_entropy(logits_BTV, batch.target_BT, 0.0)
+        with sharding.on_mesh(mesh):
+            logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT)
+            return cross_entropy(logits_BTV, batch.target_BT, 0.0)
 
     params = sharding.param_shardings(mesh, model.abstract_params)
     return jax.jit(

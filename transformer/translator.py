@@ -57,7 +57,7 @@ class Translator:
         self._models = (model,) if isinstance(model, Model) else tuple(model)
         self._is_ensemble = not isinstance(model, Model)
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
-        multiple = sharding.row_multiple(mesh)
+        multiple = sharding.row_multiple(mesh, "sentences")
         self._rows = -(-config.batch_rows // multiple) * multiple
         self._programs: dict[int, Callable[[Any, Any], Hypotheses]] = {}
         self.truncated, self._counting = 0, threading.Lock()
@@ -101,6 +101,7 @@ class Translator:
           UserError: more hypotheses than there are, or wishes that cannot be met (see `wishes.make`).
         """
         count = self._count(n_best, constraints)
+        params = sharding.on_every_device(self._mesh, params)
         filled = [i for i, sentence in enumerate(sentences) if sentence.strip()]
         sources = Ragged.from_sequences(self._encode([sentences[i] for i in filled]))
         limits = np.zeros(len(sentences), np.int64)
@@ -181,7 +182,7 @@ class Translator:
 
     def _start(self, count: int, params: Params | Sequence[Params], request: Request) -> Hypotheses:
         """Hands a batch to the device; does not wait for it."""
-        placed = sharding.place_batch(self._mesh, request)
+        placed = sharding.place_batch(self._mesh, request, rows="sentences")
         with _DEVICE:
             if count not in self._programs:
                 run = functools.partial(decode, self._models, self._config, count)

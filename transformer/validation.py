@@ -115,8 +115,7 @@ def _check_together(config: Config) -> None:
         )
     if optimizer.schedule in ("paper", "inverse_sqrt") and not optimizer.warmup_steps:
         raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")
-    if config.mesh.data == 0:
-        raise UserError("config.mesh.data: expected -1 for all devices, or at least 1, got 0")
+    _check_mesh(config)
     _check_data(data)
     _check_decode(decode)
 
@@ -142,6 +141,37 @@ def _check_decode(decode: DecodeConfig) -> None:
                 f"config.decode.{name} = {value}: read only with method = {' or '.join(methods)}, got method = "
                 f"{decode.method}; leave {name} at {default}, or change the method"
             )
+
+
+def _check_mesh(config: Config) -> None:
+    """What the devices' number is not needed for; `sharding` checks the rest."""
+    sizes = dataclasses.asdict(config.mesh)
+    for name, size in sizes.items():
+        if size == 0:
+            raise UserError(f"config.mesh.{name}: expected -1 for all devices that are left, or at least 1, got 0")
+    filling = [name for name, size in sizes.items() if size == -1]
+    if len(filling) > 1:
+        raise UserError(
+            f"config.mesh: expected -1 in one field at most, got it in {' and '.join(filling)}; set mesh.{filling[0]} "
+            "to a number"
+        )
+    model, mesh = config.model, config.mesh
+    for name, parts, field, size in (
+        ("mesh.fsdp", mesh.fsdp, "model.emb_dim", model.emb_dim),
+        ("mesh.tensor", mesh.tensor, "model.num_heads", model.num_heads),
+        ("mesh.tensor", mesh.tensor, "model.mlp_dim", model.mlp_dim),
+        ("mesh.tensor", mesh.tensor, "data.vocab_size", config.data.vocab_size),
+    ):
+        if parts > 0 and size % parts:
+            raise UserError(does_not_divide(name, parts, field, size))
+
+
+def does_not_divide(mesh_field: str, parts: int, field: str, size: int) -> str:
+    """A mesh that cannot split a model's dimension, for people."""
+    return (
+        f"config.{mesh_field} = {parts} does not divide {field} = {size}; set {mesh_field} to "
+        f"{math.gcd(parts, size)}, or {field} to {-(-size // parts) * parts}"
+    )
 
 
 def _check_data(data: DataConfig) -> None:

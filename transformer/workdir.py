@@ -30,6 +30,7 @@ HARMLESS = {
     },
     "data": {*configs.PATHS, "tokenizer"},
     "decode": {*configs.field_names("decode")},
+    "model": {"attention", "remat"},  # to rounding
     "mesh": {*configs.field_names("mesh")},
 }
 

@@ -1,0 +1,97 @@
+"""The mesh and the table: what is split by what, and messages where it cannot be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from tests.conftest import small_config
+from transformer import sharding, step
+from transformer.batching import Batch
+from transformer.config import MeshConfig
+from transformer.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("fields", "devices", "shape"),
+    [
+        ({}, 8, (8, 1, 1, 1)),
+        ({"fsdp": 4}, 8, (2, 4, 1, 1)),
+        ({"data": 1, "fsdp": -1, "tensor": 2}, 8, (1, 4, 2, 1)),
+        ({"data": 2, "sequence": 3}, 6, (2, 1, 1, 3)),
+        ({"data": 1}, 8, (1, 1, 1, 1)),
+        ({"tensor": 8, "sequence": -1, "data": 1}, 8, (1, 1, 8, 1)),
+    ],
+)
+def test_sizes_of_a_mesh(fields, devices, shape):
+    assert sharding.mesh_shape(MeshConfig(**fields), devices) == shape
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": 9}, r"mesh\.data = 9 asks for 9 devices: found only 8 devices"),
+        ({"data": 2, "fsdp": 8}, r"mesh\.data = 2, mesh\.fsdp = 8 asks for 16 devices: found only 8"),
+        (
+            {"tensor": 3},
+            r"the 8 devices cannot be divided by 3 to fill mesh\.data; set mesh\.data to 2 to use 6 of them",
+        ),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_an_error(fields, message):
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(MeshConfig(**fields))
+
+
+def test_the_rows_of_an_activation_keep_its_width_whole():
+    assert sharding.spec(("batch", "length", "embed")) == P(("data", "fsdp"), "sequence", None)
+    assert sharding.spec(("vocab", "embed")) == P("tensor", "fsdp")
+    assert sharding.spec(("embed", "heads", "kv")) == P("fsdp", "tensor", None)
+    assert sharding.spec((None, "mlp")) == P(None, "tensor")
+
+
+@pytest.mark.parametrize("axes", [None, ("embed",), ("width", "embed")])
+def test_a_param_that_the_table_does_not_match_is_an_error(axes):
+    abstract = nnx.State({"kernel": nnx.Param(jax.ShapeDtypeStruct((4, 4), jnp.float32), axes=axes)})
+    with pytest.raises(ValueError, match=r"expected a name for each axis|no rule for the logical axis"):
+        sharding.param_shardings(sharding.make_mesh(MeshConfig()), abstract)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"data": 1, "fsdp": -1}, r"config\.mesh\.fsdp = 8 does not divide model\.emb_dim = 20; set mesh\.fsdp to 4"),
+        ({"data": 2, "tensor": -1}, r"config\.mesh\.tensor = 4 does not divide model\.num_heads = 2"),
+    ],
+)
+def test_a_model_that_the_mesh_does_not_divide_is_an_error_before_anything_compiles(mesh, message):
+    config = small_config(model={"emb_dim": 20, "qkv_dim": 20, "value_dim": 20}, mesh=mesh)
+    model = step.Model(config.model, 300)
+    with pytest.raises(UserError, match=message):
+        step.init_state(model, config, sharding.make_mesh(config.mesh))
+
+
+def test_without_a_mesh_or_with_one_device_nothing_is_constrained():
+    x = jnp.ones((2, 3, 4))
+    axes = ("batch", "length", "embed")
+    assert sharding.constrain(x, axes) is x
+    with sharding.on_mesh(sharding.make_mesh(MeshConfig(data=1))):
+        assert sharding.constrain(x, axes) is x
+        assert sharding.gathered(x, axes) is x
+        assert sharding.shards("batch") == 1
+    with sharding.on_mesh(sharding.make_mesh(MeshConfig(data=2, sequence=4))):
+        assert (sharding.shards("batch"), sharding.shards("length"), sharding.shards("vocab")) == (2, 4, 1)
+
+
+def test_rows_and_widths_are_filled_up_to_divide():
+    """So the plan of batches need not know the mesh."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, sequence=4))
+    batch = Batch(np.ones((5, 7), np.int32), np.ones((5, 8), np.int32))
+    placed = sharding.place_batch(mesh, batch, parts=2)
+    assert (placed.source_BS.shape, placed.target_BT.shape) == ((8, 8), (8, 8))
+    assert int(placed.source_BS.sum()) == 35
+    sentences = sharding.place_batch(mesh, batch.source_BS, rows="sentences")
+    assert sentences.shape == (8, 7)
+    assert {shard.data.shape for shard in sentences.addressable_shards} == {(1, 7)}
