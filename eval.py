@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
         json.dumps(
             {
                 "step": trained.step,
+                "steps": trained.steps,  # several where their mean was scored
                 "sentences": report.sentences,
                 "loss": report.loss,
                 **report.scores,

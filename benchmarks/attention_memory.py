@@ -19,6 +19,7 @@ from transformer import sharding, step, validation
 from transformer.batching import Batch
 from transformer.command_line import run, say
 from transformer.config import Config
+from transformer.errors import UserError
 
 VOCAB = 256
 
@@ -29,13 +30,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--paths", default="plain,blockwise", help="values of model.attention")
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384", help="tokens of a row on either side")
     args = parser.parse_args(argv[1:])
-    lengths = [int(length) for length in args.lengths.split(",")]
+    lengths = two_or_more(args.lengths)
     table: dict[str, Any] = {"lengths": lengths}
     for path in args.paths.split(","):
         table[path] = [temporary_mb(path, length) for length in lengths]
         table[f"{path}_exponent"] = round(growth(lengths, table[path]), 2)
     show(table)
     print(json.dumps(table))
+
+
+def two_or_more(text: str) -> list[int]:
+    """Different lengths, ascending: growth needs two."""
+    words = text.split(",")
+    lengths = sorted({int(word) for word in words if word.strip().isdecimal() and int(word)})
+    if len(lengths) < max(len(words), 2):
+        raise UserError(f"--lengths: expected at least two different numbers with commas between, got {text!r}")
+    return lengths
 
 
 def temporary_mb(path: str, length: int) -> float:

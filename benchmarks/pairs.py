@@ -9,6 +9,7 @@ The last line of what each prints is a JSON object with the key. The last line o
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -37,17 +38,23 @@ def main(argv: list[str]) -> None:
 
 
 def figure(command: str, key: str) -> float:
-    """What a command reports."""
-    done = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, text=True)
+    """What a command reports, a number above 0."""
+    try:
+        done = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, text=True)
+    except (OSError, ValueError, IndexError) as error:  # no such program, a quote without its end, no words at all
+        raise UserError(f"{command}: cannot be run: {error}") from error
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         raise UserError(f"{command}: expected a JSON object on its last line, got exit code {done.returncode}")
     try:
-        return float(json.loads(lines[-1])[key])
+        found = float(json.loads(lines[-1])[key])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{command}: expected a JSON object with {key!r} on its last line, got {lines[-1]!r}"
         ) from error
+    if not 0 < found < math.inf:
+        raise UserError(f"{command}: expected {key} above 0, got {found}")
+    return found
 
 
 if __name__ == "__main__":

@@ -161,6 +161,14 @@ def test_a_damaged_file_is_refused_wherever_it_lies(tmp_path, address):
         assert "delete it and run again" in says
 
 
+def test_a_wrong_file_put_there_by_hand_is_found_before_others_are_fetched(tmp_path, address):
+    (tmp_path / "manual").mkdir()
+    (tmp_path / "manual" / "b.tgz").write_bytes(b"something else")
+    with pytest.raises(UserError, match="not the archive"):
+        store(tmp_path).get([archive(address), archive(address, "b.tgz")])
+    assert Server.asked == []
+
+
 def test_all_that_is_missing_is_named_at_once(tmp_path, address):
     wanted = [archive(address, "gone1.tgz"), Archive("b.tar", "http://page", manual=True), archive(address, "c.tgz")]
     with pytest.raises(UserError) as error:

@@ -32,6 +32,25 @@ def test_a_command_without_a_figure_is_refused(tmp_path, body):
         pairs.figure(f"{sys.executable} {script}", "speed")
 
 
+@pytest.mark.parametrize("command", ["there-is-no-such-program", "'no end", ""])
+def test_a_command_that_cannot_be_run_is_refused(command):
+    with pytest.raises(UserError, match="cannot be run"):
+        pairs.figure(command, "speed")
+
+
+def test_a_figure_that_cannot_be_compared_is_refused(tmp_path):
+    script = tmp_path / "speak.py"
+    script.write_text("print('{\"speed\": 0}')")
+    with pytest.raises(UserError, match="expected speed above 0, got 0"):
+        pairs.figure(f"{sys.executable} {script}", "speed")
+
+
+@pytest.mark.parametrize("lengths", ["512", "512,512", "a,b", "512,", "0,512", "-1,512"])
+def test_lengths_without_growth_are_refused(lengths):
+    with pytest.raises(UserError, match="at least two different numbers"):
+        attention_memory.two_or_more(lengths)
+
+
 def test_the_compiled_step_grows_with_the_length_by_blocks_and_with_its_square_without():
     lengths = [1024, 2048, 4096]
     plain = [attention_memory.temporary_mb("plain", length) for length in lengths]

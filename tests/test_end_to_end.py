@@ -108,6 +108,7 @@ def test_a_seeded_run_learns_the_task(workdir):
     report = json.loads(result.stdout.splitlines()[-1])
     assert list(report) == [
         "step",
+        "steps",
         "sentences",
         "loss",
         "bleu",
@@ -124,7 +125,7 @@ def test_a_seeded_run_learns_the_task(workdir):
     ]
     assert min(report["train_flops"], report["train_tokens"], report["train_hours"]) > 0
     assert re.search(rb"trained on [\d.]+ k target tokens, \d\.\de\+\d+ FLOPs, 0\.\d\d hours", result.stderr)
-    assert (report["step"], report["sentences"]) == (250, 40)
+    assert (report["step"], report["steps"], report["sentences"]) == (250, [250], 40)
     assert report["bleu"] >= 90
     assert b"translation heute hat" in result.stderr
     assert report["bleu_signature"].encode() in result.stderr
@@ -148,7 +149,8 @@ def test_validation_and_eval_agree(workdir):
 
 def test_the_mean_of_checkpoints_can_be_scored_and_translates(averaged, folder):
     result = run("eval.py", f"--workdir={averaged}", "--checkpoint=average:2")
-    assert json.loads(result.stdout.splitlines()[-1])["step"] == 250
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert (report["step"], report["steps"]) == (250, [240, 250])
     assert b"average of 2: 240, 250" in result.stderr
     (written,) = (averaged / "translations").glob("250-average-2.test.txt")
     source = (folder / "test.en").read_bytes()

@@ -1,5 +1,7 @@
 """Packed batches: the one invariant again, rows that hold what they say, and a loss that does not notice."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,7 @@ def test_the_plan_never_changes():
     """A golden plan. A change here is a change of the data order of every packed run."""
     plan = make_plan(n=40, batch_tokens=96)
     assert plan.buckets == [batching.Bucket(48, 48, 2)]
-    assert plan.batch(0).examples_B.tolist() == [[7, 35, 23, -1, -1, -1], [10, 14, 26, 9, -1, -1]]
+    assert plan.batch(0).examples_B.tolist() == [[7, 35, 23, -1, -1, -1, -1], [25, 0, 32, 27, -1, -1, -1]]
 
 
 def epoch_of(plan, epoch):
@@ -96,6 +98,22 @@ def test_rows_are_filled_and_fill_is_that_of_the_batches_made():
     assert plan.fill > buckets.fill
 
 
+def test_an_epoch_is_held_in_memory_as_its_order_alone():
+    plan = make_plan(n=50_000, max_length=400, batch_tokens=4000)
+    tracemalloc.start()
+    plan.batch(0)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 12 * plan.kept
+
+
+@pytest.mark.parametrize("sizes", [(10,), (10, 12)], ids=str)
+def test_sentences_of_the_same_lengths_share_rows_too(sizes):
+    lengths_N = np.resize(sizes, 1000)
+    plan = PackedPlan(lengths_N, lengths_N, batch_tokens=640, max_length=64, seed=0)
+    assert plan.fill > 0.9
+
+
 def test_the_seed_changes_the_order():
     assert not np.array_equal(make_plan(seed=1).batch(0).examples_B, make_plan(seed=2).batch(0).examples_B)
 
@@ -113,7 +131,7 @@ def test_no_pair_short_enough_gives_no_steps():
 
 def test_as_few_rows_as_can_be_where_that_is_plain():
     """Two to a row at most, complements together, and a full side alone decides."""
-    for sources, targets, rows in (([5, 2], [2, 5], 10), ([7, 3], [6, 4], 10), ([10], [1], 10)):
+    for sources, targets, rows in (([5, 2], [2, 5], 10), ([7, 3], [6, 4], 10), ([10], [1], 10), ([3], [5], 5)):
         packed = packing.pack(np.array(sources), np.array(targets), np.full(len(sources), 10), 10, 10)
         assert len(packed.counts_R) == rows
         assert len(packed.classes) == packed.counts_R.sum() == 10 * len(sources)

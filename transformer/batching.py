@@ -181,11 +181,11 @@ class TrainPlan(abc.ABC):
     def batch(self, step: int) -> PlannedBatch:
         """The global batch of update `step`, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch)[index]
+        return self._epoch(epoch)(index)
 
     @abc.abstractmethod
-    def _plan_epoch(self, epoch: int) -> list[PlannedBatch]:
-        """All batches of an epoch, a function of the seed and the lengths alone."""
+    def _plan_epoch(self, epoch: int) -> Callable[[int], PlannedBatch]:
+        """The batches of an epoch by their number in it, a function of the seed and the lengths alone."""
 
 
 class BucketPlan(TrainPlan):
@@ -213,13 +213,14 @@ class BucketPlan(TrainPlan):
         slots = sum(n * b.rows * b.target for n, b in zip(self._batches, self.buckets, strict=True))
         self.fill = int(kept_target.sum()) / slots
 
-    def _plan_epoch(self, epoch: int) -> list[PlannedBatch]:
-        planned = []
+    def _plan_epoch(self, epoch: int) -> Callable[[int], PlannedBatch]:
+        planned: list[PlannedBatch] = []
         for index, (bucket, members) in enumerate(zip(self.buckets, self._members, strict=True)):
             order = members[shuffled(len(members), self.seed, epoch, index)]
             parts = even_parts(order, self._batches[index])
             planned += [PlannedBatch(bucket, _padded(part, bucket.rows)) for part in parts]
-        return [planned[i] for i in shuffled(len(planned), self.seed, epoch, len(self.buckets))]
+        order = shuffled(len(planned), self.seed, epoch, len(self.buckets))
+        return lambda index: planned[order[index]]
 
 
 def even_parts(order: np.ndarray, parts: int) -> list[np.ndarray]:

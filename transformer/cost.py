@@ -4,8 +4,9 @@ Counted are the matrix products, two FLOPs a multiply-add: projections, attentio
 values, feed-forward, output logits. Their backward pass multiplies twice as much, once for the gradient
 of either factor, so training is three times the forward pass. Padding, and what a causal mask hides,
 count like anything else: the hardware computes them. Not counted: softmax, LayerNorm, activations,
-dropout, embedding lookup, loss, optimizer, and what rematerialization computes again. The paper's Table 2
-has another figure: time x GPUs x what such a GPU can sustain, whether it was used or not.
+dropout, embedding lookup, loss, optimizer, and what is computed again, as attention by blocks does in its
+backward pass; that it leaves out hidden blocks is not taken off either. The paper's Table 2 has another
+figure: time x GPUs x what such a GPU can sustain, whether it was used or not.
 
 S source length, T target length, D model width, F feed-forward width, L layers, V vocabulary.
 """

@@ -7,6 +7,7 @@ equally many batches, and any of them is known without those before it.
 M sentences of a row at most; N examples, R rows of an epoch.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -49,13 +50,14 @@ class PackedPlan(TrainPlan):
         self.steps_per_epoch = -(-len(packed.counts_R) // rows)
         self.fill = int(target_N.sum()) / (self.steps_per_epoch * rows * max_length)
 
-    def _plan_epoch(self, epoch: int) -> list[PlannedBatch]:
+    def _plan_epoch(self, epoch: int) -> Callable[[int], PlannedBatch]:
         order = shuffled(self.kept, self.seed, epoch, 0)
         dealt = np.empty(self.kept, np.int64)
         dealt[self._by_class] = self._kept[order[np.argsort(self._class_N[order], kind="stable")]]
         rows = shuffled(len(self._row_places) - 1, self.seed, epoch, 1)
         parts = even_parts(rows, self.steps_per_epoch)
-        return [PlannedBatch(self.buckets[0], self._examples(dealt, part)) for part in parts]
+        # Made when asked for: a whole epoch as rectangles would be many times the size of the order itself.
+        return lambda index: PlannedBatch(self.buckets[0], self._examples(dealt, parts[index]))
 
     def _examples(self, dealt: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """The examples of each of these rows and then padding: [rows of the batch, M]."""
@@ -106,7 +108,7 @@ class _Rooms:
         self._placed: list[tuple[int, np.ndarray]] = []
 
     def take(self, lengths: tuple[int, int], count: int) -> _Taken:
-        """At most `count` rows of the one room that this pair of lengths fits best, or as many empty rows."""
+        """At most `count` rows of the one room that this pair of lengths fits best; new ones if it fits none."""
         (s, t), (full_s, full_t) = lengths, self._full
         left_s, left_t = self._columns[0, : len(self._slots)] - s, self._columns[1, : len(self._slots)] - t
         share_s, share_t = left_s / full_s, left_t / full_t
@@ -114,8 +116,10 @@ class _Rooms:
         waste = np.where((left_s >= 0) & (left_t >= 0), 20 * np.abs(share_s - share_t) + share_s + share_t, np.inf)
         slot = int(waste.argmin()) if len(waste) else -1
         if slot < 0 or np.isinf(waste[slot]):
-            self._opened += count
-            return _Taken(np.arange(self._opened - count, self._opened), self._full)
+            # As many as hold them all: sentences of one class share rows with each other too.
+            new = -(-count // min(full_s // s, full_t // t))
+            self._opened += new
+            return _Taken(np.arange(self._opened - new, self._opened), self._full)
         room = self._slots[slot]
         numbers = np.concatenate(self._rows.pop(room))
         if len(numbers) > count:

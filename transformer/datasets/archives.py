@@ -60,13 +60,15 @@ class Store:
         self._manual, self._downloads = pathlib.Path(manual), pathlib.Path(downloads)
 
     def get(self, archives: Iterable[Archive]) -> dict[Archive, Found]:
-        """The verified file of each archive, fetched if it is not there.
+        """The verified file of each archive, fetched if it is not there; what is there comes first.
+
+        So a wrong file in the manual folder is found before gigabytes of others are fetched.
 
         Raises:
           UserError: some cannot be had, all of which are named, or one is not what it should be.
         """
         found, missing = {}, {}
-        for archive in dict.fromkeys(archives):
+        for archive in sorted(dict.fromkeys(archives), key=lambda one: not self._there(one)):
             try:
                 found[archive] = self._get(archive)
             except Missing as error:
@@ -80,12 +82,19 @@ class Store:
             )
         return found
 
-    def _get(self, archive: Archive) -> Found:
+    def _fetched(self, archive: Archive) -> pathlib.Path:
         address = urllib.parse.urlparse(archive.url)
-        fetched = self._downloads / address.netloc.replace(":", "_") / address.path.lstrip("/")
-        for path in [self._manual / archive.name] + [fetched] * (not archive.manual):
-            if path.exists():
-                return _verified(path, archive)
+        return self._downloads / address.netloc.replace(":", "_") / address.path.lstrip("/")
+
+    def _there(self, archive: Archive) -> list[pathlib.Path]:
+        """Where an archive lies already."""
+        places = [self._manual / archive.name] + [self._fetched(archive)] * (not archive.manual)
+        return [path for path in places if path.exists()]
+
+    def _get(self, archive: Archive) -> Found:
+        if there := self._there(archive):
+            return _verified(there[0], archive)
+        fetched = self._fetched(archive)
         if archive.manual:
             raise Missing("has to be fetched by hand")
         if ".." in fetched.parts:
