@@ -23,7 +23,7 @@ datasets/split datasets/contents datasets/corpus
 tokenizer batching packing cost pipeline data_report
 sharding segments attention blockwise layers model
 loss optimizer step compilation checkpoint trained
-search translate scores significance evaluate
+alignments search translate scores significance evaluate
 workdir run_log loop
 benchmark prepare
 """.split()

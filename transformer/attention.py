@@ -61,11 +61,16 @@ def dot_product_attention(
     Returns:
       [B, T, H, K] in the dtype of `v_BSHK`.
     """
-    width = q_BTHK.shape[-1]
-    logits_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
-    weights_BHTS = jax.nn.softmax(jnp.where(mask, logits_BHTS * width**-0.5, LOWEST), axis=-1)
+    weights_BHTS = attention_weights(q_BTHK, k_BSHK, mask)
     weights_BHTS = dropout(weights_BHTS.astype(v_BSHK.dtype), dropout_rate, key)
     return jnp.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK)
+
+
+def attention_weights(q_BTHK: Array, k_BSHK: Array, mask: Array) -> Array:
+    """softmax(q kᵀ / √K): float32 [B, H, T, S], each row of it summing to 1."""
+    width = q_BTHK.shape[-1]
+    logits_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(jnp.where(mask, logits_BHTS * width**-0.5, LOWEST), axis=-1)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

@@ -80,7 +80,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",)))
 
 
-def over_rows(mesh: Mesh, function: Callable[[Any, jax.Array], Any]) -> Callable[[Any, jax.Array], Any]:
+def over_rows(mesh: Mesh, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """function(params, rows) → rows, run by each device on its own rows, with nothing sent between them."""
     rows = spec(("batch",))
     return jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)

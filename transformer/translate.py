@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import compilation, search, sharding, validation
+from transformer import alignments, compilation, search, sharding, validation
 from transformer.batching import PADDING_ROW, PlannedBatch, Ragged, eval_plan
 from transformer.command_line import say
 from transformer.config import DecodeConfig
@@ -150,6 +150,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--batch_size", type=positive_int, default=256, help="lines read before the first is written")
     parser.add_argument("--beam_size", type=positive_int, help="hypotheses kept (default: the config's)")
+    alignments.add_flags(parser)
     args = parser.parse_args(argv[1:])
 
     from transformer.trained import load_trained
@@ -161,9 +162,10 @@ def main(argv: list[str]) -> None:
         values["decode"]["beam_size"] = args.beam_size
     decode = validation.resolve(values).decode
     translator = Translator(trained.model, trained.tokenizer, decode, trained.mesh)
-    translate = functools.partial(translator.translate, trained.params)
+    lines = decode_lines(sys.stdin.buffer, "stdin")
     try:
-        translate_stream(translate, decode_lines(sys.stdin.buffer, "stdin"), sys.stdout.buffer, args.batch_size)
+        with alignments.recorded(args, trained, functools.partial(translator.translate, trained.params)) as translate:
+            translate_stream(translate, lines, sys.stdout.buffer, args.batch_size)
     finally:
         translator.say_truncated()
 
