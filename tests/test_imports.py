@@ -25,6 +25,7 @@ sharding segments attention blockwise layers model
 loss optimizer step compilation checkpoint trained
 alignments search translate scores significance evaluate
 workdir run_log loop
+scoring summary watch
 benchmark prepare
 """.split()
 
