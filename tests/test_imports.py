@@ -25,7 +25,7 @@ sharding segments attention blockwise layers model
 loss optimizer step compilation checkpoint trained
 alignments search translate scores significance evaluate
 workdir run_log loop
-scoring summary watch
+scoring summary watch charts attention_maps report_page report
 benchmark prepare
 """.split()
 
