@@ -2,27 +2,27 @@
 
     python eval.py --workdir=DIR [--checkpoint=WHICH] [--split=test]
     python eval.py --workdir=DIR --source=FILE --reference=FILE[,FILE…]
+    python eval.py --workdir=DIR --versus=DIR-or-FILE [--versus_checkpoint=WHICH]
+    python eval.py --workdir=DIR --watch
 
 WHICH is latest, best, a step, or the mean of several: average:N of the newest N, best-average:N of the N with
 the best validation BLEU. Model, vocabulary and decoding settings are those saved with the checkpoint;
---decode.FIELD=VALUE sets another.
+--decode.FIELD=VALUE sets another. DIR/report.html shows it all: scores, learning curves, sentences, attention.
 """
 
 import argparse
+import dataclasses
 import json
-import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from transformer import command_line
 from transformer.command_line import say
-from transformer.errors import DivergedError, UserError
-from transformer.files import reported, write_whole
+from transformer.errors import UserError
 
 if TYPE_CHECKING:
-    from transformer.cost import Spent
-    from transformer.evaluate import Report
+    from transformer.scoring import Evaluation, Scorer
     from transformer.trained import Trained
 
 SAMPLES = 5
@@ -33,110 +33,103 @@ def main(argv: list[str]) -> None:
     fields, rest = command_line.decode_flags(argv)
     args = parse(rest)
 
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from transformer import compilation, validation
-    from transformer.cost import Spent
-    from transformer.evaluate import Evaluator
-    from transformer.trained import load_trained
+    from transformer import compilation
 
     compilation.enable_cache()
+    if args.watch and fields:
+        raise UserError(f"--watch decodes as each checkpoint says; leave out --decode.{min(fields)}")
+    if args.watch:
+        watch(args)
+    else:
+        evaluate(args, fields)
+
+
+def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
+    """Once, of one checkpoint, decoding as its config says but for these fields."""
+    from transformer import report, scoring, significance, summary, validation
+    from transformer.trained import load_trained
+
     trained = load_trained(args.workdir, args.checkpoint)
-    name, sources, references = read_pairs(args, trained)
-    output = epath.Path(args.output or epath.Path(args.workdir) / "translations" / f"{trained.file_stem}.{name}.txt")
-    with reported(f"{output}"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    config = validation.with_decode(trained.config, fields)
-    evaluator = Evaluator(trained.model, trained.tokenizer, config, trained.mesh)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(f"translating {name}", total=len(sources))
-        report = evaluator.evaluate(
-            trained.params, sources, references, progress=lambda done: bar.advance(task, advance=done)
-        )
-    if not math.isfinite(report.loss):
-        raise DivergedError(f"{trained.title}: its loss is {report.loss}; evaluate another")
-    with reported(f"{output}"):
-        write_whole(output, "".join(f"{line}\n" for line in report.translations))
-    show_samples(sources, references[0], report.translations)
-    spent = Spent.of(trained.metrics)
-    say(table(name, trained.title, report, spent))
+    trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
+    chosen = scoring.open_set(trained.config.data, args.split, args.source, args.reference)
+    other = None
+    if args.versus:
+        which = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
+        other = scoring.translations_of_other(args.versus, which, chosen, trained.config.data.target_language, fields)
+    evaluation = with_bar(scoring.Scorer(chosen), trained)
+    output = epath.Path(args.output or scoring.translations_path(args.workdir, trained, chosen))
+    scoring.write_translations(evaluation, output)
+    show_samples(evaluation)
+    say(summary.table(evaluation))
+    versus = None
+    if other:
+        ours = evaluation.report.translations
+        versus = significance.against(*other, ours, chosen.references)
+        say(f"\n{significance.table(versus)}\n")
+        say(significance.examples(versus, chosen.sources, chosen.references, ours))
     say(f"translations: {output}")
-    print(
-        json.dumps(
-            {
-                "step": trained.step,
-                "steps": trained.steps,  # several where their mean was scored
-                "sentences": report.sentences,
-                "loss": report.loss,
-                **report.scores,
-                "seconds": round(report.seconds, 3),
-                "train_flops": spent and spent.flops,
-                "train_tokens": spent and spent.tokens,
-                "train_hours": spent and spent.seconds / 3600,
-            }
-        )
-    )
+    report.write(args.workdir, evaluation, versus)
+    print(json.dumps(summary.as_json(evaluation, versus)))
+
+
+def watch(args: argparse.Namespace) -> None:
+    """Every checkpoint as it lands; a JSON object a line on stdout."""
+    from transformer import scoring, watch
+
+    watch.Watch(
+        args.workdir,
+        lambda config: scoring.open_set(config.data, args.split, args.source, args.reference),
+        lambda entry: print(json.dumps(entry), flush=True),
+    ).until_stopped()
 
 
 def parse(rest: list[str]) -> argparse.Namespace:
     """Reads the flags other than --decode.FIELD."""
     parser = argparse.ArgumentParser(prog="eval.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--workdir", required=True, type=command_line.workdir_path, help="folder that train.py wrote")
-    parser.add_argument(
-        "--checkpoint", default="latest", help="latest (default), best, a step, average:N or best-average:N"
-    )
+    parser.add_argument("--checkpoint", help="latest (default), best, a step, average:N or best-average:N")
     parser.add_argument("--split", help="split of the config's data set (default: test)")
     parser.add_argument("--source", help="text file to translate instead, one sentence a line")
     parser.add_argument("--reference", help="its references; several files with commas between")
     parser.add_argument("--output", help="where translations go (default: WORKDIR/translations/STEP.NAME.txt)")
+    parser.add_argument(
+        "--versus", help="another workdir, or a file of translations: is the difference more than chance?"
+    )
+    parser.add_argument("--versus_checkpoint", help="of that workdir (default: as --checkpoint; latest for a step)")
+    parser.add_argument("--watch", action="store_true", help="score every checkpoint as it lands, until a signal")
     args = parser.parse_args(rest)
     if bool(args.source) != bool(args.reference):
         raise UserError("--source and --reference go together")
-    if args.output and args.output in (args.source, *(args.reference or "").split(",")):
+    if args.output and args.output in (args.source, args.versus, *(args.reference or "").split(",")):
         raise UserError(f"--output={args.output} would overwrite what is read; name another file")
     if args.source and args.split:
         raise UserError("expected --split, or --source with --reference, got both")
+    if args.versus_checkpoint and not args.versus:
+        raise UserError("--versus_checkpoint goes with --versus=DIR, got none")
+    for flag in ("checkpoint", "output", "versus"):
+        if args.watch and getattr(args, flag):
+            raise UserError(f"--watch scores every checkpoint by itself; leave out --{flag}")
+    args.checkpoint = args.checkpoint or "latest"
     return args
 
 
-def read_pairs(args: argparse.Namespace, trained: "Trained") -> tuple[str, list[str], list[list[str]]]:
-    """The name of the set, its source sentences, and one or more lists of references."""
-    from transformer.datasets import corpus, text_files
+def with_bar(scorer: "Scorer", trained: "Trained") -> "Evaluation":
+    """Evaluates, with a progress bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
 
-    if args.source:
-        sources = list(text_files.read_lines(args.source))
-        return (
-            epath.Path(args.source).name,
-            sources,
-            [list(text_files.read_lines(path)) for path in args.reference.split(",")],
-        )
-    try:
-        split = corpus.open_corpus(trained.config.data).split(args.split or "test")
-    except UserError as error:
-        raise UserError(f"{error}. Or name another --split, or score files with --source and --reference") from error
-    return split.name, split.sources(), [split.targets()]
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(f"translating {scorer.chosen.name}", total=len(scorer.chosen.sources))
+        return scorer.evaluate(trained, lambda done: bar.advance(task, advance=done))
 
 
-def show_samples(sources: list[str], references: list[str], translations: list[str]) -> None:
+def show_samples(evaluation: "Evaluation") -> None:
     """A few sentences, spread over the set."""
+    _, sources, references = evaluation.chosen
     for i in range(0, len(sources), -(-len(sources) // SAMPLES) or 1):
-        say(f"  source      {sources[i]}\n  translation {translations[i]}\n  reference   {references[i]}\n")
-
-
-def table(name: str, title: str, report: "Report", spent: "Spent | None") -> str:
-    """Scores for people."""
-    rows = [f"{name}: {report.sentences:,} sentences, {title}, {report.seconds:.1f} s"]
-    if not report.sentences:
-        rows.append("  no sentences, so there is nothing to score")
-    for metric in ("bleu", "chrf", "ter"):
-        rows.append(f"  {metric.upper():<13}{report.scores[metric]:6.2f}   {report.scores[f'{metric}_signature']}")
-    rows.append(f"  {'loss':<13}{report.loss:6.3f}   nats per target token")
-    rows.append(f"  {'length ratio':<13}{report.scores['length_ratio']:6.3f}   hypothesis words / reference words")
-    if spent:
-        rows.append(f"  trained on {spent}")
-    return "\n".join(rows)
+        translation = evaluation.report.translations[i]
+        say(f"  source      {sources[i]}\n  translation {translation}\n  reference   {references[0][i]}\n")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,17 @@ def test_a_seeded_run_learns_the_task(workdir):
         "train_flops",
         "train_tokens",
         "train_hours",
+        "perplexity",
+        "word_perplexity",
+        "chrfpp",
+        "chrfpp_signature",
+        "bleu_by_source_length",
+        "legacy_tokenized_bleu",
+        "legacy_compound_split_bleu",
+        "legacy_signature",
     ]
+    assert 1 <= report["perplexity"] < report["word_perplexity"]
+    assert report["bleu_by_source_length"].keys() == {"0-10"}
     assert min(report["train_flops"], report["train_tokens"], report["train_hours"]) > 0
     assert re.search(rb"trained on [\d.]+ k target tokens, \d\.\de\+\d+ FLOPs, 0\.\d\d hours", result.stderr)
     assert (report["step"], report["steps"], report["sentences"]) == (250, [250], 40)
@@ -135,8 +145,13 @@ def test_the_score_is_that_of_the_sacrebleu_command_on_the_written_file(workdir,
     report = json.loads(run("eval.py", f"--workdir={workdir}", "--checkpoint=best").stdout.splitlines()[-1])
     written = workdir / "translations" / "250.test.txt"
     assert written.read_bytes().count(b"\n") == 40
-    result = run("-m", "sacrebleu", folder / "test.de", "-i", written, "-b", "-w", "12")
-    assert float(result.stdout) == pytest.approx(report["bleu"], abs=1e-9)
+    metrics = {"bleu": ["bleu"], "chrf": ["chrf"], "ter": ["ter"], "chrfpp": ["chrf", "--chrf-word-order", "2"]}
+    for name, flags in metrics.items():
+        result = run("-m", "sacrebleu", folder / "test.de", "-i", written, "-b", "-w", "12", "-m", *flags)
+        assert float(result.stdout) == pytest.approx(report[name], abs=1e-9)
+    page = (workdir / "report.html").read_text()
+    assert report["bleu_signature"] in page
+    assert "validation, step 250" in page
 
 
 def test_validation_and_eval_agree(workdir):
@@ -169,6 +184,69 @@ def test_a_mean_that_cannot_be_is_one_line(workdir, command, which, message):
     result = run(*command, f"--workdir={workdir}", f"--checkpoint={which}", stdin=b"", code=2)
     (line,) = result.stderr.decode().splitlines()
     assert message in line
+
+
+def test_a_difference_is_held_against_chance(workdir, averaged, folder, tmp_path):
+    result = run("eval.py", f"--workdir={averaged}", "--checkpoint=250", f"--versus={averaged}")
+    versus = json.loads(result.stdout.splitlines()[-1])["versus"]
+    assert (versus["bleu"]["difference"], versus["bleu"]["bootstrap_p"], versus["name"]) == (
+        0,
+        1,
+        "run, checkpoint 250",
+    )
+    write(tmp_path / "poor", ["heute"] * 40)
+    result = run("eval.py", f"--workdir={workdir}", f"--versus={tmp_path}/poor")
+    versus = json.loads(result.stdout.splitlines()[-1])["versus"]
+    assert versus["chrf"]["significant"] is True
+    assert b"against poor" in result.stderr
+    assert result.stderr.count(b"  other       heute") == 5
+    write(tmp_path / "short", ["heute"] * 39)
+    result = run("eval.py", f"--workdir={workdir}", f"--versus={tmp_path}/short", code=2)
+    assert b"each of the 40 sentences of test, got 39 lines" in result.stderr.splitlines()[-1]
+
+
+def test_watching_scores_what_is_there_and_ends_on_a_signal(averaged):
+    command = [sys.executable, "eval.py", f"--workdir={averaged}", "--watch"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        found = [json.loads(process.stdout.readline()) for _ in range(2)]
+        process.terminate()
+        assert b"2 checkpoints scored; run again to go on" in process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert [entry["step"] for entry in found] == [240, 250]
+    written = (averaged / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == found
+    assert found[1]["name"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--watch", "--checkpoint=best"], "leave out --checkpoint"),
+        (["--watch", "--versus=x"], "leave out --versus"),
+        (["--versus_checkpoint=best"], "goes with --versus"),
+        (["--versus=x", "--output=x"], "would overwrite"),
+        (["--versus=none"], "none: there is no such file"),
+    ],
+)
+def test_flags_that_cannot_go_together_are_one_line(workdir, flags, message):
+    (line,) = run("eval.py", f"--workdir={workdir}", *flags, code=2).stderr.decode().splitlines()
+    assert message in line
+
+
+def test_alignments_come_with_the_translation(workdir, folder, tmp_path):
+    source = (folder / "test.en").read_bytes()
+    command = ["-m", "transformer.translate", f"--workdir={workdir}"]
+    plain = run(*command, stdin=source).stdout
+    flags = [f"--alignments={tmp_path}/a", f"--attention={tmp_path}/b.npz", "--batch_size=16"]
+    assert run(*command, *flags, stdin=source).stdout == plain
+    links = (tmp_path / "a").read_text().splitlines()
+    for line, translation in zip(links, plain.decode().splitlines(), strict=True):
+        assert len(line.split()) == len(translation.split())
+    with np.load(tmp_path / "b.npz") as arrays:
+        assert len(arrays.files) == 3 * 40
+        assert arrays["weights_39"].shape[:2] == (1, 8)
+    result = run(*command, f"--alignments={tmp_path}/none/a", stdin=source, code=2)
+    assert b"none/a" in result.stderr
 
 
 def test_files_can_be_scored_against_several_references(workdir, folder, tmp_path):

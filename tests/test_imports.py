@@ -24,8 +24,9 @@ tokenizer batching packing cost pipeline data_report
 sharding segments dropout attention blockwise ring layers stack model
 loss optimizer step compilation checkpoint trained
 hypotheses restrictions constraints search sampling decoding
-wishes reranking translator translate evaluate
+wishes reranking translator alignments translate scores significance evaluate
 workdir run_log loop
+scoring summary watch charts attention_maps report_page report
 benchmark prepare
 """.split()
 

@@ -16,6 +16,7 @@ from transformer.batching import Batch
 from transformer.checkpoint import Checkpoints
 from transformer.cost import Spent
 from transformer.errors import DivergedError, StoppedError, UserError, WorkdirError
+from transformer.evaluate import HeldOutLoss
 from transformer.loss import LossSums
 from transformer.step import StepMetrics, TrainState
 
@@ -283,7 +284,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data, whole, tmp_pat
 
 def test_a_validation_loss_that_is_no_number_makes_no_checkpoint(data, tmp_path, monkeypatch):
     held_out = loop.Evaluator.held_out_loss
-    losses = iter([None, np.nan])
+    losses = iter([None, HeldOutLoss(np.nan, 1, 1)])
     monkeypatch.setattr(loop.Evaluator, "held_out_loss", lambda *args: next(losses) or held_out(*args))
     with pytest.raises(DivergedError, match="the validation loss is nan"):
         loop.fit(config_of(data), tmp_path / "run")

@@ -198,3 +198,23 @@ def test_long_sentences_are_attended_by_blocks():
     assert "600,600" not in text["auto"]
     assert "16,600" in text["auto"]  # few queries: the plain path
     assert "16,600" not in text["blockwise"]
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_weights_of_the_source_are_those_that_the_decoder_uses(norm):
+    """Put in place of the attention they come from, they give the same logits."""
+    model = make(norm=norm)
+    weights_BLHTS = model.cross_attention(SOURCE, TARGET)
+    assert weights_BLHTS.shape == (2, 2, 2, TARGET.shape[1], SOURCE.shape[1])
+    np.testing.assert_allclose(weights_BLHTS.sum(-1), 1, rtol=1e-5)
+    assert (weights_BLHTS[1, ..., 3:] == 0).all()  # padding
+    logits = model(SOURCE, TARGET)
+    for number, layer in enumerate(model.decoder):
+        cross, given_BHTS = layer.cross, weights_BLHTS[:, number]
+
+        def given(y, encoded, visible, key=None, cross=cross, given_BHTS=given_BHTS):
+            values_BSHK = cross.keys_values(encoded)[1]
+            return cross.project(jnp.einsum("bhts,bshk->bthk", given_BHTS, values_BSHK))
+
+        object.__setattr__(layer, "cross", given)
+    np.testing.assert_allclose(model(SOURCE, TARGET), logits, rtol=1e-4, atol=1e-5)

@@ -140,3 +140,17 @@ def test_scripts_of_thousands_of_characters_fit_with_rare_ones_in_bytes():
 def test_cut_keeps_eos_last():
     assert tokenizer.cut(np.array([5, 6, 7, EOS]), 3).tolist() == [5, 6, EOS]
     assert tokenizer.cut(np.array([5, EOS]), 2).tolist() == [5, EOS]
+
+
+def test_words_are_what_spaces_separate():
+    trained = tokenizer.train(["the cat sees a dog", "cats and dogs, dogs and cats"] * 20, 290, "bpe")
+    for line in ["cats and dogs", "  the  cats ", "a", "", "漢字 cat漢", "a\tb c", "\u2028 x", "😀", "dogs\u00a0x y"]:
+        ids = trained.encode([line])[0].tolist()
+        words = trained.words(ids)
+        assert len(words) == len(ids)
+        assert words[-1] == -1
+        wanted = [word for word in line.split(" ") if word]
+        assert sorted(set(words[:-1])) == list(range(len(wanted)))
+        assert words[:-1] == sorted(words[:-1])
+        for number, word in enumerate(wanted):
+            assert trained.decode([i for i, n in zip(ids, words, strict=True) if n == number]) == word

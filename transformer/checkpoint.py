@@ -128,7 +128,8 @@ class Checkpoints:
         try:
             self.verify(step)
         except Damaged as damage:
-            say(f"checkpoint {step} is damaged and skipped: {damage}")
+            gone = step not in self.steps()
+            say(f"checkpoint {step} " + ("was deleted just now" if gone else f"is damaged and skipped: {damage}"))
             return False
         return True
 

@@ -1,71 +1,67 @@
-"""Held-out loss and translation scores; validation during training and eval.py share all of it.
-
-Scores are of detokenized translations against the raw references, by sacreBLEU, with its signatures.
-"""
+"""Held-out loss and translation scores; validation during training and eval.py share all of it."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
-from sacrebleu.metrics import BLEU, CHRF, TER
 
 from transformer import sharding
 from transformer.batching import Ragged, assemble, eval_plan
 from transformer.command_line import say
 from transformer.config import Config
-from transformer.errors import UserError
+from transformer.scores import HEADLINE, Scores, check_counts, score
 from transformer.step import Model, Params, make_eval_step
 from transformer.tokenizer import Tokenizer, cut
 from transformer.translator import Translator
 
-Scores = dict[str, float | str]
-METRICS = {"bleu": BLEU, "chrf": CHRF, "ter": TER}
+
+class HeldOutLoss(NamedTuple):
+    """How well references are predicted, teacher-forced and without label smoothing.
+
+    Attributes:
+      mean: cross-entropy in nats per target token, the end of each sentence counted as one.
+      tokens: over which the mean is.
+      words: what white space separates in the references, and the end of each sentence.
+    """
+
+    mean: float
+    tokens: float
+    words: int
+
+    @property
+    def perplexity(self) -> float:
+        """Per subword: only models with the same vocabulary can be compared by it."""
+        return _exp(self.mean)
+
+    @property
+    def word_perplexity(self) -> float:
+        """Per word, whatever pieces words are cut into."""
+        return _exp(self.mean * self.tokens / max(self.words, 1))
+
+
+def _exp(nats: float) -> float:
+    return math.inf if nats > 700 else math.exp(nats)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What an evaluation found. `loss` is the mean cross-entropy in nats per target token, without smoothing."""
+    """What an evaluation found."""
 
     sentences: int
-    loss: float
+    held_out: HeldOutLoss
     scores: Scores
     translations: list[str]
     seconds: float
 
-
-def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]) -> Scores:
-    """Scores of a corpus: each metric and `METRIC_signature`, and `length_ratio` (hypothesis / reference words).
-
-    Args:
-      hypotheses: detokenized translations.
-      references: one list or several, each as long as the hypotheses.
-      metrics: of `METRICS`.
-
-    Raises:
-      UserError: the counts differ, which sacreBLEU itself would not notice.
-    """
-    _check_counts(len(hypotheses), references)
-    scores: Scores = {}
-    for name in metrics:
-        metric = METRICS[name]()
-        # Without sentences there is no score; 0 keeps the report readable by machines.
-        scores[name] = metric.corpus_score(list(hypotheses), references).score if hypotheses else 0.0
-        scores[f"{name}_signature"] = str(metric.get_signature()) if hypotheses else ""
-    reference_words = sum(len(line.split()) for line in references[0])
-    hypothesis_words = sum(len(line.split()) for line in hypotheses)
-    scores["length_ratio"] = hypothesis_words / reference_words if reference_words else 0.0
-    return scores
-
-
-def _check_counts(sentences: int, references: Sequence[Sequence[str]]) -> None:
-    for number, reference in enumerate(references, 1):
-        if len(reference) != sentences:
-            raise UserError(
-                f"expected one reference for each sentence, got {sentences:,} sentences and {len(reference):,} lines "
-                f"in reference {number}"
-            )
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats per target token, without smoothing."""
+        return self.held_out.mean
 
 
 class Evaluator:
@@ -81,20 +77,20 @@ class Evaluator:
         params: Params,
         sources: Sequence[str],
         references: Sequence[Sequence[str]],
-        metrics: Sequence[str] = tuple(METRICS),
+        metrics: Sequence[str] = HEADLINE,
         progress: Callable[[int], None] = lambda done: None,
     ) -> Report:
         """Translates and scores every sentence once; the loss is against the first reference."""
         start = time.perf_counter()
-        _check_counts(len(sources), references)
+        check_counts(len(sources), references)
         loss = self.held_out_loss(params, sources, references[0])
         translations = self.translator.translate(params, sources, progress)
         self.translator.say_truncated()
-        scores = score(translations, references, metrics)
-        return Report(len(sources), loss, scores, translations, time.perf_counter() - start)
+        found = score(translations, references, metrics)
+        return Report(len(sources), loss, found, translations, time.perf_counter() - start)
 
-    def held_out_loss(self, params: Params, sources: Sequence[str], targets: Sequence[str]) -> float:
-        """Mean cross-entropy in nats per target token; sides are cut as decoding cuts them."""
+    def held_out_loss(self, params: Params, sources: Sequence[str], targets: Sequence[str]) -> HeldOutLoss:
+        """Of all targets given their sources; sides are cut as decoding cuts them."""
         decode = self._config.decode
         longest = decode.max_source_tokens + decode.max_extra_length
         encoded = self._tokenizer.encode(targets)
@@ -108,7 +104,17 @@ class Evaluator:
             batch = sharding.place_batch(self._mesh, assemble(planned, source, target))
             sums.append(self._eval_step(params, batch))
         parts = jax.device_get(sums)
-        return sum(float(part.nll) for part in parts) / max(sum(float(part.tokens) for part in parts), 1.0)
+        tokens = sum(float(part.tokens) for part in parts)
+        mean = sum(float(part.nll) for part in parts) / max(tokens, 1.0)
+        return HeldOutLoss(mean, tokens, self._words(targets, encoded, longest))
+
+    def _words(self, targets: Sequence[str], encoded: Sequence[np.ndarray], longest: int) -> int:
+        """As `HeldOutLoss` counts them, of what is left of targets that are cut."""
+        kept = (
+            line if len(ids) <= longest else self._tokenizer.decode(ids[: longest - 1].tolist())
+            for line, ids in zip(targets, encoded, strict=True)
+        )
+        return sum(len(line.split()) + 1 for line in kept)
 
     def _rows(self, width: int) -> int:
         multiple = sharding.row_multiple(self._mesh)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from etils import epath
 
@@ -12,17 +13,23 @@ from transformer.errors import UserError
 
 def write_whole(path: epath.PathLike, content: bytes | str) -> None:
     """Writes a file beside its place and moves it there, so that nobody ever reads half of it."""
+    with growing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def growing(path: epath.PathLike) -> Iterator[BinaryIO]:
+    """The same piece by piece: the file takes its place at the end of the block, and never if that fails."""
     path = epath.Path(path)
     partial = path.parent / f"{path.name}.{os.getpid()}.partial"
-    data = content.encode() if isinstance(content, str) else content
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        with contextlib.suppress(OSError, AttributeError):  # object storage has no file descriptor
-            os.fsync(file.fileno())
     try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            with contextlib.suppress(OSError, AttributeError):  # object storage has no file descriptor
+                os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 

@@ -199,9 +199,9 @@ class MultiHeadAttention(nnx.Module):
         return self.project(attention.dot_product_attention(self.queries(x_BND), k_BSHK, v_BSHK, mask))
 
     def weights(self, x_BTD: Array, k_BSHK: Array, visible: Visible) -> Array:
-        """How much each query attends to each key, the mean over heads: float32 [B, T, S]."""
+        """How much each query attends to each key: float32 [B, H, T, S]."""
         mask = visible.mask(x_BTD.shape[1], k_BSHK.shape[1])
-        return attention.attention_weights(self.queries(x_BTD), k_BSHK, mask).mean(axis=1)
+        return attention.attention_weights(self.queries(x_BTD), k_BSHK, mask)
 
 
 def choose_path(path: str, queries: int, keys: int) -> str:

@@ -1,7 +1,7 @@
 """The Transformer: encoder, decoder, and decoding one token at a time from a cache (paper, section 3).
 
 B batch, S source length, T target length, D model width, V vocabulary, N beams,
-H heads, K width per head.
+H heads, K width per head, L layers.
 """
 
 from typing import Any, NamedTuple
@@ -87,6 +87,20 @@ class DecoderLayer(nnx.Module):
         x_BTD = self.cross_residual(x_BTD, lambda y: self.cross(y, encoded_BSD, source, keys[2]), keys[3])
         return self.mlp_residual(x_BTD, lambda y: self.mlp(y, keys[4]), keys[5])
 
+    def weights(self, x_BTD: Array, encoded_BSD: Array, past: Visible, source: Visible) -> tuple[Array, Array]:
+        """As a call without dropout; also the weights of its attention to the source, float32 [B, H, T, S]."""
+        weights_BHTS = jnp.zeros(())
+
+        def look(y_BTD: Array) -> Array:
+            nonlocal weights_BHTS
+            k_BSHK, _ = self.cross.keys_values(encoded_BSD)
+            weights_BHTS = self.cross.weights(y_BTD, k_BSHK, source)
+            return self.cross(y_BTD, encoded_BSD, source)
+
+        x_BTD = self.attention_residual(x_BTD, lambda y: self.attention(y, y, past))
+        x_BTD = self.cross_residual(x_BTD, look)
+        return self.mlp_residual(x_BTD, self.mlp), weights_BHTS
+
     def step(
         self,
         x_BND: Array,
@@ -116,7 +130,7 @@ class DecoderLayer(nnx.Module):
         def look_across(y_BND: Array) -> Array:
             nonlocal weights_BNS
             if attending:
-                weights_BNS = self.cross.weights(y_BND, source[0], visible)
+                weights_BNS = self.cross.weights(y_BND, source[0], visible).mean(axis=1)
             return self.cross.look(y_BND, *source, visible)
 
         x_BND = self.attention_residual(x_BND, look_back)
@@ -190,6 +204,21 @@ class Transformer(nnx.Module):
             return layer(x_BTD, encoded_BSD, past, source, layer_key)
 
         return self._logits(run_stack(self.decoder, x_BTD, keys, self.config.remat, call))
+
+    def cross_attention(self, source_BS: Array, target_BT: Array) -> Array:
+        """How the decoder weighs the source where it predicts each target token, teacher-forced.
+
+        Returns:
+          float32 [B, L, H, T, S]; rows of padding tokens mean nothing.
+        """
+        encoded_BSD = self.encode(source_BS)
+        inputs_BT = shift_right(target_BT)
+        x_BTD = self._embed("target", inputs_BT, self._positions("target", inputs_BT.shape[1]), None)
+        past, source, found = Visible(causal=True), Visible(keys_BS=segments(source_BS)), []
+        for layer in layers_of(self.decoder, self.config.num_layers):
+            x_BTD, weights_BHTS = layer.weights(x_BTD, encoded_BSD, past, source)
+            found.append(weights_BHTS)
+        return jnp.stack(found, axis=1)
 
     def start(self, source_BS: Array, beams: int, max_length: int) -> tuple[Memory, Cache]:
         """What decoding step by step needs: the encoded source, and an empty cache of `max_length` slots a beam."""

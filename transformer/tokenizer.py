@@ -19,6 +19,7 @@ from transformer.errors import UserError
 from transformer.files import write_whole
 
 PAD, BOS, EOS, UNK = range(4)
+SPACE = "\u2581"  # how SentencePiece writes a space
 FILE_NAME = "sentencepiece.model"
 RECIPE = 1  # goes up whenever `train` comes to make another model of the same lines
 NUM_FIXED = 4 + 256  # special ids and bytes
@@ -69,6 +70,21 @@ class Tokenizer:
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The written form of each id."""
         return [self._processor.id_to_piece(int(self._to_theirs[token])) for token in ids]
+
+    def words(self, ids: Sequence[int]) -> list[int]:
+        """The number of the word that each id is part of, from 0; words are what spaces separate, EOS is none: -1."""
+        numbers, count, inside = [], 0, False
+        for token, piece in zip(ids, self.pieces(ids), strict=True):
+            if token == EOS:
+                numbers.append(-1)
+                continue
+            number = None
+            for character in " " if piece == "<0x20>" else piece.replace(SPACE, " "):
+                count += character != " " and not inside
+                inside = character != " "
+                number = count - 1 if number is None and inside else number
+            numbers.append(count if number is None else number)  # a space belongs to the word after it
+        return [min(number, count - 1) for number in numbers]
 
     def save(self, folder: epath.PathLike, name: str = FILE_NAME) -> None:
         """Writes the model into `folder`, whole or not at all."""

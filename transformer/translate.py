@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
 
 from etils import epath
 
-from transformer import command_line, compilation, validation
+from transformer import alignments, command_line, compilation, validation
 from transformer.config import DecodeConfig
 from transformer.datasets import text_files
 from transformer.errors import UserError
@@ -101,6 +101,11 @@ class LoadedModel:
         decode: DecodeConfig = configs[0].decode
         with self._lock:
             return self._translators(dataclasses.replace(decode, seed=0)), decode.seed
+
+    @property
+    def first(self) -> Trained:
+        """The model of the first workdir."""
+        return self._members[0]
 
     @property
     def params(self) -> Any:
@@ -226,7 +231,8 @@ def main(argv: list[str]) -> None:
 
     lines = read_together(text_files.decode_lines(sys.stdin.buffer, "stdin"), args.prefix_file, args.constraint_file)
     try:
-        translate_stream(translate, lines, sys.stdout.buffer, args.batch_size)
+        with alignments.recorded(args, loaded.first, translate, lambda line: line.source) as recording:
+            translate_stream(recording, lines, sys.stdout.buffer, args.batch_size)
     finally:
         translator.say_truncated()
 
@@ -260,6 +266,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
         help="more workdirs of the same tokenizer, commas between: the models' probabilities are averaged",
     )
     parser.add_argument("--mbr", type=positive, help="of so many samples, the one most like the others by chrF")
+    alignments.add_flags(parser)
     return parser.parse_args(rest)
 
 

@@ -1,0 +1,145 @@
+"""Alignments of words, read off attention whose right answer is known, and the files they go to."""
+
+import argparse
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from transformer import alignments, sharding, tokenizer
+from transformer.alignments import Aligner, Attention
+from transformer.errors import UserError
+from transformer.step import Model
+from transformer.tokenizer import EOS
+
+WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
+LINES = [" ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 9)) for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    config = small_config()
+    vocabulary = tokenizer.train(LINES, 290, "bpe")
+    model = Model(config.model, vocabulary.vocab_size)
+    mesh = sharding.make_mesh(config.mesh)
+    params = jax.device_put(model.init(1), sharding.replicated(mesh))
+    return types.SimpleNamespace(config=config, tokenizer=vocabulary, model=model, mesh=mesh, params=params)
+
+
+def make(parts, layer=None):
+    return Aligner(parts.model, parts.tokenizer, 2, parts.config.decode, parts.mesh, layer)
+
+
+def attend(parts, source, target, pairs, layer=1):
+    """Attention of two layers; in one of them word j looks at word i for each of the pairs, all else evenly around."""
+    ids = [parts.tokenizer.encode([line])[0] for line in (source, target)]
+    words = [np.array(parts.tokenizer.words(side.tolist())) for side in ids]
+    weights = np.full((2, 2, len(ids[1]), len(ids[0])), 1e-3, np.float32)
+    weights[..., -1] = 5.0  # most of it goes to EOS, which is no word
+    for i, j in pairs:
+        weights[layer - 1, 1][np.ix_(words[1] == j, words[0] == i)] = 1.0
+    return Attention(weights / weights.sum(-1, keepdims=True), *ids)
+
+
+def test_each_word_is_linked_to_the_one_it_looks_at(parts):
+    source, target = "old house greenhouse sees", "dog newhouse a"
+    attention = attend(parts, source, target, [(2, 0), (0, 1), (3, 2)])
+    assert len(attention.source) > 5  # some words are of several pieces
+    assert make(parts, 1).links(attention) == [(0, 1), (2, 0), (3, 2)]
+    assert make(parts, 2).links(attention) != [(0, 1), (2, 0), (3, 2)]
+    assert alignments.pharaoh([(0, 1), (2, 0)]) == "0-1 2-0"
+
+
+def test_the_layer_is_the_last_but_one_unless_it_is_named(parts):
+    assert [alignments.default_layer(count) for count in (1, 2, 6)] == [1, 1, 5]
+    assert make(parts).layer == 1
+    for layer in (0, 3):
+        with pytest.raises(UserError, match=f"layer from 1 to 2, got {layer}"):
+            make(parts, layer)
+
+
+def test_attention_is_that_of_the_model_for_each_pair_alone(parts):
+    """Neither neighbours nor padding change it; a pair with a blank side has none."""
+    sources, targets = [*LINES[:6], "", "cat"], [*LINES[6:12], "dog", " "]
+    found = dict(make(parts).attention(parts.params, sources, targets))
+    assert sorted(found) == list(range(6))
+    alone = jax.jit(lambda source, target: parts.model.bind(parts.params).cross_attention(source, target))
+    for i in (0, 5):
+        source, target = (parts.tokenizer.encode([side[i]])[0] for side in (sources, targets))
+        np.testing.assert_array_equal(found[i].source, source)
+        np.testing.assert_array_equal(found[i].target, target)
+        padded = [np.pad(ids, (0, 32 - len(ids)))[None] for ids in (source, target)]
+        wanted = alone(*padded)[0, :, :, : len(target), : len(source)]
+        np.testing.assert_allclose(found[i].weights_LHTS, wanted, atol=1e-6)
+
+
+def test_every_word_of_the_translation_gets_one_link(parts):
+    links = make(parts).align(parts.params, [*LINES[:5], ""], [*LINES[5:10], ""])
+    for each, source, target in zip(links, LINES, LINES[5:10], strict=False):
+        assert sorted(j for _, j in each) == list(range(len(target.split())))
+        assert all(0 <= i < len(source.split()) for i, _ in each)
+    assert links[5] == []
+
+
+def test_long_sentences_are_cut_as_decoding_cuts_them(parts):
+    ((_, attention),) = make(parts).attention(parts.params, ["cat " * 400], ["dog " * 400])
+    assert attention.weights_LHTS.shape[2:] == (74, 64)
+    assert attention.source[-1] == attention.target[-1] == EOS
+
+
+def flags(*arguments):
+    parser = argparse.ArgumentParser()
+    alignments.add_flags(parser)
+    return parser.parse_args(list(map(str, arguments)))
+
+
+def test_what_is_recorded_beside_translation(parts, tmp_path):
+    args = flags(f"--alignments={tmp_path}/a", f"--attention={tmp_path}/b.npz", "--alignment_layer=2")
+    upper = {line: line[::-1] for line in LINES}
+    with alignments.recorded(args, parts, lambda lines: [upper.get(line, "") for line in lines]) as translate:
+        assert translate(LINES[:3]) == [upper[line] for line in LINES[:3]]
+        assert translate(["", LINES[4]]) == ["", upper[LINES[4]]]
+        assert not (tmp_path / "a").exists()
+    lines = (tmp_path / "a").read_text().split("\n")
+    assert len(lines) == 6
+    assert lines[3] == lines[5] == ""
+    assert len(lines[4].split()) == len(LINES[4].split())
+    with np.load(tmp_path / "b.npz", allow_pickle=False) as arrays:
+        assert sorted(arrays) == sorted(f"{name}_{i}" for name in ("weights", "source", "target") for i in (0, 1, 2, 4))
+        weights, source, target = (arrays[f"{name}_4"] for name in ("weights", "source", "target"))
+    assert weights.shape == (2, 2, len(target), len(source))
+    assert weights.dtype == np.float32
+    assert "".join(source[:-1]).replace("▁", " ").strip() == LINES[4]
+
+
+def test_what_fails_leaves_no_file(parts, tmp_path):
+    args = flags(f"--alignments={tmp_path}/a", f"--attention={tmp_path}/b.npz")
+    with pytest.raises(UserError, match="bad line"), alignments.recorded(args, parts, list) as translate:  # noqa: PT012
+        translate(LINES[:3])
+        raise UserError("bad line")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_flags_translation_is_as_it_was(parts):
+    with alignments.recorded(flags(), parts, list) as translate:
+        assert translate is list
+
+
+def test_bad_flags_are_refused(parts, tmp_path):
+    with (
+        pytest.raises(UserError, match="goes with --alignments"),
+        alignments.recorded(flags("--alignment_layer=2"), parts, list),
+    ):
+        pass
+    with (
+        pytest.raises(UserError, match="none/a"),
+        alignments.recorded(flags(f"--alignments={tmp_path}/none/a"), parts, list),
+    ):
+        pass
+    with (
+        pytest.raises(UserError, match="from 1 to 2, got 9"),
+        alignments.recorded(flags(f"--alignments={tmp_path}/a", "--alignment_layer=9"), parts, list),
+    ):
+        pass

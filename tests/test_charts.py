@@ -1,0 +1,80 @@
+"""Charts: round ticks, points where they belong, and no more of them than can be seen."""
+
+import math
+import re
+
+import pytest
+
+from transformer import charts
+from transformer.charts import Series
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "wanted"),
+    [
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (0.3, 1.1, [0.2, 0.4, 0.6, 0.8, 1.0, 1.2]),
+        (3, 3, [3, 4]),
+        (0, 0, [0, 0.2]),
+        (37.2, 38.9, [37, 37.5, 38, 38.5, 39]),
+    ],
+)
+def test_ticks_are_round_and_cover_the_range(low, high, wanted):
+    found = charts.ticks(low, high, 5)
+    assert found[: len(wanted)] == pytest.approx(wanted)
+    assert found[0] <= low + 1e-9
+    assert found[-1] >= high - 1e-9
+
+
+def circles(svg):
+    return [tuple(map(float, place)) for place in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
+
+
+def test_points_stand_where_their_numbers_are():
+    svg = charts.line_chart("loss", "step", [Series("a", [(0, 0.0), (50, 5.0), (100, 10.0)])])
+    (left, bottom), middle, (right, top) = circles(svg)
+    assert (left, right) == (charts.LEFT, charts.WIDTH - charts.RIGHT)
+    assert (bottom, top) == (charts.HEIGHT - charts.BOTTOM, charts.TOP)
+    assert middle == pytest.approx(((left + right) / 2, (bottom + top) / 2))
+
+
+def test_each_line_has_a_name_and_a_colour_of_its_own():
+    svg = charts.line_chart("a<b", "step", [Series("x & y", [(1, 2.0)], True), Series("z", [(1, 3.0), (2, 4.0)])])
+    assert "a&lt;b" in svg
+    assert "x &amp; y" in svg
+    assert svg.count("<polyline") == 2
+    assert 'class="dot s1"' in svg
+    assert 'class="hit"' in svg
+
+
+def test_what_is_no_number_is_left_out_and_nothing_gives_nothing():
+    assert len(circles(charts.line_chart("t", "x", [Series("a", [(0, 1.0), (1, math.nan), (2, 3.0)])]))) == 2
+    assert charts.line_chart("t", "x", [Series("a", []), Series("b", [(0, math.inf)])]) == ""
+    assert charts.bar_chart("t", "x", []) == ""
+
+
+def test_long_runs_are_thinned_to_what_can_be_seen():
+    points = [(i, float(i)) for i in range(100_001)]
+    thin = charts.thinned(points)
+    assert len(thin) <= charts.MOST_POINTS + 2
+    assert (thin[0], thin[-1]) == (points[0], points[-1])
+    assert charts.thinned(points[:3]) == points[:3]
+    assert charts.thinned(points[:1]) == points[:1]
+
+
+def test_bars_are_as_high_as_their_values():
+    svg = charts.bar_chart("BLEU", "words", [("0-10", 20.0, "5 sentences"), ("11-20", 10.0, "7 sentences")])
+    heights = [float(height) for height in re.findall(r'<rect class="bar".*? height="([\d.]+)"', svg)]
+    assert heights[0] == pytest.approx(2 * heights[1], rel=1e-2)
+    assert "<title>5 sentences</title>" in svg
+
+
+def test_numbers_are_short():
+    assert [charts.short(value) for value in (0, 0.0005, 12, 9500, 12000, 2.5e6)] == [
+        "0",
+        "0.0005",
+        "12",
+        "9500",
+        "12k",
+        "2.5M",
+    ]

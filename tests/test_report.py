@@ -1,0 +1,137 @@
+"""The report that a person opens: everything is in it, nothing is fetched, and a browser shows it."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import jax
+import pytest
+
+from tests.conftest import small_config
+from transformer import report, scoring, sharding, significance, tokenizer, watch
+from transformer.scoring import EvaluationSet
+from transformer.step import Model
+from transformer.trained import Trained
+
+WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
+EVIL = "</script><script>document.title = 'broken'</script> & <b>bold</b> cat sees house"
+SOURCES = [EVIL, *(" ".join(WORDS[i % 7 : i % 7 + 2 + i % 4]) for i in range(30)), ""]
+CHOSEN = EvaluationSet("mine", SOURCES, [[source.upper() for source in SOURCES]])
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr", "--v=0"]
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    config = small_config()
+    vocabulary = tokenizer.train([*SOURCES[1:-1], EVIL], 290, "bpe")
+    model = Model(config.model, vocabulary.vocab_size)
+    mesh = sharding.make_mesh(config.mesh)
+    params = jax.device_put(model.init(5), sharding.replicated(mesh))
+    trained = Trained("latest", [20], {}, config, vocabulary, model, params, mesh)
+    return scoring.Scorer(CHOSEN).evaluate(trained)
+
+
+@pytest.fixture(scope="module")
+def workdir(evaluation, tmp_path_factory):
+    """With metrics, of which the last line is being written, and two steps that --watch has scored."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    workdir.mkdir()
+    lines = [{"step": i, "train/loss": 8 / i, "train/learning_rate": i / 1e4} for i in range(1, 20)]
+    lines += [{"step": 10, "valid/loss": 3.0, "valid/bleu": 11.0}, {"step": 20, "valid/loss": 2.0, "valid/bleu": 17.5}]
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 3')
+    for step, bleu in ((20, 16.0), (10, 12.25)):
+        watch.append(workdir, {"step": step, "name": "mine", "bleu": bleu, "loss": 2.5})
+    theirs = [*CHOSEN.references[0][:9], *evaluation.report.translations[9:]]
+    versus = significance.against("the other", theirs, evaluation.report.translations, CHOSEN.references, samples=50)
+    report.write(workdir, evaluation, versus)
+    return workdir
+
+
+def section_of(page, name):
+    return page[page.index(f'<section id="{name}">') :].split("\n<section id=")[0]
+
+
+def test_the_scores_have_their_signatures(workdir, evaluation):
+    scores = section_of((workdir / "report.html").read_text(), "scores")
+    for name in ("BLEU", "chrF2", "TER", "chrF2++", "perplexity", "length ratio", "legacy BLEU"):
+        assert f">{name}</td>" in scores
+    assert scores.count("version:") >= 4
+    assert f">{evaluation.report.scores['chrf']:.2f}</td>" in scores
+
+
+def test_the_curves_are_those_of_the_files(workdir):
+    curves = section_of((workdir / "report.html").read_text(), "curves")
+    assert "validation, step 20: 17.5" in curves
+    assert curves.index("mine, step 10: 12.25") < curves.index("mine, step 20: 16<")
+    assert len(re.findall("training, step", curves)) == 19
+    assert "learning rate, step 19: 0.0019" in curves
+
+
+def test_sentences_are_ranked_and_shown_once(evaluation, workdir):
+    page = (workdir / "report.html").read_text()
+    ranked = report.ranking(evaluation)
+    assert ranked == sorted(ranked)
+    assert len(ranked) == len(SOURCES)
+    worst = {place for _, place in ranked[: report.SENTENCES]}
+    good = report.best(evaluation, ranked)
+    assert [score for score, _ in good] == sorted((score for score, _ in good), reverse=True)
+    assert not worst & {place for _, place in good}
+    assert section_of(page, "worst").count('<article class="sentence">') == report.SENTENCES
+    assert '<mark class="odd">' in section_of(page, "worst")
+
+
+def test_large_sets_are_ranked_in_part(evaluation, monkeypatch):
+    monkeypatch.setattr(report, "SCORED", 10)
+    assert 5 <= len(report.ranking(evaluation)) <= 10
+
+
+def test_attention_has_a_map_for_each_layer_and_head(workdir):
+    attention = section_of((workdir / "report.html").read_text(), "attention")
+    sentences = attention.count('<section class="attention">')
+    assert 1 <= sentences <= 3
+    assert attention.count('class="map"') == sentences * 2 * (1 + 2)
+
+
+def test_the_other_system_is_compared(workdir):
+    versus = section_of((workdir / "report.html").read_text(), "versus")
+    assert "Against the other" in versus
+    assert versus.count('<article class="sentence">') == 5
+    assert "<dt>other</dt>" in versus
+
+
+def test_an_empty_set_and_a_bare_workdir_make_a_page(evaluation, tmp_path):
+    empty = scoring.Scorer(EvaluationSet("empty", [], [[]])).evaluate(evaluation.trained)
+    page = report.build(tmp_path, empty)
+    assert "empty, 0 sentences" in page
+    assert 'id="attention"' not in page
+    assert 'id="curves"' not in page
+
+
+def test_a_page_that_cannot_be_written_costs_no_scores(evaluation, tmp_path, capsys):
+    report.write(tmp_path / "none", evaluation)
+    assert "warning: no report" in capsys.readouterr().err
+
+
+def browse(page, tmp_path, *flags):
+    command = [CHROMIUM, *BROWSER, f"--user-data-dir={tmp_path}/profile", *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page with; install Debian's package chromium")
+def test_a_browser_shows_it(workdir, tmp_path):
+    """The script works, no sentence became markup, and the page breaks none of its own rules."""
+    press = "<script>document.querySelectorAll('.map')[2].click()</script></body>"
+    page = tmp_path / "report.html"
+    page.write_text((workdir / "report.html").read_text().replace("</body>", press))
+    shown = browse(page, tmp_path, "--dump-dom")
+    assert "<title>run: translation report</title>" in shown.stdout  # the sentence that would change it did not
+    for name in ("scores", "curves", "length", "versus", "worst", "best", "attention", "config"):
+        assert f'<section id="{name}">' in shown.stdout
+    assert '<p class="shown">layer 1, head 2</p>' in shown.stdout
+    assert len(re.findall('aria-pressed="true"', shown.stdout)) == shown.stdout.count('<section class="attention">')
+    assert "CONSOLE" not in shown.stderr
+    browse(page, tmp_path, f"--screenshot={tmp_path}/shot.png", "--window-size=1000,3000")
+    assert (tmp_path / "shot.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "shot.png").stat().st_size > 50_000

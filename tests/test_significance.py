@@ -1,0 +1,94 @@
+"""The tests are sacreBLEU's; equal systems are never different, and the sentences shown are those that differ most."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from transformer import significance
+from transformer.errors import UserError
+
+WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has", "the", "a", "runs"]
+RNG = np.random.default_rng(0)
+REFERENCES = [" ".join(RNG.choice(WORDS, 8)) for _ in range(60)]
+
+
+def noisy(share, seed):
+    """The references with a share of their words replaced."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS) if rng.random() < share else w for w in line.split()) for line in REFERENCES]
+
+
+GOOD, FAIR, POOR = noisy(0.1, 1), noisy(0.1, 2), noisy(0.6, 3)
+
+
+def test_a_clear_difference_is_significant_and_a_small_one_is_not():
+    for each in significance.compare(GOOD, POOR, [REFERENCES], samples=200):
+        assert each.is_significant
+        assert (each.difference < 0) == (each.metric == "ter")
+    (bleu,) = significance.compare(GOOD, FAIR, [REFERENCES], ["bleu"])
+    assert "bs:1000|" in bleu.signatures[0]
+    assert "ar:10000|" in bleu.signatures[1]
+    assert not bleu.is_significant
+
+
+def test_equal_systems_differ_by_nothing_but_chance():
+    """Where no sample differs by more than nothing, sacreBLEU counts none, and its p is the least there is."""
+    for each in significance.compare(GOOD, list(GOOD), [REFERENCES], samples=100):
+        assert (each.difference, each.bootstrap_p, each.randomization_p) == (0.0, 1.0, 1.0)
+        assert not each.is_significant
+
+
+@pytest.mark.parametrize(("flag", "field"), [("--paired-bs", "bootstrap_p"), ("--paired-ar", "randomization_p")])
+def test_numbers_are_those_of_the_sacrebleu_command(tmp_path, flag, field):
+    for name, lines in (("ref", REFERENCES), ("theirs", FAIR), ("ours", GOOD)):
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    paths = [str(tmp_path / name) for name in ("ref", "theirs", "ours")]
+    command = [sys.executable, "-m", "sacrebleu", paths[0], "-i", *paths[1:], "-m", "chrf", flag, "-f", "text"]
+    result = subprocess.run(
+        [*command, f"{flag}-n", "200"], capture_output=True, text=True, check=True, env={"NO_COLOR": "1"}
+    )
+    (chrf,) = significance.compare(GOOD, FAIR, [REFERENCES], ["chrf"], samples=200)
+    (p,) = re.findall(r"p = (\d\.\d+)", result.stdout)
+    assert getattr(chrf, field) == pytest.approx(float(p), abs=5e-5)
+
+
+def test_unequal_counts_and_none_are_errors():
+    with pytest.raises(UserError, match="got 60 and 59"):
+        significance.compare(GOOD, POOR[1:], [REFERENCES])
+    with pytest.raises(UserError, match="60 sentences and 59 lines in reference 1"):
+        significance.compare(GOOD, POOR, [REFERENCES[1:]])
+    with pytest.raises(UserError, match="no sentences to compare"):
+        significance.compare([], [], [[]])
+
+
+def test_the_sentences_that_differ_most_come_first_and_last():
+    ours, theirs = list(REFERENCES), list(REFERENCES)
+    theirs[7], ours[9] = "nothing of it", "no"
+    theirs[11] = REFERENCES[11] + " really"
+    found = significance.differing(ours, theirs, [REFERENCES])
+    assert [each.place for each in found] == [7, 11, 9]
+    assert found[0].ours == 100 > found[0].theirs
+    assert found[-1].ours < found[-1].theirs == 100
+    assert len(significance.differing(GOOD, POOR, [REFERENCES], count=3)) <= 6
+
+
+def test_two_blank_lines_agree():
+    assert significance.sentence_score("", [[""]], 0) == 100
+    assert significance.sentence_score("x", [[""]], 0) == 0
+
+
+def test_it_is_told_to_people_and_to_machines():
+    versus = significance.against("other", POOR, GOOD, [REFERENCES], samples=200)
+    text = significance.table(versus)
+    assert "against other" in text
+    assert text.count("   significant") == 3
+    assert "bs:200|seed:12345" in text
+    fields = significance.as_json(versus)
+    assert list(fields) == ["name", "bleu", "chrf", "ter"]
+    assert fields["bleu"]["difference"] == fields["bleu"]["ours"] - fields["bleu"]["theirs"] > 0
+    assert fields["bleu"]["significant"] is True
+    place = versus.sentences[0].place
+    assert f"sentence {place + 1:,}:" in significance.examples(versus, REFERENCES, [REFERENCES], GOOD)

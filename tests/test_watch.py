@@ -1,0 +1,168 @@
+"""Each checkpoint is scored once, whatever training does to it meanwhile, and a signal ends it."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+
+import pytest
+
+from tests.test_checkpoint import flip, make_parts, save
+from transformer import trained, watch
+from transformer.checkpoint import Checkpoints
+from transformer.errors import DivergedError, StoppedError
+from transformer.evaluate import HeldOutLoss, Report
+from transformer.scores import further, score
+from transformer.scoring import Evaluation, EvaluationSet
+
+CHOSEN = EvaluationSet("mine", ["the old house"], [["das alte Haus"]])
+
+
+class QuickScorer:
+    """Stands in for a Scorer: what it finds is known without decoding."""
+
+    def __init__(self, chosen):
+        self.chosen = chosen
+
+    def evaluate(self, model):
+        if model.step == 13:
+            raise DivergedError("checkpoint 13: its loss is nan")
+        lines = [f"das Haus {model.step}"]
+        scores = score(lines, CHOSEN.references, ["bleu", "chrf", "ter"])
+        report = Report(1, HeldOutLoss(1.5, 10, 4), scores, lines, 0.1)
+        return Evaluation(model, self.chosen, report, further(CHOSEN.sources, lines, CHOSEN.references, "de"))
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "Scorer", QuickScorer)
+    for step in (2, 10):
+        save(tmp_path, make_parts(), step)
+    return tmp_path
+
+
+def look(workdir):
+    """All that there is to do; the steps it scored."""
+    found = []
+    watching = watch.Watch(workdir, lambda config: CHOSEN, lambda entry: found.append(entry["step"]))
+    while watching.look():
+        pass
+    return found
+
+
+def test_every_checkpoint_is_scored_once_the_oldest_first(workdir):
+    before = sorted(path for path in workdir.rglob("*"))
+    assert look(workdir) == [2, 10]
+    assert look(workdir) == []
+    save(workdir, make_parts(), 12)
+    assert look(workdir) == [12]
+    entries = watch.read_evaluations(workdir)
+    assert [(entry["step"], entry["name"], entry["loss"]) for entry in entries] == [
+        (step, "mine", 1.5) for step in (2, 10, 12)
+    ]
+    assert {"bleu", "bleu_signature", "chrfpp", "perplexity", "fingerprint"} < entries[0].keys()
+    assert (workdir / "translations" / "10.mine.txt").read_text() == "das Haus 10\n"
+    assert {path.name for path in workdir.iterdir()} - {path.name for path in before} == {
+        "evaluations.jsonl",
+        "translations",
+    }
+
+
+def test_another_set_is_scored_too(workdir):
+    look(workdir)
+    other = CHOSEN._replace(name="other")
+    found = []
+    watching = watch.Watch(workdir, lambda config: other, lambda entry: found.append(entry["step"]))
+    assert watching.look()
+    assert found == [2]
+
+
+def test_a_run_begun_anew_is_not_taken_for_the_old_one(workdir):
+    look(workdir)
+    Checkpoints(workdir).record(2, {"valid/bleu": 3.0})  # the same checkpoint: training recorded its score
+    assert look(workdir) == []
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    config, vocabulary, model, mesh, state = make_parts()
+    shutil.copytree(workdir / "checkpoints" / "10", workdir / "checkpoints" / "2")
+    assert look(workdir) == []  # its content is scored already
+    save(workdir, (config, vocabulary, model, mesh, state._replace(opt_state=state.opt_state)), 3)
+    assert look(workdir) == [3]
+
+
+def test_a_line_that_a_kill_cut_short_is_scored_again(workdir):
+    look(workdir)
+    path = workdir / "evaluations.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])
+    assert look(workdir) == [10]
+    assert [entry["step"] for entry in watch.read_evaluations(workdir)] == [2, 10]
+    assert json.loads(path.read_bytes().splitlines()[-1])["step"] == 10
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_left_out(workdir, monkeypatch, capsys):
+    load = trained.load_trained
+
+    def prune_first(folder, which):
+        if which == "2":
+            Checkpoints(workdir).remove(2)
+        return load(folder, which)
+
+    monkeypatch.setattr(watch, "load_trained", prune_first)
+    assert look(workdir) == [10]
+    assert "checkpoint 2 was deleted while it was read" in capsys.readouterr().err
+
+
+def test_one_that_goes_between_its_files_is_left_out_too(workdir, monkeypatch, capsys):
+    restore = Checkpoints.restore_params
+
+    def prune_first(self, step, *args):
+        if step == 2:
+            Checkpoints(workdir).remove(2)
+        return restore(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "restore_params", prune_first)
+    assert look(workdir) == [10]
+    assert "was deleted while it was read" in capsys.readouterr().err
+
+
+def test_unfinished_and_damaged_ones_do_not_stop_it(workdir, capsys):
+    (workdir / "checkpoints" / "11.partial").mkdir()
+    (workdir / "checkpoints" / "5").mkdir()  # no manifest yet
+    flip(next(path for path in (workdir / "checkpoints" / "2" / "params").rglob("*") if path.is_file()))
+    save(workdir, make_parts(), 13)
+    assert look(workdir) == [10]
+    said = capsys.readouterr().err
+    assert "checkpoint 2 is damaged" in said
+    assert "checkpoint 13: its loss is nan" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_waits_for_more_until_a_signal(workdir, number):
+    def one_more_then_stop(entry):
+        if entry["step"] == 10:
+            save(workdir, make_parts(), 20)
+        if entry["step"] == 20:
+            threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+
+    before = signal.getsignal(number)
+    watching = watch.Watch(workdir, lambda config: CHOSEN, one_more_then_stop)
+    with pytest.raises(StoppedError, match="3 checkpoints scored; run again to go on") as stopped:
+        watching.until_stopped(seconds=0.05)
+    assert stopped.value.exit_code == 128 + number
+    assert signal.getsignal(number) == before
+    assert look(workdir) == []
+
+
+def test_it_may_begin_before_training_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(watch, "Scorer", QuickScorer)
+
+    def first_look(seconds):
+        if not (tmp_path / "checkpoints").exists():
+            save(tmp_path, make_parts(), 4)
+        elif watch.read_evaluations(tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(watch.time, "sleep", first_look)
+    with pytest.raises(StoppedError, match="1 checkpoints scored"):
+        watch.Watch(tmp_path, lambda config: CHOSEN).until_stopped()
+    assert "waiting for the first checkpoint" in capsys.readouterr().err

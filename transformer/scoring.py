@@ -1,0 +1,138 @@
+"""A model and a set of sentences → translations and all scores: what eval.py does, once or for many checkpoints."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from transformer import validation
+from transformer.config import Config, DataConfig
+from transformer.datasets import corpus, text_files
+from transformer.errors import DivergedError, UserError
+from transformer.evaluate import Evaluator, Report
+from transformer.files import reported, write_whole
+from transformer.scores import Scores, check_counts, further
+from transformer.trained import Trained, load_trained
+from transformer.translator import Translator
+
+
+class EvaluationSet(NamedTuple):
+    """What is translated and what it is held against.
+
+    Attributes:
+      name: of the split or the file of sources.
+      references: one list or several, each as long as the sources.
+    """
+
+    name: str
+    sources: list[str]
+    references: list[list[str]]
+
+
+def open_set(data: DataConfig, split: str | None, source: str | None, reference: str | None) -> EvaluationSet:
+    """The sentences of files, or of a split of the config's data.
+
+    Args:
+      split: its name; None is "test".
+      source: a file of sentences, in place of a split.
+      reference: its references, several files with commas between.
+
+    Raises:
+      UserError: there is no such split or file, or counts differ.
+    """
+    if source and reference:
+        references = [list(text_files.read_lines(path)) for path in reference.split(",")]
+        chosen = EvaluationSet(epath.Path(source).name, list(text_files.read_lines(source)), references)
+        check_counts(len(chosen.sources), chosen.references)
+        return chosen
+    try:
+        found = corpus.open_corpus(data).split(split or "test")
+    except UserError as error:
+        raise UserError(f"{error}. Or name another --split, or score files with --source and --reference") from error
+    return EvaluationSet(found.name, found.sources(), [found.targets()])
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One model on one set: what `evaluate` and `scores.further` found."""
+
+    trained: Trained
+    chosen: EvaluationSet
+    report: Report
+    further: Scores
+
+
+class Scorer:
+    """Evaluates model after model on one set; compiled shapes are kept as long as config and vocabulary stay."""
+
+    def __init__(self, chosen: EvaluationSet):
+        self.chosen = chosen
+        self._evaluator: Evaluator | None = None
+        self._of: tuple[Config, str] | None = None
+
+    def evaluate(self, trained: Trained, progress: Callable[[int], None] = lambda done: None) -> Evaluation:
+        """Translates and scores every sentence once.
+
+        Raises:
+          DivergedError: the loss is not a finite number.
+        """
+        of = trained.config, trained.tokenizer.digest
+        if self._evaluator is None or of != self._of:
+            self._evaluator = Evaluator(trained.model, trained.tokenizer, trained.config, trained.mesh)
+            self._of = of
+        _, sources, references = self.chosen
+        report = self._evaluator.evaluate(trained.params, sources, references, progress=progress)
+        if not math.isfinite(report.loss):
+            raise DivergedError(f"{trained.title}: its loss is {report.loss}; evaluate another")
+        language = trained.config.data.target_language
+        return Evaluation(trained, self.chosen, report, further(sources, report.translations, references, language))
+
+
+def write_translations(evaluation: Evaluation, path: epath.PathLike) -> None:
+    """One translation a line; the file appears whole or not at all."""
+    path = epath.Path(path)
+    with reported(f"{path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, "".join(f"{line}\n" for line in evaluation.report.translations))
+
+
+def translations_path(workdir: epath.PathLike, trained: Trained, chosen: EvaluationSet) -> epath.Path:
+    """WORKDIR/translations/STEP.NAME.txt."""
+    return epath.Path(workdir) / "translations" / f"{trained.file_stem}.{chosen.name}.txt"
+
+
+def translations_of_other(
+    path: epath.PathLike, which: str, chosen: EvaluationSet, language: str, fields: dict[str, Any] | None = None
+) -> tuple[str, Sequence[str]]:
+    """What another system makes of the same sources, with a name for it.
+
+    Args:
+      path: a workdir, whose checkpoint `which` translates them now, or a file that holds translations.
+      language: code of the language that ours are in.
+      fields: of decoding, in place of the workdir's own.
+
+    Raises:
+      UserError: it is neither, holds another number of lines, or translates into another language.
+    """
+    path = epath.Path(path)
+    if not path.is_dir():
+        lines = list(text_files.read_lines(path))
+        if len(lines) != len(chosen.sources):
+            raise UserError(
+                f"--versus={path}: expected a translation of each of the {len(chosen.sources):,} sentences of "
+                f"{chosen.name}, got {len(lines):,} lines; name translations of the same set"
+            )
+        return path.name, lines
+    if not (path / "checkpoints").is_dir():
+        raise UserError(f"--versus={path}: expected a workdir of train.py or a file of translations, found neither")
+    other = load_trained(path, which)
+    if other.config.data.target_language != language:
+        raise UserError(
+            f"--versus={path}: translates into {other.config.data.target_language!r}, expected {language!r}; "
+            "name a model of the same direction"
+        )
+    decode = validation.with_decode(other.config, fields or {}).decode
+    translator = Translator(other.model, other.tokenizer, decode, other.mesh)
+    return f"{path.name}, {other.title}", translator.translate(other.params, chosen.sources)
