@@ -25,6 +25,7 @@ sharding segments attention blockwise layers model
 loss optimizer step compilation checkpoint trained
 search translate evaluate
 workdir run_log loop
+chips hlo program_cost roofline fit ahead plan
 benchmark prepare
 """.split()
 

@@ -4,7 +4,7 @@ The model calls the axes of its params `vocab`, `embed`, `heads` and so on; this
 them a mesh splits. An axis that the table lacks is an error, never silently replicated.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,13 +29,16 @@ LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The devices of all hosts, arranged by the config; axes that it does not set have size 1.
+
+    Args:
+      devices: others instead, such as those of a topology that is not here.
 
     Raises:
       UserError: there are not that many devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     data = len(devices) if config.data == -1 else config.data
     if data > len(devices):
         raise UserError(f"config.mesh.data = {data}: found only {len(devices)} devices")
