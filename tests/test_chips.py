@@ -7,7 +7,8 @@ from transformer.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("name", "chips"), [("v5e:4x4", 16), ("v5e:16x16", 256), ("v5p:4x4x8", 128), ("v6e:4x4", 16), ("cpu:8", 8)]
+    ("name", "chips"),
+    [("v5e:4x4", 16), ("v5e:16x16", 256), ("v5p:4x4x8", 128), ("v6e:4x4", 16), ("h100:8", 8), ("cpu:8", 8)],
 )
 def test_names(name, chips):
     topology = parse_topology(name)
@@ -17,15 +18,15 @@ def test_names(name, chips):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v9:4x4", "unknown kind of chip 'v9'; known: v5e:NxN, v5p:NxNxN, v6e:NxN, cpu:N"),
+        ("v9:4x4", "unknown kind of chip 'v9'; known: v5e:NxN, v5p:NxNxN, v6e:NxN, h100:N, cpu:N"),
         ("", "unknown kind"),
         ("v5e", "expected 2 numbers, as in v5e:4x4, got ''"),
         ("v5e:4x4x4", "expected 2 numbers"),
         ("v5p:4x4", "expected 3 numbers, as in v5p:4x4x8, got '4x4'"),
         ("v5e:0x4", "expected 2 numbers"),
         ("cpu:two", "expected 1 number, as in cpu:8"),
-        ("v5e:32x32", "a slice of v5e has at most 256 chips, got 1024"),
-        ("h100:8", "GPU only where one is.*cpu:8"),
+        ("v5e:32x32", "links of v5e join at most 256 chips, got 1024"),
+        ("h100:16", "links of h100 join at most 8 chips, got 16"),
     ],
 )
 def test_a_name_that_is_none_is_refused_with_what_is(name, message):

@@ -1,5 +1,7 @@
 """Bounds on time, by hand."""
 
+import itertools
+
 import pytest
 
 from transformer import roofline
@@ -14,8 +16,10 @@ CHIP = CHIPS["v5e"]._replace(
 
 @pytest.mark.parametrize(
     ("kind", "sent"),
-    [("all-reduce", 150.0), ("all-gather", 75.0), ("reduce-scatter", 75.0), ("all-to-all", 75.0)]
-    + [("collective-permute", 100.0), ("collective-broadcast", 100.0)],
+    [
+        *(("all-reduce", 150.0), ("all-gather", 75.0), ("reduce-scatter", 75.0), ("all-to-all", 75.0)),
+        *(("collective-permute", 100.0), ("collective-broadcast", 100.0)),
+    ],
 )
 def test_what_a_chip_must_send(kind, sent):
     assert roofline.sent_bytes(Collective(kind, ("data",), 4, 1, 100)) == sent
@@ -35,7 +39,7 @@ def test_data_parallel_chips_send_almost_the_same_however_many_there_are():
     assert scaled[0].apart == pytest.approx(10 / 13.5)
     # Two slices: once around each, and a 256th of the gradients over the network.
     assert scaled[6].times.communication == pytest.approx(2 * 255 / 256 * 8 / 4 + 2 / 2 * 8 / 256 / 0.5)
-    assert all(one.apart >= after.apart for one, after in zip(scaled, scaled[1:], strict=False))
+    assert all(one.apart >= after.apart for one, after in itertools.pairwise(scaled))
 
 
 def test_sharded_chips_hold_less_and_send_more():

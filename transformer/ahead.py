@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from transformer import sharding, step
 from transformer.batching import Batch, rows_for
-from transformer.chips import Topology
+from transformer.chips import GPU_TARGETS, Topology
 from transformer.config import Config
 from transformer.errors import UserError
 
@@ -49,15 +49,23 @@ def devices(topology: Topology) -> list[Any]:
         if len(found) < topology.chips:
             raise UserError(f"--topology={topology.name}: JAX has already started with {len(found)} simulated devices")
         return found[: topology.chips]
-    if importlib.util.find_spec("libtpu") is None:
-        version = importlib.metadata.version("jax")
+    tpu = topology.chip.platform == "tpu"
+    if importlib.util.find_spec("libtpu" if tpu else "jax_cuda13_plugin") is None:
+        package = f"'jax[{'tpu' if tpu else 'cuda13'}]=={importlib.metadata.version('jax')}'"
         raise UserError(
-            f"--topology={topology.name}: needs the TPU compiler: run `make plan`, or pip install 'jax[tpu]=={version}'"
+            f"--topology={topology.name}: needs the {'TPU' if tpu else 'GPU'} compiler: "
+            f"{'run `make plan`, or ' if tpu else ''}pip install {package}"
         )
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        if tpu:
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        shape, target = f"1x1x{topology.chips}", GPU_TARGETS[topology.chip.name]
+        described = topologies.get_topology_desc(
+            platform="cuda", topology_name=topology.chip.name, topology=shape, target_config=target
+        )
+        return list(described.devices)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise UserError(f"--topology={topology.name}: the TPU compiler refuses it: {error}") from error
+        raise UserError(f"--topology={topology.name}: the compiler refuses it: {error}") from error
 
 
 def batch_rows(config: Config, mesh: Mesh, length: int) -> int:
@@ -75,7 +83,7 @@ def compile_step(config: Config, mesh: Mesh, rows: int, length: int, effort: flo
     model = step.Model(config.model, config.data.vocab_size)
     ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding.batch_sharding(mesh))
     train_step: Any = step.make_train_step(model, config, mesh)
-    platform = mesh.devices.flat[0].platform
+    platform = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)
     state = step.abstract_state(model, config, mesh)
     lowered = train_step.trace(state, Batch(ids, ids)).lower(lowering_platforms=(platform,))
     try:

@@ -2,10 +2,10 @@
 
     python -m transformer.plan --config=configs/NAME.py --topology=v5e:4x4 [--fit] [--scaling] [--json]
 
-Compiles the real training step for the topology, on any machine with the TPU compiler (`make plan` sets it
-up), and reads bytes, FLOPs and collectives from the compiled program. No data is needed: the batch is of the
+Compiles the real training step for the topology, on any machine with its compiler (`make plan` sets up that for
+TPU), and reads bytes, FLOPs and collectives from the compiled program. No data is needed: the batch is of the
 longest sentences, and the vocabulary is as large as the config says. Topologies: v5e:4x4, v5p:4x4x8, v6e:4x4,
-and cpu:8 for simulated devices; several with commas. Tokens are slots of the target side, padding included.
+h100:8, and cpu:8 for simulated devices; several with commas. Tokens are slots of the target side, padding included.
 With --json the last line of stdout is one JSON object for each topology.
 """
 
@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m transformer.plan", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--config", metavar="FILE", help="config file, with --config.SECTION.FIELD=VALUE overrides")
-    parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:4x4, v5p:4x4x8, v6e:4x4, cpu:8")
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="such as v5e:4x4, v5p:4x4x8, v6e:4x4, h100:8, cpu:8"
+    )
     parser.add_argument("--length", type=positive_int, help="width of the batch (default: data.max_length)")
     parser.add_argument("--fit", action="store_true", help="find the largest train.batch_tokens that fits")
     parser.add_argument("--scaling", action="store_true", help="predict the efficiency of a chip among 8 to 1,024")
