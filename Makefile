@@ -1,12 +1,15 @@
-# make demo · make test · make test-slow. PYTHON names the interpreter, VENV the environment.
+# make demo · make test · make test-slow · make plan. PYTHON names the interpreter, VENV the environment.
 PYTHON ?= python3
 VENV ?= .venv
 ACCELERATOR ?=
+PLAN_CONFIG ?= configs/wmt14_big.py
+PLAN_TOPOLOGY ?= v5e:4x4,v5e:16x16,v5p:4x4x8,v6e:4x4
+PLAN_FLAGS ?= --config.model.dtype=bfloat16
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check --quiet
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-fast test-slow lint types lock clean
+.PHONY: demo test test-fast test-slow lint types plan lock clean
 
 demo: $(VENV)/installed$(ACCELERATOR)
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR)
@@ -26,6 +29,11 @@ lint: $(VENV)/installed-dev
 
 types: $(VENV)/installed-dev
 	$(RUN) -m mypy
+
+# The TPU compiler has an environment of its own: on a machine without a TPU nothing else should find it.
+plan:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-plan ACCELERATOR=tpu $(VENV)-plan/installedtpu
+	$(VENV)-plan/bin/python -m transformer.plan --config=$(PLAN_CONFIG) --topology=$(PLAN_TOPOLOGY) $(PLAN_FLAGS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -27,6 +27,7 @@ hypotheses restrictions constraints search sampling decoding
 wishes reranking translator alignments translate scores significance evaluate
 workdir run_log loop
 scoring summary watch charts attention_maps report_page report
+chips hlo program_cost roofline fit ahead plan
 benchmark prepare
 """.split()
 

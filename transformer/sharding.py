@@ -44,8 +44,11 @@ STORAGE = "fsdp"  # splits params where they are stored, not where they are used
 FIELDS = {"vocab": "data.vocab_size", "embed": "model.emb_dim", "heads": "model.num_heads", "mlp": "model.mlp_dim"}
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Devices, those of all hosts unless given, arranged by the config; its -1 takes all that are left.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The devices of all hosts, arranged by the config; its -1 takes all that are left.
+
+    Args:
+      devices: others instead, such as those of a topology that is not here.
 
     Raises:
       UserError: the sizes do not make up the number of devices.

@@ -1,0 +1,181 @@
+"""The plan of the real training step: keys, figures, and what it says of what cannot be."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, small_config
+from transformer import ahead, cost, plan, sharding, step
+from transformer.chips import parse_topology
+from transformer.errors import UserError
+
+KEYS = ["topology", "chips", "bytes_per_chip", "bytes_available", "fits", "flops_per_step", "collectives"]
+SMALL = [
+    *("model.num_layers=1", "model.emb_dim=16", "model.mlp_dim=16", "model.num_heads=2", "data.vocab_size=300"),
+    *("data.max_length=16", "train.batch_tokens=1024"),
+]
+TPU = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no TPU compiler here: make plan has one")
+GPU = pytest.mark.skipif(not importlib.util.find_spec("jax_cuda13_plugin"), reason="no GPU compiler here: jax[cuda13]")
+
+
+def command(*flags, config="configs/demo.py", fields=SMALL):
+    fields = [f"--config.{field}" for field in fields]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "-m", "transformer.plan", f"--config={config}", *fields, *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def planned(topology="cpu:8", *, find_largest=False, **sections):
+    config = small_config(**{"mesh": {"data": -1}, **sections})
+    return plan.plan(config, parse_topology(topology), config.data.max_length, 0.0, find_largest=find_largest)
+
+
+def test_the_command_prints_a_table_and_its_last_line_is_json():
+    result = command("--topology=cpu:4", "--json", "--scaling")
+    assert result.returncode == 0, result.stderr
+    row = json.loads(result.stdout.splitlines()[-1])
+    assert {*KEYS, "tokens_per_s_bound"} <= row.keys()
+    assert (row["topology"], row["chips"], row["fits"]) == ("cpu:4", 4, True)
+    assert "memory of a chip" in result.stdout
+    assert sum(line.startswith("| ") for line in result.stdout.splitlines()) == 1 + 2 * 8
+
+
+def test_flops_are_those_of_the_closed_form():
+    row = planned(train={"batch_tokens": 1024})
+    assert row["rows"] == 32
+    expected = cost.training_flops(small_config().model, 300, 32, 32, 32)
+    assert row["flops_per_step"] == row["flops_closed_form"] == expected
+
+
+def test_the_parts_of_a_step_are_a_loop_that_is_counted_by_its_trips():
+    row = planned(train={"batch_tokens": 1024, "accumulation_steps": 4})
+    assert row["flops_per_step"] == row["flops_closed_form"]
+
+
+def test_arguments_are_the_state_and_the_batch_and_results_take_their_place():
+    row = planned(train={"batch_tokens": 1024, "ema_decay": 0.9})
+    params = step.Model(small_config().model, 300).num_params()
+    batch = 2 * 4 * 32 * 32 // 8
+    assert 0 <= row["arguments_bytes"] - (4 * 4 * params + batch) < 100
+    assert row["outputs_bytes"] < 10_000
+    assert row["bytes_per_chip"] >= row["arguments_bytes"] + row["temporaries_bytes"]
+
+
+def test_a_data_parallel_step_sends_its_gradients_and_nothing_else():
+    row = planned(train={"batch_tokens": 1024})
+    params = step.Model(small_config().model, 300).num_params()
+    assert list(row["collectives"]) == ["all-reduce"]
+    assert list(row["collectives"]["all-reduce"]["axes"]) == ["data"]
+    # Embedding, its two uses and the logits may each send their own part of its gradient.
+    assert 4 * params <= row["collectives"]["all-reduce"]["bytes"] < 4 * (params + 2 * 300 * 16) + 1024
+
+
+def test_one_device_sends_nothing():
+    assert planned("cpu:1")["collectives"] == {}
+
+
+def test_rows_divide_over_the_chips_but_only_planned_tokens_count():
+    row = planned(train={"batch_tokens": 96})
+    assert row["rows"] == 8  # 3 rows of 32 tokens, over 8 chips
+    slowest = max(row["compute_ms"], row["memory_ms"], row["communication_ms"]) / 1000
+    assert row["tokens_per_s_bound"] == pytest.approx(96 / slowest, rel=0.01)
+
+
+def test_the_largest_batch_that_fits_does_and_a_larger_one_does_not():
+    topology = parse_topology("cpu:8")
+    config = small_config(mesh={"data": -1}, train={"batch_tokens": 1024})
+    at_first = plan.plan(config, topology, 32, 0.0, find_largest=False)
+    tight = topology._replace(chip=topology.chip._replace(memory=2 * at_first["bytes_per_chip"]))
+    row = plan.plan(config, tight, 32, 0.0, find_largest=True)
+    assert row["fit_tokens_per_chip"] * 8 == row["fit_batch_tokens"] > 1024
+
+    def needed(tokens):
+        mesh = sharding.make_mesh(config.mesh, ahead.devices(tight))
+        return ahead.compile_step(config, mesh, tokens // 32, 32).needed
+
+    found = row["fit_batch_tokens"]
+    assert needed(found) <= tight.chip.memory < needed(max(found + 256, int(1.05 * found)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=v9:4x4"], "unknown kind of chip 'v9'; known: v5e:NxN"),
+        (["--topology=h100:16"], "at most 8 chips"),
+        (["--topology=cpu:8", "--length=4096"], "has no room"),
+        (["--topology=cpu:8", "--config.mesh.data=16"], "found only 8 devices"),
+    ],
+)
+def test_what_cannot_be_is_one_message(flags, message):
+    result = command(*flags)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_mistakes_are_told_before_jax_is_imported():
+    program = "import sys; from transformer import plan\n"
+    program += "try: plan.main(['plan', '--config=configs/demo.py', '--topology=v9:1'])\n"
+    program += "except Exception as error: print(type(error).__name__, 'jax' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "UserError False\n"
+
+
+def test_without_the_tpu_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"TPU compiler: run `make plan`, or pip install 'jax\[tpu\]=="):
+        ahead.devices(parse_topology("v5e:4x4"))
+    with pytest.raises(UserError, match=r"GPU compiler: pip install 'jax\[cuda13\]=="):
+        ahead.devices(parse_topology("h100:8"))
+
+
+def test_what_a_program_too_large_would_need_is_read_from_the_compiler_s_message():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
+    assert ahead.needed_bytes(message) == int(20.5 * 2**30)
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        ahead.needed_bytes("INTERNAL: something else")
+
+
+def test_a_program_too_large_has_a_row_all_the_same(monkeypatch):
+    monkeypatch.setattr(ahead, "compile_step", lambda *_: ahead.Compiled(0, 0, 0, 0, 0, 2**40, ""))
+    row = planned()
+    assert (row["fits"], row["bytes_per_chip"], row["tokens_per_s_bound"]) == (False, 2**40, None)
+    assert "does not fit" in "\n".join(plan.described(row))
+    assert "too much" in "\n".join(plan.summary([row, row]))
+
+
+@TPU
+def test_a_tpu_program_has_the_closed_form_s_flops_and_sends_gradients_alone():
+    result = command("--topology=v5e:2x2,v6e:2x2", "--json", "--effort=-1")
+    assert result.returncode == 0, result.stderr
+    for line in result.stdout.splitlines()[-2:]:
+        row = json.loads(line)
+        assert row["fits"]
+        assert row["flops_per_step"] == row["flops_closed_form"]
+        assert list(row["collectives"]) == ["all-reduce"]
+
+
+@GPU
+def test_a_gpu_program_too_without_a_gpu():
+    result = command("--topology=h100:8", "--json")
+    assert result.returncode == 0, result.stderr
+    row = json.loads(result.stdout.splitlines()[-1])
+    assert row["flops_per_step"] == row["flops_closed_form"]
+    assert list(row["collectives"]) == ["all-reduce"]
+
+
+@TPU
+def test_an_arrangement_that_no_tpu_has_is_refused():
+    result = command("--topology=v5e:3x3")
+    assert result.returncode == 2
+    assert "compiler refuses it" in result.stderr

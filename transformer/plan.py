@@ -1,0 +1,271 @@
+"""Whether a config's training step fits on chips that are not here, how it communicates, and how fast it could be.
+
+    python -m transformer.plan --config=configs/NAME.py --topology=v5e:4x4 [--fit] [--scaling] [--json]
+
+Compiles the real training step for the topology, on any machine with its compiler (`make plan` sets up that for
+TPU), and reads bytes, FLOPs and collectives from the compiled program. No data is needed: the batch is of the
+longest sentences, and the vocabulary is as large as the config says. Topologies: v5e:4x4, v5p:4x4x8, v6e:4x4,
+h100:8, and cpu:8 for simulated devices; several with commas. Tokens are slots of the target side, padding included.
+With --json the last line of stdout is one JSON object for each topology.
+"""
+
+import argparse
+import json
+import os
+import time
+from typing import Any
+
+from transformer import command_line, cost, fit, program_cost, roofline
+from transformer.batching import rows_for
+from transformer.chips import GIB, Topology, parse_topology
+from transformer.command_line import positive_int, say
+from transformer.config import Config
+from transformer.errors import UserError
+from transformer.hlo import Program
+
+Row = dict[str, Any]
+
+
+def main(argv: list[str]) -> None:
+    """Checks flags and config before it imports JAX."""
+    parser = _parser()
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        return
+    config, rest = command_line.config_flags(argv)
+    args = parser.parse_args(rest)
+    topologies = [parse_topology(name) for name in args.topology.split(",")]
+    length = args.length or config.data.max_length
+    if config.train.batch_tokens < length:
+        raise UserError(
+            f"--length={length}: config.train.batch_tokens = {config.train.batch_tokens} has no room for it"
+        )
+    set_environment(topologies)
+    rows = []
+    for topology in topologies:
+        rows.append(plan(config, topology, length, args.effort, find_largest=args.fit))
+        print("\n".join(described(rows[-1])), flush=True)
+        if args.scaling:
+            print("\n".join(["", *scaling_table(config, topology, rows[-1])]), flush=True)
+    if len(rows) > 1:
+        print("\n".join(["", *summary(rows)]))
+    if args.json:
+        for row in rows:
+            print(json.dumps(row))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m transformer.plan", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--config", metavar="FILE", help="config file, with --config.SECTION.FIELD=VALUE overrides")
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="such as v5e:4x4, v5p:4x4x8, v6e:4x4, h100:8, cpu:8"
+    )
+    parser.add_argument("--length", type=positive_int, help="width of the batch (default: data.max_length)")
+    parser.add_argument("--fit", action="store_true", help="find the largest train.batch_tokens that fits")
+    parser.add_argument("--scaling", action="store_true", help="predict the efficiency of a chip among 8 to 1,024")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument(
+        "--effort", type=float, default=0.0, help="of the compiler, from -1, which is fastest, to 0, its default"
+    )
+    return parser
+
+
+def set_environment(topologies: list[Topology]) -> None:
+    """What must be so before JAX is imported: this machine's own accelerator, if it has one, is left alone."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Two plans at once are fine: neither of them touches a chip. The others keep libtpu from looking for one.
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_LOG_DIR", "disabled"),
+        ("TPU_STDERR_LOG_LEVEL", "3"),
+        ("TF_CPP_MIN_LOG_LEVEL", "3"),
+    ):
+        os.environ.setdefault(name, value)
+    simulated = max((topology.chips for topology in topologies if topology.chip.platform == "cpu"), default=0)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if simulated and "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={simulated}".strip()
+
+
+def plan(config: Config, topology: Topology, length: int, effort: float, *, find_largest: bool) -> Row:
+    """Compiles the training step and says what it needs, for one chip unless the key says otherwise."""
+    from transformer import ahead, sharding
+
+    mesh = sharding.make_mesh(config.mesh, ahead.devices(topology))
+    rows = ahead.batch_rows(config, mesh, length)
+    since = time.perf_counter()
+    compiled = ahead.compile_step(config, mesh, rows, length, effort)
+    row: Row = {
+        "topology": topology.name,
+        "chips": mesh.size,
+        "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
+        "dtype": config.model.dtype,
+        "batch_tokens": config.train.batch_tokens,
+        "rows": rows,
+        "length": length,
+        "compile_s": round(time.perf_counter() - since, 1),
+        "bytes_per_chip": compiled.needed,
+        "bytes_available": topology.chip.memory,
+        "fits": bool(compiled.text) and compiled.needed <= topology.chip.memory,
+        **{f"{part}_bytes": getattr(compiled, part) for part in ("arguments", "temporaries", "outputs", "code")},
+        **speed(config, topology, compiled.text, mesh, rows, length),
+    }
+    if find_largest:
+        unit = sharding.row_multiple(mesh) * config.train.accumulation_steps
+
+        def needed(units: int) -> int:
+            if units * unit == rows:
+                return compiled.needed
+            found = ahead.compile_step(config, mesh, units * unit, length, effort).needed
+            say(f"{units * unit * length:,} tokens: {found / GIB:.2f} GiB a chip")
+            return found
+
+        units = fit.largest(needed, topology.chip.memory, rows // unit)
+        row["fit_batch_tokens"] = units * unit * length
+        row["fit_tokens_per_chip"] = units * unit * length // mesh.size
+    return row
+
+
+def speed(config: Config, topology: Topology, text: str, mesh: Any, rows: int, length: int) -> Row:
+    """FLOPs, traffic and bounds read from a program; of one too large to compile, its FLOPs by the closed form."""
+    closed = cost.training_flops(config.model, config.data.vocab_size, rows, length, length)
+    if not text:
+        return {"flops_per_step": closed, "flops_closed_form": closed, "collectives": {}, "tokens_per_s_bound": None}
+    program = Program(text)
+    flops, moved = program_cost.flops(program), program_cost.memory_bytes(program)
+    if program.unknown_loops:
+        say(f"the trips of these loops could not be read, they count as one: {', '.join(program.unknown_loops)}")
+    sent = program_cost.collectives(program, dict(mesh.shape))
+    times = roofline.times(topology.chip, flops, moved, sent)
+    return {
+        "flops_per_step": flops * mesh.size,
+        "flops_closed_form": closed,
+        "memory_traffic_bytes": moved,
+        "flops_per_byte": round(flops / max(moved, 1), 1),
+        "collectives": _by_kind(sent),
+        "compute_ms": round(1000 * times.compute, 3),
+        "memory_ms": round(1000 * times.memory, 3),
+        "communication_ms": round(1000 * times.communication, 3),
+        "bound_by": times.bound_by,
+        "tokens_per_s_bound": round(rows_for(config.train.batch_tokens, length) * length / times.bound),
+    }
+
+
+def _by_kind(found: list[program_cost.Collective]) -> Row:
+    """Name → count, bytes, and bytes for each set of axes."""
+    kinds: Row = {}
+    for one in found:
+        kind = kinds.setdefault(one.kind, {"count": 0, "bytes": 0, "axes": {}})
+        axes = "+".join(one.axes) or "other"
+        kind["count"] += one.count
+        kind["bytes"] += one.bytes
+        kind["axes"][axes] = kind["axes"].get(axes, 0) + one.bytes
+    return kinds
+
+
+def described(row: Row) -> list[str]:
+    """A plan as lines for a person."""
+    mesh = " ".join(f"{name}={size}" for name, size in row["mesh"].items()) or "one device"
+    lines = [
+        f"{row['topology']}: {row['chips']} chips, {mesh}, {row['dtype']}, {row['rows']} rows of {row['length']} + "
+        f"{row['length']} tokens, compiled in {row['compile_s']} s",
+        f"  memory of a chip   {_gib(row['bytes_per_chip'])} of {_gib(row['bytes_available'])}: "
+        + ("fits" if row["fits"] else "does not fit"),
+    ]
+    if "memory_traffic_bytes" in row:
+        parts = ", ".join(
+            f"{part} {_gib(row[f'{part}_bytes'])}" for part in ("arguments", "temporaries", "outputs", "code")
+        )
+        lines += [
+            f"                     {parts}",
+            f"  FLOPs of a step    {row['flops_per_step']:.4g}; by the closed form {row['flops_closed_form']:.4g}",
+            f"  memory traffic     {_gib(row['memory_traffic_bytes'])} a chip, {row['flops_per_byte']} FLOPs a byte",
+            *(f"  {line}" for line in _collective_lines(row["collectives"])),
+            f"  at best            compute {row['compute_ms']} ms, memory {row['memory_ms']} ms, communication "
+            f"{row['communication_ms']} ms",
+            f"                     at most {row['tokens_per_s_bound']:,} target tokens/s, bound by {row['bound_by']}",
+        ]
+    if "fit_batch_tokens" in row:
+        lines.append(
+            f"  largest that fits  train.batch_tokens={row['fit_batch_tokens']}: {row['fit_tokens_per_chip']:,} "
+            "tokens a chip, to 4%"
+        )
+    return lines
+
+
+def _collective_lines(kinds: Row) -> list[str]:
+    if not kinds:
+        return ["collectives        none"]
+    lines = []
+    for kind, found in kinds.items():
+        axes = ", ".join(f"{name} {_mib(size)}" for name, size in found["axes"].items())
+        lines.append(f"{kind:<18} {found['count']} of {_mib(found['bytes'])} in all; over {axes}")
+    return lines
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """Several plans as a Markdown table."""
+    lines = [
+        "| topology | mesh | tokens | GiB a chip | FLOPs a step | collectives | compute, memory, communication ms | "
+        "tokens/s at most |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        mesh = " ".join(f"{name}={size}" for name, size in row["mesh"].items())
+        sent = ", ".join(
+            f"{found['count']} {kind} {_mib(found['bytes'])}" for kind, found in row["collectives"].items()
+        )
+        times = ", ".join(str(row.get(f"{name}_ms", "–")) for name in ("compute", "memory", "communication"))
+        memory = f"{_gib(row['bytes_per_chip'])} of {_gib(row['bytes_available'])}" + (
+            "" if row["fits"] else ", too much"
+        )
+        bound = f"{row['tokens_per_s_bound']:,}" if row["tokens_per_s_bound"] else "–"
+        lines.append(
+            f"| {row['topology']} | {mesh} | {row['rows']} × {row['length']} | {memory} | "
+            f"{row['flops_per_step']:.3g} | {sent} | {times} | {bound} |"
+        )
+    return lines
+
+
+def scaling_table(config: Config, topology: Topology, row: Row) -> list[str]:
+    """Predicted efficiency of a chip as their number grows, each with as many tokens as in this plan."""
+    if "memory_traffic_bytes" not in row or set(row["mesh"]) - {"data"}:
+        raise UserError("--scaling: expected a data-parallel plan that fits, from which it can predict")
+    from transformer import step
+
+    params = step.Model(config.model, config.data.vocab_size).num_params()
+    flops, moved = row["flops_per_step"] // row["chips"], row["memory_traffic_bytes"]
+    gradients = row["collectives"].get("all-reduce", {"bytes": 4 * params})["bytes"]
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    ways = {
+        "data-parallel": roofline.data_parallel(topology.chip, flops, moved, gradients),
+        "fully sharded": roofline.fully_sharded(topology.chip, flops, moved, params, width),
+    }
+    tokens = row["rows"] * row["length"] // row["chips"]
+    lines = [
+        f"{topology.chip.name}, {tokens:,} tokens a chip:",
+        "",
+        "| chips | parameters | compute ms | memory ms | communication ms | efficiency, overlapped | not overlapped |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for way, scaled in ways.items():
+        for one in scaled:
+            times = " | ".join(f"{1000 * part:.1f}" for part in one.times)
+            lines.append(f"| {one.chips:,} | {way} | {times} | {one.overlapped:.1%} | {one.apart:.1%} |")
+    return lines
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size >= 2**17 else f"{size:,} B"
+
+
+if __name__ == "__main__":
+    command_line.run(main)
