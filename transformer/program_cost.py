@@ -4,11 +4,11 @@ FLOPs are those of matrix products, two a multiply-add, as in `cost`. Bytes of m
 other scheduled instructions read and write, each operand once; of an operand that is only sliced, the slice.
 """
 
-import dataclasses
 import itertools
 import math
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ _NO_TRAFFIC = {
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     """One kind of communication over the same axes of the mesh, all of it in one run of the program.
 
     Attributes:
@@ -178,7 +177,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         sent = sum(array.size for index in range(len(visit.instruction.operands)) for array in _operands(visit, index))
         size = visit.times * sent * (chips if kind == "all-gather" else 1)
         old = found.get((kind, axes, chips), Collective(kind, axes, chips, 0, 0))
-        found[kind, axes, chips] = dataclasses.replace(old, count=old.count + visit.times, bytes=old.bytes + size)
+        found[kind, axes, chips] = old._replace(count=old.count + visit.times, bytes=old.bytes + size)
     return sorted(found.values(), key=lambda one: -one.bytes)
 
 
@@ -234,8 +233,7 @@ def _mesh_groups(text: str) -> Groups:
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", parts[1])}
     total = math.prod(sizes.values())
     dims, order = ([int(n) for n in part.split(",")] if part else [] for part in parts.group(2, 3))
-    shape: list[int] = []
-    chosen: list[int] = []
+    shape, chosen = [], []
     pieces = {
         name: (int(before), int(size)) for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", parts[4])
     }
