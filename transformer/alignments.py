@@ -149,7 +149,7 @@ def recorded(
     args: argparse.Namespace,
     trained: Trained,
     translate: Callable[[list[Item]], list[str]],
-    source_of: Callable[[Item], str],
+    source_of: Callable[[Item], str] = str,
 ) -> Iterator[Callable[[list[Item]], list[str]]]:
     """`translate`, which now also notes alignments and attention in the files that the flags name.
 
@@ -157,7 +157,7 @@ def recorded(
     `weights_n` float32 [L, H, T, S] and the pieces `source_n` and `target_n`; blank lines are left out.
     """
     config = trained.config
-    if (args.alignments or args.attention) and args.n_best is not None:
+    if (args.alignments or args.attention) and getattr(args, "n_best", None) is not None:
         raise UserError("--alignments and --attention are of one translation a line; leave out --n_best")
     if not (args.alignments or args.attention):
         if args.alignment_layer:

@@ -38,7 +38,7 @@ class Collective(NamedTuple):
     kind: str
     axes: tuple[str, ...]
     chips: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs
     bytes: int
 
 
@@ -233,7 +233,8 @@ def _mesh_groups(text: str) -> Groups:
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", parts[1])}
     total = math.prod(sizes.values())
     dims, order = ([int(n) for n in part.split(",")] if part else [] for part in parts.group(2, 3))
-    shape, chosen = [], []
+    shape: list[int] = []
+    chosen: list[int] = []
     pieces = {
         name: (int(before), int(size)) for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", parts[4])
     }
