@@ -244,7 +244,7 @@ def test_alignments_come_with_the_translation(workdir, folder, tmp_path):
         assert len(line.split()) == len(translation.split())
     with np.load(tmp_path / "b.npz") as arrays:
         assert len(arrays.files) == 3 * 40
-        assert arrays["weights_39"].shape[:2] == (1, 8)
+        assert arrays["weights_39"].shape[:2] == (1, 4)
     result = run(*command, f"--alignments={tmp_path}/none/a", stdin=source, code=2)
     assert b"none/a" in result.stderr
 
