@@ -98,9 +98,9 @@ def flags(*arguments):
 def test_what_is_recorded_beside_translation(parts, tmp_path):
     args = flags(f"--alignments={tmp_path}/a", f"--attention={tmp_path}/b.npz", "--alignment_layer=2")
     upper = {line: line[::-1] for line in LINES}
-    with alignments.recorded(args, parts, lambda lines: [upper.get(line, "") for line in lines]) as translate:
-        assert translate(LINES[:3]) == [upper[line] for line in LINES[:3]]
-        assert translate(["", LINES[4]]) == ["", upper[LINES[4]]]
+    with alignments.recorded(args, parts) as note:
+        note(LINES[:3], [upper[line] for line in LINES[:3]])
+        note(["", LINES[4]], ["", upper[LINES[4]]])
         assert not (tmp_path / "a").exists()
     lines = (tmp_path / "a").read_text().split("\n")
     assert len(lines) == 6
@@ -116,30 +116,30 @@ def test_what_is_recorded_beside_translation(parts, tmp_path):
 
 def test_what_fails_leaves_no_file(parts, tmp_path):
     args = flags(f"--alignments={tmp_path}/a", f"--attention={tmp_path}/b.npz")
-    with pytest.raises(UserError, match="bad line"), alignments.recorded(args, parts, list) as translate:  # noqa: PT012
-        translate(LINES[:3])
+    with pytest.raises(UserError, match="bad line"), alignments.recorded(args, parts) as note:  # noqa: PT012
+        note(LINES[:3], LINES[:3])
         raise UserError("bad line")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_flags_translation_is_as_it_was(parts):
-    with alignments.recorded(flags(), parts, list) as translate:
-        assert translate is list
+def test_without_flags_nothing_is_noted(parts):
+    with alignments.recorded(flags(), parts) as note:
+        note(LINES[:3], ["no", "such", "count", "of", "lines"])
 
 
 def test_bad_flags_are_refused(parts, tmp_path):
     with (
         pytest.raises(UserError, match="goes with --alignments"),
-        alignments.recorded(flags("--alignment_layer=2"), parts, list),
+        alignments.recorded(flags("--alignment_layer=2"), parts),
     ):
         pass
     with (
         pytest.raises(UserError, match="none/a"),
-        alignments.recorded(flags(f"--alignments={tmp_path}/none/a"), parts, list),
+        alignments.recorded(flags(f"--alignments={tmp_path}/none/a"), parts),
     ):
         pass
     with (
         pytest.raises(UserError, match="from 1 to 2, got 9"),
-        alignments.recorded(flags(f"--alignments={tmp_path}/a", "--alignment_layer=9"), parts, list),
+        alignments.recorded(flags(f"--alignments={tmp_path}/a", "--alignment_layer=9"), parts),
     ):
         pass

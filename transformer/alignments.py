@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from transformer.tokenizer import Tokenizer, cut
 from transformer.trained import Trained
 
 Links = list[tuple[int, int]]
-Item = TypeVar("Item")
+Note = Callable[[Sequence[str], Sequence[str]], None]
 CELLS = 1 << 16  # of one head's weights over all rows of a batch, so that long sentences fit in memory
 
 
@@ -87,8 +87,9 @@ class Aligner:
         target = self._encode([translations[i] for i in filled], longest + self._config.max_extra_length)
         for planned in eval_plan(source.lengths, target.lengths, self._rows):
             batch = assemble(planned, source, target)
-            placed = sharding.place_batch(self._mesh, batch, rows="sentences")
-            found_BLHTS = jax.device_get(self._weights(params, placed))
+            found_BLHTS = jax.device_get(
+                self._weights(params, sharding.place_batch(self._mesh, batch, rows="sentences"))
+            )
             for row, example in enumerate(planned.examples_B[planned.examples_B != PADDING_ROW]):
                 S, T = source.lengths[example], target.lengths[example]
                 ids = batch.source_BS[row, :S], batch.target_BT[row, :T]
@@ -145,24 +146,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def recorded(
-    args: argparse.Namespace,
-    trained: Trained,
-    translate: Callable[[list[Item]], list[str]],
-    source_of: Callable[[Item], str] = str,
-) -> Iterator[Callable[[list[Item]], list[str]]]:
-    """`translate`, which now also notes alignments and attention in the files that the flags name.
+def recorded(args: argparse.Namespace, trained: Trained) -> Iterator[Note]:
+    """What to call with sources and their translations, to note them in the files that the flags name.
 
-    They take their place when the block ends, and never if it fails. The .npz holds, for line n from 0,
+    The files take their place when the block ends, and never if it fails. The .npz holds, for line n from 0,
     `weights_n` float32 [L, H, T, S] and the pieces `source_n` and `target_n`; blank lines are left out.
     """
     config = trained.config
-    if (args.alignments or args.attention) and getattr(args, "n_best", None) is not None:
-        raise UserError("--alignments and --attention are of one translation a line; leave out --n_best")
     if not (args.alignments or args.attention):
         if args.alignment_layer:
             raise UserError("--alignment_layer goes with --alignments=FILE, got none")
-        yield translate
+        yield lambda sources, translations: None
         return
     layers = config.model.num_layers
     aligner = Aligner(trained.model, trained.tokenizer, layers, config.decode, trained.mesh, args.alignment_layer)
@@ -172,9 +166,8 @@ def recorded(
         arrays = _open(stack, args.attention)
         archive = arrays and stack.enter_context(zipfile.ZipFile(arrays, "w", zipfile.ZIP_DEFLATED))
 
-        def noted(items: list[Item]) -> list[str]:
+        def note(sources: Sequence[str], translations: Sequence[str]) -> None:
             nonlocal done
-            sources, translations = list(map(source_of, items)), translate(items)
             links: list[Links] = [[] for _ in sources]
             for place, attention in aligner.attention(trained.params, sources, translations):
                 links[place] = aligner.links(attention)
@@ -183,9 +176,8 @@ def recorded(
             if lines:
                 lines.write("".join(f"{pharaoh(each)}\n" for each in links).encode())
             done += len(sources)
-            return translations
 
-        yield noted
+        yield note
 
 
 def _open(stack: contextlib.ExitStack, path: str | None) -> BinaryIO | None:

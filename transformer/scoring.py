@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -104,7 +104,7 @@ def translations_path(workdir: epath.PathLike, trained: Trained, chosen: Evaluat
 
 
 def translations_of_other(
-    path: epath.PathLike, which: str, chosen: EvaluationSet, language: str, fields: dict[str, Any] | None = None
+    path: epath.PathLike, which: str, chosen: EvaluationSet, language: str, fields: Mapping[str, Any] | None = None
 ) -> tuple[str, Sequence[str]]:
     """What another system makes of the same sources, with a name for it.
 
@@ -133,6 +133,6 @@ def translations_of_other(
             f"--versus={path}: translates into {other.config.data.target_language!r}, expected {language!r}; "
             "name a model of the same direction"
         )
-    decode = validation.with_decode(other.config, fields or {}).decode
+    decode = validation.with_decode(other.config, dict(fields or {})).decode
     translator = Translator(other.model, other.tokenizer, decode, other.mesh)
     return f"{path.name}, {other.title}", translator.translate(other.params, chosen.sources)

@@ -104,7 +104,7 @@ class LoadedModel:
 
     @property
     def first(self) -> Trained:
-        """The model of the first workdir."""
+        """The model whose tokenizer and decoding are those of all."""
         return self._members[0]
 
     @property
@@ -211,7 +211,7 @@ def main(argv: list[str]) -> None:
     loaded = load(args.workdir, args.checkpoint, args.ensemble)
     translator, seed = loaded.translator(fields)
 
-    def translate(group: list[Line]) -> list[str]:
+    def translate(group: list[Line], note: alignments.Note) -> list[str]:
         found = translator.hypotheses(
             loaded.params,
             [line.source for line in group],
@@ -222,7 +222,9 @@ def main(argv: list[str]) -> None:
             first=group[0].number,
         )
         if args.n_best is None:
-            return [best_text(one) for one in found]
+            best = [best_text(one) for one in found]
+            note([line.source for line in group], best)
+            return best
         return [
             f"{line.number - 1} ||| {one.text} ||| {one.score:.6f}"
             for line, several in zip(group, found, strict=True)
@@ -231,8 +233,8 @@ def main(argv: list[str]) -> None:
 
     lines = read_together(text_files.decode_lines(sys.stdin.buffer, "stdin"), args.prefix_file, args.constraint_file)
     try:
-        with alignments.recorded(args, loaded.first, translate, lambda line: line.source) as recording:
-            translate_stream(recording, lines, sys.stdout.buffer, args.batch_size)
+        with alignments.recorded(args, loaded.first) as note:
+            translate_stream(functools.partial(translate, note=note), lines, sys.stdout.buffer, args.batch_size)
     finally:
         translator.say_truncated()
 
@@ -267,7 +269,10 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--mbr", type=positive, help="of so many samples, the one most like the others by chrF")
     alignments.add_flags(parser)
-    return parser.parse_args(rest)
+    args = parser.parse_args(rest)
+    if args.n_best and (args.alignments or args.attention):
+        raise UserError("--alignments and --attention are of one translation a line; leave out --n_best")
+    return args
 
 
 if __name__ == "__main__":
