@@ -95,7 +95,7 @@ def test_a_gradient_over_the_data_axes_is_one_reduction():
     rows, whole = on_mesh(("data", "fsdp")), on_mesh()
     found = program_cost.collectives(program_of(gradient, (16, 32), (64, 16), shardings=(whole, rows), out=whole), MESH)
     # w's gradient is the same in every column, which XLA knows.
-    assert [(one.kind, one.axes, one.chips, one.count) for one in found] == [("all-reduce", ("data", "fsdp"), 8, 1)]
+    assert [(one.kind, one.axes, one.chips, one.number) for one in found] == [("all-reduce", ("data", "fsdp"), 8, 1)]
     assert found[0].bytes in (16 * 4, 16 * 32 * 4)
 
 

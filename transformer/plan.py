@@ -173,7 +173,7 @@ def _by_kind(found: list[program_cost.Collective]) -> Row:
     for one in found:
         kind = kinds.setdefault(one.kind, {"count": 0, "bytes": 0, "axes": {}})
         axes = "+".join(one.axes) or "other"
-        kind["count"] += one.count
+        kind["count"] += one.number
         kind["bytes"] += one.bytes
         kind["axes"][axes] = kind["axes"].get(axes, 0) + one.bytes
     return kinds

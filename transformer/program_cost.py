@@ -31,14 +31,14 @@ class Collective(NamedTuple):
       kind: such as all-reduce.
       axes: mesh axes that it spans; empty where it matches none.
       chips: that take part in each.
-      count: how many, those of loops as often as they run.
+      number: how many, those of loops as often as they run.
       bytes: of the whole array that is summed, gathered or scattered, or that one chip passes on.
     """
 
     kind: str
     axes: tuple[str, ...]
     chips: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs
+    number: int
     bytes: int
 
 
@@ -177,7 +177,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         sent = sum(array.size for index in range(len(visit.instruction.operands)) for array in _operands(visit, index))
         size = visit.times * sent * (chips if kind == "all-gather" else 1)
         old = found.get((kind, axes, chips), Collective(kind, axes, chips, 0, 0))
-        found[kind, axes, chips] = old._replace(count=old.count + visit.times, bytes=old.bytes + size)
+        found[kind, axes, chips] = old._replace(number=old.number + visit.times, bytes=old.bytes + size)
     return sorted(found.values(), key=lambda one: -one.bytes)
 
 
