@@ -85,6 +85,21 @@ def test_without_a_mesh_or_with_one_device_nothing_is_constrained():
         assert (sharding.shards("batch"), sharding.shards("length"), sharding.shards("vocab")) == (2, 4, 1)
 
 
+def test_a_param_is_whole_where_it_is_used_and_its_gradient_is_split():
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    axes = ("embed", "mlp")
+    stored = jax.sharding.NamedSharding(mesh, sharding.spec(axes))
+
+    def used(param):
+        with sharding.on_mesh(mesh):
+            return sharding.gathered(param, axes)
+
+    param = jax.device_put(np.ones((8, 8), np.float32), stored)
+    value, pull = jax.jit(used)(param), jax.jit(jax.grad(lambda param: jnp.square(used(param)).sum()))
+    assert value.addressable_shards[0].data.shape == (8, 4)
+    assert pull(param).addressable_shards[0].data.shape == (2, 4)
+
+
 def test_rows_and_widths_are_filled_up_to_divide():
     """So the plan of batches need not know the mesh."""
     mesh = sharding.make_mesh(MeshConfig(data=2, sequence=4))
