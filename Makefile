@@ -1,7 +1,9 @@
-# make demo · make test · make test-slow · make plan. PYTHON names the interpreter, VENV the environment.
+# make demo · make test · make test-slow · make plan. PYTHON names the interpreter, VENV the environment,
+# TESTS some files of tests instead of all.
 PYTHON ?= python3
 VENV ?= .venv
 ACCELERATOR ?=
+TESTS ?=
 PLAN_CONFIG ?= configs/wmt14_big.py
 PLAN_TOPOLOGY ?= v5e:4x4,v5e:16x16,v5p:4x4x8,v6e:4x4
 PLAN_FLAGS ?= --config.model.dtype=bfloat16
@@ -18,7 +20,7 @@ demo: $(VENV)/installed$(ACCELERATOR)
 test: lint types test-fast
 
 test-fast: $(VENV)/installed-dev
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
 
 test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -m slow
