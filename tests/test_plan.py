@@ -157,13 +157,13 @@ def test_a_program_too_large_has_a_row_all_the_same(monkeypatch):
 
 
 @TPU
-def test_a_tpu_program_has_the_closed_form_s_flops_and_sends_gradients_alone():
+def test_a_tpu_program_has_about_the_closed_form_s_flops_and_sends_gradients_alone():
     result = command("--topology=v5e:2x2,v6e:2x2", "--json")
     assert result.returncode == 0, result.stderr
     for line in result.stdout.splitlines()[-2:]:
         row = json.loads(line)
         assert row["fits"]
-        assert row["flops_per_step"] == row["flops_closed_form"]
+        assert row["flops_per_step"] == pytest.approx(row["flops_closed_form"], rel=0.02)
         assert list(row["collectives"]) == ["all-reduce"]
 
 
