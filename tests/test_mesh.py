@@ -185,6 +185,7 @@ def test_fsdp_devices_gather_params_and_exchange_gradients(scan):
         assert len(gathers) >= 2 * len(matrices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
