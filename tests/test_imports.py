@@ -21,7 +21,7 @@ datasets/pair_shards datasets/parallel_text datasets/prepared
 datasets/archives datasets/members datasets/wmt
 datasets/split datasets/contents datasets/corpus
 tokenizer batching packing cost pipeline data_report
-sharding segments dropout attention blockwise ring layers stack model
+sharding segments dropout attention blockwise ring kernels layers stack model
 loss optimizer step compilation checkpoint trained
 hypotheses restrictions constraints search sampling decoding
 wishes reranking translator alignments translate scores significance evaluate

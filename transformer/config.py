@@ -44,9 +44,10 @@ class ModelConfig:
     mlp_dropout_rate: float = _field(0.0, "inside the feed-forward block, after its activation", low=0, high=0.99)
     attention: str = _field(
         "auto",
-        "plain; blockwise: memory linear in length; ring: the same with the length split over mesh.sequence; auto: "
-        "ring where that is above 1, else by blocks from length 512",
-        one_of=("auto", "plain", "blockwise", "ring"),
+        "plain; blockwise: memory linear in length; ring: the same with the length split over mesh.sequence; cudnn and "
+        "splash: kernels for GPU and TPU, in training, elsewhere as auto; auto: ring where mesh.sequence is above 1, "
+        "else from length 512 the kernel that can run, or by blocks",
+        one_of=("auto", "plain", "blockwise", "cudnn", "splash", "ring"),
     )
     remat: str = _field(
         "none",

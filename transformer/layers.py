@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transformer import attention, sharding
+from transformer import attention, kernels, sharding
 from transformer.attention import Visible
 from transformer.blockwise import blockwise_attention
 from transformer.dropout import dropout
 from transformer.ring import ring_attention
+from transformer.validation import KERNELS
 
 Array = jax.Array
 Key = Array | None
@@ -184,13 +185,17 @@ class MultiHeadAttention(nnx.Module):
             for heads in (self.queries(x_BTD), *self.keys_values(memory_BSD))
         )
         queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
-        path = choose_path(self.path, queries, keys)
+        kernel = kernels.here(q_BTHK, v_BSHK, visible, 0.0 if key is None else self.dropout_rate)
+        path = choose_path(self.path, queries, keys, kernel)
         if path == "plain":
             mask = visible.mask(queries, keys)
             heads_BTHK = attention.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask, self.dropout_rate, key)
+        elif path in KERNELS:
+            attend = kernels.splash_attention if path == "splash" else kernels.cudnn_attention
+            heads_BTHK = attend(q_BTHK, k_BSHK, v_BSHK, visible)
         else:
-            attend = ring_attention if path == "ring" else blockwise_attention
-            heads_BTHK = attend(q_BTHK, k_BSHK, v_BSHK, visible, self.dropout_rate, key)
+            by_blocks = ring_attention if path == "ring" else blockwise_attention
+            heads_BTHK = by_blocks(q_BTHK, k_BSHK, v_BSHK, visible, self.dropout_rate, key)
         return self.project(heads_BTHK)
 
     def look(self, x_BND: Array, k_BSHK: Array, v_BSHK: Array, visible: Visible) -> Array:
@@ -204,11 +209,16 @@ class MultiHeadAttention(nnx.Module):
         return attention.attention_weights(self.queries(x_BTD), k_BSHK, mask)
 
 
-def choose_path(path: str, queries: int, keys: int) -> str:
-    """Which attention is used where a path was asked for; a ring of one device is blockwise."""
+def choose_path(path: str, queries: int, keys: int, kernel: str = "") -> str:
+    """Which attention is used where a path was asked for; a ring of one device is blockwise.
+
+    Args:
+      kernel: the one that can run; a checkpoint trained with another is used as if with auto.
+    """
     ring = sharding.shards("length") > 1
-    if path == "auto":
-        return "ring" if ring else "blockwise" if queries * keys >= BLOCKWISE_FROM**2 else "plain"
+    if path == "auto" or (path in KERNELS and path != kernel):
+        long = queries * keys >= BLOCKWISE_FROM**2
+        return "ring" if ring else (kernel or "blockwise") if long else "plain"
     return "blockwise" if path == "ring" and not ring else path
 
 

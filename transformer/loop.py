@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from transformer import compilation, cost, pipeline, sharding, step, workdir
+from transformer import compilation, cost, kernels, pipeline, sharding, step, workdir
 from transformer.batching import Batch
 from transformer.checkpoint import SCORE, Checkpoints, Metrics
 from transformer.command_line import say
@@ -104,6 +104,7 @@ class Run:
     def __init__(self, config: Config, path: epath.Path):
         self.config, self.path = config, path
         self.mesh = sharding.make_mesh(config.mesh)
+        kernels.require(config, self.mesh)
         self.checkpoints = Checkpoints(path)
         newest = self.checkpoints.newest_sound()
         # Until there is a checkpoint, nothing is lost with another config.

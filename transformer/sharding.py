@@ -139,18 +139,21 @@ def batch_sharding(mesh: Mesh, rows: str = "batch") -> NamedSharding:
 
 @contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[None]:
-    """Inside a function that is traced: what follows may be split over this mesh."""
-    if mesh.size == 1:  # the program is then what it is without a mesh
-        yield
-        return
+    """Inside a function that is traced: what follows may be split over this mesh, and runs on its devices."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield
 
 
+def platform() -> str:
+    """What runs the program that is traced: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _current() -> AbstractMesh | None:
-    """The mesh that XLA may split arrays over: none outside `on_mesh` and inside `per_device`."""
+    """The mesh that XLA may split arrays over: none outside `on_mesh`, on one device, and inside `per_device`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
+    return None if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types else mesh
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
@@ -192,12 +195,14 @@ def shards(axis: str) -> int:
 
 
 def per_device(function: Callable, arguments: tuple[Axes, ...], result: Axes) -> Callable:
-    """The function run by each device of the current mesh on its own part of the arguments.
+    """The function run by each device of the current mesh on its own part of the arguments; itself without a mesh.
 
     Args:
       arguments: the logical axes of each argument's arrays, or of their first axes.
       result: those of what it returns.
     """
+    if _current() is None:
+        return function
     return jax.shard_map(
         function, in_specs=tuple(spec(axes) for axes in arguments), out_specs=spec(result), check_vma=False
     )

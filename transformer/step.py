@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from transformer import sharding
+from transformer import kernels, sharding
 from transformer.batching import Batch
 from transformer.config import Config, ModelConfig
 from transformer.loss import LossSums, cross_entropy
@@ -133,7 +133,12 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
 def make_train_step(
     model: Model, config: Config, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The compiled update. Its state argument is donated: use what it returns."""
+    """The compiled update. Its state argument is donated: use what it returns.
+
+    Raises:
+      UserError: the config forces a kernel that cannot run on the mesh's devices.
+    """
+    kernels.require(config, mesh)
     optimizer, schedule = make_optimizer(config), make_schedule(config)
     dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
     packed = config.data.batching == "pack"

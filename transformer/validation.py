@@ -18,6 +18,8 @@ from ml_collections import config_dict
 from transformer.config import FOLLOW_EMB_DIM, SECTIONS, TEXT_PATHS, TINY, Config, DataConfig, DecodeConfig
 from transformer.errors import UserError
 
+KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # values of model.attention that run on one platform alone
+
 
 def resolve(values: Any) -> Config:
     """Checks a ConfigDict or nested mapping and returns it as frozen dataclasses.
@@ -116,6 +118,7 @@ def _check_together(config: Config) -> None:
     if optimizer.schedule in ("paper", "inverse_sqrt") and not optimizer.warmup_steps:
         raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")
     _check_mesh(config)
+    _check_kernel(config)
     _check_data(data)
     _check_decode(decode)
 
@@ -164,6 +167,58 @@ def _check_mesh(config: Config) -> None:
     ):
         if parts > 0 and size % parts:
             raise UserError(does_not_divide(name, parts, field, size))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionUse:
+    """What a kernel is asked for.
+
+    Attributes:
+      key_width, value_width: of each head.
+      dropout_rate: of attention weights.
+      packed: rows hold several sentences.
+      parts: devices that share the length of a row.
+    """
+
+    dtype: str
+    key_width: int
+    value_width: int
+    dropout_rate: float
+    packed: bool
+    parts: int
+
+    @classmethod
+    def of(cls, config: Config) -> "AttentionUse":
+        """By a config; a length that a mesh fills up is taken as whole."""
+        model, heads = config.model, config.model.num_heads
+        widths = model.qkv_dim // heads, model.value_dim // heads
+        packed, parts = config.data.batching == "pack", max(config.mesh.sequence, 1)
+        return cls(model.dtype, *widths, model.attention_dropout_rate, packed, parts)
+
+
+def kernel_misfit(path: str, use: AttentionUse) -> str:
+    """Why a kernel cannot do this on any device, for people; empty where it can."""
+    if use.dropout_rate:
+        return f"it drops no attention weights: expected model.attention_dropout_rate = 0, got {use.dropout_rate}"
+    if use.parts > 1:
+        return f"it needs whole sentences: expected mesh.sequence = 1, got {use.parts}, for which there is ring"
+    if path == "splash":
+        return ""
+    if use.dtype != "bfloat16":
+        return f"it computes in half precision: expected model.dtype = bfloat16, got {use.dtype}"
+    if use.key_width != use.value_width:
+        return f"expected keys and values of one width, got {use.key_width} and {use.value_width} a head"
+    if use.key_width % 8 or use.key_width > 128:
+        return f"expected a head's width that 8 divides, at most 128, got model.qkv_dim / num_heads = {use.key_width}"
+    return "it takes rows of one sentence: expected data.batching = bucket, got pack" if use.packed else ""
+
+
+def _check_kernel(config: Config) -> None:
+    """What the platform is not needed for; `kernels` checks that."""
+    path = config.model.attention
+    misfit = kernel_misfit(path, AttentionUse.of(config)) if path in KERNELS else ""
+    if misfit:
+        raise UserError(f"config.model.attention = {path}: {misfit}; auto takes what fits")
 
 
 def does_not_divide(mesh_field: str, parts: int, field: str, size: int) -> str:

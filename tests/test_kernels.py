@@ -1,0 +1,266 @@
+"""Attention by kernels: the plain path's numbers, where they can run, and what they compile to for chips not here."""
+
+import dataclasses
+import functools
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.conftest import ROOT, small_config
+from tests.test_blockwise import B, K, draw, segments
+from transformer import ahead, attention, cost, kernels, layers, program_cost, sharding, step
+from transformer.attention import Visible
+from transformer.chips import parse_topology
+from transformer.config import MeshConfig
+from transformer.errors import UserError
+from transformer.hlo import Program
+from transformer.loss import cross_entropy
+
+GPU_HERE = pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU here")
+
+
+def sees(visible, queries, keys):
+    """Where results are used: queries that see something and, in packed rows, are no padding."""
+    mask = jnp.broadcast_to(visible.mask(queries, keys), (B, 1, queries, keys))
+    real = True if visible.queries_BT is None else visible.queries_BT != 0
+    return mask, (mask.any(-1)[:, 0] & real)[..., None, None]
+
+
+def compare(attend, visible, queries, keys, width=K, dtype=jnp.float32, tolerance=1e-5):
+    """Values and gradients against the plain path in float32."""
+    q, k, v = draw(3, queries), draw(4, keys), draw(5, keys, width)
+    mask, used = sees(visible, queries, keys)
+    weight = jnp.where(used, draw(6, queries, width), 0.0)
+
+    def total(function):
+        def of(*qkv):
+            out = jnp.where(used, function(*qkv).astype(jnp.float32), 0.0)
+            return (out * weight).sum(), out
+
+        return jax.jit(jax.grad(of, (0, 1, 2), has_aux=True))
+
+    wanted = total(lambda *qkv: attention.dot_product_attention(*qkv, mask))(q, k, v)
+    found = total(lambda *qkv: attend(*qkv, visible))(*(array.astype(dtype) for array in (q, k, v)))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), other, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("visible", "queries", "keys"),
+    [
+        (Visible(causal=True), 300, 300),
+        (Visible(keys_BS=segments(0, 200, 50)), 140, 200),
+        (Visible(segments(1, 300, 20), segments(1, 300, 20), causal=True), 300, 300),
+    ],
+    ids=["causal", "padding", "causal segments"],
+)
+def test_splash_has_the_values_and_gradients_of_the_plain_path(visible, queries, keys):
+    """In one block and in several, of lengths that blocks do not divide; values are wider than keys."""
+    compare(functools.partial(kernels.splash_attention, interpret=True), visible, queries, keys, K + 2)
+
+
+def check_cudnn(dtype, tolerance):
+    """With `cudnn` the real one, where a GPU is."""
+    compare(kernels.cudnn_attention, Visible(causal=True), 24, 24, K, dtype, tolerance)
+    compare(kernels.cudnn_attention, Visible(keys_BS=segments(0, 32, 9)), 24, 32, K, dtype, tolerance)
+
+
+def test_cudnn_is_asked_for_what_the_plain_path_computes(monkeypatch):
+    """By JAX's own reference in cuDNN's place, from causality and lengths."""
+    asked = []
+
+    def reference(*qkv, implementation, **options):
+        asked.append(implementation)
+        return dot_product_attention(*qkv, implementation="xla", **options)
+
+    dot_product_attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", reference)
+    check_cudnn(jnp.float32, 1e-5)
+    assert set(asked) == {"cudnn"}
+
+
+@GPU_HERE
+def test_cudnn_has_the_values_and_gradients_of_the_plain_path():
+    program = "import jax.numpy as jnp; from tests import test_kernels; test_kernels.check_cudnn(jnp.bfloat16, 0.05)"
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+
+
+def test_lengths_are_of_what_is_no_padding_and_a_row_of_padding_has_one():
+    keys_BS = jnp.asarray([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], jnp.int32)
+    np.testing.assert_array_equal(kernels.key_lengths(Visible(keys_BS=keys_BS)), [3, 4, 1])
+    assert kernels.key_lengths(Visible(causal=True)) is None
+
+
+def config_of(path, sizes=(1, 1, 1), **fields):
+    mesh = dict(zip(("data", "tensor", "sequence"), sizes, strict=True))
+    return small_config(model={"attention": path, "num_layers": 1, **fields}, mesh=mesh)
+
+
+def loss_and_gradients(config):
+    mesh, model = sharding.make_mesh(config.mesh), step.Model(config.model, 300)
+    ids = np.random.default_rng(0).integers(4, 300, (4, 9)).astype(np.int32)
+    ids[:, -2:] = [2, 0]
+    params = jax.device_put(model.init(0), sharding.param_shardings(mesh, model.abstract_params))
+
+    def objective(params, ids):
+        with sharding.on_mesh(mesh):
+            return cross_entropy(model.bind(params)(ids, ids), ids, 0.1).objective
+
+    return jax.device_get(
+        jax.jit(jax.value_and_grad(objective))(params, jax.device_put(ids, sharding.batch_sharding(mesh)))
+    )
+
+
+def test_a_model_that_attends_by_splash_has_the_plain_one_s_loss_and_gradients_on_a_mesh(monkeypatch):
+    loss, grads = loss_and_gradients(config_of("plain"))
+    called = []
+
+    def interpreted(*arguments):
+        called.append(jax.sharding.get_abstract_mesh().shape)
+        return splash_attention(*arguments, interpret=True)
+
+    splash_attention = kernels.splash_attention
+    monkeypatch.setattr(kernels, "splash_attention", interpreted)
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    found, found_grads = loss_and_gradients(config_of("splash", (2, 2, 1)))
+    assert len(called) == 3
+    np.testing.assert_allclose(found, loss, rtol=1e-5)
+    difference = jax.tree.map(np.subtract, found_grads, grads)
+    assert optax.tree.norm(difference) < 1e-5 * optax.tree.norm(grads)
+
+
+def test_auto_takes_the_kernel_that_can_run_where_sentences_are_long():
+    for kernel, long in (("", "blockwise"), ("cudnn", "cudnn"), ("splash", "splash")):
+        assert [layers.choose_path("auto", length, length, kernel) for length in (64, 512)] == ["plain", long]
+        assert layers.choose_path("blockwise", 512, 512, kernel) == "blockwise"
+    assert layers.choose_path("splash", 64, 64, "splash") == "splash"
+    assert layers.choose_path("splash", 64, 64) == "plain"  # a checkpoint from a TPU, on a CPU
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "width", "packed", "rate", "expected"),
+    [
+        ("gpu", jnp.bfloat16, 64, False, 0.0, "cudnn"),
+        ("gpu", jnp.float32, 64, False, 0.0, ""),
+        ("gpu", jnp.bfloat16, 20, False, 0.0, ""),
+        ("gpu", jnp.bfloat16, 64, True, 0.0, ""),
+        ("gpu", jnp.bfloat16, 64, False, 0.1, ""),
+        ("tpu", jnp.float32, 20, True, 0.0, "splash"),
+        ("tpu", jnp.float32, 20, True, 0.1, ""),
+        ("cpu", jnp.bfloat16, 64, False, 0.0, ""),
+    ],
+)
+def test_where_each_kernel_can_run(monkeypatch, platform, dtype, width, packed, rate, expected):
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    q = jnp.zeros((1, 8, 2, width), dtype)
+    visible = Visible(jnp.ones((1, 8), jnp.int32)) if packed else Visible()
+    assert kernels.here(q, q, visible, rate) == expected
+    with sharding.on_mesh(sharding.make_mesh(MeshConfig(data=1, sequence=2))):
+        assert kernels.here(q, q, visible, rate) == ""
+
+
+def test_the_platform_is_that_of_the_mesh():
+    with sharding.on_mesh(sharding.make_mesh(MeshConfig(data=1))):
+        assert sharding.platform() == "cpu"
+    assert sharding.platform() == jax.default_backend()
+
+
+CUDNN = {"attention": "cudnn", "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": {"attention": "splash", "attention_dropout_rate": 0.1}}, "attention_dropout_rate = 0, got 0.1"),
+        (
+            {"model": {"attention": "splash"}, "mesh": {"sequence": 2}},
+            r"mesh\.sequence = 1, got 2, for which",
+        ),
+        ({"model": {"attention": "cudnn"}}, r"model\.dtype = bfloat16, got float32"),
+        ({"model": {**CUDNN, "num_heads": 4}}, r"8 divides, at most 128, got model\.qkv_dim / num_heads = 4"),
+        ({"model": {**CUDNN, "qkv_dim": 512}}, "keys and values of one width, got 256 and 8 a head"),
+        ({"model": {**CUDNN, "qkv_dim": 512, "value_dim": 512}}, r"at most 128, got model\.qkv_dim / num_heads = 256"),
+        ({"model": CUDNN, "data": {"batching": "pack"}}, r"data\.batching = bucket, got pack"),
+    ],
+)
+def test_a_kernel_forced_where_no_device_could_run_it_is_refused_with_the_config(fields, message):
+    with pytest.raises(UserError, match=rf"config\.model\.attention = (splash|cudnn): .*{message}"):
+        small_config(**fields)
+
+
+@pytest.mark.parametrize(("fields", "platform"), [({"attention": "splash"}, "tpu"), (CUDNN, "gpu")])
+def test_a_kernel_forced_on_another_platform_is_refused_before_anything_compiles(fields, platform, monkeypatch):
+    config = small_config(model=fields)
+    monkeypatch.setattr(jax, "jit", None)
+    with pytest.raises(UserError, match=f"it runs on {platform} devices, and these are cpu devices"):
+        step.make_train_step(step.Model(config.model, 300), config, sharding.make_mesh(config.mesh))
+
+
+def test_a_mesh_that_fills_up_the_length_is_refused_too():
+    config = small_config(model={"attention": "splash"}, mesh={"data": 1, "sequence": -1})
+    mesh = sharding.make_mesh(config.mesh)
+    with pytest.raises(UserError, match=r"it runs on tpu devices"):
+        kernels.require(config, mesh)
+    with pytest.raises(UserError, match=r"expected mesh\.sequence = 1, got 8"):
+        kernels.require(config, on_platform(mesh, "tpu"))
+
+
+@dataclasses.dataclass
+class Device:
+    platform: str
+    compute_capability: str
+    device_kind: str = "of a test"
+
+
+def on_platform(mesh, platform, capability="9.0"):
+    """As a mesh of such devices, as far as `require` looks."""
+    return dataclasses.make_dataclass("Mesh", ["devices", "shape"])(
+        np.array([Device(platform, capability)]), mesh.shape
+    )
+
+
+def test_a_gpu_that_is_too_old_is_refused():
+    config = small_config(model=CUDNN)
+    mesh = sharding.make_mesh(MeshConfig(data=1))
+    kernels.require(config, on_platform(mesh, "gpu"))
+    with pytest.raises(UserError, match=r"compute capability 8\.0 or more, and these have 7\.5"):
+        kernels.require(config, on_platform(mesh, "gpu", "7.5"))
+
+
+def compiled(topology, **fields):
+    """The training step of a small model and 640 tokens a side, which both kernels fill up, compiled for chips."""
+    model = {"num_layers": 1, "emb_dim": 32, "num_heads": 2, "mlp_dim": 32, **fields}
+    config = small_config(
+        model=model, data={"max_length": 640}, train={"batch_tokens": 640}, mesh={"data": 2, "tensor": 2}
+    )
+    mesh = sharding.make_mesh(config.mesh, ahead.devices(parse_topology(topology)))
+    text = ahead.compile_step(config, mesh, 4, 640, -1.0).text
+    return text, program_cost.flops(Program(text)) * 4, cost.training_flops(config.model, 300, 4, 640, 640)
+
+
+@pytest.mark.tpu
+def test_splash_compiles_for_a_tpu_forward_and_backward():
+    text, flops, closed = compiled("v5e:2x2")
+    for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+        assert text.count(f"%{kernel}") >= 3  # three attentions, each chosen by auto
+    assert "640,640]" not in text
+    # Of scores and values, it computes nine products where the closed form counts six.
+    scores = 3 * 3 * 4 * 2 * 2 * 640 * 640 * 16 * 2
+    assert flops == pytest.approx(closed + scores / 2, rel=0.02)
+
+
+@pytest.mark.gpu
+def test_cudnn_compiles_for_a_gpu_forward_and_backward():
+    text, flops, closed = compiled("h100:8", dtype="bfloat16")
+    assert text.count('"__cudnn$fmhaSoftmax"') == text.count('"__cudnn$fmhaSoftmaxBackward"') == 3
+    assert "640,640]" not in text
+    scores = 3 * 3 * 4 * 2 * 2 * 640 * 640 * 16 * 2
+    assert flops == pytest.approx(closed + scores / 6, rel=0.02)
