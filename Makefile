@@ -1,4 +1,4 @@
-# make demo · make test · make test-slow · make plan. PYTHON names the interpreter, VENV the environment,
+# make demo · make test · make test-slow · make test-tpu · make plan. PYTHON names the interpreter, VENV the environment,
 # TESTS some files of tests instead of all.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check --quiet
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-fast test-slow lint types plan lock clean
+.PHONY: demo test test-fast test-slow test-tpu tpu-compiler lint types plan lock clean
 
 demo: $(VENV)/installed$(ACCELERATOR)
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR)
@@ -33,9 +33,16 @@ types: $(VENV)/installed-dev
 	$(RUN) -m mypy
 
 # The TPU compiler has an environment of its own: on a machine without a TPU nothing else should find it.
-plan:
+tpu-compiler:
 	@$(MAKE) --no-print-directory VENV=$(VENV)-plan ACCELERATOR=tpu $(VENV)-plan/installedtpu
+
+plan: tpu-compiler
 	$(VENV)-plan/bin/python -m transformer.plan --config=$(PLAN_CONFIG) --topology=$(PLAN_TOPOLOGY) $(PLAN_FLAGS)
+
+# Tests of what is compiled for TPUs; no TPU is needed.
+test-tpu: tpu-compiler
+	@$(MAKE) --no-print-directory VENV=$(VENV)-plan $(VENV)-plan/installed-dev
+	$(VENV)-plan/bin/python -m pytest -n 2 -m tpu
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -12,9 +12,11 @@ import pytest
 
 from tests.conftest import small_config
 from tests.test_step import draw_batch
-from transformer import sharding, step
+from transformer import ahead, program_cost, sharding, step
 from transformer.batching import Batch
+from transformer.chips import parse_topology
 from transformer.config import MeshConfig
+from transformer.hlo import Program
 from transformer.loss import cross_entropy
 from transformer.tokenizer import EOS
 
@@ -144,7 +146,11 @@ def collectives(config):
     """(what, shape, bytes) of each array that devices exchange in a compiled update of a config."""
     mesh, model = sharding.make_mesh(config.mesh), step.Model(config.model, V)
     state = step.abstract_state(model, config, mesh)
-    text = step.make_train_step(model, config, mesh).lower(state, place(mesh)).compile().as_text()
+    return exchanged(step.make_train_step(model, config, mesh).lower(state, place(mesh)).compile().as_text())
+
+
+def exchanged(text):
+    """The same of a compiled program."""
     found = []
     for shapes, what in COLLECTIVE.findall(text):
         for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes):
@@ -215,3 +221,24 @@ def test_packed_rows_are_told_apart_on_a_mesh():
     np.testing.assert_allclose(grads[1][0], grads[0][0], rtol=1e-5)
     difference = jax.tree.map(np.subtract, grads[1][1], grads[0][1])
     assert optax.tree.norm(difference) < 1e-5 * optax.tree.norm(grads[0][1])
+
+
+@pytest.mark.tpu
+def test_fsdp_on_tpus_scatters_the_sums_of_gradients():
+    """Slices of 128 numbers, a row of the chip's registers: sums of narrower ones may reach every chip whole."""
+    fields = {"num_layers": 1, "emb_dim": 512, "num_heads": 8, "mlp_dim": 512}
+    config = small_config(model=fields, data={"vocab_size": 320}, mesh={"data": 1, "fsdp": 4})
+    mesh = sharding.make_mesh(config.mesh, ahead.devices(parse_topology("v5e:2x2")))
+    text = ahead.compile_step(config, mesh, 16, 32, -1.0).text
+    leaves = jax.tree.leaves(step.Model(config.model, 320).abstract_params)
+    matrices = sum(4 * leaf.size for leaf in leaves if leaf.ndim > 1)
+    vectors = sum(4 * leaf.size for leaf in leaves if leaf.ndim == 1)
+    sent = {one.kind: one.bytes for one in program_cost.collectives(Program(text), dict(mesh.shape))}
+    assert sent.keys() <= {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
+    assert matrices - 4 * 320 * 512 <= sent["reduce-scatter"] <= matrices
+    assert sent["all-reduce"] <= vectors + 1024
+    # The gradient of looked-up embeddings: states change places, and each chip then adds up its part of the width.
+    assert sent.get("all-to-all", 0) <= 2 * 4 * 16 * 32 * 512 // 4
+    gathers = [size for what, _, size in exchanged(text) if what == "all-gather"]
+    layer = sum(4 * leaf.size for leaf in jax.tree.leaves(step.Model(config.model, 320).init(0)["decoder"][0]))
+    assert max(gathers) <= layer + 4 * 320 * 512

@@ -1,6 +1,5 @@
 """The plan of the real training step: keys, figures, and what it says of what cannot be."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,8 +17,6 @@ SMALL = [
     *("model.num_layers=1", "model.emb_dim=16", "model.mlp_dim=16", "model.num_heads=2", "data.vocab_size=300"),
     *("data.max_length=16", "train.batch_tokens=1024"),
 ]
-TPU = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no TPU compiler here: make plan has one")
-GPU = pytest.mark.skipif(not importlib.util.find_spec("jax_cuda13_plugin"), reason="no GPU compiler here: jax[cuda13]")
 
 
 def command(*flags, config="configs/demo.py", fields=SMALL):
@@ -156,7 +153,7 @@ def test_a_program_too_large_has_a_row_all_the_same(monkeypatch):
     assert "too much" in "\n".join(plan.summary([row, row]))
 
 
-@TPU
+@pytest.mark.tpu
 def test_a_tpu_program_has_about_the_closed_form_s_flops_and_sends_gradients_alone():
     result = command("--topology=v5e:2x2,v6e:2x2", "--json")
     assert result.returncode == 0, result.stderr
@@ -167,7 +164,7 @@ def test_a_tpu_program_has_about_the_closed_form_s_flops_and_sends_gradients_alo
         assert list(row["collectives"]) == ["all-reduce"]
 
 
-@GPU
+@pytest.mark.gpu
 def test_a_gpu_program_too_without_a_gpu():
     result = command("--topology=h100:8", "--json")
     assert result.returncode == 0, result.stderr
@@ -176,7 +173,7 @@ def test_a_gpu_program_too_without_a_gpu():
     assert list(row["collectives"]) == ["all-reduce"]
 
 
-@TPU
+@pytest.mark.tpu
 def test_an_arrangement_that_no_tpu_has_is_refused():
     result = command("--topology=v5e:3x3")
     assert result.returncode == 2

@@ -151,21 +151,58 @@ def test_groups_that_cannot_be_read_are_an_error():
         program_cost.collectives(program, MESH)
 
 
-SCATTER = """%fused (p: f32[16]) -> f32[2] {
+SCATTER = """%sum-and-slice (p: f32[16], q: f32[8,8]) -> (f32[2], f32[1,8]) {
   %p = f32[16]{0} parameter(0)
-  %sum = f32[16]{0} all-reduce(%p), channel_id=9, replica_groups=[1,8]<=[8], to_apply=%add
+  %q = f32[8,8]{1,0} parameter(1)
+  %sums = (f32[16]{0}, f32[8,8]{1,0}) all-reduce(%p, %q), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  %one = f32[16]{0} get-tuple-element(%sums), index=0
   %id = u32[] partition-id()
-  ROOT %mine = f32[2]{0} dynamic-slice(%sum, %id), dynamic_slice_sizes={2}
+  %mine = f32[2]{0} dynamic-slice(%one, %id), dynamic_slice_sizes={2}
+  %other = f32[8,8]{1,0} get-tuple-element(%sums), index=1
+  %row = f32[1,8]{1,0} dynamic-slice(%other, %id, %id), dynamic_slice_sizes={1,8}
+  ROOT %both = (f32[2]{0}, f32[1,8]{1,0}) tuple(%mine, %row)
 }
 
-ENTRY %main (a: f32[16]) -> f32[2] {
+ENTRY %main (a: f32[16], b: f32[8,8]) -> f32[2] {
   %a = f32[16]{0} parameter(0)
-  %once = f32[2]{0} fusion(%a), kind=kCustom, calls=%fused
-  ROOT %again = f32[2]{0} fusion(%a), kind=kCustom, calls=%fused
+  %b = f32[8,8]{1,0} parameter(1)
+  %once = (f32[2]{0}, f32[1,8]{1,0}) fusion(%a, %b), kind=kCustom, calls=%sum-and-slice
+  ROOT %again = (f32[2]{0}, f32[1,8]{1,0}) fusion(%a, %b), kind=kCustom, calls=%sum-and-slice
 }
 """
 
 
-def test_a_reduction_that_keeps_a_slice_is_a_reduce_scatter_and_its_copies_count_once():
+def test_sums_of_which_slices_are_kept_are_a_reduce_scatter_and_share_a_channel():
     found = program_cost.collectives(Program(SCATTER), MESH)
-    assert found == [Collective("reduce-scatter", ("data", "fsdp"), 8, 1, 64)]
+    assert found == [Collective("reduce-scatter", ("data", "fsdp"), 8, 2, 2 * (64 + 256))]
+
+
+def test_a_sum_that_is_kept_whole_is_none():
+    whole = SCATTER.replace("tuple(%mine, %row)", "tuple(%one, %row)").replace("dynamic-slice(%one", "negate(%id")
+    (found,) = program_cost.collectives(Program(whole), MESH)
+    assert found.kind == "all-reduce"
+
+
+GATHER = """%begin (p: f32[2]) -> f32[16] {
+  %p = f32[2]{0} parameter(0)
+  ROOT %first = f32[16]{0} all-gather(%p), channel_id=9, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%go-on (q: f32[2], r: f32[4]) -> f32[4] {
+  %q = f32[2]{0} parameter(0)
+  %r = f32[4]{0} parameter(1)
+  %second = f32[16]{0} all-gather(%q), channel_id=9, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %meanwhile = f32[4]{0} negate(%r)
+}
+
+ENTRY %main (a: f32[2], b: f32[4]) -> f32[4] {
+  %a = f32[2]{0} parameter(0)
+  %b = f32[4]{0} parameter(1)
+  %c = f32[16]{0} fusion(%a), kind=kCustom, calls=%begin
+  ROOT %d = f32[4]{0} fusion(%a, %b), kind=kCustom, calls=%go-on
+}
+"""
+
+
+def test_a_transfer_that_goes_on_during_several_fusions_counts_once():
+    assert program_cost.collectives(Program(GATHER), MESH) == [Collective("all-gather", ("data", "fsdp"), 8, 1, 64)]

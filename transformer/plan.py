@@ -89,6 +89,7 @@ def set_environment(topologies: list[Topology]) -> None:
         ("TPU_LOG_DIR", "disabled"),
         ("TPU_STDERR_LOG_LEVEL", "3"),
         ("TF_CPP_MIN_LOG_LEVEL", "3"),
+        ("JAX_ENABLE_COMPILATION_CACHE", "false"),  # which cannot give back what is for other machines
     ):
         os.environ.setdefault(name, value)
     simulated = max((topology.chips for topology in topologies if topology.chip.platform == "cpu"), default=0)

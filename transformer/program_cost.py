@@ -53,7 +53,43 @@ def _flops(visit: Visit) -> int:
         left = _operand(visit, 0).shape
         contracted = math.prod(left[axis] for axis in instruction.numbers("lhs_contracting_dims"))
         return 2 * math.prod(instruction.result[0].shape) * contracted
+    if instruction.opcode == "custom-call":
+        return _kernel_flops(visit)
     return _convolution_flops(visit) if instruction.opcode == "convolution" else 0
+
+
+class _Kernel(NamedTuple):
+    """An attention kernel: what it is called, which axis of its keys is their length, and its products of each width.
+
+    Every one multiplies queries by keys: forward also weights by values; the backward pass computes the weights and
+    their gradients anew, and each of three gradients is a product.
+    """
+
+    name: str
+    length: int
+    of_keys: int
+    of_values: int
+
+
+_KERNELS = (
+    _Kernel("splash_mha_fwd", -2, 1, 1),
+    _Kernel("splash_mha_dq", -2, 2, 1),
+    _Kernel("splash_mha_dkv", -2, 2, 2),
+    _Kernel('"__cudnn$fmhaSoftmaxBackward"', 1, 3, 2),
+    _Kernel('"__cudnn$fmhaSoftmax"', 1, 1, 1),
+)
+
+
+def _kernel_flops(visit: Visit) -> int:
+    """Products of an attention kernel over all queries and keys, what a causal mask hides too, as in `cost`."""
+    name, target = visit.instruction.name, visit.instruction.attribute("custom_call_target")
+    for kernel in _KERNELS:
+        if name.startswith(kernel.name) or target == kernel.name:
+            operands = [array for index in range(len(visit.instruction.operands)) for array in _operands(visit, index)]
+            q, k, v = [array.shape for array in operands if array.dtype in ("bf16", "f16", "f32")][:3]
+            widths = kernel.of_keys * q[-1] + kernel.of_values * v[-1]
+            return 2 * math.prod(q[:-1]) * k[kernel.length] * widths
+    return 0
 
 
 def _convolution_flops(visit: Visit) -> int:
@@ -166,11 +202,12 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     for visit in program.visits():
         kind = visit.instruction.opcode.removesuffix("-start")
         channel = visit.instruction.attribute("channel_id")
-        if kind not in COLLECTIVES or (visit.fused and channel in split):
+        if visit.fused and _is_scatter(visit):
+            kind = "reduce-scatter"
+        elif kind not in COLLECTIVES or (visit.fused and channel in split):
             continue  # where a transfer goes on during several fusions, each of them holds a copy of it
-        if visit.fused:
+        elif visit.fused:
             split.add(channel)
-            kind = _scattered(visit, kind)
         groups = _groups(visit.instruction, math.prod(mesh.values()))
         axes = _permuted_axes(groups, mesh) if kind == "collective-permute" else names.get(groups, ())
         chips = max((len(group) for group in groups), default=1)
@@ -181,12 +218,24 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     return sorted(found.values(), key=lambda one: -one.bytes)
 
 
-def _scattered(visit: Visit, kind: str) -> str:
-    """On TPU a reduce-scatter is a fusion of an all-reduce with the slice that a chip keeps."""
-    users = [user for user in visit.computation.values() if visit.instruction.name in user.operands]
-    sliced = users and all(user.opcode in ("dynamic-slice", "bitcast", "reshape") for user in users)
-    keeps = any(other.opcode == "dynamic-slice" for other in visit.computation.values())
-    return "reduce-scatter" if kind == "all-reduce" and sliced and keeps else kind
+_SLICING = {
+    *("all-reduce", "dynamic-slice", "get-tuple-element", "tuple", "bitcast", "reshape", "copy"),
+    *("parameter", "constant", "partition-id", "replica-id", "add", "multiply", "divide", "remainder", "convert"),
+}
+
+
+def _is_scatter(visit: Visit) -> bool:
+    """On TPU a reduce-scatter is a fusion of an all-reduce, of several arrays even, with the slices a chip keeps."""
+    inside = visit.computation.values()
+    if visit.instruction.opcode != "all-reduce" or any(one.opcode not in _SLICING for one in inside):
+        return False
+    sums, waiting = [one for one in inside if one.opcode == "dynamic-slice"], [visit.instruction.name]
+    while waiting:
+        users = [one for one in inside if waiting[0] in one.operands]
+        waiting = waiting[1:] + [one.name for one in users if one.opcode != "dynamic-slice"]
+        if not users:
+            return False  # a whole sum leaves the fusion
+    return bool(sums)
 
 
 def _axes_by_groups(mesh: Mapping[str, int]) -> dict[Groups, tuple[str, ...]]:
