@@ -11,17 +11,19 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the time to compile, and tests compile most
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"))
 
-# Compilers for chips that are not here: whose package, and where that is. TPU's must not look for a TPU, and a
-# program for such chips can be written to the cache but not read from it.
-COMPILERS = {"tpu": ("libtpu", "make test-tpu has it"), "gpu": ("jax_cuda13_plugin", "jax[cuda13] has it")}
-if any(importlib.util.find_spec(package) for package, _ in COMPILERS.values()):
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    os.environ.update(TPU_LOG_DIR="disabled", JAX_ENABLE_COMPILATION_CACHE="false")
+# The compiler for TPUs, where it is, must not look for one; a program for chips that are not here cannot be read
+# back from the cache.
+os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+os.environ.update(TPU_LOG_DIR="disabled")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = str(
+    not any(importlib.util.find_spec(package) for package in ("libtpu", "jax_cuda13_plugin"))
+).lower()
 
 import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+COMPILERS = {"tpu": ("libtpu", "make test-tpu has it"), "gpu": ("jax_cuda13_plugin", "jax[cuda13] has it")}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

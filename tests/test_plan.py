@@ -138,9 +138,30 @@ def test_without_the_tpu_compiler_it_says_what_to_install(monkeypatch):
         ahead.devices(parse_topology("h100:8"))
 
 
-def test_what_a_program_too_large_would_need_is_read_from_the_compiler_s_message():
-    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
-    assert ahead.needed_bytes(message) == int(20.5 * 2**30)
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (33.48G) "
+            "exceeds available HBM (15.75G).",
+            33.48,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (3.42T) "
+            "exceeds available HBM (15.75G).",
+            3.42 * 1024,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.",
+            20.5,
+        ),
+    ],
+)
+def test_what_a_program_too_large_would_need_is_read_from_the_compiler_s_message(message, gib):
+    assert ahead.needed_bytes(message) == int(gib * 2**30)
+
+
+def test_other_errors_of_the_compiler_stay_errors():
     with pytest.raises(RuntimeError, match="INTERNAL"):
         ahead.needed_bytes("INTERNAL: something else")
 
@@ -162,6 +183,18 @@ def test_a_tpu_program_has_about_the_closed_form_s_flops_and_sends_gradients_alo
         assert row["fits"]
         assert row["flops_per_step"] == pytest.approx(row["flops_closed_form"], rel=0.02)
         assert list(row["collectives"]) == ["all-reduce"]
+
+
+@pytest.mark.tpu
+def test_the_tpu_compiler_says_how_much_too_large_a_program_is():
+    """2,000 rows of 256 need 16.4 GiB a chip: a little more than there is."""
+    model = {"num_layers": 1, "emb_dim": 128, "mlp_dim": 256}
+    config = small_config(model=model, data={"vocab_size": 32000, "max_length": 256}, mesh={"data": -1})
+    topology = parse_topology("v5e:2x2")
+    mesh = sharding.make_mesh(config.mesh, ahead.devices(topology))
+    found = ahead.compile_step(config, mesh, 2000, 256, -1.0)
+    assert not found.text
+    assert topology.chip.memory < found.needed < 1.2 * topology.chip.memory
 
 
 @pytest.mark.gpu

@@ -98,9 +98,13 @@ def compile_step(config: Config, mesh: Mesh, rows: int, length: int, effort: flo
     return Compiled(arguments, temporaries, outputs, aliased, code, needed, compiled.as_text())
 
 
+# The TPU compiler's words, as libtpu 0.0.42.1 says them, and as older ones did.
+_TOO_MUCH = re.compile(r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])")
+
+
 def needed_bytes(message: str) -> int:
     """What a program would need, from the compiler's message that there is not so much; other errors stay errors."""
-    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    used = _TOO_MUCH.search(message)
     if "RESOURCE_EXHAUSTED" not in message or not used:
         raise RuntimeError(message)
     return int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))

@@ -41,13 +41,13 @@ class Chip(NamedTuple):
     source: str
 
 
-# Memory of v5e and v6e is what is sold less what TPU messages say is kept back; a compilation has the last word.
+# Memory of TPUs is what libtpu 0.0.42.1 lets a program have: it names the figure where one needs more.
 # A simulated device is no hardware: its figures are round ones, for trying the command out.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", "tpu", 197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9, 256, 2, "cloud.google.com/tpu/docs/v5e"),
-        Chip("v5p", "tpu", 459e12, 95 * GIB, 2765e9, 600e9, 6.25e9, 6144, 3, "cloud.google.com/tpu/docs/v5p"),
+        Chip("v5p", "tpu", 459e12, int(95.74 * GIB), 2765e9, 600e9, 6.25e9, 6144, 3, "cloud.google.com/tpu/docs/v5p"),
         Chip("v6e", "tpu", 918e12, int(31.25 * GIB), 1600e9, 400e9, 12.5e9, 256, 2, "cloud.google.com/tpu/docs/v6e"),
         # 400 Gb/s of network for each GPU of a DGX H100; the source of the rest is the data sheet of the SXM5 module.
         Chip("h100", "gpu", 989e12, 84_929_347_584, 3.35e12, 450e9, 50e9, 8, 1, "nvidia.com/data-center/h100"),
