@@ -1,41 +1,56 @@
 """Memory of the compiled training step against length, for each way to attend.
 
-    python -m benchmarks.attention_memory [--paths=plain,blockwise] [--lengths=1024,2048,4096,8192,16384]
+    python -m benchmarks.attention_memory [--topology=cpu:8] [--paths=plain,blockwise,ring:2,ring:4,ring:8,splash]
+        [--lengths=1024,4096,16384,65536] [--plot=FILE.svg]
 
-Nothing is run: XLA tells the size of the temporary arrays of the step that it compiles. One row of that many
-source and target tokens, 2+2 layers of width 64, 4 heads. The last line of stdout is one JSON object.
+Nothing is run: the compiler tells the size of the temporary arrays on each device, of one row of that many source
+and target tokens, 2+2 layers of width 64, 4 heads. ring:8 is a ring of 8 devices. splash needs a TPU topology, such
+as v5e:2x4, and its compiler (`make tpu-compiler`). The last line of stdout is one JSON object.
 """
 
 import argparse
 import json
 import math
+import pathlib
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from transformer import sharding, step, validation
-from transformer.batching import Batch
+from transformer import validation
+from transformer.charts import Axis
+from transformer.chips import Topology, parse_topology
 from transformer.command_line import run, say
 from transformer.config import Config
 from transformer.errors import UserError
+from transformer.plan import set_environment
 
 VOCAB = 256
+EFFORT = -1.0  # of the compiler, as in `plan`
 
 
 def main(argv: list[str]) -> None:
     """Reads the flags, compiles, prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention_memory", allow_abbrev=False)
-    parser.add_argument("--paths", default="plain,blockwise", help="values of model.attention")
-    parser.add_argument("--lengths", default="1024,2048,4096,8192,16384", help="tokens of a row on either side")
+    parser.add_argument("--topology", default="cpu:8", help="chips to compile for, as in transformer.plan")
+    parser.add_argument(
+        "--paths",
+        default="plain,blockwise,ring:2,ring:4,ring:8",
+        help="values of model.attention; ring:N over N devices",
+    )
+    parser.add_argument("--lengths", default="1024,4096,16384,65536", help="tokens of a row on either side")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.svg", help="draw it too")
     args = parser.parse_args(argv[1:])
-    lengths = two_or_more(args.lengths)
-    table: dict[str, Any] = {"lengths": lengths}
-    for path in args.paths.split(","):
-        table[path] = [temporary_mb(path, length) for length in lengths]
+    lengths, topology, paths = two_or_more(args.lengths), parse_topology(args.topology), args.paths.split(",")
+    for path in paths:
+        small_model(path)
+    set_environment([topology])
+    table: dict[str, Any] = {"topology": topology.name, "lengths": lengths}
+    for path in paths:
+        table[path] = [temporary_mb(path, length, topology) for length in lengths]
         table[f"{path}_exponent"] = round(growth(lengths, table[path]), 2)
     show(table)
+    if args.plot:
+        args.plot.write_text(drawing(lengths, {path: table[path] for path in paths}))
     print(json.dumps(table))
 
 
@@ -48,23 +63,30 @@ def two_or_more(text: str) -> list[int]:
     return lengths
 
 
-def temporary_mb(path: str, length: int) -> float:
-    """MiB of temporary arrays of one update on one device."""
+def temporary_mb(path: str, length: int, topology: Topology) -> float:
+    """MiB of temporary arrays of one update on each device; all that it needs, where a chip has not so much."""
+    from transformer import ahead, sharding
+
     config = small_model(path)
-    mesh = sharding.make_mesh(config.mesh)
-    model = step.Model(config.model, VOCAB)
-    row = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    update = step.make_train_step(model, config, mesh)
-    compiled = update.lower(step.abstract_state(model, config, mesh), Batch(row, row)).compile()  # type: ignore[attr-defined]
-    found = round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 1)
+    mesh = sharding.make_mesh(config.mesh, ahead.devices(topology))
+    compiled = ahead.compile_step(config, mesh, 1, length, EFFORT)
+    found = round((compiled.temporaries if compiled.text else compiled.needed) / 2**20, 1)
     say(f"{path}, {length:,} tokens: {found:,} MiB")
     return found
 
 
 def small_model(path: str) -> Config:
     """2+2 layers of width 64 without dropout."""
+    attention, _, parts = path.partition(":")
+    if parts and not (attention == "ring" and parts.isdecimal() and int(parts)):
+        raise UserError(f"--paths: expected values of model.attention, and ring:2, say, for two devices; got {path!r}")
     model = {"num_layers": 2, "emb_dim": 64, "qkv_dim": 64, "value_dim": 64, "mlp_dim": 128, "num_heads": 4}
-    return validation.resolve({"model": {**model, "dropout_rate": 0.0, "attention": path}, "mesh": {"data": 1}})
+    sections = {
+        "model": {**model, "dropout_rate": 0.0, "attention": attention},
+        "data": {"vocab_size": VOCAB},
+        "mesh": {"data": 1, "sequence": int(parts or 1)},
+    }
+    return validation.resolve(sections)
 
 
 def growth(lengths: list[int], sizes: list[float]) -> float:
@@ -81,6 +103,38 @@ def show(table: dict[str, Any]) -> None:
         print(f"| {length:,} | " + " | ".join(f"{table[path][i]:,}" for path in paths) + " |", file=sys.stderr)
     exponents = " | ".join(str(table[f"{path}_exponent"]) for path in paths)
     print(f"| growth exponent at the end | {exponents} |", file=sys.stderr)
+
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 380, 64, 96, 16, 44
+COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#7d3c98", "#b9770e", "#117a65", "#5d6d7e")
+STYLE = "text{font:12px sans-serif;fill:#555}.grid{stroke:#ccc}polyline{fill:none;stroke-width:2}"
+
+
+def drawing(lengths: Sequence[int], sizes: Mapping[str, Sequence[float]]) -> str:
+    """Both axes logarithmic, so that a slope is an exponent: an SVG file."""
+    smallest, largest = min(map(min, sizes.values())), max(map(max, sizes.values()))
+    decades = range(math.floor(math.log10(smallest)), math.ceil(math.log10(largest)) + 1)
+    x = Axis(math.log2(lengths[0]), math.log2(lengths[-1]), LEFT, WIDTH - RIGHT)
+    y = Axis(decades[0], decades[-1], HEIGHT - BOTTOM, TOP)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"><style>{STYLE}</style>']
+    parts.append(f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>')
+    for decade in decades:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(decade):.0f}" y2="{y(decade):.0f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y(decade) + 4:.0f}" text-anchor="end">{10**decade:,} MiB</text>')
+    for length in lengths:
+        place = f'x="{x(math.log2(length)):.0f}" y="{HEIGHT - BOTTOM + 18}"'
+        parts.append(f'<text {place} text-anchor="middle">{length:,}</text>')
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">tokens on either side</text>'
+    )
+    for (path, row), colour in zip(sizes.items(), COLOURS * len(sizes), strict=False):
+        points = [(x(math.log2(length)), y(math.log10(size))) for length, size in zip(lengths, row, strict=True)]
+        places = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+        parts.append(f'<polyline points="{places}" stroke="{colour}"/>')
+        parts.append(
+            f'<text x="{points[-1][0] + 6:.0f}" y="{points[-1][1] + 4:.0f}" style="fill:{colour}">{path}</text>'
+        )
+    return "\n".join([*parts, "</svg>", ""])
 
 
 if __name__ == "__main__":

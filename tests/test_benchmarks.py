@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks import attention_memory, pairs
+from transformer.chips import parse_topology
 from transformer.errors import UserError
 
 
@@ -52,12 +54,36 @@ def test_lengths_without_growth_are_refused(lengths):
 
 
 def test_the_compiled_step_grows_with_the_length_by_blocks_and_with_its_square_without():
-    lengths = [1024, 2048, 4096]
-    plain = [attention_memory.temporary_mb("plain", length) for length in lengths]
-    blockwise = [attention_memory.temporary_mb("blockwise", length) for length in [*lengths, 16384]]
-    assert attention_memory.growth(lengths, plain) > 1.9
-    assert attention_memory.growth([4096, 16384], blockwise[-2:]) < 1.1
-    assert blockwise[2] < plain[2] / 20
+    used = {
+        (path, length): attention_memory.temporary_mb(path, length, parse_topology("cpu:8"))
+        for path, length in [
+            ("plain", 1024),
+            ("plain", 4096),
+            ("blockwise", 4096),
+            ("blockwise", 16384),
+            ("ring:4", 16384),
+        ]
+    }
+    assert attention_memory.growth([1024, 4096], [used["plain", 1024], used["plain", 4096]]) > 1.9
+    assert attention_memory.growth([4096, 16384], [used["blockwise", 4096], used["blockwise", 16384]]) < 1.1
+    assert used["blockwise", 4096] < used["plain", 4096] / 20
+    assert used["ring:4", 16384] == pytest.approx(used["blockwise", 4096], rel=0.3)
+
+
+@pytest.mark.parametrize("path", ["ring:0", "ring:two", "plain:2", "fast"])
+def test_a_way_to_attend_that_is_none_is_refused(path):
+    with pytest.raises(UserError, match=r"ring:2, say|expected one of auto, plain"):
+        attention_memory.small_model(path)
+
+
+def test_the_drawing_has_a_line_for_each_way_its_slope_the_exponent():
+    sizes = {"plain": [1.0, 16.0, 256.0], "blockwise": [1.0, 4.0, 16.0]}
+    root = ElementTree.fromstring(attention_memory.drawing([1024, 4096, 16384], sizes))
+    lines = {}
+    for line in root.iter("{http://www.w3.org/2000/svg}polyline"):
+        points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+        lines[len(lines)] = [points[i][1] - points[i + 1][1] for i in range(2)]
+    assert lines[0] == pytest.approx([2 * rise for rise in lines[1]], abs=0.2)
 
 
 @pytest.mark.parametrize("name", ["attention_memory", "pairs"])
