@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from transformer import command_line
+from transformer import command_line, hosts
 from transformer.command_line import say
 from transformer.errors import UserError
 
@@ -33,25 +33,31 @@ def main(argv: list[str]) -> None:
     fields, rest = command_line.decode_flags(argv)
     args = parse(rest)
 
-    from transformer import compilation
-
-    compilation.enable_cache()
     if args.watch and fields:
         raise UserError(f"--watch decodes as each checkpoint says; leave out --decode.{min(fields)}")
-    if args.watch:
-        watch(args)
-    else:
-        evaluate(args, fields)
+    if args.watch and hosts.is_one_of_several(args):
+        raise UserError("--watch runs in one process; start it on one host alone")
+    with hosts.joined(args):
+        from transformer import compilation
+
+        compilation.enable_cache()
+        if args.watch:
+            watch(args)
+        else:
+            evaluate(args, fields)
 
 
 def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Once, of one checkpoint, decoding as its config says but for these fields."""
-    from transformer import report, scoring, significance, summary, validation
+    from transformer import agreement, report, scoring, significance, summary, validation
     from transformer.trained import load_trained
 
+    agreement.same_code()
     trained = load_trained(args.workdir, args.checkpoint)
     trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
-    chosen = scoring.open_set(trained.config.data, args.split, args.source, args.reference)
+    with hosts.lead_first("evaluation set"):
+        chosen = scoring.open_set(trained.config.data, args.split, args.source, args.reference)
+    scoring.check_hosts(trained, chosen)
     other = None
     if args.versus:
         which = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
@@ -69,7 +75,8 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         say(significance.examples(versus, chosen.sources, chosen.references, ours))
     say(f"translations: {output}")
     report.write(args.workdir, evaluation, versus)
-    print(json.dumps(summary.as_json(evaluation, versus)))
+    if hosts.is_lead():
+        print(json.dumps(summary.as_json(evaluation, versus)))
 
 
 def watch(args: argparse.Namespace) -> None:
@@ -97,6 +104,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--versus_checkpoint", help="of that workdir (default: as --checkpoint; latest for a step)")
     parser.add_argument("--watch", action="store_true", help="score every checkpoint as it lands, until a signal")
+    hosts.add_flags(parser)
     args = parser.parse_args(rest)
     if bool(args.source) != bool(args.reference):
         raise UserError("--source and --reference go together")

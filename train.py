@@ -2,12 +2,15 @@
 
     python train.py --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE …]
 
+The same command on every host of a Slurm job, an Open MPI job or a TPU slice trains one model; elsewhere each
+process is told of the others by --coordinator=HOST:PORT --num_processes=N --process_id=I. See docs/pods.md.
+
 A config file is Python and runs. Exit codes are listed in transformer/command_line.py.
 """
 
 import argparse
 
-from transformer import command_line, config
+from transformer import command_line, config, hosts
 
 
 def main(argv: list[str]) -> None:
@@ -23,6 +26,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--workdir", required=True, type=command_line.workdir_path, help="folder of the run; made if it is missing"
     )
+    hosts.add_flags(parser)
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         return
@@ -30,6 +34,12 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(rest)
     settings = config.with_absolute_paths(settings)
 
+    with hosts.joined(args):
+        train(settings, args.workdir)
+
+
+def train(settings: config.Config, workdir: str) -> None:
+    """On this host, with the others if there are any."""
     from transformer import tokenizer
     from transformer.datasets import corpus
 
@@ -38,7 +48,7 @@ def main(argv: list[str]) -> None:
 
     from transformer import loop
 
-    loop.fit(settings, args.workdir)
+    loop.fit(settings, workdir)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "transformer"
 
 # Each room may import only rooms above it.
 ORDER = """
-errors files config validation command_line progress
+errors files config validation command_line progress heartbeat hosts agreement
 datasets/text_files datasets/pair_files
 datasets/cldr_words datasets/cldr_grammar datasets/cldr_locale datasets/cldr_slots
 datasets/cldr_frames_time datasets/cldr_frames_life datasets/cldr
@@ -21,7 +21,7 @@ datasets/pair_shards datasets/parallel_text datasets/prepared
 datasets/archives datasets/members datasets/wmt
 datasets/split datasets/contents datasets/corpus
 tokenizer batching packing cost pipeline data_report
-sharding segments dropout attention blockwise ring kernels layers stack model
+sharding consensus segments dropout attention blockwise ring kernels layers stack model
 loss optimizer step compilation checkpoint trained
 hypotheses restrictions constraints search sampling decoding
 wishes reranking translator alignments translate scores significance evaluate

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from transformer import sharding
-from transformer.batching import PADDING_ROW, Batch, Ragged, assemble, eval_plan
+from transformer.batching import PADDING_ROW, Batch, Ragged, assemble, eval_plan, only_rows
 from transformer.config import DecodeConfig
 from transformer.errors import UserError
 from transformer.files import growing, reported
@@ -71,7 +71,7 @@ class Aligner:
         def weights(params: Params, batch: Batch) -> jax.Array:
             return model.bind(params).cross_attention(batch.source_BS, batch.target_BT)
 
-        self._weights = jax.jit(sharding.over_rows(mesh, weights))
+        self._weights = sharding.over_rows(mesh, weights)
 
     def attention(
         self, params: Params, sources: Sequence[str], translations: Sequence[str]
@@ -87,9 +87,10 @@ class Aligner:
         target = self._encode([translations[i] for i in filled], longest + self._config.max_extra_length)
         for planned in eval_plan(source.lengths, target.lengths, self._rows):
             batch = assemble(planned, source, target)
-            found_BLHTS = jax.device_get(
-                self._weights(params, sharding.place_batch(self._mesh, batch, rows="sentences"))
-            )
+            numbers = sharding.rows_here(self._mesh, len(planned.examples_B), rows="sentences")
+            here = assemble(only_rows(planned, numbers), source, target)
+            placed = sharding.place_batch(self._mesh, here, rows="sentences")
+            found_BLHTS = jax.device_get(self._weights(params, placed))
             for row, example in enumerate(planned.examples_B[planned.examples_B != PADDING_ROW]):
                 S, T = source.lengths[example], target.lengths[example]
                 ids = batch.source_BS[row, :S], batch.target_BT[row, :T]

@@ -251,8 +251,7 @@ def _padded(examples: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(examples, missing, constant_values=PADDING_ROW)
 
 
-def host_rows(planned: PlannedBatch, host: int, hosts: int) -> PlannedBatch:
-    """The rows of a global batch that belong to one of `hosts`, in equal shares, filled up by padding rows."""
-    share = -(-planned.bucket.rows // hosts)
-    examples_B = _padded(planned.examples_B, share * hosts)[host * share : (host + 1) * share]
-    return PlannedBatch(planned.bucket, examples_B)
+def only_rows(planned: PlannedBatch, rows: np.ndarray) -> PlannedBatch:
+    """Some rows of a global batch by their numbers, such as those of one host; numbers past its end are padding."""
+    examples_B = _padded(planned.examples_B, max(int(rows.max(initial=-1)) + 1, len(planned.examples_B)))
+    return PlannedBatch(planned.bucket, examples_B[rows])

@@ -17,6 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from transformer import hosts
 from transformer import tokenizer as tokenizers
 from transformer.command_line import say
 from transformer.config import Config
@@ -68,21 +69,27 @@ class Checkpoints:
         place = self.folder / str(int(jax.device_get(state.step)))
         folder = place.parent / f"{place.name}.partial"
         with reported(f"{place}"):
-            if folder.exists():
-                folder.rmtree()
-            folder.mkdir(parents=True)
-            ocp.save(folder / "params", state.params)
+            if hosts.is_lead():
+                if folder.exists():
+                    folder.rmtree()
+                folder.mkdir(parents=True)
+            hosts.wait("checkpoint begun")
+            ocp.save(folder / "params", state.params)  # each host its shards
             ocp.save(folder / "optimizer", state.opt_state)
             if state.ema is not None:
                 ocp.save(folder / "ema", state.ema)
-            tokenizer.save(folder / "tokenizer")
-            write_whole(folder / "config.json", config.to_json())
-            files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
-            write_whole(folder / MANIFEST, Manifest(metrics, data, files).to_json())
-            if place.exists():
-                self.remove(int(place.name))
-            folder.rename(place)
+            hosts.wait("checkpoint written")
+            if hosts.is_lead():
+                tokenizer.save(folder / "tokenizer")
+                write_whole(folder / "config.json", config.to_json())
+                files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
+                write_whole(folder / MANIFEST, Manifest(metrics, data, files).to_json())
+                if place.exists():
+                    self.remove(int(place.name))
+                folder.rename(place)
+            hosts.wait("checkpoint saved")
 
+    @hosts.lead_only
     def record(self, step: int, metrics: Metrics) -> None:
         """Adds metrics to a checkpoint."""
         manifest = self.manifest(step)
@@ -162,6 +169,7 @@ class Checkpoints:
         except Damaged:
             return {}
 
+    @hosts.lead_only
     def prepare(self, newest: int | None) -> None:
         """Before training goes on from `newest`: clears what was cut short, and puts later, damaged ones aside."""
         if not self.folder.exists():
@@ -175,6 +183,7 @@ class Checkpoints:
                     aside.rmtree()
                 path.rename(aside)
 
+    @hosts.lead_only
     def prune(self, keep_last: int, keep_best: int) -> None:
         """Deletes all but the newest and the best ones."""
         available = self.steps()
@@ -184,6 +193,7 @@ class Checkpoints:
             if step not in keep:
                 self.remove(step)
 
+    @hosts.lead_only
     def remove(self, step: int) -> None:
         """Deletes a checkpoint; it is gone from `steps` before its first file is."""
         gone = self.folder / f"{step}.removed"

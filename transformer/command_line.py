@@ -25,23 +25,34 @@ from transformer.errors import StoppedError, UserError
 def run(command: Callable[[list[str]], object]) -> None:
     """Runs a command on sys.argv; errors a person can mend become one message and an exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training takes it, Ctrl-C ends at once and quietly
-    name = os.path.basename(sys.argv[0])
     try:
         command(sys.argv)
         sys.stdout.flush()
-    except (UserError, StoppedError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
+    except Exception as error:
+        sys.exit(exit_code(error))
+
+
+def exit_code(error: BaseException) -> int:
+    """Prints an error, as one message if a person can mend it, and returns the exit code of its kind."""
+    if isinstance(error, (UserError, StoppedError)):
+        complain(str(error))
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
         # The reader of our output went away. Python would complain once more while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:  # XLA and TensorStore have no class of their own for this
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+        return 1
+    if "RESOURCE_EXHAUSTED" in str(error):  # XLA and TensorStore have no class of their own for this
         advice = "lower train.batch_tokens, decode.beam_size or decode.batch_rows, or free space on the disk"
-        print(f"{name}: out of memory or disk: {str(error).splitlines()[0]}; {advice}", file=sys.stderr)
-        sys.exit(UserError.exit_code)
+        complain(f"out of memory or disk: {str(error).splitlines()[0]}; {advice}")
+        return UserError.exit_code
+    traceback.print_exception(error)
+    return 1
+
+
+def complain(message: str) -> None:
+    """The last words of a command, on stderr, under its name and that of the host if there are several."""
+    name = " ".join(filter(None, (os.path.basename(sys.argv[0]), _host)))
+    print(f"{name}: {message}", file=sys.stderr, flush=True)
 
 
 def use_huge_pages() -> None:
@@ -204,6 +215,16 @@ def positive_int(text: str) -> int:
     return value
 
 
+_host = ""  # of several, which one this is
+
+
+def speak_as(index: int, count: int) -> None:
+    """From here on this process is one of several: it says which in its last words, and only host 0 tells the rest."""
+    global _host
+    _host = f"(host {index} of {count})" if count > 1 else ""
+
+
 def say(message: str) -> None:
-    """Tells the person at the terminal, on stderr; stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
+    """Tells the person at the terminal, on stderr, what one host tells for all; stdout is for results."""
+    if not _host or _host.startswith("(host 0 "):
+        print(message, file=sys.stderr, flush=True)

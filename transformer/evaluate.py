@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from transformer import sharding
-from transformer.batching import Ragged, assemble, eval_plan
+from transformer.batching import Ragged, assemble, eval_plan, only_rows
 from transformer.command_line import say
 from transformer.config import Config
 from transformer.scores import HEADLINE, Scores, check_counts, score
@@ -101,7 +101,8 @@ class Evaluator:
         source = Ragged.from_sequences([cut(ids, decode.max_source_tokens) for ids in self._tokenizer.encode(sources)])
         sums = []
         for planned in eval_plan(source.lengths, target.lengths, self._rows):
-            batch = sharding.place_batch(self._mesh, assemble(planned, source, target))
+            here = only_rows(planned, sharding.rows_here(self._mesh, planned.bucket.rows))
+            batch = sharding.place_batch(self._mesh, assemble(here, source, target))
             sums.append(self._eval_step(params, batch))
         parts = jax.device_get(sums)
         tokens = sum(float(part.tokens) for part in parts)

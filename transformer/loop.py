@@ -4,27 +4,29 @@ The devices run update n while the host reads the metrics of update n - 1. They 
 line is logged, a checkpoint saved or the validation split scored.
 """
 
+import contextlib
 import functools
+import json
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
-from transformer import compilation, cost, kernels, pipeline, sharding, step, workdir
+from transformer import agreement, compilation, cost, hosts, kernels, pipeline, sharding, step, workdir
 from transformer.batching import Batch
 from transformer.checkpoint import SCORE, Checkpoints, Metrics
 from transformer.command_line import say
 from transformer.config import Config
+from transformer.consensus import Slowest, StopVote, of_each_host
 from transformer.datasets import corpus as corpora
 from transformer.errors import DivergedError, StoppedError, UserError
 from transformer.evaluate import Evaluator
-from transformer.run_log import WHAT_HELPS, Meter, RunLog, peak_memory_mb
+from transformer.run_log import WHAT_HELPS, Meter, NoLog, RunLog, open_log, peak_memory_mb
 from transformer.step import StepMetrics, TrainState
 from transformer.tokenizer import Tokenizer
 
@@ -38,7 +40,10 @@ def fit(config: Config, folder: epath.PathLike) -> None:
     """
     path = epath.Path(folder)
     compilation.enable_cache()
-    with workdir.lock(path):
+    agreement.same_code()
+    agreement.same_config(config)
+    with workdir.lock(path) if hosts.is_lead() else contextlib.nullcontext():  # the lead holds it for all
+        agreement.same_folder(path)
         run = Run(config, path)
         workdir.keep_config(path, config)
         with _stop_signals() as stop_signal:
@@ -72,14 +77,16 @@ class Updates:
             self.state, metrics = self._train_step(self.state, placed)
         self.drain()
         self._done += 1
-        self._unread = metrics, self._done, {"slots": batch.target_BT.size, "flops": self._flops_of(placed)}
+        self._unread = metrics, self._done, {"slots": placed.target_BT.size, "flops": self._flops_of(placed)}
 
     def drain(self) -> None:
         """Reads the metrics that are still on the devices; a DivergedError if they are no numbers."""
         if self._unread:
             metrics, done, size = self._unread
             self._unread = None
-            self.meter.add(jax.device_get(metrics), done, **size)
+            with self.meter.blocked():
+                metrics = jax.device_get(metrics)
+            self.meter.add(metrics, done, **size)
 
 
 class Progress(NamedTuple):
@@ -106,27 +113,28 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         kernels.require(config, self.mesh)
         self.checkpoints = Checkpoints(path)
-        newest = self.checkpoints.newest_sound()
+        newest, before = _resume_point(self.checkpoints)
         # Until there is a checkpoint, nothing is lost with another config.
         changes = workdir.config_changes(path, config) if newest is not None else []
-        corpus = corpora.open_corpus(config.data)
-        self.tokenizer = self._tokenizer(corpus, newest)
-        self.data_digest = corpus.split("train").digest
-        self._check_data(newest)
-        self.ids = pipeline.token_ids(config.data, corpus, "train", self.tokenizer)
+        with hosts.lead_first("data"):
+            corpus = corpora.open_corpus(config.data)
+            self.tokenizer = self._tokenizer(corpus, newest)
+            self.data_digest, self.valid = corpus.split("train").digest, corpus.split("validation")
+            self._check_data(newest)
+            self.ids = pipeline.token_ids(config.data, corpus, "train", self.tokenizer)
+        agreement.same_data(corpus.digest, self.tokenizer.digest)
         self.plan = pipeline.make_plan(config, self.ids)
-        self.valid = corpus.split("validation")
         model = step.Model(config.model, self.tokenizer.vocab_size)
         self.evaluator = Evaluator(model, self.tokenizer, config, self.mesh)
         self.train_step = step.make_train_step(model, config, self.mesh)
         self.checkpoints.prepare(newest)
-        self.start, self.progress, self.spent = newest or 0, Progress(), cost.Spent()
+        self.start, self.progress, self.spent, self.is_scored = newest or 0, Progress(), cost.Spent(), SCORE in before
         if newest is None:
             self.state = step.init_state(model, config, self.mesh)
         else:
             self.state = self.checkpoints.restore(newest, model, config, self.mesh)
-            before = self.checkpoints.metrics(newest)
             self.progress, self.spent = Progress.of(before), cost.Spent.of(before) or self.spent
+        self.slowest = Slowest()
         self._describe(model)
         if changes:
             say(f"changed since the last sitting: {'; '.join(changes)}")
@@ -135,10 +143,10 @@ class Run:
         """Does the updates that are left."""
         train = self.config.train
         # The last sitting may have been stopped before it could validate.
-        owes = self._is_due(self.start, train.eval_every_steps) and SCORE not in self.checkpoints.metrics(self.start)
+        owes = self._is_due(self.start, train.eval_every_steps) and not self.is_scored
         if not owes and self._is_over(self.start):
             return
-        with RunLog(self.path, self.start, train.num_steps) as log:
+        with open_log(self.path, self.start, train.num_steps) as log:
             if owes:
                 self._evaluate(self.state.eval_params, self.start, log)
             batches = pipeline.train_iterator(
@@ -146,20 +154,20 @@ class Run:
                 self.ids,
                 start=self.start,
                 num_steps=train.num_steps,
-                host=jax.process_index(),
-                hosts=jax.process_count(),
+                rows=functools.partial(sharding.rows_here, self.mesh, parts=train.accumulation_steps),
             )
             place = functools.partial(sharding.place_batch, self.mesh, parts=train.accumulation_steps)
             flops_of = functools.partial(cost.batch_flops, self.config.model, self.tokenizer.vocab_size)
+            vote = StopVote(self.mesh, stop_signal)
             updates = Updates(self.train_step, self.state, batches, place, flops_of, self.spent)
             for done in range(self.start + 1, train.num_steps + 1):
                 updates.dispatch()
                 log.advance(done)
-                self._after_update(updates, done, log, stop_signal())
+                self._after_update(updates, done, log, vote())
                 if self._is_over(done):
                     return
 
-    def _after_update(self, updates: Updates, done: int, log: RunLog, stopped: int | None) -> None:
+    def _after_update(self, updates: Updates, done: int, log: RunLog | NoLog, stopped: int | None) -> None:
         """Logs, saves and evaluates, each when it is due, and stops when it is told to."""
         train = self.config.train
         logs, evaluates = self._is_due(done, train.log_every_steps), self._is_due(done, train.eval_every_steps)
@@ -169,7 +177,10 @@ class Run:
             self.spent = updates.meter.spent()
         if logs:
             machine = {"train/compiles": updates.compiles.count, "train/peak_memory_mb": peak_memory_mb()}
-            log.write(done, {**updates.meter.summary(), **self.spent.metrics(), **machine})
+            each = of_each_host(self.mesh, {**updates.meter.health(), "memory_mb": machine["train/peak_memory_mb"]})
+            log.write(done, {**updates.meter.summary(), **self.spent.metrics(), **machine, **each})
+            if slowest := self.slowest.look(each):
+                log.say(slowest)
             updates.meter.reset()
         if saves:
             with updates.meter.paused():
@@ -229,7 +240,7 @@ class Run:
         metrics = {**self.progress._asdict(), **self.spent.metrics()}
         self.checkpoints.save(state, self.config, self.tokenizer, self.data_digest, metrics)
 
-    def _evaluate(self, params: step.Params, done: int, log: RunLog) -> None:
+    def _evaluate(self, params: step.Params, done: int, log: RunLog | NoLog) -> None:
         """Scores the validation split, and records the scores with the checkpoint of this step."""
         sources, references = self.valid.sources(), [self.valid.targets()]
         report = self.evaluator.evaluate(params, sources, references, metrics=("bleu", "chrf"))
@@ -247,7 +258,18 @@ class Run:
         log.say(f"step {done:,} · {shown} · {report.seconds:.0f} s · after {self.spent}")
 
 
-@contextmanager
+def _resume_point(checkpoints: Checkpoints) -> tuple[int | None, Metrics]:
+    """The newest sound checkpoint, if there is any, and its metrics, as the lead finds them for all hosts."""
+
+    def find() -> str:
+        newest = checkpoints.newest_sound()
+        return json.dumps([newest, {} if newest is None else checkpoints.metrics(newest)])
+
+    newest, metrics = json.loads(hosts.from_lead("newest checkpoint", find))
+    return newest, metrics
+
+
+@contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], int | None]]:
     """Notes SIGTERM and SIGINT for the loop to see between updates; a second one ends the process at once."""
     seen: list[int] = []

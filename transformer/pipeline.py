@@ -9,14 +9,14 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from transformer import tokenizer as tokenizers
-from transformer.batching import Batch, BucketPlan, Ragged, TrainPlan, assemble, host_rows
+from transformer.batching import Batch, BucketPlan, Ragged, TrainPlan, assemble, only_rows
 from transformer.command_line import say
 from transformer.config import Config, DataConfig
 from transformer.datasets import corpus as corpora
@@ -41,13 +41,23 @@ class TokenIds(NamedTuple):
 
 
 def train_iterator(
-    plan: TrainPlan, ids: TokenIds, *, start: int, num_steps: int, host: int = 0, hosts: int = 1
+    plan: TrainPlan,
+    ids: TokenIds,
+    *,
+    start: int,
+    num_steps: int,
+    rows: Callable[[int], np.ndarray] = np.arange,
 ) -> Iterator[Batch]:
-    """Yields this host's rows of the batches of steps `start` … `num_steps` - 1, made ahead in a thread."""
+    """Yields this host's rows of the batches of steps `start` … `num_steps` - 1, made ahead in a thread.
+
+    Args:
+      rows: which rows of a batch of so many this host reads; all of them at first.
+    """
     import grain  # which imports JAX: preparing data does without
 
     def make(step: int) -> Batch:
-        return assemble(host_rows(plan.batch(step), host, hosts), *ids)
+        planned = plan.batch(step)
+        return assemble(only_rows(planned, rows(planned.bucket.rows)), *ids)
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
     return iter(grain.MapDataset.range(start, num_steps).map(make).to_iter_dataset(options))

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from transformer import summary
+from transformer import hosts, summary
 from transformer.alignments import Aligner
 from transformer.attention_maps import sentence_maps
 from transformer.charts import Series, bar_chart, line_chart
@@ -45,7 +45,9 @@ ATTENTION_NOTE = (
 def write(workdir: epath.PathLike, evaluation: Evaluation, versus: Versus | None = None) -> None:
     """Writes the page and says where; a workdir that cannot be written costs the page, not the scores."""
     path = epath.Path(workdir) / REPORT_FILE
-    text = build(workdir, evaluation, versus)
+    text = build(workdir, evaluation, versus)  # for which all hosts must run the model
+    if not hosts.is_lead():
+        return
     try:
         with reported(f"{path}"):
             write_whole(path, text)

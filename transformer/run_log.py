@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from transformer import hosts
 from transformer.command_line import say
 from transformer.cost import Spent
 from transformer.errors import DivergedError
@@ -45,7 +46,7 @@ class Meter:
     def reset(self) -> None:
         """Starts anew, the clock too."""
         self.nll = self.correct = self.tokens = self.slots = self.waited = self.grad_norm = self.learning_rate = 0.0
-        self.updates = 0
+        self._blocked, self.updates = 0.0, 0
         self._start = self._clock()
 
     def add(self, metrics: StepMetrics, step: int, *, slots: int, flops: float) -> None:
@@ -85,6 +86,22 @@ class Meter:
         away = self._clock() - since
         self._start += away
         self._begun += away
+
+    @contextlib.contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Notes how long the host waits for the devices."""
+        since = self._clock()
+        yield
+        self._blocked += self._clock() - since
+
+    def health(self) -> dict[str, float]:
+        """Of this host since the last reset; `host_ms` is its time in an update that it did not wait for devices."""
+        seconds, updates = max(self._clock() - self._start, 1e-9), max(self.updates, 1)
+        return {
+            "step_ms": 1000 * seconds / updates,
+            "host_ms": 1000 * (seconds - self._blocked) / updates,
+            "input_wait": self.waited / seconds,
+        }
 
     def summary(self) -> dict[str, float]:
         """Means since the last reset: loss in nats per target token, without smoothing; speed in real target tokens."""
@@ -159,6 +176,30 @@ class RunLog:
         each = (time.perf_counter() - self._begun) / max(step - self._start, 1)
         minutes, seconds = divmod(round(each * (self._num_steps - step)), 60)
         return f"{minutes}:{seconds:02}"
+
+
+class NoLog:
+    """In place of a RunLog, on hosts that leave it to the lead."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+
+def open_log(workdir: epath.Path, start: int, num_steps: int) -> RunLog | NoLog:
+    """The log of the run, which the lead keeps."""
+    return RunLog(workdir, start, num_steps) if hosts.is_lead() else NoLog()
 
 
 def _forget_after(path: epath.Path, step: int) -> None:

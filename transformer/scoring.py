@@ -1,13 +1,15 @@
 """A model and a set of sentences → translations and all scores: what eval.py does, once or for many checkpoints."""
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from transformer import validation
+from transformer import agreement, hosts, validation
 from transformer.config import Config, DataConfig
 from transformer.datasets import corpus, text_files
 from transformer.errors import DivergedError, UserError
@@ -90,6 +92,14 @@ class Scorer:
         return Evaluation(trained, self.chosen, report, further(sources, report.translations, references, language))
 
 
+def check_hosts(trained: Trained, chosen: EvaluationSet) -> None:
+    """Raises a UserError on every host unless all have the same checkpoint and sentences."""
+    said = json.dumps([trained.steps, chosen.sources, chosen.references]).encode()
+    what = f"{trained.title}, {len(chosen.sources):,} sentences, digest {hashlib.sha256(said).hexdigest()[:12]}"
+    agreement.same("what is evaluated", what, "give every host the same flags, workdir and data")
+
+
+@hosts.lead_only
 def write_translations(evaluation: Evaluation, path: epath.PathLike) -> None:
     """One translation a line; the file appears whole or not at all."""
     path = epath.Path(path)

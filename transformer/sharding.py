@@ -221,14 +221,32 @@ def pass_on(axis: str, values: Any, count: int) -> Any:
 
 
 def over_rows(mesh: Mesh, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """function(params, sentences) → sentences, run by each device on its own, with nothing sent between them."""
+    """function(params, sentences) → sentences, compiled, run by each device on its own, with nothing sent meanwhile.
+
+    Where there are several hosts, each of them gets all sentences in the end.
+    """
     rows = spec(("sentences",))
-    return jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
+    return jax.jit(mapped) if jax.process_count() == 1 else jax.jit(mapped, out_shardings=replicated(mesh))
 
 
 def on_every_device(mesh: Mesh, params: Any) -> Any:
     """The params whole on every device, as `over_rows` needs them."""
-    return jax.device_put(params, replicated(mesh))
+    if jax.process_count() == 1:
+        return jax.device_put(params, replicated(mesh))
+    return jax.jit(lambda params: params, out_shardings=replicated(mesh))(params)
+
+
+def of_every_device(mesh: Mesh, values_K: np.ndarray) -> jax.Array:
+    """What each process gives, on every device: [devices, K], in the order of the mesh. Dispatched, not waited for."""
+    shape = (mesh.size, *values_K.shape)
+    given = jax.make_array_from_callback(shape, batch_sharding(mesh, "sentences"), lambda _: values_K[None])
+    return _everywhere(mesh)(given)
+
+
+@functools.cache
+def _everywhere(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda given: given, out_shardings=replicated(mesh))
 
 
 def row_multiple(mesh: Mesh, rows: str = "batch") -> int:
@@ -236,24 +254,48 @@ def row_multiple(mesh: Mesh, rows: str = "batch") -> int:
     return math.prod(mesh.shape[name] for name in LOGICAL_AXES[rows])
 
 
+def rows_here(mesh: Mesh, count: int, parts: int = 1, rows: str = "batch") -> np.ndarray:
+    """The numbers of the rows of a global batch that the devices of this process hold, ascending.
+
+    Args:
+      count: rows of the batch. Where they do not divide, numbers past its end stand for rows of padding.
+      parts, rows: as in `place_batch`.
+    """
+    total = count + -count % (row_multiple(mesh, rows) * parts)
+    places = batch_sharding(mesh, rows).addressable_devices_indices_map((total,))
+    return np.unique(np.concatenate([np.arange(total)[place] for place in places.values() if place is not None]))
+
+
 def place_batch(mesh: Mesh, batch: Any, parts: int = 1, rows: str = "batch") -> Any:
-    """This host's rows of a batch → global arrays, filled up with zeros, which are padding, to divide.
+    """A batch → global arrays, filled up with zeros, which are padding, to divide.
 
     Rows divide by the devices that split them and by `parts`, the width of a training batch by those that
     split its length. Only here a batch depends on the mesh: its plan does not.
 
     Args:
+      batch: all rows, or of several processes those that `rows_here` names.
       parts: into how many each device's rows must divide further.
       rows: logical axis of the rows: `batch`, or `sentences` to translate.
     """
-    height = max(row_multiple(mesh, rows) // jax.process_count(), 1) * parts
+    multiple = row_multiple(mesh, rows)
     width = row_multiple(mesh, "length") if rows == "batch" else 1
+    where = batch_sharding(mesh, rows)
+
+    def filled(array: np.ndarray, height: int) -> np.ndarray:
+        missing = [(0, -array.shape[0] % height), (0, -array.shape[1] % width)]
+        return np.pad(array, missing) if any(end for _, end in missing) else array
 
     def place(array: np.ndarray) -> jax.Array:
-        missing = [(0, -array.shape[0] % height), (0, -array.shape[1] % width)]
-        filled = np.pad(array, missing) if any(end for _, end in missing) else array
         if jax.process_count() == 1:
-            return jax.device_put(filled, batch_sharding(mesh, rows))
-        return jax.make_array_from_process_local_data(batch_sharding(mesh, rows), filled)
+            return jax.device_put(filled(array, multiple * parts), where)
+        array = filled(array, 1)
+        count = len(array) * multiple // len(rows_here(mesh, multiple, rows=rows))
+        numbers = rows_here(mesh, count, rows=rows)
+
+        def part(index: Any) -> np.ndarray:
+            return array[np.searchsorted(numbers, np.arange(count)[index[0]])]
+
+        with jax.transfer_guard_host_to_device("allow"):
+            return jax.make_array_from_callback((count, *array.shape[1:]), where, part)
 
     return jax.tree.map(place, batch)

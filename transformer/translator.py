@@ -167,7 +167,7 @@ class Translator:
     def _requests(
         self, sources: Ragged, asked: Sequence[Wish], keys_N2: np.ndarray | None
     ) -> Iterator[tuple[np.ndarray, Request]]:
-        """Every sentence once: the sentences of a batch, PADDING_ROW where there is none, and what the device gets."""
+        """Every sentence once: those of a batch, PADDING_ROW where there is none, and what this host's devices get."""
         groups: dict[wishes.Shape, list[int]] = {}
         for index, wish in enumerate(asked):
             groups.setdefault(wish.shape(), []).append(index)
@@ -176,9 +176,10 @@ class Translator:
             for planned in eval_plan(lengths, np.zeros_like(lengths), lambda width: self._rows):
                 is_real_B = planned.examples_B != PADDING_ROW
                 examples_B = np.where(is_real_B, np.array(members)[planned.examples_B], PADDING_ROW)
-                source_BS = sources.rectangle(examples_B, planned.bucket.source)
-                keys_B2 = None if keys_N2 is None else keys_N2[np.where(is_real_B, examples_B, 0)]
-                yield examples_B, Request(source_BS, keys_B2, *wishes.rectangles(asked, examples_B, shape))
+                here_B = examples_B[sharding.rows_here(self._mesh, self._rows, rows="sentences")]
+                source_BS = sources.rectangle(here_B, planned.bucket.source)
+                keys_B2 = None if keys_N2 is None else keys_N2[np.maximum(here_B, 0)]
+                yield examples_B, Request(source_BS, keys_B2, *wishes.rectangles(asked, here_B, shape))
 
     def _start(self, count: int, params: Params | Sequence[Params], request: Request) -> Hypotheses:
         """Hands a batch to the device; does not wait for it."""
@@ -186,7 +187,7 @@ class Translator:
         with _DEVICE:
             if count not in self._programs:
                 run = functools.partial(decode, self._models, self._config, count)
-                self._programs[count] = jax.jit(sharding.over_rows(self._mesh, run))
+                self._programs[count] = sharding.over_rows(self._mesh, run)
             return self._programs[count](params if self._is_ensemble else (params,), placed)
 
     def _texts(self, batch: Hypotheses) -> Iterator[list[Hypothesis]]:

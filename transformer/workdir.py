@@ -8,7 +8,7 @@ from typing import IO
 from etils import epath
 
 from transformer import config as configs
-from transformer import validation
+from transformer import hosts, validation
 from transformer.command_line import say
 from transformer.config import Config
 from transformer.errors import UserError, WorkdirError
@@ -81,6 +81,7 @@ def config_changes(workdir: epath.Path, config: Config) -> list[str]:
     return [str(change) for change in changes]
 
 
+@hosts.lead_only
 def keep_config(workdir: epath.Path, config: Config) -> None:
     """Makes a config the workdir's own."""
     path = workdir / CONFIG_FILE
