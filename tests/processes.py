@@ -106,13 +106,16 @@ class Processes:
             time.sleep(0.05)
 
 
-def on_hosts(count: int, command, folder: pathlib.Path, devices: int, timeout: int = 60, env=None) -> Processes:
+def on_hosts(count, command, folder, devices, timeout=60, commands=None) -> Processes:
     """A command on so many hosts, by explicit flags; as it is for one.
 
     Args:
       devices: of each host.
+      timeout: seconds after which a silent host is given up.
+      commands: one for each host instead; fewer than there should be leave some out.
     """
+    commands = commands or [command] * count
     if count == 1:
-        return Processes([command], devices, folder, env)
+        return Processes(commands, devices, folder)
     where = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}", f"--host_timeout={timeout}"]
-    return Processes([[*command, *where, f"--process_id={i}"] for i in range(count)], devices, folder, env)
+    return Processes([[*own, *where, f"--process_id={i}"] for i, own in enumerate(commands)], devices, folder)

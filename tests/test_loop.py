@@ -28,7 +28,7 @@ class FakeStep:
         self.losses, self.events = iter(losses), []
 
     def __call__(self, state, batch):
-        self.events.append(f"run {batch}")
+        self.events.append(f"run {batch.source_BS}")
         loss = jax.device_put(np.float32(next(self.losses)))
         metrics = StepMetrics(LossSums(loss, loss, loss, jax.device_put(np.float32(4))), loss, loss, loss)
         return state._replace(step=state.step), metrics
@@ -38,7 +38,7 @@ def make_updates(losses, monkeypatch):
     fake = FakeStep(losses)
     batches = (Batch(i, np.zeros((2, 3), np.int32)) for i in range(10))
     state = TrainState(jax.device_put(np.int32(0)), {}, ())
-    updates = loop.Updates(fake, state, batches, lambda batch: batch.source_BS, lambda placed: 10 * placed, Spent())
+    updates = loop.Updates(fake, state, batches, lambda batch: batch, lambda placed: 10 * placed.source_BS, Spent())
     add = updates.meter.add
     monkeypatch.setattr(updates.meter, "add", lambda m, s, **n: (fake.events.append(f"read {s}"), add(m, s, **n)))
     return updates, fake

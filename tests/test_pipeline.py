@@ -89,6 +89,10 @@ def test_nothing_half_written_stays_behind(config, opened, monkeypatch):
     assert not list((pathlib.Path(config.data.data_dir) / "token_ids").glob("*partial*"))
 
 
+def rows_of(host, hosts):
+    return lambda count: np.array_split(np.arange(count), hosts)[host]
+
+
 @pytest.mark.parametrize(("start", "hosts"), [(0, 1), (7, 1), (7, 2), (25, 4)])
 def test_batches_depend_on_the_step_alone(config, opened, start, hosts):
     _, _, ids = opened
@@ -96,7 +100,7 @@ def test_batches_depend_on_the_step_alone(config, opened, start, hosts):
     whole = pipeline.train_iterator(plan, ids, start=0, num_steps=30)
     wanted = list(itertools.islice(whole, start, 30))
     parts = [
-        list(pipeline.train_iterator(plan, ids, start=start, num_steps=30, host=host, hosts=hosts))
+        list(pipeline.train_iterator(plan, ids, start=start, num_steps=30, rows=rows_of(host, hosts)))
         for host in range(hosts)
     ]
     assert {len(part) for part in parts} == {30 - start}

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from transformer import hosts, sharding
 
 SLOWEST = "hosts/slowest"
-OWN_TIME = "host_ms"  # of an update, not spent waiting for the devices: what makes the others wait
+OWN_TIME = "host_ms"  # of an update, not spent with the devices: data, mostly; the others wait for it
 CONSPICUOUS = 1.5  # times what is usual among the hosts
 
 

@@ -74,7 +74,8 @@ class Updates:
         self.meter.waited += time.perf_counter() - waiting_since
         with jax.transfer_guard("disallow"), self.compiles:
             placed = self._place(batch)
-            self.state, metrics = self._train_step(self.state, placed)
+            with self.meter.blocked():
+                self.state, metrics = self._train_step(self.state, placed)
         self.drain()
         self._done += 1
         self._unread = metrics, self._done, {"slots": placed.target_BT.size, "flops": self._flops_of(placed)}
@@ -163,7 +164,9 @@ class Run:
             for done in range(self.start + 1, train.num_steps + 1):
                 updates.dispatch()
                 log.advance(done)
-                self._after_update(updates, done, log, vote())
+                with updates.meter.blocked():
+                    stopped = vote()
+                self._after_update(updates, done, log, stopped)
                 if self._is_over(done):
                     return
 

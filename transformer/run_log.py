@@ -89,13 +89,13 @@ class Meter:
 
     @contextlib.contextmanager
     def blocked(self) -> Iterator[None]:
-        """Notes how long the host waits for the devices."""
+        """Notes how long the host is with the devices: some runtimes return from an update only when it is done."""
         since = self._clock()
         yield
         self._blocked += self._clock() - since
 
     def health(self) -> dict[str, float]:
-        """Of this host since the last reset; `host_ms` is its time in an update that it did not wait for devices."""
+        """Of this host since the last reset; `host_ms` is its time in an update that it was not with the devices."""
         seconds, updates = max(self._clock() - self._start, 1e-9), max(self.updates, 1)
         return {
             "step_ms": 1000 * seconds / updates,

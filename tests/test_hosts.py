@@ -1,0 +1,168 @@
+"""Several processes of one run: the same training and scores as one, and every way to end.
+
+Each process has simulated devices of its own; they talk over loopback as hosts do over a network.
+"""
+
+import argparse
+import json
+import re
+import signal
+
+import numpy as np
+import pytest
+
+from tests.processes import TINY, data_flags, on_hosts, write_data
+from transformer import command_line, hosts, loop
+from transformer.checkpoint import Checkpoints
+from transformer.errors import UserError
+
+STEPS = ["--config.train.num_steps=8", "--config.train.eval_every_steps=4", "--config.train.checkpoint_every_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def train_here(folder, workdir, *flags):
+    """In this process, on its 8 devices."""
+    settings, _ = command_line.config_flags(["", *TINY, *STEPS, *data_flags(folder), *flags])
+    loop.fit(settings, workdir)
+
+
+def command(folder, workdir, *flags):
+    return ["train.py", *TINY, *STEPS, *data_flags(folder), f"--workdir={workdir}", *flags]
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def evaluate_here(workdir, capsys):
+    from eval import main
+
+    main(["eval.py", f"--workdir={workdir}"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    """Trained by one process, undisturbed."""
+    workdir = tmp_path_factory.mktemp("runs") / "alone"
+    train_here(folder, workdir)
+    return workdir
+
+
+def test_two_hosts_do_what_one_does(folder, alone, tmp_path, capsys):
+    """SIGTERM to one of two hosts stops both at one step; one host goes on; all losses and scores are those of one."""
+    with on_hosts(2, command(folder, tmp_path / "run"), tmp_path / "out", devices=4) as pair:
+        pair.wait_until(0, "step 1/")
+        pair.all[1].send_signal(signal.SIGTERM)
+        assert pair.wait() == [143, 143], pair.said(0) + pair.said(1)
+        stopped = [re.findall(r"stopped by SIGTERM; saved step (\d+)", pair.said(host)) for host in (0, 1)]
+    (step,) = stopped[0]
+    assert stopped[1] == [step]
+    assert Checkpoints(tmp_path / "run").newest_sound() == int(step) < 8
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"hosts/0/step_ms", "hosts/1/input_wait", "hosts/1/memory_mb", "hosts/slowest"} <= line.keys()
+
+    train_here(folder, tmp_path / "run")
+    ours, theirs = losses(tmp_path / "run"), losses(alone)
+    assert ours.keys() == theirs.keys() == set(range(1, 9))
+    np.testing.assert_allclose([ours[i] for i in ours], [theirs[i] for i in ours], rtol=1e-5)
+
+    one = evaluate_here(alone, capsys)
+    written = alone / "translations" / "8.test.txt"
+    translations = written.read_bytes()
+    written.unlink()
+    with on_hosts(2, ["eval.py", f"--workdir={alone}"], tmp_path / "out", devices=4) as pair:
+        assert pair.wait() == [0, 0], pair.said(0) + pair.said(1)
+        two = json.loads(pair.printed(0).splitlines()[-1])
+        assert '"bleu"' not in pair.printed(1)
+    assert written.read_bytes() == translations
+    assert two["sentences"] == 13
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    scores = ("bleu", "chrf", "ter", "chrfpp", "bleu_signature", "length_ratio")
+    assert {name: two[name] for name in scores} == {name: one[name] for name in scores}
+
+
+def test_a_killed_host_ends_the_others_with_its_name(folder, tmp_path):
+    with on_hosts(2, command(folder, tmp_path / "run"), tmp_path / "out", devices=1, timeout=5) as pair:
+        pair.wait_until(0, "batch shapes")
+        victim = pair.all[1].pid
+        pair.all[1].kill()
+        assert pair.wait(30) == [1, -9]
+        assert f"host 1 (process {victim} on" in pair.said(0).splitlines()[-1]
+        assert "silent for 5 s" in pair.said(0)
+
+
+def test_hosts_that_disagree_end_with_a_message_each(folder, tmp_path):
+    flags = ["--config.train.seed=1"], ["--config.train.seed=2"]
+    commands = [command(folder, tmp_path / "run", *own) for own in flags]
+    with on_hosts(2, [], tmp_path / "out", devices=1, commands=commands) as pair:
+        assert pair.wait() == [2, 2]
+        for host in (0, 1):
+            assert "the config differs between hosts" in pair.said(host)
+            assert "train.seed: 1 → 2" in pair.said(host)
+            assert "Traceback" not in pair.said(host)
+
+
+def test_a_host_that_never_joins_ends_the_others(folder, tmp_path):
+    commands = [command(folder, tmp_path / "run")]
+    with on_hosts(2, [], tmp_path / "out", devices=1, timeout=3, commands=commands) as lonely:
+        assert lonely.wait(60) == [1]
+        assert "not all processes joined at 127.0.0.1:" in lonely.said(0).splitlines()[-1]
+
+
+def flags(*argv):
+    parser = argparse.ArgumentParser()
+    hosts.add_flags(parser)
+    return parser.parse_args(argv)
+
+
+def test_a_process_without_flags_or_launcher_is_alone():
+    assert not hosts.is_one_of_several(flags())
+    with hosts.joined(flags()):
+        assert (hosts.index(), hosts.count(), hosts.is_lead()) == (0, 1, True)
+        assert hosts.from_lead("x", lambda: "made") == "made"
+        assert hosts.gather("x", "mine") == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--process_id=0"], "got no --coordinator, --num_processes"),
+        (["--coordinator=a:1", "--num_processes=2"], "got no --process_id"),
+        (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], "expected 0 to 1"),
+        (["--coordinator=a:1", "--num_processes=2", "--process_id=-1"], "expected 0 to 1"),
+        (["--coordinator=a", "--num_processes=2", "--process_id=0"], "expected HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(argv, message):
+    with pytest.raises(UserError, match=message):
+        hosts.is_one_of_several(flags(*argv))
+
+
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({}, None),
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3", "OMPI_COMM_WORLD_SIZE": "1"}, None),
+        (SLURM, "Slurm"),
+        ({**SLURM, "SLURM_NTASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}, None),  # inside sbatch or salloc, outside srun
+    ],
+)
+def test_launchers_are_known_by_their_environment(environment, name):
+    assert hosts.launcher(environment) == name
