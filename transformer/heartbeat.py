@@ -52,7 +52,7 @@ class Heartbeat:
         if lost_contact(error):
             deadline = time.monotonic() + self._timeout + 2 * self._pause + GRACE
             while time.monotonic() < deadline:  # who it was that went away is known a little later
-                self._look()
+                self._look(time.monotonic())
                 time.sleep(0.1)
         with self._ending:
             code = command_line.exit_code(error)
@@ -90,16 +90,15 @@ class Heartbeat:
             if now - last > max(self._timeout / 2, 5 * self._pause):
                 self._hear_all()  # it was this process that stood still
             last = now
-            self._look()
+            self._look(now)
 
-    def _look(self) -> None:
-        """Ends the process if another host failed or is silent."""
+    def _look(self, now: float) -> None:
+        """Ends the process if another host failed or is silent by now."""
         failed = [host for host in sorted(self._failed) if host != self._index]
         if failed:
             self._over.wait(GRACE)
             code, message = self._failed[failed[0]]
             self._give_up(code, f"{self._names[failed[0]]} ended: {message}")
-        now = time.monotonic()
         if now - self._answered > self._timeout:
             self._give_up(1, self._silent(0, "and all others depend on it"))
         for host, (_, heard) in self._heard.items():

@@ -1,0 +1,75 @@
+"""What hosts tell each other while they train."""
+
+import jax
+import numpy as np
+import pytest
+
+from transformer import consensus, hosts, sharding
+from transformer.config import MeshConfig
+
+
+@pytest.fixture
+def mesh():
+    return sharding.make_mesh(MeshConfig(data=2, tensor=4))
+
+
+@pytest.fixture
+def two_hosts(monkeypatch):
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    monkeypatch.setattr(hosts, "name", lambda host: f"host {host}")
+
+
+def test_every_device_has_what_every_process_gives(mesh):
+    found = sharding.of_every_device(mesh, np.array([7, 9], np.int32))
+    np.testing.assert_array_equal(jax.device_get(found), [[7, 9]] * 8)
+    assert found.sharding.is_fully_replicated
+
+
+def test_one_host_needs_no_vote(mesh):
+    assert consensus.StopVote(mesh, lambda: 15)() == 15
+    assert consensus.StopVote(mesh, lambda: None)() is None
+
+
+def test_a_vote_counts_after_the_next_update(mesh, two_hosts):
+    signals = iter([None, 15, 15, 15])
+    vote = consensus.StopVote(mesh, lambda: next(signals))
+    assert [vote() for _ in range(4)] == [None, None, 15, 15]
+
+
+def test_the_vote_of_one_device_is_enough(mesh, two_hosts, monkeypatch):
+    votes = iter([np.zeros((8, 1)), np.eye(8)[:, 3:4] * 15, np.zeros((8, 1))])
+    monkeypatch.setattr(sharding, "of_every_device", lambda *_: next(votes))
+    vote = consensus.StopVote(mesh, lambda: None)
+    assert [vote() for _ in range(3)] == [None, None, 15]
+
+
+def test_each_host_is_in_the_metrics(mesh, two_hosts):
+    found = consensus.of_each_host(mesh, {"step_ms": 20.0, "host_ms": 5.0})
+    assert found == {"hosts/0/step_ms": 20, "hosts/0/host_ms": 5, "hosts/slowest": 0}
+
+
+def test_one_host_alone_is_not_measured_apart(mesh):
+    assert consensus.of_each_host(mesh, {"host_ms": 5.0}) == {}
+    assert consensus.Slowest().look({}) == ""
+
+
+def measured(*own, step=100.0):
+    table = {f"hosts/{host}/host_ms": ms for host, ms in enumerate(own)}
+    steps = {f"hosts/{host}/step_ms": step for host in range(len(own))}
+    waits = {f"hosts/{host}/input_wait": 0.5 for host in range(len(own))}
+    return {**table, **steps, **waits, "hosts/slowest": int(np.argmax(own))}
+
+
+def test_a_slow_host_is_named_when_it_stays_slow(two_hosts):
+    slowest = consensus.Slowest()
+    assert slowest.look(measured(10, 60)) == ""
+    assert slowest.look(measured(10, 60)) == (
+        "the others wait for host 1: 60 ms of its own an update, usual are 10; it waits for its data 50% of the time"
+    )
+    assert slowest.look(measured(60, 10)) == ""
+
+
+def test_what_costs_no_time_is_not_worth_a_word(two_hosts):
+    slowest = consensus.Slowest()
+    for found in (measured(50, 60), measured(50, 60), measured(1, 5), measured(1, 5)):
+        assert slowest.look(found) == ""
