@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -50,12 +51,21 @@ def ended(monkeypatch):
     monkeypatch.setattr(heartbeat, "LINGER", 0.3)
     monkeypatch.setattr(os, "_exit", lambda code: codes.append(code) or (_ for _ in ()).throw(Ended))
     monkeypatch.setattr("threading.excepthook", lambda _: None)
-    return codes
+    yield codes
+    while BEATING:
+        BEATING.pop().stop()
+    for thread in threading.enumerate():
+        if thread.name.startswith("heartbeat"):
+            thread.join(10)
 
 
-def beating(service, index=0, timeout=0.5):
+BEATING = []
+
+
+def beating(service, index=0, timeout=1.0):
     beats = Heartbeat(service, index, NAMES, timeout)
     beats.start()
+    BEATING.append(beats)
     return beats
 
 
@@ -67,9 +77,8 @@ def until(condition, seconds=10):
 
 
 def test_hosts_that_beat_are_left_alone(ended):
-    beats = beating(Service())
-    time.sleep(1.2)
-    beats.stop()
+    beating(Service())
+    time.sleep(2.5)
     assert not ended
 
 
@@ -77,7 +86,7 @@ def test_a_silent_host_is_named(ended, capsys):
     beating(Service(silent=[2]))
     until(lambda: ended)
     assert ended == [1]
-    assert f"{NAMES[2]} has been silent for 0 s (--host_timeout), so the run ends" in capsys.readouterr().err
+    assert f"{NAMES[2]} has been silent for 1 s (--host_timeout), so the run ends" in capsys.readouterr().err
 
 
 def test_a_service_that_does_not_answer_is_host_0(ended, capsys):
@@ -106,7 +115,6 @@ def test_a_failure_is_told_to_the_others(ended, capsys):
     beats = beating(service, index=1)
     with pytest.raises(Ended):
         beats.fail(UserError("no such file"))
-    beats.stop()
     assert ended == [2]
     assert json.loads(service.kept["failed/1"]) == [2, "no such file"]
     assert "no such file" in capsys.readouterr().err
@@ -122,12 +130,11 @@ def test_a_broken_collective_waits_to_know_who_went_away(ended, capsys):
 
 def test_a_host_that_stood_still_itself_blames_nobody(ended, monkeypatch):
     """As after SIGSTOP and SIGCONT: its clock went on, and it heard nothing meanwhile."""
-    beats = beating(Service(), timeout=2)
+    beating(Service(), timeout=2)
     shift, clock = [0.0], time.monotonic
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock() + shift[0])
     shift[0] = 60.0
     time.sleep(1)
-    beats.stop()
     assert not ended
 
 
