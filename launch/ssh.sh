@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# One training run on machines that ssh reaches without a password, from the repository's root:
+#   launch/ssh.sh hosts.txt --config=configs/wmt14_base.py --workdir=/shared/runs/base
+# hosts.txt names a machine a line; the first is the coordinator, by the same name for all. On each, the
+# repository lies at DIRECTORY (at first the path it has here) with its .venv, and sees the same workdir.
+# Ctrl-C and SIGTERM reach the trainers, which save and stop; run the same command again to go on.
+set -uo pipefail
+[ $# -ge 2 ] || { echo "usage: launch/ssh.sh HOSTFILE --config=FILE --workdir=DIR [train.py's flags]" >&2; exit 2; }
+
+mapfile -t machines < <(grep -v '^[[:space:]]*\(#\|$\)' "$1")
+shift
+[ "${#machines[@]}" -gt 0 ] || { echo "launch/ssh.sh: the host file names no machine" >&2; exit 2; }
+directory=${DIRECTORY:-$PWD}
+coordinator=${machines[0]#*@}:${PORT:-8476}
+mark=run-$$-$RANDOM
+
+for i in "${!machines[@]}"; do
+  flags=$(printf '%q ' "$@" --coordinator="$coordinator" --num_processes="${#machines[@]}" --process_id="$i")
+  remote="cd $(printf %q "$directory") && echo \$\$ >/tmp/$mark.$i && exec ${PYTHON:-.venv/bin/python} train.py $flags"
+  ssh -o BatchMode=yes "${machines[$i]}" "bash -c $(printf %q "$remote")" </dev/null 2> >(sed -u "s/^/[$i] /" >&2) &
+  sessions[i]=$!
+done
+
+stop() {
+  for i in "${!machines[@]}"; do
+    ssh -o BatchMode=yes "${machines[$i]}" "kill -$1 \$(cat /tmp/$mark.$i)" </dev/null &
+  done
+}
+trap 'stop TERM' TERM
+trap 'stop INT' INT
+
+code=0
+for i in "${!machines[@]}"; do
+  while :; do
+    wait "${sessions[$i]}"
+    one=$?
+    kill -0 "${sessions[$i]}" 2>/dev/null || break
+  done
+  [ "$one" = 0 ] || code=$one
+  ssh -o BatchMode=yes "${machines[$i]}" "rm -f /tmp/$mark.$i" </dev/null
+done
+exit "$code"

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# One training run on all hosts of a Cloud TPU slice, from the repository's root:
+#   TPU=my-slice ZONE=us-east5-a launch/tpu_pod.sh --config=configs/wmt14_big.py --workdir=gs://BUCKET/runs/big \
+#     --config.model.dtype=bfloat16
+# It copies the tracked files to each host, sets up .venv there once, and starts the same command on all of them;
+# JAX learns of the other hosts from the TPU's own metadata. DATA_DIR names the folder of prepared data, a disk that
+# all hosts have mounted or a folder of each. Before a host is taken away it gets SIGTERM: all save and stop with
+# exit code 143, and the same command goes on.
+set -euo pipefail
+: "${TPU:?name of the TPU VM or queued resource}" "${ZONE:?its zone}"
+on_all=(gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all)
+
+bundle=$(mktemp -d)/code.tar.gz
+git archive --format=tar.gz -o "$bundle" HEAD
+gcloud compute tpus tpu-vm scp "$bundle" "$TPU:code.tar.gz" --zone="$ZONE" --worker=all
+"${on_all[@]}" --command="mkdir -p transformer && tar -xzf code.tar.gz -C transformer && cd transformer && \
+make .venv/installedtpu ACCELERATOR=tpu PYTHON=${PYTHON:-python3} && .venv/bin/pip install --quiet -r requirements-gcs.txt"
+
+"${on_all[@]}" --command="cd transformer && TFDS_DATA_DIR=${DATA_DIR:-\$HOME/tensorflow_datasets} \
+exec .venv/bin/python train.py $(printf '%q ' "$@")"

@@ -1,0 +1,155 @@
+"""The recipes in launch/: each names commands and flags that there are, and starts what it says."""
+
+import os
+import pathlib
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+import train
+from tests import slurm
+from tests.conftest import ROOT
+from tests.processes import TINY, data_flags, environment, write_data
+from tests.test_hosts import losses, train_here
+from transformer.checkpoint import Checkpoints
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_well_formed(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    assert path.stat().st_mode & stat.S_IXUSR
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", path], check=True)
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
+def test_files_and_flags_that_recipes_name_exist(path, capsys):
+    text = path.read_text()
+    for config in re.findall(r"configs/\w+\.py", text):
+        assert (ROOT / config).exists()
+    for document in re.findall(r"docs/\w+\.md", text):
+        assert (ROOT / document).exists()
+    train.main(["train.py", "--help"])
+    known = set(re.findall(r"--\w+", capsys.readouterr().out))
+    ours = {"--config", "--workdir", "--coordinator", "--num_processes", "--process_id", "--host_timeout"}
+    assert known >= ours & set(re.findall(r"--\w+", text))
+    assert set(re.findall(r"--[a-z]+_\w+", text)) <= ours
+
+
+def test_the_jobset_names_one_number_of_hosts_and_flags_that_train_takes():
+    (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
+    (job,) = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    flags = dict(argument.split("=", 1) for argument in container["args"])
+    assert spec["parallelism"] == spec["completions"] == int(flags["--num_processes"])
+    name = jobset["metadata"]["name"]
+    assert flags["--coordinator"].split(":")[0] == f"{name}-{job['name']}-0-0.{name}"
+    port = container["ports"][0]["containerPort"]
+    assert flags["--coordinator"].endswith(f":{port}")
+    (variable,) = re.findall(r"\$\((\w+)\)", flags["--process_id"])
+    assert variable in {each["name"] for each in container["env"]}
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert (rule["onExitCodes"]["containerName"], rule["onExitCodes"]["values"]) == (container["name"], [2, 3])
+    grace = spec["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace >= 60
+
+
+def program(path: pathlib.Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_the_tpu_recipe_starts_the_same_command_everywhere(tmp_path):
+    program(tmp_path / "bin" / "gcloud", f'printf "%s\\n" "$*" >> {tmp_path}/called')
+    env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TPU": "slice", "ZONE": "z"}
+    subprocess.run(
+        ["launch/tpu_pod.sh", "--config=configs/demo.py", "--workdir=gs://b/r"], env=env, check=True, cwd=ROOT
+    )
+    copied, *_, started = (tmp_path / "called").read_text().splitlines()
+    assert re.match(r"compute tpus tpu-vm scp \S+/code.tar.gz slice:code.tar.gz --zone=z --worker=all", copied)
+    assert started.startswith("compute tpus tpu-vm ssh slice --zone=z --worker=all --command=cd transformer && ")
+    assert started.rstrip().endswith("train.py --config=configs/demo.py --workdir=gs://b/r")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+STEPS = ["--config.train.num_steps=40", "--config.train.eval_every_steps=40"]
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "alone"
+    train_here(folder, workdir, *STEPS)
+    return losses(workdir)
+
+
+def check(workdir, alone):
+    ours = losses(workdir)
+    assert ours.keys() == alone.keys()
+    assert list(ours.values()) == pytest.approx(list(alone.values()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ssh_trains_on_all_machines(folder, alone, tmp_path):
+    """With a command in place of ssh that runs everything here."""
+    program(tmp_path / "bin" / "ssh", 'shift 3; exec bash -c "$*"')
+    (tmp_path / "hosts.txt").write_text("127.0.0.1  \n# a comment\n\n127.0.0.1\n".replace("  ", ""))
+    command = ["launch/ssh.sh", tmp_path / "hosts.txt", *TINY, *data_flags(folder), *STEPS, "--host_timeout=60"]
+    env = {**environment(4), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": sys.executable}
+    run = [*map(str, command), f"--workdir={tmp_path}/run"]
+    with subprocess.Popen(run, env=env, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as first:
+        for line in first.stderr:
+            if b"step 2/" in line:
+                first.terminate()
+                break
+        said = first.stderr.read().decode()
+    assert first.returncode == 143, said
+    assert re.search(r"^\[1\] train.py \(host 1 of 2\): stopped by SIGTERM", said, re.MULTILINE)
+    second = subprocess.run(run, env=env, cwd=ROOT, capture_output=True, timeout=300)
+    assert second.returncode == 0, second.stderr.decode()
+    check(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not slurm.is_installed(), reason="needs root and Debian's slurm-wlm and munge")
+def test_slurm_trains_requeues_and_resumes(folder, alone, tmp_path):
+    with slurm.Cluster(tmp_path / "slurm") as cluster:
+        options = ["--nodes=1", "--ntasks-per-node=2", f"--chdir={ROOT}", f"--output={tmp_path}/log", "--parsable"]
+        flags = [*TINY, *data_flags(folder), *STEPS, "--host_timeout=60", f"--workdir={tmp_path}/run"]
+        cluster.env |= {"PYTHON": sys.executable, **environment(4)}
+        job = cluster.run("sbatch", *options, LAUNCH / "slurm.sbatch", *flags).strip()
+
+        def said():
+            return (tmp_path / "log").read_text(errors="replace") if (tmp_path / "log").exists() else ""
+
+        cluster.wait_for(lambda: "step 2/" in said(), "it trains", 180)
+        cluster.run("scontrol", "requeue", job)
+        cluster.wait_for(lambda: "stopped by SIGTERM; saved step" in said(), "it saves")
+        (step,) = set(re.findall(r"stopped by SIGTERM; saved step (\d+)", said()))
+        deadline = time.monotonic() + 300
+        while "resuming after step" not in said():
+            assert time.monotonic() < deadline, said() + cluster.run("scontrol", "show", "job", job)
+            subprocess.run(
+                ["scontrol", "update", f"JobId={job}", "StartTime=now"], env=cluster.env, capture_output=True
+            )
+            time.sleep(1)
+        assert f"resuming after step {step}" in said()
+        cluster.wait_for(lambda: job not in cluster.run("squeue", "-h", "-o", "%i").split(), "it ends", 180)
+        assert "JobState=COMPLETED" in cluster.run("scontrol", "show", "job", job)
+        assert "Restarts=1" in cluster.run("scontrol", "show", "job", job)
+    assert Checkpoints(tmp_path / "run").newest_sound() == 40
+    check(tmp_path / "run", alone)
