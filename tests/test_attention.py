@@ -168,7 +168,7 @@ def test_filled_up_rows_and_lengths_leave_the_others_bits_as_they_are():
 
 @pytest.mark.parametrize("rate", [0.1, 0.7])
 def test_as_many_weights_are_dropped_as_asked_and_each_by_itself(rate):
-    words = dropout.head_words(jax.random.key(2), 3, 4)
+    words = dropout.head_words(jax.random.key(2), rate, 3, 4)
     keep = np.asarray(dropout.kept_weights(words, rate, jnp.int32(0), 64, jnp.int32(0), 64))
     assert abs(keep.mean() - (1 - rate)) < 0.01
     for axis in range(4):  # neighbours along no axis know of each other

@@ -76,9 +76,10 @@ def dot_product_attention(
       [B, T, H, K] in the dtype of `v_BSHK`.
     """
     weights_BHTS = attention_weights(q_BTHK, k_BSHK, mask).astype(v_BSHK.dtype)
-    if key is not None and dropout_rate:
-        B, H, T, S = weights_BHTS.shape
-        keep_BHTS = kept_weights(head_words(key, B, H), dropout_rate, jnp.int32(0), T, jnp.int32(0), S)
+    B, H, T, S = weights_BHTS.shape
+    words = head_words(key, dropout_rate, B, H)
+    if words is not None:
+        keep_BHTS = kept_weights(words, dropout_rate, jnp.int32(0), T, jnp.int32(0), S)
         weights_BHTS = drop(weights_BHTS, keep_BHTS, dropout_rate)
     return jnp.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK)
 

@@ -30,6 +30,14 @@ class Drop(NamedTuple):
     words: Words | None
 
 
+class Way(NamedTuple):
+    """How to attend: rate of dropout, queries and keys of a block, devices of a ring and keys of each."""
+
+    rate: float
+    sizes: tuple[int, int]
+    ring: tuple[int, int] = (1, 0)
+
+
 class Running(NamedTuple):
     """What queries, by blocks, have gathered from the keys that have passed: weighted values, sums, maxima."""
 
@@ -70,8 +78,8 @@ def blockwise_attention(
       [B, T, H, K] in the dtype of `v_BSHK`.
     """
     *arrays, visible, sizes = in_blocks(q_BTHK, k_BSHK, v_BSHK, visible, block)
-    words = head_words(key, q_BTHK.shape[0], q_BTHK.shape[2]) if key is not None and dropout_rate else None
-    out_BHTK = _attend(*arrays, visible, words, dropout_rate, sizes)
+    words = head_words(key, dropout_rate, q_BTHK.shape[0], q_BTHK.shape[2])
+    out_BHTK = _attend(*arrays, visible, words, Way(dropout_rate, sizes))
     return jnp.swapaxes(out_BHTK, 1, 2)[:, : q_BTHK.shape[1]]
 
 
@@ -101,40 +109,24 @@ def _fill(array: Array, axis: int, block: int) -> Array:
     return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)]) if missing else array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(
-    q_BHTK: Array,
-    k_BHSK: Array,
-    v_BHSK: Array,
-    visible: Visible,
-    words: Words | None,
-    rate: float,
-    sizes: tuple[int, int],
-) -> Array:
-    return _forward(q_BHTK, k_BHSK, v_BHSK, visible, words, rate, sizes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible: Visible, words: Words | None, way: Way) -> Array:
+    return _forward(q_BHTK, k_BHSK, v_BHSK, visible, words, way)[0]
 
 
 def _forward(
-    q_BHTK: Array,
-    k_BHSK: Array,
-    v_BHSK: Array,
-    visible: Visible,
-    words: Words | None,
-    rate: float,
-    sizes: tuple[int, int],
+    q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible: Visible, words: Words | None, way: Way
 ) -> tuple[Array, tuple]:
     """Output, and what the gradient needs: the inputs, the output and the log of each query's sum."""
-    meeting = Meeting(q_BHTK, k_BHSK, v_BHSK, visible, Drop(rate, words), sizes)
+    meeting = Meeting(q_BHTK, k_BHSK, v_BHSK, visible, Drop(way.rate, words), way.sizes)
     out_BHTK, log_total_BHT = settle(look(meeting, nothing_seen(meeting)), v_BHSK.dtype)
     return out_BHTK, (q_BHTK, k_BHSK, v_BHSK, visible, words, out_BHTK, log_total_BHT)
 
 
-def _backward(rate: float, sizes: tuple[int, int], saved: tuple, grad_BHTK: Array) -> tuple:
-    *qkv, visible, words, out_BHTK, log_total_BHT = saved
-    q_BHTK, k_BHSK, v_BHSK = qkv
-    meeting = Meeting(q_BHTK, k_BHSK, v_BHSK, visible, Drop(rate, words), sizes)
-    looked = Looked(q_BHTK, grad_BHTK, mean_gradient(grad_BHTK, out_BHTK), log_total_BHT)
-    return *in_rows(look_back(meeting, looked, no_gradients(meeting)), *qkv), None, None
+def _backward(way: Way, saved: tuple, grad_BHTK: Array) -> tuple:
+    meeting, looked = reopened(way, saved, grad_BHTK)
+    gradients = look_back(meeting, looked, no_gradients(meeting))
+    return *in_rows(gradients, *saved[:3]), None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -224,6 +216,13 @@ def settle(running: Running, dtype: jnp.dtype) -> tuple[Array, Array]:
 def mean_gradient(grad_BHTK: Array, out_BHTK: Array) -> Array:
     """The mean of the gradients of a query's weights, which each of them loses; the output tells it without them."""
     return (grad_BHTK.astype(jnp.float32) * out_BHTK.astype(jnp.float32)).sum(-1)
+
+
+def reopened(way: Way, saved: tuple, grad_BHTK: Array) -> tuple[Meeting, Looked]:
+    """What was saved for the gradient of attention: its queries and keys, and what the queries found."""
+    q_BHTK, k_BHSK, v_BHSK, visible, words, out_BHTK, log_total_BHT = saved
+    meeting = Meeting(q_BHTK, k_BHSK, v_BHSK, visible, Drop(way.rate, words), way.sizes)
+    return meeting, Looked(q_BHTK, grad_BHTK, mean_gradient(grad_BHTK, out_BHTK), log_total_BHT)
 
 
 def no_gradients(meeting: Meeting) -> Gradients:

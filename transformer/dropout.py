@@ -43,8 +43,10 @@ def drop(x: Array, keep: Array, rate: float) -> Array:
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
-def head_words(key: Array, batch: int, heads: int) -> Words:
-    """Two random uint32 [B, H] for each row and head, from which `kept_weights` draws."""
+def head_words(key: Array | None, rate: float, batch: int, heads: int) -> Words | None:
+    """Two random uint32 [B, H] for each row and head, from which `kept_weights` draws; None: it keeps all."""
+    if key is None or rate == 0.0:
+        return None
     row_BH, head_BH = (jax.lax.broadcasted_iota(jnp.uint32, (batch, heads), axis) for axis in (0, 1))
     return _hash(_words(key), row_BH, head_BH)
 

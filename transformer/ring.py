@@ -20,16 +20,16 @@ from transformer.blockwise import (
     BLOCK,
     Drop,
     Gradients,
-    Looked,
     Meeting,
     Running,
+    Way,
     in_blocks,
     in_rows,
     look,
     look_back,
-    mean_gradient,
     no_gradients,
     nothing_seen,
+    reopened,
     settle,
 )
 from transformer.dropout import Words, head_words
@@ -53,7 +53,7 @@ def ring_attention(
     Returns:
       [B, T, H, K] in the dtype of `v_BSHK`.
     """
-    words = head_words(key, q_BTHK.shape[0], q_BTHK.shape[2]) if key is not None and dropout_rate else None
+    words = head_words(key, dropout_rate, q_BTHK.shape[0], q_BTHK.shape[2])
     local = functools.partial(_local, dropout_rate, block, sharding.shards("length"))
     heads = ("batch", "length", "heads", "kv")
     split = sharding.per_device(local, (heads, heads, heads, ("batch", "length"), ("batch", "heads")), heads)
@@ -74,22 +74,13 @@ def _local(
     queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
     first = sharding.shard_index("length") * queries
     *qkv, visible, sizes = in_blocks(q_BTHK, k_BSHK, v_BSHK, dataclasses.replace(visible, first_query=first), block)
-    out_BHTK = _attend(*qkv, visible, words, rate, sizes, (count, keys))
+    out_BHTK = _attend(*qkv, visible, words, Way(rate, sizes, (count, keys)))
     return jnp.swapaxes(out_BHTK, 1, 2)[:, :queries]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(
-    q_BHTK: Array,
-    k_BHSK: Array,
-    v_BHSK: Array,
-    visible: Visible,
-    words: Words | None,
-    rate: float,
-    sizes: tuple[int, int],
-    ring: tuple[int, int],
-) -> Array:
-    return _forward(q_BHTK, k_BHSK, v_BHSK, visible, words, rate, sizes, ring)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible: Visible, words: Words | None, way: Way) -> Array:
+    return _forward(q_BHTK, k_BHSK, v_BHSK, visible, words, way)[0]
 
 
 def _meet(here: Meeting, travelling: tuple, turn: Array, ring: tuple[int, int]) -> Meeting:
@@ -102,16 +93,9 @@ def _meet(here: Meeting, travelling: tuple, turn: Array, ring: tuple[int, int]) 
 
 
 def _forward(
-    q_BHTK: Array,
-    k_BHSK: Array,
-    v_BHSK: Array,
-    visible: Visible,
-    words: Words | None,
-    rate: float,
-    sizes: tuple[int, int],
-    ring: tuple[int, int],
+    q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible: Visible, words: Words | None, way: Way
 ) -> tuple[Array, tuple]:
-    here = Meeting(q_BHTK, k_BHSK, v_BHSK, visible, Drop(rate, words), sizes)
+    here, ring = Meeting(q_BHTK, k_BHSK, v_BHSK, visible, Drop(way.rate, words), way.sizes), way.ring
 
     def turn(number: Array, carry: tuple[tuple, Running]) -> tuple[tuple, Running]:
         travelling, running = carry
@@ -124,11 +108,8 @@ def _forward(
     return out_BHTK, (q_BHTK, k_BHSK, v_BHSK, visible, words, out_BHTK, log_total_BHT)
 
 
-def _backward(rate: float, sizes: tuple[int, int], ring: tuple[int, int], saved: tuple, grad_BHTK: Array) -> tuple:
-    *qkv, visible, words, out_BHTK, log_total_BHT = saved
-    q_BHTK, k_BHSK, v_BHSK = qkv
-    here = Meeting(q_BHTK, k_BHSK, v_BHSK, visible, Drop(rate, words), sizes)
-    looked = Looked(q_BHTK, grad_BHTK, mean_gradient(grad_BHTK, out_BHTK), log_total_BHT)
+def _backward(way: Way, saved: tuple, grad_BHTK: Array) -> tuple:
+    (here, looked), ring = reopened(way, saved, grad_BHTK), way.ring
 
     def turn(number: Array, carry: tuple[tuple, Gradients]) -> tuple[tuple, Gradients]:
         travelling, gradients = carry
@@ -136,9 +117,9 @@ def _backward(rate: float, sizes: tuple[int, int], ring: tuple[int, int], saved:
         dq_BHTK, *dkv = look_back(_meet(here, travelling, number, ring), looked, gradients)
         return onward, Gradients(dq_BHTK, *sharding.pass_on("length", dkv, ring[0]))
 
-    start = (k_BHSK, v_BHSK, visible.keys_BS), no_gradients(here)
+    start = (here.k_BHSK, here.v_BHSK, here.visible.keys_BS), no_gradients(here)
     _, gradients = jax.lax.fori_loop(0, ring[0], turn, start)
-    return *in_rows(gradients, *qkv), None, None
+    return *in_rows(gradients, *saved[:3]), None, None
 
 
 _attend.defvjp(_forward, _backward)
