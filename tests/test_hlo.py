@@ -67,6 +67,19 @@ def test_where_no_trips_are_noted_the_counter_s_bounds_tell_them(direction, time
     assert (tuple_.times, program.unknown_loops) == (times, unknown)
 
 
+@pytest.mark.parametrize(("strides", "times"), [((1,), 4), ((2,), 2), ((3,), 2), ((1, 2), 2)])
+def test_a_counter_may_grow_by_more_than_one_a_trip(strides, times):
+    """From 2 to below 6."""
+    lines, last = [], "i"
+    for number, stride in enumerate(strides):
+        lines += [f"  %by{number} = s32[] constant({stride})", f"  %n{number} = s32[] add(%{last}, %by{number})"]
+        last = f"n{number}"
+    text = TPU_LOOP.replace("DIRECTION", "LT").replace("tuple(%i, %x)", f"tuple(%{last}, %x)")
+    program = Program(text.replace("  ROOT %t", "\n".join([*lines, "  ROOT %t"])))
+    (tuple_,) = [visit for visit in program.visits() if visit.instruction.name == "t"]
+    assert tuple_.times == times
+
+
 def test_both_branches_of_a_condition_count():
     program = compiled(lambda x: jax.lax.cond(x.sum() > 0, lambda: x @ x @ x, lambda: x @ x), (4, 4))
     assert len(dots(program)) in (2, 3)  # XLA may share the product that both have

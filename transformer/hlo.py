@@ -132,18 +132,32 @@ class Program:
         if len(limits) != 1 or len(compared) != 1 or compared[0].attribute("direction") != "LT":
             self.unknown_loops.append(loop.name)
             return 1
-        return max(int(limits[0].text) - self._start(loop, computation, compared[0], condition), 0)
+        counter = condition.get(compared[0].operands[0])
+        if counter is None or counter.opcode != "get-tuple-element":
+            return max(int(limits[0].text), 0)
+        index = counter.numbers("index")[0]
+        distance = int(limits[0].text) - _start(loop, computation, index)
+        return max(-(-distance // self._stride(loop, index)), 0)
 
-    def _start(self, loop: Instruction, outer: Computation, compared: Instruction, condition: Computation) -> int:
-        """What a loop's counter begins with: a constant of the tuple given to the loop, or else 0."""
-        counter = condition.get(compared.operands[0]) if compared.operands else None
-        given = outer.get(loop.operands[0])
-        if counter is None or given is None or counter.opcode != "get-tuple-element" or given.opcode != "tuple":
-            return 0
-        first = outer.get(given.operands[counter.numbers("index")[0]])
-        while first is not None and first.opcode in ("copy", "bitcast"):
-            first = outer.get(first.operands[0])
-        return int(first.text) if first is not None and first.opcode == "constant" else 0
+    def _stride(self, loop: Instruction, index: int) -> int:
+        """What a loop's counter grows by: more than 1 where its body is several turns written out."""
+        body = self.computations.get(loop.attribute("body").lstrip("%"), {})
+        root = next((one for one in body.values() if one.root and one.opcode == "tuple"), None)
+        at, stride = root and body.get(root.operands[index]), 0
+        while at and at.opcode in ("add", "copy", "bitcast"):
+            operands = [body[name] for name in at.operands if name in body]
+            stride += sum(int(one.text) for one in operands if one.opcode == "constant")
+            at = next((one for one in operands if one.opcode != "constant"), None)
+        return max(stride, 1)
+
+
+def _start(loop: Instruction, outer: Computation, index: int) -> int:
+    """What a loop's counter begins with: a constant of the tuple given to the loop, or else 0."""
+    given = outer.get(loop.operands[0])
+    first = outer.get(given.operands[index]) if given and given.opcode == "tuple" else None
+    while first is not None and first.opcode in ("copy", "bitcast"):
+        first = outer.get(first.operands[0])
+    return int(first.text) if first is not None and first.opcode == "constant" else 0
 
 
 def _called(instruction: Instruction) -> list[str]:
