@@ -105,7 +105,7 @@ def show(table: dict[str, Any]) -> None:
     print(f"| growth exponent at the end | {exponents} |", file=sys.stderr)
 
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 380, 64, 96, 16, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 380, 96, 80, 16, 44
 COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#7d3c98", "#b9770e", "#117a65", "#5d6d7e")
 STYLE = "text{font:12px sans-serif;fill:#555}.grid{stroke:#ccc}polyline{fill:none;stroke-width:2}"
 

@@ -70,6 +70,13 @@ def test_the_compiled_step_grows_with_the_length_by_blocks_and_with_its_square_w
     assert used["ring:4", 16384] == pytest.approx(used["blockwise", 4096], rel=0.3)
 
 
+@pytest.mark.tpu
+def test_the_compiled_step_of_a_tpu_grows_with_the_length_by_splash():
+    topology = parse_topology("v5e:2x2")
+    used = [attention_memory.temporary_mb("splash", length, topology) for length in (1024, 4096)]
+    assert attention_memory.growth([1024, 4096], used) < 1.1
+
+
 @pytest.mark.parametrize("path", ["ring:0", "ring:two", "plain:2", "fast"])
 def test_a_way_to_attend_that_is_none_is_refused(path):
     with pytest.raises(UserError, match=r"ring:2, say|expected one of auto, plain"):
