@@ -70,7 +70,8 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     versus = None
     if other:
         ours = evaluation.report.translations
-        versus = significance.against(*other, ours, chosen.references)
+        tokenized = trained.config.data.tokenized
+        versus = significance.against(*other, ours, chosen.references, tokenized=tokenized)
         say(f"\n{significance.table(versus)}\n")
         say(significance.examples(versus, chosen.sources, chosen.references, ours))
     say(f"translations: {output}")

@@ -20,7 +20,7 @@ datasets/cldr_frames_time datasets/cldr_frames_life datasets/cldr
 datasets/pair_shards datasets/parallel_text datasets/prepared
 datasets/archives datasets/members datasets/wmt
 datasets/split datasets/contents datasets/corpus
-tokenizer batching packing cost pipeline data_report
+subword_codes tokenizer batching packing cost pipeline data_report
 sharding consensus segments dropout attention blockwise ring kernels layers stack model
 loss optimizer step compilation checkpoint trained
 hypotheses restrictions constraints search sampling decoding

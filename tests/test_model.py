@@ -138,11 +138,18 @@ def outputs(**fields):
         ("attention_dropout_rate", 0.3),
         ("mlp_dropout_rate", 0.3),
         ("attention", "blockwise"),
+        ("qkv_init_gain", 0.5),
         ("dtype", "bfloat16"),
     ],
 )
 def test_every_field_changes_the_output(field, value):
     assert not np.array_equal(outputs(), outputs(**{field: value}))
+
+
+def test_the_gain_scales_queries_keys_and_values_alone():
+    plain, half = make().decoder[0].cross, make(qkv_init_gain=0.5).decoder[0].cross
+    for name, gain in (("query", 0.5), ("key", 0.5), ("value", 0.5), ("out", 1.0)):
+        np.testing.assert_allclose(getattr(half, name)[...], gain * getattr(plain, name)[...], rtol=1e-6)
 
 
 def test_learned_positions_have_as_many_rows_as_asked():

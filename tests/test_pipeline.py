@@ -194,6 +194,25 @@ def test_a_vocabulary_from_elsewhere_must_have_the_size_the_config_says(config, 
         pipeline.get_tokenizer(wrong, corpus, tmp_path / "b")
 
 
+def test_codes_get_the_pieces_of_the_training_text_and_other_codes_other_ones(config, opened, tmp_path):
+    corpus, path = opened[0], tmp_path / "my.codes"
+
+    def get(merge):
+        path.write_text(f"#version: 0.2\n{merge}\n")
+        data = dataclasses.replace(config.data, tokenizer=str(path), vocab_size=9999)
+        with pytest.raises(UserError, match=r"my\.codes has .* pieces; set data\.vocab_size") as refused:
+            pipeline.get_tokenizer(data, corpus, tmp_path / "run")
+        data = dataclasses.replace(data, vocab_size=int(str(refused.value).split()[-1]))
+        return pipeline.get_tokenizer(data, corpus, tmp_path / "run")
+
+    one, other = get("e i</w>"), get("o u</w>")
+    assert "ei" in one.pieces(range(one.vocab_size))
+    assert "ou" in other.pieces(range(other.vocab_size))
+    assert other.digest == tokenizer.load(tmp_path / "run").digest
+    line = corpus.split("train").sources()[0]
+    assert one.decode(one.encode([line])[0]) == line
+
+
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_the_model_type_is_the_config_s(config, opened, tmp_path, model_type):
     corpus, trained, _ = opened

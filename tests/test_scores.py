@@ -114,6 +114,28 @@ def test_legacy_bleu_takes_several_references():
     assert found["legacy_tokenized_bleu"] == pytest.approx(100)
 
 
+def test_bleu_of_tokenized_text_is_the_sacrebleu_command_with_its_options(tmp_path):
+    hypotheses = ["ein Hund , der 3.5 Jahre schläft", "zwei hunde"]
+    references = ["ein hund , der 3.5 jahre ruht", "zwei"]
+    for name, lines in (("hyp", hypotheses), ("ref", references)):
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "sacrebleu", str(tmp_path / "ref"), "-i", str(tmp_path / "hyp"), "-b", "-w", "6"]
+    done = subprocess.run([*command, *"-tok none -lc -s none".split()], capture_output=True, text=True, check=True)
+    found = scores.score(hypotheses, [references], ["bleu", "chrf"], tokenized=True)
+    assert found["bleu"] == pytest.approx(float(done.stdout), abs=1e-6)
+    assert found["bleu_signature"].startswith("nrefs:1|case:lc|eff:no|tok:none|smooth:none|")
+    assert found["bleu"] != pytest.approx(scores.score(hypotheses, [references], ["bleu"])["bleu"], abs=0.1)
+    assert found["chrf"] == scores.score(hypotheses, [references], ["chrf"])["chrf"]
+
+
+def test_tokenized_text_is_not_tokenized_again():
+    lines = (["er sagt &apos; ja &apos; ."], [["er sagt &apos; ja &apos; !"]])
+    found = scores.further(lines[0], *lines, "de", tokenized=True)
+    assert found["legacy_tokenized_bleu"] == scores.score(*lines, ["bleu"], tokenized=True)["bleu"]
+    assert found["bleu_by_source_length"]["0-10"]["bleu"] == found["legacy_tokenized_bleu"]
+    assert found["legacy_signature"] == "multi-bleu|as it is"
+
+
 def test_without_comet_there_is_no_comet(monkeypatch):
     monkeypatch.setattr(scores.importlib.util, "find_spec", lambda name: None)
     assert scores.comet(["a"], ["b"], [["c"]]) == {}

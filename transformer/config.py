@@ -49,6 +49,13 @@ class ModelConfig:
         "else from length 512 the kernel that can run, or by blocks",
         one_of=("auto", "plain", "blockwise", "cudnn", "splash", "ring"),
     )
+    qkv_init_gain: float = _field(
+        1.0,
+        "on the Glorot initialisation of queries, keys and values; 0.7071 is that of one matrix for all three, "
+        "as fairseq has it",
+        low=TINY,
+        high=10,
+    )
     remat: str = _field(
         "none",
         "what the backward pass computes again rather than keeps: none; dots: all but products with params; full: "
@@ -85,7 +92,16 @@ class DataConfig:
         "", "a folder of WMT archives fetched by hand, by their own names; empty: downloads/manual under data_dir"
     )
     vocab_size: int = _field(37000, "pieces of the shared vocabulary, specials included", low=8, high=1_000_000)
-    tokenizer: str = _field("bpe", "SentencePiece model type, bpe or unigram, or the path of a trained .model file")
+    tokenizer: str = _field(
+        "bpe",
+        "SentencePiece model type, bpe or unigram, or a path: a trained .model, merges of subword-nmt (.codes, whose "
+        "vocabulary is then every piece of the training text), or a .json that a run with such merges keeps",
+    )
+    tokenized: bool = _field(
+        False,
+        "the text is lowercased words and punctuation with spaces between, as some published sets are: BLEU is then "
+        "that of sacrebleu -tok none -lc -s none, comparable with theirs and not with that of raw text",
+    )
     max_length: int = _field(256, "training drops pairs with a side of more tokens, end included", low=2, high=65536)
     batching: str = _field(
         "bucket",

@@ -155,9 +155,11 @@ class MultiHeadAttention(nnx.Module):
         dropout_rate: float,
         path: str,
         rngs: nnx.Rngs,
+        gain: float = 1.0,
     ):
         self.dropout_rate, self.path = dropout_rate, path
-        into_heads, from_heads = glorot(in_axis=0, out_axis=(1, 2)), glorot(in_axis=(0, 1), out_axis=2)
+        into_heads = jax.nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
+        from_heads = glorot(in_axis=(0, 1), out_axis=2)
         key_shape, value_shape = ((width, num_heads, dim // num_heads) for dim in (qkv_dim, value_dim))
         axes = ("embed", "heads", "kv")
         self.query = make_param(rngs, into_heads, key_shape, axes)

@@ -301,6 +301,7 @@ def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
         config.attention_dropout_rate,
         config.attention,
         rngs,
+        config.qkv_init_gain,
     )
 
 

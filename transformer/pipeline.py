@@ -88,7 +88,9 @@ def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
 def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) -> Tokenizer:
     """The vocabulary of a run that has no checkpoint yet: stored already, named by the config, or trained now."""
     given = tokenizers.named_by(data)
-    if (stored / tokenizers.FILE_NAME).exists():
+    if not given and data.tokenizer.endswith(".codes"):  # another file of codes may give as many pieces
+        given = vocabulary(data, corpus)
+    if tokenizers.is_in(stored):
         tokenizer = tokenizers.load(stored)
         if tokenizer.digest == (given or tokenizer).digest and tokenizer.vocab_size == data.vocab_size:
             return tokenizer
@@ -104,7 +106,7 @@ def vocabulary(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
         return given
     split = corpus.split("train")
     languages = f"{corpus.source_language}-{corpus.target_language}"
-    key = f"{split.digest[:24]}-{languages}-{data.tokenizer}-{data.vocab_size}-{tokenizers.RECIPE}"
+    key = f"{split.digest[:24]}-{languages}-{tokenizers.recipe(data)}"
     folder = epath.Path(corpora.data_dir(data)) / "vocabularies" / key
     with reported(f"{folder}, under config.data.data_dir"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +116,7 @@ def vocabulary(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
             say(f"{path}: damaged; the vocabulary is trained anew")
             path.unlink()
         say(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} pieces")
-        trained = tokenizers.train(Sentences(split), data.vocab_size, data.tokenizer)
+        trained = tokenizers.make(data, Sentences(split))
         trained.save(folder, f"{trained.digest}.model")
     return trained
 
@@ -125,11 +127,11 @@ def same_tokenizer(stored: epath.Path, trained: Tokenizer) -> Tokenizer:
     Raises:
       UserError: the workdir's is missing or another one.
     """
-    if (stored / tokenizers.FILE_NAME).exists() and tokenizers.load(stored).digest == trained.digest:
+    if tokenizers.is_in(stored) and tokenizers.load(stored).digest == trained.digest:
         return trained
     raise UserError(
         f"{stored}: the vocabulary of this workdir is missing or not the one its checkpoints were trained with, and "
-        f"another would not fit them: copy tokenizer/{tokenizers.FILE_NAME} back from the newest checkpoint"
+        f"another would not fit them: copy tokenizer/{trained.file_name} back from the newest checkpoint"
     )
 
 

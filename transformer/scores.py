@@ -1,8 +1,9 @@
 """Scores of a corpus of translations, by sacreBLEU with its signatures.
 
 They are of detokenized translations against the raw references, so the `sacrebleu` command gives the same
-on the written files. Beside them: BLEU by length of the source, the BLEU of older papers on tokens, under
-that name only, and COMET where its package and weights are on this machine.
+on the written files; with `data.tokenized`, BLEU is that of `sacrebleu -tok none -lc -s none`. Beside them:
+BLEU by length of the source, the BLEU of older papers on tokens, under that name only, and COMET where its
+package and weights are on this machine.
 """
 
 import functools
@@ -33,13 +34,23 @@ COMPOUND = re.compile(r"(\S)-(\S)")
 COMET_MODEL = "Unbabel/wmt22-comet-da"
 
 
-def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]) -> Scores:
+def make_metric(name: str, tokenized: bool = False) -> Any:
+    """A metric of `METRICS`; BLEU of lowercased tokens as they stand, without smoothing, if the text is `tokenized`."""
+    if tokenized and name == "bleu":
+        return BLEU(tokenize="none", lowercase=True, smooth_method="none", force=True)
+    return METRICS[name]()
+
+
+def score(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str], tokenized: bool = False
+) -> Scores:
     """Scores of a corpus: each metric and `METRIC_signature`, and `length_ratio` (hypothesis / reference words).
 
     Args:
       hypotheses: detokenized translations.
       references: one list or several, each as long as the hypotheses.
       metrics: of `METRICS`.
+      tokenized: whether both are tokens with spaces between, see `data.tokenized`.
 
     Raises:
       UserError: the counts differ, which sacreBLEU itself would not notice.
@@ -47,7 +58,7 @@ def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]], metric
     check_counts(len(hypotheses), references)
     scores: Scores = {}
     for name in metrics:
-        metric = METRICS[name]()
+        metric = make_metric(name, tokenized)
         # Without sentences there is no score; 0 keeps the report readable by machines.
         scores[name] = metric.corpus_score(list(hypotheses), references).score if hypotheses else 0.0
         scores[f"{name}_signature"] = str(metric.get_signature()) if hypotheses else ""
@@ -68,21 +79,28 @@ def check_counts(sentences: int, references: Sequence[Sequence[str]]) -> None:
 
 
 def further(
-    sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[Sequence[str]], language: str
+    sources: Sequence[str],
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    language: str,
+    tokenized: bool = False,
 ) -> Scores:
     """What a whole report holds beside the headline; `language` is the code of the hypotheses' language."""
     scores = score(hypotheses, references, ["chrfpp"])
     del scores["length_ratio"]
     return {
         **scores,
-        "bleu_by_source_length": by_source_length(sources, hypotheses, references),
-        **legacy(hypotheses, references, language),
+        "bleu_by_source_length": by_source_length(sources, hypotheses, references, tokenized),
+        **legacy(hypotheses, references, language, tokenized),
         **comet(sources, hypotheses, references),
     }
 
 
 def by_source_length(
-    sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+    sources: Sequence[str],
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    tokenized: bool = False,
 ) -> dict[str, Scores]:
     """Number of sentences and corpus BLEU of sources of 0 to 10 words, 11 to 20, and so on, where there are any."""
     groups: dict[str, list[int]] = {name: [] for name in _length_names()}
@@ -94,7 +112,8 @@ def by_source_length(
     for name, members in groups.items():
         if members:
             chosen = [[lines[i] for i in members] for lines in (hypotheses, *references)]
-            found[name] = {"sentences": len(members), "bleu": BLEU().corpus_score(chosen[0], chosen[1:]).score}
+            bleu = make_metric("bleu", tokenized).corpus_score(chosen[0], chosen[1:]).score
+            found[name] = {"sentences": len(members), "bleu": bleu}
     return found
 
 
@@ -104,16 +123,18 @@ def _length_names() -> list[str]:
     return [*(f"{start}-{limit}" for start, limit in zip(starts, LENGTHS, strict=True)), f"over {LENGTHS[-1]}"]
 
 
-def legacy(hypotheses: Sequence[str], references: Sequence[Sequence[str]], language: str) -> Scores:
+def legacy(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]], language: str, tokenized: bool = False
+) -> Scores:
     """BLEU on Moses tokens, as papers gave it before sacreBLEU; comparable with those and with nothing else.
 
     tensor2tensor's get_ende_bleu.sh: tokenizer.perl, then hyphens within words split off with ATAT marks,
     then multi-bleu.perl, which is BLEU without smoothing on what white space separates. Papers on English
     to German split compounds, which is worth a point or so; both are given. Here the references are
     tokenized too, where that script takes a file of tokenized ones. sacremoses does what tokenizer.perl
-    did in 2017: it keeps the full stop of an abbreviation that ends a line.
+    did in 2017: it keeps the full stop of an abbreviation that ends a line. What is `tokenized` is not again.
     """
-    tokenize, version = moses(language)
+    tokenize, signature = (str, "multi-bleu|as it is") if tokenized else moses(language)
     scores: Scores = {}
     for name, split in (("legacy_tokenized_bleu", False), ("legacy_compound_split_bleu", True)):
         sides = [
@@ -122,17 +143,18 @@ def legacy(hypotheses: Sequence[str], references: Sequence[Sequence[str]], langu
         ]
         metric = BLEU(tokenize="none", force=True, smooth_method="none")
         scores[name] = metric.corpus_score(sides[0], sides[1:]).score if hypotheses else 0.0
-    return {**scores, "legacy_signature": f"multi-bleu|moses:{language}|sacremoses:{version}"}
+    return {**scores, "legacy_signature": signature}
 
 
 def moses(language: str) -> tuple[Callable[[str], str], str]:
-    """Moses' tokenizer.perl -l LANGUAGE, and the version of sacremoses, whose port of it this is."""
+    """Moses' tokenizer.perl -l LANGUAGE by sacremoses' port of it, and the signature of a score with it."""
     from importlib.metadata import version
 
     from sacremoses import MosesTokenizer
 
     tokenizer = MosesTokenizer(lang=language)
-    return lambda line: tokenizer.tokenize(line, return_str=True), version("sacremoses")
+    signature = f"multi-bleu|moses:{language}|sacremoses:{version('sacremoses')}"
+    return lambda line: tokenizer.tokenize(line, return_str=True), signature
 
 
 def split_compounds(line: str) -> str:

@@ -88,8 +88,9 @@ class Scorer:
         report = self._evaluator.evaluate(trained.params, sources, references, progress=progress)
         if not math.isfinite(report.loss):
             raise DivergedError(f"{trained.title}: its loss is {report.loss}; evaluate another")
-        language = trained.config.data.target_language
-        return Evaluation(trained, self.chosen, report, further(sources, report.translations, references, language))
+        data = trained.config.data
+        found = further(sources, report.translations, references, data.target_language, data.tokenized)
+        return Evaluation(trained, self.chosen, report, found)
 
 
 def check_hosts(trained: Trained, chosen: EvaluationSet) -> None:

@@ -11,7 +11,7 @@ from sacrebleu.metrics import CHRF
 from sacrebleu.significance import PairedTest
 
 from transformer.errors import UserError
-from transformer.scores import HEADLINE, METRICS, TITLES, check_counts
+from transformer.scores import HEADLINE, TITLES, check_counts, make_metric
 
 LEVEL = 0.05
 TESTS = {"bs": "paired bootstrap", "ar": "approximate randomization"}
@@ -54,6 +54,7 @@ def compare(
     references: Sequence[Sequence[str]],
     metrics: Sequence[str] = HEADLINE,
     samples: int = 0,
+    tokenized: bool = False,
 ) -> list[Comparison]:
     """Both tests of each metric; `samples` 0 is sacreBLEU's default, 1,000 resamples and 10,000 trials.
 
@@ -68,7 +69,7 @@ def compare(
     systems: list[tuple[str, Sequence[str]]] = [("theirs", list(theirs)), ("ours", list(ours))]
     found = {}
     for test in TESTS:
-        instances = {name: METRICS[name]() for name in metrics}
+        instances = {name: make_metric(name, tokenized) for name in metrics}
         found[test] = PairedTest(systems, instances, [list(lines) for lines in references], test, samples)()
     return [_comparison(found, name, i) for i, name in enumerate(metrics)]
 
@@ -131,10 +132,15 @@ class Versus(NamedTuple):
 
 
 def against(
-    name: str, theirs: Sequence[str], ours: Sequence[str], references: Sequence[Sequence[str]], samples: int = 0
+    name: str,
+    theirs: Sequence[str],
+    ours: Sequence[str],
+    references: Sequence[Sequence[str]],
+    samples: int = 0,
+    tokenized: bool = False,
 ) -> Versus:
-    """Compares by all headline metrics; `samples` and errors as `compare`."""
-    comparisons = compare(ours, theirs, references, samples=samples)
+    """Compares by all headline metrics; `samples` and errors as `compare`, `tokenized` as `scores.score`."""
+    comparisons = compare(ours, theirs, references, samples=samples, tokenized=tokenized)
     return Versus(name, theirs, comparisons, differing(ours, theirs, references))
 
 

@@ -1,4 +1,4 @@
-"""SentencePiece: text ↔ ids, and the only owner of the ids of pad, bos, eos and unk.
+"""Text ↔ ids by SentencePiece or by codes of subword-nmt; the only owner of the ids of pad, bos, eos and unk.
 
 The same model serves both languages. Special ids are always 0 … 3: a model trained elsewhere is
 renumbered to fit. Padding is an id of its own, so that a loss mask never hides an unknown token.
@@ -9,11 +9,13 @@ import hashlib
 import io
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
 from etils import epath
 
+from transformer import subword_codes
 from transformer.config import DataConfig
 from transformer.errors import UserError
 from transformer.files import write_whole
@@ -21,6 +23,8 @@ from transformer.files import write_whole
 PAD, BOS, EOS, UNK = range(4)
 SPACE = "\u2581"  # how SentencePiece writes a space
 FILE_NAME = "sentencepiece.model"
+CODES_FILE_NAME = "subword_nmt.json"
+FILE_NAMES = (FILE_NAME, CODES_FILE_NAME)
 RECIPE = 1  # goes up whenever `train` comes to make another model of the same lines
 NUM_FIXED = 4 + 256  # special ids and bytes
 OPTION_HINT = "Increase vocab_size or decrease character_coverage with --character_coverage option."
@@ -29,20 +33,25 @@ COUNTED_LINES = 200_000  # enough to know an alphabet by
 
 
 class Tokenizer:
-    """A trained SentencePiece model; safe to pickle and to share between threads.
+    """A trained SentencePiece model, or codes with their vocabulary; safe to pickle and to share between threads.
 
     Attributes:
       vocab_size: ids are 0 … vocab_size - 1.
       digest: sha256 of the model, by which a vocabulary is recognised.
+      file_name: of FILE_NAMES, by which it is saved.
     """
 
     def __init__(self, model: bytes, path: str = FILE_NAME):
         self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(model)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{path}: expected a SentencePiece model, got something else: {error}") from error
+        self._processor: Any
+        if model.startswith(b"{"):  # what no SentencePiece model does
+            self.file_name, self._processor = CODES_FILE_NAME, subword_codes.load(model, path)
+        else:
+            self.file_name, self._processor = FILE_NAME, sentencepiece.SentencePieceProcessor()
+            try:
+                self._processor.LoadFromSerializedProto(model)
+            except (RuntimeError, OSError) as error:
+                raise UserError(f"{path}: expected a SentencePiece model, got something else: {error}") from error
         self.digest = hashlib.sha256(model).hexdigest()
         self._to_ours, self._to_theirs = _renumber(self._processor)
         self.vocab_size = len(self._to_theirs)
@@ -79,18 +88,28 @@ class Tokenizer:
                 numbers.append(-1)
                 continue
             number = None
-            for character in " " if piece == "<0x20>" else piece.replace(SPACE, " "):
+            for character in self._spelled(piece):
                 count += character != " " and not inside
                 inside = character != " "
                 number = count - 1 if number is None and inside else number
             numbers.append(count if number is None else number)  # a space belongs to the word after it
         return [min(number, count - 1) for number in numbers]
 
-    def save(self, folder: epath.PathLike, name: str = FILE_NAME) -> None:
-        """Writes the model into `folder`, whole or not at all."""
+    def _spelled(self, piece: str) -> str:
+        """What a piece adds to the text, with spaces as such."""
+        if self.file_name == CODES_FILE_NAME:
+            joined = piece.endswith(subword_codes.JOINER)
+            return piece.removesuffix(subword_codes.JOINER) if joined else piece + " "
+        return " " if piece == "<0x20>" else piece.replace(SPACE, " ")
+
+    def save(self, folder: epath.PathLike, name: str = "") -> None:
+        """Writes the model into `folder`, whole or not at all; under its `file_name` in place of any other kind."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / name, self._model)
+        write_whole(folder / (name or self.file_name), self._model)
+        for other in FILE_NAMES if not name else ():
+            if other != self.file_name:
+                (folder / other).unlink(missing_ok=True)
 
 
 def cut(ids: np.ndarray, longest: int) -> np.ndarray:
@@ -102,25 +121,69 @@ def load(path: epath.PathLike) -> Tokenizer:
     """Reads a model file, or the one in a folder that `Tokenizer.save` wrote.
 
     Raises:
-      UserError: there is none, or it is not a SentencePiece model. It is never trained anew here.
+      UserError: there is none, or it is no vocabulary. It is never trained anew here.
     """
     path = epath.Path(path)
     if path.is_dir():
-        path = path / FILE_NAME
+        path = _stored(path)
     if not path.exists():
         raise UserError(f"{path}: expected a SentencePiece model, found no file; restore it or name another")
     return Tokenizer(path.read_bytes(), str(path))
 
 
+def is_in(folder: epath.PathLike) -> bool:
+    """Whether `Tokenizer.save` wrote into this folder."""
+    return _stored(epath.Path(folder)).exists()
+
+
+def _stored(folder: epath.Path) -> epath.Path:
+    paths = [folder / name for name in FILE_NAMES]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
 def named_by(data: DataConfig) -> Tokenizer | None:
-    """The model whose path the config names; None if one is to be trained.
+    """The model whose path the config names; None if one is to be trained, or codes want a vocabulary.
 
     Raises:
-      UserError: it is missing, is no model, or has another size than the config says.
+      UserError: it is missing, is no model, or has another size than the config says; no codes.
     """
     if data.tokenizer in ("bpe", "unigram"):
         return None
-    tokenizer = load(data.tokenizer)
+    if data.tokenizer.endswith(".codes"):
+        _merges(data)
+        return None
+    return _of_size(load(data.tokenizer), data)
+
+
+def recipe(data: DataConfig) -> str:
+    """What tells apart the vocabularies that configs make of the same text."""
+    if data.tokenizer.endswith(".codes"):
+        return f"codes-{hashlib.sha256(repr(_merges(data)).encode()).hexdigest()[:24]}"
+    return f"{data.tokenizer}-{data.vocab_size}-{RECIPE}"
+
+
+def make(data: DataConfig, lines: Iterable[str]) -> Tokenizer:
+    """The vocabulary of training text: trained on it, or what the codes that the config names make of it.
+
+    Raises:
+      UserError: it cannot have the size that the config says.
+    """
+    if data.tokenizer.endswith(".codes"):
+        return _of_size(Tokenizer(subword_codes.learn_vocabulary(_merges(data), lines)), data)
+    return train(lines, data.vocab_size, data.tokenizer)
+
+
+def _merges(data: DataConfig) -> subword_codes.Merges:
+    path = epath.Path(data.tokenizer)
+    if not path.exists():
+        raise UserError(f"config.data.tokenizer = {path}: expected codes of subword-nmt, found no file; name another")
+    try:
+        return subword_codes.parse(path.read_bytes().decode(), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected codes of subword-nmt in UTF-8, got other bytes: {error}") from error
+
+
+def _of_size(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:
     if tokenizer.vocab_size != data.vocab_size:
         raise UserError(
             f"config.data.vocab_size = {data.vocab_size}, but {data.tokenizer} has {tokenizer.vocab_size} pieces; "

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import types
 import typing
 from collections.abc import Iterable
@@ -236,9 +235,10 @@ def _check_data(data: DataConfig) -> None:
             raise UserError(f"config.data.{side}: expected a language code such as 'en', got {code!r}")
     if data.source_language == data.target_language:
         raise UserError(f"config.data: source_language and target_language are both {data.source_language!r}")
-    if data.tokenizer not in ("bpe", "unigram") and not os.fspath(data.tokenizer).endswith(".model"):
+    if data.tokenizer not in ("bpe", "unigram") and not data.tokenizer.endswith((".model", ".codes", ".json")):
         raise UserError(
-            f"config.data.tokenizer: expected bpe, unigram or the path of a .model file, got {data.tokenizer!r}"
+            "config.data.tokenizer: expected bpe, unigram or the path of a .model, .codes or .json file, got "
+            f"{data.tokenizer!r}"
         )
     given = [name for name in (*TEXT_PATHS, "columns") if getattr(data, name)]
     if data.name != "text":
