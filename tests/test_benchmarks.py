@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import attention_memory, pairs
+from benchmarks import attention_memory, pairs, recurrence_speed
 from transformer.chips import parse_topology
 from transformer.errors import UserError
 
@@ -93,7 +93,13 @@ def test_the_drawing_has_a_line_for_each_way_its_slope_the_exponent():
     assert lines[0] == pytest.approx([2 * rise for rise in lines[1]], abs=0.2)
 
 
-@pytest.mark.parametrize("name", ["attention_memory", "pairs"])
+def test_a_python_without_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(recurrence_speed, "TORCH", "import there_is_no_torch")
+    with pytest.raises(UserError, match="expected a Python that has PyTorch, got: ModuleNotFoundError"):
+        recurrence_speed.torch_ms(sys.executable, [2, 2, 2])
+
+
+@pytest.mark.parametrize("name", ["attention_memory", "pairs", "recurrence_speed"])
 def test_each_command_explains_itself(name):
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
     assert done.returncode == 0

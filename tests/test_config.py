@@ -104,7 +104,7 @@ def test_zero_is_refused_where_something_is_needed(section, name):
         (r"config\.model: expected a section of fields, got 3", {"model": 3}),
         (r"num_heads = 7 does not divide qkv_dim = 512", {"model": {"num_heads": 7}}),
         (r"num_heads = 8 does not divide value_dim = 100", {"model": {"value_dim": 100}}),
-        (r"sinusoidal positions need an even width", {"model": {"emb_dim": 33}}),
+        (r"expected an even width, sinusoidal positions need it; got 33", {"model": {"emb_dim": 33}}),
         (r"norm: expected one of post, pre, got 'middle'", {"model": {"norm": "middle"}}),
         (r"dtype: expected one of float32, bfloat16, got 'float16'", {"model": {"dtype": "float16"}}),
         (r"dropout_rate: expected at most 0.99, got 1.0", {"model": {"dropout_rate": 1.0}}),

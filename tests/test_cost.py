@@ -49,6 +49,11 @@ MODELS = {
     "wide heads": {"qkv_dim": 64, "value_dim": 32, "mlp_dim": 20},
     "three tables": {"share_embeddings": False},
     "bfloat16": {"dtype": "bfloat16"},
+    "recurrent": {"family": "recurrent", "num_heads": 8, "mlp_dim": 2048},
+    "recurrent, additive": {"family": "recurrent", "num_heads": 8, "mlp_dim": 2048, "attention_score": "additive"},
+    "one recurrent layer": {"family": "recurrent", "num_heads": 8, "mlp_dim": 2048, "num_layers": 1, "emb_dim": 10},
+    "convolutional": {"family": "convolutional", "num_heads": 8, "mlp_dim": 2048},
+    "wide convolutions": {"family": "convolutional", "num_heads": 8, "mlp_dim": 2048, "kernel_width": 5},
 }
 
 

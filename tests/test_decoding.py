@@ -13,7 +13,7 @@ from tests.test_translator import LINES
 from transformer import decoding, search, tokenizer
 from transformer.batching import Ragged
 from transformer.decoding import Request
-from transformer.model import reorder
+from transformer.model import Cache
 from transformer.step import Model
 from transformer.tokenizer import PAD
 
@@ -61,7 +61,7 @@ def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_siz
             bos_id=tokenizer.BOS,
             eos_id=tokenizer.EOS,
             pad_id=PAD,
-            reorder=reorder,
+            reorder=Cache.reorder,
         )
         targets = found.tokens_BNT.reshape(8 * beam_size, 12)
         logits = module(np.repeat(source, beam_size, 0), targets)

@@ -21,9 +21,10 @@ datasets/pair_shards datasets/parallel_text datasets/prepared
 datasets/archives datasets/members datasets/wmt
 datasets/split datasets/contents datasets/corpus
 subword_codes tokenizer batching packing cost pipeline data_report
-sharding consensus segments dropout attention blockwise ring kernels layers stack model
+sharding consensus segments dropout attention blockwise ring kernels layers stack hypotheses
+text_model model source_attention recurrence recurrent convolutional families
 loss optimizer step compilation checkpoint trained
-hypotheses restrictions constraints search sampling decoding
+restrictions constraints search sampling decoding
 wishes reranking translator alignments translate scores significance evaluate
 workdir run_log loop
 scoring summary watch charts attention_maps report_page report

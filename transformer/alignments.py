@@ -159,7 +159,7 @@ def recorded(args: argparse.Namespace, trained: Trained) -> Iterator[Note]:
             raise UserError("--alignment_layer goes with --alignments=FILE, got none")
         yield lambda sources, translations: None
         return
-    layers = config.model.num_layers
+    layers = config.model.looking_layers
     aligner = Aligner(trained.model, trained.tokenizer, layers, config.decode, trained.mesh, args.alignment_layer)
     done = 0
     with contextlib.ExitStack() as stack:

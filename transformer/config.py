@@ -25,6 +25,11 @@ TINY = 1e-30  # stands for "above zero" in a closed bound
 class ModelConfig:
     """The model: sizes of the paper's base model unless said otherwise (Table 3)."""
 
+    family: str = _field(
+        "attention",
+        "attention: the Transformer; recurrent: LSTMs as in GNMT; convolutional: gated convolutions as in ConvS2S",
+        one_of=("attention", "recurrent", "convolutional"),
+    )
     num_layers: int = _field(6, "layers of the encoder and of the decoder each", low=1)
     emb_dim: int = _field(512, "model width D (paper: d_model)", low=1)
     num_heads: int = _field(8, "attention heads H", low=1)
@@ -56,6 +61,13 @@ class ModelConfig:
         low=TINY,
         high=10,
     )
+    attention_score: str = _field(
+        "dot",
+        "recurrent, convolutional: how the decoder scores a state of the source, by a dot product (Luong) or "
+        "additively (Bahdanau), in memory of target x source x width",
+        one_of=("dot", "additive"),
+    )
+    kernel_width: int = _field(3, "convolutional: places that a layer joins; odd", low=1, high=99)
     remat: str = _field(
         "none",
         "what the backward pass computes again rather than keeps: none; dots: all but products with params; full: "
@@ -66,6 +78,11 @@ class ModelConfig:
     dtype: str = _field(
         "float32", "of activations; params, softmax and loss stay float32", one_of=("float32", "bfloat16")
     )
+
+    @property
+    def looking_layers(self) -> int:
+        """Layers of the decoder that attend to the source."""
+        return 1 if self.family == "recurrent" else self.num_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,15 +31,45 @@ def training_flops(model: ModelConfig, vocab_size: int, rows: int, source: int, 
 
 def forward_flops(model: ModelConfig, vocab_size: int, rows: int, source: int, target: int) -> int:
     """FLOPs of encoder, decoder and logits over one batch, the whole target at once."""
-    D, F, L = model.emb_dim, model.mlp_dim, model.num_layers
+    logits = 2 * target * model.emb_dim * vocab_size
+    return rows * (LAYERS[model.family](model, source, target) + logits)
+
+
+def _attention_layers(model: ModelConfig, source: int, target: int) -> int:
+    """Of one sentence pair, as the two functions below."""
     attention = (
         attention_flops(model, source, source)
         + attention_flops(model, target, target)
         + attention_flops(model, target, source)
     )
-    feed_forward = 2 * 2 * (source + target) * D * F
-    logits = 2 * target * D * vocab_size
-    return rows * (L * (attention + feed_forward) + logits)
+    feed_forward = 2 * 2 * (source + target) * model.emb_dim * model.mlp_dim
+    return model.num_layers * (attention + feed_forward)
+
+
+def _recurrent_layers(model: ModelConfig, source: int, target: int) -> int:
+    """An LSTM of width w multiplies each of its inputs and the state before by 4 w."""
+    D, above = model.emb_dim, model.num_layers - 1
+    both_directions = 2 * (D + D // 2) * 4 * (D // 2)
+    encoder = both_directions + above * (D + D) * 4 * D
+    decoder = (D + D) * 4 * D + above * (2 * D + D) * 4 * D
+    output = 2 * D * D
+    return 2 * (source * encoder + target * (decoder + output)) + _source_attention(model, source, target)
+
+
+def _convolutional_layers(model: ModelConfig, source: int, target: int) -> int:
+    D = model.emb_dim
+    convolution = 2 * (source + target) * model.kernel_width * D * 2 * D
+    output = 2 * target * D * D
+    return model.num_layers * (convolution + output + _source_attention(model, source, target))
+
+
+def _source_attention(model: ModelConfig, source: int, target: int) -> int:
+    """One head with projections of queries and keys, scores and weighted values."""
+    D = model.emb_dim
+    return 2 * ((source + target) * D * D + 2 * source * target * D)
+
+
+LAYERS = {"attention": _attention_layers, "recurrent": _recurrent_layers, "convolutional": _convolutional_layers}
 
 
 def attention_flops(model: ModelConfig, queries: int, keys: int) -> int:

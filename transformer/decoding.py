@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer.config import DecodeConfig
-from transformer.hypotheses import Coverage, Hypotheses, StepFn
-from transformer.model import Cache, reorder
+from transformer.hypotheses import Cache, Coverage, Hypotheses, StepFn
 from transformer.restrictions import Restrictions
 from transformer.sampling import Shape, sample
 from transformer.search import beam_search
@@ -116,5 +115,5 @@ def mean_probability(logits: Sequence[jax.Array]) -> jax.Array:
 
 
 def reorder_all(caches: tuple[Cache, ...], parents_BN: jax.Array) -> tuple[Cache, ...]:
-    """`model.reorder` of the cache of each model."""
-    return tuple(reorder(cache, parents_BN) for cache in caches)
+    """As the family of each model moves its cache."""
+    return tuple(cache.reorder(parents_BN) for cache in caches)

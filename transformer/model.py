@@ -8,27 +8,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from transformer import attention, sharding
+from transformer import attention
 from transformer.attention import Visible
 from transformer.config import ModelConfig
-from transformer.dropout import dropout
-from transformer.layers import (
-    STATES,
-    Embedding,
-    FeedForward,
-    LayerNorm,
-    MultiHeadAttention,
-    Residual,
-    make_param,
-    sinusoids,
-    split_key,
-    use,
-)
+from transformer.layers import FeedForward, LayerNorm, MultiHeadAttention, Residual, split_key
 from transformer.segments import positions, segments, shift_right
 from transformer.stack import layers_of, make_stack, run_stack
+from transformer.text_model import TextModel
 
 Array = jax.Array
 Key = Array | None
@@ -46,6 +34,10 @@ class Cache(NamedTuple):
 
     layers: list[LayerCache]
     ancestors_BNT: Array
+
+    def reorder(self, parents_BN: Array) -> "Cache":
+        """After hypotheses moved from beams `parents_BN`, int32 [B, N]: keys and values stay where they are."""
+        return self._replace(ancestors_BNT=jnp.take_along_axis(self.ancestors_BNT, parents_BN[:, :, None], 1))
 
 
 class Memory(NamedTuple):
@@ -138,37 +130,16 @@ class DecoderLayer(nnx.Module):
         return self.mlp_residual(x_BND, self.mlp), cache, weights_BNS
 
 
-class Transformer(nnx.Module):
-    """Encoder and decoder with their embeddings.
-
-    `share_embeddings` uses one matrix for source, target and output (paper, 3.4); otherwise there
-    are three. Sequences of ids end in EOS and are padded with PAD; the decoder's input is the target
-    shifted right by BOS.
-    """
+class Transformer(TextModel):
+    """Encoder and decoder of attention and feed-forward layers."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
-        self.config, self.vocab_size = config, vocab_size
-        self.dtype = jnp.dtype(config.dtype)
-        tables = ["shared"] if config.share_embeddings else ["source", "target", "output"]
-        self.embeddings = nnx.Dict({name: Embedding(vocab_size, config.emb_dim, rngs) for name in tables})
-        if config.positions == "learned":
-            shape, init = (config.max_positions, config.emb_dim), jax.nn.initializers.normal(config.emb_dim**-0.5)
-            self.source_positions = make_param(rngs, init, shape, ("positions", "embed"))
-            self.target_positions = make_param(rngs, init, shape, ("positions", "embed"))
+        super().__init__(config, vocab_size, rngs)
         self.encoder = make_stack([EncoderLayer(config, rngs) for _ in range(config.num_layers)], config.scan_layers)
         self.decoder = make_stack([DecoderLayer(config, rngs) for _ in range(config.num_layers)], config.scan_layers)
         if config.norm == "pre":
             self.encoder_norm = LayerNorm(config.emb_dim, rngs)
             self.decoder_norm = LayerNorm(config.emb_dim, rngs)
-
-    def __call__(self, source_BS: Array, target_BT: Array, key: Key = None, packed: bool = False) -> Array:
-        """Teacher forcing: logits float32 [B, T, V] of each target token given those before it.
-
-        Without `key` there is no dropout. `packed` rows hold several sentences, which do not see each other.
-        """
-        encoder_key, decoder_key = split_key(key, 2)
-        encoded_BSD = self.encode(source_BS, encoder_key, packed)
-        return self.decode(encoded_BSD, source_BS, target_BT, decoder_key, packed)
 
     def encode(self, source_BS: Array, key: Key = None, packed: bool = False) -> Array:
         """Ids int32 [B, S] → states [B, S, D] in the compute dtype; those at padding must not be used."""
@@ -230,20 +201,10 @@ class Transformer(nnx.Module):
         ]
         return Memory(layers, Visible(keys_BS=segments(source_BS))), Cache(empty, jnp.zeros(leading, jnp.int32))
 
-    def step(self, memory: Memory, cache: Cache, inputs_BN: Array, position: Array) -> tuple[Array, Cache]:
-        """One position of every beam: logits float32 [B, N, V], and the cache with it written."""
-        logits_BNV, cache, _ = self._step(memory, cache, inputs_BN, position, False)
-        return logits_BNV, cache
-
-    def step_attending(
-        self, memory: Memory, cache: Cache, inputs_BN: Array, position: Array
-    ) -> tuple[Array, Cache, Array]:
-        """As `step`, and the last layer's attention to the source, the mean over heads: float32 [B, N, S], of sum 1."""
-        return self._step(memory, cache, inputs_BN, position, True)
-
-    def _step(
+    def advance(
         self, memory: Memory, cache: Cache, inputs_BN: Array, position: Array, attending: bool
     ) -> tuple[Array, Cache, Any]:
+        """As `TextModel.advance`."""
         table_1TD = self._positions("target", cache.ancestors_BNT.shape[2])
         row_11D = jax.lax.dynamic_slice_in_dim(table_1TD, position, 1, axis=1)
         x_BND = self._embed("target", inputs_BN, row_11D, None)
@@ -256,40 +217,10 @@ class Transformer(nnx.Module):
             written.append(past)
         return self._logits(x_BND), Cache(written, ancestors_BNT), attended_BNS
 
-    def _layer_keys(self, key: Key) -> tuple[Key, Key]:
-        """Dropout's keys for each layer, and for the embeddings."""
-        if key is None:
-            return None, None
-        keys = jax.random.split(key, self.config.num_layers + 1)
-        return keys[:-1], keys[-1]
-
-    def _table(self, name: str) -> Embedding:
-        return self.embeddings["shared" if self.config.share_embeddings else name]
-
-    def _positions(self, side: str, length: int, places_BT: Array | None = None) -> Array:
-        """Encodings of places 0 … length - 1, or of given ones: [1 or B, length, D]."""
-        if self.config.positions == "sinusoidal":
-            table_TD = jnp.asarray(sinusoids(length, self.config.emb_dim), self.dtype)
-        else:
-            table = self.source_positions if side == "source" else self.target_positions
-            # Beyond the table there is padding only: the config sees to it that every sentence fits.
-            rows = np.minimum(np.arange(length), table.shape[0] - 1)
-            table_TD = use(table)[rows].astype(self.dtype)
-        return table_TD[None] if places_BT is None else jnp.take(table_TD, places_BT, axis=0)
-
-    def _embed(self, side: str, ids: Array, positions: Array, key: Key) -> Array:
-        x = sharding.constrain(self._table(side)(ids, self.dtype) + positions, STATES)
-        return dropout(x, self.config.dropout_rate, key)
-
     def _logits(self, x: Array) -> Array:
         if self.config.norm == "pre":
             x = self.decoder_norm(x)
-        return self._table("output").logits(x)
-
-
-def reorder(cache: Cache, parents_BN: Array) -> Cache:
-    """The cache after hypotheses moved from beams `parents_BN`, int32 [B, N]: keys and values stay where they are."""
-    return cache._replace(ancestors_BNT=jnp.take_along_axis(cache.ancestors_BNT, parents_BN[:, :, None], 1))
+        return super()._logits(x)
 
 
 def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:

@@ -209,7 +209,7 @@ def _attention(evaluation: Evaluation, ranked: Sequence[tuple[float, int]]) -> s
     ]
     chosen = list(dict.fromkeys(able[part * (len(able) - 1) // 4] for part in (0, 2, 4))) if able else []
     config = trained.config
-    aligner = Aligner(trained.model, trained.tokenizer, config.model.num_layers, config.decode, trained.mesh)
+    aligner = Aligner(trained.model, trained.tokenizer, config.model.looking_layers, config.decode, trained.mesh)
     pairs = [[side[i] for _, i in chosen] for side in sides]
     maps = dict(aligner.attention(trained.params, pairs[0], pairs[1]))
     return "".join(

@@ -36,12 +36,21 @@ LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv": (),
     "mlp": ("tensor",),
+    "gates": ("fsdp",),  # of recurrent and convolutional layers: a multiple of emb_dim
+    "hidden": (),
+    "taps": (),
     "norm": (),  # vectors: not worth a gather
     "positions": (),
     "layers": (),
 }
 STORAGE = "fsdp"  # splits params where they are stored, not where they are used
-FIELDS = {"vocab": "data.vocab_size", "embed": "model.emb_dim", "heads": "model.num_heads", "mlp": "model.mlp_dim"}
+FIELDS = {
+    "vocab": "data.vocab_size",
+    "embed": "model.emb_dim",
+    "heads": "model.num_heads",
+    "mlp": "model.mlp_dim",
+    "gates": "model.emb_dim",
+}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

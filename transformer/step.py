@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from transformer import kernels, sharding
 from transformer.batching import Batch
 from transformer.config import Config, ModelConfig
+from transformer.families import make_model
 from transformer.loss import LossSums, cross_entropy
-from transformer.model import Transformer
 from transformer.optimizer import make_optimizer, make_schedule
+from transformer.text_model import TextModel
 from transformer.tokenizer import PAD
 
 Params = dict[str, Any]
@@ -67,7 +68,7 @@ class Model:
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
-        self._make = lambda rngs: Transformer(config, vocab_size, rngs)
+        self._make = lambda rngs: make_model(config, vocab_size, rngs)
         module = nnx.eval_shape(lambda: self._make(nnx.Rngs(params=0)))
         self._graphdef, self.abstract_params = nnx.split(module, nnx.Param)
 
@@ -75,7 +76,7 @@ class Model:
         """Fresh params, float32."""
         return nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(params=jax.random.key(seed))), nnx.Param))
 
-    def bind(self, params: Params) -> Transformer:
+    def bind(self, params: Params) -> TextModel:
         """The module with these params, for use inside one traced function."""
         return nnx.merge(self._graphdef, nnx.State(params))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from transformer.config import FOLLOW_EMB_DIM, SECTIONS, TEXT_PATHS, TINY, Config, DataConfig, DecodeConfig
+from transformer.config import FOLLOW_EMB_DIM, SECTIONS, TEXT_PATHS, TINY, Config, DataConfig, DecodeConfig, ModelConfig
 from transformer.errors import UserError
 
 KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # values of model.attention that run on one platform alone
@@ -95,16 +95,18 @@ def _checked(where: str, field: dataclasses.Field, value: Any) -> Any:
 def _check_together(config: Config) -> None:
     model, data, optimizer, train, decode = config.model, config.data, config.optimizer, config.train, config.decode
     for name, width in (("qkv_dim", model.qkv_dim), ("value_dim", model.value_dim)):
-        if width % model.num_heads:
+        if model.family == "attention" and width % model.num_heads:
             raise UserError(f"config.model: num_heads = {model.num_heads} does not divide {name} = {width}")
     if model.positions == "sinusoidal" and model.emb_dim % 2:
-        raise UserError(f"config.model.emb_dim: sinusoidal positions need an even width, got {model.emb_dim}")
+        why = "two directions share it" if model.family == "recurrent" else "sinusoidal positions need it"
+        raise UserError(f"config.model.emb_dim: expected an even width, {why}; got {model.emb_dim}")
     longest = max(data.max_length, decode.max_source_tokens + decode.max_extra_length)
     if model.positions == "learned" and longest > model.max_positions:
         raise UserError(
             f"config.model.max_positions: learned positions must cover the longest sequence, {longest} = max(data."
             f"max_length, decode.max_source_tokens + decode.max_extra_length), got {model.max_positions}"
         )
+    _check_family(config)
     if train.batch_tokens < data.max_length:
         raise UserError(
             f"config.train.batch_tokens: expected room for one sentence of data.max_length = {data.max_length} tokens, "
@@ -120,6 +122,38 @@ def _check_together(config: Config) -> None:
     _check_kernel(config)
     _check_data(data)
     _check_decode(decode)
+
+
+def _check_family(config: Config) -> None:
+    """Fields that the family does not read must be left alone, as must meshes that it cannot be split over."""
+    model = config.model
+    others, recurrent = ("attention", "convolutional"), ("recurrent", "convolutional")
+    only_attention = "num_heads mlp_dim norm attention_dropout_rate mlp_dropout_rate attention qkv_init_gain".split()
+    readers = {
+        **dict.fromkeys(only_attention, ("attention",)),
+        **dict.fromkeys(("positions", "max_positions", "remat", "scan_layers"), others),
+        "attention_score": recurrent,
+        "kernel_width": ("convolutional",),
+    }
+    defaults: dict[str, Any] = {name: getattr(ModelConfig, name) for name in readers}
+    if model.family != "attention":
+        for name in FOLLOW_EMB_DIM:
+            readers[name], defaults[name] = ("attention",), model.emb_dim
+    for name, families in readers.items():
+        value = getattr(model, name)
+        if model.family not in families and value != defaults[name]:
+            raise UserError(
+                f"config.model.{name} = {value}: read only with family = {' or '.join(families)}, got family = "
+                f"{model.family}; leave {name} at {defaults[name]}, or change the family"
+            )
+    if model.family == "convolutional" and model.kernel_width % 2 == 0:
+        raise UserError(f"config.model.kernel_width: expected an odd number, got {model.kernel_width}")
+    for name, parts in (("mesh.tensor", config.mesh.tensor), ("mesh.sequence", config.mesh.sequence)):
+        if model.family != "attention" and parts != 1:
+            raise UserError(
+                f"config.{name} = {parts}: splits the attention family alone, got family = {model.family}; set it to 1 "
+                "and use mesh.data or mesh.fsdp"
+            )
 
 
 def with_decode(config: Config, fields: dict[str, Any]) -> Config:

@@ -1,0 +1,86 @@
+"""One LSTM layer, forward and backward, against PyTorch's on the same CPU.
+
+    python -m benchmarks.recurrence_speed [--batch=64] [--length=32] [--width=512] [--torch=PYTHON]
+
+PyTorch is no dependency: --torch names the interpreter of an environment that has it. Each runs in a process of its
+own, in turn, three times; the median of the ratios is quoted. The last line of stdout is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from transformer.command_line import positive_int, run, say, use_huge_pages
+from transformer.errors import UserError
+
+TORCH = """
+import statistics, sys, time, torch
+batch, length, width, repeats, threads = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
+layer = torch.nn.LSTM(width, width, batch_first=True)
+x = torch.randn(batch, length, width, requires_grad=True)
+times = []
+for _ in range(repeats + 2):
+    layer.zero_grad()
+    x.grad = None
+    start = time.perf_counter()
+    layer(x)[0].sum().backward()
+    times.append(time.perf_counter() - start)
+print(1000 * statistics.median(times[2:]))
+"""
+REPEATS = 15
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags, measures in turn, prints."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recurrence_speed", allow_abbrev=False)
+    parser.add_argument("--batch", type=positive_int, default=64, help="sentences")
+    parser.add_argument("--length", type=positive_int, default=32, help="steps")
+    parser.add_argument("--width", type=positive_int, default=512, help="of input and state")
+    parser.add_argument("--torch", default=sys.executable, help="a Python that has PyTorch (default: this one)")
+    args = parser.parse_args(argv[1:])
+    sizes = [args.batch, args.length, args.width]
+    rows = []
+    for _ in range(3):
+        rows.append((ours_ms(*sizes), torch_ms(args.torch, sizes)))
+        say(f"ours {rows[-1][0]:.1f} ms, PyTorch {rows[-1][1]:.1f} ms: {rows[-1][1] / rows[-1][0]:.2f} of its speed")
+    ratio = statistics.median(theirs / ours for ours, theirs in rows)
+    print(json.dumps({"ours_ms": [r[0] for r in rows], "torch_ms": [r[1] for r in rows], "speed": round(ratio, 2)}))
+
+
+def ours_ms(batch: int, length: int, width: int) -> float:
+    """Median time of one forward and backward pass."""
+    import jax
+
+    from transformer.recurrence import Weights, lstm
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (batch, length, width))
+    into, over = (jax.random.normal(key, (width, 4 * width)) * width**-0.5 for key in keys[1:])
+    weights = Weights(into, over, jax.numpy.zeros(4 * width))
+    gradient = jax.jit(jax.grad(lambda weights, x: lstm(x, weights).sum(), (0, 1)))
+    times = []
+    for _ in range(REPEATS + 2):
+        start = time.perf_counter()
+        jax.block_until_ready(gradient(weights, x))
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[2:])
+
+
+def torch_ms(python: str, sizes: list[int]) -> float:
+    """The same by torch.nn.LSTM with as many threads as there are cores."""
+    numbers = [str(number) for number in (*sizes, REPEATS, os.cpu_count() or 1)]
+    done = subprocess.run([python, "-c", TORCH, *numbers], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        raise UserError(f"--torch={python}: expected a Python that has PyTorch, got: {last}")
+    return float(done.stdout)
+
+
+if __name__ == "__main__":
+    use_huge_pages()
+    run(main)
