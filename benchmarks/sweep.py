@@ -1,0 +1,145 @@
+"""The rows of the paper's Table 3 on any data set, scaled to any base model; resumable.
+
+    python -m benchmarks.sweep --table=3 --config=configs/demo.py [--config.SECTION.FIELD=VALUE …]
+        [--rows=base,a-h1] [--output=runs/sweep] [--split=validation]
+
+The config is the base model; each row changes it as the paper's row changes the paper's base model: sizes by the same
+factor, rates to the same value. Each row trains in a workdir of its own under --output, where a row that was begun
+goes on and one that is done is only read. Prints the row, its params, its perplexity and BLEU, the paper's, and
+whether it came out on the same side of the base model, and writes it to table3.md and table3.json there.
+"""
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+
+from configs.paper import ROWS
+from transformer import command_line, validation
+from transformer.command_line import say
+from transformer.config import Config
+from transformer.errors import UserError
+from transformer.files import write_whole
+
+RESULT = "table3.json"
+Found = dict[str, Any]
+
+
+def main(argv: list[str]) -> None:
+    """Trains and scores what is not done yet; prints the table after each row."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", allow_abbrev=False)
+    parser.add_argument("--table", choices=["3"], default="3", help="of the paper")
+    parser.add_argument("--config", metavar="FILE", help="of the base model, with --config.SECTION.FIELD=VALUE")
+    parser.add_argument("--rows", default="", help="names from configs/paper.py, commas between (default: all but big)")
+    parser.add_argument("--output", default="runs/sweep", type=command_line.workdir_path, help="folder of all rows")
+    parser.add_argument("--split", default="validation", help="that is scored (default: validation, as in the paper)")
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        return
+    base, rest = command_line.config_flags(argv)
+    args = parser.parse_args(rest)
+    names = args.rows.split(",") if args.rows else [name for name in ROWS if name != "big"]
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        raise UserError(f"--rows: expected some of {', '.join(ROWS)}, got {unknown[0]!r}")
+    configs = {name: row_config(base, name) for name in names}
+    output, found = epath.Path(args.output), {}
+    for name, config in configs.items():
+        found[name] = result(config, output / name, args.split)
+        write_whole(output / RESULT, json.dumps(found, indent=1) + "\n")
+        write_whole(output / "table3.md", table(found) + "\n")
+    print(table(found))
+    print(json.dumps(found))
+
+
+def row_config(base: Config, name: str) -> Config:
+    """The base model changed as a row of the table changes the paper's.
+
+    Raises:
+      UserError: a size that the row asks for is no whole number.
+    """
+    values = dataclasses.asdict(base)
+    paper: dict[str, Any] = dataclasses.asdict(Config())
+    changes: dict[str, Any] = {}
+    for field, wanted in ROWS[name].fields.items():
+        section, _, key = field.partition(".")
+        if type(wanted) is int:
+            changes[field] = scaled(field, wanted, paper[section][key], values[section][key], name)
+        else:
+            changes[field] = wanted
+    if "model.emb_dim" in changes:  # widths of keys and values follow, as in the paper
+        for key in ("qkv_dim", "value_dim"):
+            wanted = ROWS[name].fields["model.emb_dim"]
+            changes[f"model.{key}"] = scaled(key, wanted, paper["model"]["emb_dim"], values["model"][key], name)
+    for field, value in changes.items():
+        section, _, key = field.partition(".")
+        values[section][key] = value
+    return validation.resolve(values)
+
+
+def scaled(field: str, wanted: int, paper: int, own: int, name: str) -> int:
+    """What the row makes of our own size: own · wanted / paper."""
+    if own * wanted % paper:
+        raise UserError(
+            f"config.{field} = {own}: row {name} asks for {wanted} / {paper} of it, which is no whole number; choose "
+            "another base model, or leave the row out of --rows"
+        )
+    return own * wanted // paper
+
+
+def result(config: Config, workdir: epath.Path, split: str) -> Found:
+    """What a row came to: read where it was found before, else trained for, or gone on with."""
+    path = workdir / f"result.{split}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    say(f"row {workdir.name}")
+
+    from transformer import loop, scoring
+    from transformer.trained import load_trained
+
+    loop.fit(config, workdir)
+    trained = load_trained(workdir, "latest")
+    chosen = scoring.open_set(config.data, split, None, None)
+    report = scoring.Scorer(chosen).evaluate(trained).report
+    found = {
+        "params": trained.model.num_params(),
+        "perplexity": report.held_out.perplexity,
+        "bleu": report.scores["bleu"],
+        "signature": report.scores["bleu_signature"],
+        "step": trained.step,
+    }
+    write_whole(path, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def table(found: dict[str, Found]) -> str:
+    """Markdown: ours beside the paper's; a difference to the base model agrees if it has the paper's sign."""
+    lines = [
+        "| row | params, M | the paper's | perplexity | the paper's | agrees | BLEU | the paper's | agrees |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, ours in found.items():
+        row, millions = ROWS[name], ours["params"] / 1e6
+        agree = [agrees(found, name, key) for key in ("perplexity", "bleu")]
+        lines.append(
+            f"| {name} | {millions:.2f} | {row.params or ''} | {ours['perplexity']:.2f} | {row.perplexity:.2f} "
+            f"| {agree[0]} | {ours['bleu']:.1f} | {row.bleu:.1f} | {agree[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def agrees(found: dict[str, Found], name: str, key: str) -> str:
+    """Whether a row lies on the same side of the base model as in the paper; empty where either does not tell."""
+    base, theirs = ROWS["base"], ROWS[name]
+    paper = getattr(theirs, key) - getattr(base, key)
+    ours = found[name][key] - found["base"][key] if "base" in found else 0.0
+    if not paper or not ours:
+        return ""
+    return "yes" if (paper > 0) == (ours > 0) else "no"
+
+
+if __name__ == "__main__":
+    command_line.use_huge_pages()
+    command_line.run(main)
