@@ -78,3 +78,15 @@ def test_numbers_are_short():
         "12k",
         "2.5M",
     ]
+
+
+def test_equal_factors_are_equally_far_apart_on_a_log_chart():
+    line = charts.Series("a", [(16, 1e3), (64, 1e4), (256, 1e5), (0, 5), (4, 0)], marked=True)
+    drawn = charts.line_chart("t", "x", [line], log=True)
+    xs, ys = zip(*((float(a), float(b)) for a, b in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)), strict=True)
+    assert len(xs) == 3
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
+    assert ys[1] - ys[0] == pytest.approx(ys[2] - ys[1], abs=0.2)
+    assert charts.log_ticks(16, 256, 5) == [16, 32, 64, 128, 256]
+    assert charts.log_ticks(1e3, 1e6, 5)[0] <= 1e3 < 1e6 <= charts.log_ticks(1e3, 1e6, 5)[-1]
+    assert charts.log_ticks(1, 1, 5) == [1, 2]

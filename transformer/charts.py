@@ -32,16 +32,28 @@ class Axis(NamedTuple):
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def line_chart(title: str, x_label: str, series: Sequence[Series]) -> str:
-    """A figure with one line a series; nothing where no series has a finite point."""
-    lines = [line._replace(points=thinned([p for p in line.points if all(map(math.isfinite, p))])) for line in series]
+class LogAxis(Axis):
+    """The same with equal factors equally far apart."""
+
+    def __call__(self, value: float) -> float:
+        return Axis(math.log(self.low), math.log(self.high), self.start, self.end)(math.log(value))
+
+
+def line_chart(title: str, x_label: str, series: Sequence[Series], log: bool = False) -> str:
+    """A figure with one line a series; nothing where no series has a finite point, `log` both axes above 0."""
+
+    def is_drawn(point: Point) -> bool:
+        return all(math.isfinite(number) and (number > 0 or not log) for number in point)
+
+    lines = [line._replace(points=thinned([p for p in line.points if is_drawn(p)])) for line in series]
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
     xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 5), ticks(min(ys), max(ys), 5)
-    x = Axis(min(xs), max(max(xs), min(xs) + 1e-9), LEFT, WIDTH - RIGHT)
-    y = Axis(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), HEIGHT - BOTTOM, TOP)
+    kind, between = (LogAxis, log_ticks) if log else (Axis, ticks)
+    x_ticks, y_ticks = between(min(xs), max(xs), 5), between(min(ys), max(ys), 5)
+    x = kind(min(xs), max(max(xs), min(xs) + 1e-9), LEFT, WIDTH - RIGHT)
+    y = kind(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), HEIGHT - BOTTOM, TOP)
     parts = [_grid(x, y, x_ticks, y_ticks, x_label)]
     for number, line in enumerate(lines, 1):
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
@@ -103,6 +115,13 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= spread / about * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, max(last, first + 1) + 1)]
+
+
+def log_ticks(low: float, high: float, about: int) -> list[float]:
+    """Powers of two, or of a power of two, that cover a range above 0."""
+    first, last = math.floor(math.log2(low) + 1e-9), math.ceil(math.log2(high) - 1e-9)
+    every = max(-(-(last - first) // about), 1)
+    return [2.0**power for power in range(first, max(last, first + 1) + every, every)]
 
 
 def short(value: float) -> str:

@@ -1,0 +1,135 @@
+"""One layer of each family, compiled for a length: its sequential depth, its FLOPs, and its paths.
+
+Nothing is run to find depth and FLOPs: they are read off the program that XLA compiles, loops counted by their
+trips. Paths are found by gradients.
+
+T length, D width, H heads, K width per head, G gates of an LSTM.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from transformer import convolutional, hlo, model, program_cost, recurrence, validation
+from transformer.attention import Visible, dot_product_attention
+from transformer.config import ModelConfig
+from transformer.recurrent import Lstm
+
+Array = jax.Array
+Layer = Callable[[Array], Array]
+
+FAMILIES = ("attention", "recurrent", "convolutional")
+
+
+def layer_config(family: str, width: int, kernel_width: int = 3) -> ModelConfig:
+    """Of a layer on the plain path without dropout; attention has 4 heads and a feed-forward width of 4 D."""
+    fields: dict[str, Any] = {"family": family, "emb_dim": width, "dropout_rate": 0.0}
+    if family == "attention":
+        fields.update(num_heads=4, mlp_dim=4 * width, attention="plain")
+    if family == "convolutional":
+        fields.update(kernel_width=kernel_width)
+    return validation.resolve({"model": fields}).model
+
+
+def make_layer(family: str, width: int) -> Layer:
+    """A layer of the encoder with params of its own, [1, T, D] → [1, T, D]."""
+    config, rngs = layer_config(family, width), nnx.Rngs(params=0)
+    if family == "recurrent":
+        lstm = Lstm(width, width, rngs)
+        return lambda x_1TD: lstm(x_1TD, None)
+    if family == "convolutional":
+        gated = convolutional.EncoderLayer(config, rngs)
+        return lambda x_1TD: gated(x_1TD, jnp.ones(x_1TD.shape[:2], jnp.int32), None)
+    attending = model.EncoderLayer(config, rngs)
+    return lambda x_1TD: attending(x_1TD, Visible(), None)
+
+
+def layer_program(family: str, width: int, length: int) -> hlo.Program:
+    """The compiled forward pass of one layer."""
+    x_1TD = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
+    return compiled(make_layer(family, width), x_1TD)
+
+
+def core_program(family: str, width: int, length: int) -> hlo.Program:
+    """What in a layer joins positions, without projections: scores and weighted values; the recurrence; the taps."""
+    if family == "attention":
+        heads = jax.ShapeDtypeStruct((1, length, 4, width // 4), jnp.float32)
+        mask = jnp.ones((1, 1, 1, 1), bool)
+        return compiled(lambda q, k, v: dot_product_attention(q, k, v, mask), heads, heads, heads)
+    if family == "convolutional":
+        return layer_program(family, width, length)
+    x_1TD = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
+    shapes = [(width, 4 * width), (width, 4 * width), (4 * width,)]
+    weights = recurrence.Weights(*(jnp.zeros(shape) for shape in shapes))
+    return compiled(recurrence.lstm, x_1TD, weights)
+
+
+def compiled(function: Callable, *shapes: Any) -> hlo.Program:
+    """As XLA makes it for the device at hand."""
+    return hlo.Program(jax.jit(function).lower(*shapes).compile().as_text() or "")
+
+
+def depth(program: hlo.Program) -> int:
+    """Sequential steps: how often the innermost of its loops runs; 1 where there is none.
+
+    Raises:
+      ValueError: the trips of a loop cannot be told.
+    """
+    found = max(visit.times for visit in program.visits())
+    if program.unknown_loops:
+        raise ValueError(f"cannot tell the trips of {program.unknown_loops}")
+    return found
+
+
+def flops(program: hlo.Program) -> int:
+    """Of matrix products, those in a loop as often as it runs."""
+    return program_cost.flops(program)
+
+
+def one_operation(family: str, width: int, length: int) -> Callable[[Array], Array]:
+    """States [T, D] → states [T, D] after one operation at all positions at once.
+
+    That is the layer itself where it is one, as attention and convolution are; a recurrent layer is a row of
+    them, each position taking its own input and the state of the one before.
+    """
+    if family != "recurrent":
+        layer = make_layer(family, width)
+        return lambda x_TD: layer(x_TD[None])[0]
+    lstm = Lstm(width, width, nnx.Rngs(params=0))
+    inputs_TD = jax.random.normal(jax.random.key(1), (length, width))
+
+    def step(h_TD: Array) -> Array:
+        before = recurrence.LstmState(jnp.pad(h_TD[:-1], ((1, 0), (0, 0))), jnp.zeros_like(h_TD))
+        return lstm.step(inputs_TD, before).h
+
+    return step
+
+
+def joined(operation: Callable[[Array], Array], width: int, length: int) -> np.ndarray:
+    """Which position depends on which after one operation, by gradient: bool [T to, T from]."""
+    x_TD = jax.random.normal(jax.random.key(0), (length, width))
+    mix_D = jax.random.normal(jax.random.key(2), (width,))
+    gradient = jax.jit(jax.jacrev(lambda x_TD: operation(x_TD) @ mix_D))
+    return np.abs(np.asarray(gradient(x_TD))).max(-1) > 0
+
+
+def path_length(family: str, width: int, length: int) -> int:
+    """Operations that a signal passes through from the first position to the last, at least.
+
+    Those of one layer for attention and recurrence; a convolution reaches its neighbours alone, so there it is
+    the number of layers.
+    """
+    joins = joined(one_operation(family, width, length), width, length)
+    reached = np.zeros(length, bool)
+    reached[0] = True
+    count = 1 if family == "recurrent" else 0  # the first state takes its input
+    while not reached[-1]:
+        after = reached | (joins & reached).any(1)
+        if (after == reached).all():
+            raise ValueError(f"{family}: the last of {length} positions does not depend on the first")
+        reached, count = after, count + 1
+    return count

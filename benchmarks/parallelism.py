@@ -1,0 +1,231 @@
+"""What self-attention trades against recurrence and convolution: the paper's Table 1, measured.
+
+    python -m benchmarks.parallelism [--lengths=16,32,…,4096] [--tokens=4096] [--width=128] [--output=runs/parallelism]
+        [--program_only] [--dtype=float32]
+
+Of one layer, read off the program that XLA compiles: sequential depth, and FLOPs with loops counted by their trips;
+by gradient, the longest path between two positions. Of training, 1+1 layers of each family with about equal params and
+attention on the plain path: target tokens a second, temporary memory of the step and time to compile it, for each
+length and for each number of tokens in a batch. Prints tables, and writes them with plots and parallelism.json under
+--output. --program_only compiles single layers and trains nothing. The last line of stdout is one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from benchmarks import one_layer, plots
+from benchmarks.attention_memory import two_or_more
+from benchmarks.one_layer import FAMILIES
+from transformer import command_line, sharding, step, validation
+from transformer.batching import Batch
+from transformer.charts import Series
+from transformer.command_line import positive_int, say
+from transformer.config import Config
+from transformer.errors import UserError
+from transformer.files import write_whole
+from transformer.tokenizer import EOS, UNK
+
+VOCAB = 256
+PATH_LENGTHS = (16, 32, 64, 128)  # of which gradients are taken, from every position to every other
+PATH_WIDTH = 16
+SECONDS = 1.0  # of training that each figure is the median step of, at least
+FORMULAS = {  # the paper's Table 1: work, sequential operations, longest path
+    "attention": ("O(n² · d)", "O(1)", "O(1)"),
+    "recurrent": ("O(n · d²)", "O(n)", "O(n)"),
+    "convolutional": ("O(k · n · d²)", "O(1)", "O(log_k n)"),
+}
+
+Row = dict[str, Any]
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags, measures, writes, prints."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.parallelism", allow_abbrev=False)
+    parser.add_argument("--lengths", default="16,32,64,128,256,512,1024,2048,4096", help="tokens of a sentence")
+    parser.add_argument("--tokens", default="4096", help="target tokens of a batch, several with commas between")
+    parser.add_argument("--width", type=positive_int, default=128, help="of attention; others have as many params")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument("--output", default="runs/parallelism", type=command_line.workdir_path, help="folder")
+    parser.add_argument("--program_only", action="store_true", help="compile single layers, train nothing")
+    args = parser.parse_args(argv[1:])
+    lengths = two_or_more(args.lengths)
+    output = epath.Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    found: Row = {"device": str(jax.devices()[0].device_kind), "width": args.width, "lengths": lengths}
+    found["layer"] = {family: layer_figures(family, args.width, lengths) for family in FAMILIES}
+    show_table_1(found["layer"])
+    if not args.program_only:
+        configs = {family: equal_config(family, args.width, args.dtype) for family in FAMILIES}
+        found["params"] = {family: params(config) for family, config in configs.items()}
+        found["training"] = [
+            row
+            for tokens in token_counts(args.tokens)
+            for length in lengths
+            for row in trained(configs, length, tokens)
+        ]
+        show_training(found["training"])
+    write_whole(output / "parallelism.json", json.dumps(found, indent=1) + "\n")
+    draw(output, found)
+    say(f"plots and parallelism.json: {output}")
+    print(json.dumps(found))
+
+
+def token_counts(text: str) -> list[int]:
+    """Of batches, ascending."""
+    words = text.split(",")
+    counts = sorted({int(word) for word in words if word.strip().isdecimal() and int(word)})
+    if len(counts) < len(words):
+        raise UserError(f"--tokens: expected different numbers with commas between, got {text!r}")
+    return counts
+
+
+def layer_figures(family: str, width: int, lengths: Sequence[int]) -> Row:
+    """Depth, FLOPs and path of one layer at each length, and the exponents by which they grow."""
+    say(f"{family}: compiling a layer for each length")
+    whole = [one_layer.layer_program(family, width, length) for length in lengths]
+    core = [one_layer.core_program(family, width, length) for length in lengths]
+    figures: Row = {
+        "depth": [one_layer.depth(program) for program in whole],
+        "flops": [one_layer.flops(program) for program in whole],
+        "core_flops": [one_layer.flops(program) for program in core],
+        "path_lengths": list(PATH_LENGTHS),
+        "path": [one_layer.path_length(family, PATH_WIDTH, length) for length in PATH_LENGTHS],
+    }
+    for name, over in (("depth", lengths), ("flops", lengths), ("core_flops", lengths), ("path", PATH_LENGTHS)):
+        figures[f"{name}_exponent"] = round(exponent(over, figures[name]), 3)
+    return figures
+
+
+def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
+    """p of value ∝ length^p, by least squares over all lengths."""
+    return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
+
+
+def equal_config(family: str, width: int, dtype: str) -> Config:
+    """1+1 layers of a family, of the width that comes nearest to the params of attention of the given width."""
+    target = params(family_config("attention", width, dtype))
+    low, high = 1, width  # in steps of 8
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if params(family_config(family, 8 * middle, dtype)) < target else (low, middle)
+    near = [family_config(family, 8 * number, dtype) for number in (max(low - 1, 1), low)]
+    return min(near, key=lambda config: abs(params(config) - target))
+
+
+def family_config(family: str, width: int, dtype: str) -> Config:
+    """1+1 layers without dropout, attention on the plain path with a feed-forward width of 4 D."""
+    fields: Row = {"family": family, "emb_dim": width, "num_layers": 1, "dropout_rate": 0.0, "dtype": dtype}
+    if family == "attention":
+        fields.update(num_heads=4, mlp_dim=4 * width, attention="plain")
+    return validation.resolve({"model": fields, "mesh": {"data": 1}})
+
+
+def params(config: Config) -> int:
+    """How many numbers the model holds."""
+    return step.Model(config.model, VOCAB).num_params()
+
+
+def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
+    """Each family at one shape; nothing where a batch does not hold a sentence."""
+    if tokens < length:
+        return []
+    rows = []
+    for family, config in configs.items():
+        say(f"{family}: training on {tokens // length} x {length} tokens")
+        rows.append({"family": family, "length": length, "tokens": tokens, **measure(config, tokens // length, length)})
+    return rows
+
+
+def measure(config: Config, rows: int, length: int) -> Row:
+    """Compiles one update for a batch of full sentences, and times it."""
+    mesh = sharding.make_mesh(config.mesh)
+    model = step.Model(config.model, VOCAB)
+    update = step.make_train_step(model, config, mesh)
+    ids = np.random.default_rng(0).integers(UNK + 1, VOCAB, (rows, length), np.int32)
+    ids[:, -1] = EOS
+    batch = sharding.place_batch(mesh, Batch(ids, ids))
+    since = time.perf_counter()
+    compiled = update.lower(step.abstract_state(model, config, mesh), batch).compile()  # type: ignore[attr-defined]
+    compile_s = time.perf_counter() - since
+    state = step.init_state(model, config, mesh)
+    state, metrics = compiled(state, batch)
+    jax.block_until_ready(metrics)
+    times: list[float] = []
+    while sum(times) < SECONDS or len(times) < 3:
+        since = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - since)
+    return {
+        "target_tokens_per_s": round(rows * length / statistics.median(times)),
+        "step_ms": round(1000 * statistics.median(times), 2),
+        "temporary_mb": round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 1),
+        "compile_s": round(compile_s, 2),
+    }
+
+
+def show_table_1(layers: dict[str, Row]) -> None:
+    """For people, on stderr: the paper's formula, and the measured exponent p of n^p."""
+    heads = "layer", "work", "n^p, whole layer", "what joins positions", "sequential", "n^p", "path", "n^p"
+    print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|", file=sys.stderr)
+    for family, row in layers.items():
+        work, sequential, path = FORMULAS[family]
+        print(
+            f"| {family} | {work} | {row['flops_exponent']:.2f} | {row['core_flops_exponent']:.2f} | {sequential} "
+            f"| {row['depth_exponent']:.2f} | {path} | {row['path_exponent']:.2f} |",
+            file=sys.stderr,
+        )
+    print("O(log_k n) takes dilated convolutions; these are not, and need n / (k - 1) · 2 layers.", file=sys.stderr)
+
+
+def show_training(rows: Sequence[Row]) -> None:
+    """For people, on stderr."""
+    names = ("target_tokens_per_s", "step_ms", "temporary_mb", "compile_s")
+    print("\n| family | length | tokens | " + " | ".join(names) + " |\n" + "|---" * 7 + "|", file=sys.stderr)
+    for row in rows:
+        values = " | ".join(f"{row[name]:,}" for name in names)
+        print(f"| {row['family']} | {row['length']:,} | {row['tokens']:,} | {values} |", file=sys.stderr)
+
+
+def draw(output: epath.Path, found: Row) -> None:
+    """One plot a figure."""
+    lengths, layers = found["lengths"], found["layer"]
+    for name, title in (("depth", "Sequential steps of one layer"), ("core_flops", "FLOPs that join positions")):
+        lines = [Series(family, list(zip(lengths, row[name], strict=True)), True) for family, row in layers.items()]
+        plots.write(output / f"{name}.svg", title, "length", lines)
+    paths = [Series(name, list(zip(PATH_LENGTHS, row["path"], strict=True)), True) for name, row in layers.items()]
+    plots.write(output / "path.svg", "Operations from the first position to the last", "length", paths)
+    rows = found.get("training", [])
+    most = max((row["tokens"] for row in rows), default=0)
+    for name, title in (
+        ("target_tokens_per_s", "Training, target tokens a second"),
+        ("temporary_mb", "Temporary memory of the step, MiB"),
+        ("compile_s", "Time to compile the step, s"),
+    ):
+        for axis, label, keep in _axes(rows, most):
+            kept = [row for row in rows if keep(row)]
+            lines = [Series(f, [(r[axis], r[name]) for r in kept if r["family"] == f], True) for f in FAMILIES]
+            plots.write(output / f"{name}.{axis}.svg", title, label, lines)
+
+
+def _axes(rows: Sequence[Row], most: int) -> list[tuple[str, str, Callable[[Row], bool]]]:
+    """By length at the largest batch, and, where there are several, by tokens of a batch at the shortest length."""
+    axes: list[tuple[str, str, Callable[[Row], bool]]] = [("length", "length", lambda row: row["tokens"] == most)]
+    if len({row["tokens"] for row in rows}) > 1:
+        shortest = min(row["length"] for row in rows)
+        axes.append(("tokens", "tokens of a batch", lambda row: row["length"] == shortest))
+    return axes
+
+
+if __name__ == "__main__":
+    command_line.use_huge_pages()
+    command_line.run(main)

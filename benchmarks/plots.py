@@ -1,0 +1,39 @@
+"""Charts of `transformer.charts` as SVG files, which show themselves in a page of documentation."""
+
+import html
+import re
+from collections.abc import Sequence
+
+from etils import epath
+
+from transformer import charts
+from transformer.files import write_whole
+
+HEAD = 40  # above the drawing, for title and legend
+STYLE = """
+text { font: 11px system-ui, sans-serif; fill: #5b6470 } .title { font-weight: 600; fill: #20262e }
+.grid { stroke: #e2e4e8 } .line { fill: none; stroke-width: 1.8; stroke-linejoin: round } .hit { fill: transparent }
+.end { text-anchor: end } .mid { text-anchor: middle }
+.line.s1 { stroke: #2a6fdb } .line.s2 { stroke: #c2570c } .line.s3 { stroke: #2b8a57 }
+.dot.s1, .key.s1 { fill: #2a6fdb } .dot.s2, .key.s2 { fill: #c2570c } .dot.s3, .key.s3 { fill: #2b8a57 }
+"""
+
+
+def write(path: epath.PathLike, title: str, x_label: str, series: Sequence[charts.Series], log: bool = True) -> None:
+    """One line chart, log-log unless said otherwise; no file where there is nothing to draw."""
+    figure = charts.line_chart(title, x_label, series, log)
+    drawing = re.search(r"<svg[^>]*>(.*)</svg>", figure, re.DOTALL)
+    if not drawing:
+        return
+    names = re.findall(r'<span class="key (s\d)">([^<]*)</span>', figure)
+    keys = "".join(
+        f'<text class="key {name}" x="{charts.LEFT + 130 * place}" y="-6">— {text}</text>'
+        for place, (name, text) in enumerate(names)
+    )
+    width, height = charts.WIDTH, charts.HEIGHT + HEAD
+    write_whole(
+        epath.Path(path),
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-HEAD} {width} {height}" width="{width}" '
+        f'height="{height}"><style>{STYLE}</style><rect y="{-HEAD}" width="{width}" height="{height}" fill="#fff"/>'
+        f'<text class="title" x="{charts.LEFT}" y="-24">{html.escape(title)}</text>{keys}{drawing[1]}</svg>\n',
+    )
