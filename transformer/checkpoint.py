@@ -10,14 +10,16 @@ in it is ever executed.
 import dataclasses
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from transformer import hosts
+from transformer import hosts, remote
 from transformer import tokenizer as tokenizers
 from transformer.command_line import say
 from transformer.config import Config
@@ -29,6 +31,7 @@ from transformer.tokenizer import Tokenizer
 MANIFEST = "manifest.json"
 SCORE = "valid/bleu"  # the metric that makes a checkpoint the best
 UNFINISHED = (".partial", ".removed")
+DAMAGED = "manifest.damaged.json"  # in object storage: the manifest of one that was put aside
 
 Metrics = dict[str, float]
 
@@ -54,7 +57,11 @@ class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: epath.PathLike):
-        self.folder = epath.Path(workdir).expanduser().resolve() / "checkpoints"  # Orbax takes no relative path
+        path = epath.Path(workdir)
+        self._is_remote = remote.is_remote(path)
+        if not self._is_remote:
+            path = path.expanduser().resolve()  # Orbax takes no relative path
+        self.folder = path / "checkpoints"
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, oldest first; whether they are sound is not looked at."""
@@ -62,31 +69,33 @@ class Checkpoints:
             return []
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: expected a folder of checkpoints, found a file")
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        found = [path for path in self.folder.iterdir() if path.name.isdecimal()]
+        return sorted(int(path.name) for path in found if not self._is_remote or (path / MANIFEST).exists())
 
     def save(self, state: TrainState, config: Config, tokenizer: Tokenizer, data: str, metrics: Metrics) -> None:
         """Writes the checkpoint of `state.step`; `data` is the digest of the training split."""
         place = self.folder / str(int(jax.device_get(state.step)))
-        folder = place.parent / f"{place.name}.partial"
+        # Object storage renames nothing at once; there a checkpoint is one when its manifest is there.
+        folder = place if self._is_remote else place.parent / f"{place.name}.partial"
         with reported(f"{place}"):
             if hosts.is_lead():
                 if folder.exists():
-                    folder.rmtree()
+                    _clear(folder)
                 folder.mkdir(parents=True)
             hosts.wait("checkpoint begun")
-            ocp.save(folder / "params", state.params)  # each host its shards
-            ocp.save(folder / "optimizer", state.opt_state)
-            if state.ema is not None:
-                ocp.save(folder / "ema", state.ema)
-            hosts.wait("checkpoint written")
+            with remote.written(folder) as target:
+                _save_arrays(target, state, together=target != folder)
+                hosts.wait("arrays written")
+                if hosts.is_lead():
+                    tokenizer.save(target / "tokenizer")
+                    write_whole(target / "config.json", config.to_json())
+                    files = {str(path.relative_to(target)): _fingerprint(path) for path in _files(target)}
             if hosts.is_lead():
-                tokenizer.save(folder / "tokenizer")
-                write_whole(folder / "config.json", config.to_json())
-                files = {str(path.relative_to(folder)): _fingerprint(path) for path in _files(folder)}
                 write_whole(folder / MANIFEST, Manifest(metrics, data, files).to_json())
-                if place.exists():
-                    self.remove(int(place.name))
-                folder.rename(place)
+                if folder != place:
+                    if place.exists():
+                        self.remove(int(place.name))
+                    folder.rename(place)
             hosts.wait("checkpoint saved")
 
     @hosts.lead_only
@@ -177,6 +186,12 @@ class Checkpoints:
         for path in self.folder.iterdir():
             if path.name.endswith(UNFINISHED):
                 path.rmtree()
+            elif self._is_remote and path.name.isdecimal():
+                if not (path / MANIFEST).exists() and not (path / DAMAGED).exists():
+                    path.rmtree()
+                elif newest is not None and int(path.name) > newest and (path / MANIFEST).exists():
+                    (path / DAMAGED).write_bytes((path / MANIFEST).read_bytes())
+                    (path / MANIFEST).unlink()
             elif path.name.isdecimal() and newest is not None and int(path.name) > newest:
                 aside = path.parent / f"{path.name}.damaged"
                 if aside.exists():
@@ -196,6 +211,9 @@ class Checkpoints:
     @hosts.lead_only
     def remove(self, step: int) -> None:
         """Deletes a checkpoint; it is gone from `steps` before its first file is."""
+        if self._is_remote:
+            _clear(self.folder / str(step))
+            return
         gone = self.folder / f"{step}.removed"
         if gone.exists():
             gone.rmtree()
@@ -203,12 +221,12 @@ class Checkpoints:
 
     def restore_params(self, step: int, model: Model, mesh: Mesh, kind: str = "params") -> Params:
         """The params alone, on the devices of `mesh`; with kind `ema` their moving average."""
-        return ocp.load(self.folder / str(step) / kind, abstract_params(model, mesh))
+        return _load(self.folder / str(step) / kind, abstract_params(model, mesh))
 
     def restore(self, step: int, model: Model, config: Config, mesh: Mesh) -> TrainState:
         """The whole state, on the devices of `mesh`, whatever mesh it was saved from."""
         abstract = abstract_state(model, config, mesh)
-        opt_state = ocp.load(self.folder / str(step) / "optimizer", abstract.opt_state)
+        opt_state = _load(self.folder / str(step) / "optimizer", abstract.opt_state)
         counter = jax.device_put(np.asarray(step, np.int32), abstract.step.sharding)
         params = self.restore_params(step, model, mesh)
         ema = self.restore_params(step, model, mesh, "ema") if config.train.ema_decay else None
@@ -217,6 +235,34 @@ class Checkpoints:
     def tokenizer(self, step: int) -> Tokenizer:
         """The vocabulary that a checkpoint was trained with."""
         return tokenizers.load(self.folder / str(step) / "tokenizer")
+
+
+def _save_arrays(folder: epath.Path, state: TrainState, together: bool) -> None:
+    """Writes the arrays of a state: each host its shards, or where hosts do not share the folder the lead them all."""
+    for name, tree in {"params": state.params, "optimizer": state.opt_state, "ema": state.ema}.items():
+        if tree is None:
+            continue
+        if hosts.count() == 1 or not together:
+            ocp.save(folder / name, tree)
+            continue
+        whole = multihost_utils.process_allgather(tree, tiled=True)
+        if hosts.is_lead():
+            alone = ocp.options.MultiprocessingOptions(active_processes={0})
+            with ocp.Context(multiprocessing_options=alone):
+                ocp.save(folder / name, whole)
+
+
+def _load(folder: epath.Path, abstract: Any) -> Any:
+    """Arrays as `abstract` has them, on its devices."""
+    with remote.read(folder) as place:
+        return ocp.load(place, abstract)
+
+
+def _clear(folder: epath.Path) -> None:
+    """Deletes a checkpoint in object storage, or what is left of one; what makes it one goes first."""
+    if remote.is_remote(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)
+    folder.rmtree()
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:

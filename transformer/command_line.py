@@ -18,7 +18,7 @@ from collections.abc import Callable
 from ml_collections import config_dict
 
 from transformer import config as configs
-from transformer import validation
+from transformer import remote, validation
 from transformer.errors import StoppedError, UserError
 
 
@@ -204,7 +204,9 @@ def workdir_path(text: str) -> str:
     """An argparse type: an absolute path, ~ expanded, or an address such as gs://bucket/run."""
     if not text.strip():
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
-    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
+    if reason := remote.missing(text):
+        raise argparse.ArgumentTypeError(reason)
+    return text if remote.is_remote(text) else os.path.abspath(os.path.expanduser(text))
 
 
 def positive_int(text: str) -> int:

@@ -3,11 +3,14 @@
 import contextlib
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from etils import epath
 
+from transformer import remote
 from transformer.errors import UserError
 
 
@@ -21,12 +24,19 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
 def growing(path: epath.PathLike) -> Iterator[BinaryIO]:
     """The same piece by piece: the file takes its place at the end of the block, and never if that fails."""
     path = epath.Path(path)
+    if remote.is_remote(path):  # where an object appears whole anyway, once it is sent
+        with tempfile.TemporaryFile() as buffer:
+            yield buffer
+            buffer.seek(0)
+            with path.open("wb") as sent:
+                shutil.copyfileobj(buffer, sent)
+        return
     partial = path.parent / f"{path.name}.{os.getpid()}.partial"
     try:
         with partial.open("wb") as file:
             yield file
             file.flush()
-            with contextlib.suppress(OSError, AttributeError):  # object storage has no file descriptor
+            with contextlib.suppress(OSError):
                 os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
@@ -39,8 +49,21 @@ def reported(what: str) -> Iterator[None]:
     """Turns what the file system refuses into a UserError; `what` names the path and where it comes from."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{what}: {error.strerror or error}; check the path, its mode and the space left") from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not remote.is_refusal(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{what}: {reason}; check the path, its mode and the space left") from error
+
+
+def append(path: epath.PathLike, content: bytes) -> None:
+    """Adds to the end of a file; an object in storage is written anew."""
+    path = epath.Path(path)
+    if remote.is_remote(path):
+        write_whole(path, (path.read_bytes() if path.exists() else b"") + content)
+        return
+    with path.open("ab") as file:
+        file.write(content)
 
 
 def sha256(path: epath.PathLike) -> str:

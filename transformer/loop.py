@@ -188,6 +188,7 @@ class Run:
         if saves:
             with updates.meter.paused():
                 self._save(updates.state, done)
+                log.keep()
                 if evaluates and not stopped:
                     self._evaluate(updates.state.eval_params, done, log)
                 self.checkpoints.prune(train.keep_last, train.keep_best)

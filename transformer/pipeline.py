@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from transformer import remote
 from transformer import tokenizer as tokenizers
 from transformer.batching import Batch, BucketPlan, Ragged, TrainPlan, assemble, only_rows
 from transformer.command_line import say
@@ -109,6 +110,7 @@ def vocabulary(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
     key = f"{split.digest[:24]}-{languages}-{tokenizers.recipe(data)}"
     folder = epath.Path(corpora.data_dir(data)) / "vocabularies" / key
     with reported(f"{folder}, under config.data.data_dir"):
+        remote.fetch(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("*.model")):
             if sha256(path) == path.stem:
@@ -118,6 +120,7 @@ def vocabulary(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
         say(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} pieces")
         trained = tokenizers.make(data, Sentences(split))
         trained.save(folder, f"{trained.digest}.model")
+        remote.publish(folder)
     return trained
 
 
@@ -152,6 +155,7 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
     key = f"{split.digest[:24]}-{languages}-{tokenizer.digest[:24]}"
     folder = epath.Path(corpora.data_dir(data)) / "token_ids" / key
     with reported(f"{folder}, under config.data.data_dir"):
+        remote.fetch(folder)
         if folder.exists():
             try:
                 return _read(folder)
@@ -160,6 +164,7 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
                 shutil.rmtree(folder)
         say(f"tokenizing {split_name}: {len(split):,} pairs")
         _write(folder, split, tokenizer)
+        remote.publish(folder)
         return _read(folder)
 
 

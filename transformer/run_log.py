@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from transformer import hosts
+from transformer import hosts, remote
 from transformer.command_line import say
 from transformer.cost import Spent
 from transformer.errors import DivergedError
@@ -131,9 +131,10 @@ class RunLog:
     """The run's files and its bar; use as a context."""
 
     def __init__(self, workdir: epath.Path, start: int, num_steps: int):
-        _forget_after(workdir / METRICS_FILE, start)
-        self._jsonl = (workdir / METRICS_FILE).open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=start + 1)
+        self._log = remote.Log(workdir, METRICS_FILE)
+        _forget_after(self._log.folder / METRICS_FILE, start)
+        self._jsonl = (self._log.folder / METRICS_FILE).open("a")
+        self._events = SummaryWriter(str(self._log.folder), purge_step=start + 1)
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
@@ -150,6 +151,11 @@ class RunLog:
         self._bar.stop()
         self._jsonl.close()
         self._events.close()
+        self._log.close()
+
+    def keep(self) -> None:
+        """What is written so far will be there whatever happens to this machine."""
+        self._log.copy(now=True)
 
     def advance(self, step: int) -> None:
         """Moves the bar."""
@@ -162,6 +168,7 @@ class RunLog:
         for name, value in values.items():
             self._events.add_scalar(name, np.float64(value), step)
         self._events.flush()
+        self._log.copy()
         if "train/loss" in values:
             note = f"loss {values['train/loss']:.3f} · {values['train/target_tokens_per_s']:,.0f} tokens/s"
             self._bar.update(self._task, completed=step, note=note)
@@ -186,6 +193,9 @@ class NoLog:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+    def keep(self) -> None:
+        """Nothing."""
 
     def advance(self, step: int) -> None:
         """Nothing."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from transformer import summary, validation
+from transformer import files, summary, validation
 from transformer.checkpoint import Checkpoints, Damaged
 from transformer.command_line import say
 from transformer.config import Config
@@ -47,8 +47,8 @@ def fingerprint(checkpoints: Checkpoints, step: int) -> str:
     Raises:
       Damaged: its manifest cannot be read, or it is gone.
     """
-    files = checkpoints.manifest(step).files
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+    written = checkpoints.manifest(step).files
+    return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Watch:
@@ -132,8 +132,7 @@ def append(workdir: epath.PathLike, entry: Entry) -> None:
     with reported(f"{path}"):
         before = path.read_bytes() if path.exists() else b""
         cut_short = before and not before.endswith(b"\n")
-        with path.open("ab") as file:
-            file.write((b"\n" if cut_short else b"") + json.dumps(entry, allow_nan=False).encode() + b"\n")
+        files.append(path, (b"\n" if cut_short else b"") + json.dumps(entry, allow_nan=False).encode() + b"\n")
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from typing import IO
 from etils import epath
 
 from transformer import config as configs
-from transformer import hosts, validation
-from transformer.command_line import say
+from transformer import hosts, remote, validation
+from transformer.command_line import complain, say
 from transformer.config import Config
 from transformer.errors import UserError, WorkdirError
 from transformer.files import reported, write_whole
@@ -35,13 +35,15 @@ HARMLESS = {
 }
 
 
-def lock(workdir: epath.Path) -> IO[str]:
-    """Takes the workdir for this process until the returned file is closed or the process ends, however it ends.
+def lock(workdir: epath.Path) -> IO[str] | remote.Lock:
+    """Takes the workdir for this process until what it returns is closed or the process ends, however it ends.
 
     Raises:
       WorkdirError: another run has it.
       UserError: it is no folder or cannot be written.
     """
+    if remote.is_remote(workdir):
+        return _lock_object(workdir)
     with reported(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK_FILE).open("a")
@@ -57,6 +59,18 @@ def lock(workdir: epath.Path) -> IO[str]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def _lock_object(workdir: epath.Path) -> remote.Lock:
+    def lost(holder: str) -> None:
+        complain(f"{workdir}: taken over by {holder}, as its lock had not been touched for {remote.STALE:.0f} s")
+        os._exit(WorkdirError.exit_code)
+
+    try:
+        with reported(f"--workdir={workdir}"):
+            return remote.Lock(workdir / LOCK_FILE, hosts.who(), lost)
+    except remote.Held as held:
+        raise WorkdirError(f"{workdir}: held by {held}; wait for it, stop it, or choose another --workdir") from held
 
 
 def config_changes(workdir: epath.Path, config: Config) -> list[str]:

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from transformer import remote
 from transformer.command_line import say
 from transformer.config import DataConfig
 from transformer.datasets import contents, parallel_text, prepared, wmt
@@ -128,8 +129,10 @@ def open_corpus(data: DataConfig) -> Corpus:
 
 
 def data_dir(data: DataConfig) -> str:
-    """The folder of prepared data and token ids."""
+    """The folder of prepared data and token ids; of an address in object storage its local copy."""
     folder = data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if remote.is_remote(folder):
+        return remote.local_copy(folder)
     return os.fspath(epath.Path(folder).expanduser())
 
 

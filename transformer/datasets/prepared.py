@@ -22,6 +22,7 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
+from transformer import remote
 from transformer.command_line import say
 from transformer.datasets import text_files
 from transformer.errors import UserError
@@ -157,6 +158,8 @@ def prepare(make: Callable[[], Any], *, own: bool) -> Prepared:
     with quiet():
         builder = make()
     folder = epath.Path(builder.data_path)
+    if remote.fetch(folder):
+        builder = make()
     if not _is_complete(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +170,9 @@ def prepare(make: Callable[[], Any], *, own: bool) -> Prepared:
                 builder = make()
         except OSError as error:
             raise UserError(f"{folder}: cannot write data there: {error}; see config.data.data_dir") from error
-    return Prepared(builder)
+    found = Prepared(builder)
+    remote.publish(folder)
+    return found
 
 
 def is_prepared(builder: Any) -> bool:
