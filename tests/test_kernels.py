@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from tests.conftest import ROOT, small_config
 from tests.test_blockwise import B, K, draw, segments
-from transformer import ahead, attention, cost, kernels, layers, program_cost, sharding, step
+from transformer import ahead, attention, cost, kernels, layers, loop, program_cost, sharding, step
 from transformer.attention import Visible
 from transformer.chips import parse_topology
 from transformer.config import MeshConfig
@@ -204,6 +205,12 @@ def test_a_kernel_forced_on_another_platform_is_refused_before_anything_compiles
         step.make_train_step(step.Model(config.model, 300), config, sharding.make_mesh(config.mesh))
 
 
+def test_a_run_is_refused_before_its_data_is_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.corpora, "open_corpus", None)
+    with pytest.raises(UserError, match="it runs on tpu devices"):
+        loop.Run(small_config(model={"attention": "splash"}), epath.Path(tmp_path))
+
+
 def test_a_mesh_that_fills_up_the_length_is_refused_too():
     config = small_config(model={"attention": "splash"}, mesh={"data": 1, "sequence": -1})
     mesh = sharding.make_mesh(config.mesh)
@@ -255,6 +262,18 @@ def test_splash_compiles_for_a_tpu_forward_and_backward():
     # Of scores and values, it computes nine products where the closed form counts six.
     scores = 3 * 3 * 4 * 2 * 2 * 640 * 640 * 16 * 2
     assert flops == pytest.approx(closed + scores / 2, rel=0.02)
+
+
+@pytest.mark.tpu
+def test_translation_on_tpus_encodes_by_splash_too():
+    """Each device on its own, where nothing is left to split."""
+    config = config_of("splash")
+    mesh = sharding.make_mesh(MeshConfig(), ahead.devices(parse_topology("v5e:2x2")))
+    model = step.Model(config.model, 300)
+    encode = jax.jit(sharding.over_rows(mesh, lambda params, ids: model.bind(params).encode(ids)))
+    rows = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=sharding.batch_sharding(mesh, "sentences"))
+    lowered = encode.trace(step.abstract_params(model, mesh), rows).lower(lowering_platforms=("tpu",))
+    assert "%splash_mha_fwd" in lowered.compile().as_text()
 
 
 @pytest.mark.gpu
