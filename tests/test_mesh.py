@@ -101,6 +101,12 @@ def test_every_mesh_of_8_trains_like_one_device(sizes):
     check(sizes)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 1, 1, 1), (1, 2, 1, 2), (4, 1, 1, 1)], ids=str)
+def test_fewer_devices_train_like_one_too(sizes):
+    check(sizes)
+
+
 def test_there_are_20_meshes_of_8():
     assert len(ALL) == len(set(ALL)) == 20
     assert all(math.prod(sizes) == 8 for sizes in ALL)
