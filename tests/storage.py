@@ -36,9 +36,9 @@ class Emulator:
 
     def __enter__(self):
         where = ["--host=127.0.0.1", f"--port={self._port}"]
-        program = "from gcp_storage_emulator.__main__ import main; main(['start', '--in-memory', '--default-bucket=bucket', *{}])"
         if self.kind == "gs":
-            command = ["-c", program.format(where)]
+            start = ["start", "--in-memory", "--default-bucket=bucket", *where]
+            command = ["-c", f"from gcp_storage_emulator.__main__ import main; main({start})"]
         else:
             command = ["-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._port)]
         with self._log.open("wb") as log:

@@ -1,0 +1,259 @@
+"""Object storage: workdirs and data at gs:// and s3:// addresses, against emulators on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from etils import epath
+
+from tests import storage
+from tests.conftest import ROOT
+from tests.processes import TINY, environment, on_hosts, write_data
+from tests.test_hosts import losses, train_here
+from transformer import remote, workdir
+from transformer.checkpoint import MANIFEST, Checkpoints
+from transformer.errors import UserError, WorkdirError
+from transformer.files import append, reported, write_whole
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the clients' own making
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def bucket(request, tmp_path_factory):
+    """The address of an empty bucket."""
+    missing = storage.missing(request.param)
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)} of requirements-dev.txt")
+    with (
+        storage.Emulator(request.param, tmp_path_factory.mktemp("storage")) as emulator,
+        pytest.MonkeyPatch.context() as m,
+    ):
+        for name, value in emulator.env.items():
+            m.setenv(name, value)
+        m.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        import fsspec
+
+        epath.backend.fsspec_backend._get_filesystem.cache_clear()
+        fsspec.filesystem({"gs": "gcs"}.get(request.param, request.param)).clear_instance_cache()
+        yield f"{request.param}://bucket"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Locks that are given up soon."""
+    monkeypatch.setattr(remote, "BEAT", 0.3)
+    monkeypatch.setattr(remote, "STALE", 2.0)
+    monkeypatch.setattr(remote, "SETTLE", 0.2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def test_paths_and_addresses():
+    assert remote.is_remote("gs://b/x")
+    assert not remote.is_remote("/b/x")
+    assert remote.missing("/b/x") is None
+    assert "expected a folder, gs://BUCKET" in remote.missing("ftp://b/x")
+
+
+def test_an_address_whose_package_is_missing_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(remote.importlib.util, "find_spec", lambda name: None)
+    for kind, (package, requirements) in remote.PACKAGES.items():
+        expected = f"{kind}:// needs the package {package}: pip install -r {requirements}"
+        assert remote.missing(f"{kind}://b/x") == expected
+        assert f"{package}==" in (ROOT / requirements).read_text()
+
+
+def test_a_log_of_a_local_folder_is_that_folder(tmp_path):
+    log = remote.Log(epath.Path(tmp_path), "a.txt")
+    log.close()
+    assert log.folder == epath.Path(tmp_path)
+    assert tmp_path.exists()
+
+
+def test_files_are_whole_and_can_grow(bucket):
+    path = epath.Path(bucket) / "files" / "a.txt"
+    write_whole(path, "one\n")
+    append(path, b"two\n")
+    assert path.read_text() == "one\ntwo\n"
+    with pytest.raises(ZeroDivisionError):
+        write_whole(path, "x" * (1 // 0))
+    assert path.read_text() == "one\ntwo\n"
+
+
+def test_what_storage_refuses_is_a_message():
+    class HttpError(Exception):
+        pass
+
+    HttpError.__module__ = "gcsfs.retry"
+    with (
+        pytest.raises(UserError, match=r"--workdir=gs://b: Forbidden, 403; check the path"),
+        reported("--workdir=gs://b"),
+    ):
+        raise HttpError("Forbidden, 403")
+    with pytest.raises(KeyError), reported("x"):
+        raise KeyError("not of the storage")
+
+
+def test_a_log_is_copied_as_it_grows(bucket, monkeypatch):
+    address = epath.Path(bucket) / "log"
+    for lines in ("1\n", "1\n2\n"):
+        log = remote.Log(address, "a.txt")
+        append(log.folder / "a.txt", lines[-2:].encode())
+        log.copy()
+        log.copy(now=True)
+        assert (address / "a.txt").read_text() == lines
+        log.close()
+        assert not log.folder.exists()
+
+
+def test_one_process_at_a_time_holds_a_folder(bucket, quick):
+    path, losers = epath.Path(bucket) / "held" / "lock", []
+    with remote.Lock(path, "process 1 on a", losers.append):
+        with pytest.raises(remote.Held, match="process 1 on a"):
+            remote.Lock(path, "process 2 on b", losers.append)
+        with pytest.raises(WorkdirError, match=r"held: held by process 1 on a; wait for it"):
+            workdir.lock(path.parent)
+    remote.Lock(path, "process 2 on b", losers.append).close()
+    assert not path.exists()
+    assert not losers
+
+
+def test_the_lock_of_a_dead_process_is_taken_and_it_learns_so_if_it_lives(bucket, quick, monkeypatch):
+    path, losers = epath.Path(bucket) / "dead" / "lock", []
+    silent = threading.Event()
+    kept = remote.Lock._keep
+
+    def keep(self):
+        silent.wait(20) if self._who == "first" else None
+        kept(self)
+
+    monkeypatch.setattr(remote.Lock, "_keep", keep)
+    first = remote.Lock(path, "first", losers.append)
+    since = time.monotonic()
+    with remote.Lock(path, "second", losers.append):
+        assert time.monotonic() - since > remote.STALE
+        silent.set()
+        deadline = time.monotonic() + 10
+        while not losers and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert losers == ["second"]
+        first.close()
+        assert path.exists()
+
+
+STEPS = ["--config.train.eval_every_steps=4", "--config.train.checkpoint_every_steps=2", "--config.train.keep_last=2"]
+
+
+def flags(folder, bucket, steps):
+    return [
+        *STEPS,
+        f"--config.train.num_steps={steps}",
+        f"--config.data.data_dir={bucket}/data",
+        "--config.mesh.data=1",
+    ]
+
+
+def test_a_run_is_kept_damaged_and_resumed_there(folder, bucket, tmp_path, quick, capsys):
+    """In this process: 4 updates, then 8, against 8 at a stretch on the local disk; prepared data is shared there."""
+    run = epath.Path(bucket) / "runs" / "a"
+    train_here(folder, run, *flags(folder, bucket, 4))
+    assert Checkpoints(run).steps() == [2, 4]
+    assert "tokenizing" in capsys.readouterr().err
+    for path in (
+        run / "checkpoints" / "4" / "config.json",
+        run / "checkpoints" / "2" / "params" / "_CHECKPOINT_METADATA",
+    ):
+        assert path.exists()
+    (run / "checkpoints" / "4" / "config.json").write_text("{}")
+    (run / "checkpoints" / "6" / "params").mkdir(parents=True)
+    (run / "checkpoints" / "6" / "params" / "half").write_bytes(b"cut short")
+    remote._copies.clear()
+    os.rename(os.environ["XDG_CACHE_HOME"], f"{os.environ['XDG_CACHE_HOME']}.{time.monotonic_ns()}")  # another machine
+    train_here(folder, run, *flags(folder, bucket, 8))
+    said = capsys.readouterr().err
+    assert "checkpoint 4 is damaged and skipped: config.json" in said
+    assert "resuming after step 2" in said
+    assert "tokenizing" not in said
+    assert "preparing" not in said
+    assert Checkpoints(run).steps() == [4, 6, 8] or Checkpoints(run).steps() == [6, 8]
+    assert Checkpoints(run).newest_sound() == 8
+    assert not (run / "checkpoints" / "6" / "params" / "half").exists()
+    train_here(folder, tmp_path / "alone", *flags(folder, tmp_path, 8))
+    assert losses(run) == losses(tmp_path / "alone")
+
+
+def test_a_step_without_its_manifest_is_none(bucket):
+    run = epath.Path(bucket) / "runs" / "a"
+    checkpoints = Checkpoints(run)
+    before = checkpoints.steps()
+    assert before
+    kept = (run / "checkpoints" / str(before[-1]) / MANIFEST).read_text()
+    (run / "checkpoints" / str(before[-1]) / MANIFEST).unlink()
+    assert checkpoints.steps() == before[:-1]
+    (run / "checkpoints" / str(before[-1]) / MANIFEST).write_text(kept)
+
+
+def python(*command, **options):
+    full = [sys.executable, *map(str, command)]
+    return subprocess.run(full, env=environment(1), cwd=ROOT, capture_output=True, timeout=300, **options)
+
+
+@pytest.mark.slow
+def test_train_kill_resume_eval_and_translate(folder, bucket, tmp_path):
+    """As commands; a second trainer is refused while the first lives, and takes over from a killed one."""
+    run = f"{bucket}/runs/killed"
+    data = [f"--config.data.dir={folder}", f"--config.data.data_dir={bucket}/data", f"--workdir={run}"]
+    long = [
+        "train.py",
+        *TINY,
+        *data,
+        "--config.train.eval_every_steps=100000",
+        "--config.train.checkpoint_every_steps=5",
+    ]
+    with on_hosts(1, [*long, "--config.train.num_steps=100000"], tmp_path / "out", 1) as first:
+        first.wait_until(0, "step 8/")
+        second = python(*long, "--config.train.num_steps=100000")
+        assert second.returncode == 4
+        assert f"held by process {first.all[0].pid} on" in second.stderr.decode()
+        first.all[0].kill()
+        assert first.wait() == [-9]
+    newest = Checkpoints(run).newest_sound()
+    assert newest >= 5
+    last = newest + 10
+    resumed = python(*long, f"--config.train.num_steps={last}")
+    assert resumed.returncode == 0, resumed.stderr.decode()
+    assert f"resuming after step {newest}" in resumed.stderr.decode()
+    scored = python("eval.py", f"--workdir={run}", f"--output={run}/mine.txt")
+    assert scored.returncode == 0, scored.stderr.decode()
+    report = json.loads(scored.stdout.splitlines()[-1])
+    assert (report["step"], report["sentences"]) == (last, 13)
+    translated = python("-m", "transformer.translate", f"--workdir={run}", input=(folder / "test.en").read_bytes())
+    assert translated.stdout == (epath.Path(run) / "mine.txt").read_bytes()
+    assert (epath.Path(run) / "report.html").exists()
+    assert list(losses(epath.Path(run))) == list(range(1, last + 1))
+
+
+@pytest.mark.slow
+def test_two_hosts_keep_a_run_there(folder, bucket, tmp_path):
+    """SIGTERM to one, resumed by both, and the losses are those of one process on the local disk."""
+    run = f"{bucket}/runs/two"
+    own = [*flags(folder, bucket, 8)[:-1], "--config.mesh.fsdp=4", "--config.mesh.data=1"]
+    command = ["train.py", *TINY, f"--config.data.dir={folder}", *own, f"--workdir={run}"]
+    for codes in ([143, 143], [0, 0]):
+        with on_hosts(2, command, tmp_path / "out", devices=2) as pair:
+            if codes != [0, 0]:
+                pair.wait_until(0, "step 1/")
+                pair.all[0].terminate()
+            assert pair.wait() == codes, pair.said(0) + pair.said(1)
+    train_here(folder, tmp_path / "alone", *flags(folder, tmp_path, 8))
+    ours, theirs = losses(epath.Path(run)), losses(tmp_path / "alone")
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
