@@ -67,14 +67,14 @@ def environment(devices: int) -> dict[str, str]:
 class Processes:
     """Hosts of one command, each with its own output; killed at the end of the block if they still run."""
 
-    def __init__(self, commands, devices, folder: pathlib.Path, env=None):
+    def __init__(self, commands, devices, folder: pathlib.Path, environments=()):
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / f"host{i}.{time.monotonic_ns()}" for i in range(len(commands))]
         self.all = []
-        for command, output in zip(commands, self.outputs, strict=True):
+        for i, (command, output) in enumerate(zip(commands, self.outputs, strict=True)):
             with output.open("wb") as out, output.with_suffix(".err").open("wb") as err:
                 full = [sys.executable, *map(str, command)]
-                settings = {**environment(devices), **(env or {})}
+                settings = {**environment(devices), **(environments[i] if environments else {})}
                 self.all.append(subprocess.Popen(full, stdout=out, stderr=err, cwd=ROOT, env=settings))
 
     def __enter__(self):

@@ -6,12 +6,16 @@ Each process has simulated devices of its own; they talk over loopback as hosts 
 import argparse
 import json
 import re
+import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from tests.processes import TINY, data_flags, on_hosts, write_data
+from tests.conftest import ROOT
+from tests.processes import TINY, Processes, data_flags, environment, on_hosts, write_data
 from transformer import command_line, hosts, loop
 from transformer.checkpoint import Checkpoints
 from transformer.errors import UserError
@@ -87,8 +91,26 @@ def test_two_hosts_do_what_one_does(folder, alone, tmp_path, capsys):
     assert {name: two[name] for name in scores} == {name: one[name] for name in scores}
 
 
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+
+
+def slurm_task(number):
+    """What srun tells the tasks of a job."""
+    return {**SLURM, "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+
+
 def test_a_killed_host_ends_the_others_with_its_name(folder, tmp_path):
-    with on_hosts(2, command(folder, tmp_path / "run"), tmp_path / "out", devices=1, timeout=5) as pair:
+    """Started as Slurm does, by its environment."""
+    job = {"SLURM_JOB_ID": str(np.random.default_rng().integers(1, 4000))}  # JAX makes a port of it
+    tasks = [{**slurm_task(number), **job} for number in (0, 1)]
+    own = [*command(folder, tmp_path / "run"), "--host_timeout=5"]
+    with Processes([own, own], 1, tmp_path / "out", tasks) as pair:
         pair.wait_until(0, "batch shapes")
         victim = pair.all[1].pid
         pair.all[1].kill()
@@ -97,15 +119,29 @@ def test_a_killed_host_ends_the_others_with_its_name(folder, tmp_path):
         assert "silent for 5 s" in pair.said(0)
 
 
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun, of Debian's openmpi-bin")
 def test_hosts_that_disagree_end_with_a_message_each(folder, tmp_path):
     flags = ["--config.train.seed=1"], ["--config.train.seed=2"]
-    commands = [command(folder, tmp_path / "run", *own) for own in flags]
-    with on_hosts(2, [], tmp_path / "out", devices=1, commands=commands) as pair:
-        assert pair.wait() == [2, 2]
-        for host in (0, 1):
-            assert "the config differs between hosts" in pair.said(host)
-            assert "train.seed: 1 → 2" in pair.said(host)
-            assert "Traceback" not in pair.said(host)
+    commands = [[sys.executable, *command(folder, tmp_path / "run", *own, "--host_timeout=60")] for own in flags]
+    mpirun = [
+        "mpirun",
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "-np",
+        "1",
+        *commands[0],
+        ":",
+        "-np",
+        "1",
+        *commands[1],
+    ]
+    result = subprocess.run(mpirun, env=environment(1), cwd=ROOT, capture_output=True, timeout=200)
+    assert result.returncode == 2
+    said = result.stderr.decode()
+    for host in (0, 1):
+        assert f"train.py (host {host} of 2): the config differs between hosts" in said
+    assert said.count("train.seed: 1 → 2") == 2
+    assert "Traceback" not in said
 
 
 def test_a_host_that_never_joins_ends_the_others(folder, tmp_path):
@@ -142,15 +178,6 @@ def test_a_process_without_flags_or_launcher_is_alone():
 def test_flags_that_do_not_go_together_are_refused(argv, message):
     with pytest.raises(UserError, match=message):
         hosts.is_one_of_several(flags(*argv))
-
-
-SLURM = {
-    "SLURM_JOB_ID": "1",
-    "SLURM_STEP_NODELIST": "n[1-2]",
-    "SLURM_NTASKS": "2",
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-}
 
 
 @pytest.mark.parametrize(
