@@ -99,7 +99,9 @@ def test_a_python_without_torch_is_refused(monkeypatch):
         recurrence_speed.torch_ms(sys.executable, [2, 2, 2])
 
 
-@pytest.mark.parametrize("name", ["attention_memory", "pairs", "recurrence_speed", "sweep", "parallelism"])
+@pytest.mark.parametrize(
+    "name", ["attention_memory", "pairs", "recurrence_speed", "sweep", "parallelism", "equal_budget"]
+)
 def test_each_command_explains_itself(name):
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
     assert done.returncode == 0

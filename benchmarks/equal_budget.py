@@ -1,0 +1,88 @@
+"""The three families of models at an equal budget: BLEU against time and against tokens; resumable.
+
+    python -m benchmarks.equal_budget --config.data.dir=FOLDER [--config=configs/multi30k_families.py]
+        [--families=attention,recurrent,convolutional] [--output=runs/families] [--split=test_2016_flickr]
+
+Trains CONFIG:FAMILY in a workdir of its own under --output, goes on where one was begun, and only reads one that is
+done. Prints a table, and writes it with two plots and equal_budget.json there. Hours are those of training on the
+machine at hand, without validation. The last line of stdout is one JSON object.
+"""
+
+import argparse
+import json
+from typing import Any
+
+from etils import epath
+
+from benchmarks import plots, sweep
+from transformer import command_line
+from transformer.charts import Series
+from transformer.errors import UserError
+from transformer.files import write_whole
+
+FAMILIES = ("attention", "recurrent", "convolutional")
+Row = dict[str, Any]
+
+
+def main(argv: list[str]) -> None:
+    """Trains and scores what is not done yet."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.equal_budget", allow_abbrev=False)
+    parser.add_argument("--config", default="configs/multi30k_families.py", help="file that takes :FAMILY")
+    parser.add_argument("--families", default=",".join(FAMILIES), help="commas between")
+    parser.add_argument("--output", default="runs/families", type=command_line.workdir_path, help="folder of all")
+    parser.add_argument("--split", default="test_2016_flickr", help="that is scored at the end")
+    args, fields = parser.parse_known_args(argv[1:])
+    wrong = [name for name in fields if not name.startswith("--config.")]
+    unknown = [name for name in args.families.split(",") if name not in FAMILIES]
+    if wrong or unknown:
+        raise UserError(f"expected families of {', '.join(FAMILIES)} and --config.SECTION.FIELD, got {wrong + unknown}")
+    output, found = epath.Path(args.output), {}
+    for family in args.families.split(","):
+        config, _ = command_line.config_flags([argv[0], f"--config={args.config}:{family}", *fields])
+        row = sweep.result(config, output / family, args.split)
+        found[family] = {**row, "curve": curve((output / family / "metrics.jsonl").read_text())}
+        write_whole(output / "equal_budget.json", json.dumps(found, indent=1) + "\n")
+    write_whole(output / "equal_budget.md", table(found) + "\n")
+    for axis, label in (("hours", "hours of training"), ("tokens", "target tokens trained on")):
+        lines = [Series(name, [(p[axis], p["bleu"]) for p in row["curve"]], True) for name, row in found.items()]
+        plots.write(output / f"bleu_by_{axis}.svg", "Validation BLEU", label, lines, log=False)
+    print(table(found))
+    print(json.dumps(found))
+
+
+def curve(metrics: str) -> list[Row]:
+    """Each validation: BLEU, loss, and what training had cost by then."""
+    rows = [json.loads(line) for line in metrics.splitlines()]
+    return [
+        {
+            "step": row["step"],
+            "bleu": row["valid/bleu"],
+            "loss": row["valid/loss"],
+            "tokens": row["train/tokens"],
+            "hours": row["train/hours"],
+            "flops": row["train/flops"],
+        }
+        for row in rows
+        if "valid/bleu" in row
+    ]
+
+
+def table(found: dict[str, Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| family | params | test BLEU | perplexity | target tokens | FLOPs | hours | tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for family, row in found.items():
+        last = row["curve"][-1]
+        rate = last["tokens"] / max(3600 * last["hours"], 1e-9)
+        lines.append(
+            f"| {family} | {row['params']:,} | {row['bleu']:.1f} | {row['perplexity']:.2f} | {last['tokens']:,.0f} "
+            f"| {last['flops']:.1e} | {last['hours']:.2f} | {rate:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command_line.use_huge_pages()
+    command_line.run(main)
