@@ -1,13 +1,14 @@
 """What self-attention trades against recurrence and convolution: the paper's Table 1, measured.
 
     python -m benchmarks.parallelism [--lengths=16,32,…,4096] [--tokens=4096] [--width=128] [--output=runs/parallelism]
-        [--program_only] [--dtype=float32]
+        [--families=attention,recurrent,convolutional] [--attention=plain] [--dtype=float32] [--program_only]
 
 Of one layer, read off the program that XLA compiles: sequential depth, and FLOPs with loops counted by their trips;
-by gradient, the longest path between two positions. Of training, 1+1 layers of each family with about equal params and
-attention on the plain path: target tokens a second, temporary memory of the step and time to compile it, for each
-length and for each number of tokens in a batch. Prints tables, and writes them with plots and parallelism.json under
---output. --program_only compiles single layers and trains nothing. The last line of stdout is one JSON object.
+by gradient, the longest path between two positions. Of training, 1+1 layers of each family with about equal params,
+attention on the plain path unless --attention names another: target tokens a second, temporary memory of the step and
+time to compile it, for each length and for each number of tokens in a batch. Prints tables, and writes them with plots
+and parallelism.json under --output. --program_only compiles single layers and trains nothing. The last line of stdout
+is one JSON object.
 """
 
 import argparse
@@ -53,18 +54,23 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lengths", default="16,32,64,128,256,512,1024,2048,4096", help="tokens of a sentence")
     parser.add_argument("--tokens", default="4096", help="target tokens of a batch, several with commas between")
     parser.add_argument("--width", type=positive_int, default=128, help="of attention; others have as many params")
+    parser.add_argument("--families", default=",".join(FAMILIES), help="to measure, commas between")
+    parser.add_argument("--attention", default="plain", help="value of model.attention in training (default: plain)")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument("--output", default="runs/parallelism", type=command_line.workdir_path, help="folder")
     parser.add_argument("--program_only", action="store_true", help="compile single layers, train nothing")
     args = parser.parse_args(argv[1:])
-    lengths = two_or_more(args.lengths)
+    lengths, families = two_or_more(args.lengths), args.families.split(",")
+    if not set(families) <= set(FAMILIES):
+        raise UserError(f"--families: expected some of {', '.join(FAMILIES)}, got {args.families!r}")
     output = epath.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     found: Row = {"device": str(jax.devices()[0].device_kind), "width": args.width, "lengths": lengths}
-    found["layer"] = {family: layer_figures(family, args.width, lengths) for family in FAMILIES}
+    found["layer"] = {family: layer_figures(family, args.width, lengths) for family in families}
     show_table_1(found["layer"])
     if not args.program_only:
-        configs = {family: equal_config(family, args.width, args.dtype) for family in FAMILIES}
+        other = {"dtype": args.dtype, "attention": args.attention}
+        configs = {family: equal_config(family, args.width, **other) for family in families}
         found["params"] = {family: params(config) for family, config in configs.items()}
         found["training"] = [
             row
@@ -110,22 +116,26 @@ def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
 
 
-def equal_config(family: str, width: int, dtype: str) -> Config:
+def equal_config(family: str, width: int, dtype: str = "float32", attention: str = "plain") -> Config:
     """1+1 layers of a family, of the width that comes nearest to the params of attention of the given width."""
-    target = params(family_config("attention", width, dtype))
+
+    def config(width: int) -> Config:
+        return family_config(family, width, dtype, attention)
+
+    target = params(family_config("attention", width))
     low, high = 1, width  # in steps of 8
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if params(family_config(family, 8 * middle, dtype)) < target else (low, middle)
-    near = [family_config(family, 8 * number, dtype) for number in (max(low - 1, 1), low)]
-    return min(near, key=lambda config: abs(params(config) - target))
+        low, high = (middle + 1, high) if params(config(8 * middle)) < target else (low, middle)
+    near = [config(8 * number) for number in (max(low - 1, 1), low)]
+    return min(near, key=lambda one: abs(params(one) - target))
 
 
-def family_config(family: str, width: int, dtype: str) -> Config:
-    """1+1 layers without dropout, attention on the plain path with a feed-forward width of 4 D."""
+def family_config(family: str, width: int, dtype: str = "float32", attention: str = "plain") -> Config:
+    """1+1 layers without dropout; attention has 4 heads and a feed-forward width of 4 D."""
     fields: Row = {"family": family, "emb_dim": width, "num_layers": 1, "dropout_rate": 0.0, "dtype": dtype}
     if family == "attention":
-        fields.update(num_heads=4, mlp_dim=4 * width, attention="plain")
+        fields.update(num_heads=4, mlp_dim=4 * width, attention=attention)
     return validation.resolve({"model": fields, "mesh": {"data": 1}})
 
 
@@ -213,7 +223,7 @@ def draw(output: epath.Path, found: Row) -> None:
     ):
         for axis, label, keep in _axes(rows, most):
             kept = [row for row in rows if keep(row)]
-            lines = [Series(f, [(r[axis], r[name]) for r in kept if r["family"] == f], True) for f in FAMILIES]
+            lines = [Series(f, [(r[axis], r[name]) for r in kept if r["family"] == f], True) for f in layers]
             plots.write(output / f"{name}.{axis}.svg", title, label, lines)
 
 

@@ -87,6 +87,8 @@ def test_equal_factors_are_equally_far_apart_on_a_log_chart():
     assert len(xs) == 3
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
     assert ys[1] - ys[0] == pytest.approx(ys[2] - ys[1], abs=0.2)
-    assert charts.log_ticks(16, 256, 5) == [16, 32, 64, 128, 256]
-    assert charts.log_ticks(1e3, 1e6, 5)[0] <= 1e3 < 1e6 <= charts.log_ticks(1e3, 1e6, 5)[-1]
+    assert charts.doublings(16, 256, 5) == [16, 32, 64, 128, 256]
+    assert charts.doublings(16, 4096, 5)[:3] == [16, 64, 256]
+    assert charts.log_ticks(1e3, 1e6, 5) == [1e3, 1e4, 1e5, 1e6]
+    assert charts.log_ticks(20, 60, 5) == [16, 32, 64]
     assert charts.log_ticks(1, 1, 5) == [1, 2]

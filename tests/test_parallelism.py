@@ -51,7 +51,7 @@ def test_exponents_are_those_of_powers():
 
 
 def test_families_have_about_as_many_params():
-    found = {f: parallelism.params(parallelism.equal_config(f, 64, "float32")) for f in one_layer.FAMILIES}
+    found = {f: parallelism.params(parallelism.equal_config(f, 64)) for f in one_layer.FAMILIES}
     assert max(found.values()) / min(found.values()) < 1.1
 
 
@@ -77,9 +77,14 @@ def test_the_command_writes_its_tables_and_plots(tmp_path, capsys, monkeypatch, 
 
 def test_a_step_is_really_trained(monkeypatch):
     monkeypatch.setattr(parallelism, "SECONDS", 0.0)
-    found = parallelism.measure(parallelism.family_config("recurrent", 16, "float32"), 2, 8)
+    found = parallelism.measure(parallelism.family_config("recurrent", 16), 2, 8)
     assert found["target_tokens_per_s"] == pytest.approx(2 * 8 / found["step_ms"] * 1000, rel=0.1)
     assert min(found.values()) > 0
+
+
+def test_a_family_that_is_none_is_refused():
+    with pytest.raises(UserError, match="--families: expected some of attention, recurrent"):
+        parallelism.main(["parallelism", "--families=attention,lstm"])
 
 
 @pytest.mark.parametrize("tokens", ["", "a", "64,64", "0"])

@@ -50,8 +50,8 @@ def line_chart(title: str, x_label: str, series: Sequence[Series], log: bool = F
     if not lines:
         return ""
     xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
-    kind, between = (LogAxis, log_ticks) if log else (Axis, ticks)
-    x_ticks, y_ticks = between(min(xs), max(xs), 5), between(min(ys), max(ys), 5)
+    kind, x_between, y_between = (LogAxis, doublings, log_ticks) if log else (Axis, ticks, ticks)
+    x_ticks, y_ticks = x_between(min(xs), max(xs), 5), y_between(min(ys), max(ys), 5)
     x = kind(min(xs), max(max(xs), min(xs) + 1e-9), LEFT, WIDTH - RIGHT)
     y = kind(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), HEIGHT - BOTTOM, TOP)
     parts = [_grid(x, y, x_ticks, y_ticks, x_label)]
@@ -118,10 +118,15 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, about: int) -> list[float]:
-    """Powers of two, or of a power of two, that cover a range above 0."""
-    first, last = math.floor(math.log2(low) + 1e-9), math.ceil(math.log2(high) - 1e-9)
+    """Powers of ten that cover a range above 0, or of two if it is narrow."""
+    return doublings(low, high, about, 10) if high >= 100 * low else doublings(low, high, about)
+
+
+def doublings(low: float, high: float, about: int, base: float = 2) -> list[float]:
+    """Powers of a base, equally far apart, that cover a range above 0."""
+    first, last = math.floor(math.log(low, base) + 1e-9), math.ceil(math.log(high, base) - 1e-9)
     every = max(-(-(last - first) // about), 1)
-    return [2.0**power for power in range(first, max(last, first + 1) + every, every)]
+    return [float(base) ** power for power in range(first, max(last, first + 1) + every, every)]
 
 
 def short(value: float) -> str:
