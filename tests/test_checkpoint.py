@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from transformer import checkpoint, sharding, step, tokenizer
+from transformer import checkpoint, fingerprint, sharding, step, tokenizer
 from transformer.checkpoint import Checkpoints
 from transformer.errors import UserError, WorkdirError
 
@@ -206,6 +206,41 @@ def test_nothing_in_a_checkpoint_is_executed(workdir):
     (workdir / "checkpoints" / "100" / checkpoint.MANIFEST).write_text("__import__('os').system('touch hacked')")
     assert Checkpoints(workdir).metrics(100) == {}
     assert Checkpoints(workdir).newest_sound() == 10
+
+
+def test_a_manifest_that_says_something_else_is_damaged(workdir):
+    """Its own digest covers what no file's does: metrics, the digest of the data, the host."""
+    path = workdir / "checkpoints" / "100" / checkpoint.MANIFEST
+    whole = path.read_text()
+    for old, new in (("10.0", "90.0"), ("digest of the data", "digest of other data"), ('"cores"', '"corps"')):
+        assert whole.count(old) == 1
+        path.write_text(whole.replace(old, new))
+        assert Checkpoints(workdir).newest_sound() == 10
+        assert Checkpoints(workdir).metrics(100) == {}
+    path.write_text(whole)
+    assert Checkpoints(workdir).newest_sound() == 100
+
+
+def test_a_manifest_of_a_version_without_digests_of_manifests_can_be_read(workdir):
+    path = workdir / "checkpoints" / "100" / checkpoint.MANIFEST
+    values = json.loads(path.read_text())
+    del values["sha256"], values["host"]
+    path.write_text(json.dumps(values))
+    assert Checkpoints(workdir).newest_sound() == 100
+    assert Checkpoints(workdir).manifest(100).host == {}
+    path.write_text(json.dumps({**values, "host": {}}))
+    assert Checkpoints(workdir).newest_sound() == 10
+
+
+def test_the_host_is_noted(workdir):
+    assert Checkpoints(workdir).manifest(9).host == fingerprint.of_host()
+
+
+def test_nothing_is_deleted_for_a_newest_that_is_not_whole(workdir, capsys):
+    next(path for path in (workdir / "checkpoints" / "100" / "params").rglob("*") if path.is_file()).unlink()
+    Checkpoints(workdir).prune(1, 0)
+    assert Checkpoints(workdir).steps() == [9, 10, 100]
+    assert "checkpoint 100 is damaged" in capsys.readouterr().err
 
 
 def test_the_manifest_lists_every_file_with_its_digest(workdir):

@@ -8,7 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from transformer import compilation
+from transformer import compilation, fingerprint
 
 PROGRAM = """
 import jax, jax.numpy as jnp
@@ -29,7 +29,7 @@ def run(**environment):
 
 def test_programs_are_kept_in_a_folder_for_this_kind_of_cpu(tmp_path):
     folder = run(XDG_CACHE_HOME=str(tmp_path))
-    assert folder == tmp_path / "transformer-jax" / compilation._machine()
+    assert folder == tmp_path / "transformer-jax" / fingerprint.cpu()
     assert any(folder.iterdir())
 
 

@@ -23,10 +23,10 @@ datasets/split datasets/contents datasets/corpus
 subword_codes tokenizer batching packing cost pipeline data_report
 sharding consensus segments dropout attention blockwise ring kernels layers stack hypotheses
 text_model model source_attention recurrence recurrent convolutional families
-loss optimizer step compilation checkpoint trained
+loss guard optimizer step fingerprint compilation manifest checkpoint trained
 restrictions constraints search sampling decoding
 wishes reranking translator alignments translate scores significance evaluate
-workdir run_log loop
+workdir run_log divergence stop_signals loop
 scoring summary watch charts attention_maps report_page report
 chips hlo program_cost roofline fit ahead plan
 benchmark prepare

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from transformer import loop, step, trained
+from transformer import loop, step, stop_signals, trained
 from transformer.batching import Batch
 from transformer.checkpoint import Checkpoints
 from transformer.cost import Spent
@@ -237,6 +237,42 @@ def stop_at(monkeypatch, update):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(loop.Updates, "dispatch", interrupted)
+
+
+def test_a_stop_signal_does_not_wait_for_validation(data, whole, tmp_path, monkeypatch):
+    """Its checkpoint is saved already; the next sitting makes up for the scores."""
+    held_out = loop.Evaluator.held_out_loss
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return held_out(*args)
+
+    monkeypatch.setattr(loop.Evaluator, "held_out_loss", signalled)
+    with pytest.raises(StoppedError, match="saved step 6"):
+        loop.fit(config_of(data), tmp_path / "run")
+    assert Checkpoints(tmp_path / "run").steps() == [3, 6]
+    assert "valid/bleu" not in Checkpoints(tmp_path / "run").metrics(6)
+
+
+def test_after_the_first_signal_any_other_ends_the_process_at_once():
+    with stop_signals.noted() as stop_signal:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_signal() == signal.SIGTERM
+        assert [signal.getsignal(number) for number in stop_signals.STOP_SIGNALS] == [signal.SIG_DFL] * 2
+
+
+def test_another_host_is_said(data, tmp_path, monkeypatch, capsys):
+    from transformer import checkpoint
+
+    loop.fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
+    here = loop.fingerprint.of_host()
+    monkeypatch.setattr(checkpoint.fingerprint, "of_host", lambda: {**here, "jax": "9.9", "cores": "77"})
+    loop.fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "warning: another host than before, so the last bits may differ: " in said
+    assert f"jax: {here['jax']} → 9.9; cores: {here['cores']} → 77\n" in said
+    loop.fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
+    assert "another host" not in capsys.readouterr().err
 
 
 def test_a_stop_signal_saves_the_step_it_is_at(data, whole, tmp_path, monkeypatch):

@@ -58,8 +58,17 @@ def test_time_spent_elsewhere_is_left_out():
 
 @pytest.mark.parametrize("bad", [{"objective": math.nan}, {"objective": math.inf}, {"norm": math.nan}])
 def test_what_is_no_number_stops_the_run_and_names_the_update(bad):
-    with pytest.raises(DivergedError, match="at update 7 the loss is"):
+    with pytest.raises(DivergedError, match="at update 7 the loss is") as diverged:
         Meter().add(metrics(**bad), 7, slots=8, flops=0)
+    assert diverged.value.update == 7
+
+
+def test_a_skipped_update_is_said_and_counted(capsys):
+    meter = Meter(skipped=2)
+    for step, skipped in ((1, 2), (2, 3), (3, 3)):
+        meter.add(metrics()._replace(skipped=np.int32(skipped)), step, slots=8, flops=0)
+    assert capsys.readouterr().err == "update 2 skipped: its loss of 2.400 is a spike; 3 skipped so far\n"
+    assert meter.summary()["train/skipped_updates"] == 3
 
 
 def test_what_was_spent_goes_on_from_the_sittings_before():

@@ -57,6 +57,15 @@ def test_the_last_line_and_blank_lines_count(tmp_path, content, lines):
     assert lines_of(tmp_path / "a.en", content) == lines
 
 
+@pytest.mark.parametrize("extension", ["", *PACK])
+def test_a_line_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, extension):
+    monkeypatch.setattr(text_files, "LONGEST_LINE", 1000)
+    pack = PACK.get(extension, bytes)
+    assert lines_of(tmp_path / f"a.en{extension}", pack(b"a\n" + b"x" * 999 + b"\n")) == ["a", "x" * 999]
+    with pytest.raises(UserError, match="line 2: longer than"):
+        lines_of(tmp_path / f"a.en{extension}", pack(b"a\n" + b"x" * 1001))
+
+
 def test_a_bom_is_dropped_at_the_start_of_the_file_alone(tmp_path):
     assert lines_of(tmp_path / "a.en", "\ufeff\ufeffa\n\ufeffb\n".encode()) == ["\ufeffa", "\ufeffb"]
 

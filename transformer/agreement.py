@@ -44,14 +44,22 @@ def same_code() -> None:
 
 
 def code_version() -> str:
-    """A digest of the package's own files, and the versions of what it computes with."""
+    """The digest of the code, and the versions of what it computes with."""
+    return f"{code_digest()} with {', '.join(f'{name} {version}' for name, version in versions().items())}"
+
+
+def code_digest() -> str:
+    """Of the package's own files."""
     digest = hashlib.sha256()
     folder = pathlib.Path(__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    versions = [f"{name} {_version(name)}" for name in PACKAGES]
-    python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
-    return f"{digest.hexdigest()[:12]} with {', '.join([python, *versions])}"
+    return digest.hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that the code computes with."""
+    return {"Python": f"{sys.version_info.major}.{sys.version_info.minor}", **{p: _version(p) for p in PACKAGES}}
 
 
 def _version(package: str) -> str:

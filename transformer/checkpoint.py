@@ -1,14 +1,13 @@
 """Checkpoints: state, config, tokenizer and metrics as one verified unit.
 
 checkpoints/STEP/ holds params/, optimizer/ and, where a moving average is kept, ema/ (Orbax), config.json,
-tokenizer/ and manifest.json: the metrics, the digest of the training data, and size and SHA-256 of every
-other file. It is written under another name and moved into place when it is whole. One whose files are
-not those of its manifest is reported as damaged, and the newest sound one is taken instead. Nothing found
-in it is ever executed.
+tokenizer/ and manifest.json: the metrics, the digest of the training data, the host it was computed on, size
+and SHA-256 of every other file, and the SHA-256 of all that. It is written under another name and moved into
+place when it is whole. One whose files are not those of its manifest is reported as damaged, and the newest
+sound one is taken instead. Nothing found in it is ever executed.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,38 +18,23 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from transformer import hosts, remote
+from transformer import fingerprint, hosts, remote, validation
 from transformer import tokenizer as tokenizers
 from transformer.command_line import say
 from transformer.config import Config
 from transformer.errors import UserError, WorkdirError
-from transformer.files import reported, sha256, write_whole
+from transformer.files import reported, write_whole
+from transformer.manifest import MANIFEST, Manifest, Metrics, digests
 from transformer.step import Model, Params, TrainState, abstract_params, abstract_state
 from transformer.tokenizer import Tokenizer
 
-MANIFEST = "manifest.json"
 SCORE = "valid/bleu"  # the metric that makes a checkpoint the best
 UNFINISHED = (".partial", ".removed")
 DAMAGED = "manifest.damaged.json"  # in object storage: the manifest of one that was put aside
 
-Metrics = dict[str, float]
-
 
 class Damaged(Exception):
     """A checkpoint whose files are not those that were written."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself: its metrics, the digest of the training data, and its files."""
-
-    metrics: Metrics
-    data: str
-    files: dict[str, tuple[int, str]]
-
-    def to_json(self) -> str:
-        """As it is written."""
-        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
 
 
 class Checkpoints:
@@ -89,9 +73,11 @@ class Checkpoints:
                 if hosts.is_lead():
                     tokenizer.save(target / "tokenizer")
                     write_whole(target / "config.json", config.to_json())
-                    files = {str(path.relative_to(target)): _fingerprint(path) for path in _files(target)}
+                    paths = list(_files(target))
+                    names = [str(path.relative_to(target)) for path in paths]
+                    files = dict(zip(names, digests(paths), strict=True))
             if hosts.is_lead():
-                write_whole(folder / MANIFEST, Manifest(metrics, data, files).to_json())
+                write_whole(folder / MANIFEST, Manifest(metrics, data, fingerprint.of_host(), files).to_json())
                 if folder != place:
                     if place.exists():
                         self.remove(int(place.name))
@@ -113,15 +99,12 @@ class Checkpoints:
           Damaged: it cannot be read.
         """
         try:
-            values = json.loads((self.folder / str(step) / MANIFEST).read_text())
-            metrics = {str(name): float(value) for name, value in values["metrics"].items()}
-            files = {str(name): (int(size), str(digest)) for name, (size, digest) in values["files"].items()}
-            return Manifest(metrics, str(values["data"]), files)
-        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            return Manifest.from_json((self.folder / str(step) / MANIFEST).read_text())
+        except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
             raise Damaged(f"{MANIFEST} cannot be read: {error!r}") from error
 
-    def verify(self, step: int) -> None:
-        """Compares every file with the manifest.
+    def verify(self, step: int, *, content: bool = True) -> None:
+        """Compares every file with the manifest; without `content` only which there are, and their sizes.
 
         Raises:
           Damaged: a file is missing, is new, or has other content.
@@ -131,18 +114,18 @@ class Checkpoints:
         odd = sorted(found.keys() ^ written.keys())
         if odd:
             raise Damaged(f"{odd[0]} is {'missing' if odd[0] in written else 'not part of it'}")
-        for name, path in sorted(found.items()):
-            try:
-                same = _fingerprint(path) == written[name]
-            except OSError as error:
-                raise Damaged(f"{name} cannot be read: {error}") from error
-            if not same:
+        try:
+            now = digests(found.values()) if content else [(path.stat().length, "") for path in found.values()]
+        except OSError as error:
+            raise Damaged(f"a file cannot be read: {error}") from error
+        for name, (size, digest) in zip(found, now, strict=True):
+            if size != written[name][0] or (content and digest != written[name][1]):
                 raise Damaged(f"{name} has changed since it was written")
 
-    def is_sound(self, step: int) -> bool:
+    def is_sound(self, step: int, *, content: bool = True) -> bool:
         """Whether a checkpoint verifies; says what is wrong with it if not."""
         try:
-            self.verify(step)
+            self.verify(step, content=content)
         except Damaged as damage:
             gone = step not in self.steps()
             say(f"checkpoint {step} " + ("was deleted just now" if gone else f"is damaged and skipped: {damage}"))
@@ -200,12 +183,13 @@ class Checkpoints:
 
     @hosts.lead_only
     def prune(self, keep_last: int, keep_best: int) -> None:
-        """Deletes all but the newest and the best ones."""
+        """Deletes all but the newest and the best ones; none unless the newest is whole."""
         available = self.steps()
         best = self.by_score(available)
         keep = {*available[-keep_last:], *(best[-keep_best:] if keep_best else [])}
-        for step in available:
-            if step not in keep:
+        surplus = [step for step in available if step not in keep]
+        if surplus and self.is_sound(available[-1], content=False):  # its digests were just taken
+            for step in surplus:
                 self.remove(step)
 
     @hosts.lead_only
@@ -231,6 +215,11 @@ class Checkpoints:
         params = self.restore_params(step, model, mesh)
         ema = self.restore_params(step, model, mesh, "ema") if config.train.ema_decay else None
         return TrainState(counter, params, opt_state, ema)
+
+    def config(self, step: int) -> Config:
+        """The config that a checkpoint was trained with."""
+        path = self.folder / str(step) / "config.json"
+        return validation.from_json(path.read_text(), str(path))
 
     def tokenizer(self, step: int) -> Tokenizer:
         """The vocabulary that a checkpoint was trained with."""
@@ -274,7 +263,3 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
             yield from _files(path)
         else:
             yield path
-
-
-def _fingerprint(path: epath.Path) -> tuple[int, str]:
-    return path.stat().length, sha256(path)

@@ -1,11 +1,11 @@
 """XLA compilation: kept on disk between runs, and counted."""
 
-import hashlib
 import os
 import pathlib
-import platform
 
 import jax
+
+from transformer import fingerprint
 
 _COMPILED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
@@ -14,18 +14,8 @@ def enable_cache() -> None:
     """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/transformer-jax."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "transformer-jax" / _machine()))
+        jax.config.update("jax_compilation_cache_dir", str(caches / "transformer-jax" / fingerprint.cpu()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _machine() -> str:
-    """The kind of CPU: a program compiled for one may use instructions that another, on a shared home, lacks."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
-    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
 class CompileCounter:

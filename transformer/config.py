@@ -178,6 +178,14 @@ class TrainConfig:
         low=0,
         high=0.999999,
     )
+    spike_factor: float = _field(
+        0.0,
+        "an update whose loss is over this times the mean of about the last 50 is skipped, counted and logged; 0: none",
+        low=0,
+    )
+    max_skipped_updates: int = _field(
+        10, "with spike_factor: skipped of one spike at most; if the loss stays high, updates are made again", low=1
+    )
     seed: int = _field(0, "of initialisation, data order and dropout", low=0, high=2**31 - 1)
 
 

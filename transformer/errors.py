@@ -8,9 +8,13 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """The loss is no longer a finite number."""
+    """The loss is no longer a finite number; `update` is the first that would have been made of that, if known."""
 
     exit_code = 3
+
+    def __init__(self, message: str, update: int | None = None):
+        super().__init__(message)
+        self.update = update
 
 
 class WorkdirError(UserError):

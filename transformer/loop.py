@@ -8,8 +8,6 @@ import contextlib
 import functools
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,14 +15,28 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from transformer import agreement, compilation, cost, hosts, kernels, pipeline, sharding, step, workdir
+from transformer import (
+    agreement,
+    compilation,
+    cost,
+    divergence,
+    fingerprint,
+    guard,
+    hosts,
+    kernels,
+    pipeline,
+    sharding,
+    step,
+    stop_signals,
+    workdir,
+)
 from transformer.batching import Batch
 from transformer.checkpoint import SCORE, Checkpoints, Metrics
 from transformer.command_line import say
 from transformer.config import Config
 from transformer.consensus import Slowest, StopVote, of_each_host
 from transformer.datasets import corpus as corpora
-from transformer.errors import DivergedError, StoppedError, UserError
+from transformer.errors import DivergedError, UserError
 from transformer.evaluate import Evaluator
 from transformer.run_log import WHAT_HELPS, Meter, NoLog, RunLog, open_log, peak_memory_mb
 from transformer.step import StepMetrics, TrainState
@@ -46,7 +58,7 @@ def fit(config: Config, folder: epath.PathLike) -> None:
         agreement.same_folder(path)
         run = Run(config, path)
         workdir.keep_config(path, config)
-        with _stop_signals() as stop_signal:
+        with stop_signals.noted() as stop_signal:
             run.train(stop_signal)
 
 
@@ -62,7 +74,8 @@ class Updates:
         flops_of: Callable[[Batch], float],
         spent: cost.Spent,
     ):
-        self.state, self.meter, self.compiles = state, Meter(spent), compilation.CompileCounter()
+        skipped = int(jax.device_get(guard.skipped(state.opt_state)))
+        self.state, self.meter, self.compiles = state, Meter(spent, skipped=skipped), compilation.CompileCounter()
         self._train_step, self._batches, self._place, self._flops_of = train_step, batches, place, flops_of
         self._done = int(jax.device_get(state.step))
         self._unread: tuple[StepMetrics, int, dict[str, Any]] | None = None
@@ -116,11 +129,12 @@ class Run:
         self.checkpoints = Checkpoints(path)
         newest, before = _resume_point(self.checkpoints)
         # Until there is a checkpoint, nothing is lost with another config.
-        changes = workdir.config_changes(path, config) if newest is not None else []
+        changes = workdir.config_changes(path, self.checkpoints.config(newest), config) if newest is not None else []
         with hosts.lead_first("data"):
             corpus = corpora.open_corpus(config.data)
             self.tokenizer = self._tokenizer(corpus, newest)
-            self.data_digest, self.valid = corpus.split("train").digest, corpus.split("validation")
+            self.pairs, self.valid = corpus.split("train"), corpus.split("validation")
+            self.data_digest = self.pairs.digest
             self._check_data(newest)
             self.ids = pipeline.token_ids(config.data, corpus, "train", self.tokenizer)
         agreement.same_data(corpus.digest, self.tokenizer.digest)
@@ -142,12 +156,13 @@ class Run:
 
     def train(self, stop_signal: Callable[[], int | None]) -> None:
         """Does the updates that are left."""
-        train = self.config.train
+        train, self.stop_signal = self.config.train, stop_signal
         # The last sitting may have been stopped before it could validate.
         owes = self._is_due(self.start, train.eval_every_steps) and not self.is_scored
         if not owes and self._is_over(self.start):
             return
-        with open_log(self.path, self.start, train.num_steps) as log:
+        dumped = divergence.dumped(self.path, self.plan, self.pairs)
+        with dumped, open_log(self.path, self.start, train.num_steps) as log:
             if owes:
                 self._evaluate(self.state.eval_params, self.start, log)
             batches = pipeline.train_iterator(
@@ -193,8 +208,7 @@ class Run:
                     self._evaluate(updates.state.eval_params, done, log)
                 self.checkpoints.prune(train.keep_last, train.keep_best)
         if stopped:
-            name = signal.Signals(stopped).name
-            raise StoppedError(stopped, f"stopped by {name}; saved step {done:,}; run again to go on")
+            raise stop_signals.stopped_by(stopped, done)
 
     def _is_over(self, done: int) -> bool:
         """Whether nothing is left to do; says why, unless the bar does."""
@@ -236,18 +250,30 @@ class Run:
         say(f"batch shapes, rows x (source, target): {shapes}")
         if self.start:
             say(f"resuming after step {self.start:,}")
+            others = fingerprint.differences(self.checkpoints.manifest(self.start).host, fingerprint.of_host())
+            if others:
+                say(f"warning: another host than before, so the last bits may differ: {'; '.join(others)}")
 
     def _save(self, state: TrainState, done: int) -> None:
         """Saves a checkpoint, if its params are numbers: the loss just read was that of the params before them."""
         if not step.all_finite(state.params):
-            raise DivergedError(f"the run diverged: update {done} made params that are no numbers; {WHAT_HELPS}")
+            raise DivergedError(f"the run diverged: update {done} made params that are no numbers; {WHAT_HELPS}", done)
         metrics = {**self.progress._asdict(), **self.spent.metrics()}
         self.checkpoints.save(state, self.config, self.tokenizer, self.data_digest, metrics)
 
     def _evaluate(self, params: step.Params, done: int, log: RunLog | NoLog) -> None:
-        """Scores the validation split, and records the scores with the checkpoint of this step."""
+        """Scores the validation split, and records the scores with the checkpoint of this step.
+
+        It may take longer than the time a stop signal leaves; what it leaves undone the next sitting makes up for.
+        """
+
+        def leave(_: int) -> None:
+            stopped = self.stop_signal()
+            if stopped and hosts.count() == 1:  # one of several would leave the others waiting
+                raise stop_signals.stopped_by(stopped, done)
+
         sources, references = self.valid.sources(), [self.valid.targets()]
-        report = self.evaluator.evaluate(params, sources, references, metrics=("bleu", "chrf"))
+        report = self.evaluator.evaluate(params, sources, references, metrics=("bleu", "chrf"), progress=leave)
         if not math.isfinite(report.loss):
             self.checkpoints.remove(done)
             raise DivergedError(
@@ -271,24 +297,3 @@ def _resume_point(checkpoints: Checkpoints) -> tuple[int | None, Metrics]:
 
     newest, metrics = json.loads(hosts.from_lead("newest checkpoint", find))
     return newest, metrics
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Notes SIGTERM and SIGINT for the loop to see between updates; a second one ends the process at once."""
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-
-    def note(number: int, _: object) -> None:
-        seen.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        say(f"{signal.Signals(number).name}: stopping after this update; send it again to stop at once")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: seen[0] if seen else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from transformer.config import Config
+from transformer.guard import skip_spikes
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -36,8 +37,11 @@ def make_schedule(config: Config) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam, decoupled weight decay of matrices, and the schedule."""
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, Adam, decoupled weight decay of matrices, and the schedule; none of it in a spike.
+
+    Its update takes the loss of the batch as `value`.
+    """
     optimizer = config.optimizer
     chain = []
     if optimizer.clip_norm:
@@ -47,7 +51,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         matrices = functools.partial(_matrices, config.model.scan_layers)
         chain.append(optax.add_decayed_weights(optimizer.weight_decay, mask=matrices))
     chain.append(optax.scale_by_learning_rate(make_schedule(config)))
-    return optax.chain(*chain)
+    return skip_spikes(optax.chain(*chain), config.train)
 
 
 def _matrices(stacked: bool, params: optax.Params) -> optax.Params:

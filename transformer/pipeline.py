@@ -130,11 +130,13 @@ def same_tokenizer(stored: epath.Path, trained: Tokenizer) -> Tokenizer:
     Raises:
       UserError: the workdir's is missing or another one.
     """
-    if tokenizers.is_in(stored) and tokenizers.load(stored).digest == trained.digest:
+    found = tokenizers.load(stored).digest if tokenizers.is_in(stored) else "missing"
+    if found == trained.digest:
         return trained
     raise UserError(
-        f"{stored}: the vocabulary of this workdir is missing or not the one its checkpoints were trained with, and "
-        f"another would not fit them: copy tokenizer/{trained.file_name} back from the newest checkpoint"
+        f"{stored}: the vocabulary of this workdir is missing or not the one its checkpoints were trained with: its "
+        f"digest was {trained.digest[:16]} and is {found[:16]}. Another would not fit them: copy tokenizer/"
+        f"{trained.file_name} back from the newest checkpoint"
     )
 
 

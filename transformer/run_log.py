@@ -36,11 +36,15 @@ class Meter:
 
     Args:
       spent: before this sitting.
+      skipped: updates skipped before it for their loss.
     """
 
-    def __init__(self, spent: Spent | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, spent: Spent | None = None, clock: Callable[[], float] = time.perf_counter, skipped: int = 0
+    ) -> None:
         self._clock, self._spent = clock, spent or Spent()
         self._begun = clock() - self._spent.seconds
+        self.skipped = skipped
         self.reset()
 
     def reset(self) -> None:
@@ -58,8 +62,13 @@ class Meter:
         if not (math.isfinite(metrics.loss.objective) and math.isfinite(metrics.grad_norm)):
             raise DivergedError(
                 f"the run diverged: at update {step} the loss is {float(metrics.loss.objective)} and the gradient norm "
-                f"{float(metrics.grad_norm)}; {WHAT_HELPS}"
+                f"{float(metrics.grad_norm)}; it was not made, and {WHAT_HELPS}",
+                step,
             )
+        if int(metrics.skipped) > self.skipped:
+            self.skipped = int(metrics.skipped)
+            loss = float(metrics.loss.objective) / max(float(metrics.loss.tokens), 1)
+            say(f"update {step:,} skipped: its loss of {loss:.3f} is a spike; {self.skipped:,} skipped so far")
         self.nll += float(metrics.loss.nll)
         self.correct += float(metrics.loss.correct)
         self.tokens += float(metrics.loss.tokens)
@@ -111,6 +120,7 @@ class Meter:
             "train/accuracy": self.correct / max(self.tokens, 1),
             "train/grad_norm": self.grad_norm / max(self.updates, 1),
             "train/learning_rate": self.learning_rate,
+            "train/skipped_updates": self.skipped,
             "train/target_tokens_per_s": self.tokens / seconds,
             "train/step_ms": 1000 * seconds / max(self.updates, 1),
             "train/fill": self.tokens / max(self.slots, 1),

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from transformer import kernels, sharding
+from transformer import guard, kernels, sharding
 from transformer.batching import Batch
 from transformer.config import Config, ModelConfig
 from transformer.families import make_model
@@ -52,12 +52,14 @@ class StepMetrics(NamedTuple):
       grad_norm: of the mean gradient, before clipping.
       learning_rate: of this update.
       source_tokens: real ones, EOS included.
+      skipped: updates of the whole run that were skipped for their loss, this one included; int32.
     """
 
     loss: LossSums
     grad_norm: jax.Array
     learning_rate: jax.Array
     source_tokens: jax.Array
+    skipped: Any = 0
 
 
 class Model:
@@ -136,6 +138,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The compiled update. Its state argument is donated: use what it returns.
 
+    Where loss or gradient are no finite numbers the state stays as it was.
+
     Raises:
       UserError: the config forces a kernel that cannot run on the mesh's devices.
     """
@@ -154,14 +158,17 @@ def make_train_step(
         key = jax.random.fold_in(dropout_key, state.step)
         total, sums = sum_gradients(objective, state.params, batch, key, config.train.accumulation_steps)
         # The sums run over all rows of all devices, so these are gradients of the mean over the global batch's tokens.
-        grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums.tokens, 1.0), total)
+        tokens = jnp.maximum(sums.tokens, 1.0)
+        grads = jax.tree.map(lambda grad: grad / tokens, total)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=sums.objective / tokens)
         params = optax.apply_updates(state.params, updates)
-        source_tokens = (batch.source_BS != PAD).sum(dtype=jnp.float32)
-        metrics = StepMetrics(sums, optax.tree.norm(grads), schedule(state.step), source_tokens)
+        source_tokens, skipped = (batch.source_BS != PAD).sum(dtype=jnp.float32), guard.skipped(opt_state)
+        rate = schedule(state.step - guard.skipped(state.opt_state))
+        metrics = StepMetrics(sums, optax.tree.norm(grads), rate, source_tokens, skipped)
         ema = None if state.ema is None else moving_average(state.ema, params, state.step, config.train.ema_decay)
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        is_bad = ~(jnp.isfinite(sums.objective) & jnp.isfinite(metrics.grad_norm))
+        return guard.keep(state, TrainState(state.step + 1, params, opt_state, ema), is_bad), metrics
 
     states, everywhere = state_shardings(model, config, mesh), sharding.replicated(mesh)
     return jax.jit(

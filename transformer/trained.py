@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from transformer import sharding, validation
+from transformer import sharding
 from transformer.checkpoint import Checkpoints, Metrics
 from transformer.config import Config, MeshConfig
 from transformer.errors import UserError, WorkdirError
@@ -74,8 +74,7 @@ def load_trained(workdir: epath.PathLike, which: str) -> Trained:
         raise UserError(f"--workdir={workdir}: expected a folder that train.py wrote, found none")
     checkpoints = Checkpoints(workdir)
     steps = select(checkpoints, which)
-    path = checkpoints.folder / str(steps[-1]) / "config.json"
-    config = validation.from_json(path.read_text(), str(path))
+    config = checkpoints.config(steps[-1])
     tokenizer = checkpoints.tokenizer(steps[-1])
     mesh = sharding.make_mesh(MeshConfig())
     model = Model(config.model, tokenizer.vocab_size)

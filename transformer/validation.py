@@ -14,7 +14,17 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from transformer.config import FOLLOW_EMB_DIM, SECTIONS, TEXT_PATHS, TINY, Config, DataConfig, DecodeConfig, ModelConfig
+from transformer.config import (
+    FOLLOW_EMB_DIM,
+    SECTIONS,
+    TEXT_PATHS,
+    TINY,
+    Config,
+    DataConfig,
+    DecodeConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from transformer.errors import UserError
 
 KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # values of model.attention that run on one platform alone
@@ -111,6 +121,15 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"config.train.batch_tokens: expected room for one sentence of data.max_length = {data.max_length} tokens, "
             f"got {train.batch_tokens}"
+        )
+    if 0 < train.spike_factor <= 1:
+        raise UserError(
+            f"config.train.spike_factor: expected 0 for none, or above 1, such as 2, got {train.spike_factor}"
+        )
+    if not train.spike_factor and train.max_skipped_updates != TrainConfig.max_skipped_updates:
+        raise UserError(
+            f"config.train.max_skipped_updates = {train.max_skipped_updates}: read only with spike_factor; set that "
+            f"too, or leave it at {TrainConfig.max_skipped_updates}"
         )
     if optimizer.name == "adam" and optimizer.weight_decay:
         raise UserError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from transformer import files, summary, validation
+from transformer import files, summary
 from transformer.checkpoint import Checkpoints, Damaged
 from transformer.command_line import say
 from transformer.config import Config
@@ -99,8 +99,7 @@ class Watch:
         return False
 
     def _open(self, step: int) -> Scorer:
-        path = self._checkpoints.folder / str(step) / "config.json"
-        self._scorer = Scorer(self._open_set(validation.from_json(path.read_text(), str(path))))
+        self._scorer = Scorer(self._open_set(self._checkpoints.config(step)))
         return self._scorer
 
     def _done(self, name: str) -> set[str]:

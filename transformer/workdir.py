@@ -1,14 +1,14 @@
 """The folder of a run: whose it is, and which config it was made with."""
 
+import datetime
 import fcntl
 import os
-import socket
 from typing import IO
 
 from etils import epath
 
 from transformer import config as configs
-from transformer import hosts, remote, validation
+from transformer import hosts, remote
 from transformer.command_line import complain, say
 from transformer.config import Config
 from transformer.errors import UserError, WorkdirError
@@ -56,7 +56,8 @@ def lock(workdir: epath.Path) -> IO[str] | remote.Lock:
     except OSError as error:
         say(f"warning: {workdir} cannot be locked ({error}); see to it that no other run uses it")
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    since = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    file.write(f"{hosts.who()} since {since}\n")
     file.flush()
     return file
 
@@ -73,8 +74,11 @@ def _lock_object(workdir: epath.Path) -> remote.Lock:
         raise WorkdirError(f"{workdir}: held by {held}; wait for it, stop it, or choose another --workdir") from held
 
 
-def config_changes(workdir: epath.Path, config: Config) -> list[str]:
+def config_changes(workdir: epath.Path, old: Config, config: Config) -> list[str]:
     """How a config differs, harmlessly, from the one that the workdir's run was made with.
+
+    Args:
+      old: of the checkpoint that the run goes on from, whose digest was right.
 
     Returns:
       The differences, as 'section.field: old → new'.
@@ -82,10 +86,7 @@ def config_changes(workdir: epath.Path, config: Config) -> list[str]:
     Raises:
       UserError: others than harmless ones; every field of them is named.
     """
-    path = workdir / CONFIG_FILE
-    if not path.exists():
-        return []
-    changes = configs.differences(validation.from_json(path.read_text(), str(path)), config)
+    changes = configs.differences(old, config)
     serious = [change for change in changes if not _harmless(change, config)]
     if serious:
         raise UserError(

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from etils import epath
 
+from transformer.datasets import text_files
 from transformer.errors import UserError
 
 _SEGMENT = re.compile(r"<seg id=\"\d+\">(.*)</seg>")  # some of the files are no XML
@@ -48,9 +49,9 @@ def sentences(archive: epath.PathLike, member: str, *, any_line_end: bool = Fals
         raise UserError(f"{archive}: has no file {member}, so it is another archive than expected; get the right one")
 
 
-def _lines(stream: IO[bytes], where: str) -> Iterator[str]:
+def _lines(stream: Any, where: str) -> Iterator[str]:
     """Lines end in b"\\n" alone."""
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(text_files.bounded_lines(stream, where), 1):
         try:
             yield line.removesuffix(b"\n").decode()
         except UnicodeDecodeError as error:

@@ -12,8 +12,8 @@ import itertools
 import lzma
 import os
 import zlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import zstandard
 from etils import epath
@@ -22,6 +22,7 @@ from transformer.errors import UserError
 from transformer.files import sha256
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
+LONGEST_LINE = 64 << 20  # bytes
 
 _CHUNK = 1 << 16
 _ZSTD_CHUNK = 1 << 12  # small, as so many packed bytes may unpack to 30,000 times as many
@@ -41,13 +42,25 @@ def read_lines(path: epath.PathLike) -> Iterator[str]:
         yield from decode_lines(stream, path)
 
 
-def decode_lines(stream: Iterable[bytes], path: epath.PathLike) -> Iterator[str]:
+def decode_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[str]:
     """The same of a stream of bytes that is open already, such as stdin; `path` is named in errors."""
-    for number, raw in enumerate(stream, 1):
+    for number, raw in enumerate(bounded_lines(stream, path), 1):
         line = raw.removesuffix(b"\n")
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         yield _decoded(line, path, number)
+
+
+def bounded_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[bytes]:
+    """The lines of a stream, each with its b"\\n", but none that would fill the memory: an archive of a few kB may."""
+    number = 0
+    while raw := stream.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(raw) > LONGEST_LINE:
+            raise UserError(
+                f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MiB, which no sentence is; cut it"
+            )
+        yield raw
 
 
 def read_parallel(source: epath.PathLike, target: epath.PathLike) -> Iterator[tuple[str, str]]:

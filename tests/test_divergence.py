@@ -1,0 +1,44 @@
+"""The batch of an update that diverged is written down, and the error goes on."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from transformer import divergence
+from transformer.batching import PADDING_ROW, Bucket, PlannedBatch
+from transformer.errors import DivergedError, StoppedError
+
+
+class Plan:
+    """Update n has the examples n, n + 1 and a row of padding."""
+
+    def batch(self, step):
+        return PlannedBatch(Bucket(8, 8, 3), np.array([step + 1, step + 2, PADDING_ROW]))
+
+
+PAIRS = [(f"source {i}", f"Ziel {i} ß") for i in range(20)]
+
+
+def test_the_pairs_of_the_batch_are_in_a_file(tmp_path):
+    with (
+        pytest.raises(
+            DivergedError, match=r"it diverged\. The sentence pairs of its batch are in .*diverged\.json"
+        ) as error,
+        divergence.dumped(epath.Path(tmp_path), Plan(), PAIRS),
+    ):
+        raise DivergedError("it diverged", 7)
+    assert (error.value.update, error.value.exit_code) == (7, 3)
+    found = json.loads((tmp_path / divergence.FILE).read_text())
+    assert (found["update"], found["why"]) == (7, "it diverged")
+    assert [pair["number"] for pair in found["pairs"]] == [7, 8]
+    assert found["pairs"][0] == {"number": 7, "source": "source 7", "target": "Ziel 7 ß"}
+    assert "Ziel 7 ß" in (tmp_path / divergence.FILE).read_text()
+
+
+@pytest.mark.parametrize("error", [DivergedError("in validation"), StoppedError(15, "stopped"), OSError("disk")])
+def test_other_errors_leave_no_file(tmp_path, error):
+    with pytest.raises(type(error)), divergence.dumped(epath.Path(tmp_path), Plan(), PAIRS):
+        raise error
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,51 @@
+"""What is said when a run goes on elsewhere."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+from transformer import fingerprint
+
+
+def of_another_process(**environment):
+    program = "import json; from transformer import fingerprint; print(json.dumps(fingerprint.of_host()))"
+    command = [sys.executable, "-c", program]
+    if cores := environment.pop("cores", None):
+        command = ["taskset", "-c", cores, *command]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_the_same_host_is_the_same():
+    here = fingerprint.of_host()
+    assert {"code", "Python", "jax", "jaxlib", "XLA_FLAGS", "devices", "CPU", "cores"} <= here.keys()
+    assert here["devices"] == "8 x cpu"
+    assert fingerprint.differences(here, dict(here)) == []
+
+
+def test_other_flags_and_cores_are_another():
+    """XLA splits its work by the cores that a process may use, which changes the last bits."""
+    other = of_another_process(XLA_FLAGS="--xla_force_host_platform_device_count=2", cores="0")
+    found = fingerprint.differences(fingerprint.of_host(), other)
+    assert "devices: 8 x cpu → 2 x cpu" in found
+    assert any(each.startswith("XLA_FLAGS: ") for each in found)
+    if len(os.sched_getaffinity(0)) > 1:
+        assert f"cores: {len(os.sched_getaffinity(0))} → 1" in found
+    assert not any(each.startswith(("code", "jax:", "Python")) for each in found)
+
+
+def test_what_only_one_of_them_has_is_named():
+    assert fingerprint.differences({"a": "1", "b": "2"}, {"b": "3", "c": "4"}) == [
+        "a: 1 → none",
+        "b: 2 → 3",
+        "c: none → 4",
+    ]
+    assert fingerprint.differences({"a": ""}, {"a": "x"}) == ["a: none → x"]
+
+
+def test_of_a_host_that_nobody_noted_nothing_is_said():
+    assert fingerprint.differences({}, fingerprint.of_host()) == []
