@@ -1,9 +1,12 @@
-# make demo · make test · make test-slow · make test-tpu · make plan. PYTHON names the interpreter, VENV the environment,
-# TESTS some files of tests instead of all.
+# make demo · make test · make test-slow · make test-tpu · make faults · make plan. PYTHON names the interpreter, VENV
+# the environment, TESTS some files of tests instead of all. QUICK=1 makes faults as short as in make test, ROWS picks
+# rows of it.
 PYTHON ?= python3
 VENV ?= .venv
 ACCELERATOR ?=
 TESTS ?=
+QUICK ?=
+ROWS ?=
 PLAN_CONFIG ?= configs/wmt14_big.py
 PLAN_TOPOLOGY ?= v5e:4x4,v5e:16x16,v5p:4x4x8,v6e:4x4
 PLAN_FLAGS ?= --config.model.dtype=bfloat16
@@ -11,7 +14,7 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check --quiet
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-fast test-slow test-tpu tpu-compiler lint types plan lock clean
+.PHONY: demo test test-fast test-slow test-tpu faults tpu-compiler lint types plan lock clean
 
 demo: $(VENV)/installed$(ACCELERATOR)
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR)
@@ -24,6 +27,9 @@ test-fast: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(RUN) -m pytest -m slow
+
+faults: $(VENV)/installed-dev
+	$(RUN) -m tests.faults $(if $(QUICK),--quick) --only=$(ROWS)
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

@@ -1,0 +1,227 @@
+"""What runs in a process that is to be killed: train.py itself, the examples of each step noted down, and plants.
+
+A plant makes something happen at a place in the program: a SIGKILL, or a mark and a pause so that the parent
+can send a signal just there. Production code knows nothing of any of it.
+"""
+
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import jax
+    from etils import epath
+
+    import train
+    from transformer import checkpoint, command_line, compilation, loop, pipeline
+    from transformer.batching import Batch
+    from transformer.checkpoint import Checkpoints
+
+# The server that forks children has imported JAX and never used it, so that a fork is safe.
+warnings.filterwarnings("ignore", message=".*os.fork.*", category=RuntimeWarning)
+
+AT = 10  # the step whose save a plant disturbs
+
+
+def main(argv: list[str], log: str, trace: str, plant: str) -> None:
+    """train.py with these arguments; stdout and stderr go to `log`, the trace to `trace`."""
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = argv
+    note_examples(os.open(trace, os.O_WRONLY | os.O_APPEND))
+    cache_everything()
+    if plant:
+        PLANTS[plant]()
+    command_line.run(train.main)
+
+
+def read_each(workdirs: list[str], log: str) -> None:
+    """What eval.py and translate do first, for each workdir; stdout and stderr go to `log`."""
+    from transformer import trained
+
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    for workdir in workdirs:
+        try:
+            found = trained.load_trained(workdir, "latest")
+            print(f"{workdir}: read step {found.step}", flush=True)
+        except Exception as error:  # whatever the libraries make of such files
+            print(f"{workdir}: {type(error).__name__}", flush=True)
+
+
+_trace = -1
+
+
+class Named(Batch):
+    """A batch that knows its examples."""
+
+    examples = ""
+
+
+def note_examples(trace: int) -> None:
+    """Notes step and example ids of each batch as the loop takes it."""
+    global _trace
+    _trace = trace
+    assemble, begin = pipeline.assemble, loop.Updates.__init__
+
+    def named(planned, *ids):
+        batch = Named(*assemble(planned, *ids))
+        batch.examples = ",".join(map(str, planned.examples_B.ravel()))
+        return batch
+
+    def noted(done, batches):
+        for batch in batches:
+            done += 1
+            os.write(trace, f"{done} {batch.examples}\n".encode())
+            yield Batch(*batch)
+
+    def begin_noted(self, train_step, state, batches, *rest, **options):
+        begin(self, train_step, state, noted(int(jax.device_get(state.step)), batches), *rest, **options)
+
+    pipeline.assemble, loop.Updates.__init__ = named, begin_noted
+
+
+def cache_everything() -> None:
+    """Keeps the smallest programs too, as each restart would compile them again."""
+    enable = compilation.enable_cache
+
+    def enabled():
+        enable()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+    compilation.enable_cache = enabled
+
+
+def kill() -> None:
+    """A real SIGKILL."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def mark(name: str) -> None:
+    """Tells the parent that it is here."""
+    os.write(_trace, f"!{name}\n".encode())
+
+
+def around(owner, name, before=None, after=None, when=lambda *args: True):
+    """Calls `before` and `after` around a function, where its arguments are those."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def wrapped(*args, **options):
+        here = when(*args)
+        if here and before:
+            before()
+        result = function(*args, **options)
+        if here and after:
+            after()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def saving(*parts):
+    """Whether the path of a call, its first argument, is of the checkpoint AT and ends like this."""
+
+    def is_it(path, *_):
+        path = os.fspath(path)
+        return f"/{AT}." in path + "." and path.endswith(parts)
+
+    return is_it
+
+
+def kill_during(name):
+    """A SIGKILL while Orbax writes, from another thread."""
+    before = lambda: threading.Timer(0.002, kill).start()  # noqa: E731
+    return lambda: around(checkpoint.ocp, "save", before, when=saving(name))
+
+
+def manifest_cut_short():
+    """Half of a manifest under its own name, as a file system without rename would leave it."""
+    write_whole = checkpoint.write_whole
+
+    def cut(path, content):
+        if saving(checkpoint.MANIFEST)(path):
+            epath.Path(path).write_text(content[: len(content) // 2])
+            kill()
+        write_whole(path, content)
+
+    checkpoint.write_whole = cut
+
+
+def rmtree_cut_short():
+    """A SIGKILL once some files of a checkpoint that is being deleted are gone."""
+    kind = type(epath.Path("/"))
+    rmtree = kind.rmtree
+
+    def cut(self, *args, **options):
+        if self.name.endswith(".removed"):
+            for path in list(self.iterdir())[:2]:
+                path.unlink() if path.is_file() else rmtree(path)
+            kill()
+        rmtree(self, *args, **options)
+
+    kind.rmtree = cut
+
+
+def pause_in_saving(seconds):
+    """Marks the place where checkpoint AT lacks its manifest alone, and waits there."""
+    before = lambda: (mark("saving"), time.sleep(seconds))  # noqa: E731
+    return lambda: around(checkpoint, "write_whole", before, when=saving(checkpoint.MANIFEST))
+
+
+def commit(when):
+    """Around the rename that makes a checkpoint one."""
+    return lambda: around(type(epath.Path("/")), "rename", **{when: kill}, when=saving(".partial"))
+
+
+def disk_error(name):
+    """An EIO once, while checkpoint AT is saved."""
+
+    def fail():
+        raise OSError(5, "Input/output error")
+
+    return lambda: around(checkpoint, name, fail, when=saving(checkpoint.MANIFEST, "config.json"))
+
+
+def hold():
+    """Stops at step 3, for ever."""
+    around(loop.Updates, "dispatch", lambda: (mark("held"), time.sleep(600)), when=lambda self: self._done == 2)
+
+
+def step_is(at):
+    """Whether a method's first argument is this step."""
+    return lambda self, step, *_: step == at
+
+
+KILLS = {
+    "before the folder": lambda: around(type(epath.Path("/")), "mkdir", kill, when=saving(".partial")),
+    "after the folder": lambda: around(type(epath.Path("/")), "mkdir", None, kill, when=saving(".partial")),
+    "in the params": kill_during("params"),
+    "after the params": lambda: around(checkpoint.ocp, "save", None, kill, when=saving("params")),
+    "in the optimizer": kill_during("optimizer"),
+    "before the manifest": lambda: around(checkpoint, "write_whole", kill, when=saving(checkpoint.MANIFEST)),
+    "in the manifest": manifest_cut_short,
+    "before the commit": commit("before"),
+    "after the commit": commit("after"),
+    "before deleting": lambda: around(Checkpoints, "remove", kill, when=step_is(AT - 5)),
+    "in deleting": rmtree_cut_short,
+    "after deleting": lambda: around(Checkpoints, "remove", None, kill, when=step_is(AT - 5)),
+}
+PLANTS = {
+    **{f"kill {name}": plant for name, plant in KILLS.items()},
+    "kill in restoring": lambda: around(Checkpoints, "restore_params", None, kill),
+    "kill after restoring": lambda: around(Checkpoints, "restore", None, kill),
+    "pause in evaluating": lambda: around(loop.Evaluator, "held_out_loss", lambda: (mark("evaluating"), time.sleep(1))),
+    "pause in saving": pause_in_saving(1.0),
+    "pause in compiling": lambda: around(
+        loop.Updates, "dispatch", lambda: mark("compiling"), when=lambda self: self._unread is None
+    ),
+    "long save": pause_in_saving(60.0),
+    "disk error": disk_error("write_whole"),
+    "hold": hold,
+}

@@ -1,0 +1,313 @@
+"""Rows B: checkpoints whose files are not those that were written, disks that fail, and what is deleted when."""
+
+import contextlib
+import errno
+import itertools
+import os
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.faults.table import Tally, row
+from tests.faults.world import Command, Heard, World, files_of
+from tests.test_checkpoint import make_parts, save, save_three
+from transformer import checkpoint, trained
+from transformer.checkpoint import MANIFEST, Checkpoints
+from transformer.errors import UserError, WorkdirError
+
+NEWEST = 15
+
+
+def assert_noticed(run: pathlib.Path, name: str) -> None:
+    """The newest checkpoint gives way to the one before, and that is said, for training and for each way to name one.
+
+    These are the very calls of train.py, eval.py and translate. Damage that changes nothing (a capital E in a
+    number) may pass, if what is read is the same.
+    """
+    checkpoints = Checkpoints(run)
+    for ask in (checkpoints.newest_sound, lambda: trained.select(checkpoints, "latest")[0]):
+        with Heard() as heard:
+            found = ask()
+        assert found == 10, f"{name}: took {found}"
+        assert f"checkpoint {NEWEST} is damaged" in heard.getvalue(), f"{name}: not said"
+    with Heard() as heard:
+        assert trained.select(checkpoints, "average:2") == [5, 10], name
+        assert NEWEST not in trained.select(checkpoints, "best"), name
+        with pytest.raises(WorkdirError):
+            trained.select(checkpoints, str(NEWEST))
+    assert heard.getvalue().count(f"checkpoint {NEWEST} is damaged") == 3, f"{name}: not said"
+
+
+@contextlib.contextmanager
+def restored_after(run: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The folder of the newest checkpoint, as it was again afterwards."""
+    folder, whole = run / "checkpoints" / str(NEWEST), run / "whole"
+    shutil.copytree(folder, whole)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        whole.rename(folder)
+
+
+def flip(path: pathlib.Path, rng: np.random.Generator) -> int:
+    """One random bit of a file; its place. A file of no bytes gets one."""
+    content = bytearray(path.read_bytes() or b"\0")
+    place = int(rng.integers(8 * len(content)))
+    content[place // 8] ^= 1 << place % 8
+    path.write_bytes(content)
+    return place
+
+
+def assert_reads_the_one_before(run: pathlib.Path, world: World) -> None:
+    """What eval.py and translate would compute with are the params of step 10."""
+    with Heard():
+        params = trained.load_trained(run, "latest").params
+    wanted = trained.load_trained(world.whole().workdir, "10").params
+    leaves = [[np.asarray(leaf) for leaf in checkpoint.jax.tree.leaves(tree)] for tree in (params, wanted)]
+    assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
+
+
+@row("B1", "bit flips spread over all files of the newest checkpoint, manifest included", full=203, quick=45)
+def bits_flipped(world: World, tally: Tally) -> None:
+    run, rng = world.three_checkpoints(), np.random.default_rng(0)
+    files = itertools.cycle(files_of(run / "checkpoints" / str(NEWEST)))
+    for attempt in range(45 if tally.quick else 200):
+        path = next(files)
+        with tally.one(f"{path.name}, {attempt}"):
+            whole = path.read_bytes()
+            place = flip(path, rng)
+            try:
+                if not changes_nothing(path, whole):
+                    assert_noticed(run, f"{path.name}, bit {place}")
+                if attempt % 40 == 0:
+                    assert_reads_the_one_before(run, world)
+            finally:
+                path.write_bytes(whole)
+    assert Checkpoints(run).newest_sound() == NEWEST
+    for attempt in range(0 if tally.quick else 3):
+        with tally.one(f"training goes on, {attempt}"):
+            flipped = world.copy(run)
+            flip(files_of(flipped / "checkpoints" / str(NEWEST))[3 * attempt + 1], rng)
+            process = world.trained(flipped)
+            assert process.code == 0, process.said()
+            assert f"checkpoint {NEWEST} is damaged" in process.said()
+            world.assert_as_whole(flipped)
+
+
+def changes_nothing(path: pathlib.Path, whole: bytes) -> bool:
+    """Whether a manifest still says the very same, such as 1E5 for 1e5."""
+    if path.name != MANIFEST or len(list(path.parent.glob("*.extra"))):
+        return False
+    try:
+        return checkpoint.Manifest.from_json(path.read_text()) == checkpoint.Manifest.from_json(whole.decode())
+    except Exception:
+        return False
+
+
+def one_byte_short(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] if path.stat().st_size else b"x")
+
+
+DAMAGE = {
+    "deleted": lambda path: path.unlink(),
+    "emptied": lambda path: path.write_bytes(b"" if path.stat().st_size else b"x"),
+    "halved": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] or b"x"),
+    "one byte short": one_byte_short,
+    "with another beside it": lambda path: path.with_name(path.name + ".extra").write_bytes(b"x"),
+}
+
+
+@row("B2", "every file deleted, emptied, halved, one byte short, with an extra file beside it", full=65, quick=20)
+def files_damaged(world: World, tally: Tally) -> None:
+    run = world.three_checkpoints()
+    names = [
+        path.relative_to(run / "checkpoints" / str(NEWEST)) for path in files_of(run / "checkpoints" / str(NEWEST))
+    ]
+    cases = list(itertools.product(names, DAMAGE))
+    for name, damage in cases[::4] if tally.quick else cases:
+        with tally.one(f"{name} {damage}"), restored_after(run) as folder:
+            whole = (folder / name).read_bytes()
+            DAMAGE[damage](folder / name)
+            if not changes_nothing(folder / name, whole):  # a manifest without the end of its last line
+                assert_noticed(run, f"{name} {damage}")
+    with tally.one("nothing was left damaged"):
+        assert Checkpoints(run).newest_sound() == NEWEST
+    if not tally.quick:
+        (run / "checkpoints" / str(NEWEST) / "config.json").write_text("{}")
+        for command in (["eval.py", "--split=test"], ["-m", "transformer.translate"]):
+            with tally.one(f"{command} takes the one before"):
+                done = Command(*command, f"--workdir={run}", stdin=b"red\n").expect(0, "checkpoint 15 is damaged")
+                assert done.stdout.count(b"\n") == 1
+                assert b'"step": 10' in done.stdout or command[0] == "-m"
+
+
+@row("B3", "all checkpoints bad: train, eval and translate refuse, nothing starts again", full=9, quick=3)
+def none_is_sound(world: World, tally: Tally) -> None:
+    rng = np.random.default_rng(0)
+    ways = {
+        "flipped": lambda folder: flip(folder / "config.json", rng),
+        "without manifest": lambda folder: (folder / MANIFEST).unlink(),
+        "emptied": lambda folder: [path.unlink() for path in files_of(folder)],
+    }
+    for name, harm in list(ways.items())[: 1 if tally.quick else 3]:
+        run = world.three_checkpoints()
+        for folder in (run / "checkpoints").iterdir():
+            harm(folder)
+        before = {path: path.read_bytes() for path in files_of(run) if path.name != "lock"}
+        with tally.one(f"train.py, {name}"):
+            process = world.trained(run)
+            assert process.code == 4, process.said()
+            assert "none of the checkpoints [5, 10, 15] is sound" in process.said()
+            assert process.trace() == {}
+        for which in ("latest", "best"):
+            if tally.quick:
+                with tally.one(f"{which}, {name}"), Heard() as heard, pytest.raises(WorkdirError) as refused:
+                    trained.load_trained(run, which)
+                assert (refused.value.exit_code, heard.getvalue().count("damaged")) == (4, 3)
+        for command in () if tally.quick else (["eval.py"], ["-m", "transformer.translate"]):
+            with tally.one(f"{command}, {name}"):
+                Command(*command, f"--workdir={run}", stdin=b"red\n").expect(4, "damaged", "is sound")
+        with tally.one(f"nothing was touched, {name}"):
+            assert {path: path.read_bytes() for path in files_of(run) if path.name != "lock"} == before
+
+
+@contextlib.contextmanager
+def disk(folder: pathlib.Path, options: str) -> Iterator[pathlib.Path]:
+    """A small file system of its own."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True, capture_output=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def can_mount(world: World) -> bool:
+    """Whether this process may make file systems."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError), disk(world.new_folder(), "size=1m"):
+        return True
+    return False
+
+
+def fill(folder: pathlib.Path) -> pathlib.Path:
+    """A file that takes all the room there is."""
+    ballast = folder / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"\0" * 4096)
+    return ballast
+
+
+@row("B4", "disk full, also at the last save; read-only; an I/O error once, in writing and in reading", full=3, quick=2)
+def disk_fails(world: World, tally: Tally) -> None:
+    if can_mount(world):
+        for steps in (10,) if tally.quick else (10, 20):  # the save that fails is the last one, or not
+            with tally.one(f"full at step 10 of {steps}"), disk(world.new_folder(), "size=64m") as place:
+                assert_survives_a_full_disk(world, place / "run", steps)
+        if not tally.quick:
+            with tally.one("read-only"), disk(world.new_folder(), "size=64m") as place:
+                shutil.copytree(world.three_checkpoints(), place / "run")
+                subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+                process = world.trained(place / "run")
+                assert process.code == 2, process.said()
+                assert "Read-only file system" in process.said()
+                assert Checkpoints(place / "run").newest_sound() == NEWEST
+    else:
+        tally.note("no right to mount: a full and a read-only disk not tried")
+    with tally.one("an error in writing"):
+        run = world.new_folder()
+        process = world.trained(run, "disk error", train={"num_steps": 10})
+        assert process.code == 2, process.said()
+        assert "Input/output error" in process.said()
+        assert Checkpoints(run).newest_sound() == 5
+        assert world.trained(run, train={"num_steps": 10}).code == 0
+        world.assert_as_whole(run, 10)
+    with tally.one("an error in reading"), pytest.MonkeyPatch.context() as patch:
+        run = world.three_checkpoints()
+        patch.setattr(checkpoint, "sha256", raising_once(checkpoint.sha256))
+        with Heard() as heard:
+            assert Checkpoints(run).newest_sound() == 10
+        assert "checkpoint 15 is damaged and skipped: a file cannot be read" in heard.getvalue()
+        assert Checkpoints(run).newest_sound() == NEWEST
+
+
+def raising_once(function):
+    """The same, but for an EIO at the first call."""
+    failures = [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def failing(path):
+        if failures:
+            raise failures.pop()
+        return function(path)
+
+    return failing
+
+
+def assert_survives_a_full_disk(world: World, run: pathlib.Path, steps: int) -> None:
+    """The save of step 10 finds no room; with room again the run goes on as if nothing had happened."""
+    train = {"num_steps": 5}
+    assert world.trained(run, train=train).code == 0
+    ballast, train = fill(run.parent), {"num_steps": steps}
+    process = world.trained(run, train=train)
+    assert process.code not in (0, None), "a save that failed was no failure"
+    assert "space" in process.said(), process.said()
+    assert Checkpoints(run).newest_sound() == 5
+    ballast.unlink()
+    assert world.trained(run, train=train).code == 0
+    world.assert_as_whole(run, steps)
+
+
+@row("B5", "retention of 1, 2, 5 checkpoints of steps 9, 10, 100, where the new save fails", full=18, quick=9)
+def retention(world: World, tally: Tally) -> None:
+    base = save_three(world.new_folder())
+    for keep, (place, fail) in itertools.product((1, 2, 5), FAILURES.items()):
+        with tally.one(f"keep {keep}, {place}"), pytest.MonkeyPatch.context() as patch:
+            run = world.copy(base)
+            fail(patch)
+            with pytest.raises(UserError, match="No space left"):
+                save(run, make_parts(), 200)
+            patch.undo()
+            Checkpoints(run).prepare(100)
+            assert Checkpoints(run).steps() == [9, 10, 100]
+            assert Checkpoints(run).newest_sound() == 100
+            save(run, make_parts(), 200)
+            Checkpoints(run).prune(keep, 0)
+            assert Checkpoints(run).steps() == [9, 10, 100, 200][-keep:]
+    for keep in (1, 2, 5):
+        with tally.one(f"keep {keep}, the new one is not whole"), Heard() as heard:
+            run = world.copy(base)
+            save(run, make_parts(), 200)
+            files_of(run / "checkpoints" / "200")[0].unlink()
+            Checkpoints(run).prune(keep, 0)
+            assert Checkpoints(run).steps() == [9, 10, 100, 200]
+            assert keep == 5 or "checkpoint 200 is damaged" in heard.getvalue()
+
+
+def failing_at(count: int, owner, name: str):
+    """The call of that number, from 0, finds no space."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        function, calls = getattr(owner, name), itertools.count()
+
+        def failing(*args, **options):
+            if next(calls) == count:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return function(*args, **options)
+
+        patch.setattr(owner, name, failing)
+
+    return plant
+
+
+FAILURES = {
+    "the params fail": failing_at(0, checkpoint.ocp, "save"),
+    "the optimizer fails": failing_at(1, checkpoint.ocp, "save"),
+    "the config fails": failing_at(0, checkpoint, "write_whole"),
+    "the digests fail": failing_at(0, checkpoint, "digests"),
+    "the manifest fails": failing_at(1, checkpoint, "write_whole"),
+}

@@ -1,0 +1,234 @@
+"""Rows D: text that is not text, files that do not belong together, lines of any length, data that has changed."""
+
+import itertools
+import pathlib
+import resource
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.faults.damage import flip
+from tests.faults.table import Tally, row
+from tests.faults.world import Command, Heard, World, data_fields, files_of, write_pairs
+from transformer import pipeline, scoring, tokenizer, trained
+from transformer.config import DataConfig
+from transformer.datasets import corpus as corpora
+from transformer.errors import UserError
+from transformer.evaluate import Evaluator
+
+ERROR, CONTENT, BLANK = "an error", "content", "a blank line"
+BYTES = {
+    "a byte that is never UTF-8": (b"a \xff b", ERROR),
+    "a character cut short": (b"caf\xc3", ERROR),
+    "an overlong form": (b"a\xc0\xaf", ERROR),
+    "half a surrogate pair": (b"a\xed\xa0\x80b", ERROR),
+    "beyond Unicode": (b"\xf4\x90\x80\x80", ERROR),
+    "Latin-1": (b"caf\xe9 noir", ERROR),
+    "UTF-16": ("a b".encode("utf-16-le"), ERROR),
+    "NUL": (b"a\0b", ERROR),
+    "NUL alone": (b"\0", ERROR),
+    "a BOM inside": ("a\ufeffb".encode(), CONTENT),
+    "a lone CR": (b"a\rb", CONTENT),
+    "CR at the end": (b"a b\r", CONTENT),
+    "U+2028": ("a\u2028b".encode(), CONTENT),
+    "U+0085": ("a\u0085b".encode(), CONTENT),
+    "VT, FF and FS": (b"a\x0bb\x0cc\x1cd", CONTENT),
+    "U+FFFD": ("a\ufffdb".encode(), CONTENT),
+    "a character beyond 16 bits": ("😀 é".encode(), CONTENT),
+    "nothing": (b"", BLANK),
+    "blanks of all kinds": (" \t\u3000\u2028\r".encode(), BLANK),
+}
+LINE = 7  # where it stands
+
+
+def with_line(path: pathlib.Path, line: bytes) -> None:
+    """Puts the bytes in place of line LINE."""
+    lines = path.read_bytes().split(b"\n")
+    lines[LINE - 1] = line
+    path.write_bytes(b"\n".join(lines))
+
+
+def open_corpus(folder: pathlib.Path) -> corpora.Corpus:
+    """The corpus of a folder, prepared in it."""
+    return corpora.open_corpus(DataConfig(**data_fields(folder, folder / "prepared")))
+
+
+@row("D1", "19 classes of bytes on either side, in training and in evaluation", full=76, quick=76)
+def bytes_of_all_kinds(world: World, tally: Tally) -> None:
+    for (name, (line, kind)), side in itertools.product(BYTES.items(), ("en", "de")):
+        folder = world.new_folder()
+        write_pairs(folder, train=40)
+        for split in ("train", "test"):
+            with_line(folder / f"{split}.{side}", line)
+        with tally.one(f"{name}, {side}, train"), Heard() as heard:
+            if kind == ERROR:
+                (folder / f"test.{side}").write_bytes(b"a\n" * 8)
+                refused(lambda: open_corpus(folder), f"train.{side}, line {LINE}: ")  # noqa: B023
+                with_line(folder / f"test.{side}", line)
+            else:
+                corpus = open_corpus(folder)
+                assert len(corpus.split("train")) == 40 - (kind == BLANK)
+                assert ("1 of 40 training pairs have a blank side: left out" in heard.getvalue()) == (kind == BLANK)
+                if kind == CONTENT:
+                    assert corpus.split("train")[LINE - 1][side == "de"].encode() == line
+        with tally.one(f"{name}, {side}, evaluation"):
+            paths = folder / "test.en", folder / "test.de"
+            read = lambda: scoring.open_set(DataConfig(), None, *map(str, paths))  # noqa: B023, E731
+            if kind == ERROR:
+                refused(read, f"test.{side}, line {LINE}: ")
+            else:
+                found = read()
+                lines = (found.sources, found.references[0])[side == "de"]
+                assert len(found.sources) == len(found.references[0]) == 8
+                assert lines[LINE - 1].encode() == line
+
+
+def refused(read, words: str) -> None:
+    """By a message with these words, and exit code 2."""
+    with Heard(), pytest.raises(UserError) as error:
+        read()
+    assert words in str(error.value), str(error.value)
+    assert error.value.exit_code == 2
+
+
+@row("D2", "counts of lines that differ, empty files", full=14, quick=14)
+def counts_differ(world: World, tally: Tally) -> None:
+    changes = {
+        "one less": lambda lines: lines[:-1],
+        "one more": lambda lines: [*lines, "more"],
+        "empty": lambda lines: [],
+    }
+    for (name, change), side in itertools.product(changes.items(), ("en", "de")):
+        folder = world.new_folder()
+        write_pairs(folder, train=40)
+        for split, count in (("train", 40), ("test", 8)):
+            path = folder / f"{split}.{side}"
+            lines = change(path.read_text().splitlines())
+            path.write_text("".join(f"{line}\n" for line in lines))
+            paths = folder / f"{split}.en", folder / f"{split}.de"
+            with tally.one(f"{name}, {side}, {split}"):
+                for read in (
+                    lambda: open_corpus(folder),  # noqa: B023
+                    lambda: scoring.open_set(DataConfig(), None, *map(str, paths)),  # noqa: B023
+                ):
+                    with Heard(), pytest.raises(UserError) as error:
+                        read()
+                    assert str(count) in str(error.value), str(error.value)
+                    assert str(len(lines)) in str(error.value), str(error.value)
+            shutil.rmtree(folder / "prepared", ignore_errors=True)
+            if split == "train":
+                write_pairs(folder, train=40)
+    for split in ("train", "test"):
+        with tally.one(f"both empty, {split}"):
+            folder = world.new_folder()
+            write_pairs(folder, train=40)
+            for side in ("en", "de"):
+                (folder / f"{split}.{side}").write_bytes(b"")
+            if split == "train":
+                refused(lambda: open_corpus(folder), "no pairs")  # noqa: B023
+            else:
+                assert scoring.open_set(DataConfig(), None, f"{folder}/test.en", f"{folder}/test.de").sources == []
+
+
+LONG = "red house " * 60_000
+
+
+@row("D3", "lines of no tokens and of over 100,000", full=4, quick=2)
+def lines_of_any_length(world: World, tally: Tally) -> None:
+    run = trained.load_trained(world.talker(), "latest")
+    assert len(run.tokenizer.encode([LONG])[0]) > 100_000
+    with tally.one("training: dropped and counted"):
+        folder = world.new_folder()
+        write_pairs(folder, train=40)
+        with_line(folder / "train.en", LONG.encode())
+        config = world.config(data=data_fields(folder, folder / "prepared"))
+        with Heard():
+            corpus = open_corpus(folder)
+            ids = pipeline.token_ids(config.data, corpus, "train", run.tokenizer)
+        plan = pipeline.make_plan(config, ids)
+        assert (plan.kept, plan.dropped) == (39, 1)
+        used = {example for done in range(plan.steps_per_epoch) for example in plan.batch(done).examples_B.tolist()}
+        assert LINE - 1 not in used
+    with tally.one("evaluation: one hypothesis a line"), Heard() as heard:
+        sources = ["red house", "", LONG, " ", "\u2028", "old tree"]
+        references = ["", LONG, "a", "b", "", "c"]
+        found = Evaluator(run.model, run.tokenizer, run.config, run.mesh).evaluate(run.params, sources, [references])
+        assert (len(found.translations), found.sentences) == (6, 6)
+        assert all(found.translations[i] for i in (0, 2, 5))
+        assert found.translations[1] == found.translations[3] == found.translations[4] == ""
+        assert "1 sources are longer than decode.max_source_tokens" in heard.getvalue()
+        assert "1 references have over" in heard.getvalue()
+    if not tally.quick:
+        command = ["-m", "transformer.translate", f"--workdir={world.talker()}"]
+        peaks = []
+        for name, lines in (("short", "old tree"), ("long", LONG * 4)):
+            with tally.one(f"memory of translating {name} lines"):
+                done = Command(*command, stdin=f"red house\n{lines}\n\nold\n".encode()).expect(0)
+                assert done.stdout.count(b"\n") == 4
+                peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+                assert peaks[-1] - peaks[0] < 300, f"{peaks} MiB"
+        tally.note(f"{peaks[1] - peaks[0]:.0f} MiB more for a line of {len(LONG) * 4 / 1e6:.1f} MB")
+
+
+@row("D4", "vocabulary missing, different, flipped, of a run that has a checkpoint", full=6, quick=3)
+def vocabulary_changed(world: World, tally: Tally) -> None:
+    rng = np.random.default_rng(0)
+    different = tokenizer.train(["a b c"] * 9, 264, "unigram")
+    harms = {
+        "missing": lambda path: path.unlink(),
+        "different": lambda path: different.save(path.parent),
+        "flipped": lambda path: flip(path, rng),
+    }
+    for name, harm in harms.items():
+        with tally.one(f"in the workdir, {name}"):
+            run = world.three_checkpoints()
+            path = run / "tokenizer" / tokenizer.FILE_NAME
+            harm(path)
+            before = path.read_bytes() if path.exists() else None
+            process = world.trained(run)
+            assert (process.code, process.trace()) == (2, {}), process.said()
+            assert "its digest was" in process.said()
+            assert "training a" not in process.said()
+            assert (path.read_bytes() if path.exists() else None) == before
+        if not tally.quick:
+            with tally.one(f"in the newest checkpoint, {name}"):
+                run = world.three_checkpoints()
+                harm(run / "checkpoints" / "15" / "tokenizer" / tokenizer.FILE_NAME)
+                process = world.trained(run)
+                assert "checkpoint 15 is damaged" in process.said()
+                world.assert_as_whole(run)
+
+
+@row("D5", "prepared data and token ids truncated, flipped, missing", full=12, quick=12)
+def data_damaged(world: World, tally: Tally) -> None:
+    rng = np.random.default_rng(0)
+    harms = {
+        "missing": lambda path: path.unlink(),
+        "flipped": lambda path: flip(path, rng),
+        "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    }
+    folder = world.new_folder()
+    write_pairs(folder, train=40)
+    with Heard():
+        corpus = open_corpus(folder)
+    for (name, harm), split in itertools.product(harms.items(), ("train", "validation")):
+        with tally.one(f"shard of {split}, {name}"):
+            (path,) = (path for path in files_of(folder / "prepared") if f"-{split}.array_record" in path.name)
+            whole = path.read_bytes()
+            harm(path)
+            refused(lambda: (open_corpus(folder).split("train"), open_corpus(folder).split("validation")), path.name)
+            path.write_bytes(whole)
+    data = DataConfig(**data_fields(folder, folder / "prepared"))
+    words = tokenizer.load(world.whole().workdir / "tokenizer")
+    with Heard():
+        wanted = pipeline.token_ids(data, corpus, "train", words)
+    for (name, harm), file in itertools.product(harms.items(), ("source.ids", "target.offsets.npy")):
+        with tally.one(f"token ids, {file} {name}"), Heard() as heard:
+            (path,) = (path for path in files_of(folder / "prepared" / "token_ids") if path.name == file)
+            harm(path)
+            found = pipeline.token_ids(data, corpus, "train", words)
+            assert "damaged" in heard.getvalue()
+            for ours, theirs in zip(found, wanted, strict=True):
+                assert np.array_equal(ours.flat, theirs.flat)
+                assert np.array_equal(ours.offsets, theirs.offsets)
