@@ -190,6 +190,20 @@ def test_a_run_is_kept_damaged_and_resumed_there(folder, bucket, tmp_path, quick
     assert losses(run) == losses(tmp_path / "alone")
 
 
+def test_text_files_are_read_there(folder, bucket):
+    from transformer.config import DataConfig
+    from transformer.datasets import parallel_text
+
+    remote.upload(folder, f"{bucket}/text")
+    wanted, found = (
+        parallel_text.find_splits(DataConfig(name="text", dir=str(where))) for where in (folder, f"{bucket}/text")
+    )
+    assert found.keys() == wanted.keys()
+    for split in wanted:
+        assert list(found[split].pairs()) == list(wanted[split].pairs())
+        assert found[split].digest() == wanted[split].digest()
+
+
 def test_a_step_without_its_manifest_is_none(bucket):
     run = epath.Path(bucket) / "runs" / "a"
     checkpoints = Checkpoints(run)

@@ -35,7 +35,7 @@ class Heartbeat:
         self._pause = min(max(timeout / 30, 0.2), 5.0)
         self._over = threading.Event()
         self._failed: dict[int, tuple[int, str]] = {}
-        self._ending = threading.Lock()
+        self._ending, self._written = threading.Lock(), False
         self._hear_all()
 
     def start(self) -> None:
@@ -132,8 +132,6 @@ class Heartbeat:
         with contextlib.suppress(Exception):  # nobody may be there to hear it
             self._client.key_value_set(f"failed/{self._index}", json.dumps([code, message]), True)
             self._written = True
-
-    _written = False
 
     def _told(self) -> bool:
         """Whether the others know. Host 0, on which they all depend, waits until they have ended too."""

@@ -177,6 +177,7 @@ def prepare(make: Callable[[], Any], *, own: bool) -> Prepared:
 
 def is_prepared(builder: Any) -> bool:
     """Whether a builder's data is there."""
+    remote.fetch(epath.Path(builder.data_path))
     return _is_complete(epath.Path(builder.data_path))
 
 
