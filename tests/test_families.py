@@ -11,7 +11,7 @@ from flax import nnx
 
 from tests.conftest import small_config
 from tests.test_model import SOURCE, TARGET, V, sentences
-from transformer import decoding, sharding, step
+from transformer import cost, decoding, hlo, program_cost, sharding, step
 from transformer.batching import PADDING_ROW, Batch, Ragged
 from transformer.config import default_config
 from transformer.decoding import Request
@@ -232,7 +232,7 @@ def test_what_a_family_does_not_read_is_refused(family, section, fields, message
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_mesh_changes_nothing_but_rounding(family):
+def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
     """One update on rows and stored params that eight devices share is that of one device."""
     rng = np.random.default_rng(0)
     rows = [Ragged.from_sequences(sentences(rng, 8, 7)).rectangle(np.arange(8), 8) for _ in range(2)]
@@ -241,7 +241,11 @@ def test_a_mesh_changes_nothing_but_rounding(family):
         config = dataclasses.replace(family_config(family=family), mesh=small_config(mesh=mesh).mesh)
         grid, model = sharding.make_mesh(config.mesh), Model(config.model, V)
         state = step.init_state(model, config, grid)
-        state, metrics = step.make_train_step(model, config, grid)(state, sharding.place_batch(grid, Batch(*rows)))
+        batch = sharding.place_batch(grid, Batch(*rows))
+        update = step.make_train_step(model, config, grid).lower(state, batch).compile()
+        each = program_cost.flops(hlo.Program(update.as_text()))
+        assert each == cost.batch_flops(config.model, V, batch) / grid.size
+        state, metrics = update(state, batch)
         found.append((float(metrics.loss.nll), jax.device_get(state.params)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=2e-4), found[0][1], found[1][1])

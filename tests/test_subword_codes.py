@@ -1,14 +1,15 @@
 """Merges learnt by subword-nmt: cut words as it does, and make a vocabulary that is a tokenizer like any other."""
 
 import json
-import pathlib
 import pickle
 
 import pytest
 
-from transformer import subword_codes, tokenizer
+from tests.conftest import ROOT
+from transformer import command_line, subword_codes, tokenizer
 from transformer.config import DataConfig
 from transformer.errors import UserError
+from transformer.step import Model
 from transformer.tokenizer import EOS, UNK
 
 # Of `subword-nmt learn-bpe -s 10` (0.3.8) on "low low low low low lower lower newest × 6 widest × 3", a line each.
@@ -30,7 +31,7 @@ CUT = {
     "lowest slow wide es ess": "lo@@ west s@@ low wid@@ e e@@ s e@@ s@@ s",
     "nene a  lo": "ne@@ n@@ e a l@@ o",
 }
-FOLDER = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "multi30k_tok"
+FOLDER = ROOT.parent / "shared" / "data" / "multi30k_tok"
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +131,13 @@ def test_multi30k_has_the_published_number_of_pieces():
     merges = subword_codes.parse((FOLDER / "bpe.codes").read_text("utf-8"), "bpe.codes")
     lines = [(FOLDER / f"train.{code}").read_text("utf-8").split("\n") for code in ("en", "de")]
     assert tokenizer.Tokenizer(subword_codes.learn_vocabulary(merges, lines[0] + lines[1])).vocab_size == 9708 + 4
+
+
+@pytest.mark.skipif(not FOLDER.exists(), reason=f"no {FOLDER}")
+def test_the_config_of_the_published_figure_has_its_sizes():
+    """2.57M params; ours lack the biases of attention, 6,144."""
+    flags = ["train.py", f"--config={ROOT}/configs/multi30k_tok.py:{FOLDER}"]
+    config = command_line.config_flags(flags)[0]
+    assert Model(config.model, config.data.vocab_size).num_params() == 2_568_192 - 6_144
+    assert config.data.vocab_size == 9708 + 4
+    assert tokenizer.named_by(config.data) is None
