@@ -1,7 +1,7 @@
 """What self-attention trades against recurrence and convolution: the paper's Table 1, measured.
 
-    python -m benchmarks.parallelism [--lengths=16,32,…,4096] [--tokens=4096] [--width=128] [--output=runs/parallelism]
-        [--families=attention,recurrent,convolutional] [--attention=plain] [--dtype=float32] [--program_only]
+    python -m benchmarks.parallelism [--lengths=16,32,…,4096] [--tokens=4096,…] [--width=128] [--program_only]
+        [--families=attention,recurrent,convolutional] [--attention=plain] [--dtype=float32] [--output=runs/parallelism]
 
 Of one layer, read off the program that XLA compiles: sequential depth, and FLOPs with loops counted by their trips;
 by gradient, the longest path between two positions. Of training, 1+1 layers of each family with about equal params,
@@ -52,7 +52,8 @@ def main(argv: list[str]) -> None:
     """Reads the flags, measures, writes, prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parallelism", allow_abbrev=False)
     parser.add_argument("--lengths", default="16,32,64,128,256,512,1024,2048,4096", help="tokens of a sentence")
-    parser.add_argument("--tokens", default="4096", help="target tokens of a batch, several with commas between")
+    counts = "4096" if jax.default_backend() == "cpu" else "4096,16384,65536"
+    parser.add_argument("--tokens", default=counts, help=f"of a batch, several with commas between (default: {counts})")
     parser.add_argument("--width", type=positive_int, default=128, help="of attention; others have as many params")
     parser.add_argument("--families", default=",".join(FAMILIES), help="to measure, commas between")
     parser.add_argument("--attention", default="plain", help="value of model.attention in training (default: plain)")
