@@ -27,7 +27,7 @@ def test_a_row_that_tries_too_little_or_fails_is_no_success(monkeypatch):
             raise AssertionError("gone")
         raise OSError("in between")
 
-    monkeypatch.setitem(ALL, "Z1", table.Row("Z1", "a test", failing, full=9, quick=4))
+    monkeypatch.setitem(table.ROWS, "Z1", table.Row("Z1", "a test", failing, full=9, quick=4))
     found = table.run_row("Z1", None, quick=True)
     assert (found["tries"], found["survived"]) == (3, 0)
     assert [why.split(":")[0] for why in found["lost"]] == [

@@ -8,7 +8,7 @@ sound one is taken instead. Nothing found in it is ever executed.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from transformer.command_line import say
 from transformer.config import Config
 from transformer.errors import UserError, WorkdirError
 from transformer.files import reported, write_whole
-from transformer.manifest import MANIFEST, Manifest, Metrics, digests
+from transformer.manifest import MANIFEST, Digests, Manifest, Metrics, files_below
 from transformer.step import Model, Params, TrainState, abstract_params, abstract_state
 from transformer.tokenizer import Tokenizer
 
@@ -67,15 +67,16 @@ class Checkpoints:
                     _clear(folder)
                 folder.mkdir(parents=True)
             hosts.wait("checkpoint begun")
-            with remote.written(folder) as target:
-                _save_arrays(target, state, together=target != folder)
+            with remote.written(folder) as target, Digests() as digests:
+                # On one host those of the params are taken while the optimizer's state is written.
+                of_these = digests.add if hosts.count() == 1 else lambda folder: None
+                _save_arrays(target, state, together=target != folder, then=of_these)
                 hosts.wait("arrays written")
                 if hosts.is_lead():
                     tokenizer.save(target / "tokenizer")
                     write_whole(target / "config.json", config.to_json())
-                    paths = list(_files(target))
-                    names = [str(path.relative_to(target)) for path in paths]
-                    files = dict(zip(names, digests(paths), strict=True))
+                    digests.add(target)
+                    files = digests.below(target)
             if hosts.is_lead():
                 write_whole(folder / MANIFEST, Manifest(metrics, data, fingerprint.of_host(), files).to_json())
                 if folder != place:
@@ -110,17 +111,21 @@ class Checkpoints:
           Damaged: a file is missing, is new, or has other content.
         """
         folder, written = self.folder / str(step), self.manifest(step).files
-        found = {str(path.relative_to(folder)): path for path in _files(folder)}
+        found = {str(path.relative_to(folder)): path for path in files_below(folder)}
         odd = sorted(found.keys() ^ written.keys())
         if odd:
             raise Damaged(f"{odd[0]} is {'missing' if odd[0] in written else 'not part of it'}")
         try:
-            now = digests(found.values()) if content else [(path.stat().length, "") for path in found.values()]
+            sizes = {name: path.stat().length for name, path in found.items()}
+            odd = sorted(name for name in found if sizes[name] != written[name][0])
+            if content and not odd:
+                with Digests() as digests:
+                    digests.add(folder)
+                    odd = sorted(dict(digests.below(folder).items() ^ written.items()))
         except OSError as error:
             raise Damaged(f"a file cannot be read: {error}") from error
-        for name, (size, digest) in zip(found, now, strict=True):
-            if size != written[name][0] or (content and digest != written[name][1]):
-                raise Damaged(f"{name} has changed since it was written")
+        if odd:
+            raise Damaged(f"{odd[0]} has changed since it was written")
 
     def is_sound(self, step: int, *, content: bool = True) -> bool:
         """Whether a checkpoint verifies; says what is wrong with it if not."""
@@ -226,13 +231,18 @@ class Checkpoints:
         return tokenizers.load(self.folder / str(step) / "tokenizer")
 
 
-def _save_arrays(folder: epath.Path, state: TrainState, together: bool) -> None:
-    """Writes the arrays of a state: each host its shards, or where hosts do not share the folder the lead them all."""
+def _save_arrays(folder: epath.Path, state: TrainState, together: bool, then: Callable[[epath.Path], None]) -> None:
+    """Writes the arrays of a state: each host its shards, or where hosts do not share the folder the lead them all.
+
+    Args:
+      then: called with each folder that is written.
+    """
     for name, tree in {"params": state.params, "optimizer": state.opt_state, "ema": state.ema}.items():
         if tree is None:
             continue
         if hosts.count() == 1 or not together:
             ocp.save(folder / name, tree)
+            then(folder / name)
             continue
         whole = multihost_utils.process_allgather(tree, tiled=True)
         if hosts.is_lead():
@@ -252,14 +262,3 @@ def _clear(folder: epath.Path) -> None:
     if remote.is_remote(folder):
         (folder / MANIFEST).unlink(missing_ok=True)
     folder.rmtree()
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    """All files below a checkpoint but its manifest, and those that a file manager or NFS may leave."""
-    for path in folder.iterdir():
-        if path.name.startswith(".") or path.name == MANIFEST or path.name.endswith(".partial"):
-            continue
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path

@@ -68,8 +68,5 @@ def append(path: epath.PathLike, content: bytes) -> None:
 
 def sha256(path: epath.PathLike) -> str:
     """SHA-256 of the bytes of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
@@ -46,10 +46,39 @@ class Manifest:
         return cls(metrics, str(values["data"]), host, files)
 
 
-def digests(paths: Iterable[epath.Path]) -> list[tuple[int, str]]:
-    """Size and SHA-256 of files, several at once."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(lambda path: (path.stat().length, sha256(path)), paths))
+class Digests:
+    """Takes the digests of files, several at once and in the background; use as a context."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(THREADS)
+        self._found: dict[epath.Path, Future[tuple[int, str]]] = {}
+
+    def __enter__(self) -> "Digests":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, folder: epath.Path) -> None:
+        """Begins with the files below a folder that are not known yet."""
+        for path in files_below(folder):
+            if path not in self._found:
+                self._found[path] = self._pool.submit(lambda path: (path.stat().length, sha256(path)), path)
+
+    def below(self, folder: epath.Path) -> dict[str, tuple[int, str]]:
+        """Size and SHA-256 of each file, by its path below `folder`; waits for them."""
+        return {str(path.relative_to(folder)): future.result() for path, future in self._found.items()}
+
+
+def files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    """All files below a checkpoint but its manifest, and those that a file manager or NFS may leave."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.name == MANIFEST or path.name.endswith(".partial"):
+            continue
+        if path.is_dir():
+            yield from files_below(path)
+        else:
+            yield path
 
 
 def _digest_of_values(values: dict[str, Any]) -> str:

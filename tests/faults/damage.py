@@ -9,15 +9,17 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 import pytest
 
 from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World, files_of
 from tests.test_checkpoint import make_parts, save, save_three
-from transformer import checkpoint, trained
-from transformer.checkpoint import MANIFEST, Checkpoints
+from transformer import checkpoint, manifest, trained
+from transformer.checkpoint import Checkpoints
 from transformer.errors import UserError, WorkdirError
+from transformer.manifest import MANIFEST
 
 NEWEST = 15
 
@@ -68,7 +70,7 @@ def assert_reads_the_one_before(run: pathlib.Path, world: World) -> None:
     with Heard():
         params = trained.load_trained(run, "latest").params
     wanted = trained.load_trained(world.whole().workdir, "10").params
-    leaves = [[np.asarray(leaf) for leaf in checkpoint.jax.tree.leaves(tree)] for tree in (params, wanted)]
+    leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in (params, wanted)]
     assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
 
 
@@ -104,7 +106,7 @@ def changes_nothing(path: pathlib.Path, whole: bytes) -> bool:
     if path.name != MANIFEST or len(list(path.parent.glob("*.extra"))):
         return False
     try:
-        return checkpoint.Manifest.from_json(path.read_text()) == checkpoint.Manifest.from_json(whole.decode())
+        return manifest.Manifest.from_json(path.read_text()) == manifest.Manifest.from_json(whole.decode())
     except Exception:
         return False
 
@@ -229,7 +231,7 @@ def disk_fails(world: World, tally: Tally) -> None:
         world.assert_as_whole(run, 10)
     with tally.one("an error in reading"), pytest.MonkeyPatch.context() as patch:
         run = world.three_checkpoints()
-        patch.setattr(checkpoint, "sha256", raising_once(checkpoint.sha256))
+        patch.setattr(manifest, "sha256", raising_once(manifest.sha256))
         with Heard() as heard:
             assert Checkpoints(run).newest_sound() == 10
         assert "checkpoint 15 is damaged and skipped: a file cannot be read" in heard.getvalue()
@@ -308,6 +310,6 @@ FAILURES = {
     "the params fail": failing_at(0, checkpoint.ocp, "save"),
     "the optimizer fails": failing_at(1, checkpoint.ocp, "save"),
     "the config fails": failing_at(0, checkpoint, "write_whole"),
-    "the digests fail": failing_at(0, checkpoint, "digests"),
+    "the digests fail": failing_at(0, manifest, "sha256"),
     "the manifest fails": failing_at(1, checkpoint, "write_whole"),
 }

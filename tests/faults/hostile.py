@@ -18,13 +18,14 @@ import pytest
 from tests import test_imports
 from tests.faults.table import Tally, row
 from tests.faults.world import Heard, World, files_of, write_pairs
-from transformer import checkpoint, pipeline
-from transformer.checkpoint import MANIFEST, Checkpoints
+from transformer import pipeline
+from transformer.checkpoint import Checkpoints
 from transformer.config import DataConfig
 from transformer.datasets import corpus as corpora
 from transformer.datasets import members, text_files
 from transformer.errors import UserError
 from transformer.files import sha256
+from transformer.manifest import MANIFEST, Manifest
 
 
 class Evil:
@@ -53,10 +54,10 @@ def payloads(canary: pathlib.Path) -> dict[str, bytes]:
 
 def forge(folder: pathlib.Path) -> None:
     """Makes a checkpoint sound again after its files were changed, as whoever changed them could."""
-    manifest = Checkpoints(folder.parent.parent).manifest(int(folder.name))
+    before = Checkpoints(folder.parent.parent).manifest(int(folder.name))
     paths = [path for path in files_of(folder) if path.name != MANIFEST]
     found = {str(path.relative_to(folder)): (path.stat().st_size, sha256(path)) for path in paths}
-    changed = checkpoint.Manifest(manifest.metrics, manifest.data, manifest.host, found)
+    changed = Manifest(before.metrics, before.data, before.host, found)
     (folder / MANIFEST).write_text(changed.to_json())
 
 

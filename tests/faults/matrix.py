@@ -4,4 +4,4 @@ from tests.faults import coverage, damage, hostile, kills, numeric, owners, text
 from tests.faults.table import ROWS
 
 ROOMS = (kills, damage, owners, texts, coverage, numeric, hostile)
-ALL = ROWS
+ALL = dict(sorted(ROWS.items()))
