@@ -20,7 +20,7 @@ def two_hosts(monkeypatch):
 
 
 def test_every_device_has_what_every_process_gives(mesh):
-    found = sharding.of_every_device(mesh, np.array([7, 9], np.int32))
+    found = consensus.of_every_device(mesh, np.array([7, 9], np.int32))
     np.testing.assert_array_equal(jax.device_get(found), [[7, 9]] * 8)
     assert found.sharding.is_fully_replicated
 
@@ -38,7 +38,7 @@ def test_a_vote_counts_after_the_next_update(mesh, two_hosts):
 
 def test_the_vote_of_one_device_is_enough(mesh, two_hosts, monkeypatch):
     votes = iter([np.zeros((8, 1)), np.eye(8)[:, 3:4] * 15, np.zeros((8, 1))])
-    monkeypatch.setattr(sharding, "of_every_device", lambda *_: next(votes))
+    monkeypatch.setattr(consensus, "of_every_device", lambda *_: next(votes))
     vote = consensus.StopVote(mesh, lambda: None)
     assert [vote() for _ in range(3)] == [None, None, 15]
 

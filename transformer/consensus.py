@@ -3,18 +3,52 @@
 Nothing here makes a host wait for another that the updates would not make it wait for.
 """
 
+import functools
+import itertools
 import statistics
 from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from transformer import hosts, sharding
 
 SLOWEST = "hosts/slowest"
 OWN_TIME = "host_ms"  # of an update, not spent with the devices: data, mostly; the others wait for it
 CONSPICUOUS = 1.5  # times what is usual among the hosts
+
+
+def connect(mesh: Mesh) -> Mesh:
+    """Connects the devices along each combination of axes, as collectives will use them, while hosts are together.
+
+    Gloo, which CPUs use, gives up if one host comes 30 s after another to the first collective of a group, and
+    compiling the programs that hold them may take longer on one.
+    """
+    if hosts.count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return mesh
+    axes = [axis for axis in sharding.MESH_AXES if mesh.shape[axis] > 1]
+    for names in itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(1, len(axes) + 1)):
+        together = functools.partial(jax.lax.psum, axis_name=names)
+        whole = PartitionSpec()
+        summed = jax.shard_map(together, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+        where = sharding.replicated(mesh)
+        program = jax.jit(summed).lower(jax.ShapeDtypeStruct((), np.int32, sharding=where)).compile()
+        one = jax.make_array_from_callback((), where, lambda _: np.ones((), np.int32))
+        hosts.wait("connection")
+        jax.block_until_ready(program(one))
+    return mesh
+
+
+def of_every_device(mesh: Mesh, values_K: np.ndarray) -> jax.Array:
+    """What each process gives, on every device: [devices, K], in the order of the mesh. Dispatched, not waited for."""
+    shape, where = (mesh.size, *values_K.shape), sharding.batch_sharding(mesh, "sentences")
+    return _everywhere(mesh)(jax.make_array_from_callback(shape, where, lambda _: values_K[None]))
+
+
+@functools.cache
+def _everywhere(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda given: given, out_shardings=sharding.replicated(mesh))
 
 
 class StopVote:
@@ -35,7 +69,7 @@ class StopVote:
         """Once after each update, on every host."""
         if hosts.count() == 1:
             return self._own()
-        votes, self._cast = self._cast, sharding.of_every_device(self._mesh, np.array([self._own() or 0], np.int32))
+        votes, self._cast = self._cast, of_every_device(self._mesh, np.array([self._own() or 0], np.int32))
         return None if votes is None else int(jax.device_get(votes).max()) or None
 
 
@@ -43,7 +77,7 @@ def of_each_host(mesh: Mesh, values: Mapping[str, float]) -> dict[str, float]:
     """What each host measured, under hosts/INDEX/NAME, and which is slowest; nothing where there is one host."""
     if hosts.count() == 1:
         return {}
-    table = jax.device_get(sharding.of_every_device(mesh, np.array(list(values.values()), np.float32)))
+    table = jax.device_get(of_every_device(mesh, np.array(list(values.values()), np.float32)))
     of_host = {device.process_index: row for device, row in zip(mesh.devices.flat, table.tolist(), strict=True)}
     found = {
         f"hosts/{host}/{name}": value

@@ -18,6 +18,7 @@ from etils import epath
 from transformer import (
     agreement,
     compilation,
+    consensus,
     cost,
     divergence,
     fingerprint,
@@ -124,7 +125,7 @@ class Run:
 
     def __init__(self, config: Config, path: epath.Path):
         self.config, self.path = config, path
-        self.mesh = sharding.make_mesh(config.mesh)
+        self.mesh = consensus.connect(sharding.make_mesh(config.mesh))
         kernels.require(config, self.mesh)
         self.checkpoints = Checkpoints(path)
         newest, before = _resume_point(self.checkpoints)

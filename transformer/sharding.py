@@ -6,7 +6,6 @@ runs under `jax.jit` with these shardings; XLA derives what is sent from device 
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from transformer import hosts
 from transformer.config import MeshConfig
 from transformer.errors import UserError
 from transformer.validation import does_not_divide
@@ -75,27 +73,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         grid = mesh_utils.create_device_mesh(shape, available, allow_split_physical_axes=True)
     else:
         grid = np.array(available[:count]).reshape(shape)
-    mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    if devices is None and jax.process_count() > 1 and mesh.devices.flat[0].platform == "cpu":
-        _connect(mesh)
-    return mesh
-
-
-def _connect(mesh: Mesh) -> None:
-    """Connects the devices along each combination of axes, as collectives will use them, while hosts are together.
-
-    Gloo, which CPUs use, gives up if one host comes 30 s after another to the first collective of a group, and
-    compiling the programs that hold them may take longer on one.
-    """
-    axes = [axis for axis in MESH_AXES if mesh.shape[axis] > 1]
-    for names in itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(1, len(axes) + 1)):
-        together = functools.partial(jax.lax.psum, axis_name=names)
-        everywhere = PartitionSpec()
-        summed = jax.shard_map(together, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
-        program = jax.jit(summed).lower(jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))).compile()
-        one = jax.make_array_from_callback((), replicated(mesh), lambda _: np.ones((), np.int32))
-        hosts.wait("connection")
-        jax.block_until_ready(program(one))
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
@@ -266,18 +244,6 @@ def on_every_device(mesh: Mesh, params: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(params, replicated(mesh))
     return jax.jit(lambda params: params, out_shardings=replicated(mesh))(params)
-
-
-def of_every_device(mesh: Mesh, values_K: np.ndarray) -> jax.Array:
-    """What each process gives, on every device: [devices, K], in the order of the mesh. Dispatched, not waited for."""
-    shape = (mesh.size, *values_K.shape)
-    given = jax.make_array_from_callback(shape, batch_sharding(mesh, "sentences"), lambda _: values_K[None])
-    return _everywhere(mesh)(given)
-
-
-@functools.cache
-def _everywhere(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda given: given, out_shardings=replicated(mesh))
 
 
 def row_multiple(mesh: Mesh, rows: str = "batch") -> int:

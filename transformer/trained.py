@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from transformer import sharding
+from transformer import consensus, sharding
 from transformer.checkpoint import Checkpoints, Metrics
 from transformer.config import Config, MeshConfig
 from transformer.errors import UserError, WorkdirError
@@ -76,7 +76,7 @@ def load_trained(workdir: epath.PathLike, which: str) -> Trained:
     steps = select(checkpoints, which)
     config = checkpoints.config(steps[-1])
     tokenizer = checkpoints.tokenizer(steps[-1])
-    mesh = sharding.make_mesh(MeshConfig())
+    mesh = consensus.connect(sharding.make_mesh(MeshConfig()))
     model = Model(config.model, tokenizer.vocab_size)
     if AVERAGE.fullmatch(which):
         params = mean_params(checkpoints, steps, model, mesh)
