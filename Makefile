@@ -77,8 +77,6 @@ lock:
 	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header -o requirements.txt
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header \
 		-c requirements.txt -o requirements-dev.txt
-	for storage in gcs s3; do uv pip compile pyproject.toml --extra $$storage --universal --python-version 3.11 \
-		--generate-hashes --no-header -c requirements-dev.txt -o requirements-$$storage.txt; done
 
 clean:
 	rm -rf $(VENV) runs

@@ -14,7 +14,7 @@ bundle=$(mktemp -d)/code.tar.gz
 git archive --format=tar.gz -o "$bundle" HEAD
 gcloud compute tpus tpu-vm scp "$bundle" "$TPU:code.tar.gz" --zone="$ZONE" --worker=all
 "${on_all[@]}" --command="mkdir -p transformer && tar -xzf code.tar.gz -C transformer && cd transformer && \
-make .venv/installedtpu ACCELERATOR=tpu PYTHON=${PYTHON:-python3} && .venv/bin/pip install --quiet -r requirements-gcs.txt"
+make .venv/installedtpu ACCELERATOR=tpu PYTHON=${PYTHON:-python3} && .venv/bin/pip install --quiet gcsfs"
 
 "${on_all[@]}" --command="cd transformer && TFDS_DATA_DIR=${DATA_DIR:-\$HOME/tensorflow_datasets} \
 exec .venv/bin/python train.py $(printf '%q ' "$@")"

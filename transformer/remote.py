@@ -21,7 +21,7 @@ from typing import Any
 
 from etils import epath
 
-PACKAGES = {"gs": ("gcsfs", "requirements-gcs.txt"), "s3": ("s3fs", "requirements-s3.txt")}
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 BEAT = 5.0  # seconds between two touches of a lock
 STALE = 25.0  # seconds without one after which its holder is taken for dead
 SETTLE = 1.0  # seconds in which two that take a lock at once find out, where the storage does not say it at once
@@ -40,9 +40,8 @@ def missing(path: epath.PathLike) -> str | None:
         return None
     if kind not in PACKAGES:
         return f"expected a folder, gs://BUCKET/… or s3://BUCKET/…, got {path}"
-    package, requirements = PACKAGES[kind]
-    if importlib.util.find_spec(package) is None:
-        return f"{kind}:// needs the package {package}: pip install -r {requirements}"
+    if importlib.util.find_spec(PACKAGES[kind]) is None:
+        return f"{kind}:// needs the package {PACKAGES[kind]}: pip install {PACKAGES[kind]}"
     return None
 
 
