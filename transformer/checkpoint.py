@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
@@ -42,6 +41,11 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike):
         path = epath.Path(workdir)
+        if hosts.count() > 1 and remote.needs_staging(path):
+            raise UserError(
+                f"{path}: several hosts cannot keep checkpoints on s3://, where each would have to write its part and "
+                "Orbax does not; take a folder that all hosts share, or gs://"
+            )
         self._is_remote = remote.is_remote(path)
         if not self._is_remote:
             path = path.expanduser().resolve()  # Orbax takes no relative path
@@ -69,8 +73,7 @@ class Checkpoints:
             hosts.wait("checkpoint begun")
             with remote.written(folder) as target, Digests() as digests:
                 # On one host those of the params are taken while the optimizer's state is written.
-                of_these = digests.add if hosts.count() == 1 else lambda folder: None
-                _save_arrays(target, state, together=target != folder, then=of_these)
+                _save_arrays(target, state, then=digests.add if hosts.count() == 1 else lambda folder: None)
                 hosts.wait("arrays written")
                 if hosts.is_lead():
                     tokenizer.save(target / "tokenizer")
@@ -231,24 +234,16 @@ class Checkpoints:
         return tokenizers.load(self.folder / str(step) / "tokenizer")
 
 
-def _save_arrays(folder: epath.Path, state: TrainState, together: bool, then: Callable[[epath.Path], None]) -> None:
-    """Writes the arrays of a state: each host its shards, or where hosts do not share the folder the lead them all.
+def _save_arrays(folder: epath.Path, state: TrainState, then: Callable[[epath.Path], None]) -> None:
+    """Writes the arrays of a state, each host its shards.
 
     Args:
       then: called with each folder that is written.
     """
     for name, tree in {"params": state.params, "optimizer": state.opt_state, "ema": state.ema}.items():
-        if tree is None:
-            continue
-        if hosts.count() == 1 or not together:
+        if tree is not None:
             ocp.save(folder / name, tree)
             then(folder / name)
-            continue
-        whole = multihost_utils.process_allgather(tree, tiled=True)
-        if hosts.is_lead():
-            alone = ocp.options.MultiprocessingOptions(active_processes={0})
-            with ocp.Context(multiprocessing_options=alone):
-                ocp.save(folder / name, whole)
 
 
 def _load(folder: epath.Path, abstract: Any) -> Any:

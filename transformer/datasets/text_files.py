@@ -126,7 +126,7 @@ def open_bytes(path: epath.PathLike) -> Iterator[io.BufferedIOBase]:
     extension = os.path.splitext(os.fspath(path))[1].lower()
     with _reported(path), epath.Path(path).expanduser().open("rb") as raw:
         if extension not in COMPRESSIONS:
-            yield raw
+            yield raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)  # objects have no lines
             return
         start = io.BufferedReader(raw)
         if not start.peek(1):  # gzip would take an archive of no bytes for an empty file
