@@ -7,7 +7,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import attention_memory, pairs, recurrence_speed
+from benchmarks import attention_memory, decode, pairs, recurrence_speed
+from tests.test_translate import save
+from tests.test_translator import LINES
+from transformer import tokenizer
 from transformer.chips import parse_topology
 from transformer.errors import UserError
 
@@ -100,9 +103,23 @@ def test_a_python_without_torch_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["attention_memory", "pairs", "recurrence_speed", "sweep", "parallelism", "equal_budget"]
+    "name", ["attention_memory", "decode", "pairs", "recurrence_speed", "sweep", "parallelism", "equal_budget"]
 )
 def test_each_command_explains_itself(name):
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert f"benchmarks.{name}" in done.stdout
+
+
+@pytest.mark.parametrize("engine", ["ours", "ctranslate2"])
+def test_decoding_is_measured_in_tokens_of_the_translations(engine, tmp_path, capsys):
+    if engine == "ctranslate2":
+        pytest.importorskip("ctranslate2", reason="the export extra is not installed")
+    workdir = save(tmp_path / "run", tokenizer.train(LINES, 300, "bpe"))
+    source = tmp_path / "source"
+    source.write_text("a cat\n\na dog\n")
+    decode.main(["decode", f"--workdir={workdir}", f"--source={source}", f"--engine={engine}", "--repeats=2"])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (row["engine"], row["sentences"], row["beam_size"], len(row["seconds"])) == (engine, 3, 5, 2)
+    assert row["output_tokens"] >= 3
+    assert row["output_tokens_per_s"] == pytest.approx(row["output_tokens"] / (sum(row["seconds"]) / 2), rel=0.3)

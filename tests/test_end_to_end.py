@@ -347,3 +347,22 @@ def test_if_no_checkpoint_is_sound_the_exit_code_says_so(workdir, tmp_path):
 def test_another_config_is_refused_by_the_command_too(workdir, folder):
     flags = [*SMALL, *data_flags(folder), "--config.model.norm=pre", f"--workdir={workdir}"]
     assert b"model.norm: 'post'" in run("train.py", *flags, code=2).stderr
+
+
+def test_ctranslate2_translates_as_the_command_does(workdir, folder, tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2", reason="the export extra is not installed")
+    import sentencepiece
+
+    flags = [f"--workdir={workdir}", "--decode.length_penalty=1", "--decode.length_penalty_form=length"]
+    summary = run("-m", "transformer.export", *flags, "--format=ctranslate2", f"--output={tmp_path}/exported")
+    assert json.loads(summary.stdout)["largest_difference"] < 1e-4
+    options = json.loads((tmp_path / "exported" / "export.json").read_text())["translate_batch"]
+    program = ctranslate2.Translator(f"{tmp_path}/exported", compute_type="float32")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=f"{tmp_path}/exported/sentencepiece.model")
+    source = (folder / "test.en").read_bytes()
+    cut = pieces.encode(source.decode().split("\n")[:-1], out_type=str)
+    for beam_size in (1, 4):
+        found = program.translate_batch(cut, **{**options, "beam_size": beam_size})
+        texts = [pieces.decode([piece for piece in one.hypotheses[0] if piece != "</s>"]) for one in found]
+        own = run("-m", "transformer.translate", *flags, f"--beam_size={beam_size}", stdin=source).stdout.decode()
+        assert texts == own.split("\n")[:-1]

@@ -29,7 +29,7 @@ wishes reranking translator alignments translate scores significance evaluate
 workdir run_log divergence stop_signals loop
 scoring summary watch charts attention_maps report_page report
 chips hlo program_cost roofline fit ahead plan
-benchmark prepare
+benchmark prepare export_jax export_ctranslate2 export
 """.split()
 
 ROOMS = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py"))

@@ -152,7 +152,7 @@ def beam_search(
 
 
 def _check_shapes(cache: Cache, batch_size: int, beam_size: int, max_length: int) -> None:
-    if min(batch_size, beam_size, max_length) < 1:
+    if any(size < 1 for size in (batch_size, beam_size, max_length)):
         raise ValueError(f"expected sizes of at least 1, got {batch_size=}, {beam_size=}, {max_length=}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(cache):
         if leaf.shape[:2] != (batch_size, beam_size):
@@ -284,7 +284,7 @@ def _collect(beams: _Beams, rules: _Rules) -> Hypotheses:
 
     lengths_BN = take_beams(join(beams.ended_lengths_BN, cut_lengths_BN), order_BN)
     tokens_BNT = take_beams(join(beams.ended_tokens, cut_tokens), order_BN)[:, :, 1:]
-    inside_BNT = np.arange(tokens_BNT.shape[2])[None, None, :] < lengths_BN[:, :, None]
+    inside_BNT = jnp.arange(tokens_BNT.shape[2])[None, None, :] < lengths_BN[:, :, None]
     return Hypotheses(
         tokens_BNT=jnp.where(inside_BNT, tokens_BNT, rules.ids.pad),
         lengths_BN=lengths_BN,

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from transformer import sharding
@@ -104,7 +103,7 @@ class TextModel(nnx.Module):
         else:
             table = self.source_positions if side == "source" else self.target_positions
             # Beyond the table there is padding only: the config sees to it that every sentence fits.
-            rows = np.minimum(np.arange(length), table.shape[0] - 1)
+            rows = jnp.minimum(jnp.arange(length), table.shape[0] - 1)
             table_TD = use(table)[rows].astype(self.dtype)
         return table_TD[None] if places_BT is None else jnp.take(table_TD, places_BT, axis=0)
 
