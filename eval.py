@@ -54,6 +54,7 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
 
     agreement.same_code()
     trained = load_trained(args.workdir, args.checkpoint)
+    changed = {name: value for name, value in fields.items() if value != getattr(trained.config.decode, name)}
     trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
     with hosts.lead_first("evaluation set"):
         chosen = scoring.open_set(trained.config.data, args.split, args.source, args.reference)
@@ -63,7 +64,7 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         which = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
         other = scoring.translations_of_other(args.versus, which, chosen, trained.config.data.target_language, fields)
     evaluation = with_bar(scoring.Scorer(chosen), trained)
-    output = epath.Path(args.output or scoring.translations_path(args.workdir, trained, chosen))
+    output = epath.Path(args.output or scoring.translations_path(args.workdir, trained, chosen, changed))
     scoring.write_translations(evaluation, output)
     show_samples(evaluation)
     say(summary.table(evaluation))
@@ -99,7 +100,10 @@ def parse(rest: list[str]) -> argparse.Namespace:
     parser.add_argument("--split", help="split of the config's data set (default: test)")
     parser.add_argument("--source", help="text file to translate instead, one sentence a line")
     parser.add_argument("--reference", help="its references; several files with commas between")
-    parser.add_argument("--output", help="where translations go (default: WORKDIR/translations/STEP.NAME.txt)")
+    parser.add_argument(
+        "--output",
+        help="where translations go (default: WORKDIR/translations/STEP.NAME.txt, with decode fields in it)",
+    )
     parser.add_argument(
         "--versus", help="another workdir, or a file of translations: is the difference more than chance?"
     )

@@ -1,6 +1,6 @@
 """Tokens a second of translating a file, warm, by this package or by CTranslate2 on weights exported from it.
 
-    python -m benchmarks.decode --workdir=DIR --source=FILE [--engine=ours|ctranslate2] [--beam_size=5]
+    python -m benchmarks.decode --workdir=DIR --source=FILE [--engine=ours|ctranslate2] [--decode.beam_size=5]
 
 The whole file is translated once to compile and warm up, and then --repeats times; the median counts. Loading is not
 counted, tokenizing is. Tokens are pieces of the translations and the end of each. The last line of stdout is one JSON
@@ -8,6 +8,7 @@ object.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,13 +19,13 @@ from collections.abc import Callable
 
 import sentencepiece
 
-import transformer
-from transformer import export
-from transformer.command_line import positive_int, run, say
+from transformer import export, validation
+from transformer.command_line import decode_flags, positive_int, run, say
 from transformer.compilation import enable_cache
 from transformer.datasets import text_files
 from transformer.tokenizer import FILE_NAME
-from transformer.trained import load_trained
+from transformer.trained import Trained, load_trained
+from transformer.translator import Translator
 
 Translate = Callable[[list[str]], list[str]]
 
@@ -37,14 +38,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--source", required=True, help="file to translate, a sentence a line")
     parser.add_argument("--engine", default="ours", choices=("ours", "ctranslate2"))
     parser.add_argument("--quantization", default="float32", choices=("float32", "int8"), help="of ctranslate2")
-    parser.add_argument("--beam_size", type=positive_int, default=5)
+    parser.add_argument("--patience", type=positive_int, default=1, help="of ctranslate2: 3 finds what ours finds")
     parser.add_argument("--repeats", type=positive_int, default=3)
-    args = parser.parse_args(argv[1:])
+    fields, rest = decode_flags(argv)
+    args = parser.parse_args(rest)
     enable_cache()
     lines = list(text_files.read_lines(args.source))
     with tempfile.TemporaryDirectory() as folder:
-        translate = ours(args) if args.engine == "ours" else ctranslate2(args, pathlib.Path(folder))
-        count = load_trained(args.workdir, args.checkpoint).tokenizer.encode(translate(lines))
+        trained = load_trained(args.workdir, args.checkpoint)
+        trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
+        if args.engine == "ours":
+            translate = ours(trained)
+        else:
+            translate = ctranslate2(trained, pathlib.Path(folder), args.quantization, args.patience)
+        count = trained.tokenizer.encode(translate(lines))
         seconds = []
         for _ in range(args.repeats):
             start = time.perf_counter()
@@ -55,7 +62,7 @@ def main(argv: list[str]) -> None:
     row = {
         "engine": args.engine,
         "sentences": len(lines),
-        "beam_size": args.beam_size,
+        "decode": fields,
         "output_tokens": tokens,
         "seconds": [round(value, 3) for value in seconds],
         "sentences_per_s": round(len(lines) / median, 1),
@@ -64,32 +71,31 @@ def main(argv: list[str]) -> None:
     print(json.dumps(row))
 
 
-def ours(args: argparse.Namespace) -> Translate:
-    """This package, with the decoding of the checkpoint."""
-    model = transformer.load(args.workdir, args.checkpoint)
-    return lambda lines: model.translate(lines, beam_size=args.beam_size)
+def ours(trained: Trained) -> Translate:
+    """This package."""
+    translator = Translator(trained.model, trained.tokenizer, trained.config.decode, trained.mesh)
+    return lambda lines: translator.translate(trained.params, lines)
 
 
-def ctranslate2(args: argparse.Namespace, folder: pathlib.Path) -> Translate:
-    """CTranslate2 with its usual search, a worker for each core, on batches of 32 sentences sorted by length."""
+def ctranslate2(trained: Trained, folder: pathlib.Path, quantization: str, patience: int) -> Translate:
+    """CTranslate2, a worker for each core, on batches of 32 sentences sorted by length."""
     import ctranslate2
 
-    trained = load_trained(args.workdir, args.checkpoint)
-    export.write(trained, folder, "ctranslate2", args.quantization)
+    export.write(trained, folder, "ctranslate2", quantization)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / FILE_NAME))
-    cores = len(os.sched_getaffinity(0))
     program = ctranslate2.Translator(
-        str(folder), device="cpu", compute_type=args.quantization, inter_threads=cores, intra_threads=1
+        str(folder), device="cpu", compute_type=quantization, inter_threads=os.cpu_count() or 1, intra_threads=1
     )
-    longest = trained.config.decode.max_source_tokens + trained.config.decode.max_extra_length
+    decode = trained.config.decode
 
     def translate(lines: list[str]) -> list[str]:
         found = program.translate_batch(
             pieces.encode(lines, out_type=str),
-            beam_size=args.beam_size,
-            length_penalty=trained.config.decode.length_penalty,
+            beam_size=decode.beam_size,
+            length_penalty=decode.length_penalty,
+            patience=patience,
             max_batch_size=32,
-            max_decoding_length=longest,
+            max_decoding_length=decode.max_source_tokens + decode.max_extra_length,
         )
         return pieces.decode([one.hypotheses[0] for one in found])
 

@@ -110,12 +110,11 @@ def test_cached_attention_equals_causal_attention_position_by_position():
     want = attention.dot_product_attention(q, k, v, Visible(causal=True).mask(T, T)).reshape(B, N, T, H, K)
     # Slots not yet written hold rubbish, which must not be seen; so do the other beams' slots.
     own = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32)[None, :, None], (B, N, T))
-    k_cache, v_cache = (jnp.full((B, N, T, H, K), 1e3, jnp.float32) for _ in range(2))
+    cache = jnp.full((B, H, K, T * N), 1e3, jnp.float32), jnp.full((B, H, T * N, K), 1e3, jnp.float32)
     for position in range(T):
         at = jnp.int32(position)
-        k_cache = attention.write_cache(k_cache, k.reshape(B, N, T, H, K)[:, :, position], at)
-        v_cache = attention.write_cache(v_cache, v.reshape(B, N, T, H, K)[:, :, position], at)
-        got = attention.cached_attention(q.reshape(B, N, T, H, K)[:, :, position], k_cache, v_cache, own, at)
+        cache = attention.write_cache(*cache, *(one.reshape(B, N, T, H, K)[:, :, position] for one in (k, v)), at)
+        got = attention.cached_attention(q.reshape(B, N, T, H, K)[:, :, position], *cache, own, at)
         np.testing.assert_allclose(got, want[:, :, position], atol=1e-6)
 
 
@@ -124,7 +123,8 @@ def test_a_hypothesis_sees_the_past_that_its_ancestors_wrote():
     B, N, T, H, K = 2, 3, 4, 2, 4
     q, k, v = draw(6, (B, N, H, K), (B, N, T, H, K), (B, N, T, H, K))
     ancestors = jnp.asarray(np.random.default_rng(7).integers(0, N, (B, N, T)), jnp.int32)
-    got = attention.cached_attention(q, k, v, ancestors, jnp.int32(2))
+    cache = k.transpose(0, 3, 4, 2, 1).reshape(B, H, K, T * N), v.transpose(0, 3, 2, 1, 4).reshape(B, H, T * N, K)
+    got = attention.cached_attention(q, *cache, ancestors, jnp.int32(2))
     for b in range(B):
         for n in range(N):
             path = [(b, int(ancestors[b, n, t]), t) for t in range(3)]

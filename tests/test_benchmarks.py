@@ -118,8 +118,17 @@ def test_decoding_is_measured_in_tokens_of_the_translations(engine, tmp_path, ca
     workdir = save(tmp_path / "run", tokenizer.train(LINES, 300, "bpe"))
     source = tmp_path / "source"
     source.write_text("a cat\n\na dog\n")
-    decode.main(["decode", f"--workdir={workdir}", f"--source={source}", f"--engine={engine}", "--repeats=2"])
+    decode.main(
+        [
+            "decode",
+            f"--workdir={workdir}",
+            f"--source={source}",
+            f"--engine={engine}",
+            "--repeats=2",
+            "--decode.beam_size=3",
+        ]
+    )
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (row["engine"], row["sentences"], row["beam_size"], len(row["seconds"])) == (engine, 3, 5, 2)
+    assert (row["engine"], row["sentences"], row["decode"], len(row["seconds"])) == (engine, 3, {"beam_size": 3}, 2)
     assert row["output_tokens"] >= 3
     assert row["output_tokens_per_s"] == pytest.approx(row["output_tokens"] / (sum(row["seconds"]) / 2), rel=0.3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from tests.conftest import small_config
 from tests.test_translator import LINES
-from transformer import decoding, search, tokenizer
+from transformer import decoding, hypotheses, search, tokenizer
 from transformer.batching import Ragged
 from transformer.decoding import Request
 from transformer.model import Cache
@@ -94,6 +95,24 @@ def test_the_attention_of_a_step_is_that_of_decoding_at_once(parts):
     np.testing.assert_allclose(got, at_once, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["beam", "sample"])
+def test_a_cache_that_grows_holds_what_one_of_full_length_holds(parts, method, monkeypatch):
+    config, vocabulary, model, params = parts
+    source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)
+    decode = dataclasses.replace(config.decode, method=method, beam_size=3, max_extra_length=30)
+    keys = np.arange(16, dtype=np.uint32).reshape(8, 2) if method == "sample" else None
+    found = []
+    for first_room in (2, 64):
+        monkeypatch.setattr(hypotheses, "FIRST_ROOM", first_room)
+        assert hypotheses.rooms(46) == ([2, 4, 8, 16, 32, 46] if first_room == 2 else [46])
+        run = jax.jit(functools.partial(decoding.decode, (model,), decode, 3))
+        found.append(jax.tree.map(np.asarray, run((params,), Request(source, keys))))
+    grown, whole = found
+    np.testing.assert_array_equal(grown.tokens_BNT, whole.tokens_BNT)
+    np.testing.assert_allclose(grown.scores_BN, whole.scores_BN, rtol=1e-5)
+    assert grown.lengths_BN.max() == 46
+
+
 def test_an_ensemble_scores_by_the_mean_probability(parts):
     config, vocabulary, model, params = parts
     other = Model(small_config(model={"num_layers": 2, "emb_dim": 24}).model, vocabulary.vocab_size)
@@ -123,11 +142,12 @@ def test_the_mean_is_of_probabilities_and_not_of_logarithms():
 
 
 def test_default_fields_add_nothing_to_the_program(parts):
-    """No sort, the three selections of a plain beam search, and no more of them for n-best."""
+    """The four selections of a plain beam search, no more of them for n-best, and no sort but of the blocks found."""
     config, vocabulary, model, params = parts
     source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)
     for count in (1, 2):
         run = jax.jit(functools.partial(decoding.decode, (model,), config.decode, count))
         program = run.lower((params,), Request(source)).compile().as_text()
-        assert program.count('custom_call_target="TopK"') == 3
-        assert " sort(" not in program
+        assert program.count('custom_call_target="TopK"') == 4
+        assert set(re.findall(r"(\S+)\{1,0\} sort\(", program)) == {"s32[8,3]"}
+        assert program.count(" sort(") == 1

@@ -366,3 +366,16 @@ def test_ctranslate2_translates_as_the_command_does(workdir, folder, tmp_path):
         texts = [pieces.decode([piece for piece in one.hypotheses[0] if piece != "</s>"]) for one in found]
         own = run("-m", "transformer.translate", *flags, f"--beam_size={beam_size}", stdin=source).stdout.decode()
         assert texts == own.split("\n")[:-1]
+
+
+def test_decoding_otherwise_leaves_the_translations_of_the_config_alone(workdir, folder):
+    default = workdir / "translations" / "250.test.txt"
+    default.parent.mkdir(exist_ok=True)
+    default.write_text("as the config says\n")
+    files = [f"--source={folder}/test.en", f"--reference={folder}/test.de"]
+    result = run("eval.py", f"--workdir={workdir}", *files, "--decode.beam_size=1", "--decode.length_penalty=0")
+    assert json.loads(result.stdout.splitlines()[-1])["bleu"] >= 90
+    (written,) = workdir.glob("translations/*beam_size*")
+    assert written.name == "250.test.en.beam_size=1.length_penalty=0.0.txt"
+    assert written.read_bytes().count(b"\n") == 40
+    assert default.read_text() == "as the config says\n"

@@ -24,7 +24,7 @@ subword_codes tokenizer batching packing cost pipeline data_report
 sharding consensus segments dropout attention blockwise ring kernels layers stack hypotheses
 text_model model source_attention recurrence recurrent convolutional families
 loss guard optimizer step fingerprint compilation manifest checkpoint trained
-restrictions constraints search sampling decoding
+restrictions constraints continuations search sampling decoding
 wishes reranking translator alignments translate scores significance evaluate
 workdir run_log divergence stop_signals loop
 scoring summary watch charts attention_maps report_page report

@@ -57,6 +57,8 @@ def test_a_model_is_scored_and_its_translations_written(evaluation, tmp_path):
     assert {"chrfpp", "bleu_by_source_length", "legacy_tokenized_bleu"} < evaluation.further.keys()
     assert "moses:de" in evaluation.further["legacy_signature"]
     path = scoring.translations_path(tmp_path, evaluation.trained, CHOSEN)
+    other = scoring.translations_path(tmp_path, evaluation.trained, CHOSEN, {"top_k": 3, "method": "sample"})
+    assert other.name == path.name.removesuffix(".txt") + ".method=sample.top_k=3.txt"
     scoring.write_translations(evaluation, path)
     assert path == tmp_path / "translations" / "7.mine.txt"
     assert path.read_text() == "".join(f"{line}\n" for line in report.translations)

@@ -94,6 +94,29 @@ def test_stopping_early_changes_nothing(beam_size, alpha):
         assert found.finished_BN[sentence, : len(got)].tolist() == [finished for finished, _, _ in expected]
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])
+def test_the_best_are_the_same_however_many_are_wanted_and_come_sooner(alpha):
+    chains = random_chains(4, 60, 12, vocab_size=8, eos_logit=2.0)
+    steps = []
+
+    def step(cache, tokens_BN, position):
+        jax.debug.callback(steps.append, position)
+        return chain_step(jnp.asarray(chains))(cache, tokens_BN, position)
+
+    found = {}
+    for count in (1, 2, 4):
+        run = jax.jit(lambda count=count: search_with(step, (), (60, 4, 12), [12] * 60, alpha, count=count))
+        found[count] = jax.tree.map(np.asarray, jax.block_until_ready(run()))
+        jax.effects_barrier()
+        found[count] = found[count], len(steps)
+        steps.clear()
+    everything, most = found[4]
+    for count, (some, number) in found.items():
+        assert jax.tree.all(jax.tree.map(lambda a, b, n=count: (a[:, :n] == b[:, :n]).all(), some, everything))
+        assert number <= most
+    assert found[1][1] < most or alpha == 2.0
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 3.0])
 def test_a_beam_of_one_is_the_argmax_roll_out(alpha):
     chains = random_chains(4, 100, 10, vocab_size=7, eos_logit=1.0)

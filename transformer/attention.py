@@ -91,28 +91,53 @@ def attention_weights(q_BTHK: Array, k_BSHK: Array, mask: Array) -> Array:
     return jax.nn.softmax(jnp.where(mask, logits_BHTS * width**-0.5, LOWEST), axis=-1)
 
 
-def write_cache(cache_BNTHK: Array, new_BNHK: Array, position: Array) -> Array:
-    """The cache with the keys or values of one step written at `position` of each beam."""
-    return jax.lax.dynamic_update_slice_in_dim(cache_BNTHK, new_BNHK[:, :, None], position, axis=2)
+def write_cache(
+    k_BHKS: Array, v_BHSK: Array, new_k_BNHK: Array, new_v_BNHK: Array, position: Array
+) -> tuple[Array, Array]:
+    """The cache with keys and values of one step written at `position` of each beam: place position * N + n."""
+    start = position * jnp.int32(new_k_BNHK.shape[1])
+    return (
+        jax.lax.dynamic_update_slice_in_dim(k_BHKS, new_k_BNHK.transpose(0, 2, 3, 1), start, axis=3),
+        jax.lax.dynamic_update_slice_in_dim(v_BHSK, new_v_BNHK.swapaxes(1, 2), start, axis=2),
+    )
 
 
-def cached_attention(q_BNHK: Array, k_BNTHK: Array, v_BNTHK: Array, ancestors_BNT: Array, position: Array) -> Array:
+def cached_attention(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, ancestors_BNT: Array, position: Array) -> Array:
     """One query for each beam over the cache of all beams of its sentence, as far as its own past goes.
 
     Hypotheses move between beams while the cache stays where it was written, which spares moving it at
     every step; a hypothesis only knows where its past lies.
 
     Args:
+      k_BHKS, v_BHSK: of all positions, and of all beams of each: S = T * N.
       ancestors_BNT: int32; the beam in which the hypothesis now in beam n wrote its position t.
       position: int32 []; positions after it are not written yet.
 
     Returns:
       [B, N, H, K]
     """
-    B, N, T = k_BNTHK.shape[:3]
+    B, N, T = ancestors_BNT.shape
     beams_N = jnp.arange(N, dtype=jnp.int32)
-    is_own = ancestors_BNT[:, :, None, :] == beams_N[None, None, :, None]
+    is_own = ancestors_BNT[:, :, :, None] == beams_N[None, None, None, :]
     is_written = jnp.arange(T, dtype=jnp.int32) <= position
-    mask = (is_own & is_written[None, None, None, :]).reshape(B, 1, N, N * T)
-    k_BSHK, v_BSHK = (array.reshape(B, N * T, *array.shape[3:]) for array in (k_BNTHK, v_BNTHK))
-    return dot_product_attention(q_BNHK, k_BSHK, v_BSHK, mask)
+    mask = (is_own & is_written[None, None, :, None]).reshape(B, 1, N, T * N)
+    return step_attention(q_BNHK, k_BHKS, v_BHSK, mask)
+
+
+def step_attention(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, mask: Array) -> Array:
+    """The same as `dot_product_attention`, of a query for each beam, over keys and values in an order of their own.
+
+    It is the order in which both products read them: with others XLA's CPU back end copies all keys and values in
+    every step, or takes a slow path.
+
+    Returns:
+      [B, N, H, K]
+    """
+    weights_BHNS = step_weights(q_BNHK, k_BHKS, mask).astype(v_BHSK.dtype)
+    return jnp.einsum("bhns,bhsk->bhnk", weights_BHNS, v_BHSK).swapaxes(1, 2)
+
+
+def step_weights(q_BNHK: Array, k_BHKS: Array, mask: Array) -> Array:
+    """softmax(q kᵀ / √K), float32 [B, H, N, S]."""
+    logits_BHNS = jnp.einsum("bnhk,bhks->bhns", q_BNHK, k_BHKS, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(jnp.where(mask, logits_BHNS * q_BNHK.shape[-1] ** -0.5, LOWEST), axis=-1)

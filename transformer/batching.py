@@ -234,13 +234,17 @@ def ladder(length: int, smallest: int = 16) -> int:
 
 
 def eval_plan(source_N: np.ndarray, target_N: np.ndarray, rows_of: Callable[[int], int]) -> list[PlannedBatch]:
-    """Every pair exactly once, in batches of `rows_of(width)`; the last of each width is filled with padding rows."""
+    """Every pair exactly once, in batches of `rows_of(width)`; the last of each width is filled with padding rows.
+
+    Pairs of a width are sorted by length, so that those of a batch take about as long to translate.
+    """
     widths_N = np.array([ladder(int(n)) for n in np.maximum(source_N, target_N)], np.int64)
     planned = []
     for width in np.unique(widths_N):
         rows = rows_of(int(width))
         bucket = Bucket(int(width), int(width), rows)
         members = np.flatnonzero(widths_N == width)
+        members = members[np.argsort(np.maximum(source_N, target_N)[members], kind="stable")]
         planned += [PlannedBatch(bucket, _padded(members[i : i + rows], rows)) for i in range(0, len(members), rows)]
     return planned
 

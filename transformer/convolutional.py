@@ -53,6 +53,10 @@ class Cache(NamedTuple):
         """After hypotheses moved from beams `parents_BN`, int32 [B, N]: these places move along."""
         return move_beams(self, parents_BN)
 
+    def grow(self, max_length: int) -> "Cache":
+        """It has the same size whatever the length."""
+        return self
+
 
 class GatedConvolution(nnx.Module):
     """x → a · σ(b), where a and b are convolutions of x (Dauphin et al. 2017)."""
@@ -165,7 +169,7 @@ class ConvolutionalModel(TextModel):
             found.append(weights_BTS)
         return jnp.stack(found, axis=1)[:, :, None]
 
-    def start(self, source_BS: Array, beams: int, max_length: int) -> tuple[Memory, Cache]:
+    def start(self, source_BS: Array, beams: int, max_length: int, room: int | None = None) -> tuple[Memory, Cache]:
         """As `TextModel.start`; the cache has the same size whatever the length."""
         source = self._source(self.encode(source_BS), source_BS, None)
         shape = (source_BS.shape[0], beams, self.config.kernel_width - 1, self.config.emb_dim)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer.config import DecodeConfig
-from transformer.hypotheses import Cache, Coverage, Hypotheses, StepFn
+from transformer.hypotheses import Cache, Coverage, Hypotheses, StepFn, rooms
 from transformer.restrictions import Restrictions
 from transformer.sampling import Shape, sample
 from transformer.search import beam_search
@@ -53,7 +53,7 @@ def decode(
     if config.coverage_penalty:
         coverage = Coverage(config.coverage_penalty, request.source_BS != PAD)
     beams = config.beam_size if config.method == "beam" else count
-    step, caches = start(models, params, request.source_BS, beams, longest, coverage is not None)
+    step, caches = start(models, params, request.source_BS, beams, longest, coverage is not None, rooms(longest)[0])
     restrictions = Restrictions(config.min_length, config.no_repeat_ngram, request.prefix_BP)
     shared: dict[str, Any] = {
         "max_length": longest,
@@ -61,6 +61,7 @@ def decode(
         "length_penalty": config.length_penalty,
         "length_penalty_form": config.length_penalty_form,
         "restrictions": restrictions,
+        "grow": grow_all,
         "bos_id": BOS,
         "eos_id": EOS,
         "pad_id": PAD,
@@ -71,6 +72,7 @@ def decode(
             caches,
             batch_size=batch_size,
             beam_size=beams,
+            count=count,
             reorder=reorder_all,
             coverage=coverage,
             phrases_BKL=request.phrases_BKL,
@@ -90,10 +92,15 @@ def start(
     beams: int,
     max_length: int,
     attending: bool,
+    room: int | None = None,
 ) -> tuple[StepFn, tuple[Cache, ...]]:
-    """The step function of all models together, and their caches; if `attending` it returns the mean attention too."""
+    """The step function of all models together, and their caches; if `attending` it returns the mean attention too.
+
+    Args:
+      room: places that a cache has before it grows; None: max_length.
+    """
     modules = [model.bind(own) for model, own in zip(models, params, strict=True)]
-    memories, caches = zip(*(module.start(source_BS, beams, max_length) for module in modules), strict=True)
+    memories, caches = zip(*(module.start(source_BS, beams, max_length, room) for module in modules), strict=True)
 
     def step(caches: tuple[Cache, ...], last_BN: jax.Array, position: jax.Array) -> tuple[Any, ...]:
         results: list[tuple[Any, ...]] = []
@@ -117,3 +124,8 @@ def mean_probability(logits: Sequence[jax.Array]) -> jax.Array:
 def reorder_all(caches: tuple[Cache, ...], parents_BN: jax.Array) -> tuple[Cache, ...]:
     """As the family of each model moves its cache."""
     return tuple(cache.reorder(parents_BN) for cache in caches)
+
+
+def grow_all(caches: tuple[Cache, ...], max_length: int) -> tuple[Cache, ...]:
+    """As the family of each model gives its cache more room."""
+    return tuple(cache.grow(max_length) for cache in caches)

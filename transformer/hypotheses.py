@@ -3,6 +3,7 @@
 Shapes: B sentences, N hypotheses of each, T maximal length in tokens, V vocabulary, S source length.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,12 @@ IMPOSSIBLE = -1e9
 LEAST_ATTENTION = 1e-9  # keeps the logarithm of a coverage finite
 
 
+Grow = Callable[[Cache, int], Cache]
+"""(cache, length) → the cache with room for so many positions."""
+
+FIRST_ROOM = 16  # positions in a cache at first
+
+
 class Hypotheses(NamedTuple):
     """N hypotheses of each sentence; a slot for which there is none has length 0.
 
@@ -41,6 +48,43 @@ class Hypotheses(NamedTuple):
     lengths_BN: jax.Array
     scores_BN: jax.Array
     finished_BN: jax.Array
+
+
+def rooms(max_length: int) -> list[int]:
+    """How long a cache is, stage by stage: a step costs as much as there is room, and most sentences are short.
+
+    It doubles, for each stage is a program of its own, and the last is no shorter than the first. A length that is a
+    symbol (`jax.export`) has one stage.
+    """
+    if not isinstance(max_length, int):
+        return [max_length]
+    doubled = (FIRST_ROOM << i for i in itertools.count())
+    return [*itertools.takewhile(lambda room: room + FIRST_ROOM <= max_length, doubled), max_length]
+
+
+def run_stages(
+    goes_on: Callable[[Any], jax.Array], advance: Callable[[Any], Any], state: Any, max_length: int, grow: Grow | None
+) -> Any:
+    """`advance`s a state, a named tuple with `position` and `cache`, while it `goes_on` and is not `max_length` long.
+
+    Args:
+      grow: gives the cache more room at each of `rooms`; None: it has all it needs.
+    """
+    if grow is None or _same_shapes(state.cache, jax.eval_shape(lambda: grow(state.cache, max_length))):
+        return jax.lax.while_loop(goes_on, advance, state)
+    for room in rooms(max_length):
+        state = state._replace(cache=grow(state.cache, room))
+        state = jax.lax.while_loop(_until(goes_on, room), advance, state)
+    return state
+
+
+def _same_shapes(one: Cache, other: Cache) -> bool:
+    one, other = (jax.tree.map(lambda leaf: leaf.shape, cache) for cache in (one, other))
+    return one == other
+
+
+def _until(goes_on: Callable[[Any], jax.Array], room: int) -> Callable[[Any], jax.Array]:
+    return lambda state: goes_on(state) & (state.position < room)
 
 
 class SpecialIds(NamedTuple):

@@ -200,10 +200,14 @@ class MultiHeadAttention(nnx.Module):
             heads_BTHK = by_blocks(q_BTHK, k_BSHK, v_BSHK, visible, self.dropout_rate, key)
         return self.project(heads_BTHK)
 
-    def look(self, x_BND: Array, k_BSHK: Array, v_BSHK: Array, visible: Visible) -> Array:
-        """Queries from `x_BND` over keys and values already computed, such as the source's while decoding."""
-        mask = visible.mask(x_BND.shape[1], k_BSHK.shape[1])
-        return self.project(attention.dot_product_attention(self.queries(x_BND), k_BSHK, v_BSHK, mask))
+    def look(self, x_BND: Array, k_BHKS: Array, v_BHSK: Array, visible: Visible) -> Array:
+        """Queries from `x_BND` over keys and values already computed, the source's while decoding."""
+        mask = visible.mask(x_BND.shape[1], v_BHSK.shape[2])
+        return self.project(attention.step_attention(self.queries(x_BND), k_BHKS, v_BHSK, mask))
+
+    def look_weights(self, x_BND: Array, k_BHKS: Array, visible: Visible) -> Array:
+        """How much each of these queries attends to each key: float32 [B, H, N, S]."""
+        return attention.step_weights(self.queries(x_BND), k_BHKS, visible.mask(x_BND.shape[1], k_BHKS.shape[3]))
 
     def weights(self, x_BTD: Array, k_BSHK: Array, visible: Visible) -> Array:
         """How much each query attends to each key: float32 [B, H, T, S]."""

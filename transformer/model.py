@@ -23,10 +23,10 @@ Key = Array | None
 
 
 class LayerCache(NamedTuple):
-    """What one decoder layer has written so far: keys and values [B, N, T, H, K]."""
+    """What one decoder layer has written so far: keys and values of each position of each beam, S = T * N."""
 
-    k_BNTHK: Array
-    v_BNTHK: Array
+    k_BHKS: Array
+    v_BHSK: Array
 
 
 class Cache(NamedTuple):
@@ -39,9 +39,22 @@ class Cache(NamedTuple):
         """After hypotheses moved from beams `parents_BN`, int32 [B, N]: keys and values stay where they are."""
         return self._replace(ancestors_BNT=jnp.take_along_axis(self.ancestors_BNT, parents_BN[:, :, None], 1))
 
+    def grow(self, max_length: int) -> "Cache":
+        """With room for so many positions."""
+        beams, missing = self.ancestors_BNT.shape[1], max_length - self.ancestors_BNT.shape[2]
+
+        def filled_up(array: Array, axis: int, count: int) -> Array:
+            return jnp.pad(array, [(0, count if i == axis else 0) for i in range(array.ndim)])
+
+        layers = [
+            LayerCache(filled_up(k_BHKS, 3, missing * beams), filled_up(v_BHSK, 2, missing * beams))
+            for k_BHKS, v_BHSK in self.layers
+        ]
+        return Cache(layers, filled_up(self.ancestors_BNT, 2, missing))
+
 
 class Memory(NamedTuple):
-    """The source as the decoder sees it: for each layer keys and values [B, S, H, K], one for all beams."""
+    """The source as the decoder sees it: of each layer keys [B, H, K, S] and values [B, H, S, K], for all beams."""
 
     layers: list[tuple[Array, Array]]
     visible: Visible
@@ -112,17 +125,14 @@ class DecoderLayer(nnx.Module):
         def look_back(y_BND: Array) -> Array:
             nonlocal cache
             k_BNHK, v_BNHK = self.attention.keys_values(y_BND)
-            cache = LayerCache(
-                attention.write_cache(cache.k_BNTHK, k_BNHK, position),
-                attention.write_cache(cache.v_BNTHK, v_BNHK, position),
-            )
+            cache = LayerCache(*attention.write_cache(*cache, k_BNHK, v_BNHK, position))
             heads = attention.cached_attention(self.attention.queries(y_BND), *cache, ancestors_BNT, position)
             return self.attention.project(heads)
 
         def look_across(y_BND: Array) -> Array:
             nonlocal weights_BNS
             if attending:
-                weights_BNS = self.cross.weights(y_BND, source[0], visible).mean(axis=1)
+                weights_BNS = self.cross.look_weights(y_BND, source[0], visible).mean(axis=1)
             return self.cross.look(y_BND, *source, visible)
 
         x_BND = self.attention_residual(x_BND, look_back)
@@ -191,15 +201,22 @@ class Transformer(TextModel):
             found.append(weights_BHTS)
         return jnp.stack(found, axis=1)
 
-    def start(self, source_BS: Array, beams: int, max_length: int) -> tuple[Memory, Cache]:
-        """What decoding step by step needs: the encoded source, and an empty cache of `max_length` slots a beam."""
+    def start(self, source_BS: Array, beams: int, max_length: int, room: int | None = None) -> tuple[Memory, Cache]:
+        """As `TextModel.start`: the encoded source, and an empty cache of `room` slots a beam."""
         encoded_BSD = self.encode(source_BS)
-        layers = [layer.cross.keys_values(encoded_BSD) for layer in layers_of(self.decoder, self.config.num_layers)]
-        leading = (source_BS.shape[0], beams, max_length)
+        both = [layer.cross.keys_values(encoded_BSD) for layer in layers_of(self.decoder, self.config.num_layers)]
+        layers = [(k_BSHK.transpose(0, 2, 3, 1), v_BSHK.swapaxes(1, 2)) for k_BSHK, v_BSHK in both]
+        room = room or max_length
+        S = room * beams
         empty = [
-            LayerCache(*(jnp.zeros((*leading, *array.shape[2:]), self.dtype) for array in layer)) for layer in layers
+            LayerCache(
+                jnp.zeros((*k_BHKS.shape[:3], S), self.dtype),
+                jnp.zeros((*v_BHSK.shape[:2], S, v_BHSK.shape[3]), self.dtype),
+            )
+            for k_BHKS, v_BHSK in layers
         ]
-        return Memory(layers, Visible(keys_BS=segments(source_BS))), Cache(empty, jnp.zeros(leading, jnp.int32))
+        ancestors_BNT = jnp.zeros((source_BS.shape[0], beams, room), jnp.int32)
+        return Memory(layers, Visible(keys_BS=segments(source_BS))), Cache(empty, ancestors_BNT)
 
     def advance(
         self, memory: Memory, cache: Cache, inputs_BN: Array, position: Array, attending: bool

@@ -46,6 +46,10 @@ class Cache(NamedTuple):
         """After hypotheses moved from beams `parents_BN`, int32 [B, N]: states move along."""
         return move_beams(self, parents_BN)
 
+    def grow(self, max_length: int) -> "Cache":
+        """It has the same size whatever the length."""
+        return self
+
 
 class Lstm(nnx.Module):
     """One layer in one direction."""
@@ -125,7 +129,7 @@ class RecurrentModel(TextModel):
             x_BTD = sharding.constrain(x_BTD + self._dropped(found_BTD, keys, number), STATES)
         return self._output(x_BTD, context_BTD), weights_BTS
 
-    def start(self, source_BS: Array, beams: int, max_length: int) -> tuple[Memory, Cache]:
+    def start(self, source_BS: Array, beams: int, max_length: int, room: int | None = None) -> tuple[Memory, Cache]:
         """As `TextModel.start`; the cache has the same size whatever the length."""
         shape = (source_BS.shape[0], beams, self.config.emb_dim)
         empty = [

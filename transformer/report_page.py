@@ -26,7 +26,7 @@ p { margin: 4px 0 12px; }
   16px; }
 .tile b { display: block; font-size: 1.7rem; font-variant-numeric: tabular-nums; line-height: 1.2; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-bottom: 16px; }
 th { text-align: left; font-weight: 500; }
 th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--edge); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

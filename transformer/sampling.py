@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from transformer.hypotheses import (
     IMPOSSIBLE,
     Cache,
+    Grow,
     Hypotheses,
     SpecialIds,
     StepFn,
     is_possible,
     length_penalties,
+    run_stages,
 )
 from transformer.restrictions import Restrictions, allowed_next
 
@@ -70,6 +72,7 @@ def sample(
     eos_id: int,
     pad_id: int,
     length_penalty_form: str = "gnmt",
+    grow: Grow | None = None,
     restrictions: Restrictions | None = None,
 ) -> Hypotheses:
     """Draws N samples of each sentence, in the order drawn; to be called inside jit.
@@ -85,6 +88,7 @@ def sample(
       keys_B: random keys [B].
       bos_id, eos_id, pad_id: token ids.
       length_penalty, length_penalty_form: of `length_penalties`.
+      grow: gives the cache more room as samples get longer; None: it has room for T positions.
       restrictions: what samples may say.
     """
     batch_size = max_lengths_B.shape[0]
@@ -96,7 +100,9 @@ def sample(
     tokens = jnp.full((batch_size, num_samples, 1 + max_length), pad_id, jnp.int32).at[:, :, 0].set(bos_id)
     open_BN = jnp.broadcast_to(max_lengths_B[:, None] > 0, blank_BN.shape)
     start = _State(jnp.zeros((), jnp.int32), cache, tokens, jnp.zeros(blank_BN.shape), blank_BN, open_BN)
-    end = jax.lax.while_loop(lambda state: jnp.any(state.open_BN), lambda state: _draw(step, state, rules), start)
+    end = run_stages(
+        lambda state: jnp.any(state.open_BN), lambda state: _draw(step, state, rules), start, max_length, grow
+    )
     penalties = length_penalties(max_length, length_penalty, length_penalty_form)
     is_empty_BN = end.lengths_BN == 0
     last_BN1 = jnp.take_along_axis(end.tokens, end.lengths_BN[:, :, None], axis=2)

@@ -109,9 +109,17 @@ def write_translations(evaluation: Evaluation, path: epath.PathLike) -> None:
         write_whole(path, "".join(f"{line}\n" for line in evaluation.report.translations))
 
 
-def translations_path(workdir: epath.PathLike, trained: Trained, chosen: EvaluationSet) -> epath.Path:
-    """WORKDIR/translations/STEP.NAME.txt."""
-    return epath.Path(workdir) / "translations" / f"{trained.file_stem}.{chosen.name}.txt"
+def translations_path(
+    workdir: epath.PathLike, trained: Trained, chosen: EvaluationSet, fields: Mapping[str, Any] | None = None
+) -> epath.Path:
+    """WORKDIR/translations/STEP.NAME.txt.
+
+    Args:
+      fields: of decoding, other than the checkpoint's own; they are part of the name, so that a file is never taken
+        for one decoded as the config says.
+    """
+    others = "".join(f".{name}={value}" for name, value in sorted((fields or {}).items()))
+    return epath.Path(workdir) / "translations" / f"{trained.file_stem}.{chosen.name}{others}.txt"
 
 
 def translations_of_other(

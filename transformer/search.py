@@ -7,7 +7,7 @@ How hypotheses end, and how they rank:
   A hypothesis has one EOS continuation, so N - 1 others are there even when all N end at once. A beam of
   one has one candidate: it is the argmax roll-out, whatever the length penalty.
 - A sentence is done when it reaches its own limit, or when nothing that goes on could still beat the worst
-  of its N best ended hypotheses. It does not change after that, whatever its neighbours do.
+  of its best ended hypotheses, as many as are wanted. It does not change after that, whatever its neighbours do.
 - A hypothesis that the limit cuts is returned whole, without EOS, as not finished. Finished ones come
   first, by score; cut ones fill the places left over, by score.
 - PAD and BOS are never generated. Their probability is not shared out among the other tokens: a score
@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import constraints
+from transformer import constraints, continuations
 from transformer.hypotheses import (
     IMPOSSIBLE,
     Cache,
     Coverage,
+    Grow,
     Hypotheses,
     Reorder,
     SpecialIds,
@@ -37,6 +38,7 @@ from transformer.hypotheses import (
     join,
     length_penalties,
     move_beams,
+    run_stages,
     take_beams,
 )
 from transformer.restrictions import Restrictions, allowed_next
@@ -48,6 +50,7 @@ class _Rules(NamedTuple):
     limits_B: jax.Array
     penalties: jax.Array
     ids: SpecialIds
+    wanted: int
     restrictions: Restrictions
     coverage: Coverage | None
     phrases: constraints.Phrases | None
@@ -95,7 +98,9 @@ def beam_search(
     bos_id: int,
     eos_id: int,
     pad_id: int,
+    count: int | None = None,
     reorder: Reorder | None = None,
+    grow: Grow | None = None,
     length_penalty_form: str = "gnmt",
     restrictions: Restrictions | None = None,
     coverage: Coverage | None = None,
@@ -116,8 +121,10 @@ def beam_search(
       length_penalty: alpha of `length_penalties`; a float, or a float32 scalar that may differ from call to
         call of one compiled search.
       bos_id, eos_id, pad_id: token ids; EOS may be the same as one of the others.
+      count: how many hypotheses are wanted; the search ends as soon as these are sure. None: all N.
       reorder: makes the cache follow its hypotheses, where that can be done for less than moving all of it;
         None moves each leaf, which then is [batch_size, beam_size, ...].
+      grow: gives the cache more room as hypotheses get longer; None: it has room for T positions.
       length_penalty_form: gnmt or length; static.
       restrictions: what hypotheses may say.
       coverage: a penalty added to the scores; `step` then returns its attention too.
@@ -133,6 +140,7 @@ def beam_search(
         limits_B,
         length_penalties(max_length, length_penalty, length_penalty_form),
         SpecialIds(pad_id, bos_id, eos_id),
+        count or beam_size,
         restrictions or Restrictions(),
         coverage,
         None if phrases_BKL is None else constraints.phrases(phrases_BKL, pad_id),
@@ -143,10 +151,12 @@ def beam_search(
         beams=_first_beams(batch_size, beam_size, max_length, rules),
         done_B=limits_B == 0,
     )
-    end = jax.lax.while_loop(
+    end = run_stages(
         lambda state: ~jnp.all(state.done_B),
         lambda state: _advance(step, reorder or move_beams, state, rules),
         start,
+        max_length,
+        grow,
     )
     return _collect(end.beams, rules)
 
@@ -199,15 +209,15 @@ def _expand(logits_BNV: jax.Array, beams: _Beams, position: jax.Array, rules: _R
     if rules.phrases:
         may_end_BN = constraints.all_met(rules.phrases, beams.progress_BNK)
         allowed = allowed & ((np.arange(vocab_size) != rules.ids.eos)[None, None, :] | may_end_BN[:, :, None])
-    # In float32 also for speed: XLA's top_k on a CPU takes 10 to 100 times as long in bfloat16.
-    log_probs_BNV = jax.nn.log_softmax(logits_BNV.astype(jnp.float32)) + beams.alive_log_probs_BN[:, :, None]
-    # NaN, from a beam with no possible token, compares as false and becomes IMPOSSIBLE too.
-    log_probs_BNV = jnp.where(is_possible(log_probs_BNV) & allowed, log_probs_BNV, IMPOSSIBLE)
-    log_probs_BC, flat_BC = jax.lax.top_k(log_probs_BNV.reshape(batch_size, -1), 2 * beam_size - 1)
+    count = 2 * beam_size - 1
     if rules.phrases:
+        log_probs_BNV = continuations.log_probs(logits_BNV, allowed, beams.alive_log_probs_BN)
+        log_probs_BC, flat_BC = jax.lax.top_k(log_probs_BNV.reshape(batch_size, -1), count)
         log_probs_BC, flat_BC = constraints.add_candidates(
             rules.phrases, beams.progress_BNK, log_probs_BNV, log_probs_BC, flat_BC, rules.ids.eos
         )
+    else:
+        log_probs_BC, flat_BC = continuations.best(logits_BNV, allowed, beams.alive_log_probs_BN, count)
     return _Candidates(log_probs_BC, flat_BC // vocab_size, flat_BC % vocab_size)
 
 
@@ -252,12 +262,14 @@ def _select(candidates: _Candidates, beams: _Beams, position: jax.Array, rules: 
 
 
 def _is_done(beams: _Beams, position: jax.Array, rules: _Rules) -> jax.Array:
-    """Whether each sentence is at its limit, or nothing that goes on can enter its N ended hypotheses."""
+    """Whether each sentence is at its limit, or nothing that goes on can enter the ended hypotheses that are wanted."""
     best_B = jnp.max(beams.alive_log_probs_BN, axis=1)
     # Log-probabilities only fall, coverage adds nothing above 0, and the penalty is monotone: its largest value is
     # at one of the two ends.
     largest_penalty_B = jnp.maximum(rules.penalties[position], rules.penalties[rules.limits_B])
-    beaten_B = best_B / largest_penalty_B <= jnp.min(beams.ended_scores_BN, axis=1)
+    is_wanted_N = np.arange(beams.ended_scores_BN.shape[1]) < rules.wanted
+    worst_B = jnp.min(jnp.where(is_wanted_N[None, :], beams.ended_scores_BN, jnp.inf), axis=1)
+    beaten_B = best_B / largest_penalty_B <= worst_B
     return (position >= rules.limits_B) | ~is_possible(best_B) | beaten_B
 
 

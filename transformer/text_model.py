@@ -2,7 +2,7 @@
 
 A family is a `TextModel` with the methods of `model.Transformer`: `encode` and `decode` all places at once, a call
 that does both, `start` and `step` to decode one place at a time, `step_attending` and `cross_attention` to tell
-where it looked in the source. Its cache has a method `reorder`.
+where it looked in the source. Its cache has the methods `reorder` and `grow`.
 
 B batch, S source length, T target length, D model width, N beams, V vocabulary.
 """
@@ -67,8 +67,12 @@ class TextModel(nnx.Module):
         """
         raise NotImplementedError
 
-    def start(self, source_BS: Array, beams: int, max_length: int) -> tuple[Any, Any]:
-        """What decoding step by step needs: the source as the decoder sees it, and an empty cache of all beams."""
+    def start(self, source_BS: Array, beams: int, max_length: int, room: int | None = None) -> tuple[Any, Any]:
+        """What decoding step by step needs: the source as the decoder sees it, and an empty cache of all beams.
+
+        Args:
+          room: places that a cache whose size depends on the length has before it grows; None: max_length.
+        """
         raise NotImplementedError
 
     def advance(

@@ -6,10 +6,14 @@ number of rows on `decode.batch_rows`, so its translation depends on neither bat
 B rows, S source length, P longest prefix, K phrases of a sentence, L longest phrase.
 """
 
+import collections
+import contextlib
 import functools
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +30,11 @@ from transformer.step import Model, Params
 from transformer.tokenizer import Tokenizer, cut
 from transformer.wishes import Wish
 
-# Taken to start or compile a program, so that threads start theirs one by one, in the same order on all devices.
+# Taken to compile a program and, where there are several devices, to start one, so that threads start theirs one by
+# one, in the same order on all devices.
 _DEVICE = threading.Lock()
+MOST_WORKERS = 4  # batches that a CPU computes beside each other, each with a cache of its own
+WIDEST_BESIDE = 64  # wider ones have a CPU for themselves: their caches are large, and they keep all cores busy
 
 
 class Hypothesis(NamedTuple):
@@ -59,7 +66,9 @@ class Translator:
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
         multiple = sharding.row_multiple(mesh, "sentences")
         self._rows = -(-config.batch_rows // multiple) * multiple
+        self._workers = _workers(mesh)
         self._programs: dict[int, Callable[[Any, Any], Hypotheses]] = {}
+        self._compiled: set[Any] = set()
         self.truncated, self._counting = 0, threading.Lock()
 
     def translate(
@@ -116,14 +125,21 @@ class Translator:
                 found[filled[example]] = self._ranked(row)[:n_best]
             progress(len(real))
 
-        # Two batches under way: the device works on one while the host turns the other into text.
-        running: list[tuple[np.ndarray, Hypotheses]] = []
-        for examples_B, request in self._requests(sources, [asked[i] for i in filled], keys_N2):
-            running.append((examples_B, self._start(count, params, request)))
-            if len(running) > 1:
-                collect(*running.pop(0))
-        for batch in running:
-            collect(*batch)
+        # One batch more than there are workers is under way: the device works while the host turns one into text.
+        running: collections.deque[tuple[np.ndarray, Callable[[], Hypotheses]]] = collections.deque()
+
+        def collect_all_but(most: int) -> None:
+            while len(running) > most:
+                examples_B, batch = running.popleft()
+                collect(examples_B, batch())
+
+        with ThreadPoolExecutor(self._workers) as pool:
+            for examples_B, request in self._requests(sources, [asked[i] for i in filled], keys_N2):
+                most = self._workers if request.source_BS.shape[1] <= WIDEST_BESIDE else 0
+                collect_all_but(most)
+                running.append((examples_B, self._start(pool, count, params, request)))
+                collect_all_but(most)
+            collect_all_but(0)
         return found
 
     def say_truncated(self) -> None:
@@ -171,9 +187,10 @@ class Translator:
         groups: dict[wishes.Shape, list[int]] = {}
         for index, wish in enumerate(asked):
             groups.setdefault(wish.shape(), []).append(index)
-        for shape, members in sorted(groups.items()):
+        # The longest first, so that at the end no worker waits for another.
+        for shape, members in sorted(groups.items(), reverse=True):
             lengths = sources.lengths[members]
-            for planned in eval_plan(lengths, np.zeros_like(lengths), lambda width: self._rows):
+            for planned in reversed(eval_plan(lengths, np.zeros_like(lengths), lambda width: self._rows)):
                 is_real_B = planned.examples_B != PADDING_ROW
                 examples_B = np.where(is_real_B, np.array(members)[planned.examples_B], PADDING_ROW)
                 here_B = examples_B[sharding.rows_here(self._mesh, self._rows, rows="sentences")]
@@ -181,14 +198,28 @@ class Translator:
                 keys_B2 = None if keys_N2 is None else keys_N2[np.maximum(here_B, 0)]
                 yield examples_B, Request(source_BS, keys_B2, *wishes.rectangles(asked, here_B, shape))
 
-    def _start(self, count: int, params: Params | Sequence[Params], request: Request) -> Hypotheses:
-        """Hands a batch to the device; does not wait for it."""
+    def _start(
+        self, pool: ThreadPoolExecutor, count: int, params: Params | Sequence[Params], request: Request
+    ) -> Callable[[], Hypotheses]:
+        """Begins with a batch; returns what gives its hypotheses."""
+        if self._workers > 1:
+            return pool.submit(self._run, count, params, request).result
+        # In this thread: where there are several hosts, all must start the same in the same order.
+        found = self._run(count, params, request)
+        return lambda: found
+
+    def _run(self, count: int, params: Params | Sequence[Params], request: Request) -> Hypotheses:
+        """Hands a batch to the device; where threads compute their own, waits for it, so that no others get between."""
         placed = sharding.place_batch(self._mesh, request, rows="sentences")
+        shapes = count, str(jax.tree.map(np.shape, request))
         with _DEVICE:
             if count not in self._programs:
                 run = functools.partial(decode, self._models, self._config, count)
                 self._programs[count] = sharding.over_rows(self._mesh, run)
-            return self._programs[count](params if self._is_ensemble else (params,), placed)
+        with _DEVICE if self._workers == 1 or shapes not in self._compiled else contextlib.nullcontext():
+            found = self._programs[count](params if self._is_ensemble else (params,), placed)
+            self._compiled.add(shapes)
+        return found if self._workers == 1 else jax.block_until_ready(found)
 
     def _texts(self, batch: Hypotheses) -> Iterator[list[Hypothesis]]:
         """The hypotheses of each row, those of length 0 left out."""
@@ -206,6 +237,13 @@ class Translator:
         utilities = reranking.expected_chrf([one.text for one in found])
         order = np.argsort(-utilities, kind="stable")
         return [found[i]._replace(score=float(utilities[i])) for i in order]
+
+
+def _workers(mesh: jax.sharding.Mesh) -> int:
+    """How many batches run beside each other: on a CPU a thread computes its own, elsewhere it only hands it over."""
+    if mesh.size > 1 or mesh.devices.item().platform != "cpu":
+        return 1
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_WORKERS)
 
 
 def best_text(found: Sequence[Hypothesis]) -> str:
