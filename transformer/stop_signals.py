@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT: noted for the loop, which saves before it stops."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -25,9 +26,11 @@ def noted() -> Iterator[Callable[[], int | None]]:
         return
 
     def note(number: int, _: object) -> None:
-        seen.append(number)
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+        seen.append(number)
+        if len(seen) > 1:  # it came before the first was handled
+            os.kill(os.getpid(), number)
         say(f"{signal.Signals(number).name}: stopping after this update; send it again to stop at once")
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}

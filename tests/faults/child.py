@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -35,7 +36,9 @@ def main(argv: list[str], log: str, trace: str, plant: str) -> None:
     sys.argv = argv
     note_examples(os.open(trace, os.O_WRONLY | os.O_APPEND))
     cache_everything()
-    if plant:
+    if plant.startswith("signal"):
+        signal_at(*plant.split()[1:])
+    elif plant:
         PLANTS[plant]()
     command_line.run(train.main)
 
@@ -55,6 +58,7 @@ def read_each(workdirs: list[str], log: str) -> None:
 
 
 _trace = -1
+_alarm: tuple[int, Callable[[], None]] | None = None
 
 
 class Named(Batch):
@@ -75,9 +79,13 @@ def note_examples(trace: int) -> None:
         return batch
 
     def noted(done, batches):
+        global _alarm
         for batch in batches:
             done += 1
             os.write(trace, f"{done} {batch.examples}\n".encode())
+            if _alarm and done >= _alarm[0]:
+                _alarm[1]()
+                _alarm = None
             yield Batch(*batch)
 
     def begin_noted(self, train_step, state, batches, *rest, **options):
@@ -95,6 +103,20 @@ def cache_everything() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
     compilation.enable_cache = enabled
+
+
+def signal_at(number: str, step: str, seconds: str) -> None:
+    """Sends itself a signal so many seconds after it took the batch of a step, wherever it is by then.
+
+    The parent could be late: on a busy machine it sleeps through a dozen updates.
+    """
+    global _alarm
+
+    def send() -> None:
+        mark(f"signalled {time.monotonic()}")
+        os.kill(os.getpid(), int(number))
+
+    _alarm = int(step), threading.Timer(float(seconds), send).start
 
 
 def kill() -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import pathlib
-import resource
 import shutil
 
 import numpy as np
@@ -132,6 +131,12 @@ def counts_differ(world: World, tally: Tally) -> None:
 
 
 LONG = "red house " * 60_000
+WITH_PEAK = """
+import resource, subprocess, sys
+code = subprocess.run([sys.executable, *sys.argv[1:]]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024, file=sys.stderr)  # MiB
+sys.exit(code)
+"""
 
 
 @row("D3", "lines of no tokens and of over 100,000", full=4, quick=2)
@@ -164,9 +169,9 @@ def lines_of_any_length(world: World, tally: Tally) -> None:
         peaks = []
         for name, lines in (("short", "old tree"), ("long", LONG * 4)):
             with tally.one(f"memory of translating {name} lines"):
-                done = Command(*command, stdin=f"red house\n{lines}\n\nold\n".encode()).expect(0)
+                done = Command("-c", WITH_PEAK, *command, stdin=f"red house\n{lines}\n\nold\n".encode()).expect(0)
                 assert done.stdout.count(b"\n") == 4
-                peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+                peaks.append(int(done.stderr.splitlines()[-1]))
                 assert peaks[-1] - peaks[0] < 300, f"{peaks} MiB"
         tally.note(f"{peaks[1] - peaks[0]:.0f} MiB more for a line of {len(LONG) * 4 / 1e6:.1f} MB")
 

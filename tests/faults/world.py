@@ -24,7 +24,7 @@ from transformer.checkpoint import Checkpoints
 
 STEPS, SAVE, EVALUATE = 60, 5, 25
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "big", "small"]
-SECONDS = 300  # after which a child hangs
+SECONDS = 900  # after which a child hangs
 
 
 class World:
@@ -176,15 +176,18 @@ class Child:
             time.sleep(0.002)
         return trace
 
-    def at_step(self, done: int) -> "Child":
-        """Until it takes the batch of that step."""
-        self.wait_for(lambda trace: f"\n{done} " in f"\n{trace}")
-        return self
-
     def at(self, mark: str) -> "Child":
         """Until it is where the plant puts this mark."""
         self.wait_for(lambda trace: f"!{mark}\n" in trace)
         return self
+
+    def seconds_to_end(self) -> float:
+        """Waits for the end of one that sends itself a signal; the seconds from that on."""
+        self.wait()
+        ended = time.monotonic()
+        marks = [line for line in self._trace.read_text().splitlines() if line.startswith("!signalled")]
+        assert len(marks) == 1, f"it sent {len(marks)} signals: {self.said()}"
+        return ended - float(marks[0].split()[1])
 
     def signal(self, number: int) -> float:
         """Sends a signal and waits for the end; the seconds it took."""
