@@ -7,10 +7,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import attention_memory, decode, pairs, recurrence_speed
+from benchmarks import attention_memory, checkpoint_digest, decode, pairs, recurrence_speed
 from tests.test_translate import save
 from tests.test_translator import LINES
-from transformer import tokenizer
+from transformer import manifest, tokenizer
 from transformer.chips import parse_topology
 from transformer.errors import UserError
 
@@ -94,6 +94,18 @@ def test_the_drawing_has_a_line_for_each_way_its_slope_the_exponent():
         points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
         lines[len(lines)] = [points[i][1] - points[i + 1][1] for i in range(2)]
     assert lines[0] == pytest.approx([2 * rise for rise in lines[1]], abs=0.2)
+
+
+def test_a_save_is_held_against_one_without_digests(capsys, monkeypatch):
+    digested = []
+    sha256 = manifest.sha256
+    monkeypatch.setattr(manifest, "sha256", lambda path: (digested.append(path.name), sha256(path))[1])
+    monkeypatch.setattr(sys, "argv", ["checkpoint_digest", "--megabytes=60", "--rounds=2"])
+    checkpoint_digest.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["megabytes"] == pytest.approx(50, abs=11)
+    assert found["share"] == 1 - found["without_s"] / found["save_s"]
+    assert digested.count("config.json") == 2  # of four saves
 
 
 def test_a_python_without_torch_is_refused(monkeypatch):
