@@ -433,7 +433,9 @@ def test_train_fields_change_the_run(data, whole, tmp_path, field):
     assert not all(np.array_equal(a, b) for a, b in zip(changed, jax.tree.leaves(restore(whole, 3)), strict=True))
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 4, "sequence": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param({"data": 8}, marks=pytest.mark.slow), {"fsdp": 4, "sequence": 2}], ids=str
+)
 def test_eight_devices_train_the_same_model(data, whole, tmp_path, mesh):
     """From the same seed, the loss after 12 updates on 8 devices is that on one; validation runs on them too."""
     loop.fit(config_of(data, mesh=mesh), tmp_path / "run")

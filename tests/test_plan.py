@@ -54,6 +54,7 @@ def test_flops_are_those_of_the_closed_form():
     assert row["flops_per_step"] == row["flops_closed_form"] == expected
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_are_a_loop_that_is_counted_by_its_trips():
     row = planned(train={"batch_tokens": 1024, "accumulation_steps": 4})
     assert row["flops_per_step"] == row["flops_closed_form"]
@@ -90,6 +91,7 @@ def test_rows_divide_over_the_chips_but_only_planned_tokens_count():
     assert row["state_ms"] <= row["memory_ms"]
 
 
+@pytest.mark.slow
 def test_the_largest_batch_that_fits_does_and_a_larger_one_does_not():
     topology = parse_topology("cpu:8")
     config = small_config(mesh={"data": -1}, train={"batch_tokens": 1024})

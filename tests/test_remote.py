@@ -23,7 +23,7 @@ from transformer.files import append, reported, write_whole
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the clients' own making
 
 
-@pytest.fixture(scope="module", params=["gs", "s3"])
+@pytest.fixture(scope="module", params=["gs", pytest.param("s3", marks=pytest.mark.slow)])
 def bucket(request, tmp_path_factory):
     """The address of an empty bucket."""
     missing = storage.missing(request.param)

@@ -46,7 +46,7 @@ def test_stacked_params_have_an_axis_for_the_layers():
     assert axes["embeddings", "shared", "table"] == ("vocab", "embed")
 
 
-@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("dropout", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_values_and_gradients_are_the_same(scan, remat, dropout):
