@@ -72,7 +72,11 @@ def test_order_changes_nothing_but_the_order(parts, usual):
 
 def test_devices_change_nothing(parts, usual):
     translator, params = make(parts, devices=8)
-    assert translator.translate(params, LINES) == usual
+    spread = translator.hypotheses(params, LINES)
+    assert [found[0].text for found in spread] == usual
+    alone, params = make(parts)
+    for (one,), (other,) in zip(spread, alone.hypotheses(params, LINES), strict=True):
+        assert one.score == pytest.approx(other.score, abs=1e-5)
 
 
 def test_a_mesh_that_splits_params_changes_nothing(parts, usual):

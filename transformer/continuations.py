@@ -45,13 +45,14 @@ def best(
 
     blocks = -(-vocab_size // BLOCK)
 
-    def in_blocks(values_BNV: jax.Array) -> jax.Array:
-        filled_BNV = jnp.pad(values_BNV, ((0, 0), (0, 0), (0, blocks * BLOCK - vocab_size)))
+    def in_blocks(values_BNV: jax.Array, fill: float | bool) -> jax.Array:
+        missing = ((0, 0), (0, 0), (0, blocks * BLOCK - vocab_size))
+        filled_BNV = jnp.pad(values_BNV, missing, constant_values=fill)
         return filled_BNV.reshape(batch_size, beam_size * blocks, BLOCK)
 
-    # The mask goes twice over a few rather than once over all, which would be written to memory.
-    logits_BMK, allowed_BMK = in_blocks(logits_BNV), in_blocks(jnp.broadcast_to(allowed, logits_BNV.shape))
-    largest_BM1 = jnp.max(jnp.where(allowed_BMK, logits_BMK, -jnp.inf), axis=2, keepdims=True)
+    logits_BMK = in_blocks(logits_BNV, -jnp.inf)
+    allowed_BMK = in_blocks(jnp.broadcast_to(allowed, logits_BNV.shape), False)
+    largest_BM1 = _largest_allowed(logits_BMK, allowed_BMK, allowed)
 
     def normalized(logits_BCK: jax.Array, beams_BC: jax.Array) -> jax.Array:
         terms = (take_beams(term, beams_BC)[:, :, None] for term in (largest_BN, total_BN, alive_log_probs_BN))
@@ -68,6 +69,20 @@ def best(
     block_BC = take_beams(chosen_BC, places_BC // BLOCK)
     tokens_BC = block_BC % blocks * BLOCK + places_BC % BLOCK
     return log_probs_BC, block_BC // blocks * vocab_size + tokens_BC
+
+
+def _largest_allowed(logits_BMK: jax.Array, allowed_BMK: jax.Array, allowed: jax.Array | np.ndarray) -> jax.Array:
+    """The largest allowed logit of each block, [B, M, 1]."""
+    if not isinstance(allowed, np.ndarray):
+        return jnp.max(jnp.where(allowed_BMK, logits_BMK, -jnp.inf), axis=2, keepdims=True)
+    # The same few tokens of every hypothesis are closed: only their blocks are masked, which spares writing the rest.
+    found_BM = jnp.max(logits_BMK, axis=2)
+    blocks = -(-allowed.shape[2] // BLOCK)
+    for closed in np.unique(np.flatnonzero(~allowed[0, 0]) // BLOCK):
+        own = slice(int(closed), None, blocks)
+        inside_BNK = jnp.where(allowed_BMK[:, own], logits_BMK[:, own], -jnp.inf)
+        found_BM = found_BM.at[:, own].set(jnp.max(inside_BNK, axis=2))
+    return found_BM[:, :, None]
 
 
 def _or_impossible(values: jax.Array, allowed: jax.Array | np.ndarray | bool) -> jax.Array:

@@ -69,22 +69,30 @@ def run_stages(
 
     Args:
       grow: gives the cache more room at each of `rooms`; None: it has all it needs.
+
+    Returns:
+      The last state, without its cache.
     """
     if grow is None or _same_shapes(state.cache, jax.eval_shape(lambda: grow(state.cache, max_length))):
-        return jax.lax.while_loop(goes_on, advance, state)
-    for room in rooms(max_length):
+        return _without_cache(jax.lax.while_loop(goes_on, advance, state))
+
+    def run(state: Any, room: int, *larger: int) -> Any:
         state = state._replace(cache=grow(state.cache, room))
-        state = jax.lax.while_loop(_until(goes_on, room), advance, state)
-    return state
+        state = jax.lax.while_loop(lambda now: goes_on(now) & (now.position < room), advance, state)
+        if not larger:
+            return _without_cache(state)
+        return jax.lax.cond(goes_on(state), lambda state: run(state, *larger), _without_cache, state)
+
+    return run(state, *rooms(max_length))
+
+
+def _without_cache(state: Any) -> Any:
+    return state._replace(cache=())
 
 
 def _same_shapes(one: Cache, other: Cache) -> bool:
     one, other = (jax.tree.map(lambda leaf: leaf.shape, cache) for cache in (one, other))
     return one == other
-
-
-def _until(goes_on: Callable[[Any], jax.Array], room: int) -> Callable[[Any], jax.Array]:
-    return lambda state: goes_on(state) & (state.position < room)
 
 
 class SpecialIds(NamedTuple):
