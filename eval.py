@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
 
 def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Once, of one checkpoint, decoding as its config says but for these fields."""
-    from transformer import agreement, report, scoring, significance, summary, validation
+    from transformer import agreement, scoring, significance, summary, validation
+    from transformer.reporting import report
     from transformer.trained import load_trained
 
     agreement.same_code()

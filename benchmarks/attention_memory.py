@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformer import validation
-from transformer.charts import Axis
-from transformer.chips import Topology, parse_topology
 from transformer.command_line import run, say
 from transformer.config import Config
 from transformer.errors import UserError
 from transformer.plan import set_environment
+from transformer.planning.chips import Topology, parse_topology
+from transformer.reporting.charts import Axis
 
 VOCAB = 256
 EFFORT = -1.0  # of the compiler, as in `plan`
@@ -65,7 +65,8 @@ def two_or_more(text: str) -> list[int]:
 
 def temporary_mb(path: str, length: int, topology: Topology) -> float:
     """MiB of temporary arrays of one update on each device; all that it needs, where a chip has not so much."""
-    from transformer import ahead, sharding
+    from transformer import sharding
+    from transformer.planning import ahead
 
     config = small_model(path)
     mesh = sharding.make_mesh(config.mesh, ahead.devices(topology))

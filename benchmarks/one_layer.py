@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transformer import convolutional, hlo, model, program_cost, recurrence, validation
+from transformer import convolutional, model, recurrence, validation
 from transformer.attention import Visible, dot_product_attention
 from transformer.config import ModelConfig
+from transformer.planning import hlo, program_cost
 from transformer.recurrent import Lstm
 
 Array = jax.Array

@@ -28,11 +28,11 @@ from benchmarks.attention_memory import two_or_more
 from benchmarks.one_layer import FAMILIES
 from transformer import command_line, sharding, step, validation
 from transformer.batching import Batch
-from transformer.charts import Series
 from transformer.command_line import positive_int, say
 from transformer.config import Config
 from transformer.errors import UserError
 from transformer.files import write_whole
+from transformer.reporting.charts import Series
 from transformer.tokenizer import EOS, UNK
 
 VOCAB = 256

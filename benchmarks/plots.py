@@ -1,4 +1,4 @@
-"""Charts of `transformer.charts` as SVG files, which show themselves in a page of documentation."""
+"""Charts of `transformer.reporting.charts` as SVG files, which show themselves in a page of documentation."""
 
 import html
 import re
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from transformer import charts
 from transformer.files import write_whole
+from transformer.reporting import charts
 
 HEAD = 40  # above the drawing, for title and legend
 STYLE = """

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from transformer import attention_maps
+from transformer.reporting import attention_maps
 
 
 def pixels(address):

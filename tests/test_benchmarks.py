@@ -11,8 +11,8 @@ from benchmarks import attention_memory, checkpoint_digest, decode, pairs, recur
 from tests.test_translate import save
 from tests.test_translator import LINES
 from transformer import manifest, tokenizer
-from transformer.chips import parse_topology
 from transformer.errors import UserError
+from transformer.planning.chips import parse_topology
 
 
 def test_pairs_quote_the_median_of_ratios(capsys, monkeypatch):

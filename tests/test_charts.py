@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from transformer import charts
-from transformer.charts import Series
+from transformer.reporting import charts
+from transformer.reporting.charts import Series
 
 
 @pytest.mark.parametrize(

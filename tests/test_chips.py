@@ -2,8 +2,8 @@
 
 import pytest
 
-from transformer.chips import CHIPS, parse_topology
 from transformer.errors import UserError
+from transformer.planning.chips import CHIPS, parse_topology
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from flax import nnx
 
 from tests.conftest import small_config
 from tests.test_model import SOURCE, TARGET, V, sentences
-from transformer import cost, decoding, hlo, program_cost, sharding, step
+from transformer import cost, decoding, sharding, step
 from transformer.batching import PADDING_ROW, Batch, Ragged
 from transformer.config import default_config
 from transformer.decoding import Request
 from transformer.errors import UserError
+from transformer.planning import hlo, program_cost
 from transformer.segments import shift_right
 from transformer.step import Model
 from transformer.tokenizer import BOS, EOS, PAD

@@ -2,7 +2,7 @@
 
 import pytest
 
-from transformer import fit
+from transformer.planning import fit
 
 
 @pytest.mark.parametrize("first", [1, 8, 50, 3000])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from transformer.hlo import Array, Program, arrays
+from transformer.planning.hlo import Array, Program, arrays
 
 TPU_LOOP = """HloModule jit_f, is_scheduled=true
 

@@ -27,8 +27,9 @@ loss guard optimizer step fingerprint compilation manifest checkpoint trained
 restrictions constraints continuations search sampling decoding
 wishes reranking translator alignments translate scores significance evaluate
 workdir run_log divergence stop_signals loop
-scoring summary watch charts attention_maps report_page report
-chips hlo program_cost roofline fit ahead plan
+scoring summary watch
+reporting/charts reporting/attention_maps reporting/report_page reporting/report
+planning/chips planning/hlo planning/program_cost planning/roofline planning/fit planning/ahead plan
 benchmark prepare export_jax export_ctranslate2 export
 """.split()
 

@@ -16,13 +16,14 @@ from etils import epath
 
 from tests.conftest import ROOT, small_config
 from tests.test_blockwise import B, K, draw, segments
-from transformer import ahead, attention, cost, kernels, layers, loop, program_cost, sharding, step
+from transformer import attention, cost, kernels, layers, loop, sharding, step
 from transformer.attention import Visible
-from transformer.chips import parse_topology
 from transformer.config import MeshConfig
 from transformer.errors import UserError
-from transformer.hlo import Program
 from transformer.loss import cross_entropy
+from transformer.planning import ahead, program_cost
+from transformer.planning.chips import parse_topology
+from transformer.planning.hlo import Program
 
 GPU_HERE = pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU here")
 

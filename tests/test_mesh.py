@@ -12,12 +12,13 @@ import pytest
 
 from tests.conftest import small_config
 from tests.test_step import draw_batch
-from transformer import ahead, program_cost, sharding, step
+from transformer import sharding, step
 from transformer.batching import Batch
-from transformer.chips import parse_topology
 from transformer.config import MeshConfig
-from transformer.hlo import Program
 from transformer.loss import cross_entropy
+from transformer.planning import ahead, program_cost
+from transformer.planning.chips import parse_topology
+from transformer.planning.hlo import Program
 from transformer.tokenizer import EOS
 
 V = 40

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import one_layer, parallelism, plots
-from transformer.charts import Series
 from transformer.errors import UserError
+from transformer.reporting.charts import Series
 
 LENGTHS = (32, 64, 128)
 WIDTH = 32

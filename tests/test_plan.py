@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, small_config
-from transformer import ahead, cost, plan, sharding, step
-from transformer.chips import parse_topology
+from transformer import cost, plan, sharding, step
 from transformer.errors import UserError
+from transformer.planning import ahead
+from transformer.planning.chips import parse_topology
 
 KEYS = ["topology", "chips", "bytes_per_chip", "bytes_available", "fits", "flops_per_step", "collectives"]
 SMALL = [

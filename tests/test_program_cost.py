@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from transformer import program_cost
-from transformer.hlo import Program
-from transformer.program_cost import Collective
+from transformer.planning import program_cost
+from transformer.planning.hlo import Program
+from transformer.planning.program_cost import Collective
 
 MESH = {"data": 2, "fsdp": 4}
 

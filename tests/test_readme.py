@@ -1,4 +1,4 @@
-"""What the README says of files, commands and fields is so."""
+"""What the README and the pages of docs say of files, commands and fields is so."""
 
 import inspect
 import re
@@ -12,30 +12,50 @@ from transformer.datasets import cldr
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+ROOMS = {path.name for path in (ROOT / "transformer").glob("*.py")} - {"__init__.py"}
+FOLDERS = {path.parent.name + "/" for path in (ROOT / "transformer").glob("*/__init__.py")}
 
 
 def test_the_file_tree_is_the_real_one():
     (tree,) = [body for _, body in BLOCKS if body.startswith("train.py ")]
-    shown = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
-    rooms = {path.name for path in (ROOT / "transformer").glob("*.py")} - {"__init__.py"}
-    assert shown == rooms | {"datasets/"}
-    for line in tree.splitlines():
-        place = "transformer/" + line.split()[0] if line.startswith("  ") else line.split()[0]
-        assert (ROOT / place).exists(), place
+    lines = tree.splitlines()
+    shown = [room for line in lines if line.startswith("  ") for room in line[26:].split()]
+    assert sorted(room if room.endswith("/") else f"{room}.py" for room in shown) == sorted(ROOMS | FOLDERS)
+    for line in lines:
+        assert line.startswith("  ") or (ROOT / line.split()[0]).exists(), line
+
+
+def test_the_page_of_rooms_is_the_real_one():
+    (tree,) = re.findall(r"```text\n(.*?)```", (ROOT / "docs" / "rooms.md").read_text(), re.DOTALL)
+    folder, shown = "", set()
+    for line in filter(None, tree.splitlines()):
+        name = line.split()[0]
+        folder = folder if line.startswith("  ") else name if name.endswith("/") else ""
+        shown.add(name if folder in ("", name) else folder + name)
+    inside = {
+        f"{name}/{path.name}"
+        for name in ("reporting", "planning")
+        for path in (ROOT / "transformer" / name).glob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert shown == ROOMS | FOLDERS | inside
 
 
 def test_every_link_into_the_repository_leads_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for path, text in PAGES.items():
+        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
+            assert (path.parent / target).exists(), (path.name, target)
 
 
 def test_every_field_it_names_exists():
-    for argument in re.findall(r"--config\.\w+\.\w+", README):
-        configs.field_type(*argument.removeprefix("--config.").split("."))
-    for field in re.findall(r"--decode\.([a-z]\w*)", README):
-        configs.field_type("decode", field)
-    for section, field in re.findall(r"`(data|model|train|mesh|decode|optimizer)\.(\w{3,})`", README):
-        configs.field_type(section, field)
+    for text in PAGES.values():
+        for argument in re.findall(r"--config\.\w+\.\w+", text):
+            configs.field_type(*argument.removeprefix("--config.").split("."))
+        for field in re.findall(r"--decode\.([a-z]\w*)", text):
+            configs.field_type("decode", field)
+        for section, field in re.findall(r"`(data|model|train|mesh|decode|optimizer)\.(\w{3,})`", text):
+            configs.field_type(section, field)
 
 
 @pytest.mark.parametrize(

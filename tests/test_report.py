@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from tests.conftest import small_config
-from transformer import report, scoring, sharding, significance, tokenizer, watch
+from transformer import scoring, sharding, significance, tokenizer, watch
+from transformer.reporting import report
 from transformer.scoring import EvaluationSet
 from transformer.step import Model
 from transformer.trained import Trained

@@ -1,7 +1,7 @@
 """The page: what sentences hold is text, never markup, and what differs is marked."""
 
-from transformer import report_page
-from transformer.report_page import Cell
+from transformer.reporting import report_page
+from transformer.reporting.report_page import Cell
 
 EVIL = '<script>alert("x")</script><img src=x onerror=y>&'
 

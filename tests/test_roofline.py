@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from transformer import roofline
-from transformer.chips import CHIPS
-from transformer.program_cost import Collective
-from transformer.roofline import Times
+from transformer.planning import roofline
+from transformer.planning.chips import CHIPS
+from transformer.planning.program_cost import Collective
+from transformer.planning.roofline import Times
 
 CHIP = CHIPS["v5e"]._replace(
     flops=100.0, memory_bandwidth=10.0, link_bandwidth=4.0, network_bandwidth=0.5, slice_chips=256

@@ -15,16 +15,17 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from transformer import command_line, cost, fit, program_cost, roofline
+from transformer import command_line, cost
 from transformer.batching import rows_for
-from transformer.chips import GIB, Topology, parse_topology
 from transformer.command_line import positive_int, say
 from transformer.config import Config
 from transformer.errors import UserError
-from transformer.hlo import Program
+from transformer.planning import fit, program_cost, roofline
+from transformer.planning.chips import GIB, Topology, parse_topology
+from transformer.planning.hlo import Program
 
 if TYPE_CHECKING:
-    from transformer import ahead
+    from transformer.planning import ahead
 
 Row = dict[str, Any]
 
@@ -100,7 +101,8 @@ def set_environment(topologies: list[Topology]) -> None:
 
 def plan(config: Config, topology: Topology, length: int, effort: float, *, find_largest: bool) -> Row:
     """Compiles the training step and says what it needs, for one chip unless the key says otherwise."""
-    from transformer import ahead, sharding
+    from transformer import sharding
+    from transformer.planning import ahead
 
     mesh = sharding.make_mesh(config.mesh, ahead.devices(topology))
     rows = ahead.batch_rows(config, mesh, length)

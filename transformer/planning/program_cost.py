@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transformer.hlo import Array, Computation, Instruction, Program, Visit
+from transformer.planning.hlo import Array, Computation, Instruction, Program, Visit
 
 Groups = frozenset[frozenset[int]]
 

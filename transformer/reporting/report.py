@@ -15,12 +15,12 @@ from etils import epath
 
 from transformer import hosts, summary
 from transformer.alignments import Aligner
-from transformer.attention_maps import sentence_maps
-from transformer.charts import Series, bar_chart, line_chart
 from transformer.command_line import say
 from transformer.errors import UserError
 from transformer.files import reported, write_whole
-from transformer.report_page import Cell, page, section, sentence, table, tiles
+from transformer.reporting.attention_maps import sentence_maps
+from transformer.reporting.charts import Series, bar_chart, line_chart
+from transformer.reporting.report_page import Cell, page, section, sentence, table, tiles
 from transformer.run_log import METRICS_FILE
 from transformer.scores import TITLES
 from transformer.scoring import Evaluation

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from transformer import sharding, step
 from transformer.batching import Batch, rows_for
-from transformer.chips import GPU_TARGETS, Topology
 from transformer.config import Config
 from transformer.errors import UserError
+from transformer.planning.chips import GPU_TARGETS, Topology
 
 
 class Compiled(NamedTuple):
