@@ -95,10 +95,15 @@ def watch(args: argparse.Namespace) -> None:
 
 def parse(rest: list[str]) -> argparse.Namespace:
     """Reads the flags other than --decode.FIELD."""
-    parser = argparse.ArgumentParser(prog="eval.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="eval.py",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="--decode.FIELD=VALUE sets any field of the decode section of transformer/config.py.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--workdir", required=True, type=command_line.workdir_path, help="folder that train.py wrote")
     parser.add_argument("--checkpoint", help="latest (default), best, a step, average:N or best-average:N")
-    parser.add_argument("--split", help="split of the config's data set (default: test)")
+    parser.add_argument("--split", help="split of the config's data set, such as validation (default: test)")
     parser.add_argument("--source", help="text file to translate instead, one sentence a line")
     parser.add_argument("--reference", help="its references; several files with commas between")
     parser.add_argument(

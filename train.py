@@ -8,30 +8,17 @@ process is told of the others by --coordinator=HOST:PORT --num_processes=N --pro
 A config file is Python and runs. Exit codes are listed in transformer/command_line.py.
 """
 
-import argparse
-
 from transformer import command_line, config, hosts
 
 
 def main(argv: list[str]) -> None:
     """Checks config and data before it imports JAX."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description=(__doc__ or "").split("\n")[0],
-        epilog="Fields of the config are documented in transformer/config.py.",
-        usage="train.py --config=FILE --workdir=DIR [--config.SECTION.FIELD=VALUE …]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="config file; it is Python and runs")
+    parser = command_line.config_parser("train.py", __doc__, "--workdir=DIR")
     parser.add_argument(
         "--workdir", required=True, type=command_line.workdir_path, help="folder of the run; made if it is missing"
     )
     hosts.add_flags(parser)
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        return
-    settings, rest = command_line.config_flags(argv)
-    args = parser.parse_args(rest)
+    settings, args = command_line.parse_with_config(parser, argv)
     settings = config.with_absolute_paths(settings)
 
     with hosts.joined(args):

@@ -9,7 +9,6 @@ goes on and one that is done is only read. Prints the row, its params, its perpl
 whether it came out on the same side of the base model, and writes it to table3.md and table3.json there.
 """
 
-import argparse
 import dataclasses
 import json
 from typing import Any
@@ -29,17 +28,12 @@ Found = dict[str, Any]
 
 def main(argv: list[str]) -> None:
     """Trains and scores what is not done yet; prints the table after each row."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", allow_abbrev=False)
+    parser = command_line.config_parser("python -m benchmarks.sweep", __doc__)
     parser.add_argument("--table", choices=["3"], default="3", help="of the paper")
-    parser.add_argument("--config", metavar="FILE", help="of the base model, with --config.SECTION.FIELD=VALUE")
     parser.add_argument("--rows", default="", help="names from configs/paper.py, commas between (default: all but big)")
     parser.add_argument("--output", default="runs/sweep", type=command_line.workdir_path, help="folder of all rows")
     parser.add_argument("--split", default="validation", help="that is scored (default: validation, as in the paper)")
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        return
-    base, rest = command_line.config_flags(argv)
-    args = parser.parse_args(rest)
+    base, args = command_line.parse_with_config(parser, argv)
     names = args.rows.split(",") if args.rows else [name for name in ROWS if name != "big"]
     unknown = [name for name in names if name not in ROWS]
     if unknown:

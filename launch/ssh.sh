@@ -2,7 +2,7 @@
 # One training run on machines that ssh reaches without a password, from the repository's root:
 #   launch/ssh.sh hosts.txt --config=configs/wmt14_base.py --workdir=/shared/runs/base
 # hosts.txt names a machine a line; the first is the coordinator, by the same name for all. On each, the
-# repository lies at DIRECTORY (at first the path it has here) with its .venv, and sees the same workdir.
+# repository lies at DIRECTORY (by default the path it has here) with its .venv, and sees the same workdir.
 # Ctrl-C and SIGTERM reach the trainers, which save and stop; run the same command again to go on.
 set -uo pipefail
 [ $# -ge 2 ] || { echo "usage: launch/ssh.sh HOSTFILE --config=FILE --workdir=DIR [train.py's flags]" >&2; exit 2; }

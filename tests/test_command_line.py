@@ -231,6 +231,16 @@ def test_help_is_to_be_had(command):
     assert "--workdir" in result.stdout
 
 
+def test_help_of_a_command_that_takes_a_config_needs_none(capsys):
+    parser = command_line.config_parser("make.py", "Makes it.\n\nMore.", "--workdir=DIR")
+    with pytest.raises(SystemExit, match="0"):
+        command_line.parse_with_config(parser, ["make.py", "--help"])
+    shown = capsys.readouterr().out
+    assert "make.py --config=FILE --workdir=DIR" in shown
+    assert "Makes it." in shown
+    assert "More." not in shown
+
+
 def test_huge_pages_are_asked_for_once():
     program = (
         "import os\nfrom transformer import command_line\ncommand_line.use_huge_pages()\n"

@@ -7,7 +7,6 @@ padding left out. `--input` measures the data path alone: plan, assembly and pre
 The last line of stdout is one JSON object.
 """
 
-import argparse
 import itertools
 import json
 import tempfile
@@ -34,15 +33,10 @@ Row = dict[str, float | str]
 
 def main(argv: list[str]) -> None:
     """Reads the flags, measures, prints."""
-    parser = argparse.ArgumentParser(prog="python -m transformer.benchmark", allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="config file, with --config.SECTION.FIELD=VALUE overrides")
+    parser = command_line.config_parser("python -m transformer.benchmark", __doc__)
     parser.add_argument("--input", action="store_true", help="measure the data path alone")
     parser.add_argument("--num_steps", type=positive_int, default=50, help="updates to time (default: 50)")
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        return
-    config, rest = command_line.config_flags(argv)
-    args = parser.parse_args(rest)
+    config, args = command_line.parse_with_config(parser, argv)
     corpora.check(config.data)
     compilation.enable_cache()
     with tempfile.TemporaryDirectory() as folder:

@@ -67,6 +67,31 @@ def use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def config_parser(prog: str, doc: str | None, required: str = "") -> argparse.ArgumentParser:
+    """A parser for a command that takes a config, which `parse_with_config` reads; `doc` begins with what it does."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=" ".join(filter(None, (prog, "--config=FILE", required, "[--config.SECTION.FIELD=VALUE …] [options]"))),
+        description=(doc or "").split("\n")[0],
+        epilog="Fields of the config are documented in transformer/config.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="config file, or FILE:NAME; it is Python and runs")
+    return parser
+
+
+def parse_with_config(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[configs.Config, argparse.Namespace]:
+    """The config and the other flags; ends with code 0 where help is asked for.
+
+    Raises:
+      UserError: as `config_flags`.
+    """
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])
+    config, rest = config_flags(argv)
+    return config, parser.parse_args(rest)
+
+
 def config_flags(argv: list[str]) -> tuple[configs.Config, list[str]]:
     """Reads --config=FILE and its --config.SECTION.FIELD=VALUE overrides; returns the rest of the arguments too.
 

@@ -32,12 +32,7 @@ Row = dict[str, Any]
 
 def main(argv: list[str]) -> None:
     """Checks flags and config before it imports JAX."""
-    parser = _parser()
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        return
-    config, rest = command_line.config_flags(argv)
-    args = parser.parse_args(rest)
+    config, args = command_line.parse_with_config(_parser(), argv)
     topologies = [parse_topology(name) for name in args.topology.split(",")]
     length = args.length or config.data.max_length
     if config.train.batch_tokens < length:
@@ -59,17 +54,17 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m transformer.plan", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("--config", metavar="FILE", help="config file, with --config.SECTION.FIELD=VALUE overrides")
+    parser = command_line.config_parser("python -m transformer.plan", __doc__, "--topology=NAME")
     parser.add_argument(
-        "--topology", required=True, metavar="NAME", help="such as v5e:4x4, v5p:4x4x8, v6e:4x4, h100:8, cpu:8"
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="v5e:4x4, v5p:4x4x8, v6e:4x4, h100:8, cpu:8 or the like; several with commas between",
     )
     parser.add_argument("--length", type=positive_int, help="width of the batch (default: data.max_length)")
     parser.add_argument("--fit", action="store_true", help="find the largest train.batch_tokens that fits")
     parser.add_argument("--scaling", action="store_true", help="predict the efficiency of a chip among 8 to 1,024")
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each topology last")
     parser.add_argument(
         "--effort",
         type=float,

@@ -7,8 +7,6 @@ fetched; run it again to go on where it stopped. `--report` prints on stdout wha
 not imported.
 """
 
-import argparse
-
 from transformer import command_line, data_report, pipeline
 from transformer import config as configs
 from transformer.command_line import say
@@ -17,14 +15,9 @@ from transformer.datasets import corpus as corpora
 
 def main(argv: list[str]) -> None:
     """Reads the flags, prepares, reports."""
-    parser = argparse.ArgumentParser(prog="python -m transformer.prepare", allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="config file, with --config.SECTION.FIELD=VALUE overrides")
+    parser = command_line.config_parser("python -m transformer.prepare", __doc__)
     parser.add_argument("--report", action="store_true", help="print counts, lengths, duplicates and overlaps")
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        return
-    config, rest = command_line.config_flags(argv)
-    args = parser.parse_args(rest)
+    config, args = command_line.parse_with_config(parser, argv)
     prepare(configs.with_absolute_paths(config), report=args.report)
 
 

@@ -1,4 +1,4 @@
-"""Runs the matrix of faults: python -m tests.faults [--quick] [--only=A1,B1] [--output=DIR] [--world=DIR].
+"""Runs the matrix of faults: python -m tests.faults [--quick] [--only=A1,B1] [--output=DIR].
 
 Prints a line for each row as it ends and the table at the end, and writes both to the folder as faults.json and
 faults.md. Exit code 1 if anything was lost.
