@@ -119,7 +119,8 @@ def parse(rest: list[str]) -> argparse.Namespace:
     args = parser.parse_args(rest)
     if bool(args.source) != bool(args.reference):
         raise UserError("--source and --reference go together")
-    if args.output and args.output in (args.source, args.versus, *(args.reference or "").split(",")):
+    read = filter(None, (args.source, args.versus, *(args.reference or "").split(",")))
+    if args.output and epath.Path(args.output).resolve() in [epath.Path(path).resolve() for path in read]:
         raise UserError(f"--output={args.output} would overwrite what is read; name another file")
     if args.source and args.split:
         raise UserError("expected --split, or --source with --reference, got both")
@@ -129,6 +130,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
         if args.watch and getattr(args, flag):
             raise UserError(f"--watch scores every checkpoint by itself; leave out --{flag}")
     args.checkpoint = args.checkpoint or "latest"
+    args.versus = args.versus and str(epath.Path(args.versus).expanduser())
     return args
 
 

@@ -45,7 +45,7 @@ def seconds_of_save(state: TrainState, folder: str, digests: bool) -> float:
     os.sync()
     with contextlib.nullcontext() if digests else mock.patch.object(manifest, "sha256", return_value=""):
         begun = time.perf_counter()
-        Checkpoints(folder).save(state, Config(), words, "", {})
+        Checkpoints(folder).save(state, Config(), words, {}, {})
         return time.perf_counter() - begun
 
 

@@ -23,6 +23,7 @@ from transformer import export, validation
 from transformer.command_line import decode_flags, positive_int, run, say
 from transformer.compilation import enable_cache
 from transformer.datasets import text_files
+from transformer.errors import UserError
 from transformer.tokenizer import FILE_NAME
 from transformer.trained import Trained, load_trained
 from transformer.translator import Translator
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=positive_int, default=3)
     fields, rest = decode_flags(argv)
     args = parser.parse_args(rest)
+    if args.engine == "ours" and (args.quantization, args.patience) != ("float32", 1):
+        raise UserError("--quantization and --patience are of --engine=ctranslate2; leave them out")
     enable_cache()
     lines = list(text_files.read_lines(args.source))
     with tempfile.TemporaryDirectory() as folder:

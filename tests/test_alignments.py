@@ -52,6 +52,10 @@ def test_each_word_is_linked_to_the_one_it_looks_at(parts):
     assert alignments.pharaoh([(0, 1), (2, 0)]) == "0-1 2-0"
 
 
+def test_a_line_of_what_the_tokenizer_takes_for_a_space_has_no_words(parts):
+    assert make(parts).align(parts.params, ["\u2581", "old house"], ["old house", "\u2581"]) == [[], []]
+
+
 def test_the_layer_is_the_last_but_one_unless_it_is_named(parts):
     assert [alignments.default_layer(count) for count in (1, 2, 6)] == [1, 1, 5]
     assert make(parts).layer == 1

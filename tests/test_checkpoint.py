@@ -17,9 +17,9 @@ LINES = ["the old house", "a new tree", "the cat sees a dog", "trees and houses"
 
 
 @functools.cache
-def make_parts():
+def make_parts(seed=0):
     """Config, tokenizer, model, mesh and a fresh state."""
-    config = small_config(model={"num_layers": 1}, mesh={"data": 2})
+    config = small_config(model={"num_layers": 1}, mesh={"data": 2}, train={"seed": seed})
     vocabulary = tokenizer.train(LINES, 280, "bpe")
     model = step.Model(config.model, vocabulary.vocab_size)
     mesh = sharding.make_mesh(config.mesh)
@@ -54,7 +54,9 @@ def save(workdir, parts, done):
     config, vocabulary, _, mesh, state = parts
     marked = jax.tree.map(lambda leaf: leaf + np.asarray(done, leaf.dtype), state.params)
     counter = jax.device_put(np.int32(done), sharding.replicated(mesh))
-    Checkpoints(workdir).save(state._replace(step=counter, params=marked), config, vocabulary, "digest of the data", {})
+    Checkpoints(workdir).save(
+        state._replace(step=counter, params=marked), config, vocabulary, {"training": "digest of the data"}, {}
+    )
 
 
 def test_steps_are_in_order_of_number(workdir):
@@ -77,7 +79,7 @@ def test_what_fsdp_saved_comes_back_on_other_meshes(tmp_path):
     _, vocabulary, model, *_ = make_parts()
     state = step.init_state(model, config, sharding.make_mesh(config.mesh))
     assert not state.params["encoder"][0]["mlp"]["kernel_in"].is_fully_replicated
-    Checkpoints(tmp_path).save(state, config, vocabulary, "", {})
+    Checkpoints(tmp_path).save(state, config, vocabulary, {}, {})
     for sizes in ({"data": 8}, {"data": 2, "tensor": 2, "sequence": 2}, {"data": 1}):
         mesh = sharding.make_mesh(small_config(mesh=sizes).mesh)
         restored = Checkpoints(tmp_path).restore(0, model, config, mesh)
@@ -91,7 +93,7 @@ def test_a_moving_average_comes_back_too(parts, saved, tmp_path, devices):
     config, vocabulary, model, _, state = parts
     config = small_config(model={"num_layers": 1}, mesh={"data": devices}, train={"ema_decay": 0.9})
     state = state._replace(ema=jax.tree.map(lambda leaf: leaf + np.float32(3), state.params))
-    Checkpoints(tmp_path).save(state, config, vocabulary, "", {})
+    Checkpoints(tmp_path).save(state, config, vocabulary, {}, {})
     restored = Checkpoints(tmp_path).restore(0, model, config, sharding.make_mesh(config.mesh))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert any(name.startswith("ema/") for name in Checkpoints(tmp_path).manifest(0).files)
@@ -248,4 +250,4 @@ def test_the_manifest_lists_every_file_with_its_digest(workdir):
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
     assert set(manifest["files"]) == {str(p.relative_to(folder)) for p in files(folder)} - {checkpoint.MANIFEST}
     assert {"config.json", f"tokenizer/{tokenizer.FILE_NAME}"} <= set(manifest["files"])
-    assert (manifest["data"], manifest["metrics"]["best"]) == ("digest of the data", 30.0)
+    assert (manifest["data"], manifest["metrics"]["best"]) == ({"training": "digest of the data"}, 30.0)

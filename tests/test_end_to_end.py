@@ -225,6 +225,7 @@ def test_watching_scores_what_is_there_and_ends_on_a_signal(averaged):
         (["--watch", "--versus=x"], "leave out --versus"),
         (["--versus_checkpoint=best"], "goes with --versus"),
         (["--versus=x", "--output=x"], "would overwrite"),
+        (["--versus=x", "--output=./x"], "would overwrite"),
         (["--versus=none"], "none: there is no such file"),
     ],
 )

@@ -388,6 +388,24 @@ def test_a_run_ends_early_when_validation_gets_no_better(data, tmp_path, monkeyp
     assert capsys.readouterr().err.count("3 validations without a better BLEU than 30.00") == 2
 
 
+def test_a_run_that_ends_early_at_a_validation_made_up_for_makes_no_update(data, tmp_path, monkeypatch):
+    scores = iter([30.0, 20.0])
+    evaluate = loop.Evaluator.evaluate
+
+    def scored(*args, **options):
+        report = evaluate(*args, **options)
+        return dataclasses.replace(report, scores={**report.scores, "bleu": next(scores)})
+
+    monkeypatch.setattr(loop.Evaluator, "evaluate", scored)
+    train = {"num_steps": 12, "eval_every_steps": 2, "checkpoint_every_steps": 1, "early_stopping_patience": 1}
+    stop_at(monkeypatch, 4)  # before it validates
+    with pytest.raises(StoppedError):
+        loop.fit(config_of(data, train=train), tmp_path / "run")
+    stop_at(monkeypatch, 0)
+    loop.fit(config_of(data, train=train), tmp_path / "run")
+    assert Checkpoints(tmp_path / "run").steps()[-1] == 4
+
+
 def test_a_failed_start_does_not_bind_the_workdir(data, tmp_path):
     with pytest.raises(UserError, match="vocab_size = 30000: cannot train"):
         loop.fit(config_of({**data, "vocab_size": 30000}), tmp_path / "run")
@@ -404,10 +422,12 @@ def test_other_training_data_is_refused_and_the_same_data_elsewhere_is_not(data,
     elsewhere = {**data, "dir": str(moved)}
     loop.fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
     loop.fit(config_of(elsewhere, train={"num_steps": 6}), tmp_path / "run")
-    lines = (moved / "train.en").read_text().splitlines()
-    (moved / "train.en").write_text("\n".join(lines[::-1]) + "\n")
-    with pytest.raises(UserError, match="the training data has changed since step 6: its digest was"):
-        loop.fit(config_of(elsewhere), tmp_path / "run")
+    for name, kind in (("val", "validation"), ("train", "training")):  # another best BLEU, another order
+        before = (moved / f"{name}.en").read_text()
+        (moved / f"{name}.en").write_text("\n".join(before.splitlines()[::-1]) + "\n")
+        with pytest.raises(UserError, match=f"the {kind} data has changed since step 6: its digest was"):
+            loop.fit(config_of(elsewhere), tmp_path / "run")
+        (moved / f"{name}.en").write_text(before)
 
 
 def test_another_vocabulary_in_the_workdir_is_refused(data, whole, tmp_path):
@@ -417,6 +437,22 @@ def test_another_vocabulary_in_the_workdir_is_refused(data, whole, tmp_path):
     tokenizer.train(["a b c"] * 9, 264, "unigram").save(tmp_path / "run" / "tokenizer")
     with pytest.raises(UserError, match="missing or not the one"):
         loop.fit(config_of(data), tmp_path / "run")
+
+
+def test_another_vocabulary_named_by_the_config_is_refused(data, tmp_path):
+    from transformer import tokenizer
+
+    files = []
+    for name, lines in (("mine", ["a b c"]), ("other", ["d e f"])):
+        (tmp_path / name).mkdir()
+        tokenizer.train(lines * 9, 264, "bpe").save(tmp_path / name)
+        files.append({**data, "vocab_size": 264, "tokenizer": str(tmp_path / name / "sentencepiece.model")})
+    loop.fit(config_of(files[0], train={"num_steps": 3}), tmp_path / "run")
+    with pytest.raises(UserError, match=r"other/sentencepiece\.model: is not the vocabulary of the run in .*run"):
+        loop.fit(config_of(files[1]), tmp_path / "run")
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    moved = {**files[0], "tokenizer": str(tmp_path / "moved" / "sentencepiece.model")}
+    loop.fit(config_of(moved, train={"num_steps": 4}), tmp_path / "run")
 
 
 def test_if_no_checkpoint_is_sound_training_refuses_to_start_over(data, tmp_path):

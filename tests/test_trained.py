@@ -176,6 +176,19 @@ def test_if_none_is_sound_there_is_nothing_to_average(workdir, which):
         select(workdir, which)
 
 
+def test_one_that_training_deletes_meanwhile_is_a_message(workdir, monkeypatch):
+    restore = Checkpoints.restore_params
+
+    def prune_first(self, step, *args):
+        shutil.rmtree(self.folder / str(step))
+        return restore(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "restore_params", prune_first)
+    oldest = Checkpoints(workdir).steps()[0]
+    with pytest.raises(UserError, match=f"checkpoint {oldest} was deleted while it was read; run again"):
+        trained.load_trained(workdir, str(oldest))
+
+
 def test_averaging_holds_two_copies_at_most(parts, saved, monkeypatch):
     """No more are alive when one more is read, and the sum takes the place of what it was before."""
     _, _, model, mesh, _ = parts

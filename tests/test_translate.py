@@ -19,15 +19,15 @@ from transformer.errors import UserError
 SHORT = [line for line in LINES if len(line.split()) < 4]  # of one width: one program
 
 
-def save(workdir, vocabulary, seed=3, **model):
+def save(workdir, vocabulary, seed=3, target="de", **model):
     """A workdir of an untrained model."""
-    config = small_config(model={"num_layers": 1, **model})
+    config = small_config(model={"num_layers": 1, **model}, data={"target_language": target})
     fresh = step.Model(config.model, vocabulary.vocab_size)
     state = step.init_state(fresh, config, sharding.make_mesh(config.mesh))
     state = state._replace(
         params=jax.tree.map(lambda one, like: jax.device_put(one, like.sharding), fresh.init(seed), state.params)
     )
-    Checkpoints(workdir).save(state, config, vocabulary, "digest of the data", {})
+    Checkpoints(workdir).save(state, config, vocabulary, {"training": "digest of the data"}, {})
     return workdir
 
 
@@ -120,6 +120,7 @@ def test_threads_get_what_one_caller_gets_and_compile_no_more(workdir):
         (["a"], {"method": "sample", "mbr_samples": 3}, "mbr_samples = 3: read only with method = mbr"),
         (["a"], {"seed": 3}, "seed = 3: read only with method = sample or mbr"),
         (["a"], {"n_best": 3}, "n_best = 3: expected at most decode.beam_size = 2"),
+        (["a"], {"n_best": 0}, "n_best: expected at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_asked_of_a_call_is_refused(loaded, sentences, options, message):
@@ -140,6 +141,12 @@ def test_an_ensemble_of_other_tokenizers_is_refused(workdir, tmp_path):
     with pytest.raises(UserError, match="expected the tokenizer of") as caught:
         transformer.load(workdir, ensemble=[stranger])
     assert "\n" not in str(caught.value)
+
+
+def test_an_ensemble_of_other_directions_is_refused(workdir, vocabulary, tmp_path):
+    french = save(tmp_path / "french", vocabulary, target="fr")
+    with pytest.raises(UserError, match="translates en to fr, expected en to de"):
+        transformer.load(workdir, ensemble=[french])
 
 
 def test_a_member_whose_positions_do_not_reach_is_refused(workdir, vocabulary, tmp_path):
@@ -233,6 +240,12 @@ def test_flags_are_fields(command, usual, another, loaded):
     assert command(SHORT, f"--ensemble={another}") != short
 
 
+def test_alignments_see_no_more_of_a_source_than_decoding(command, tmp_path):
+    path = tmp_path / "align"
+    command([LINES[-1]], "--decode.max_source_tokens=3", f"--alignments={path}")
+    assert {int(link.split("-")[0]) for link in path.read_text().split()} <= {0, 1}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -241,6 +254,7 @@ def test_flags_are_fields(command, usual, another, loaded):
         (["--decode=3"], "expected --decode.FIELD=VALUE"),
         (["--beam_size=3", "--decode.beam_size=3"], "--beam_size and --decode.beam_size set the same"),
         (["--mbr=3", "--decode.method=sample"], "--mbr and --decode.method set the same"),
+        (["--mbr=3", "--beam_size=2"], "--mbr samples, so beam_size has no effect"),
         (["--n_best=9"], "n_best = 9: expected at most decode.beam_size = 2"),
         (["--decode.top_p=2"], "config.decode.top_p: expected at most 1, got 2.0"),
         (["--prefix_file=FILE", "--constraint_file=none.tsv"], "none.tsv"),

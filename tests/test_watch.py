@@ -69,9 +69,10 @@ def test_every_checkpoint_is_scored_once_the_oldest_first(workdir):
     }
 
 
-def test_another_set_is_scored_too(workdir):
+@pytest.mark.parametrize("change", [{"name": "other"}, {"references": [["das sehr alte Haus"]]}])
+def test_another_set_is_scored_too(workdir, change):
     look(workdir)
-    other = CHOSEN._replace(name="other")
+    other = CHOSEN._replace(**change)
     found = []
     watching = watch.Watch(workdir, lambda config: other, lambda entry: found.append(entry["step"]))
     assert watching.look()
@@ -83,11 +84,11 @@ def test_a_run_begun_anew_is_not_taken_for_the_old_one(workdir):
     Checkpoints(workdir).record(2, {"valid/bleu": 3.0})  # the same checkpoint: training recorded its score
     assert look(workdir) == []
     shutil.rmtree(workdir / "checkpoints" / "2")
-    config, vocabulary, model, mesh, state = make_parts()
     shutil.copytree(workdir / "checkpoints" / "10", workdir / "checkpoints" / "2")
     assert look(workdir) == []  # its content is scored already
-    save(workdir, (config, vocabulary, model, mesh, state._replace(opt_state=state.opt_state)), 3)
-    assert look(workdir) == [3]
+    shutil.rmtree(workdir / "checkpoints")
+    save(workdir, make_parts(seed=1), 2)
+    assert look(workdir) == [2]
 
 
 def test_a_line_that_a_kill_cut_short_is_scored_again(workdir):
@@ -110,6 +111,32 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_left_out(workdir, monkeypatc
     monkeypatch.setattr(watch, "load_trained", prune_first)
     assert look(workdir) == [10]
     assert "checkpoint 2 was deleted while it was read" in capsys.readouterr().err
+
+
+def test_a_signal_while_it_scores_ends_it_though_the_checkpoint_went_meanwhile(workdir, monkeypatch):
+    def stopped_while_pruned(self, model):
+        Checkpoints(workdir).remove(model.step)
+        raise StoppedError(signal.SIGTERM, "stopped by SIGTERM")
+
+    monkeypatch.setattr(QuickScorer, "evaluate", stopped_while_pruned)
+    with pytest.raises(StoppedError):
+        look(workdir)
+
+
+def test_a_failure_inside_scoring_is_not_taken_for_a_deleted_checkpoint(workdir, monkeypatch):
+    def fail_while_pruned(self, model):
+        Checkpoints(workdir).remove(model.step)
+        raise RuntimeError("inside")
+
+    monkeypatch.setattr(QuickScorer, "evaluate", fail_while_pruned)
+    with pytest.raises(RuntimeError, match="inside"):
+        look(workdir)
+
+
+def test_a_damaged_config_does_not_stop_it(workdir, capsys):
+    flip(workdir / "checkpoints" / "2" / "config.json")
+    assert look(workdir) == [10]
+    assert "checkpoint 2 is damaged" in capsys.readouterr().err
 
 
 def test_one_that_goes_between_its_files_is_left_out_too(workdir, monkeypatch, capsys):

@@ -59,12 +59,20 @@ def test_the_config_is_kept_and_must_stay(folder):
         {"decode": {"beam_size": 7}},
         {"mesh": {"data": 8}},
         {"data": {"data_dir": "elsewhere"}},
+        {"data": {"tokenizer": "moved.model"}},
     ],
 )
 def test_harmless_changes_are_named(folder, change):
-    changes = workdir.config_changes(folder, small_config(), small_config(**change))
+    old = small_config(data={"tokenizer": "kept.model"} if "tokenizer" in str(change) else {})
+    changes = workdir.config_changes(folder, old, small_config(**change))
     assert len(changes) == sum(map(len, change.values()))
     assert all(" → " in line for line in changes)
+
+
+@pytest.mark.parametrize(("old", "new"), [("bpe", "unigram"), ("bpe", "mine.model"), ("mine.codes", "bpe")])
+def test_another_way_to_a_vocabulary_is_no_harmless_change(folder, old, new):
+    with pytest.raises(UserError, match=f"data.tokenizer: '{old}' → '{new}'"):
+        workdir.config_changes(folder, small_config(data={"tokenizer": old}), small_config(data={"tokenizer": new}))
 
 
 def test_more_steps_are_no_harmless_change_to_a_schedule_that_ends_with_them(folder):

@@ -112,6 +112,8 @@ class Aligner:
         weights_TS = attention.weights_LHTS[self.layer - 1].mean(0)
         source_words = np.array(self._tokenizer.words(attention.source.tolist()))
         target_words = np.array(self._tokenizer.words(attention.target.tolist()))
+        if source_words.max() < 0 or target_words.max() < 0:  # of a line that the tokenizer takes for spaces alone
+            return []
         onto_SW = source_words[:, None] == np.arange(source_words.max() + 1)
         from_WT = np.arange(target_words.max() + 1)[:, None] == target_words
         words_WW = from_WT.astype(np.float32) @ weights_TS @ onto_SW.astype(np.float32)

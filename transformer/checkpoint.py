@@ -60,8 +60,10 @@ class Checkpoints:
         found = [path for path in self.folder.iterdir() if path.name.isdecimal()]
         return sorted(int(path.name) for path in found if not self._is_remote or (path / MANIFEST).exists())
 
-    def save(self, state: TrainState, config: Config, tokenizer: Tokenizer, data: str, metrics: Metrics) -> None:
-        """Writes the checkpoint of `state.step`; `data` is the digest of the training split."""
+    def save(
+        self, state: TrainState, config: Config, tokenizer: Tokenizer, data: dict[str, str], metrics: Metrics
+    ) -> None:
+        """Writes the checkpoint of `state.step`; `data` are the digests of what it is trained and validated on."""
         place = self.folder / str(int(jax.device_get(state.step)))
         # Object storage renames nothing at once; there a checkpoint is one when its manifest is there.
         folder = place if self._is_remote else place.parent / f"{place.name}.partial"

@@ -258,6 +258,7 @@ class Config:
 
 TEXT_PATHS = ("dir", "train_source", "train_target", "valid_source", "valid_target", "train", "valid")
 PATHS = (*TEXT_PATHS, "data_dir", "manual_dir")
+TRAINED_TOKENIZERS = ("bpe", "unigram")  # any other value is a path
 FOLLOW_EMB_DIM = ("qkv_dim", "value_dim")
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}
 
@@ -281,7 +282,7 @@ def with_absolute_paths(config: Config) -> Config:
 
     data = config.data
     changed: dict[str, Any] = {name: absolute(getattr(data, name)) for name in PATHS}
-    if data.tokenizer not in ("bpe", "unigram"):
+    if data.tokenizer not in TRAINED_TOKENIZERS:
         changed["tokenizer"] = absolute(data.tokenizer)
     return dataclasses.replace(config, data=dataclasses.replace(data, **changed))
 

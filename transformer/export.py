@@ -87,6 +87,7 @@ def write(trained: Trained, folder: pathlib.Path, form: str, quantization: str =
         "steps": trained.steps,
         "largest_difference": difference.largest,
         "mean_difference": difference.mean,
+        "longest": export_jax.longest(trained.config),
         "decode": dataclasses.asdict(trained.config.decode),
     }
     if form == "ctranslate2":

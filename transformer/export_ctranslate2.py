@@ -14,7 +14,7 @@ import numpy as np
 from transformer.command_line import say
 from transformer.config import DecodeConfig, ModelConfig
 from transformer.errors import UserError
-from transformer.export_jax import Score
+from transformer.export_jax import Score, longest
 from transformer.layers import EPSILON, FeedForward, LayerNorm, MultiHeadAttention, sinusoids
 from transformer.model import Transformer
 from transformer.stack import layers_of
@@ -23,7 +23,6 @@ from transformer.trained import Trained
 
 QUANTIZATIONS = ("float32", "int8")
 SPECIALS = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", UNK: "<unk>"}
-POSITIONS = 2048  # rows of a table of sinusoids, at least; CTranslate2 itself cuts sources at 1,024 by default
 
 
 def check(config: ModelConfig) -> None:
@@ -58,9 +57,8 @@ def write(trained: Trained, folder: pathlib.Path, quantization: str) -> Score:
         pre_norm=config.model.norm == "pre",
         activation=specs.Activation.RELU,
     )
-    positions = max(POSITIONS, config.decode.max_source_tokens + config.decode.max_extra_length)
-    _set_stack(spec.encoder, module, "source", positions)
-    _set_stack(spec.decoder, module, "target", positions)
+    _set_stack(spec.encoder, module, "source", longest(config))
+    _set_stack(spec.decoder, module, "target", longest(config))
     spec.decoder.projection.weight = _table(module, "output")
     words = vocabulary(trained.tokenizer)
     spec.register_source_vocabulary(words)

@@ -28,7 +28,7 @@ from transformer.step import Model, Params
 from transformer.trained import Trained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-POSITIONS = 2048  # rows of a table of sinusoids, at least
+POSITIONS = 2048  # rows of a table of sinusoids, at least; CTranslate2 itself cuts sources at 1,024 by default
 PARAMS_FILE, PIECES_FILE = "params.npz", "pieces.json"
 
 Score = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], list[np.ndarray]]
@@ -67,11 +67,18 @@ def write(trained: Trained, folder: pathlib.Path) -> Score:
     return functools.partial(score_with, folder)
 
 
+def longest(config: Config) -> int:
+    """The most tokens that a sentence of an exported model may have: it looks positions up in a table."""
+    if config.model.positions == "learned":
+        return config.model.max_positions
+    return max(POSITIONS, config.decode.max_source_tokens + config.decode.max_extra_length)
+
+
 def with_table(config: Config, vocab_size: int, params: Params) -> tuple[Model, Params]:
     """The model in a form whose shapes may be symbols: plain attention, positions looked up in a table."""
     fields: dict[str, Any] = {"attention": "plain"}
     if config.model.positions == "sinusoidal":
-        rows = max(POSITIONS, config.decode.max_source_tokens + config.decode.max_extra_length)
+        rows = longest(config)
         table_TD = sinusoids(rows, config.model.emb_dim)
         params = {**params, "source_positions": table_TD, "target_positions": table_TD}
         fields |= {"positions": "learned", "max_positions": rows}

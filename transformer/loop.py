@@ -135,7 +135,7 @@ class Run:
             corpus = corpora.open_corpus(config.data)
             self.tokenizer = self._tokenizer(corpus, newest)
             self.pairs, self.valid = corpus.split("train"), corpus.split("validation")
-            self.data_digest = self.pairs.digest
+            self.data = {"training": self.pairs.digest, "validation": self.valid.digest}
             self._check_data(newest)
             self.ids = pipeline.token_ids(config.data, corpus, "train", self.tokenizer)
         agreement.same_data(corpus.digest, self.tokenizer.digest)
@@ -166,6 +166,8 @@ class Run:
         with dumped, open_log(self.path, self.start, train.num_steps) as log:
             if owes:
                 self._evaluate(self.state.eval_params, self.start, log)
+                if self._is_over(self.start):
+                    return
             batches = pipeline.train_iterator(
                 self.plan,
                 self.ids,
@@ -229,16 +231,16 @@ class Run:
         stored = self.path / "tokenizer"
         if newest is None:
             return pipeline.get_tokenizer(self.config.data, corpus, stored)
-        return pipeline.same_tokenizer(stored, self.checkpoints.tokenizer(newest))
+        return pipeline.same_tokenizer(self.config.data, corpus, stored, self.checkpoints.tokenizer(newest))
 
     def _check_data(self, newest: int | None) -> None:
-        """Refuses to go on with other training data than before: its order could not be the same."""
-        before = self.checkpoints.manifest(newest).data if newest is not None else self.data_digest
-        if before != self.data_digest:
-            raise UserError(
-                f"{self.path}: the training data has changed since step {newest:,}: its digest was {before[:16]} and "
-                f"is {self.data_digest[:16]}. Restore it, or choose another --workdir"
-            )
+        """Refuses to go on with other data: its order, or what is the best BLEU, could not be the same."""
+        for kind, before in self.checkpoints.manifest(newest).data.items() if newest is not None else ():
+            if before != self.data[kind]:
+                raise UserError(
+                    f"{self.path}: the {kind} data has changed since step {newest:,}: its digest was {before[:16]} and "
+                    f"is {self.data[kind][:16]}. Restore it, or choose another --workdir"
+                )
 
     def _describe(self, model: step.Model) -> None:
         plan, data = self.plan, self.config.data
@@ -260,7 +262,7 @@ class Run:
         if not step.all_finite(state.params):
             raise DivergedError(f"the run diverged: update {done} made params that are no numbers; {WHAT_HELPS}", done)
         metrics = {**self.progress._asdict(), **self.spent.metrics()}
-        self.checkpoints.save(state, self.config, self.tokenizer, self.data_digest, metrics)
+        self.checkpoints.save(state, self.config, self.tokenizer, self.data, metrics)
 
     def _evaluate(self, params: step.Params, done: int, log: RunLog | NoLog) -> None:
         """Scores the validation split, and records the scores with the checkpoint of this step.

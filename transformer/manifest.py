@@ -19,10 +19,10 @@ Metrics = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself: its metrics, the digest of the training data, its host, and its files."""
+    """What a checkpoint says of itself: its metrics, digests of its data by kind, its host, and its files."""
 
     metrics: Metrics
-    data: str
+    data: dict[str, str]
     host: dict[str, str]
     files: dict[str, tuple[int, str]]
 
@@ -43,7 +43,8 @@ class Manifest:
         metrics = {str(name): float(value) for name, value in values["metrics"].items()}
         host = {str(name): str(value) for name, value in values["host"].items()}
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in values["files"].items()}
-        return cls(metrics, str(values["data"]), host, files)
+        data = values["data"] if isinstance(values["data"], dict) else {"training": values["data"]}  # as once written
+        return cls(metrics, {str(name): str(digest) for name, digest in data.items()}, host, files)
 
 
 class Digests:

@@ -88,9 +88,7 @@ def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
 
 def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) -> Tokenizer:
     """The vocabulary of a run that has no checkpoint yet: stored already, named by the config, or trained now."""
-    given = tokenizers.named_by(data)
-    if not given and data.tokenizer.endswith(".codes"):  # another file of codes may give as many pieces
-        given = vocabulary(data, corpus)
+    given = _given(data, corpus)
     if tokenizers.is_in(stored):
         tokenizer = tokenizers.load(stored)
         if tokenizer.digest == (given or tokenizer).digest and tokenizer.vocab_size == data.vocab_size:
@@ -99,6 +97,12 @@ def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) 
     given = given or vocabulary(data, corpus)
     given.save(stored)
     return given
+
+
+def _given(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer | None:
+    """The vocabulary that a file named by the config makes; None if the config only says how to train one."""
+    # Another file of codes may give as many pieces.
+    return vocabulary(data, corpus) if data.tokenizer.endswith(".codes") else tokenizers.named_by(data)
 
 
 def vocabulary(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
@@ -124,12 +128,18 @@ def vocabulary(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
     return trained
 
 
-def same_tokenizer(stored: epath.Path, trained: Tokenizer) -> Tokenizer:
-    """The vocabulary that the checkpoints were trained with, which must be the workdir's too.
+def same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path, trained: Tokenizer) -> Tokenizer:
+    """The vocabulary that the checkpoints were trained with, which must be the workdir's and the config's too.
 
     Raises:
-      UserError: the workdir's is missing or another one.
+      UserError: the workdir's is missing or another one, or the config names another.
     """
+    given = _given(data, corpus) or trained
+    if given.digest != trained.digest:
+        raise UserError(
+            f"config.data.tokenizer = {data.tokenizer}: is not the vocabulary of the run in {stored.parent}: that has "
+            f"the digest {trained.digest[:16]}, this {given.digest[:16]}. Name the same, or choose another --workdir"
+        )
     path = stored / trained.file_name
     found = sha256(path) if path.exists() else "missing"
     if found == trained.digest:

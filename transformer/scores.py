@@ -136,11 +136,9 @@ def legacy(
     """
     tokenize, signature = (str, "multi-bleu|as it is") if tokenized else moses(language)
     scores: Scores = {}
-    for name, split in (("legacy_tokenized_bleu", False), ("legacy_compound_split_bleu", True)):
-        sides = [
-            [split_compounds(tokenize(line)) if split else tokenize(line) for line in side]
-            for side in (hypotheses, *references)
-        ]
+    whole = [[tokenize(line) for line in side] for side in (hypotheses, *references)]
+    parted = [[split_compounds(line) for line in side] for side in whole]
+    for name, sides in (("legacy_tokenized_bleu", whole), ("legacy_compound_split_bleu", parted)):
         metric = BLEU(tokenize="none", force=True, smooth_method="none")
         scores[name] = metric.corpus_score(sides[0], sides[1:]).score if hypotheses else 0.0
     return {**scores, "legacy_signature": signature}

@@ -32,6 +32,11 @@ class EvaluationSet(NamedTuple):
     sources: list[str]
     references: list[list[str]]
 
+    @property
+    def digest(self) -> str:
+        """Changes when any sentence does."""
+        return hashlib.sha256(json.dumps([self.sources, self.references]).encode()).hexdigest()[:16]
+
 
 def open_set(data: DataConfig, split: str | None, source: str | None, reference: str | None) -> EvaluationSet:
     """The sentences of files, or of a split of the config's data.
@@ -95,8 +100,7 @@ class Scorer:
 
 def check_hosts(trained: Trained, chosen: EvaluationSet) -> None:
     """Raises a UserError on every host unless all have the same checkpoint and sentences."""
-    said = json.dumps([trained.steps, chosen.sources, chosen.references]).encode()
-    what = f"{trained.title}, {len(chosen.sources):,} sentences, digest {hashlib.sha256(said).hexdigest()[:12]}"
+    what = f"{trained.title}, {len(chosen.sources):,} sentences, digest {chosen.digest}"
     agreement.same("what is evaluated", what, "give every host the same flags, workdir and data")
 
 

@@ -7,7 +7,7 @@ runs under `jax.jit` with these shardings; XLA derives what is sent from device 
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -251,16 +251,20 @@ def row_multiple(mesh: Mesh, rows: str = "batch") -> int:
     return math.prod(mesh.shape[name] for name in LOGICAL_AXES[rows])
 
 
-def rows_here(mesh: Mesh, count: int, parts: int = 1, rows: str = "batch") -> np.ndarray:
+def rows_here(
+    mesh: Mesh, count: int, parts: int = 1, rows: str = "batch", devices: Iterable[jax.Device] | None = None
+) -> np.ndarray:
     """The numbers of the rows of a global batch that the devices of this process hold, ascending.
 
     Args:
       count: rows of the batch. Where they do not divide, numbers past its end stand for rows of padding.
       parts, rows: as in `place_batch`.
+      devices: others than those of this process.
     """
     total = count + -count % (row_multiple(mesh, rows) * parts)
-    places = batch_sharding(mesh, rows).addressable_devices_indices_map((total,))
-    return np.unique(np.concatenate([np.arange(total)[place] for place in places.values() if place is not None]))
+    places = batch_sharding(mesh, rows).devices_indices_map((total,))
+    held = mesh.local_devices if devices is None else devices
+    return np.unique(np.concatenate([np.arange(total)[places[device]] for device in held]))
 
 
 def place_batch(mesh: Mesh, batch: Any, parts: int = 1, rows: str = "batch") -> Any:

@@ -16,7 +16,7 @@ import sentencepiece
 from etils import epath
 
 from transformer import subword_codes
-from transformer.config import DataConfig
+from transformer.config import TRAINED_TOKENIZERS, DataConfig
 from transformer.errors import UserError
 from transformer.files import write_whole
 
@@ -147,7 +147,7 @@ def named_by(data: DataConfig) -> Tokenizer | None:
     Raises:
       UserError: it is missing, is no model, or has another size than the config says; no codes.
     """
-    if data.tokenizer in ("bpe", "unigram"):
+    if data.tokenizer in TRAINED_TOKENIZERS:
         return None
     if data.tokenizer.endswith(".codes"):
         _merges(data)

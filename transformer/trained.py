@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from transformer import consensus, sharding
 from transformer.checkpoint import Checkpoints, Metrics
 from transformer.config import Config, MeshConfig
-from transformer.errors import UserError, WorkdirError
+from transformer.errors import StoppedError, UserError, WorkdirError
 from transformer.step import Model, Params
 from transformer.tokenizer import Tokenizer
 
@@ -74,6 +74,20 @@ def load_trained(workdir: epath.PathLike, which: str) -> Trained:
         raise UserError(f"--workdir={workdir}: expected a folder that train.py wrote, found none")
     checkpoints = Checkpoints(workdir)
     steps = select(checkpoints, which)
+    try:
+        return _read(checkpoints, which, steps)
+    except StoppedError:
+        raise
+    except Exception as error:
+        # What reading raises while training deletes a checkpoint depends on which of its files went first.
+        if gone := sorted(set(steps) - set(checkpoints.steps())):
+            raise UserError(
+                f"{checkpoints.folder}: checkpoint {gone[0]} was deleted while it was read; run again"
+            ) from error
+        raise
+
+
+def _read(checkpoints: Checkpoints, which: str, steps: list[int]) -> Trained:
     config = checkpoints.config(steps[-1])
     tokenizer = checkpoints.tokenizer(steps[-1])
     mesh = consensus.connect(sharding.make_mesh(MeshConfig()))

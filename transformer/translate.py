@@ -88,7 +88,12 @@ class LoadedModel:
             raise UserError(f"expected a list of sentences, got one text, {sentences!r}")
         translator, seed = self.translator(decode)
         found = translator.hypotheses(
-            self._params, sentences, n_best=n_best or 1, prefixes=prefixes, constraints=constraints, seed=seed
+            self._params,
+            sentences,
+            n_best=1 if n_best is None else n_best,
+            prefixes=prefixes,
+            constraints=constraints,
+            seed=seed,
         )
         translator.say_truncated()
         return [best_text(one) for one in found] if n_best is None else found
@@ -131,6 +136,14 @@ def load(workdir: epath.PathLike, checkpoint: str = "latest", ensemble: Sequence
             raise UserError(
                 f"{folder}: expected the tokenizer of {workdir}, {members[0].tokenizer.digest[:12]}, got "
                 f"{member.tokenizer.digest[:12]}; an ensemble shares one: train with data.tokenizer = its .model file"
+            )
+        ours, theirs = (
+            (one.source_language, one.target_language) for one in (members[0].config.data, member.config.data)
+        )
+        if ours != theirs:
+            raise UserError(
+                f"{folder}: translates {theirs[0]} to {theirs[1]}, expected {ours[0]} to {ours[1]} as {workdir} does; "
+                "an ensemble has one direction"
             )
     return LoadedModel(members)
 
@@ -207,9 +220,13 @@ def main(argv: list[str]) -> None:
             if twice:
                 raise UserError(f"{flag} and --decode.{twice[0]} set the same; give one of them")
             fields.update(values)
+    if args.mbr and "beam_size" in fields:
+        raise UserError("--mbr samples, so beam_size has no effect; leave one of them out")
     compilation.enable_cache()
     loaded = load(args.workdir, args.checkpoint, args.ensemble)
     translator, seed = loaded.translator(fields)
+    # Alignments cut a long source where decoding does.
+    first = dataclasses.replace(loaded.first, config=validation.with_decode(loaded.first.config, fields))
 
     def translate(group: list[Line], note: alignments.Note) -> list[str]:
         found = translator.hypotheses(
@@ -233,7 +250,7 @@ def main(argv: list[str]) -> None:
 
     lines = read_together(text_files.decode_lines(sys.stdin.buffer, "stdin"), args.prefix_file, args.constraint_file)
     try:
-        with alignments.recorded(args, loaded.first) as note:
+        with alignments.recorded(args, first) as note:
             translate_stream(functools.partial(translate, note=note), lines, sys.stdout.buffer, args.batch_size)
     finally:
         translator.say_truncated()

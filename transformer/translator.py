@@ -135,7 +135,8 @@ class Translator:
 
         with ThreadPoolExecutor(self._workers) as pool:
             for examples_B, request in self._requests(sources, [asked[i] for i in filled], keys_N2):
-                most = self._workers if request.source_BS.shape[1] <= WIDEST_BESIDE else 0
+                is_wide = request.source_BS.shape[1] > WIDEST_BESIDE
+                most = 0 if is_wide and self._workers > 1 else self._workers
                 collect_all_but(most)
                 running.append((examples_B, self._start(pool, count, params, request)))
                 collect_all_but(most)
@@ -144,10 +145,11 @@ class Translator:
 
     def say_truncated(self) -> None:
         """Warns once of the sources that were cut."""
-        if self.truncated:
+        with self._counting:
+            count, self.truncated = self.truncated, 0
+        if count:
             limit = self._config.max_source_tokens
-            say(f"warning: {self.truncated:,} sources are longer than decode.max_source_tokens = {limit}; cut to it")
-            self.truncated = 0
+            say(f"warning: {count:,} sources are longer than decode.max_source_tokens = {limit}; cut to it")
 
     def _count(self, n_best: int, constraints: Sequence[Sequence[str]] | None) -> int:
         """How many hypotheses the device is asked for."""

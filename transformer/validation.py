@@ -19,6 +19,7 @@ from transformer.config import (
     SECTIONS,
     TEXT_PATHS,
     TINY,
+    TRAINED_TOKENIZERS,
     Config,
     DataConfig,
     DecodeConfig,
@@ -288,7 +289,7 @@ def _check_data(data: DataConfig) -> None:
             raise UserError(f"config.data.{side}: expected a language code such as 'en', got {code!r}")
     if data.source_language == data.target_language:
         raise UserError(f"config.data: source_language and target_language are both {data.source_language!r}")
-    if data.tokenizer not in ("bpe", "unigram") and not data.tokenizer.endswith((".model", ".codes", ".json")):
+    if data.tokenizer not in TRAINED_TOKENIZERS and not data.tokenizer.endswith((".model", ".codes", ".json")):
         raise UserError(
             "config.data.tokenizer: expected bpe, unigram or the path of a .model, .codes or .json file, got "
             f"{data.tokenizer!r}"

@@ -1,8 +1,8 @@
 """Scores each checkpoint as it lands, beside training: `eval.py --watch`.
 
-Results go to WORKDIR/evaluations.jsonl, one object a line: the keys of eval.py, the `name` of the set, and the
-`fingerprint` of the checkpoint. Training never writes that file, and no file of training's is written here. What
-is in it is not scored again, so watching can be stopped and taken up at any time.
+Results go to WORKDIR/evaluations.jsonl, one object a line: the keys of eval.py, the `name` of the set, a digest of
+it as `set`, and the `fingerprint` of the checkpoint. Training never writes that file, and no file of training's is
+written here. What is in it is not scored again, so watching can be stopped and taken up at any time.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from transformer import files, summary
 from transformer.checkpoint import Checkpoints, Damaged
 from transformer.command_line import say
 from transformer.config import Config
-from transformer.errors import DivergedError, StoppedError, WorkdirError
+from transformer.errors import DivergedError, StoppedError, UserError, WorkdirError
 from transformer.files import reported
 from transformer.scoring import EvaluationSet, Scorer, translations_path, write_translations
-from transformer.trained import load_trained
+from transformer.trained import Trained, load_trained
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 SECONDS = 5.0  # between two looks
@@ -89,37 +89,52 @@ class Watch:
         for step in self._checkpoints.steps():
             try:
                 mark = fingerprint(self._checkpoints, step)
-                scorer = self._scorer or self._open(step)
             except (Damaged, OSError):  # deleted just now, or damaged, which training and eval.py report
                 continue
-            if mark in self._hopeless or mark in self._done(scorer.chosen.name):
+            if mark in self._hopeless or (self._scorer and mark in self._done(self._scorer.chosen)):
                 continue
-            self._score(scorer, step, mark)
-            return True
+            trained = self._read(step, mark)
+            if trained is None:
+                return True
+            self._scorer = self._scorer or Scorer(self._open_set(trained.config))
+            if mark not in self._done(self._scorer.chosen):
+                self._score(self._scorer, trained, mark)
+                return True
         return False
 
-    def _open(self, step: int) -> Scorer:
-        self._scorer = Scorer(self._open_set(self._checkpoints.config(step)))
-        return self._scorer
+    def _done(self, chosen: EvaluationSet) -> set[str]:
+        """The checkpoints that are scored on this very set."""
+        of = chosen.name, chosen.digest
+        entries = read_evaluations(self._workdir)
+        return {str(entry.get("fingerprint")) for entry in entries if (entry["name"], entry.get("set")) == of}
 
-    def _done(self, name: str) -> set[str]:
-        return {str(entry.get("fingerprint")) for entry in read_evaluations(self._workdir) if entry["name"] == name}
-
-    def _score(self, scorer: Scorer, step: int, mark: str) -> None:
+    def _read(self, step: int, mark: str) -> Trained | None:
+        """The checkpoint, or None, said on stderr, if it is damaged or deleted meanwhile."""
         try:
-            evaluation = scorer.evaluate(load_trained(self._workdir, str(step)))
-        except (DivergedError, WorkdirError) as error:  # its loss is no number, or it is damaged
+            return load_trained(self._workdir, str(step))
+        except WorkdirError as error:  # damaged
             say(str(error))
             self._hopeless.add(mark)
-            return
-        except Exception:
-            # What reading a checkpoint raises while it is deleted depends on which of its files went first.
+        except UserError:
             if step in self._checkpoints.steps():
                 raise
             say(f"checkpoint {step} was deleted while it was read; left out")
+        return None
+
+    def _score(self, scorer: Scorer, trained: Trained, mark: str) -> None:
+        try:
+            evaluation = scorer.evaluate(trained)
+        except DivergedError as error:  # its loss is no number
+            say(str(error))
+            self._hopeless.add(mark)
             return
         write_translations(evaluation, translations_path(self._workdir, evaluation.trained, scorer.chosen))
-        entry = {**summary.as_json(evaluation), "name": scorer.chosen.name, "fingerprint": mark}
+        entry = {
+            **summary.as_json(evaluation),
+            "name": scorer.chosen.name,
+            "set": scorer.chosen.digest,
+            "fingerprint": mark,
+        }
         append(self._workdir, entry)
         self.scored += 1
         self._found(entry)

@@ -17,8 +17,8 @@ from transformer.files import reported, write_whole
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
 
-# What may change between two sittings of one run, as it changes no update that is still to come. Data
-# may have moved: whether it is the same is seen by its digest.
+# What may change between two sittings of one run, as it changes no update that is still to come. Files of data
+# and vocabulary may have moved: whether they are the same is seen by their digests.
 HARMLESS = {
     "train": {
         "log_every_steps",
@@ -28,7 +28,7 @@ HARMLESS = {
         "keep_last",
         "keep_best",
     },
-    "data": {*configs.PATHS, "tokenizer"},
+    "data": {*configs.PATHS},
     "decode": {*configs.field_names("decode")},
     "model": {"attention", "remat"},  # to rounding
     "mesh": {*configs.field_names("mesh")},
@@ -108,4 +108,6 @@ def keep_config(workdir: epath.Path, config: Config) -> None:
 def _harmless(change: configs.Change, config: Config) -> bool:
     if (change.section, change.field) == ("train", "num_steps"):
         return config.optimizer.schedule not in ("cosine", "linear")  # these end at num_steps
+    if (change.section, change.field) == ("data", "tokenizer"):
+        return not {change.old, change.new} & set(configs.TRAINED_TOKENIZERS)
     return change.field in HARMLESS.get(change.section, ())

@@ -9,7 +9,7 @@ import sacrebleu
 from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World
 from transformer import scores, sharding, trained
-from transformer.batching import PADDING_ROW, PlannedBatch, Ragged, assemble, eval_plan
+from transformer.batching import PlannedBatch, Ragged, assemble, eval_plan, only_rows
 from transformer.config import MeshConfig
 from transformer.evaluate import Evaluator
 from transformer.tokenizer import EOS
@@ -23,12 +23,8 @@ FIRST = 10  # the token that stands for sentence 0
 def shares(planned: PlannedBatch, mesh, hosts: int, rows: str = "batch") -> list[PlannedBatch]:
     """The rows of a global batch that each of so many hosts holds, which share the devices of the mesh."""
     count = len(planned.examples_B)
-    total = count + -count % sharding.row_multiple(mesh, rows)
-    filled = np.pad(planned.examples_B, (0, total - count), constant_values=PADDING_ROW)
-    places = sharding.batch_sharding(mesh, rows).devices_indices_map((total,))
     groups = np.array_split(mesh.devices.ravel(), hosts)
-    numbers = [np.unique(np.concatenate([np.arange(total)[places[device]] for device in group])) for group in groups]
-    return [PlannedBatch(planned.bucket, filled[rows]) for rows in numbers]
+    return [only_rows(planned, sharding.rows_here(mesh, count, rows=rows, devices=group)) for group in groups]
 
 
 @row("E1", "coverage of evaluation: 10 counts of sentences x 1 to 8 hosts x batches of 1, 3, 4, 8", full=320, quick=320)

@@ -8,8 +8,10 @@ import numpy as np
 
 from tests.faults import child
 from tests.faults.table import Tally, row
-from tests.faults.world import KILLED, STEPS, Child, World
+from tests.faults.world import KILLED, SAVE, STEPS, Child, World
 from transformer.checkpoint import Checkpoints
+
+COMMITTED = ("after the commit", "before deleting", "in deleting", "after deleting")  # the checkpoint was one by then
 
 
 def random_steps(seed: int, count: int) -> list[int]:
@@ -40,9 +42,11 @@ def killed_at_random(world: World, tally: Tally) -> None:
             plant = signal_at(signal.SIGKILL, done, rng)
             sittings.append((done, world.trained(run, plant, train={"seed": seed})))
         last = world.trained(run, train={"seed": seed})
-        for done, process in sittings:
+        for (done, process), (_, after) in zip(sittings, [*sittings[1:], (STEPS, last)], strict=True):
             with tally.one(f"seed {seed}, killed at step {done}"):
                 assert process.code == KILLED, process.said()
+                lost = max(process.trace()) + 1 - min(after.trace())
+                assert 0 <= lost <= SAVE, f"{lost} updates were done again"
                 assert_order(process, world, seed)
                 assert last.code == 0, last.said()
                 assert_order(last, world, seed)
@@ -59,7 +63,8 @@ def killed_while_saving(world: World, tally: Tally) -> None:
                 run, train = world.new_folder(), {"num_steps": 15, "keep_last": 1, "keep_best": 0}
                 process = world.trained(run, f"kill {name}", train=train)
                 assert process.code == KILLED, f"never came there: {process.code} {process.said()}"
-                assert Checkpoints(run).newest_sound() in (5, 10), "no sound checkpoint is left"
+                found, wanted = Checkpoints(run).newest_sound(), child.AT if name in COMMITTED else child.AT - SAVE
+                assert found == wanted, f"expected checkpoint {wanted}, got {found}"
                 assert world.trained(run, train=train).code == 0
                 assert {path.name for path in (run / "checkpoints").iterdir()} == {"15"}
                 world.assert_as_whole(run, 15)

@@ -67,6 +67,8 @@ def build(workdir: epath.PathLike, evaluation: Evaluation, versus: Versus | None
         f"{trained.title} · {when}"
     )
     ranked = ranking(evaluation)
+    part = f"of {len(ranked):,} sentences ranked, evenly spread" if len(ranked) < evaluation.report.sentences else ""
+    by = f"By chrF2{part and ', '}{part}. {MARKS}"
     return page(
         f"{epath.Path(workdir).name}: translation report",
         subtitle,
@@ -76,8 +78,8 @@ def build(workdir: epath.PathLike, evaluation: Evaluation, versus: Versus | None
             section("curves", "Learning curves", _curves(workdir, chosen.name)),
             section("length", "BLEU by source length", _lengths(evaluation)),
             _comparison(evaluation, versus) if versus else "",
-            section("worst", "Worst sentences", _sentences(evaluation, ranked[:SENTENCES]), f"By chrF2. {MARKS}"),
-            section("best", "Best sentences", _sentences(evaluation, best(evaluation, ranked)), f"By chrF2. {MARKS}"),
+            section("worst", "Worst sentences", _sentences(evaluation, ranked[:SENTENCES]), by),
+            section("best", "Best sentences", _sentences(evaluation, best(evaluation, ranked)), by),
             section("attention", "Attention to the source", _attention(evaluation, ranked), ATTENTION_NOTE),
             section("config", "Config", _config(evaluation)),
         ],
