@@ -56,16 +56,17 @@ def short(world: World, **train):
     return world.config(train={"num_steps": 12, "checkpoint_every_steps": 3, "eval_every_steps": 6, **train})
 
 
-@row("F1", "NaN and infinity in forward pass, gradient, params, validation loss", full=14, quick=8)
+@row("F1", "NaN and infinity in forward pass, gradient, params, validation loss", full=14, quick=5)
 def no_numbers(world: World, tally: Tally) -> None:
-    cases = list(itertools.product(("forward", "gradient", "params"), (float("nan"), float("inf"))))
+    values = (float("nan"),) if tally.quick else (float("nan"), float("inf"))
+    cases = list(itertools.product(("forward", "gradient", "params"), values))
     for place, value in cases:
         with tally.one(f"{value} in the {place}: the update"), poisoned(place, value):
             assert_not_applied(world)
-    for place, value in cases[2:3] if tally.quick else cases:
+    for place, value in cases[1:2] if tally.quick else cases:
         with tally.one(f"{value} in the {place}: the run"), Heard(), poisoned(place, value):
             assert_run_stops(world)
-    for value in (float("nan"),) if tally.quick else (float("nan"), float("inf")):
+    for value in values:
         with tally.one(f"{value} in validation"), Heard(), pytest.MonkeyPatch.context() as patch:
             held_out, losses = loop.Evaluator.held_out_loss, iter([None, HeldOutLoss(value, 1, 1)])
             patch.setattr(loop.Evaluator, "held_out_loss", lambda *args: next(losses) or held_out(*args))  # noqa: B023
