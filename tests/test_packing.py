@@ -186,13 +186,13 @@ def test_the_field_packs_the_training_step():
     batch = batching.assemble(plan.batch(0), *ids)
     losses = {}
     for batching_mode in ("pack", "bucket"):
-        config = small_config(data={"batching": batching_mode}, model={"dropout_rate": 0.0})
+        config = small_config(data={"batching": batching_mode}, model={"dropout_rate": 0.0, "num_layers": 1})
         mesh = sharding.make_mesh(config.mesh)
         model = step.Model(config.model, 40)
         update = step.make_train_step(model, config, mesh)
         _, metrics = update(step.init_state(model, config, mesh), sharding.place_batch(mesh, batch))
         losses[batching_mode] = float(metrics.loss.nll / metrics.loss.tokens)
-    model = step.Model(small_config().model, 40)
+    model = step.Model(small_config(model={"num_layers": 1}).model, 40)
     examples = batch_examples(plan)
     source, target = (side.rectangle(examples, 48) for side in ids)
     sums = cross_entropy(model.bind(model.init(0))(jnp.asarray(source), jnp.asarray(target)), jnp.asarray(target), 0.0)

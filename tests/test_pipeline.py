@@ -171,15 +171,31 @@ def test_before_the_first_checkpoint_another_size_makes_another_vocabulary(confi
     assert tokenizer.load(tmp_path).vocab_size == 280
 
 
-def test_after_it_the_vocabulary_must_be_that_of_the_checkpoints(opened, tmp_path):
-    trained = opened[1]
+def test_after_it_the_vocabulary_must_be_that_of_the_checkpoints(config, opened, tmp_path):
+    corpus, trained, _ = opened
     trained.save(tmp_path / "right")
-    assert pipeline.same_tokenizer(tmp_path / "right", trained) is trained
+    assert pipeline.same_tokenizer(config.data, corpus, tmp_path / "right", trained) is trained
     with pytest.raises(UserError, match="missing or not the one"):
-        pipeline.same_tokenizer(tmp_path / "none", trained)
+        pipeline.same_tokenizer(config.data, corpus, tmp_path / "none", trained)
     tokenizer.train(["a b c"] * 9, 264, "unigram").save(tmp_path / "other")
     with pytest.raises(UserError, match="missing or not the one"):
-        pipeline.same_tokenizer(tmp_path / "other", trained)
+        pipeline.same_tokenizer(config.data, corpus, tmp_path / "other", trained)
+
+
+def test_after_it_the_config_may_name_the_same_vocabulary_elsewhere_and_no_other(config, opened, tmp_path):
+    corpus, trained, _ = opened
+    trained.save(tmp_path / "run" / "tokenizer")
+    trained.save(tmp_path / "moved")
+    tokenizer.train(["a b c"] * 9, 264, "bpe").save(tmp_path / "other")
+
+    def go_on(folder):
+        path = str(tmp_path / folder / tokenizer.FILE_NAME)
+        data = dataclasses.replace(config.data, tokenizer=path, vocab_size=tokenizer.load(path).vocab_size)
+        return pipeline.same_tokenizer(data, corpus, tmp_path / "run" / "tokenizer", trained)
+
+    assert go_on("moved") is trained
+    with pytest.raises(UserError, match=r"other/sentencepiece\.model: is not the vocabulary of the run in .*run: that"):
+        go_on("other")
 
 
 def test_a_vocabulary_from_elsewhere_must_have_the_size_the_config_says(config, opened, tmp_path):

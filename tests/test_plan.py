@@ -34,7 +34,7 @@ def command(*flags, config="configs/demo.py", fields=SMALL):
 
 
 def planned(topology="cpu:8", *, find_largest=False, **sections):
-    config = small_config(**{"mesh": {"data": -1}, **sections})
+    config = small_config(**{"mesh": {"data": -1}, "model": {"num_layers": 1}, **sections})
     return plan.plan(config, parse_topology(topology), config.data.max_length, 0.0, find_largest=find_largest)
 
 
@@ -51,7 +51,7 @@ def test_the_command_prints_a_table_and_its_last_line_is_json():
 def test_flops_are_those_of_the_closed_form():
     row = planned(train={"batch_tokens": 1024})
     assert row["rows"] == 32
-    expected = cost.training_flops(small_config().model, 300, 32, 32, 32)
+    expected = cost.training_flops(small_config(model={"num_layers": 1}).model, 300, 32, 32, 32)
     assert row["flops_per_step"] == row["flops_closed_form"] == expected
 
 
@@ -63,7 +63,7 @@ def test_the_parts_of_a_step_are_a_loop_that_is_counted_by_its_trips():
 
 def test_arguments_are_the_state_and_the_batch_and_results_take_their_place():
     row = planned(train={"batch_tokens": 1024, "ema_decay": 0.9})
-    params = step.Model(small_config().model, 300).num_params()
+    params = step.Model(small_config(model={"num_layers": 1}).model, 300).num_params()
     batch = 2 * 4 * 32 * 32 // 8
     assert 0 <= row["arguments_bytes"] - (4 * 4 * params + batch) < 100
     assert row["outputs_bytes"] < 10_000
@@ -72,7 +72,7 @@ def test_arguments_are_the_state_and_the_batch_and_results_take_their_place():
 
 def test_a_data_parallel_step_sends_its_gradients_and_nothing_else():
     row = planned(train={"batch_tokens": 1024})
-    params = step.Model(small_config().model, 300).num_params()
+    params = step.Model(small_config(model={"num_layers": 1}).model, 300).num_params()
     assert list(row["collectives"]) == ["all-reduce"]
     assert list(row["collectives"]["all-reduce"]["axes"]) == ["data"]
     # Embedding, its two uses and the logits may each send their own part of its gradient.

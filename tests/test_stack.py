@@ -1,5 +1,7 @@
 """Layers scanned or written out, recomputed or kept: the same numbers from other programs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,13 +48,21 @@ def test_stacked_params_have_an_axis_for_the_layers():
     assert axes["embeddings", "shared", "table"] == ("vocab", "embed")
 
 
-@pytest.mark.parametrize("dropout", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("scan", [False, True])
-def test_values_and_gradients_are_the_same(scan, remat, dropout):
-    plain, other = model_of(), model_of(scan_layers=scan, remat=remat)
+@functools.cache
+def written_out(dropout):
+    """Params of layers one after the other, their loss and its gradient."""
+    plain = model_of()
     params, key = plain.init(0), jax.random.key(1) if dropout else None
-    wanted, wanted_grads = jax.jit(jax.value_and_grad(loss_of(plain, key)))(params)
+    return params, *jax.jit(jax.value_and_grad(loss_of(plain, key)))(params)
+
+
+@pytest.mark.parametrize("dropout", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    ("scan", "remat"), [(False, "dots"), (False, "full"), (True, "none"), (True, "dots"), (True, "full")]
+)
+def test_values_and_gradients_are_the_same(scan, remat, dropout):
+    other, key = model_of(scan_layers=scan, remat=remat), jax.random.key(1) if dropout else None
+    params, wanted, wanted_grads = written_out(dropout)
     if scan:
         params, wanted_grads = stack(params), stack(wanted_grads)
     value, grads = jax.jit(jax.value_and_grad(loss_of(other, key)))(params)

@@ -107,7 +107,9 @@ def nothing_is_cut(world: World, tally: Tally) -> None:
     run = trained.load_trained(world.talker(), "latest")
     sources = sources_of(world)
     with tally.one("no end of sentence"):
-        found = Translator(run.model, run.tokenizer, run.config.decode, run.mesh).hypotheses(run.params, sources)
+        translator = Translator(run.model, run.tokenizer, run.config.decode, run.mesh)
+        found = translator.hypotheses(run.params, sources)
+        assert translator.translate(run.params, sources) == [best.text for best, *_ in found]
         assert len(found) == len(sources)
         open_ones = [one for (one, *_), source in zip(found, sources, strict=True) if source and not one.finished]
         assert len(open_ones) > len(sources) // 2

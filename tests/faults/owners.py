@@ -28,7 +28,9 @@ def two_trainers(world: World, tally: Tally) -> None:
         with tally.one(f"at once, {attempt}"):
             run = world.new_folder()
             both = [world.train(run, "hold") for _ in range(2)]
+            deadline = time.monotonic() + 120
             while all(process.code is None for process in both):
+                assert time.monotonic() < deadline, "both go on"
                 time.sleep(0.01)
             (refused,), (holder,) = (
                 [process for process in both if (process.code is None) == alive] for alive in (False, True)
