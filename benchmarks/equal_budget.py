@@ -43,7 +43,10 @@ def main(argv: list[str]) -> None:
         found[family] = {**row, "curve": curve((output / family / "metrics.jsonl").read_text())}
         write_whole(output / "equal_budget.json", json.dumps(found, indent=1) + "\n")
     write_whole(output / "equal_budget.md", table(found) + "\n")
-    for axis, label in (("hours", "hours of training"), ("tokens", "target tokens trained on")):
+    for axis, label in (
+        ("minutes", "minutes of training, compilation included"),
+        ("tokens", "target tokens trained on"),
+    ):
         lines = [Series(name, [(p[axis], p["bleu"]) for p in row["curve"]], True) for name, row in found.items()]
         plots.write(output / f"bleu_by_{axis}.svg", "Validation BLEU", label, lines, log=False)
     print(table(found))
@@ -59,7 +62,7 @@ def curve(metrics: str) -> list[Row]:
             "bleu": row["valid/bleu"],
             "loss": row["valid/loss"],
             "tokens": row["train/tokens"],
-            "hours": row["train/hours"],
+            "minutes": 60 * row["train/hours"],
             "flops": row["train/flops"],
         }
         for row in rows
@@ -70,15 +73,15 @@ def curve(metrics: str) -> list[Row]:
 def table(found: dict[str, Row]) -> str:
     """Markdown."""
     lines = [
-        "| family | params | test BLEU | perplexity | target tokens | FLOPs | hours | tokens/s |",
+        "| family | params | test BLEU | perplexity | target tokens | FLOPs | minutes | tokens/s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for family, row in found.items():
         last = row["curve"][-1]
-        rate = last["tokens"] / max(3600 * last["hours"], 1e-9)
+        rate = last["tokens"] / max(60 * last["minutes"], 1e-9)
         lines.append(
             f"| {family} | {row['params']:,} | {row['bleu']:.1f} | {row['perplexity']:.2f} | {last['tokens']:,.0f} "
-            f"| {last['flops']:.1e} | {last['hours']:.2f} | {rate:,.0f} |"
+            f"| {last['flops']:.1e} | {last['minutes']:.1f} | {rate:,.0f} |"
         )
     return "\n".join(lines)
 

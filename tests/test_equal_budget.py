@@ -31,7 +31,7 @@ def test_the_families_differ_in_the_model_alone_and_have_as_many_params():
 
 def test_validations_are_read_with_what_they_cost():
     got = equal_budget.curve("\n".join(map(json.dumps, LINES)) + "\n")
-    assert [(row["step"], row["bleu"], row["hours"]) for row in got] == [(10, 4.0, 0.5), (20, 6.0, 1.0)]
+    assert [(row["step"], row["bleu"], row["minutes"]) for row in got] == [(10, 4.0, 30.0), (20, 6.0, 60.0)]
 
 
 def test_each_family_is_trained_in_its_own_folder_and_drawn(tmp_path, monkeypatch, capsys):
@@ -46,8 +46,8 @@ def test_each_family_is_trained_in_its_own_folder_and_drawn(tmp_path, monkeypatc
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["recurrent"]["split"] == "test_2016_flickr"
     table = (tmp_path / "equal_budget.md").read_text().splitlines()
-    assert table[2] == "| attention | 1,000,000 | 14.0 | 4.00 | 7,200 | 2.0e+09 | 1.00 | 2 |"
-    assert "<circle" in (tmp_path / "bleu_by_hours.svg").read_text()
+    assert table[2] == "| attention | 1,000,000 | 14.0 | 4.00 | 7,200 | 2.0e+09 | 60.0 | 2 |"
+    assert "<circle" in (tmp_path / "bleu_by_minutes.svg").read_text()
     assert (tmp_path / "bleu_by_tokens.svg").exists()
 
 
