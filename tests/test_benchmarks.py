@@ -56,6 +56,7 @@ def test_lengths_without_growth_are_refused(lengths):
         attention_memory.two_or_more(lengths)
 
 
+@pytest.mark.slow
 def test_the_compiled_step_grows_with_the_length_by_blocks_and_with_its_square_without():
     used = {
         (path, length): attention_memory.temporary_mb(path, length, parse_topology("cpu:8"))

@@ -288,8 +288,14 @@ def test_a_stop_signal_saves_the_step_it_is_at(data, whole, tmp_path, monkeypatc
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
 
 
-@pytest.mark.parametrize("keep_last", [1, 20])
-@pytest.mark.parametrize("what", ["loss", "params"])
+@pytest.mark.parametrize(
+    ("what", "keep_last"),
+    [
+        ("loss", 1),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in (("loss", 20), ("params", 1))),
+        ("params", 20),
+    ],
+)
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data, whole, tmp_path, monkeypatch, what, keep_last):
     """From update 8 on the loss, or the params that a good loss left behind, are no numbers."""
     make = step.make_train_step
@@ -446,7 +452,7 @@ def test_if_no_checkpoint_is_sound_training_refuses_to_start_over(data, tmp_path
         loop.fit(config_of(data), tmp_path / "run")
 
 
-@pytest.mark.parametrize("field", ["seed", "batch_tokens"])
+@pytest.mark.parametrize("field", ["seed", pytest.param("batch_tokens", marks=pytest.mark.slow)])
 def test_train_fields_change_the_run(data, whole, tmp_path, field):
     loop.fit(config_of(data, train={"num_steps": 3, field: {"seed": 1, "batch_tokens": 128}[field]}), tmp_path / "run")
     changed = jax.tree.leaves(restore(tmp_path / "run", 3))

@@ -58,7 +58,14 @@ def written_out(dropout):
 
 @pytest.mark.parametrize("dropout", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
-    ("scan", "remat"), [(False, "dots"), (False, "full"), (True, "none"), (True, "dots"), (True, "full")]
+    ("scan", "remat"),
+    [
+        (False, "dots"),
+        pytest.param(False, "full", marks=pytest.mark.slow),
+        (True, "none"),
+        pytest.param(True, "dots", marks=pytest.mark.slow),
+        (True, "full"),
+    ],
 )
 def test_values_and_gradients_are_the_same(scan, remat, dropout):
     other, key = model_of(scan_layers=scan, remat=remat), jax.random.key(1) if dropout else None

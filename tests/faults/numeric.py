@@ -56,10 +56,12 @@ def short(world: World, **train):
     return world.config(train={"num_steps": 12, "checkpoint_every_steps": 3, "eval_every_steps": 6, **train})
 
 
-@row("F1", "NaN and infinity in forward pass, gradient, params, validation loss", full=14, quick=5)
+@row("F1", "NaN and infinity in forward pass, gradient, params, validation loss", full=14, quick=4)
 def no_numbers(world: World, tally: Tally) -> None:
     values = (float("nan"),) if tally.quick else (float("nan"), float("inf"))
-    cases = list(itertools.product(("forward", "gradient", "params"), values))
+    cases = list(
+        itertools.product(("forward", "gradient") if tally.quick else ("forward", "gradient", "params"), values)
+    )
     for place, value in cases:
         with tally.one(f"{value} in the {place}: the update"), poisoned(place, value):
             assert_not_applied(world)
