@@ -92,6 +92,14 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: list[str]) -> tuple
     return config, parser.parse_args(rest)
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--workdir and --checkpoint, which `trained.load_trained` takes."""
+    parser.add_argument("--workdir", required=True, type=workdir_path, help="folder that train.py wrote")
+    parser.add_argument(
+        "--checkpoint", default="latest", help="latest (default), best, a step, average:N or best-average:N"
+    )
+
+
 def config_flags(argv: list[str]) -> tuple[configs.Config, list[str]]:
     """Reads --config=FILE and its --config.SECTION.FIELD=VALUE overrides; returns the rest of the arguments too.
 

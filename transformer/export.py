@@ -161,12 +161,9 @@ def _parse(rest: list[str]) -> argparse.Namespace:
         epilog="--decode.FIELD=VALUE sets a field of decoding, which the jax format builds in.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=command_line.workdir_path, help="folder that train.py wrote")
+    command_line.add_model_flags(parser)
     parser.add_argument("--format", required=True, choices=tuple(NEEDS), help="whose format")
     parser.add_argument("--output", required=True, help="folder to make")
-    parser.add_argument(
-        "--checkpoint", default="latest", help="latest (default), best, a step, average:N or best-average:N"
-    )
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="ctranslate2: of the weights (default: float32)")
     args = parser.parse_args(rest)
     if not args.output.strip() or "://" in args.output:

@@ -265,10 +265,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     positive, folder = command_line.positive_int, command_line.workdir_path
-    parser.add_argument("--workdir", required=True, type=folder, help="folder that train.py wrote")
-    parser.add_argument(
-        "--checkpoint", default="latest", help="latest (default), best, a step, average:N or best-average:N"
-    )
+    command_line.add_model_flags(parser)
     parser.add_argument("--batch_size", type=positive, default=256, help="lines read before the first is written")
     parser.add_argument("--beam_size", type=positive, help="the same as --decode.beam_size")
     parser.add_argument(
