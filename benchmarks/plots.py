@@ -15,7 +15,9 @@ text { font: 11px system-ui, sans-serif; fill: #5b6470 } .title { font-weight: 6
 .grid { stroke: #e2e4e8 } .line { fill: none; stroke-width: 1.8; stroke-linejoin: round } .hit { fill: transparent }
 .end { text-anchor: end } .mid { text-anchor: middle }
 .line.s1 { stroke: #2a6fdb } .line.s2 { stroke: #c2570c } .line.s3 { stroke: #2b8a57 }
+.line.s4 { stroke: #8250c8 } .line.s5 { stroke: #b8860b } .line.s6 { stroke: #5b6470 }
 .dot.s1, .key.s1 { fill: #2a6fdb } .dot.s2, .key.s2 { fill: #c2570c } .dot.s3, .key.s3 { fill: #2b8a57 }
+.dot.s4, .key.s4 { fill: #8250c8 } .dot.s5, .key.s5 { fill: #b8860b } .dot.s6, .key.s6 { fill: #5b6470 }
 """
 
 
@@ -26,8 +28,9 @@ def write(path: epath.PathLike, title: str, x_label: str, series: Sequence[chart
     if not drawing:
         return
     names = re.findall(r'<span class="key (s\d)">([^<]*)</span>', figure)
+    apart = min(130, (charts.WIDTH - charts.LEFT) // max(len(names), 1))
     keys = "".join(
-        f'<text class="key {name}" x="{charts.LEFT + 130 * place}" y="-6">— {text}</text>'
+        f'<text class="key {name}" x="{charts.LEFT + apart * place}" y="-6">— {text}</text>'
         for place, (name, text) in enumerate(names)
     )
     width, height = charts.WIDTH, charts.HEIGHT + HEAD

@@ -4,9 +4,10 @@
         [--rows=base,a-h1] [--output=runs/sweep] [--split=validation]
 
 The config is the base model; each row changes it as the paper's row changes the paper's base model: sizes by the same
-factor, rates to the same value. Each row trains in a workdir of its own under --output, where a row that was begun
-goes on and one that is done is only read. Prints the row, its params, its perplexity and BLEU, the paper's, and
-whether it came out on the same side of the base model, and writes it to table3.md and table3.json there.
+factor, rates to the same value, updates too (big has three times as many). Each row trains in a workdir of its own
+under --output, where a row that was begun goes on and one that is done is only read. Prints each row that is done
+there with its params, perplexity and BLEU, the paper's, and whether it came out on the same side of the base model,
+and writes table3.md, table3.json and table3.svg. The last line of stdout is one JSON object.
 """
 
 import dataclasses
@@ -15,36 +16,42 @@ from typing import Any
 
 from etils import epath
 
+from benchmarks import plots
 from configs.paper import ROWS
 from transformer import command_line, validation
+from transformer import config as configs
 from transformer.command_line import say
 from transformer.config import Config
 from transformer.errors import UserError
 from transformer.files import write_whole
+from transformer.reporting.charts import Series
 
-RESULT = "table3.json"
+GROUPS = {"a": "A heads", "b": "B keys", "c": "C sizes", "d": "D rates", "e": "E places", "big": "big"}
 Found = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
-    """Trains and scores what is not done yet; prints the table after each row."""
+    """Trains and scores what is not done yet; writes the table after each row."""
     parser = command_line.config_parser("python -m benchmarks.sweep", __doc__)
     parser.add_argument("--table", choices=["3"], default="3", help="of the paper")
-    parser.add_argument("--rows", default="", help="names from configs/paper.py, commas between (default: all but big)")
+    parser.add_argument("--rows", default="", help="names from configs/paper.py, commas between (default: all)")
     parser.add_argument("--output", default="runs/sweep", type=command_line.workdir_path, help="folder of all rows")
     parser.add_argument("--split", default="validation", help="that is scored (default: validation, as in the paper)")
     base, args = command_line.parse_with_config(parser, argv)
-    names = args.rows.split(",") if args.rows else [name for name in ROWS if name != "big"]
+    names = args.rows.split(",") if args.rows else list(ROWS)
     unknown = [name for name in names if name not in ROWS]
     if unknown:
         raise UserError(f"--rows: expected some of {', '.join(ROWS)}, got {unknown[0]!r}")
-    configs = {name: row_config(base, name) for name in names}
     output, found = epath.Path(args.output), {}
-    for name, config in configs.items():
+    wanted = [name for name in ROWS if name in names or result_path(output / name, args.split).exists()]
+    rows = {name: row_config(base, name) for name in wanted}
+    for name, config in rows.items():
         found[name] = result(config, output / name, args.split)
-        write_whole(output / RESULT, json.dumps(found, indent=1) + "\n")
+        write_whole(output / "table3.json", json.dumps(found, indent=1) + "\n")
         write_whole(output / "table3.md", table(found) + "\n")
+    draw(output, found)
     print(table(found))
+    say(f"table3.md, table3.json and table3.svg: {output}")
     print(json.dumps(found))
 
 
@@ -83,11 +90,26 @@ def scaled(field: str, wanted: int, paper: int, own: int, name: str) -> int:
     return own * wanted // paper
 
 
+def result_path(workdir: epath.Path, split: str) -> epath.Path:
+    """Where a row that is done keeps what it came to, and by which config."""
+    return workdir / f"result.{split}.json"
+
+
 def result(config: Config, workdir: epath.Path, split: str) -> Found:
-    """What a row came to: read where it was found before, else trained for, or gone on with."""
-    path = workdir / f"result.{split}.json"
+    """What a row came to: read where it was found before, else trained for, or gone on with.
+
+    Raises:
+      UserError: it was found before by another config.
+    """
+    path, config = result_path(workdir, split), configs.with_absolute_paths(config)
     if path.exists():
-        return json.loads(path.read_text())
+        kept = json.loads(path.read_text())
+        if changes := configs.differences(validation.resolve(kept["config"]), config):
+            raise UserError(
+                f"{path}: found with another config: {'; '.join(map(str, changes))}. Choose another --output, or "
+                "delete that folder"
+            )
+        return kept["found"]
     say(f"row {workdir.name}")
 
     from transformer import loop, scoring
@@ -104,7 +126,7 @@ def result(config: Config, workdir: epath.Path, split: str) -> Found:
         "signature": report.scores["bleu_signature"],
         "step": trained.step,
     }
-    write_whole(path, json.dumps(found, indent=1) + "\n")
+    write_whole(path, json.dumps({"found": found, "config": dataclasses.asdict(config)}, indent=1) + "\n")
     return found
 
 
@@ -122,6 +144,16 @@ def table(found: dict[str, Found]) -> str:
             f"| {agree[0]} | {ours['bleu']:.1f} | {row.bleu:.1f} | {agree[1]} |"
         )
     return "\n".join(lines)
+
+
+def draw(output: epath.Path, found: dict[str, Found]) -> None:
+    """Perplexities by the paper's, a line for each group with the base model on it: one that rises agrees."""
+    lines = []
+    for group, title in GROUPS.items():
+        names = [name for name in found if name == "base" or name.partition("-")[0] == group]
+        points = sorted((ROWS[name].perplexity, found[name]["perplexity"]) for name in names)
+        lines.append(Series(title, points, True))
+    plots.write(output / "table3.svg", "Perplexity of the rows of Table 3", "the paper's", lines, log=False)
 
 
 def agrees(found: dict[str, Found], name: str, key: str) -> str:

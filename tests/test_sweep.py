@@ -1,5 +1,6 @@
 """Rows of Table 3 scaled to a base model: sizes by factors, a row is done once, and what agrees is told."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from tests.conftest import small_config
 from transformer.config import Config
 from transformer.errors import UserError
 
+UNREAD = {name: getattr(Config().model, name) for name in ("num_heads", "mlp_dim")}  # by other families
 BASE = {"num_layers": 3, "emb_dim": 32, "num_heads": 8, "mlp_dim": 64}
 
 
@@ -68,11 +70,22 @@ def test_rows_are_trained_once_and_the_table_is_written(tmp_path, monkeypatch, c
     lines = (tmp_path / "table3.md").read_text().splitlines()
     assert lines[3] == "| a-h4 | 1.23 |  | 7.00 | 5.00 | yes | 28.0 | 25.5 | yes |"
     assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() == {"base", "a-h4"}
+    assert (tmp_path / "table3.svg").exists()
     with pytest.raises(UserError, match=r"expected some of base, .* got 'c-n3'"):
         sweep.main(["sweep", "--config=configs/demo.py", "--rows=c-n3"])
 
 
-def test_what_is_done_is_read_and_what_is_not_is_trained_and_scored(tmp_path, monkeypatch):
+def test_rows_that_were_done_before_stay_in_the_table(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    sweep.result_path(tmp_path / "base", "validation").write_text("{}")
+    monkeypatch.setattr(sweep, "result", lambda *_: {"params": 1, "perplexity": 5.0, "bleu": 30.0})
+    flags = ["--config=configs/demo.py", "--config.model.num_heads=8", "--rows=a-h4", f"--output={tmp_path}"]
+    sweep.main(["sweep", *flags])
+    assert json.loads((tmp_path / "table3.json").read_text()).keys() == {"base", "a-h4"}
+
+
+@pytest.mark.parametrize("family", ["attention", "recurrent", "convolutional"])
+def test_what_is_done_is_read_and_what_is_not_is_trained_and_scored(family, tmp_path, monkeypatch):
     folder = tmp_path / "corpus"
     folder.mkdir()
     for split, count in (("train", 60), ("val", 4)):
@@ -81,7 +94,8 @@ def test_what_is_done_is_read_and_what_is_not_is_trained_and_scored(tmp_path, mo
             (folder / f"{split}.{code}").write_text("\n".join(lines) + "\n")
     data = {"name": "text", "dir": str(folder), "data_dir": str(tmp_path / "prepared"), "vocab_size": 280}
     data["num_buckets"] = 1
-    config = small_config(data=data, model={"num_layers": 1}, train={"num_steps": 2}, decode={"beam_size": 1})
+    model = {"num_layers": 1, "family": family, **({} if family == "attention" else UNREAD)}
+    config = small_config(data=data, model=model, train={"num_steps": 2}, decode={"beam_size": 1})
     from etils import epath
 
     found = sweep.result(config, epath.Path(tmp_path / "base"), "validation")
@@ -90,6 +104,9 @@ def test_what_is_done_is_read_and_what_is_not_is_trained_and_scored(tmp_path, mo
     assert found.keys() > {"params", "bleu", "signature"}
     monkeypatch.setattr(sweep, "say", lambda text: pytest.fail("trained again"))
     assert sweep.result(config, epath.Path(tmp_path / "base"), "validation") == found
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=3))
+    with pytest.raises(UserError, match=r"found with another config: train.num_steps: 2 → 3"):
+        sweep.result(other, epath.Path(tmp_path / "base"), "validation")
 
 
 def test_every_row_has_results():
