@@ -63,14 +63,13 @@ def core_program(family: str, width: int, length: int) -> hlo.Program:
         return compiled(lambda q, k, v: dot_product_attention(q, k, v, mask), heads, heads, heads)
     if family == "convolutional":
         return layer_program(family, width, length)
-    x_1TD = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
-    shapes = [(width, 4 * width), (width, 4 * width), (4 * width,)]
-    weights = recurrence.Weights(*(jnp.zeros(shape) for shape in shapes))
-    return compiled(recurrence.lstm, x_1TD, weights)
+    shapes = (length, 1, 4 * width), (width, 4 * width), (4 * width,)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return compiled(lambda *arrays: recurrence.recur(*arrays, None, False), *arrays)
 
 
 def compiled(function: Callable, *shapes: Any) -> hlo.Program:
-    """As XLA makes it for the device at hand."""
+    """As XLA makes it for the default device."""
     return hlo.Program(jax.jit(function).lower(*shapes).compile().as_text() or "")
 
 
@@ -87,8 +86,15 @@ def depth(program: hlo.Program) -> int:
 
 
 def flops(program: hlo.Program) -> int:
-    """Of matrix products, those in a loop as often as it runs."""
-    return program_cost.flops(program)
+    """Of matrix products, those in a loop as often as it runs.
+
+    Raises:
+      ValueError: there are none, as where a GPU's compiler has made calls to a library of them.
+    """
+    found = program_cost.flops(program)
+    if not found:
+        raise ValueError("expected matrix products in the compiled program, found none; compile it for a CPU")
+    return found
 
 
 def one_operation(family: str, width: int, length: int) -> Callable[[Array], Array]:
@@ -119,18 +125,19 @@ def joined(operation: Callable[[Array], Array], width: int, length: int) -> np.n
 
 
 def path_length(family: str, width: int, length: int) -> int:
-    """Operations that a signal passes through from the first position to the last, at least.
+    """Operations that a signal passes through, at least, between the two positions for which that takes the most.
 
     Those of one layer for attention and recurrence; a convolution reaches its neighbours alone, so there it is
-    the number of layers.
+    the number of layers. Pairs that a layer does not join, as later positions to earlier ones, do not count.
+
+    Raises:
+      ValueError: the last position does not depend on the first.
     """
-    joins = joined(one_operation(family, width, length), width, length)
-    reached = np.zeros(length, bool)
-    reached[0] = True
+    joins = joined(one_operation(family, width, length), width, length).astype(np.float32)
+    reached = np.eye(length, dtype=bool)  # to, from
     count = 1 if family == "recurrent" else 0  # the first state takes its input
-    while not reached[-1]:
-        after = reached | (joins & reached).any(1)
-        if (after == reached).all():
-            raise ValueError(f"{family}: the last of {length} positions does not depend on the first")
+    while (after := reached | (joins @ reached > 0)).sum() > reached.sum():
         reached, count = after, count + 1
+    if not reached[-1, 0]:
+        raise ValueError(f"{family}: the last of {length} positions does not depend on the first")
     return count

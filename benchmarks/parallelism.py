@@ -12,6 +12,7 @@ is one JSON object.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -35,6 +36,7 @@ from transformer.files import write_whole
 from transformer.reporting.charts import Series
 from transformer.tokenizer import EOS, UNK
 
+RESULT = "parallelism.json"
 VOCAB = 256
 PATH_LENGTHS = (16, 32, 64, 128)  # of which gradients are taken, from every position to every other
 PATH_WIDTH = 16
@@ -73,16 +75,14 @@ def main(argv: list[str]) -> None:
         other = {"dtype": args.dtype, "attention": args.attention}
         configs = {family: equal_config(family, args.width, **other) for family in families}
         found["params"] = {family: params(config) for family, config in configs.items()}
-        found["training"] = [
-            row
-            for tokens in token_counts(args.tokens)
-            for length in lengths
-            for row in trained(configs, length, tokens)
-        ]
+        found["training"] = []
+        for tokens, length in itertools.product(token_counts(args.tokens), lengths):
+            found["training"] += trained(configs, length, tokens)
+            write_whole(output / RESULT, json.dumps(found, indent=1) + "\n")
         show_training(found["training"])
-    write_whole(output / "parallelism.json", json.dumps(found, indent=1) + "\n")
+    write_whole(output / RESULT, json.dumps(found, indent=1) + "\n")
     draw(output, found)
-    say(f"plots and parallelism.json: {output}")
+    say(f"plots and {RESULT}: {output}")
     print(json.dumps(found))
 
 
@@ -96,17 +96,21 @@ def token_counts(text: str) -> list[int]:
 
 
 def layer_figures(family: str, width: int, lengths: Sequence[int]) -> Row:
-    """Depth, FLOPs and path of one layer at each length, and the exponents by which they grow."""
+    """Depth, FLOPs and path of one layer at each length, and the exponents by which they grow.
+
+    Compiled for a CPU wherever it runs: a GPU's compiler hands products to libraries, where they cannot be counted.
+    """
     say(f"{family}: compiling a layer for each length")
-    whole = [one_layer.layer_program(family, width, length) for length in lengths]
-    core = [one_layer.core_program(family, width, length) for length in lengths]
-    figures: Row = {
-        "depth": [one_layer.depth(program) for program in whole],
-        "flops": [one_layer.flops(program) for program in whole],
-        "core_flops": [one_layer.flops(program) for program in core],
-        "path_lengths": list(PATH_LENGTHS),
-        "path": [one_layer.path_length(family, PATH_WIDTH, length) for length in PATH_LENGTHS],
-    }
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        whole = [one_layer.layer_program(family, width, length) for length in lengths]
+        core = [one_layer.core_program(family, width, length) for length in lengths]
+        figures: Row = {
+            "depth": [one_layer.depth(program) for program in whole],
+            "flops": [one_layer.flops(program) for program in whole],
+            "core_flops": [one_layer.flops(program) for program in core],
+            "path_lengths": list(PATH_LENGTHS),
+            "path": [one_layer.path_length(family, PATH_WIDTH, length) for length in PATH_LENGTHS],
+        }
     for name, over in (("depth", lengths), ("flops", lengths), ("core_flops", lengths), ("path", PATH_LENGTHS)):
         figures[f"{name}_exponent"] = round(exponent(over, figures[name]), 3)
     return figures
@@ -146,13 +150,20 @@ def params(config: Config) -> int:
 
 
 def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
-    """Each family at one shape; nothing where a batch does not hold a sentence."""
+    """Each family at one shape that memory holds; nothing where a batch does not hold a sentence."""
     if tokens < length:
         return []
     rows = []
     for family, config in configs.items():
         say(f"{family}: training on {tokens // length} x {length} tokens")
-        rows.append({"family": family, "length": length, "tokens": tokens, **measure(config, tokens // length, length)})
+        try:
+            figures = measure(config, tokens // length, length)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            say("out of memory: left out")
+            continue
+        rows.append({"family": family, "length": length, "tokens": tokens, **figures})
     return rows
 
 

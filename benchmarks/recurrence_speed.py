@@ -2,8 +2,9 @@
 
     python -m benchmarks.recurrence_speed [--batch=64] [--length=32] [--width=512] [--torch=PYTHON]
 
-PyTorch is no dependency: --torch names the interpreter of an environment that has it. Each runs in a process of its
-own, in turn, three times; the median of the ratios is quoted. The last line of stdout is one JSON object.
+PyTorch is no dependency: --torch names the interpreter of an environment that has it, which runs its layer in a
+process of its own. Each is timed in turn, three times; the median of the ratios is quoted. The last line of stdout is
+one JSON object.
 """
 
 import argparse

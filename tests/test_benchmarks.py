@@ -1,6 +1,7 @@
 """The measuring commands: that they measure what they say, not what comes out."""
 
 import json
+import statistics
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -113,6 +114,14 @@ def test_a_python_without_torch_is_refused(monkeypatch):
     monkeypatch.setattr(recurrence_speed, "TORCH", "import there_is_no_torch")
     with pytest.raises(UserError, match="expected a Python that has PyTorch, got: ModuleNotFoundError"):
         recurrence_speed.torch_ms(sys.executable, [2, 2, 2])
+
+
+def test_both_layers_are_timed_in_turn(monkeypatch, capsys):
+    monkeypatch.setattr(recurrence_speed, "torch_ms", lambda python, sizes: 1000.0)
+    recurrence_speed.main(["recurrence_speed", "--batch=2", "--length=3", "--width=4"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(found["ours_ms"]) == len(found["torch_ms"]) == 3
+    assert found["speed"] == round(statistics.median(1000.0 / ours for ours in found["ours_ms"]), 2) > 0
 
 
 @pytest.mark.parametrize(

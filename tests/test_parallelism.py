@@ -3,10 +3,12 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import one_layer, parallelism, plots
+from transformer import sharding
 from transformer.errors import UserError
 from transformer.reporting.charts import Series
 
@@ -32,6 +34,7 @@ def test_scores_and_values_grow_with_the_square_and_recurrence_with_the_length(l
     for i, n in enumerate(LENGTHS):
         assert layers["attention"]["core_flops"][i] == 2 * 2 * n * n * WIDTH
         assert layers["attention"]["flops"][i] == 2 * 2 * n * n * WIDTH + 2 * n * 12 * WIDTH**2
+        assert layers["recurrent"]["core_flops"][i] == 2 * n * 4 * WIDTH**2
         assert layers["recurrent"]["flops"][i] == 2 * n * 8 * WIDTH**2
         assert layers["convolutional"]["flops"][i] == 2 * n * 6 * WIDTH**2
 
@@ -40,6 +43,27 @@ def test_a_signal_passes_one_operation_of_attention_and_all_of_a_recurrence(laye
     assert layers["attention"]["path"] == [1] * len(parallelism.PATH_LENGTHS)
     assert layers["recurrent"]["path"] == list(parallelism.PATH_LENGTHS)
     assert layers["convolutional"]["path"] == [n - 1 for n in parallelism.PATH_LENGTHS]  # layers of width 3
+
+
+def test_a_layer_of_recurrence_joins_each_position_with_those_before_it():
+    joins = one_layer.joined(lambda x: one_layer.make_layer("recurrent", 8)(x[None])[0], 8, 12)
+    assert (joins == np.tri(12, dtype=bool)).all()
+
+
+def test_a_program_without_products_is_refused():
+    with pytest.raises(ValueError, match="expected matrix products"):
+        one_layer.flops(one_layer.compiled(lambda x: x + 1, np.zeros(3, np.float32)))
+
+
+def test_what_memory_does_not_hold_is_left_out(monkeypatch):
+    def measure(config, rows, length):
+        if config.model.family == "attention":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return {"step_ms": 1.0}
+
+    monkeypatch.setattr(parallelism, "measure", measure)
+    configs = {family: parallelism.family_config(family, 16) for family in ("attention", "recurrent")}
+    assert [row["family"] for row in parallelism.trained(configs, 8, 16)] == ["recurrent"]
 
 
 def test_a_gradient_of_zero_is_no_path():
@@ -76,9 +100,14 @@ def test_the_command_writes_its_tables_and_plots(tmp_path, capsys, monkeypatch, 
 
 
 def test_a_step_is_really_trained(monkeypatch):
+    made, place = [], sharding.place_batch
     monkeypatch.setattr(parallelism, "SECONDS", 0.0)
+    monkeypatch.setattr(sharding, "place_batch", lambda mesh, batch: made.append(batch) or place(mesh, batch))
+    ready = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda metrics: ready.append(float(metrics.loss.objective)))
     found = parallelism.measure(parallelism.family_config("recurrent", 16), 2, 8)
-    assert found["target_tokens_per_s"] == pytest.approx(2 * 8 / found["step_ms"] * 1000, rel=0.1)
+    assert made[0].target_BT.shape == (2, 8)
+    assert len(set(ready)) == len(ready) == 4  # one to warm up and three that count; each changes the loss
     assert min(found.values()) > 0
 
 

@@ -51,12 +51,14 @@ def main(argv: list[str]) -> None:
 def sizes(config: Config, vocab_size: int) -> Row:
     """What was measured."""
     model = config.model
+    attends = model.family == "attention"
     return {
+        "family": model.family,
         "dtype": model.dtype,
         "emb_dim": model.emb_dim,
-        "mlp_dim": model.mlp_dim,
+        "mlp_dim": model.mlp_dim if attends else None,
         "num_layers": model.num_layers,
-        "num_heads": model.num_heads,
+        "num_heads": model.num_heads if attends else None,
         "vocab_size": vocab_size,
         "batch_tokens": config.train.batch_tokens,
     }

@@ -2,7 +2,8 @@
 
 A layer is a convolution of twice the width, of which one half gates the other, and adds to what it is given;
 every layer of the decoder looks at the source. Sums of two are scaled by √½, which keeps their variance. Unlike
-there, weights are not normalised, scores are scaled by 1/√D, and what is found in the source is not scaled.
+there, weights are not normalised, scores are scaled by 1/√D, what is found in the source is not scaled, nor are the
+encoder's gradients, and the embeddings in the decoder's values are not dropped.
 
 B batch, S source length, T target length, D model width, N beams, W width of the convolution.
 """

@@ -57,11 +57,12 @@ def lstm(x_BTD: Array, weights: Weights, keep_BT: Array | None = None, reverse: 
     x_TBG = _rows(x_TBD) @ weights.input_DG
     x_TBG = x_TBG.reshape(*x_TBD.shape[:2], -1)
     keep_TB1 = None if keep_BT is None else keep_BT.T[:, :, None].astype(jnp.float32)
-    return jnp.swapaxes(_scan(x_TBG, weights.state_HG, weights.bias_G, keep_TB1, reverse), 0, 1)
+    return jnp.swapaxes(recur(x_TBG, weights.state_HG, weights.bias_G, keep_TB1, reverse), 0, 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _scan(x_TBG: Array, state_HG: Array, bias_G: Array, keep_TB1: Array | None, reverse: bool) -> Array:
+def recur(x_TBG: Array, state_HG: Array, bias_G: Array, keep_TB1: Array | None, reverse: bool) -> Array:
+    """What is sequential in a layer: gates' inputs [T, B, G] → states [T, B, H]; `keep_TB1` as `keep_BT`, float32."""
     return _forward(x_TBG, state_HG, bias_G, keep_TB1, reverse)[0]
 
 
@@ -114,7 +115,7 @@ def _backward(reverse: bool, saved: tuple, grad_TBH: Array) -> tuple[Array, Arra
     )
 
 
-_scan.defvjp(_forward, _backward)
+recur.defvjp(_forward, _backward)
 
 
 def _weight_gradient(before_TBH: Array, grad_TBG: Array) -> Array:

@@ -1,9 +1,9 @@
 """What attention replaced, first: encoder and decoder of LSTM layers, in the style of GNMT (Wu et al. 2016).
 
 The first layer of the encoder reads the source in both directions, half of the width each; every other layer adds
-to what it is given. The lowest layer of the decoder looks at the source, and all layers above it and the output are
-given what it finds there, as in the GNMT of MLPerf: so all places of a target can be attended from at once, and what
-is sequential is the recurrence alone.
+to what it is given. The lowest layer of the decoder looks at the source, and all layers above it are given what it
+finds there, as in the GNMT of MLPerf, and here the output too: so all places of a target can be attended from at once,
+and what is sequential is the recurrence alone.
 
 B batch, S source length, T target length, D model width, N beams, G gates of an LSTM.
 """
