@@ -28,7 +28,7 @@ from transformer.tokenizer import PAD
 
 ROUNDS = 5  # timed apart, so that the median passes over a busy moment of the machine
 
-Row = dict[str, float | str]
+Row = dict[str, float | str | None]
 
 
 def main(argv: list[str]) -> None:
