@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from tests.conftest import small_config
 from transformer import checkpoint, fingerprint, sharding, step, tokenizer
@@ -223,15 +224,29 @@ def test_a_manifest_that_says_something_else_is_damaged(workdir):
     assert Checkpoints(workdir).newest_sound() == 100
 
 
-def test_a_manifest_of_a_version_without_digests_of_manifests_can_be_read(workdir):
+def test_a_manifest_without_its_digest_is_not_trusted(workdir):
     path = workdir / "checkpoints" / "100" / checkpoint.MANIFEST
     values = json.loads(path.read_text())
-    del values["sha256"], values["host"]
+    del values["sha256"]
     path.write_text(json.dumps(values))
-    assert Checkpoints(workdir).newest_sound() == 100
-    assert Checkpoints(workdir).manifest(100).host == {}
-    path.write_text(json.dumps({**values, "host": {}}))
     assert Checkpoints(workdir).newest_sound() == 10
+
+
+def test_what_cannot_be_deleted_yet_is_deleted_next_time(workdir, monkeypatch, capsys):
+    kind, busy = type(epath.Path(workdir)), [OSError(39, "Directory not empty")]
+    rmtree = kind.rmtree
+
+    def refused_once(path):
+        if busy:
+            raise busy.pop()
+        rmtree(path)
+
+    monkeypatch.setattr(kind, "rmtree", refused_once)
+    Checkpoints(workdir).prune(1, 0)
+    assert Checkpoints(workdir).steps() == [100]
+    assert "9.removed: not deleted yet" in capsys.readouterr().err
+    Checkpoints(workdir).prepare(100)
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["100"]
 
 
 def test_the_host_is_noted(workdir):

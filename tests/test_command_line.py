@@ -56,6 +56,17 @@ def test_widths_follow_an_override_of_the_model_width(tmp_path):
         assert (model.emb_dim, model.qkv_dim, model.value_dim, model.num_layers) == (64, 64, 64, 2)
 
 
+def test_a_whole_number_of_a_config_file_may_become_a_part(tmp_path):
+    (tmp_path / "plain.py").write_text("def get_config():\n    return {'optimizer': {'clip_norm': 1}}\n")
+    (tmp_path / "own.py").write_text(
+        "from ml_collections import config_dict\n"
+        "def get_config():\n    return config_dict.ConfigDict({'optimizer': {'clip_norm': 1}})\n"
+    )
+    for name in ("plain", "own"):
+        config = parse(f"--config={tmp_path}/{name}.py", "--config.optimizer.clip_norm=0.5")[0]
+        assert config.optimizer.clip_norm == 0.5
+
+
 def test_whole_numbers_may_be_written_as_people_do():
     assert parse(DEMO, "--config.train.num_steps=1e5")[0].train.num_steps == 100_000
 
@@ -118,6 +129,7 @@ def test_a_boolean_and_a_float_and_a_string():
         ([DEMO, "--config.model.num_layers.x=3"], r"expected --config\.SECTION\.FIELD=VALUE"),
         ([DEMO, "--config.model.num_layers=two"], r"num_layers: expected int, got 'two'"),
         ([DEMO, "--config.model.num_layers=1.5"], r"num_layers: expected int, got '1\.5'"),
+        ([DEMO, "--config.model.num_layers=inf"], r"num_layers: expected int, got 'inf'"),
         ([DEMO, "--config.model.num_layers"], r"expected a value"),
         ([DEMO, "--config.model.num_layers=0"], r"num_layers: expected at least 1, got 0"),
         ([DEMO, "--config.model.dropout_rate=nan"], r"dropout_rate: expected a finite number, got nan"),

@@ -116,8 +116,15 @@ def test_what_was_found_is_kept_and_read_again_unless_damaged(tmp_path, monkeypa
     assert contents.find(opened, LANGUAGES) == facts
     monkeypatch.setattr(contents, "_read", read)
     content = path.read_text()
-    for damaged in ("", "x", content[:-9], content.replace('"blank": [0]', '"blank": [1]'), content + "x"):
-        path.write_text(damaged)
+    for damaged in (
+        "",
+        "x",
+        content[:-9],
+        content.replace('"blank": [0]', '"blank": [1]'),
+        content + "x",
+        content + "é",
+    ):
+        path.write_bytes(damaged.encode("latin-1"))  # é alone is no UTF-8
         assert contents.find(opened, LANGUAGES) == facts
         assert path.read_text() == content
     kept_of_other_files = open_text(tmp_path, pairs(200))

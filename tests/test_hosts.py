@@ -160,7 +160,7 @@ def flags(*argv):
 def test_a_process_without_flags_or_launcher_is_alone():
     assert not hosts.is_one_of_several(flags())
     with hosts.joined(flags()):
-        assert (hosts.index(), hosts.count(), hosts.is_lead()) == (0, 1, True)
+        assert (hosts.count(), hosts.is_lead()) == (1, True)
         assert hosts.from_lead("x", lambda: "made") == "made"
         assert hosts.gather("x", "mine") == ["mine"]
 
@@ -193,3 +193,10 @@ def test_flags_that_do_not_go_together_are_refused(argv, message):
 )
 def test_launchers_are_known_by_their_environment(environment, name):
     assert hosts.launcher(environment) == name
+
+
+def test_open_mpi_5_is_told_to_give_the_flags(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"--num_processes=\$OMPI_COMM_WORLD_SIZE"):
+        hosts.is_one_of_several(flags())
+    assert hosts.is_one_of_several(flags("--coordinator=a:1", "--num_processes=2", "--process_id=0"))

@@ -9,6 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from tests.conftest import small_config
 from transformer import loop, step, stop_signals, trained
@@ -273,6 +274,18 @@ def test_another_host_is_said(data, tmp_path, monkeypatch, capsys):
     assert f"jax: {here['jax']} → 9.9; cores: {here['cores']} → 77\n" in said
     loop.fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
     assert "another host" not in capsys.readouterr().err
+
+
+def test_another_way_to_decode_looks_for_its_best_anew(data, tmp_path, capsys):
+    loop.fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
+    assert loop.Run(config_of(data), epath.Path(tmp_path / "run")).progress.best >= 0
+    assert loop.Run(config_of(data, decode={"beam_size": 1}), epath.Path(tmp_path / "run")).progress == loop.Progress()
+    assert "decode.beam_size: 2 → 1" in capsys.readouterr().err
+
+
+def test_devices_that_a_mesh_leaves_idle_are_said(data, tmp_path, capsys):
+    loop.Run(config_of(data, mesh={"data": 2}), epath.Path(tmp_path / "run"))
+    assert f"config.mesh uses 2 of {jax.device_count()} devices" in capsys.readouterr().err
 
 
 def test_a_stop_signal_saves_the_step_it_is_at(data, whole, tmp_path, monkeypatch):

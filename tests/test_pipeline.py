@@ -80,6 +80,18 @@ def test_damaged_ids_are_made_anew(config, opened, name, capsys):
     np.testing.assert_array_equal(got.target.flat, wanted[1])
 
 
+def test_ids_of_a_kind_that_is_none_are_made_anew(config, opened, capsys):
+    corpus, trained, ids = opened
+    (folder,) = (pathlib.Path(config.data.data_dir) / "token_ids").glob(
+        f"{corpus.split('train').digest[:24]}*{trained.digest[:24]}"
+    )
+    path = folder / pipeline.ABOUT
+    path.write_text(path.read_text().replace("uint16", "uint17"))
+    got = pipeline.token_ids(config.data, corpus, "train", trained)
+    assert "damaged" in capsys.readouterr().err
+    np.testing.assert_array_equal(got.source.flat, ids.source.flat)
+
+
 def test_nothing_half_written_stays_behind(config, opened, monkeypatch):
     corpus, _, _ = opened
     other = tokenizer.train([" ".join(pair) for pair in corpus.split("train")], 275, "bpe")
@@ -169,6 +181,20 @@ def test_before_the_first_checkpoint_another_size_makes_another_vocabulary(confi
     assert pipeline.get_tokenizer(smaller, corpus, tmp_path).vocab_size == 280
     assert "replacing the vocabulary" in capsys.readouterr().err
     assert tokenizer.load(tmp_path).vocab_size == 280
+
+
+def test_before_the_first_checkpoint_a_vocabulary_of_another_kind_or_damaged_is_replaced(
+    config, opened, tmp_path, capsys
+):
+    corpus, trained, _ = opened
+    path = tmp_path / trained.file_name
+    for kind, damage in (("unigram", b""), ("bpe", b"x")):
+        trained.save(tmp_path)
+        path.write_bytes(path.read_bytes() + damage)
+        got = pipeline.get_tokenizer(dataclasses.replace(config.data, tokenizer=kind), corpus, tmp_path)
+        assert "replacing the vocabulary" in capsys.readouterr().err
+        assert (got.digest == trained.digest) is (kind == "bpe")
+        assert tokenizer.load(tmp_path).digest == got.digest
 
 
 def test_after_it_the_vocabulary_must_be_that_of_the_checkpoints(config, opened, tmp_path):

@@ -12,11 +12,12 @@ import pytest
 from etils import epath
 
 from tests import storage
-from tests.conftest import ROOT
+from tests.conftest import ROOT, small_config
 from tests.processes import TINY, environment, on_hosts, write_data
 from tests.test_hosts import losses, train_here
 from transformer import remote, workdir
 from transformer.checkpoint import MANIFEST, Checkpoints
+from transformer.datasets import corpus as corpora
 from transformer.errors import UserError, WorkdirError
 from transformer.files import append, reported, write_whole
 
@@ -61,6 +62,14 @@ def test_paths_and_addresses():
     assert not remote.is_remote("/b/x")
     assert remote.missing("/b/x") is None
     assert "expected a folder, gs://BUCKET" in remote.missing("ftp://b/x")
+
+
+def test_data_at_an_address_that_cannot_be_used_is_refused(monkeypatch):
+    with pytest.raises(UserError, match=r"config\.data\.data_dir: expected a folder, gs://BUCKET"):
+        corpora.check(small_config(data={"name": "cldr", "data_dir": "ftp://b/x"}).data)
+    monkeypatch.setenv("TFDS_DATA_DIR", "ftp://b/x")
+    with pytest.raises(UserError, match=r"TFDS_DATA_DIR: expected a folder"):
+        corpora.check(small_config(data={"name": "cldr"}).data)
 
 
 def test_an_address_whose_package_is_missing_says_how_to_get_it(monkeypatch):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -10,8 +12,9 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
+from tests.conftest import ROOT
 from transformer.cost import Spent
-from transformer.errors import DivergedError
+from transformer.errors import DivergedError, UserError
 from transformer.loss import LossSums
 from transformer.run_log import Meter, RunLog, peak_memory_mb
 from transformer.step import StepMetrics
@@ -106,6 +109,31 @@ def test_lines_are_json_and_resume_appends(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "step 10/20 · loss 1.500 · 1,234 tokens/s · 0:0" in shown
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_a_reader_of_the_lines_that_goes_away_ends_nothing(tmp_path):
+    program = (
+        "import sys\nfrom etils import epath\nfrom transformer.command_line import say\n"
+        "from transformer.run_log import RunLog\n"
+        "with RunLog(epath.Path(sys.argv[1]), 0, 9) as log:\n"
+        "  sys.stdin.read()\n"
+        "  say('stopping')\n"
+        "  for step in (1, 2): log.write(step, {'train/loss': 1.5, 'train/target_tokens_per_s': 9.0})\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stderr.close()
+        process.stdin.close()
+        assert process.wait(60) == 0
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_disk_that_is_full_is_a_message(tmp_path, monkeypatch):
+    with RunLog(epath.Path(tmp_path), 0, 20) as log:
+        log._jsonl.close()
+        monkeypatch.setattr(log, "_jsonl", open("/dev/full", "w"))  # noqa: SIM115
+        with pytest.raises(UserError, match=r"--workdir=.*: No space left on device"):
+            log.write(1, {"valid/bleu": 1.0})
 
 
 def test_events_hold_the_same_numbers(tmp_path):

@@ -46,6 +46,9 @@ def test_the_config_is_kept_and_must_stay(folder):
     folder.mkdir()
     workdir.keep_config(folder, small_config())
     assert validation.from_json((folder / workdir.CONFIG_FILE).read_text(), "") == small_config()
+    (folder / workdir.CONFIG_FILE).write_bytes(b"\xff")
+    workdir.keep_config(folder, small_config())
+    assert validation.from_json((folder / workdir.CONFIG_FILE).read_text(), "") == small_config()
     assert workdir.config_changes(folder, small_config(), small_config()) == []
     with pytest.raises(UserError, match=r"another config: model.norm: 'post' → 'pre'; train.seed: 0 → 5"):
         workdir.config_changes(folder, small_config(), small_config(model={"norm": "pre"}, train={"seed": 5}))

@@ -178,7 +178,7 @@ class Checkpoints:
             return
         for path in self.folder.iterdir():
             if path.name.endswith(UNFINISHED):
-                path.rmtree()
+                _delete(path)
             elif self._is_remote and path.name.isdecimal():
                 if not (path / MANIFEST).exists() and not (path / DAMAGED).exists():
                     path.rmtree()
@@ -209,9 +209,11 @@ class Checkpoints:
             _clear(self.folder / str(step))
             return
         gone = self.folder / f"{step}.removed"
-        if gone.exists():
-            gone.rmtree()
-        (self.folder / str(step)).rename(gone).rmtree()
+        with reported(f"--workdir={self.folder.parent}"):
+            if gone.exists():
+                gone.rmtree()
+            (self.folder / str(step)).rename(gone)
+        _delete(gone)
 
     def restore_params(self, step: int, model: Model, mesh: Mesh, kind: str = "params") -> Params:
         """The params alone, on the devices of `mesh`; with kind `ema` their moving average."""
@@ -252,6 +254,14 @@ def _load(folder: epath.Path, abstract: Any) -> Any:
     """Arrays as `abstract` has them, on its devices."""
     with remote.read(folder) as place:
         return ocp.load(place, abstract)
+
+
+def _delete(folder: epath.Path) -> None:
+    """Deletes what is no checkpoint any more; on NFS not while someone reads it, and then `prepare` comes again."""
+    try:
+        folder.rmtree()
+    except OSError as error:
+        say(f"{folder}: not deleted yet: {error}")
 
 
 def _clear(folder: epath.Path) -> None:

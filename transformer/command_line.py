@@ -6,6 +6,7 @@ on SIGTERM / SIGINT.
 """
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
@@ -28,7 +29,7 @@ def run(command: Callable[[list[str]], object]) -> None:
     try:
         command(sys.argv)
         sys.stdout.flush()
-    except Exception as error:
+    except (Exception, StoppedError) as error:
         sys.exit(exit_code(error))
 
 
@@ -52,7 +53,7 @@ def exit_code(error: BaseException) -> int:
 def complain(message: str) -> None:
     """The last words of a command, on stderr, under its name and that of the host if there are several."""
     name = " ".join(filter(None, (os.path.basename(sys.argv[0]), _host)))
-    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    _tell(f"{name}: {message}")
 
 
 def use_huge_pages() -> None:
@@ -115,8 +116,9 @@ def config_flags(argv: list[str]) -> tuple[configs.Config, list[str]]:
         raise UserError(f"expected one --config=FILE, such as --config=configs/demo.py, got {len(paths)}")
     overrides = [_override(argument) for argument in mine if not argument.startswith("--config=")]
     config = _load(paths[0])
-    for section, field, value in overrides:
-        config[section][field] = value
+    with config.ignore_type():  # validation says what a field takes: 1 may be overridden by 0.5
+        for section, field, value in overrides:
+            config[section][field] = value
     return validation.resolve(config), rest
 
 
@@ -138,7 +140,7 @@ def _load(path: str) -> config_dict.ConfigDict:
     given = validation.sections(config)
     # Not flattened: fields that follow others, as qkv_dim follows emb_dim, must see overrides too.
     if isinstance(config, dict):
-        config = config_dict.ConfigDict(config)
+        config = config_dict.ConfigDict(config, type_safe=False)
     config.unlock()
     for section in configs.SECTIONS:
         if section not in given:
@@ -215,7 +217,7 @@ def _parse(flag: str, section: str, field: str, text: str) -> int | float | bool
     kind = configs.field_type(section, field)
     try:
         return PARSERS[kind](text)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         raise UserError(f"{flag}: expected {kind.__name__}, got {text!r}") from error
 
 
@@ -262,4 +264,10 @@ def speak_as(index: int, count: int) -> None:
 def say(message: str) -> None:
     """Tells the person at the terminal, on stderr, what one host tells for all; stdout is for results."""
     if not _host or _host.startswith("(host 0 "):
+        _tell(message)
+
+
+def _tell(message: str) -> None:
+    # Whoever read it may be gone: Ctrl-C ends `2>&1 | tee log` too, and saving must go on.
+    with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)

@@ -228,7 +228,7 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How devices are arranged: the product of the four is the number of devices. -1, in one of them, fills up."""
+    """How devices are arranged: the product of the four is the number used. -1, in one of them, takes all others."""
 
     data: int = _field(-1, "devices over which the rows of a batch are split; -1: all that are left", low=-1)
     fsdp: int = _field(

@@ -23,8 +23,8 @@ class WorkdirError(UserError):
     exit_code = 4
 
 
-class StoppedError(Exception):
-    """The run was asked to stop by a signal and has saved its state."""
+class StoppedError(BaseException):
+    """The run was asked to stop by a signal and has saved its state; no error, so that nothing takes it for one."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)

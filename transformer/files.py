@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -31,7 +32,7 @@ def growing(path: epath.PathLike) -> Iterator[BinaryIO]:
             with path.open("wb") as sent:
                 shutil.copyfileobj(buffer, sent)
         return
-    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
+    partial = path.parent / f"{path.name}.{uuid.uuid4().hex}.partial"  # containers share process numbers
     try:
         with partial.open("wb") as file:
             yield file

@@ -92,13 +92,22 @@ def is_one_of_several(args: argparse.Namespace) -> bool:
 
 
 def launcher(environment: Any) -> str | None:
-    """Who has started this process as one of several, as JAX tells them apart; None: nobody has."""
+    """Who has started this process as one of several, as JAX tells them apart; None: nobody has.
+
+    Raises:
+      UserError: Open MPI 5 or later, from which JAX cannot learn who is first (github.com/jax-ml/jax/issues/14576).
+    """
 
     def several(name: str) -> bool:
         return environment.get(name, "").isdecimal() and int(environment[name]) > 1
 
-    if "OMPI_MCA_orte_hnp_uri" in environment and several("OMPI_COMM_WORLD_SIZE"):
-        return "Open MPI"
+    if several("OMPI_COMM_WORLD_SIZE"):
+        if "OMPI_MCA_orte_hnp_uri" in environment:
+            return "Open MPI"
+        raise UserError(
+            "started by mpirun as one of several, but JAX knows Open MPI up to version 4 alone; give --coordinator="
+            "HOST:PORT of process 0 --num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK"
+        )
     if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= environment.keys():
         return "Slurm" if several("SLURM_NTASKS") else None
     slices, workers = environment.get("MEGASCALE_NUM_SLICES", ""), environment.get("TPU_WORKER_HOSTNAMES", "")
@@ -176,11 +185,6 @@ def who() -> str:
 def count() -> int:
     """How many hosts there are."""
     return _here.count
-
-
-def index() -> int:
-    """Which of them this is."""
-    return _here.index
 
 
 def name(host: int) -> str:

@@ -150,6 +150,8 @@ class Run:
         else:
             self.state = self.checkpoints.restore(newest, model, config, self.mesh)
             self.progress, self.spent = Progress.of(before), cost.Spent.of(before) or self.spent
+            if any(change.startswith("decode.") for change in changes):
+                self.progress = Progress()  # BLEU of another search is another figure
         self.slowest = Slowest()
         self._describe(model)
         if changes:
@@ -221,7 +223,9 @@ class Run:
             say(f"step {done:,}: {stale:,} validations without a better BLEU than {best:.2f}, so the run ends here")
             return True
         if done == self.start >= train.num_steps:
-            say(f"{self.path}: trained for {done:,} steps; raise train.num_steps to go on")
+            ends = self.config.optimizer.schedule in ("cosine", "linear")
+            advice = "longer runs of its schedule need another workdir" if ends else "raise train.num_steps to go on"
+            say(f"{self.path}: trained for {done:,} steps; {advice}")
         return done >= train.num_steps
 
     def _is_due(self, done: int, every: int) -> bool:
@@ -251,6 +255,8 @@ class Run:
         )
         shapes = " ".join(f"{b.rows}x({b.source}, {b.target})" for b in plan.buckets)
         say(f"batch shapes, rows x (source, target): {shapes}")
+        if self.mesh.size < jax.device_count():
+            say(f"warning: config.mesh uses {self.mesh.size} of {jax.device_count()} devices; mesh.data=-1 takes all")
         if self.start:
             say(f"resuming after step {self.start:,}")
             others = fingerprint.differences(self.checkpoints.manifest(self.start).host, fingerprint.of_host())

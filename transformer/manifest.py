@@ -35,16 +35,13 @@ class Manifest:
     def from_json(cls, text: str) -> "Manifest":
         """Reads it again; a ValueError, TypeError, AttributeError or KeyError if it is not what was written."""
         values = json.loads(text)
-        digest = values.pop("sha256", None)
-        if digest is None and values.keys() == {"metrics", "data", "files"}:  # of a version that wrote no digest
-            values["host"] = {}
-        elif digest != _digest_of_values(values):
+        if values.pop("sha256") != _digest_of_values(values):
             raise ValueError("it has changed since it was written")
         metrics = {str(name): float(value) for name, value in values["metrics"].items()}
         host = {str(name): str(value) for name, value in values["host"].items()}
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in values["files"].items()}
-        data = values["data"] if isinstance(values["data"], dict) else {"training": values["data"]}  # as once written
-        return cls(metrics, {str(name): str(digest) for name, digest in data.items()}, host, files)
+        data = {str(name): str(digest) for name, digest in values["data"].items()}
+        return cls(metrics, data, host, files)
 
 
 class Digests:

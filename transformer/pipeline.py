@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -87,16 +88,15 @@ def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
 
 
 def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) -> Tokenizer:
-    """The vocabulary of a run that has no checkpoint yet: stored already, named by the config, or trained now."""
-    given = _given(data, corpus)
+    """The vocabulary of a run that has no checkpoint yet: what config and corpus make, whatever is stored."""
+    wanted = vocabulary(data, corpus)
+    path = stored / wanted.file_name
+    if path.exists() and sha256(path) == wanted.digest:
+        return wanted
     if tokenizers.is_in(stored):
-        tokenizer = tokenizers.load(stored)
-        if tokenizer.digest == (given or tokenizer).digest and tokenizer.vocab_size == data.vocab_size:
-            return tokenizer
         say(f"{stored}: replacing the vocabulary, which no checkpoint uses and the config does not ask for")
-    given = given or vocabulary(data, corpus)
-    given.save(stored)
-    return given
+    wanted.save(stored)
+    return wanted
 
 
 def _given(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer | None:
@@ -172,7 +172,7 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
         if folder.exists():
             try:
                 return _read(folder)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 say(f"{folder}: damaged ({error}); made anew")
                 shutil.rmtree(folder)
         say(f"tokenizing {split_name}: {len(split):,} pairs")
@@ -185,8 +185,7 @@ def _write(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
     """Tokenizes into a folder that appears whole or not at all, so that two runs may do it at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    partial = folder.parent / f"{folder.name}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier process with this number
+    partial = folder.parent / f"{folder.name}.{uuid.uuid4().hex}.partial"  # containers share process numbers
     partial.mkdir()
     try:
         lengths = {"source": array.array("q"), "target": array.array("q")}

@@ -19,7 +19,7 @@ from transformer import hosts, remote
 from transformer.command_line import say
 from transformer.cost import Spent
 from transformer.errors import DivergedError
-from transformer.files import write_whole
+from transformer.files import reported, write_whole
 from transformer.step import StepMetrics
 
 METRICS_FILE = "metrics.jsonl"
@@ -137,15 +137,23 @@ def peak_memory_mb() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+class _Console(Console):
+    """Falls silent when whoever read it is gone, where rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich."""
+        self.quiet = True
+
+
 class RunLog:
     """The run's files and its bar; use as a context."""
 
     def __init__(self, workdir: epath.Path, start: int, num_steps: int):
-        self._log = remote.Log(workdir, METRICS_FILE)
+        self._workdir, self._log = workdir, remote.Log(workdir, METRICS_FILE)
         _forget_after(self._log.folder / METRICS_FILE, start)
         self._jsonl = (self._log.folder / METRICS_FILE).open("a")
         self._events = SummaryWriter(str(self._log.folder), purge_step=start + 1)
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = _Console(stderr=True, highlight=False, soft_wrap=True)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
         # A file or a pipe gets one line for each line of metrics instead of a bar.
@@ -159,8 +167,9 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-        self._jsonl.close()
-        self._events.close()
+        with contextlib.suppress(OSError):  # what is written was flushed; a full disk has been reported
+            self._jsonl.close()
+            self._events.close()
         self._log.close()
 
     def keep(self) -> None:
@@ -173,12 +182,13 @@ class RunLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records metrics of a step, and shows the ones people follow."""
-        self._jsonl.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self._jsonl.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, np.float64(value), step)
-        self._events.flush()
-        self._log.copy()
+        with reported(f"--workdir={self._workdir}"):
+            self._jsonl.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            self._jsonl.flush()
+            for name, value in values.items():
+                self._events.add_scalar(name, np.float64(value), step)
+            self._events.flush()
+            self._log.copy()
         if "train/loss" in values:
             note = f"loss {values['train/loss']:.3f} · {values['train/target_tokens_per_s']:,.0f} tokens/s"
             self._bar.update(self._task, completed=step, note=note)

@@ -60,7 +60,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       devices: others instead, such as those of a topology that is not here.
 
     Raises:
-      UserError: the sizes do not make up the number of devices.
+      UserError: the sizes ask for more devices than there are, or with several hosts for fewer.
     """
     available = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(available))

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from transformer import consensus, sharding
 from transformer.checkpoint import Checkpoints, Metrics
 from transformer.config import Config, MeshConfig
-from transformer.errors import StoppedError, UserError, WorkdirError
+from transformer.errors import UserError, WorkdirError
 from transformer.step import Model, Params
 from transformer.tokenizer import Tokenizer
 
@@ -76,8 +76,6 @@ def load_trained(workdir: epath.PathLike, which: str) -> Trained:
     steps = select(checkpoints, which)
     try:
         return _read(checkpoints, which, steps)
-    except StoppedError:
-        raise
     except Exception as error:
         # What reading raises while training deletes a checkpoint depends on which of its files went first.
         if gone := sorted(set(steps) - set(checkpoints.steps())):

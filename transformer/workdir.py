@@ -99,10 +99,10 @@ def config_changes(workdir: epath.Path, old: Config, config: Config) -> list[str
 @hosts.lead_only
 def keep_config(workdir: epath.Path, config: Config) -> None:
     """Makes a config the workdir's own."""
-    path = workdir / CONFIG_FILE
-    if not path.exists() or path.read_text() != config.to_json():
-        with reported(f"--workdir={workdir}"):
-            write_whole(path, config.to_json())
+    path, text = workdir / CONFIG_FILE, config.to_json()
+    with reported(f"--workdir={workdir}"):
+        if not path.exists() or path.read_bytes() != text.encode():
+            write_whole(path, text)
 
 
 def _harmless(change: configs.Change, config: Config) -> bool:

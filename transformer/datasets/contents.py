@@ -107,8 +107,8 @@ def _kept(path: epath.Path, files: str) -> Facts | None:
     """What `_keep` wrote for the same files, or None."""
     if not path.exists():
         return None
-    digest, _, text = path.read_text().rstrip("\n").partition("\n")
-    if hashlib.sha256(text.encode()).hexdigest() != digest:
+    digest, _, text = path.read_bytes().rstrip(b"\n").partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != digest:
         return None
     kept_files, facts = json.loads(text)
     return Facts(**facts) if kept_files == files else None

@@ -21,7 +21,7 @@ from etils import epath
 
 from transformer import remote
 from transformer.command_line import say
-from transformer.config import DataConfig
+from transformer.config import PATHS, DataConfig
 from transformer.datasets import contents, parallel_text, prepared, wmt
 from transformer.datasets.split import Split
 from transformer.errors import UserError
@@ -87,6 +87,11 @@ def check(data: DataConfig) -> None:
 
     Imports no JAX and reads no sentence; `open_corpus` may still find fault with the content.
     """
+    for field in PATHS:
+        if reason := remote.missing(getattr(data, field)):
+            raise UserError(f"config.data.{field}: {reason}")
+    if reason := remote.missing(os.environ.get("TFDS_DATA_DIR", "")):
+        raise UserError(f"TFDS_DATA_DIR: {reason}")
     if data.manual_dir and _base(data) not in wmt.NAMES:
         raise UserError(f"config.data.manual_dir: read only with {' and '.join(wmt.NAMES)}; got name = {data.name!r}")
     if data.name == "text":

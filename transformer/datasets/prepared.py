@@ -26,7 +26,7 @@ from transformer import remote
 from transformer.command_line import say
 from transformer.datasets import text_files
 from transformer.errors import UserError
-from transformer.files import write_whole
+from transformer.files import reported, write_whole
 
 _RECORD = "digests.json"
 
@@ -72,7 +72,6 @@ class Prepared:
 
     def __init__(self, builder: Any):
         self.folder = epath.Path(builder.data_path)
-        self.features = builder.info.features
         self._empty = list((builder.info.metadata or {}).get("empty_splits", []))
         self._splits = dict(builder.info.splits)
         if builder.info.file_format is None or builder.info.file_format.value != "array_record":
@@ -158,7 +157,7 @@ def prepare(make: Callable[[], Any], *, own: bool) -> Prepared:
     with quiet():
         builder = make()
     folder = epath.Path(builder.data_path)
-    if remote.fetch(folder):
+    if _fetched(folder):
         builder = make()
     if not _is_complete(folder):
         try:
@@ -171,14 +170,21 @@ def prepare(make: Callable[[], Any], *, own: bool) -> Prepared:
         except OSError as error:
             raise UserError(f"{folder}: cannot write data there: {error}; see config.data.data_dir") from error
     found = Prepared(builder)
-    remote.publish(folder)
+    with reported(f"{folder}, of config.data.data_dir"):
+        remote.publish(folder)
     return found
 
 
 def is_prepared(builder: Any) -> bool:
     """Whether a builder's data is there."""
-    remote.fetch(epath.Path(builder.data_path))
+    _fetched(epath.Path(builder.data_path))
     return _is_complete(epath.Path(builder.data_path))
+
+
+def _fetched(folder: epath.Path) -> bool:
+    """Whether `remote.fetch` found it in object storage."""
+    with reported(f"{folder}, of config.data.data_dir"):
+        return remote.fetch(folder)
 
 
 def how_to_prepare(builder: Any) -> str:
