@@ -94,7 +94,7 @@ def averaged(workdir, tmp_path):
     trained = load_trained(workdir, "latest")
     state = step.init_state(trained.model, trained.config, sharding.make_mesh(trained.config.mesh))
     counter = jax.device_put(np.int32(240), state.step.sharding)
-    Checkpoints(tmp_path / "run").save(state._replace(step=counter), trained.config, trained.tokenizer, "", {})
+    Checkpoints(tmp_path / "run").save(state._replace(step=counter), trained.config, trained.tokenizer, {}, {})
     return tmp_path / "run"
 
 

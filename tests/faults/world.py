@@ -101,7 +101,7 @@ class World:
             state = step.init_state(run.model, run.config, run.mesh)
             louder = jax.tree.map(lambda leaf: 2 * leaf, state.params)
             self._talker = self.new_folder()
-            Checkpoints(self._talker).save(state._replace(params=louder), run.config, run.tokenizer, "", {})
+            Checkpoints(self._talker).save(state._replace(params=louder), run.config, run.tokenizer, {}, {})
         return self._talker
 
     def three_checkpoints(self) -> pathlib.Path:
