@@ -153,7 +153,7 @@ def draw(output: epath.Path, found: dict[str, Found]) -> None:
         names = [name for name in found if name == "base" or name.partition("-")[0] == group]
         points = sorted((ROWS[name].perplexity, found[name]["perplexity"]) for name in names)
         lines.append(Series(title, points, True))
-    plots.write(output / "table3.svg", "Perplexity of the rows of Table 3", "the paper's", lines, log=False)
+    plots.write(output / "table3.svg", "Perplexity of the rows of Table 3", "perplexity in the paper", lines, log=False)
 
 
 def agrees(found: dict[str, Found], name: str, key: str) -> str:

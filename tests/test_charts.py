@@ -70,13 +70,14 @@ def test_bars_are_as_high_as_their_values():
 
 
 def test_numbers_are_short():
-    assert [charts.short(value) for value in (0, 0.0005, 12, 9500, 12000, 2.5e6)] == [
+    assert [charts.short(value) for value in (0, 0.0005, 12, 9500, 12000, 2.5e6, 2e10)] == [
         "0",
         "0.0005",
         "12",
         "9500",
         "12k",
         "2.5M",
+        "20G",
     ]
 
 

@@ -131,6 +131,8 @@ def doublings(low: float, high: float, about: int, base: float = 2) -> list[floa
 
 def short(value: float) -> str:
     """12,000 as 12k."""
+    if abs(value) >= 1e9:
+        return f"{value / 1e9:.4g}G"
     if abs(value) >= 1e6:
         return f"{value / 1e6:.4g}M"
     return f"{value / 1e3:.4g}k" if abs(value) >= 1e4 else f"{value:.4g}"
