@@ -8,9 +8,9 @@ Moses: data/task1/tok of https://github.com/multi30k/dataset; and `bpe.codes`, 1
 
 Wu et al. 2021 ("Good for Misconceived Reasons") print 41.02, tokenized lowercased BLEU, for this model and recipe.
 Here seed 0 has 40.83 (sacrebleu -tok none -lc -s none: nrefs:1|case:lc|eff:no|tok:none|smooth:none|version:2.6.0), mean
-of the last 10 checkpoints, after 8,000 updates: 56.3 million target tokens, 1.1e15 FLOPs, 2.4 hours beside other work on
-2 cores of an AMD EPYC, float32 (2026-11-20, commit 3fddd27). Other seeds are owed. Their runs also end after 10 epochs
-without a better validation loss, of which there is no field here: all 8,000 updates are made.
+of the last 10 checkpoints, after 8,000 updates: 56.3 million target tokens, 1.1e15 FLOPs, 2.4 hours beside other work
+on 2 cores of an AMD EPYC, float32 (2026-11-20, commit 3fddd27). Other seeds are owed. Their runs also end after 10
+epochs without a better validation loss, of which there is no field here: all 8,000 updates are made.
 """
 
 from ml_collections import config_dict
