@@ -71,6 +71,8 @@ def test_ctranslate2_gives_the_log_probabilities_of_the_model(model, vocabulary,
 def test_a_search_that_ctranslate2_does_not_know_is_said(workdir, fields, warns, capsys):
     decode = dataclasses.replace(load_trained(workdir, "latest").config.decode, **fields)
     assert export_ctranslate2.options(decode)["beam_size"] == decode.beam_size
+    assert export_ctranslate2.options(decode)["patience"] == 3
+    assert export_ctranslate2.options(dataclasses.replace(decode, early_stopping=True))["patience"] == 1
     assert ("warning: CTranslate2 will not search" in capsys.readouterr().err) == warns
 
 

@@ -42,8 +42,13 @@ def search(logits_BTVV, beam_size: int, limits=None, alpha: float = 0.0, form: s
     return jax.tree.map(np.asarray, found)
 
 
-def plain_beam_search(log_probs_TVV, beam_size: int, limit: int, alpha: float) -> list[tuple[bool, float, list[int]]]:
-    """The rules of the search in plain Python, run to the limit whatever has ended: (finished, score, tokens)."""
+def plain_beam_search(
+    log_probs_TVV, beam_size: int, limit: int, alpha: float, early: bool = False
+) -> list[tuple[bool, float, list[int]]]:
+    """The rules of the search in plain Python: (finished, score, tokens).
+
+    Run to the limit whatever has ended, or if `early` as fairseq runs.
+    """
     alive, ended = [(0.0, [])], []
     for position in range(limit):
         candidates = []
@@ -51,8 +56,11 @@ def plain_beam_search(log_probs_TVV, beam_size: int, limit: int, alpha: float) -
             row_V = log_probs_TVV[position, tokens[-1] if tokens else BOS]
             candidates += [(log_prob + row_V[v], [*tokens, v]) for v in range(len(row_V)) if v not in (PAD, BOS)]
         candidates = sorted(candidates, reverse=True)[: 2 * beam_size - 1]
-        ended += [(True, c[0] / penalty(position + 1, alpha), c[1]) for c in candidates if c[1][-1] == EOS]
+        may_end = candidates[:beam_size] if early else candidates
+        ended += [(True, c[0] / penalty(position + 1, alpha), c[1]) for c in may_end if c[1][-1] == EOS]
         ended = sorted(ended, reverse=True)[:beam_size]
+        if early and len(ended) == beam_size:
+            return ended
         alive = [candidate for candidate in candidates if candidate[1][-1] != EOS][:beam_size]
     cut = [(False, log_prob / penalty(limit, alpha), tokens) for log_prob, tokens in alive]
     return (ended + cut)[:beam_size]
@@ -92,6 +100,17 @@ def test_stopping_early_changes_nothing(beam_size, alpha):
         assert got == [tokens for _, _, tokens in expected]
         np.testing.assert_allclose(found.scores_BN[sentence, : len(got)], [s for _, s, _ in expected], rtol=1e-5)
         assert found.finished_BN[sentence, : len(got)].tolist() == [finished for finished, _, _ in expected]
+
+
+@pytest.mark.parametrize(("beam_size", "alpha"), [(1, 0.6), (2, 1.0), (4, 2.0)])
+def test_with_early_stopping_a_sentence_ends_when_as_many_as_beams_have_ended(beam_size, alpha):
+    chains = random_chains(2, 60, 12, vocab_size=8, eos_logit=2.0)
+    step = chain_step(jnp.asarray(chains))
+    found = search_with(step, (), (60, beam_size, 12), [12] * 60, alpha, early_stopping=True)
+    plain = [plain_beam_search(log_softmax(chain), beam_size, 12, alpha, early=True) for chain in chains]
+    assert [texts(found, i) for i in range(60)] == [[tokens for _, _, tokens in one] for one in plain]
+    whole = [plain_beam_search(log_softmax(chain), beam_size, 12, alpha) for chain in chains]
+    assert (whole != plain) is (beam_size > 1)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])

@@ -75,6 +75,7 @@ def decode(
             count=count,
             reorder=reorder_all,
             coverage=coverage,
+            early_stopping=config.early_stopping,
             phrases_BKL=request.phrases_BKL,
             **shared,
         )

@@ -91,8 +91,9 @@ def score_with(
 def options(decode: DecodeConfig) -> dict[str, Any]:
     """What `translate_batch` is to be given to search as this config does, as far as it can.
 
-    It ends a search once `patience` times as many hypotheses as beams have ended, ours when none could be better:
-    a patience of 3 finds the same. It counts the end of a sentence in the length only where it returns it.
+    It ends a search once `patience` times as many hypotheses as beams have ended, as ours with `early_stopping` does
+    with a patience of 1; else ours ends when none could be better, and a patience of 3 finds the same. It counts the
+    end of a sentence in the length only where it returns it.
     """
     other = decode.method != "beam" or decode.coverage_penalty or decode.min_length or decode.no_repeat_ngram
     if other or (decode.length_penalty and decode.length_penalty_form != "length"):
@@ -104,7 +105,7 @@ def options(decode: DecodeConfig) -> dict[str, Any]:
     return {
         "beam_size": decode.beam_size,
         "length_penalty": decode.length_penalty,
-        "patience": 3,
+        "patience": 1 if decode.early_stopping else 3,
         "return_end_token": True,
         "max_input_length": decode.max_source_tokens,
         "max_decoding_length": decode.max_source_tokens + decode.max_extra_length,

@@ -8,6 +8,8 @@ How hypotheses end, and how they rank:
   one has one candidate: it is the argmax roll-out, whatever the length penalty.
 - A sentence is done when it reaches its own limit, or when nothing that goes on could still beat the worst
   of its best ended hypotheses, as many as are wanted. It does not change after that, whatever its neighbours do.
+- With `early_stopping` it is also done once N hypotheses have ended, each with an EOS among the N best continuations,
+  as in fairseq and CTranslate2: sooner, with shorter translations. Phrases may end outside of the N best.
 - A hypothesis that the limit cuts is returned whole, without EOS, as not finished. Finished ones come
   first, by score; cut ones fill the places left over, by score.
 - PAD and BOS are never generated. Their probability is not shared out among the other tokens: a score
@@ -54,6 +56,7 @@ class _Rules(NamedTuple):
     restrictions: Restrictions
     coverage: Coverage | None
     phrases: constraints.Phrases | None
+    early_stopping: bool
 
 
 class _Beams(NamedTuple):
@@ -105,6 +108,7 @@ def beam_search(
     restrictions: Restrictions | None = None,
     coverage: Coverage | None = None,
     phrases_BKL: jax.Array | None = None,
+    early_stopping: bool = False,
 ) -> Hypotheses:
     """Searches for the N hypotheses of each sentence with the best log-probability / length penalty.
 
@@ -130,6 +134,7 @@ def beam_search(
       coverage: a penalty added to the scores; `step` then returns its attention too.
       phrases_BKL: int32, what each translation must hold, PAD after each phrase. All are met if the prefix,
         the phrases one after the other and EOS fit into the limit; nothing is returned that lacks one.
+      early_stopping: a sentence is done once N hypotheses have ended; static.
 
     Raises:
       ValueError: a size is not positive, or a leaf of a cache to be moved does not lead with [B, N].
@@ -144,6 +149,7 @@ def beam_search(
         restrictions or Restrictions(),
         coverage,
         None if phrases_BKL is None else constraints.phrases(phrases_BKL, pad_id),
+        early_stopping,
     )
     start = _State(
         position=jnp.zeros((), jnp.int32),
@@ -232,6 +238,8 @@ def _select(candidates: _Candidates, beams: _Beams, position: jax.Array, rules: 
     is_eos_BC = last_BC == rules.ids.eos
 
     ends_BC = is_eos_BC & is_possible(log_probs_BC)
+    if rules.early_stopping and not rules.phrases:
+        ends_BC &= (np.arange(ends_BC.shape[1]) < beam_size)[None, :]
     scores_BC = log_probs_BC / rules.penalties[position]
     if rules.coverage:
         scores_BC += take_beams(rules.coverage.score(beams.attended_BNS), parents_BC)
@@ -270,6 +278,8 @@ def _is_done(beams: _Beams, position: jax.Array, rules: _Rules) -> jax.Array:
     is_wanted_N = np.arange(beams.ended_scores_BN.shape[1]) < rules.wanted
     worst_B = jnp.min(jnp.where(is_wanted_N[None, :], beams.ended_scores_BN, jnp.inf), axis=1)
     beaten_B = best_B / largest_penalty_B <= worst_B
+    if rules.early_stopping:
+        beaten_B |= jnp.all(is_possible(beams.ended_scores_BN), axis=1)
     return (position >= rules.limits_B) | ~is_possible(best_B) | beaten_B
 
 

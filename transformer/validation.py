@@ -189,8 +189,9 @@ def with_decode(config: Config, fields: dict[str, Any]) -> Config:
 def _check_decode(decode: DecodeConfig) -> None:
     """Fields that the method does not read must be left alone."""
     drawing = ("sample", "mbr")
-    readers = dict.fromkeys(("temperature", "top_k", "top_p", "seed"), drawing)
-    for name, methods in {**readers, "mbr_samples": ("mbr",), "coverage_penalty": ("beam",)}.items():
+    readers: dict[str, tuple[str, ...]] = dict.fromkeys(("temperature", "top_k", "top_p", "seed"), drawing)
+    readers |= {"mbr_samples": ("mbr",), "coverage_penalty": ("beam",), "early_stopping": ("beam",)}
+    for name, methods in readers.items():
         value, default = getattr(decode, name), getattr(DecodeConfig, name)
         if decode.method not in methods and value != default:
             raise UserError(
