@@ -205,13 +205,8 @@ class DecodeConfig:
         "what log-probabilities are divided by: gnmt ((5 + length) / 6)^alpha, or length^alpha",
         one_of=("gnmt", "length"),
     )
-    coverage_penalty: float = _field(
-        0.0, "beam: beta of the GNMT coverage penalty on sources left out; 0 is none", low=0, high=10
-    )
-    early_stopping: bool = _field(
-        False,
-        "beam: a sentence is done once beam_size hypotheses have ended, as in fairseq, whatever could come",
-    )
+    coverage_penalty: float = _field(0.0, "beam: beta of GNMT's penalty on sources left out; 0 is none", low=0, high=10)
+    early_stopping: bool = _field(False, "beam: a sentence is done once beam_size hypotheses have ended, as in fairseq")
     min_length: int = _field(0, "tokens of a translation, at least, its end not counted, where the limit allows", low=0)
     no_repeat_ngram: int = _field(0, "no n-gram of so many tokens occurs twice in a translation; 0: any may", low=0)
     temperature: float = _field(1.0, "sample, mbr: logits are divided by it", low=0.01, high=100)
