@@ -159,7 +159,7 @@ def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
         try:
             figures = measure(config, tokens // length, length)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not command_line.is_out_of_memory(error):
                 raise
             say("out of memory: left out")
             continue

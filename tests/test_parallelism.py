@@ -108,6 +108,7 @@ def test_a_step_is_really_trained(monkeypatch):
     found = parallelism.measure(parallelism.family_config("recurrent", 16), 2, 8)
     assert made[0].target_BT.shape == (2, 8)
     assert len(set(ready)) == len(ready) == 4  # one to warm up and three that count; each changes the loss
+    assert found["target_tokens_per_s"] == pytest.approx(2 * 8 / found["step_ms"] * 1000, rel=0.1)
     assert min(found.values()) > 0
 
 

@@ -42,12 +42,17 @@ def exit_code(error: BaseException) -> int:
         # The reader of our output went away. Python would complain once more while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if "RESOURCE_EXHAUSTED" in str(error):  # XLA and TensorStore have no class of their own for this
+    if is_out_of_memory(error):
         advice = "lower train.batch_tokens, decode.beam_size or decode.batch_rows, or free space on the disk"
         complain(f"out of memory or disk: {str(error).splitlines()[0]}; {advice}")
         return UserError.exit_code
     traceback.print_exception(error)
     return 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, or the disk, ran out; XLA and TensorStore have no class of their own for this."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def complain(message: str) -> None:

@@ -223,7 +223,7 @@ class Run:
             say(f"step {done:,}: {stale:,} validations without a better BLEU than {best:.2f}, so the run ends here")
             return True
         if done == self.start >= train.num_steps:
-            ends = self.config.optimizer.schedule in ("cosine", "linear")
+            ends = workdir.ends_with_its_steps(self.config)
             advice = "longer runs of its schedule need another workdir" if ends else "raise train.num_steps to go on"
             say(f"{self.path}: trained for {done:,} steps; {advice}")
         return done >= train.num_steps

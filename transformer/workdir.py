@@ -105,9 +105,14 @@ def keep_config(workdir: epath.Path, config: Config) -> None:
             write_whole(path, text)
 
 
+def ends_with_its_steps(config: Config) -> bool:
+    """Whether the learning rate reaches 0 at train.num_steps, so that a run of more steps is another run."""
+    return config.optimizer.schedule in ("cosine", "linear")
+
+
 def _harmless(change: configs.Change, config: Config) -> bool:
     if (change.section, change.field) == ("train", "num_steps"):
-        return config.optimizer.schedule not in ("cosine", "linear")  # these end at num_steps
+        return not ends_with_its_steps(config)
     if (change.section, change.field) == ("data", "tokenizer"):
         return not {change.old, change.new} & set(configs.TRAINED_TOKENIZERS)
     return change.field in HARMLESS.get(change.section, ())
