@@ -73,7 +73,7 @@ def test_no_number_is_not_a_number(section, name, value):
 
 
 @pytest.mark.parametrize(("section", "name"), INTS)
-@pytest.mark.parametrize("value", [-2, 1.5, "2", True, None])
+@pytest.mark.parametrize("value", [-2, 2**31, 1.5, "2", True, None])
 def test_no_count_is_not_a_count(section, name, value):
     refused(rf"config\.{section}\.{name}: expected", **{section: {name: value}})
 
@@ -124,6 +124,18 @@ IMPOSSIBLE = [
     (r"batch_tokens: expected room for one sentence", {"train": {"batch_tokens": 100}}),
     (r"adam has none", {"optimizer": {"weight_decay": 0.1}}),
     (r"warmup_steps: the paper schedule needs at least 1", {"optimizer": {"warmup_steps": 0}}),
+    (
+        r"warmup_steps: the cosine schedule falls .* to 0 at train\.num_steps = 100: expected fewer steps, got 100",
+        {"optimizer": {"schedule": "cosine", "warmup_steps": 100}, "train": {"num_steps": 100}},
+    ),
+    (
+        r"the linear schedule falls .* train\.num_steps = 300: expected fewer steps, got 4000; change either",
+        {"optimizer": {"schedule": "linear"}, "train": {"num_steps": 300}},
+    ),
+    (
+        r"num_buckets = 3: read only with batching = bucket, got batching = pack; leave num_buckets at 8",
+        {"data": {"num_buckets": 3, "batching": "pack"}},
+    ),
     (r"schedule: expected one of", {"optimizer": {"schedule": "step"}}),
     (r"epsilon: expected above 0, got 0", {"optimizer": {"epsilon": 0.0}}),
     (r"config\.mesh\.data: expected -1", {"mesh": {"data": 0}}),
@@ -200,3 +212,7 @@ def test_methods_read_their_fields():
     resolve({"decode": {"method": "sample", "top_k": 5, "top_p": 0.5, "temperature": 0.5, "seed": 1}})
     resolve({"decode": {"method": "mbr", "mbr_samples": 5}})
     resolve({"decode": {"coverage_penalty": 0.2}})
+
+
+def test_the_last_update_of_a_schedule_may_be_its_peak():
+    resolve({"optimizer": {"schedule": "linear", "warmup_steps": 99}, "train": {"num_steps": 100}})

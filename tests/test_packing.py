@@ -186,7 +186,9 @@ def test_the_field_packs_the_training_step():
     batch = batching.assemble(plan.batch(0), *ids)
     losses = {}
     for batching_mode in ("pack", "bucket"):
-        config = small_config(data={"batching": batching_mode}, model={"dropout_rate": 0.0, "num_layers": 1})
+        config = small_config(
+            data={"batching": batching_mode, "num_buckets": 8}, model={"dropout_rate": 0.0, "num_layers": 1}
+        )
         mesh = sharding.make_mesh(config.mesh)
         model = step.Model(config.model, 40)
         update = step.make_train_step(model, config, mesh)

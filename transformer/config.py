@@ -14,7 +14,8 @@ from ml_collections import config_dict
 
 
 def _field(default: Any, doc: str, *, low: float | None = None, high: float | None = None, one_of: tuple = ()) -> Any:
-    """A dataclass field with closed bounds [low, high] or a set of choices, and its documentation."""
+    """A dataclass field with closed bounds [low, high], at most int32's, or a set of choices, and its documentation."""
+    high = 2**31 - 1 if high is None and type(default) is int else high
     return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "one_of": one_of})
 
 
@@ -138,7 +139,7 @@ class OptimizerConfig:
     learning_rate: float = _field(
         1.0, "paper: a factor on D^-0.5 min(step^-0.5, step warmup^-1.5); else the peak", low=0
     )
-    warmup_steps: int = _field(4000, "steps of linear warm-up", low=0)
+    warmup_steps: int = _field(4000, "steps of linear warm-up; cosine, linear: fewer than train.num_steps", low=0)
     schedule: str = _field(
         "paper",
         "what follows warm-up; cosine and linear reach zero at train.num_steps",
@@ -186,7 +187,7 @@ class TrainConfig:
     max_skipped_updates: int = _field(
         10, "with spike_factor: skipped of one spike at most; if the loss stays high, updates are made again", low=1
     )
-    seed: int = _field(0, "of initialisation, data order and dropout", low=0, high=2**31 - 1)
+    seed: int = _field(0, "of initialisation, data order and dropout", low=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,7 +215,7 @@ class DecodeConfig:
     top_p: float = _field(
         1.0, "sample, mbr: only among the fewest tokens of this share of the probability; 1: all", low=TINY, high=1
     )
-    seed: int = _field(0, "sample, mbr: of the samples; equal sentences get equal ones", low=0, high=2**31 - 1)
+    seed: int = _field(0, "sample, mbr: of the samples; equal sentences get equal ones", low=0)
     mbr_samples: int = _field(16, "mbr: samples drawn of each sentence", low=2, high=1000)
     max_extra_length: int = _field(50, "a translation has at most source length + this many tokens", low=1)
     batch_rows: int = _field(

@@ -9,7 +9,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import config_dict
@@ -23,12 +23,12 @@ from transformer.config import (
     Config,
     DataConfig,
     DecodeConfig,
-    ModelConfig,
     TrainConfig,
 )
 from transformer.errors import UserError
 
 KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # values of model.attention that run on one platform alone
+ENDING = ("cosine", "linear")  # schedules that reach 0 at train.num_steps
 
 
 def resolve(values: Any) -> Config:
@@ -138,6 +138,11 @@ def _check_together(config: Config) -> None:
         )
     if optimizer.schedule in ("paper", "inverse_sqrt") and not optimizer.warmup_steps:
         raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")
+    if optimizer.schedule in ENDING and optimizer.warmup_steps >= train.num_steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule falls from its peak to 0 at "
+            f"train.num_steps = {train.num_steps}: expected fewer steps, got {optimizer.warmup_steps}; change either"
+        )
     _check_mesh(config)
     _check_kernel(config)
     _check_data(data)
@@ -150,22 +155,12 @@ def _check_family(config: Config) -> None:
     others, recurrent = ("attention", "convolutional"), ("recurrent", "convolutional")
     only_attention = "num_heads mlp_dim norm attention_dropout_rate mlp_dropout_rate attention qkv_init_gain".split()
     readers = {
-        **dict.fromkeys(only_attention, ("attention",)),
+        **dict.fromkeys((*only_attention, *FOLLOW_EMB_DIM), ("attention",)),
         **dict.fromkeys(("positions", "max_positions", "remat", "scan_layers"), others),
         "attention_score": recurrent,
         "kernel_width": ("convolutional",),
     }
-    defaults: dict[str, Any] = {name: getattr(ModelConfig, name) for name in readers}
-    if model.family != "attention":
-        for name in FOLLOW_EMB_DIM:
-            readers[name], defaults[name] = ("attention",), model.emb_dim
-    for name, families in readers.items():
-        value = getattr(model, name)
-        if model.family not in families and value != defaults[name]:
-            raise UserError(
-                f"config.model.{name} = {value}: read only with family = {' or '.join(families)}, got family = "
-                f"{model.family}; leave {name} at {defaults[name]}, or change the family"
-            )
+    _refuse_unread("model", model, "family", readers, dict.fromkeys(FOLLOW_EMB_DIM, model.emb_dim))
     if model.family == "convolutional" and model.kernel_width % 2 == 0:
         raise UserError(f"config.model.kernel_width: expected an odd number, got {model.kernel_width}")
     for name, parts in (("mesh.tensor", config.mesh.tensor), ("mesh.sequence", config.mesh.sequence)):
@@ -189,14 +184,20 @@ def with_decode(config: Config, fields: dict[str, Any]) -> Config:
 def _check_decode(decode: DecodeConfig) -> None:
     """Fields that the method does not read must be left alone."""
     drawing = ("sample", "mbr")
-    readers: dict[str, tuple[str, ...]] = dict.fromkeys(("temperature", "top_k", "top_p", "seed"), drawing)
+    readers: dict[str, tuple] = dict.fromkeys(("temperature", "top_k", "top_p", "seed"), drawing)
     readers |= {"mbr_samples": ("mbr",), "coverage_penalty": ("beam",), "early_stopping": ("beam",)}
-    for name, methods in readers.items():
-        value, default = getattr(decode, name), getattr(DecodeConfig, name)
-        if decode.method not in methods and value != default:
+    _refuse_unread("decode", decode, "method", readers)
+
+
+def _refuse_unread(section: str, fields: Any, by: str, readers: Mapping[str, tuple], unset: Mapping = {}) -> None:
+    """Fields that the value of `by` does not read must have their defaults: those in `unset`, or of their class."""
+    chosen = getattr(fields, by)
+    for name, wanted in readers.items():
+        value, default = getattr(fields, name), unset.get(name, getattr(type(fields), name))
+        if chosen not in wanted and value != default:
             raise UserError(
-                f"config.decode.{name} = {value}: read only with method = {' or '.join(methods)}, got method = "
-                f"{decode.method}; leave {name} at {default}, or change the method"
+                f"config.{section}.{name} = {value}: read only with {by} = {' or '.join(wanted)}, got {by} = {chosen}; "
+                f"leave {name} at {default}, or change the {by}"
             )
 
 
@@ -295,6 +296,7 @@ def _check_data(data: DataConfig) -> None:
             "config.data.tokenizer: expected bpe, unigram or the path of a .model, .codes or .json file, got "
             f"{data.tokenizer!r}"
         )
+    _refuse_unread("data", data, "batching", {"num_buckets": ("bucket",)})
     given = [name for name in (*TEXT_PATHS, "columns") if getattr(data, name)]
     if data.name != "text":
         if given:

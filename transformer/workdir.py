@@ -13,6 +13,7 @@ from transformer.command_line import complain, say
 from transformer.config import Config
 from transformer.errors import UserError, WorkdirError
 from transformer.files import reported, write_whole
+from transformer.validation import ENDING
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
@@ -107,7 +108,7 @@ def keep_config(workdir: epath.Path, config: Config) -> None:
 
 def ends_with_its_steps(config: Config) -> bool:
     """Whether the learning rate reaches 0 at train.num_steps, so that a run of more steps is another run."""
-    return config.optimizer.schedule in ("cosine", "linear")
+    return config.optimizer.schedule in ENDING
 
 
 def _harmless(change: configs.Change, config: Config) -> bool:
