@@ -139,6 +139,27 @@ def test_tmx_that_cannot_be_taken_is_refused(tmp_path, content, says):
     assert says in refusal_of(tmp_path / "a.tmx", content)
 
 
+@pytest.mark.parametrize("encoding", ["gb2312", "shift_jis", "big5", "klingon"])
+def test_tmx_in_an_encoding_that_expat_lacks_is_refused(tmp_path, encoding):
+    message = refusal_of(tmp_path / "a.tmx", TMX.replace("UTF-8", encoding).format(unit(en="a", de="b")))
+    assert message.endswith(f"a.tmx: the encoding {encoding} cannot be read; convert the file to UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("languages", "codes", "pair"),
+    [
+        (("pt-BR", "pt-PT"), ("pt-br", "en"), None),
+        (("pt-BR", "pt-PT"), ("pt",), None),
+        (("pt-BR", "pt-PT"), ("pt-PT", "pt"), ("pt", "pt-PT")),
+        (("pt_BR", "pt"), ("pt-br", "pt-pt"), ("pt-br", "pt-pt")),
+        (("zh", "zh-TW"), ("zh-TW", "zh-CN"), ("zh-CN", "zh-TW")),
+        (("en", "de"), ("de-AT", "en-US", "de"), ("en-US", "de")),
+    ],
+)
+def test_no_text_of_a_tmx_unit_is_its_own_translation(languages, codes, pair):
+    assert pair_files._tmx_pair({code.lower(): code for code in codes}, languages) == pair
+
+
 def test_tmx_of_no_units_is_empty(tmp_path):
     assert pairs_of(tmp_path / "a.tmx", TMX.format("")) == []
 

@@ -145,14 +145,14 @@ def _read_tmx(path: epath.PathLike, languages: tuple[str, str]) -> Iterator[tupl
 
 
 def _tmx_pair(unit: dict[str, str], languages: tuple[str, str]) -> tuple[str, str] | None:
-    """The texts of a unit in the two languages: the very code, else one of the same language ("en": "en-US")."""
-    texts = []
-    for language in (language.lower().replace("_", "-") for language in languages):
-        near = [code for code in unit if code.split("-")[0] == language.split("-")[0]]
-        if not near:
-            return None
-        texts.append(unit[language if language in unit else near[0]])
-    return texts[0], texts[1]
+    """The texts of a unit in the two languages: the very code, else another of the same language ("en": "en-US")."""
+    wanted = [language.lower().replace("_", "-") for language in languages]
+    found = []
+    for language in wanted:
+        near = (code for code in unit if code not in wanted and code.split("-")[0] == language.split("-")[0])
+        found.append(language if language in unit else next(near, None))
+    source, target = found
+    return (unit[source], unit[target]) if source and target and source != target else None
 
 
 class _TmxReader:
@@ -167,6 +167,7 @@ class _TmxReader:
     def __init__(self, path: epath.PathLike):
         self._path = path
         self._inside: list[str] = []  # the elements open within the current seg, itself included
+        self._encoding = ""
         self._language = ""
         self._text: list[str] = []
         self._unit: dict[str, str] = {}
@@ -174,6 +175,7 @@ class _TmxReader:
         self.languages: set[str] = set()
         self._parser = expat.ParserCreate()
         self._parser.buffer_text = True
+        self._parser.XmlDeclHandler = self._declaration
         self._parser.StartElementHandler = self._start
         self._parser.EndElementHandler = self._end
         self._parser.CharacterDataHandler = self._characters
@@ -187,7 +189,14 @@ class _TmxReader:
         except expat.ExpatError as error:
             reason = expat.errors.messages[error.code]
             raise UserError(f"{self._path}, line {error.lineno}: not well-formed XML ({reason})") from error
+        except (ValueError, LookupError) as error:  # of several bytes a character, or of no known name
+            raise UserError(
+                f"{self._path}: the encoding {self._encoding} cannot be read; convert the file to UTF-8"
+            ) from error
         return self._units
+
+    def _declaration(self, version: str, encoding: str | None, *_: object) -> None:
+        self._encoding = encoding or ""
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         if self._inside or name == "seg":
