@@ -163,6 +163,36 @@ def test_each_corpus_direction_size_and_type_has_a_vocabulary_of_its_own(config,
     assert kept(dataclasses.replace(data, tokenizer="unigram", vocab_size=280), corpus) == 1
 
 
+def test_what_could_not_be_published_the_next_run_publishes(config, opened, tmp_path, monkeypatch):
+    corpus, data = opened[0], dataclasses.replace(config.data, data_dir=str(tmp_path))
+    published, makers = (
+        [],
+        (
+            lambda: pipeline.vocabulary(data, corpus),
+            lambda: pipeline.token_ids(data, corpus, "validation", opened[1]),
+        ),
+    )
+
+    def fail(folder):
+        raise OSError("no network")
+
+    for make in makers:
+        monkeypatch.setattr(pipeline.remote, "publish", fail)
+        with pytest.raises(UserError, match="no network"):
+            make()
+        monkeypatch.setattr(pipeline.remote, "publish", published.append)
+        make()
+    assert [folder.parent.name for folder in published] == ["vocabularies", "token_ids"]
+    assert all(any(folder.iterdir()) for folder in published)
+
+
+def test_a_training_that_fails_leaves_no_folder_that_would_pass_for_a_vocabulary(config, opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "train", lambda *_: (_ for _ in ()).throw(UserError("failed")))
+    with pytest.raises(UserError, match="failed"):
+        pipeline.vocabulary(dataclasses.replace(config.data, data_dir=str(tmp_path)), opened[0])
+    assert not list(tmp_path.glob("vocabularies/*"))
+
+
 def test_a_damaged_vocabulary_is_trained_anew(config, opened, capsys):
     corpus, trained, _ = opened
     (path,) = (pathlib.Path(config.data.data_dir) / "vocabularies").glob(f"*/{trained.digest}.model")
@@ -245,7 +275,10 @@ def test_codes_get_the_pieces_of_the_training_text_and_other_codes_other_ones(co
         with pytest.raises(UserError, match=r"my\.codes has .* pieces; set data\.vocab_size") as refused:
             pipeline.get_tokenizer(data, corpus, tmp_path / "run")
         data = dataclasses.replace(data, vocab_size=int(str(refused.value).split()[-1]))
-        return pipeline.get_tokenizer(data, corpus, tmp_path / "run")
+        got = pipeline.get_tokenizer(data, corpus, tmp_path / "run")
+        with pytest.raises(UserError, match=r"vocab_size = 8888, but .* has .* pieces"):
+            pipeline.get_tokenizer(dataclasses.replace(data, vocab_size=8888), corpus, tmp_path / "run")
+        return got
 
     one, other = get("e i</w>"), get("o u</w>")
     assert "ei" in one.pieces(range(one.vocab_size))

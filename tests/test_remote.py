@@ -19,7 +19,7 @@ from transformer import remote, workdir
 from transformer.checkpoint import MANIFEST, Checkpoints
 from transformer.datasets import corpus as corpora
 from transformer.errors import UserError, WorkdirError
-from transformer.files import append, reported, write_whole
+from transformer.files import append, growing, reported, write_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the clients' own making
 
@@ -61,14 +61,16 @@ def test_paths_and_addresses():
     assert remote.is_remote("gs://b/x")
     assert not remote.is_remote("/b/x")
     assert remote.missing("/b/x") is None
-    assert "expected a folder, gs://BUCKET" in remote.missing("ftp://b/x")
+    assert "expected a local path, gs://BUCKET" in remote.missing("ftp://b/x")
 
 
 def test_data_at_an_address_that_cannot_be_used_is_refused(monkeypatch):
-    with pytest.raises(UserError, match=r"config\.data\.data_dir: expected a folder, gs://BUCKET"):
+    with pytest.raises(UserError, match=r"config\.data\.data_dir: expected a local path, gs://BUCKET"):
         corpora.check(small_config(data={"name": "cldr", "data_dir": "ftp://b/x"}).data)
+    with pytest.raises(UserError, match=r"config\.data\.tokenizer: expected a local path, gs://BUCKET.*got http://h/x"):
+        corpora.check(small_config(data={"name": "cldr", "tokenizer": "http://h/x.model"}).data)
     monkeypatch.setenv("TFDS_DATA_DIR", "ftp://b/x")
-    with pytest.raises(UserError, match=r"TFDS_DATA_DIR: expected a folder"):
+    with pytest.raises(UserError, match=r"TFDS_DATA_DIR: expected a local path"):
         corpora.check(small_config(data={"name": "cldr"}).data)
 
 
@@ -91,8 +93,8 @@ def test_files_are_whole_and_can_grow(bucket):
     write_whole(path, "one\n")
     append(path, b"two\n")
     assert path.read_text() == "one\ntwo\n"
-    with pytest.raises(ZeroDivisionError):
-        write_whole(path, "x" * (1 // 0))
+    with pytest.raises(TypeError), growing(path) as file:
+        file.write(b"half") and file.write("no bytes")
     assert path.read_text() == "one\ntwo\n"
 
 

@@ -4,6 +4,7 @@ import json
 import pickle
 
 import pytest
+from etils import epath
 
 from tests.conftest import ROOT
 from transformer import command_line, subword_codes, tokenizer
@@ -117,6 +118,25 @@ def test_what_is_no_file_of_codes_is_refused_before_training(tmp_path, text, mes
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         tokenizer.named_by(config(path, 20))
+
+
+@pytest.mark.parametrize("ending", ["codes", "json"])
+def test_what_the_file_system_refuses_is_a_message(tmp_path, monkeypatch, ending):
+    path = tmp_path / f"x.{ending}"
+    path.write_text(CODES)
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(epath.Path(path)), "read_bytes", refuse)
+    with pytest.raises(UserError, match=rf"x\.{ending}: Permission denied; check the path"):
+        tokenizer.named_by(config(path, 20))
+
+
+def test_a_folder_of_codes_is_a_message(tmp_path):
+    (tmp_path / "x.codes").mkdir()
+    with pytest.raises(UserError, match=r"config\.data\.tokenizer = .*x\.codes: Is a directory"):
+        tokenizer.named_by(config(tmp_path / "x.codes", 20))
 
 
 @pytest.mark.parametrize("model", ['{"pieces": []}', "{", json.dumps({"pieces": 3, "merges": []})])

@@ -115,10 +115,10 @@ def vocabulary(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
     folder = epath.Path(corpora.data_dir(data)) / "vocabularies" / key
     with reported(f"{folder}, under config.data.data_dir"):
         remote.fetch(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("*.model")):
             if sha256(path) == path.stem:
-                return tokenizers.load(path)
+                remote.publish(folder)  # which may have failed
+                return tokenizers.of_size(tokenizers.load(path), data)
             say(f"{path}: damaged; the vocabulary is trained anew")
             path.unlink()
         say(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} pieces")
@@ -171,10 +171,13 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
         remote.fetch(folder)
         if folder.exists():
             try:
-                return _read(folder)
+                ids = _read(folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 say(f"{folder}: damaged ({error}); made anew")
                 shutil.rmtree(folder)
+            else:
+                remote.publish(folder)  # which may have failed
+                return ids
         say(f"tokenizing {split_name}: {len(split):,} pairs")
         _write(folder, split, tokenizer)
         remote.publish(folder)

@@ -39,7 +39,7 @@ def missing(path: epath.PathLike) -> str | None:
     if not rest:
         return None
     if kind not in PACKAGES:
-        return f"expected a folder, gs://BUCKET/… or s3://BUCKET/…, got {path}"
+        return f"expected a local path, gs://BUCKET/… or s3://BUCKET/…, got {path}"
     if importlib.util.find_spec(PACKAGES[kind]) is None:
         return f"{kind}:// needs the package {PACKAGES[kind]}: pip install {PACKAGES[kind]}"
     return None

@@ -18,7 +18,7 @@ from etils import epath
 from transformer import subword_codes
 from transformer.config import TRAINED_TOKENIZERS, DataConfig
 from transformer.errors import UserError
-from transformer.files import write_whole
+from transformer.files import reported, write_whole
 
 PAD, BOS, EOS, UNK = range(4)
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -124,11 +124,13 @@ def load(path: epath.PathLike) -> Tokenizer:
       UserError: there is none, or it is no vocabulary. It is never trained anew here.
     """
     path = epath.Path(path)
-    if path.is_dir():
-        path = _stored(path)
-    if not path.exists():
-        raise UserError(f"{path}: expected a SentencePiece model, found no file; restore it or name another")
-    return Tokenizer(path.read_bytes(), str(path))
+    with reported(str(path)):
+        if path.is_dir():
+            path = _stored(path)
+        if not path.exists():
+            raise UserError(f"{path}: expected a SentencePiece model, found no file; restore it or name another")
+        model = path.read_bytes()
+    return Tokenizer(model, str(path))
 
 
 def is_in(folder: epath.PathLike) -> bool:
@@ -152,7 +154,7 @@ def named_by(data: DataConfig) -> Tokenizer | None:
     if data.tokenizer.endswith(".codes"):
         _merges(data)
         return None
-    return _of_size(load(data.tokenizer), data)
+    return of_size(load(data.tokenizer), data)
 
 
 def recipe(data: DataConfig) -> str:
@@ -169,21 +171,25 @@ def make(data: DataConfig, lines: Iterable[str]) -> Tokenizer:
       UserError: it cannot have the size that the config says.
     """
     if data.tokenizer.endswith(".codes"):
-        return _of_size(Tokenizer(subword_codes.learn_vocabulary(_merges(data), lines)), data)
+        return of_size(Tokenizer(subword_codes.learn_vocabulary(_merges(data), lines)), data)
     return train(lines, data.vocab_size, data.tokenizer)
 
 
 def _merges(data: DataConfig) -> subword_codes.Merges:
     path = epath.Path(data.tokenizer)
-    if not path.exists():
-        raise UserError(f"config.data.tokenizer = {path}: expected codes of subword-nmt, found no file; name another")
+    where = f"config.data.tokenizer = {path}"
+    with reported(where):
+        if not path.exists():
+            raise UserError(f"{where}: expected codes of subword-nmt, found no file; name another")
+        codes = path.read_bytes()
     try:
-        return subword_codes.parse(path.read_bytes().decode(), str(path))
+        return subword_codes.parse(codes.decode(), str(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected codes of subword-nmt in UTF-8, got other bytes: {error}") from error
 
 
-def _of_size(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:
+def of_size(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:
+    """The same tokenizer, or a UserError if the config says another size."""
     if tokenizer.vocab_size != data.vocab_size:
         raise UserError(
             f"config.data.vocab_size = {data.vocab_size}, but {data.tokenizer} has {tokenizer.vocab_size} pieces; "

@@ -21,7 +21,7 @@ from etils import epath
 
 from transformer import remote
 from transformer.command_line import say
-from transformer.config import PATHS, DataConfig
+from transformer.config import PATHS, TRAINED_TOKENIZERS, DataConfig
 from transformer.datasets import contents, parallel_text, prepared, wmt
 from transformer.datasets.split import Split
 from transformer.errors import UserError
@@ -87,7 +87,8 @@ def check(data: DataConfig) -> None:
 
     Imports no JAX and reads no sentence; `open_corpus` may still find fault with the content.
     """
-    for field in PATHS:
+    named = () if data.tokenizer in TRAINED_TOKENIZERS else ("tokenizer",)
+    for field in (*PATHS, *named):
         if reason := remote.missing(getattr(data, field)):
             raise UserError(f"config.data.{field}: {reason}")
     if reason := remote.missing(os.environ.get("TFDS_DATA_DIR", "")):
