@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from transformer import command_line
@@ -62,7 +63,8 @@ def test_a_whole_number_of_a_config_file_may_become_a_part(tmp_path):
         "from ml_collections import config_dict\n"
         "def get_config():\n    return config_dict.ConfigDict({'optimizer': {'clip_norm': 1}})\n"
     )
-    for name in ("plain", "own"):
+    (tmp_path / "frozen.py").write_text((tmp_path / "own.py").read_text().replace(".ConfigDict", ".FrozenConfigDict"))
+    for name in ("plain", "own", "frozen"):
         config = parse(f"--config={tmp_path}/{name}.py", "--config.optimizer.clip_norm=0.5")[0]
         assert config.optimizer.clip_norm == 0.5
 
@@ -108,6 +110,15 @@ def test_want_of_memory_is_a_message_with_advice():
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "lower train.batch_tokens, decode.beam_size" in result.stderr
+
+
+def test_want_of_the_host_s_memory_is_one_too(capsys):
+    assert command_line.exit_code(MemoryError()) == 2
+    assert "out of memory or disk: MemoryError; lower train.batch_tokens" in capsys.readouterr().err
+    with pytest.raises(MemoryError) as error:
+        np.zeros(1 << 60, np.int8)
+    assert command_line.exit_code(error.value) == 2
+    assert "Unable to allocate 1.00 EiB" in capsys.readouterr().err
 
 
 def test_a_boolean_and_a_float_and_a_string():

@@ -44,15 +44,16 @@ def exit_code(error: BaseException) -> int:
         return 1
     if is_out_of_memory(error):
         advice = "lower train.batch_tokens, decode.beam_size or decode.batch_rows, or free space on the disk"
-        complain(f"out of memory or disk: {str(error).splitlines()[0]}; {advice}")
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        complain(f"out of memory or disk: {reason}; {advice}")
         return UserError.exit_code
     traceback.print_exception(error)
     return 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, or the disk, ran out; XLA and TensorStore have no class of their own for this."""
-    return "RESOURCE_EXHAUSTED" in str(error)
+    """Whether memory, of devices or of the host, or the disk ran out; XLA and TensorStore have no class for this."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def complain(message: str) -> None:
@@ -144,7 +145,7 @@ def _load(path: str) -> config_dict.ConfigDict:
         raise UserError(f"--config={path}: expected get_config to return a ConfigDict, got {type(config).__name__}")
     given = validation.sections(config)
     # Not flattened: fields that follow others, as qkv_dim follows emb_dim, must see overrides too.
-    if isinstance(config, dict):
+    if isinstance(config, (config_dict.FrozenConfigDict, dict)):
         config = config_dict.ConfigDict(config, type_safe=False)
     config.unlock()
     for section in configs.SECTIONS:
