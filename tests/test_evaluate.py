@@ -59,6 +59,17 @@ def test_a_mesh_changes_nothing_but_rounding(evaluator):
     assert ours.translations == theirs.translations
 
 
+def test_no_more_goes_through_the_model_at_once_than_in_training(evaluator, monkeypatch):
+    one, params, model, vocabulary = evaluator
+    config = small_config(model={"num_layers": 1}, train={"batch_tokens": 256, "accumulation_steps": 4})
+    parts, slots = evaluate.Evaluator(model, vocabulary, config, sharding.make_mesh(config.mesh)), []
+    run = parts._eval_step
+    monkeypatch.setattr(parts, "_eval_step", lambda p, batch: (slots.append(batch.target_BT.size), run(p, batch))[1])
+    lines = HYPOTHESES * 2, REFERENCES * 2
+    assert parts.held_out_loss(params, *lines).mean == pytest.approx(one.held_out_loss(params, *lines).mean, rel=1e-6)
+    assert max(slots) == 64
+
+
 def test_the_report_holds_a_translation_for_each_sentence(evaluator):
     room, params, _, _ = evaluator
     done = []

@@ -118,5 +118,6 @@ class Evaluator:
         return sum(len(line.split()) + 1 for line in kept)
 
     def _rows(self, width: int) -> int:
-        multiple = sharding.row_multiple(self._mesh)
-        return max(self._config.train.batch_tokens // width // multiple, 1) * multiple
+        """As many as go through the model at once in training, whose memory has room for them."""
+        multiple, train = sharding.row_multiple(self._mesh), self._config.train
+        return max(train.batch_tokens // train.accumulation_steps // width // multiple, 1) * multiple
