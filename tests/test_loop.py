@@ -284,8 +284,18 @@ def test_another_way_to_decode_looks_for_its_best_anew(data, tmp_path, capsys):
 
 
 def test_devices_that_a_mesh_leaves_idle_are_said(data, tmp_path, capsys):
-    loop.Run(config_of(data, mesh={"data": 2}), epath.Path(tmp_path / "run"))
-    assert f"config.mesh uses 2 of {jax.device_count()} devices" in capsys.readouterr().err
+    loop.Run(config_of(data, mesh={"data": 2}, train={"accumulation_steps": 40}), epath.Path(tmp_path / "run"))
+    said = capsys.readouterr().err
+    assert f"config.mesh uses 2 of {jax.device_count()} devices" in said
+    assert "warning: mesh.data x mesh.fsdp = 2 times train.accumulation_steps = 40 must divide the rows" in said
+
+
+def test_validation_without_pairs_is_refused(data, tmp_path):
+    for path in pathlib.Path(data["dir"]).glob("train.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        (tmp_path / f"val{path.suffix}").write_bytes(b"")
+    with pytest.raises(UserError, match="the validation split has no pairs: fill it, or leave it out"):
+        loop.fit(config_of({**data, "dir": str(tmp_path)}), tmp_path / "run")
 
 
 def test_a_stop_signal_saves_the_step_it_is_at(data, whole, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.conftest import small_config
 from transformer import sharding, step
-from transformer.batching import Batch
+from transformer.batching import Batch, BucketPlan
 from transformer.config import MeshConfig
 from transformer.errors import UserError
 
@@ -98,6 +98,22 @@ def test_a_param_is_whole_where_it_is_used_and_its_gradient_is_split():
     value, pull = jax.jit(used)(param), jax.jit(jax.grad(lambda param: jnp.square(used(param)).sum()))
     assert value.addressable_shards[0].data.shape == (8, 4)
     assert pull(param).addressable_shards[0].data.shape == (2, 4)
+
+
+@pytest.mark.parametrize(("parts", "times"), [(1, ""), (14, ""), (16, "1.3"), (64, "5.3")])
+def test_padding_that_devices_and_many_parts_cost_is_said(parts, times):
+    """Batches of 96 rows become 112, 128 or 512 on 8 devices."""
+    lengths = np.full(960, 20)
+    plan = BucketPlan(lengths, lengths, num_buckets=2, batch_tokens=20 * 96, max_length=20, seed=0)
+    said = sharding.waste(sharding.make_mesh(MeshConfig()), plan, parts)
+    assert (f"steps = {parts} must divide the rows: padding makes them {times} times" in said) if times else said == ""
+
+
+def test_padding_of_rare_batches_is_little():
+    lengths = np.append(np.full(960, 20), 480)
+    plan = BucketPlan(lengths, lengths, num_buckets=2, batch_tokens=20 * 96, max_length=480, seed=0)
+    assert [bucket.rows for bucket in plan.buckets] == [96, 4]
+    assert sharding.waste(sharding.make_mesh(MeshConfig()), plan, 1) == ""
 
 
 def test_rows_and_widths_are_filled_up_to_divide():

@@ -167,7 +167,8 @@ class TrainPlan(abc.ABC):
     Attributes:
       buckets: the shapes, shortest first.
       kept, dropped: how many pairs have both sides within `max_length` tokens, and how many have not.
-      steps_per_epoch: batches of one epoch; the same for all.
+      batches: how many of each shape an epoch has; the same for all.
+      steps_per_epoch: their sum.
       fill: real target tokens over target slots.
     """
 
@@ -175,6 +176,7 @@ class TrainPlan(abc.ABC):
         self._kept = np.flatnonzero((source_N <= max_length) & (target_N <= max_length))
         self.kept, self.dropped, self.seed = len(self._kept), len(source_N) - len(self._kept), seed
         self.buckets: list[Bucket] = []
+        self.batches: list[int] = []
         self.steps_per_epoch, self.fill = 0, 0.0
         self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
 
@@ -182,6 +184,10 @@ class TrainPlan(abc.ABC):
         """The global batch of update `step`, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)(index)
+
+    def slots(self, filled: Callable[[int], int] = lambda rows: rows) -> int:
+        """Target slots of an epoch, where batches of so many rows are filled up to `filled` of that."""
+        return sum(n * filled(b.rows) * b.target for n, b in zip(self.batches, self.buckets, strict=True))
 
     @abc.abstractmethod
     def _plan_epoch(self, epoch: int) -> Callable[[int], PlannedBatch]:
@@ -208,16 +214,15 @@ class BucketPlan(TrainPlan):
         self.buckets = choose_buckets(kept_source, kept_target, num_buckets, batch_tokens)
         bucket_N = assign(kept_source, kept_target, self.buckets)
         self._members = [self._kept[bucket_N == index] for index in range(len(self.buckets))]
-        self._batches = [-(-len(m) // b.rows) for m, b in zip(self._members, self.buckets, strict=True)]
-        self.steps_per_epoch = sum(self._batches)
-        slots = sum(n * b.rows * b.target for n, b in zip(self._batches, self.buckets, strict=True))
-        self.fill = int(kept_target.sum()) / slots
+        self.batches = [-(-len(m) // b.rows) for m, b in zip(self._members, self.buckets, strict=True)]
+        self.steps_per_epoch = sum(self.batches)
+        self.fill = int(kept_target.sum()) / self.slots()
 
     def _plan_epoch(self, epoch: int) -> Callable[[int], PlannedBatch]:
         planned: list[PlannedBatch] = []
         for index, (bucket, members) in enumerate(zip(self.buckets, self._members, strict=True)):
             order = members[shuffled(len(members), self.seed, epoch, index)]
-            parts = even_parts(order, self._batches[index])
+            parts = even_parts(order, self.batches[index])
             planned += [PlannedBatch(bucket, _padded(part, bucket.rows)) for part in parts]
         order = shuffled(len(planned), self.seed, epoch, len(self.buckets))
         return lambda index: planned[order[index]]

@@ -133,10 +133,10 @@ class Run:
         changes = workdir.config_changes(path, self.checkpoints.config(newest), config) if newest is not None else []
         with hosts.lead_first("data"):
             corpus = corpora.open_corpus(config.data)
-            self.tokenizer = self._tokenizer(corpus, newest)
             self.pairs, self.valid = corpus.split("train"), corpus.split("validation")
             self.data = {"training": self.pairs.digest, "validation": self.valid.digest}
             self._check_data(newest)
+            self.tokenizer = self._tokenizer(corpus, newest)
             self.ids = pipeline.token_ids(config.data, corpus, "train", self.tokenizer)
         agreement.same_data(corpus.digest, self.tokenizer.digest)
         self.plan = pipeline.make_plan(config, self.ids)
@@ -239,6 +239,8 @@ class Run:
 
     def _check_data(self, newest: int | None) -> None:
         """Refuses to go on with other data: its order, or what is the best BLEU, could not be the same."""
+        if not len(self.valid):
+            raise UserError("the validation split has no pairs: fill it, or leave it out to hold out training pairs")
         for kind, before in self.checkpoints.manifest(newest).data.items() if newest is not None else ():
             if before != self.data[kind]:
                 raise UserError(
@@ -255,6 +257,8 @@ class Run:
         )
         shapes = " ".join(f"{b.rows}x({b.source}, {b.target})" for b in plan.buckets)
         say(f"batch shapes, rows x (source, target): {shapes}")
+        if waste := sharding.waste(self.mesh, plan, self.config.train.accumulation_steps):
+            say(f"warning: {waste}")
         if self.mesh.size < jax.device_count():
             say(f"warning: config.mesh uses {self.mesh.size} of {jax.device_count()} devices; mesh.data=-1 takes all")
         if self.start:

@@ -48,7 +48,8 @@ class PackedPlan(TrainPlan):
         self._most = int(packed.counts_R.max())
         rows = self.buckets[0].rows
         self.steps_per_epoch = -(-len(packed.counts_R) // rows)
-        self.fill = int(target_N.sum()) / (self.steps_per_epoch * rows * max_length)
+        self.batches = [self.steps_per_epoch]
+        self.fill = int(target_N.sum()) / self.slots()
 
     def _plan_epoch(self, epoch: int) -> Callable[[int], PlannedBatch]:
         order = shuffled(self.kept, self.seed, epoch, 0)

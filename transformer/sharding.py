@@ -17,6 +17,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from transformer.batching import TrainPlan
 from transformer.config import MeshConfig
 from transformer.errors import UserError
 from transformer.validation import does_not_divide
@@ -251,6 +252,21 @@ def row_multiple(mesh: Mesh, rows: str = "batch") -> int:
     return math.prod(mesh.shape[name] for name in LOGICAL_AXES[rows])
 
 
+def filled_rows(mesh: Mesh, count: int, parts: int = 1, rows: str = "batch") -> int:
+    """How many rows `place_batch` makes of so many."""
+    return count + -count % (row_multiple(mesh, rows) * parts)
+
+
+def waste(mesh: Mesh, plan: TrainPlan, parts: int) -> str:
+    """What filling up the rows of training batches costs, for people; empty where it is little."""
+    more = plan.slots(lambda rows: filled_rows(mesh, rows, parts)) / plan.slots()
+    message = (
+        f"mesh.data x mesh.fsdp = {row_multiple(mesh)} times train.accumulation_steps = {parts} must divide the rows: "
+        f"padding makes them {more:.1f} times as many; lower one of these, or raise train.batch_tokens"
+    )
+    return message if more > 1.25 else ""
+
+
 def rows_here(
     mesh: Mesh, count: int, parts: int = 1, rows: str = "batch", devices: Iterable[jax.Device] | None = None
 ) -> np.ndarray:
@@ -261,7 +277,7 @@ def rows_here(
       parts, rows: as in `place_batch`.
       devices: others than those of this process.
     """
-    total = count + -count % (row_multiple(mesh, rows) * parts)
+    total = filled_rows(mesh, count, parts, rows)
     places = batch_sharding(mesh, rows).devices_indices_map((total,))
     held = mesh.local_devices if devices is None else devices
     return np.unique(np.concatenate([np.arange(total)[places[device]] for device in held]))
