@@ -111,7 +111,7 @@ def test_every_split_holds_every_frame(german):
 def test_text_is_clean(language):
     uncontracted = {
         "de": r"\b(in dem|an dem|zu de[mr]|in das) ",
-        "fr": r"\b([àd]e? les?|[ldnq]u?[ea] [aeioué]) ",
+        "fr": r"\b([àd]e? les? |[ldnq]u?[ea] [aeioué])",
         "es": r"\b(a|de) el ",
     }[language]
     for pair in itertools.islice(cldr.candidates(language, seed=5), 6_000):
