@@ -1,6 +1,6 @@
 """The paper's base model at an eighth of its width, on the embedded data: the base model of Table 3 scaled down.
 
-    python -m benchmarks.sweep --table=3 --config=configs/paper_cldr.py --output=runs/table3
+python -m benchmarks.sweep --table=3 --config=configs/paper_cldr.py --output=runs/table3
 """
 
 from ml_collections import config_dict

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "transformer"
 
 # Each room may import only rooms above it.
 ORDER = """
-errors remote files config validation command_line progress heartbeat hosts agreement
+errors remote files config device_limits validation command_line progress heartbeat hosts agreement
 datasets/text_files datasets/pair_files
 datasets/cldr_words datasets/cldr_grammar datasets/cldr_locale datasets/cldr_slots
 datasets/cldr_frames_time datasets/cldr_frames_life datasets/cldr
@@ -24,7 +24,7 @@ datasets/split datasets/contents datasets/corpus
 subword_codes tokenizer batching packing cost pipeline data_report
 sharding consensus segments dropout attention blockwise ring kernels layers stack hypotheses
 text_model model source_attention recurrence recurrent convolutional families
-loss guard optimizer step fingerprint compilation manifest checkpoint trained
+loss guard optimizer step fingerprint compilation manifest checkpoint trained fine_tuning
 restrictions constraints continuations search sampling decoding
 wishes reranking translator alignments translate scores significance evaluate
 workdir run_log divergence stop_signals loop

@@ -112,6 +112,19 @@ def whole(data, tmp_path_factory):
     return workdir
 
 
+def test_a_run_may_start_from_another_s_params_and_is_resumed_as_its_own(data, whole, tmp_path):
+    train = {"num_steps": 1, "init_from": str(whole), "init_checkpoint": "6"}
+    config = config_of(data, train=train, optimizer={"learning_rate": 0.0})  # so that an update changes nothing
+    loop.fit(config, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "run", 1), restore(whole, 6))
+    digests = {Checkpoints(folder).tokenizer(done).digest for folder, done in ((tmp_path / "run", 1), (whole, 6))}
+    assert len(digests) == 1
+    with pytest.raises(UserError, match=r"another config: train\.init_from: .* → ''; train\.init_checkpoint: '6' → 'l"):
+        loop.fit(config_of(data, train={"num_steps": 1}, optimizer={"learning_rate": 0.0}), tmp_path / "run")
+    with pytest.raises(UserError, match=r"another config: train\.init_from: '' → "):
+        loop.fit(config_of(data, train={"init_from": str(whole)}), whole)
+
+
 def files_of(workdir):
     """Content and time of every file but the lock, which every run writes."""
     files = (path for path in sorted(workdir.rglob("*")) if path.is_file() and path.name != "lock")

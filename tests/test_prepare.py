@@ -72,6 +72,13 @@ def test_without_a_report_nothing_stands_on_stdout_and_again_nothing_is_made(tex
     assert err.startswith("ready in ")
 
 
+def test_for_fine_tuning_the_vocabulary_is_that_of_the_other_run(tmp_path, text, monkeypatch, capfd):
+    tokenizer.train(["some words of another text"], 300, "bpe").save(tmp_path / "base" / "tokenizer")
+    monkeypatch.setattr(tokenizer, "train", lambda *_: pytest.fail("trains a vocabulary"))
+    prepare.main(flags("text", **text, **{"train.init_from": tmp_path / "base"}))
+    assert "300 pieces" in capfd.readouterr().err
+
+
 def test_the_report_is_of_every_split(text, capfd):
     prepare.main([*flags("text", **text), "--report"])
     out = capfd.readouterr().out

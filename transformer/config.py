@@ -37,9 +37,7 @@ class ModelConfig:
     qkv_dim: int = _field(512, "width per head times heads, H * K, of queries and keys; free of emb_dim", low=1)
     value_dim: int = _field(512, "the same of values: Table 3 (B) varies the key width alone", low=1)
     mlp_dim: int = _field(2048, "feed-forward width F (paper: d_ff)", low=1)
-    norm: str = _field(
-        "post", "LayerNorm after the residual sum (paper) or before the sublayer", one_of=("post", "pre")
-    )
+    norm: str = _field("post", "LayerNorm after the residual sum (paper) or before the layer", one_of=("post", "pre"))
     positions: str = _field("sinusoidal", "position encodings", one_of=("sinusoidal", "learned"))
     max_positions: int = _field(1024, "rows of the table of learned positions; unused by sinusoidal ones", low=1)
     share_embeddings: bool = _field(True, "one matrix for source, target and output embeddings (paper, 3.4)")
@@ -150,9 +148,7 @@ class OptimizerConfig:
     epsilon: float = _field(1e-9, "added to the root of the second moment", low=TINY)
     weight_decay: float = _field(0.0, "adamw: decoupled decay of matrices, not of biases and LayerNorm", low=0)
     clip_norm: float = _field(0.0, "largest global norm of the gradient; 0 does not clip", low=0)
-    label_smoothing: float = _field(
-        0.1, "weight of the uniform distribution in the target (paper, 5.4)", low=0, high=0.99
-    )
+    label_smoothing: float = _field(0.1, "weight of the uniform distribution (paper, 5.4)", low=0, high=0.99)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,6 +184,8 @@ class TrainConfig:
         10, "with spike_factor: skipped of one spike at most; if the loss stays high, updates are made again", low=1
     )
     seed: int = _field(0, "of initialisation, data order and dropout", low=0)
+    init_from: str = _field("", "a workdir whose params and vocabulary the run starts from, to fine-tune them")
+    init_checkpoint: str = _field("latest", "with init_from: which of its checkpoints, as eval.py's --checkpoint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -280,11 +278,12 @@ def with_absolute_paths(config: Config) -> Config:
     def absolute(path: str) -> str:
         return path if not path or "://" in path else os.path.abspath(os.path.expanduser(path))
 
-    data = config.data
+    data, train = config.data, config.train
     changed: dict[str, Any] = {name: absolute(getattr(data, name)) for name in PATHS}
     if data.tokenizer not in TRAINED_TOKENIZERS:
         changed["tokenizer"] = absolute(data.tokenizer)
-    return dataclasses.replace(config, data=dataclasses.replace(data, **changed))
+    train = dataclasses.replace(train, init_from=absolute(train.init_from))
+    return dataclasses.replace(config, data=dataclasses.replace(data, **changed), train=train)
 
 
 class Change(NamedTuple):

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from transformer import sharding
 from transformer.attention import Visible
 from transformer.config import Config
+from transformer.device_limits import KERNELS, AttentionUse, kernel_misfit
 from transformer.errors import UserError
-from transformer.validation import KERNELS, AttentionUse, kernel_misfit
 
 Array = jax.Array
 

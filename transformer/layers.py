@@ -19,9 +19,9 @@ from flax import nnx
 from transformer import attention, kernels, sharding
 from transformer.attention import Visible
 from transformer.blockwise import blockwise_attention
+from transformer.device_limits import KERNELS
 from transformer.dropout import dropout
 from transformer.ring import ring_attention
-from transformer.validation import KERNELS
 
 Array = jax.Array
 Key = Array | None

@@ -21,6 +21,7 @@ from transformer import (
     consensus,
     cost,
     divergence,
+    fine_tuning,
     fingerprint,
     guard,
     hosts,
@@ -31,6 +32,7 @@ from transformer import (
     stop_signals,
     workdir,
 )
+from transformer import tokenizer as tokenizers
 from transformer.batching import Batch
 from transformer.checkpoint import SCORE, Checkpoints, Metrics
 from transformer.command_line import say
@@ -146,7 +148,7 @@ class Run:
         self.checkpoints.prepare(newest)
         self.start, self.progress, self.spent, self.is_scored = newest or 0, Progress(), cost.Spent(), SCORE in before
         if newest is None:
-            self.state = step.init_state(model, config, self.mesh)
+            self.state = fine_tuning.first_state(model, self.tokenizer, config, self.mesh)
         else:
             self.state = self.checkpoints.restore(newest, model, config, self.mesh)
             self.progress, self.spent = Progress.of(before), cost.Spent.of(before) or self.spent
@@ -234,7 +236,7 @@ class Run:
     def _tokenizer(self, corpus: corpora.Corpus, newest: int | None) -> Tokenizer:
         stored = self.path / "tokenizer"
         if newest is None:
-            return pipeline.get_tokenizer(self.config.data, corpus, stored)
+            return pipeline.get_tokenizer(tokenizers.with_origin(self.config), corpus, stored)
         return pipeline.same_tokenizer(self.config.data, corpus, stored, self.checkpoints.tokenizer(newest))
 
     def _check_data(self, newest: int | None) -> None:

@@ -9,6 +9,7 @@ not imported.
 
 from transformer import command_line, data_report, pipeline
 from transformer import config as configs
+from transformer import tokenizer as tokenizers
 from transformer.command_line import say
 from transformer.datasets import corpus as corpora
 
@@ -27,7 +28,7 @@ def prepare(config: configs.Config, *, report: bool) -> None:
     Raises:
       UserError: as `corpus.open_corpus`, or no training pair is short enough, or no vocabulary can be trained.
     """
-    data = config.data
+    data = tokenizers.with_origin(config)
     corpus = corpora.open_corpus(data)
     tokenizer = pipeline.vocabulary(data, corpus)
     ids = {"train": pipeline.token_ids(data, corpus, "train", tokenizer)}

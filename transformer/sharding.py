@@ -19,8 +19,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from transformer.batching import TrainPlan
 from transformer.config import MeshConfig
+from transformer.device_limits import does_not_divide
 from transformer.errors import UserError
-from transformer.validation import does_not_divide
 
 Axes = tuple[str | None, ...]
 

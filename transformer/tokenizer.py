@@ -5,9 +5,11 @@ renumbered to fit. Padding is an id of its own, so that a loss mask never hides 
 """
 
 import collections
+import dataclasses
 import hashlib
 import io
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ import sentencepiece
 from etils import epath
 
 from transformer import subword_codes
-from transformer.config import TRAINED_TOKENIZERS, DataConfig
+from transformer.config import TRAINED_TOKENIZERS, Config, DataConfig
 from transformer.errors import UserError
 from transformer.files import reported, write_whole
 
@@ -155,6 +157,23 @@ def named_by(data: DataConfig) -> Tokenizer | None:
         _merges(data)
         return None
     return of_size(load(data.tokenizer), data)
+
+
+def with_origin(config: Config) -> DataConfig:
+    """The data section, which names the vocabulary of the run that `train.init_from` starts from, if it does.
+
+    Raises:
+      UserError: there is no vocabulary in that folder.
+    """
+    if not config.train.init_from:
+        return config.data
+    path = _stored(epath.Path(config.train.init_from) / "tokenizer")
+    if not path.exists():
+        raise UserError(
+            f"config.train.init_from = {config.train.init_from}: expected a workdir that train.py wrote, found no "
+            f"tokenizer/{path.name} in it; name another"
+        )
+    return dataclasses.replace(config.data, tokenizer=os.fspath(path))
 
 
 def recipe(data: DataConfig) -> str:

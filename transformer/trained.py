@@ -50,15 +50,20 @@ class Trained:
     @property
     def title(self) -> str:
         """For people."""
-        if not AVERAGE.fullmatch(self.which):
-            return f"checkpoint {self.step:,}"
-        best = "best " if self.which.startswith("best") else ""
-        return f"average of {best}{len(self.steps)}: {', '.join(map(str, self.steps))}"
+        return title(self.which, self.steps)
 
     @property
     def file_stem(self) -> str:
         """For the name of a file: the step, and what was averaged."""
         return f"{self.step}-{self.which.replace(':', '-')}" if AVERAGE.fullmatch(self.which) else str(self.step)
+
+
+def title(which: str, steps: list[int]) -> str:
+    """What was asked for and found, for people."""
+    if not AVERAGE.fullmatch(which):
+        return f"checkpoint {steps[-1]:,}"
+    best = "best " if which.startswith("best") else ""
+    return f"average of {best}{len(steps)}: {', '.join(map(str, steps))}"
 
 
 def load_trained(workdir: epath.PathLike, which: str) -> Trained:
@@ -90,12 +95,23 @@ def _read(checkpoints: Checkpoints, which: str, steps: list[int]) -> Trained:
     tokenizer = checkpoints.tokenizer(steps[-1])
     mesh = consensus.connect(sharding.make_mesh(MeshConfig()))
     model = Model(config.model, tokenizer.vocab_size)
-    if AVERAGE.fullmatch(which):
-        params = mean_params(checkpoints, steps, model, mesh)
-    else:
-        params = checkpoints.restore_params(steps[0], model, mesh, "ema" if config.train.ema_decay else "params")
+    params = read_params(checkpoints, which, steps, config, model, mesh)
     metrics = checkpoints.metrics(steps[-1])
     return Trained(which, steps, metrics, config, tokenizer, model, params, mesh)
+
+
+def read_params(
+    checkpoints: Checkpoints, which: str, steps: list[int], config: Config, model: Model, mesh: Mesh
+) -> Params:
+    """The params that `which` names: the mean of several, or of one the moving average if its run keeps one.
+
+    Args:
+      steps: as `select` found them.
+      config: of the run that trained them.
+    """
+    if AVERAGE.fullmatch(which):
+        return mean_params(checkpoints, steps, model, mesh)
+    return checkpoints.restore_params(steps[0], model, mesh, "ema" if config.train.ema_decay else "params")
 
 
 def mean_params(checkpoints: Checkpoints, steps: list[int], model: Model, mesh: Mesh) -> Params:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from transformer import device_limits
 from transformer.config import (
     FOLLOW_EMB_DIM,
     SECTIONS,
@@ -27,7 +28,6 @@ from transformer.config import (
 )
 from transformer.errors import UserError
 
-KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # values of model.attention that run on one platform alone
 ENDING = ("cosine", "linear")  # schedules that reach 0 at train.num_steps
 
 
@@ -132,6 +132,13 @@ def _check_together(config: Config) -> None:
             f"config.train.max_skipped_updates = {train.max_skipped_updates}: read only with spike_factor; set that "
             f"too, or leave it at {TrainConfig.max_skipped_updates}"
         )
+    if not train.init_from and train.init_checkpoint != TrainConfig.init_checkpoint:
+        raise UserError("config.train.init_checkpoint: read only with init_from; set that too, or leave it at latest")
+    if train.init_from and data.tokenizer not in TRAINED_TOKENIZERS:
+        raise UserError(
+            f"config.data.tokenizer = {data.tokenizer}: with train.init_from the vocabulary is that of the other run; "
+            "leave it at bpe"
+        )
     if optimizer.name == "adam" and optimizer.weight_decay:
         raise UserError(
             "config.optimizer.weight_decay: adam has none; set optimizer.name to adamw, or weight_decay to 0"
@@ -143,8 +150,7 @@ def _check_together(config: Config) -> None:
             f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule falls from its peak to 0 at "
             f"train.num_steps = {train.num_steps}: expected fewer steps, got {optimizer.warmup_steps}; change either"
         )
-    _check_mesh(config)
-    _check_kernel(config)
+    device_limits.check(config)
     _check_data(data)
     _check_decode(decode)
 
@@ -199,89 +205,6 @@ def _refuse_unread(section: str, fields: Any, by: str, readers: Mapping[str, tup
                 f"config.{section}.{name} = {value}: read only with {by} = {' or '.join(wanted)}, got {by} = {chosen}; "
                 f"leave {name} at {default}, or change the {by}"
             )
-
-
-def _check_mesh(config: Config) -> None:
-    """What the devices' number is not needed for; `sharding` checks the rest."""
-    sizes = dataclasses.asdict(config.mesh)
-    for name, size in sizes.items():
-        if size == 0:
-            raise UserError(f"config.mesh.{name}: expected -1 for all devices that are left, or at least 1, got 0")
-    filling = [name for name, size in sizes.items() if size == -1]
-    if len(filling) > 1:
-        raise UserError(
-            f"config.mesh: expected -1 in one field at most, got it in {' and '.join(filling)}; set mesh.{filling[0]} "
-            "to a number"
-        )
-    model, mesh = config.model, config.mesh
-    for name, parts, field, size in (
-        ("mesh.fsdp", mesh.fsdp, "model.emb_dim", model.emb_dim),
-        ("mesh.tensor", mesh.tensor, "model.num_heads", model.num_heads),
-        ("mesh.tensor", mesh.tensor, "model.mlp_dim", model.mlp_dim),
-        ("mesh.tensor", mesh.tensor, "data.vocab_size", config.data.vocab_size),
-    ):
-        if parts > 0 and size % parts:
-            raise UserError(does_not_divide(name, parts, field, size))
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionUse:
-    """What a kernel is asked for.
-
-    Attributes:
-      key_width, value_width: of each head.
-      dropout_rate: of attention weights.
-      packed: rows hold several sentences.
-      parts: devices that share the length of a row.
-    """
-
-    dtype: str
-    key_width: int
-    value_width: int
-    dropout_rate: float
-    packed: bool
-    parts: int
-
-    @classmethod
-    def of(cls, config: Config) -> "AttentionUse":
-        """By a config; a length that a mesh fills up is taken as whole."""
-        model, heads = config.model, config.model.num_heads
-        widths = model.qkv_dim // heads, model.value_dim // heads
-        packed, parts = config.data.batching == "pack", max(config.mesh.sequence, 1)
-        return cls(model.dtype, *widths, model.attention_dropout_rate, packed, parts)
-
-
-def kernel_misfit(path: str, use: AttentionUse) -> str:
-    """Why a kernel cannot do this on any device, for people; empty where it can."""
-    if use.dropout_rate:
-        return f"it drops no attention weights: expected model.attention_dropout_rate = 0, got {use.dropout_rate}"
-    if use.parts > 1:
-        return f"it needs whole sentences: expected mesh.sequence = 1, got {use.parts}, for which there is ring"
-    if path == "splash":
-        return ""
-    if use.dtype != "bfloat16":
-        return f"it computes in half precision: expected model.dtype = bfloat16, got {use.dtype}"
-    if use.key_width != use.value_width:
-        return f"expected keys and values of one width, got {use.key_width} and {use.value_width} a head"
-    if use.key_width % 8 or use.key_width > 128:
-        return f"expected a head's width that 8 divides, at most 128, got model.qkv_dim / num_heads = {use.key_width}"
-    return "it takes rows of one sentence: expected data.batching = bucket, got pack" if use.packed else ""
-
-
-def _check_kernel(config: Config) -> None:
-    """What the platform is not needed for; `kernels` checks that."""
-    path = config.model.attention
-    misfit = kernel_misfit(path, AttentionUse.of(config)) if path in KERNELS else ""
-    if misfit:
-        raise UserError(f"config.model.attention = {path}: {misfit}; auto takes what fits")
-
-
-def does_not_divide(mesh_field: str, parts: int, field: str, size: int) -> str:
-    """A mesh that cannot split a model's dimension, for people."""
-    return (
-        f"config.{mesh_field} = {parts} does not divide {field} = {size}; set {mesh_field} to "
-        f"{math.gcd(parts, size)}, or {field} to {-(-size // parts) * parts}"
-    )
 
 
 def _check_data(data: DataConfig) -> None:

@@ -1,0 +1,91 @@
+"""A run may start from params that another has trained: those, its vocabulary, and nothing else of it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from tests.test_checkpoint import make_parts, save_three
+from transformer import config as configs
+from transformer import fine_tuning, sharding, step, tokenizer
+from transformer.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir whose checkpoint N holds the params of `make_parts` plus N."""
+    workdir = save_three(tmp_path_factory.mktemp("saved"))
+    make_parts()[1].save(workdir / "tokenizer")
+    return workdir
+
+
+def config_of(saved, model=None, **train):
+    return small_config(
+        model={"num_layers": 1, **(model or {})},
+        data={"vocab_size": 280},
+        mesh={"data": 4},
+        train={"seed": 7, "init_from": str(saved), **train},
+    )
+
+
+def first_state(config, vocabulary=None):
+    model, mesh = step.Model(config.model, config.data.vocab_size), sharding.make_mesh(config.mesh)
+    return fine_tuning.first_state(model, vocabulary or make_parts()[1], config, mesh)
+
+
+@pytest.mark.parametrize(("which", "added"), [("latest", 100), ("best", 9), ("10", 10), ("average:2", 55)])
+def test_params_are_those_of_the_checkpoint_and_all_else_is_new(saved, which, added, capsys):
+    state = first_state(config_of(saved, init_checkpoint=which, ema_decay=0.9, num_steps=50))
+    wanted = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(added), make_parts()[4].params)
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, 1e-6), state.params, wanted)
+    jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
+    assert int(state.step) == 0
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+    assert {leaf.sharding.mesh.size for leaf in jax.tree.leaves(state.params)} == {4}
+    assert "starting from the params of" in capsys.readouterr().err
+
+
+def test_the_average_is_updated_apart_from_the_params(saved):
+    state = first_state(config_of(saved, ema_decay=0.9))
+    assert all(leaf is not twin for leaf, twin in zip(*map(jax.tree.leaves, (state.params, state.ema)), strict=True))
+
+
+def test_what_is_only_for_training_may_differ_and_the_model_may_not(saved):
+    first_state(config_of(saved, {"dropout_rate": 0.3, "attention_dropout_rate": 0.1, "remat": "full"}))
+    with pytest.raises(UserError, match=r"another one: model\.mlp_dim: 32 → 64; model\.norm: 'post' → 'pre'\. Set"):
+        first_state(config_of(saved, {"norm": "pre", "mlp_dim": 64}))
+
+
+def test_another_vocabulary_than_the_checkpoint_s_is_refused(saved):
+    other = tokenizer.train(["quite another text of no such trees"], 280, "bpe")
+    with pytest.raises(UserError, match="not the vocabulary that checkpoint 100 was trained with"):
+        first_state(config_of(saved), other)
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(saved, tmp_path):
+    with pytest.raises(UserError, match=r"init_checkpoint = 11: .*one of \[9, 10, 100\], got '11'"):
+        first_state(config_of(saved, init_checkpoint="11"))
+    with pytest.raises(UserError, match="found no checkpoint"):
+        first_state(config_of(tmp_path))
+
+
+def test_the_vocabulary_is_that_of_the_other_run(saved, tmp_path):
+    named = tokenizer.with_origin(config_of(saved))
+    assert tokenizer.named_by(named).digest == make_parts()[1].digest
+    assert dataclasses.replace(named, tokenizer="bpe") == config_of(saved).data
+    with pytest.raises(UserError, match=r"vocab_size = 300, but .* has 280 pieces; set data\.vocab_size = 280"):
+        tokenizer.named_by(tokenizer.with_origin(small_config(train={"init_from": str(saved)})))
+    with pytest.raises(UserError, match=r"expected a workdir that train\.py wrote, found no tokenizer"):
+        tokenizer.with_origin(config_of(tmp_path))
+    with pytest.raises(UserError, match=r"tokenizer = mine\.model: with train\.init_from the vocabulary is that of"):
+        small_config(data={"tokenizer": "mine.model"}, train={"init_from": "runs/base"})
+    with pytest.raises(UserError, match="init_checkpoint: read only with init_from"):
+        small_config(train={"init_checkpoint": "best"})
+
+
+def test_its_path_means_the_same_wherever_it_is_read_again(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = configs.with_absolute_paths(small_config(train={"init_from": "runs/base"}))
+    assert config.train.init_from == str(tmp_path / "runs" / "base")
