@@ -196,16 +196,51 @@ def test_other_decode_fields_are_checked_with_the_whole():
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"top_k": 5}, r"top_k = 5: read only with method = sample or mbr, got method = beam; leave top_k at 0"),
+        (
+            {"top_k": 5},
+            r"top_k = 5: read only with method = sample or mbr, got method = beam; leave top_k out .default: 0",
+        ),
         ({"temperature": 0.5}, "temperature = 0.5: read only with"),
         ({"top_p": 0.5}, "top_p = 0.5: read only with"),
         ({"seed": 1}, "seed = 1: read only with"),
         ({"mbr_samples": 5, "method": "sample"}, "mbr_samples = 5: read only with method = mbr"),
         ({"coverage_penalty": 0.2, "method": "mbr"}, "coverage_penalty = 0.2: read only with method = beam"),
+        ({"early_stopping": True, "method": "mbr"}, "early_stopping = True: read only with method = beam"),
+        ({"beam_size": 8, "method": "sample"}, "beam_size = 8: read only with method = beam"),
+        ({"length_penalty": 2.0, "method": "mbr"}, "length_penalty = 2.0: read only with method = beam or sample"),
+        ({"length_penalty_form": "length", "method": "mbr"}, "length_penalty_form = length: read only with"),
     ],
 )
 def test_no_decode_field_is_set_where_nothing_reads_it(fields, match):
     refused(match, decode=fields)
+    with pytest.raises(UserError, match=match):
+        validation.with_decode(resolve({}), fields)
+
+
+@pytest.mark.parametrize(
+    ("own", "fields", "left"),
+    [
+        (
+            {"early_stopping": True, "coverage_penalty": 0.2, "beam_size": 5, "length_penalty": 1.0, "min_length": 3},
+            {"method": "sample", "top_k": 5},
+            {"length_penalty": 1.0, "min_length": 3},
+        ),
+        ({"early_stopping": True, "length_penalty_form": "length"}, {"method": "mbr"}, {}),
+        ({"method": "sample", "temperature": 0.7, "top_k": 5}, {"method": "beam"}, {}),
+        ({"method": "sample", "temperature": 0.7}, {"method": "mbr"}, {"temperature": 0.7}),
+        ({"beam_size": 5, "early_stopping": True}, {"min_length": 3}, {"beam_size": 5, "early_stopping": True}),
+    ],
+)
+def test_another_method_leaves_behind_what_it_does_not_read(own, fields, left):
+    changed = validation.with_decode(resolve({"decode": own}), fields)
+    assert changed.decode == dataclasses.replace(configs.DecodeConfig(), **{**left, **fields})
+
+
+def test_what_is_given_is_read_whatever_its_value():
+    """A default that is asked for by name is no less ignored."""
+    for own, fields in (({}, {"method": "sample", "beam_size": 4}), ({"method": "mbr"}, {"length_penalty": 0.6})):
+        with pytest.raises(UserError, match=r"read only with .*; leave \w+ out"):
+            validation.with_decode(resolve({"decode": own}), fields)
 
 
 def test_methods_read_their_fields():

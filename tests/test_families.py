@@ -214,7 +214,7 @@ def test_bfloat16_is_close_and_its_logits_are_float32(family):
         ("recurrent", "model", {"norm": "pre"}, "norm = pre: read only with family = attention, got family = recurr"),
         ("recurrent", "model", {"num_heads": 4}, "num_heads = 4: read only with family = attention"),
         ("recurrent", "model", {"positions": "learned"}, "read only with family = attention or convolutional"),
-        ("recurrent", "model", {"remat": "full"}, "leave remat at none, or change the family"),
+        ("recurrent", "model", {"remat": "full"}, "leave remat out .default: none., or change the family"),
         ("recurrent", "model", {"kernel_width": 5}, "read only with family = convolutional"),
         ("recurrent", "model", {"emb_dim": 15}, "expected an even width, two directions share it; got 15"),
         ("convolutional", "model", {"qkv_dim": 8}, "qkv_dim = 8: read only with family = attention"),

@@ -142,6 +142,7 @@ def best(parts, **fields):
     [
         ({}, {"length_penalty_form": "length"}),
         ({}, {"coverage_penalty": 5.0, "beam_size": 4}),
+        ({"beam_size": 4}, {"early_stopping": True}),
         ({}, {"min_length": 20}),
         ({}, {"no_repeat_ngram": 2}),
         ({}, {"method": "sample"}),

@@ -198,7 +198,7 @@ class DecodeConfig:
         one_of=("beam", "sample", "mbr"),
     )
     beam_size: int = _field(4, "hypotheses kept by beam search; 1 is greedy", low=1, high=1000)
-    length_penalty: float = _field(0.6, "alpha of the length penalty; 0 is none", low=0, high=10)
+    length_penalty: float = _field(0.6, "alpha of the length penalty (sample: of scores); 0 is none", low=0, high=10)
     length_penalty_form: str = _field(
         "gnmt",
         "what log-probabilities are divided by: gnmt ((5 + length) / 6)^alpha, or length^alpha",

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
 from etils import epath
 
 from transformer import alignments, command_line, compilation, validation
-from transformer.config import DecodeConfig
 from transformer.datasets import text_files
 from transformer.errors import UserError
 from transformer.trained import Trained, load_trained
@@ -79,7 +78,8 @@ class LoadedModel:
           n_best: gives at most so many hypotheses (text, score, finished) of each sentence instead, best first.
           prefixes: a text for each sentence that its translation begins with; blank for none.
           constraints: a list of phrases for each sentence that its translation holds.
-          decode: fields of the config's decode section, such as `beam_size=8`, in place of the model's own.
+          decode: fields of the config's decode section, such as `beam_size=8`, in place of the model's own; with
+            another `method` those of the model's own that it does not read are left out.
 
         Raises:
           UserError: an unknown field, an impossible value, or a prefix or constraint that cannot be met.
@@ -100,10 +100,9 @@ class LoadedModel:
 
     def translator(self, fields: dict[str, Any]) -> tuple[Translator, int]:
         """The translator that these decode fields ask for, the same one each time, and the seed."""
-        # Each member's own config is checked: its learned positions may cover less than this decoding asks for.
-        own = dataclasses.asdict(self._members[0].config.decode)
-        configs = [validation.with_decode(member.config, {**own, **fields}) for member in self._members]
-        decode: DecodeConfig = configs[0].decode
+        decode = validation.with_decode(self.first.config, fields).decode
+        for member in self._members[1:]:  # whose learned positions may cover less than this decoding asks for
+            validation.resolve(dataclasses.asdict(dataclasses.replace(member.config, decode=decode)))
         with self._lock:
             return self._translators(dataclasses.replace(decode, seed=0)), decode.seed
 
@@ -220,8 +219,6 @@ def main(argv: list[str]) -> None:
             if twice:
                 raise UserError(f"{flag} and --decode.{twice[0]} set the same; give one of them")
             fields.update(values)
-    if args.mbr and "beam_size" in fields:
-        raise UserError("--mbr samples, so beam_size has no effect; leave one of them out")
     compilation.enable_cache()
     loaded = load(args.workdir, args.checkpoint, args.ensemble)
     translator, seed = loaded.translator(fields)

@@ -9,7 +9,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import config_dict
@@ -23,12 +23,12 @@ from transformer.config import (
     TRAINED_TOKENIZERS,
     Config,
     DataConfig,
-    DecodeConfig,
     TrainConfig,
 )
 from transformer.errors import UserError
 
 ENDING = ("cosine", "linear")  # schedules that reach 0 at train.num_steps
+Readers = dict[str, tuple[str, ...]]  # field → the values of another field with which it is read
 
 
 def resolve(values: Any) -> Config:
@@ -152,7 +152,7 @@ def _check_together(config: Config) -> None:
         )
     device_limits.check(config)
     _check_data(data)
-    _check_decode(decode)
+    _refuse_unread("decode", decode, "method", DECODE_READERS)
 
 
 def _check_family(config: Config) -> None:
@@ -160,7 +160,7 @@ def _check_family(config: Config) -> None:
     model = config.model
     others, recurrent = ("attention", "convolutional"), ("recurrent", "convolutional")
     only_attention = "num_heads mlp_dim norm attention_dropout_rate mlp_dropout_rate attention qkv_init_gain".split()
-    readers = {
+    readers: Readers = {
         **dict.fromkeys((*only_attention, *FOLLOW_EMB_DIM), ("attention",)),
         **dict.fromkeys(("positions", "max_positions", "remat", "scan_layers"), others),
         "attention_score": recurrent,
@@ -177,33 +177,39 @@ def _check_family(config: Config) -> None:
             )
 
 
+DECODE_READERS: Readers = {  # by decode.method; all other fields are read with any
+    **dict.fromkeys(("beam_size", "coverage_penalty", "early_stopping"), ("beam",)),
+    **dict.fromkeys(("length_penalty", "length_penalty_form"), ("beam", "sample")),
+    **dict.fromkeys(("temperature", "top_k", "top_p", "seed"), ("sample", "mbr")),
+    "mbr_samples": ("mbr",),
+}
+
+
 def with_decode(config: Config, fields: dict[str, Any]) -> Config:
-    """The config with other fields of its decode section, checked as a whole.
+    """The config with other fields of its decode section; if with another method, without what only the old one reads.
 
     Raises:
-      UserError: as `resolve`.
+      UserError: as `resolve`, and of a field that the method does not read, whatever its value.
     """
     values = dataclasses.asdict(config)
-    return resolve({**values, "decode": {**values["decode"], **fields}})
+    method = fields.get("method", config.decode.method)
+    own = {name: value for name, value in values["decode"].items() if method in DECODE_READERS.get(name, (method,))}
+    changed = resolve({**values, "decode": {**own, **fields}})
+    _refuse_unread("decode", changed.decode, "method", DECODE_READERS, given=fields)
+    return changed
 
 
-def _check_decode(decode: DecodeConfig) -> None:
-    """Fields that the method does not read must be left alone."""
-    drawing = ("sample", "mbr")
-    readers: dict[str, tuple] = dict.fromkeys(("temperature", "top_k", "top_p", "seed"), drawing)
-    readers |= {"mbr_samples": ("mbr",), "coverage_penalty": ("beam",), "early_stopping": ("beam",)}
-    _refuse_unread("decode", decode, "method", readers)
-
-
-def _refuse_unread(section: str, fields: Any, by: str, readers: Mapping[str, tuple], unset: Mapping = {}) -> None:
-    """Fields that the value of `by` does not read must have their defaults: those in `unset`, or of their class."""
-    chosen = getattr(fields, by)
-    for name, wanted in readers.items():
-        value, default = getattr(fields, name), unset.get(name, getattr(type(fields), name))
-        if chosen not in wanted and value != default:
+def _refuse_unread(
+    where: str, section: Any, switch: str, readers: Readers, defaults: Any = None, given: Iterable[str] = ()
+) -> None:
+    """Fields that are read with other values of `switch` alone must be at their defaults, and not given at all."""
+    chosen = getattr(section, switch)
+    for name, values in readers.items():
+        value, default = getattr(section, name), (defaults or {}).get(name, getattr(type(section), name))
+        if chosen not in values and (name in given or value != default):
             raise UserError(
-                f"config.{section}.{name} = {value}: read only with {by} = {' or '.join(wanted)}, got {by} = {chosen}; "
-                f"leave {name} at {default}, or change the {by}"
+                f"config.{where}.{name} = {value}: read only with {switch} = {' or '.join(values)}, got {switch} = "
+                f"{chosen}; leave {name} out (default: {default}), or change the {switch}"
             )
 
 
