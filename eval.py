@@ -13,6 +13,7 @@ the best validation BLEU. Model, vocabulary and decoding settings are those save
 import argparse
 import dataclasses
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -20,6 +21,7 @@ from etils import epath
 from transformer import command_line, hosts
 from transformer.command_line import say
 from transformer.errors import UserError
+from transformer.files import check_writable, reported
 
 if TYPE_CHECKING:
     from transformer.scoring import Evaluation, Scorer
@@ -53,6 +55,8 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     from transformer.reporting import report
     from transformer.trained import load_trained
 
+    if args.output:
+        check_output(args.output)
     agreement.same_code()
     trained = load_trained(args.workdir, args.checkpoint)
     changed = {name: value for name, value in fields.items() if value != getattr(trained.config.decode, name)}
@@ -65,10 +69,9 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         which = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
         other = scoring.translations_of_other(args.versus, which, chosen, trained.config.data.target_language, fields)
     evaluation = with_bar(scoring.Scorer(chosen), trained)
-    output = epath.Path(args.output or scoring.translations_path(args.workdir, trained, chosen, changed))
-    scoring.write_translations(evaluation, output)
     show_samples(evaluation)
     say(summary.table(evaluation))
+    save_translations(evaluation, args.output, scoring.translations_path(args.workdir, trained, chosen, changed))
     versus = None
     if other:
         ours = evaluation.report.translations
@@ -76,10 +79,31 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         versus = significance.against(*other, ours, chosen.references, tokenized=tokenized)
         say(f"\n{significance.table(versus)}\n")
         say(significance.examples(versus, chosen.sources, chosen.references, ours))
-    say(f"translations: {output}")
     report.write(args.workdir, evaluation, versus)
     if hosts.is_lead():
         print(json.dumps(summary.as_json(evaluation, versus)))
+
+
+@hosts.lead_only
+def check_output(path: str) -> None:
+    """Before anything is translated."""
+    with reported(f"--output={path}"):
+        check_writable(path)
+
+
+@hosts.lead_only
+def save_translations(evaluation: "Evaluation", asked: str | None, usual: epath.Path) -> None:
+    """Where it was asked for, or in the workdir: if that cannot be written it costs the file, not the scores."""
+    from transformer import scoring
+
+    try:
+        scoring.write_translations(evaluation, asked or usual)
+    except UserError as error:
+        if asked:
+            raise
+        say(f"warning: no file of translations: {error}")
+        return
+    say(f"translations: {asked or usual}")
 
 
 def watch(args: argparse.Namespace) -> None:
@@ -101,17 +125,26 @@ def parse(rest: list[str]) -> argparse.Namespace:
         epilog="--decode.FIELD=VALUE sets any field of the decode section of transformer/config.py.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=command_line.workdir_path, help="folder that train.py wrote")
+    parser.add_argument("--workdir", required=True, type=command_line.full_path, help="folder that train.py wrote")
     parser.add_argument("--checkpoint", help="latest (default), best, a step, average:N or best-average:N")
     parser.add_argument("--split", help="split of the config's data set, such as validation (default: test)")
-    parser.add_argument("--source", help="text file to translate instead, one sentence a line")
-    parser.add_argument("--reference", help="its references; several files with commas between")
+    parser.add_argument(
+        "--source", type=command_line.full_path, help="text file to translate instead, one sentence a line"
+    )
+    parser.add_argument(
+        "--reference",
+        type=lambda text: ",".join(command_line.full_paths(text)),
+        help="its references; several files with commas between",
+    )
     parser.add_argument(
         "--output",
+        type=command_line.full_path,
         help="where translations go (default: WORKDIR/translations/STEP.NAME.txt, with decode fields in it)",
     )
     parser.add_argument(
-        "--versus", help="another workdir, or a file of translations: is the difference more than chance?"
+        "--versus",
+        type=command_line.full_path,
+        help="another workdir, or a file of translations: is the difference more than chance?",
     )
     parser.add_argument("--versus_checkpoint", help="of that workdir (default: as --checkpoint; latest for a step)")
     parser.add_argument("--watch", action="store_true", help="score every checkpoint as it lands, until a signal")
@@ -120,7 +153,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
     if bool(args.source) != bool(args.reference):
         raise UserError("--source and --reference go together")
     read = filter(None, (args.source, args.versus, *(args.reference or "").split(",")))
-    if args.output and epath.Path(args.output).resolve() in [epath.Path(path).resolve() for path in read]:
+    if args.output and os.path.realpath(args.output) in map(os.path.realpath, read):
         raise UserError(f"--output={args.output} would overwrite what is read; name another file")
     if args.source and args.split:
         raise UserError("expected --split, or --source with --reference, got both")
@@ -130,7 +163,6 @@ def parse(rest: list[str]) -> argparse.Namespace:
         if args.watch and getattr(args, flag):
             raise UserError(f"--watch scores every checkpoint by itself; leave out --{flag}")
     args.checkpoint = args.checkpoint or "latest"
-    args.versus = args.versus and str(epath.Path(args.versus).expanduser())
     return args
 
 

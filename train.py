@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
     """Checks config and data before it imports JAX."""
     parser = command_line.config_parser("train.py", __doc__, "--workdir=DIR")
     parser.add_argument(
-        "--workdir", required=True, type=command_line.workdir_path, help="folder of the run; made if it is missing"
+        "--workdir", required=True, type=command_line.full_path, help="folder of the run; made if it is missing"
     )
     hosts.add_flags(parser)
     settings, args = command_line.parse_with_config(parser, argv)

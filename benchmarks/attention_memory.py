@@ -11,15 +11,15 @@ as v5e:2x4, and its compiler (`make tpu-compiler`). The last line of stdout is o
 import argparse
 import json
 import math
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformer import validation
-from transformer.command_line import run, say
+from transformer.command_line import full_path, run, say
 from transformer.config import Config
 from transformer.errors import UserError
+from transformer.files import write_whole
 from transformer.plan import set_environment
 from transformer.planning.chips import Topology, parse_topology
 from transformer.reporting.charts import Axis
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         help="values of model.attention; ring:N over N devices",
     )
     parser.add_argument("--lengths", default="1024,4096,16384,65536", help="tokens of a row on either side")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.svg", help="draw it too")
+    parser.add_argument("--plot", type=full_path, metavar="FILE.svg", help="draw it too")
     args = parser.parse_args(argv[1:])
     lengths, topology, paths = two_or_more(args.lengths), parse_topology(args.topology), args.paths.split(",")
     for path in paths:
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         table[f"{path}_exponent"] = round(growth(lengths, table[path]), 2)
     show(table)
     if args.plot:
-        args.plot.write_text(drawing(lengths, {path: table[path] for path in paths}))
+        write_whole(args.plot, drawing(lengths, {path: table[path] for path in paths}))
     print(json.dumps(table))
 
 

@@ -21,6 +21,7 @@ import optax
 
 from transformer import manifest, tokenizer
 from transformer.checkpoint import Checkpoints
+from transformer.command_line import full_path
 from transformer.config import Config
 from transformer.step import TrainState
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", help="where to save (default: the folder for temporary files)")
+    parser.add_argument("--folder", type=full_path, help="where to save (default: the folder for temporary files)")
     args = parser.parse_args()
     state = make_state(args.megabytes)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6

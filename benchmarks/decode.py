@@ -20,7 +20,7 @@ from collections.abc import Callable
 import sentencepiece
 
 from transformer import export, validation
-from transformer.command_line import add_model_flags, decode_flags, positive_int, run, say
+from transformer.command_line import add_model_flags, decode_flags, full_path, positive_int, run, say
 from transformer.compilation import enable_cache
 from transformer.datasets import text_files
 from transformer.errors import UserError
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     """Reads the flags, measures, prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", allow_abbrev=False)
     add_model_flags(parser)
-    parser.add_argument("--source", required=True, help="file to translate, a sentence a line")
+    parser.add_argument("--source", required=True, type=full_path, help="file to translate, a sentence a line")
     parser.add_argument("--engine", default="ours", choices=("ours", "ctranslate2"))
     parser.add_argument("--quantization", default="float32", choices=("float32", "int8"), help="of ctranslate2")
     parser.add_argument("--patience", type=positive_int, default=1, help="of ctranslate2: 3 finds what ours finds")

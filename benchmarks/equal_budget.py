@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.equal_budget", allow_abbrev=False)
     parser.add_argument("--config", default="configs/multi30k_families.py", help="file that takes :FAMILY")
     parser.add_argument("--families", default=",".join(FAMILIES), help="commas between")
-    parser.add_argument("--output", default="runs/families", type=command_line.workdir_path, help="folder of all")
+    parser.add_argument("--output", default="runs/families", type=command_line.full_path, help="folder of all")
     parser.add_argument("--split", default="test_2016_flickr", help="that is scored at the end")
     args, fields = parser.parse_known_args(argv[1:])
     wrong = [name for name in fields if not name.startswith("--config.")]

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--families", default=",".join(FAMILIES), help="to measure, commas between")
     parser.add_argument("--attention", default="plain", help="value of model.attention in training (default: plain)")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
-    parser.add_argument("--output", default="runs/parallelism", type=command_line.workdir_path, help="folder")
+    parser.add_argument("--output", default="runs/parallelism", type=command_line.full_path, help="folder")
     parser.add_argument("--program_only", action="store_true", help="compile single layers, train nothing")
     args = parser.parse_args(argv[1:])
     lengths, families = two_or_more(args.lengths), args.families.split(",")

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     parser = command_line.config_parser("python -m benchmarks.sweep", __doc__)
     parser.add_argument("--table", choices=["3"], default="3", help="of the paper")
     parser.add_argument("--rows", default="", help="names from configs/paper.py, commas between (default: all)")
-    parser.add_argument("--output", default="runs/sweep", type=command_line.workdir_path, help="folder of all rows")
+    parser.add_argument("--output", default="runs/sweep", type=command_line.full_path, help="folder of all rows")
     parser.add_argument("--split", default="validation", help="that is scored (default: validation, as in the paper)")
     base, args = command_line.parse_with_config(parser, argv)
     names = args.rows.split(",") if args.rows else list(ROWS)

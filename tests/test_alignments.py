@@ -126,17 +126,27 @@ def test_what_fails_leaves_no_file(parts, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_links_are_made_if_they_are_wanted(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(Aligner, "links", lambda *args: pytest.fail("nobody asked"))
+    with alignments.recorded(flags(f"--attention={tmp_path}/b.npz"), parts) as note:
+        note(LINES[:3], LINES[:3])
+    with np.load(tmp_path / "b.npz") as arrays:
+        assert len(arrays.files) == 9
+
+
 def test_without_flags_nothing_is_noted(parts):
     with alignments.recorded(flags(), parts) as note:
         note(LINES[:3], ["no", "such", "count", "of", "lines"])
 
 
 def test_bad_flags_are_refused(parts, tmp_path):
-    with (
-        pytest.raises(UserError, match="goes with --alignments"),
-        alignments.recorded(flags("--alignment_layer=2"), parts),
+    for given, message in (
+        (["--alignment_layer=2"], "goes with --alignments"),
+        (["--alignment_layer=2", f"--attention={tmp_path}/b"], "goes with --alignments"),
+        ([f"--alignments={tmp_path}/a", f"--attention={tmp_path}/../{tmp_path.name}/a"], "are both .*; name two files"),
     ):
-        pass
+        with pytest.raises(UserError, match=message):
+            alignments.check_flags(flags(*given))
     with (
         pytest.raises(UserError, match="none/a"),
         alignments.recorded(flags(f"--alignments={tmp_path}/none/a"), parts),

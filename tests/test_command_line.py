@@ -1,6 +1,7 @@
 """Flags into a checked config, and commands that end with one message and the documented exit code."""
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -84,13 +85,52 @@ def test_a_config_file_may_take_a_name(tmp_path):
         parse(f"--config={path}:c")
 
 
-def test_a_workdir_is_made_absolute_and_never_empty(monkeypatch):
+def test_a_path_is_made_absolute_and_never_empty(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert command_line.workdir_path("~/run") == "/home/me/run"
-    assert command_line.workdir_path("run") == os.path.join(os.getcwd(), "run")
-    assert command_line.workdir_path("gs://bucket/run") == "gs://bucket/run"
+    assert command_line.full_path("~/run") == "/home/me/run"
+    assert command_line.full_path("run") == os.path.join(os.getcwd(), "run")
+    assert command_line.full_path("gs://bucket/run") == "gs://bucket/run"
     with pytest.raises(argparse.ArgumentTypeError, match="empty"):
-        command_line.workdir_path(" ")
+        command_line.full_path(" ")
+
+
+PATH_FLAGS = {
+    "eval": ["workdir", "source", "reference", "output", "versus"],
+    "transformer.translate": ["workdir", "ensemble", "prefix_file", "constraint_file", "alignments", "attention"],
+    "transformer.export": ["workdir", "output"],
+}
+
+
+@pytest.mark.parametrize("command", PATH_FLAGS)
+def test_every_flag_that_is_a_path_is_read_as_one(command, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    module = importlib.import_module(command)
+    parse = module.parse if command == "eval" else module._parse
+    others = ["--format=jax"] if command == "transformer.export" else []
+    flags = {name: f"--{name}=~/{name}" for name in PATH_FLAGS[command]}
+    args = parse([*flags.values(), *others])
+    for name in flags:
+        given = getattr(args, name)
+        assert (given[0] if name == "ensemble" else given) == f"/home/me/{name}"
+    monkeypatch.setattr(command_line.remote.importlib.util, "find_spec", lambda name: None)
+    for name in set(flags) - {"output" if others else ""}:
+        with pytest.raises(SystemExit, match="2"):
+            parse([*{**flags, name: f"--{name}=gs://b/x"}.values(), *others])
+        assert f"--{name}: gs:// needs the package gcsfs: pip install gcsfs" in capsys.readouterr().err
+
+
+def test_a_link_to_what_is_read_is_no_output(tmp_path):
+    (tmp_path / "link").symlink_to("theirs")
+    with pytest.raises(UserError, match="would overwrite what is read"):
+        importlib.import_module("eval").parse(
+            ["--workdir=x", f"--versus={tmp_path}/theirs", f"--output={tmp_path}/link"]
+        )
+
+
+def test_a_config_may_be_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "plain.py").write_text("def get_config():\n    return {'model': {'num_layers': 2}}\n")
+    assert parse("--config=~/plain.py")[0].model.num_layers == 2
 
 
 @pytest.mark.parametrize("command", [["train.py", DEMO], ["eval.py"], ["-m", "transformer.translate"]])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -82,8 +83,6 @@ def workdir(folder, tmp_path_factory):
 @pytest.fixture
 def averaged(workdir, tmp_path):
     """The same workdir with one more checkpoint, 240, whose params are fresh."""
-    import shutil
-
     import jax
 
     from transformer import sharding, step
@@ -187,7 +186,10 @@ def test_a_mean_that_cannot_be_is_one_line(workdir, command, which, message):
 
 
 def test_a_difference_is_held_against_chance(workdir, averaged, folder, tmp_path):
+    shutil.rmtree(averaged / "translations", ignore_errors=True)
+    (averaged / "translations").write_text("no folder: a workdir that cannot be written costs no scores\n")
     result = run("eval.py", f"--workdir={averaged}", "--checkpoint=250", f"--versus={averaged}")
+    assert b"warning: no file of translations" in result.stderr
     versus = json.loads(result.stdout.splitlines()[-1])["versus"]
     assert (versus["bleu"]["difference"], versus["bleu"]["bootstrap_p"], versus["name"]) == (
         0,
@@ -227,6 +229,7 @@ def test_watching_scores_what_is_there_and_ends_on_a_signal(averaged):
         (["--versus=x", "--output=x"], "would overwrite"),
         (["--versus=x", "--output=./x"], "would overwrite"),
         (["--versus=none"], "none: there is no such file"),
+        (["--output=configs", "--checkpoint=none"], "configs: Is a directory"),  # said before anything is read
     ],
 )
 def test_flags_that_cannot_go_together_are_one_line(workdir, flags, message):
@@ -302,8 +305,6 @@ BAD_DATA = {
 
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_training_data_is_one_message_and_leaves_nothing_harmed(case, folder, tmp_path):
-    import shutil
-
     copy = tmp_path / "data"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("prepared"))
     change, code, message = BAD_DATA[case]
@@ -335,8 +336,6 @@ def test_a_workdir_that_is_none_is_refused(command, tmp_path):
 
 
 def test_if_no_checkpoint_is_sound_the_exit_code_says_so(workdir, tmp_path):
-    import shutil
-
     shutil.copytree(workdir, tmp_path / "run")
     for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
         manifest.write_text("{}")

@@ -145,7 +145,6 @@ def test_the_example_of_the_docs_runs_without_this_package(workdir, tmp_path, ca
     ("flags", "message"),
     [
         (["--format=jax", "--quantization=int8"], "--quantization goes with --format=ctranslate2"),
-        (["--format=jax", "--output=gs://bucket/x"], "expected a folder on this machine"),
         (["--format=jax", "--decode.method=sample"], "the exported program searches by beam"),
         (["--format=jax", "--output=."], "expected a folder that does not exist yet"),
         (["--format=jax", "--checkpoint=7"], "--checkpoint: expected latest"),
@@ -156,6 +155,12 @@ def test_what_cannot_be_exported_is_refused(flags, message, workdir, tmp_path):
     with pytest.raises(UserError, match=message):
         export.main(["export", f"--workdir={workdir}", f"--output={tmp_path}/out", *flags])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_is_no_folder_to_export_to(workdir, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["export", f"--workdir={workdir}", "--format=jax", "--output=gs://bucket/x"])
+    assert "expected a folder on this machine, got gs://bucket/x" in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_named(workdir, tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """A file is there whole or not at all."""
 
+import os
+import threading
+
 import pytest
 
 from transformer import files
@@ -21,3 +24,36 @@ def test_what_fails_half_way_leaves_the_file_as_it_was(tmp_path, error):
         raise error
     assert (tmp_path / "a").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_and_what_is_no_file_stay_what_they_are(tmp_path):
+    """As root, a rename would turn a device into a file."""
+    for name, target in (("link", "a"), ("dangling", "b"), ("queue", "pipe")):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "a").write_bytes(b"old")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "dangling"):
+        files.write_whole(tmp_path / name, "new")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == b"new"
+    for name in ("pipe", "queue"):
+        got = []
+        reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_bytes()), daemon=True)  # noqa: B023
+        reader.start()
+        files.write_whole(tmp_path / name, "new")
+        reader.join(10)
+        assert got == [b"new"]
+    assert all((tmp_path / name).is_symlink() for name in ("link", "dangling", "queue"))
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "dangling", "link", "pipe", "queue"]
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("file", "new", "folder/new", "pipe"):
+        files.check_writable(tmp_path / path)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "pipe"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+    for path in ("", "folder", "file/new"):
+        with pytest.raises(OSError, match=r"directory|exists"):
+            files.check_writable(tmp_path / path)

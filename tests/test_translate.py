@@ -136,6 +136,18 @@ def test_an_ensemble_is_loaded_from_workdirs(loaded, workdir, another, usual):
     assert both == transformer.load(another, ensemble=[workdir]).translate(SHORT)
 
 
+def test_what_is_loaded_may_be_named_as_people_do(workdir, monkeypatch):
+    assert transformer.load(workdir, checkpoint=0).first.step == 0
+    with pytest.raises(UserError, match=r"--checkpoint: expected latest, .*\[0\], got '579'"):
+        transformer.load(workdir, checkpoint=579)
+    for one in (workdir, str(workdir)):
+        with pytest.raises(UserError, match=r"ensemble: expected a list of workdirs, got one, '.*'"):
+            transformer.load(workdir, ensemble=one)
+    monkeypatch.setattr(translate.command_line.remote.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="gs://b/run: gs:// needs the package gcsfs: pip install gcsfs"):
+        transformer.load("gs://b/run")
+
+
 def test_an_ensemble_of_other_tokenizers_is_refused(workdir, tmp_path):
     stranger = save(tmp_path / "stranger", tokenizer.train(LINES, 290, "bpe"))
     with pytest.raises(UserError, match="expected the tokenizer of") as caught:

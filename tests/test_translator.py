@@ -255,6 +255,9 @@ def test_samples_may_have_a_prefix(parts):
         ({}, {"constraints": [["a"]]}, "constraints: expected one for each of 2 sentences, got 1"),
         ({}, {"prefixes": ["a", "b", "c"]}, "prefixes: expected one for each of 2 sentences, got 3"),
         ({}, {"constraints": [["a"], ["b", " "]]}, "sentence 2: expected phrases that are not empty"),
+        ({}, {"prefixes": "ab"}, "prefixes: expected a list with an item for each sentence, got one text, 'ab'"),
+        ({}, {"constraints": "ab"}, "constraints: expected a list with an item for each sentence, got one text"),
+        ({}, {"constraints": [["a"], [None]]}, "sentence 2: expected phrases that are not empty"),
         ({}, {"constraints": ["a", ""]}, "sentence 1: expected a list of phrases, got one text, 'a'"),
         ({}, {"constraints": [[], ["tree " * 20]], "first": 11}, "sentence 12: its prefix and phrases take 60 tokens"),
         ({}, {"prefixes": ["tree " * 20, ""]}, "sentence 1: its prefix and phrases take 60 tokens and an end, but"),
@@ -271,7 +274,8 @@ def test_nothing_can_be_asked_of_a_blank_source(parts):
     translator, params = make(parts)
     with pytest.raises(UserError, match="sentence 2: a blank source has no translation"):
         translator.hypotheses(params, ["a", " "], prefixes=["", "a"])
-    assert translator.hypotheses(params, [" "], prefixes=[" "], constraints=[[]])[0][0].text == ""
+    for nothing in ({"prefixes": [" "], "constraints": [[]]}, {"prefixes": [None], "constraints": [None]}):
+        assert translator.hypotheses(params, [" "], **nothing)[0][0].text == ""
 
 
 def test_models_of_an_ensemble_decide_together(parts):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    workdir: str | os.PathLike, checkpoint: str = "latest", ensemble: Sequence[str | os.PathLike] = ()
+    workdir: str | os.PathLike, checkpoint: str | int = "latest", ensemble: Sequence[str | os.PathLike] = ()
 ) -> "LoadedModel":
     """Reads the trained model of a workdir once, to translate often: see `transformer.translate.load`."""
     from transformer import translate

@@ -9,6 +9,7 @@ L layers, H heads, T target tokens, S source tokens; EOS is the last token of bo
 
 import argparse
 import contextlib
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 
 from transformer import sharding
 from transformer.batching import PADDING_ROW, Batch, Ragged, assemble, eval_plan, only_rows
+from transformer.command_line import full_path, positive_int
 from transformer.config import DecodeConfig
 from transformer.errors import UserError
 from transformer.files import growing, reported
@@ -139,13 +141,23 @@ def pharaoh(links: Links) -> str:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What `recorded` reads."""
-    from transformer.command_line import positive_int
-
-    parser.add_argument("--alignments", help="write word alignments there, 0-0 1-2 …, a line for each translation")
-    parser.add_argument("--attention", help="write the attention to the source there, an .npz of arrays")
+    parser.add_argument(
+        "--alignments", type=full_path, help="write word alignments there, 0-0 1-2 …, a line for each translation"
+    )
+    parser.add_argument(
+        "--attention", type=full_path, help="write the attention to the source there, an .npz of arrays"
+    )
     parser.add_argument(
         "--alignment_layer", type=positive_int, help="of the decoder, from 1 (default: the last but one)"
     )
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises a UserError for flags that do not go together."""
+    if args.alignment_layer and not args.alignments:
+        raise UserError("--alignment_layer goes with --alignments=FILE, got none; --attention has all layers")
+    if args.alignments and args.attention and os.path.realpath(args.alignments) == os.path.realpath(args.attention):
+        raise UserError(f"--alignments and --attention are both {args.alignments}; name two files")
 
 
 @contextlib.contextmanager
@@ -157,8 +169,6 @@ def recorded(args: argparse.Namespace, trained: Trained) -> Iterator[Note]:
     """
     config = trained.config
     if not (args.alignments or args.attention):
-        if args.alignment_layer:
-            raise UserError("--alignment_layer goes with --alignments=FILE, got none")
         yield lambda sources, translations: None
         return
     layers = config.model.looking_layers
@@ -173,7 +183,8 @@ def recorded(args: argparse.Namespace, trained: Trained) -> Iterator[Note]:
             nonlocal done
             links: list[Links] = [[] for _ in sources]
             for place, attention in aligner.attention(trained.params, sources, translations):
-                links[place] = aligner.links(attention)
+                if lines:
+                    links[place] = aligner.links(attention)
                 if archive:
                     _store(archive, done + place, attention, trained.tokenizer)
             if lines:

@@ -101,7 +101,7 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: list[str]) -> tuple
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """--workdir and --checkpoint, which `trained.load_trained` takes."""
-    parser.add_argument("--workdir", required=True, type=workdir_path, help="folder that train.py wrote")
+    parser.add_argument("--workdir", required=True, type=full_path, help="folder that train.py wrote")
     parser.add_argument(
         "--checkpoint", default="latest", help="latest (default), best, a step, average:N or best-average:N"
     )
@@ -117,11 +117,11 @@ def config_flags(argv: list[str]) -> tuple[configs.Config, list[str]]:
       UserError: no such file, an error inside it, an unknown field, or a value that cannot be.
     """
     mine, rest = _split(argv[1:], "config")
-    paths = [argument.partition("=")[2] for argument in mine if argument.startswith("--config=")]
-    if len(paths) != 1 or not paths[0]:
-        raise UserError(f"expected one --config=FILE, such as --config=configs/demo.py, got {len(paths)}")
+    given = [argument.partition("=")[2] for argument in mine if argument.startswith("--config=")]
+    if len(given) != 1 or not given[0]:
+        raise UserError(f"expected one --config=FILE, such as --config=configs/demo.py, got {len(given)}")
     overrides = [_override(argument) for argument in mine if not argument.startswith("--config=")]
-    config = _load(paths[0])
+    config = _load(os.path.expanduser(given[0]))
     with config.ignore_type():  # validation says what a field takes: 1 may be overridden by 0.5
         for section, field, value in overrides:
             config[section][field] = value
@@ -241,13 +241,18 @@ PARSERS: dict[type, Callable[[str], int | float | bool | str]] = {
 }
 
 
-def workdir_path(text: str) -> str:
-    """An argparse type: an absolute path, ~ expanded, or an address such as gs://bucket/run."""
+def full_path(text: str) -> str:
+    """The argparse type of every path: made absolute, ~ expanded, or an address such as gs://bucket/run."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+        raise argparse.ArgumentTypeError("expected a path, got an empty name")
     if reason := remote.missing(text):
         raise argparse.ArgumentTypeError(reason)
     return text if remote.is_remote(text) else os.path.abspath(os.path.expanduser(text))
+
+
+def full_paths(text: str) -> list[str]:
+    """The argparse type of several paths, commas between."""
+    return [full_path(one) for one in text.split(",")]
 
 
 def positive_int(text: str) -> int:

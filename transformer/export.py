@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from transformer import command_line, export_ctranslate2, export_jax, validation
+from transformer import command_line, export_ctranslate2, export_jax, remote, validation
 from transformer.command_line import say
 from transformer.errors import UserError
 from transformer.export_ctranslate2 import QUANTIZATIONS
@@ -153,6 +153,13 @@ def _appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             raise
 
 
+def _local(text: str) -> str:
+    """An argparse type."""
+    if remote.is_remote(text):
+        raise argparse.ArgumentTypeError(f"expected a folder on this machine, got {text}")
+    return command_line.full_path(text)
+
+
 def _parse(rest: list[str]) -> argparse.Namespace:
     """Reads the flags other than --decode.FIELD."""
     parser = argparse.ArgumentParser(
@@ -163,11 +170,9 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     )
     command_line.add_model_flags(parser)
     parser.add_argument("--format", required=True, choices=tuple(NEEDS), help="whose format")
-    parser.add_argument("--output", required=True, help="folder to make")
+    parser.add_argument("--output", required=True, type=_local, help="folder to make")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="ctranslate2: of the weights (default: float32)")
     args = parser.parse_args(rest)
-    if not args.output.strip() or "://" in args.output:
-        raise UserError(f"--output={args.output}: expected a folder on this machine")
     if args.quantization and args.format != "ctranslate2":
         raise UserError(f"--quantization goes with --format=ctranslate2, got {args.format}; leave it out")
     return args

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, their digests, and what the file system refuses."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -23,7 +24,10 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def growing(path: epath.PathLike) -> Iterator[BinaryIO]:
-    """The same piece by piece: the file takes its place at the end of the block, and never if that fails."""
+    """The same piece by piece: the file takes its place at the end of the block, and never if that fails.
+
+    A link is followed, and what is there and no regular file, such as a pipe or a device, stays and is written to.
+    """
     path = epath.Path(path)
     if remote.is_remote(path):  # where an object appears whole anyway, once it is sent
         with tempfile.TemporaryFile() as buffer:
@@ -32,6 +36,11 @@ def growing(path: epath.PathLike) -> Iterator[BinaryIO]:
             with path.open("wb") as sent:
                 shutil.copyfileobj(buffer, sent)
         return
+    if os.path.exists(path) and not os.path.isfile(path):  # epath takes a pipe for a file
+        with path.open("wb") as file:
+            yield file
+        return
+    path = epath.Path(os.path.realpath(path))  # and follows no links
     partial = path.parent / f"{path.name}.{uuid.uuid4().hex}.partial"  # containers share process numbers
     try:
         with partial.open("wb") as file:
@@ -43,6 +52,20 @@ def growing(path: epath.PathLike) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: epath.PathLike) -> None:
+    """Raises an OSError where `growing` could not begin, before work is spent on what goes there; makes the folder.
+
+    Addresses, pipes and devices are not asked: they tell when something is sent to them.
+    """
+    path = epath.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not remote.is_remote(path) and (os.path.isfile(path) or not os.path.exists(path)):
+        folder = os.path.dirname(os.path.realpath(path))
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextlib.contextmanager

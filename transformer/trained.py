@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from transformer import consensus, sharding
+from transformer import consensus, remote, sharding
 from transformer.checkpoint import Checkpoints, Metrics
 from transformer.config import Config, MeshConfig
 from transformer.errors import UserError, WorkdirError
@@ -66,7 +66,7 @@ def title(which: str, steps: list[int]) -> str:
     return f"average of {best}{len(steps)}: {', '.join(map(str, steps))}"
 
 
-def load_trained(workdir: epath.PathLike, which: str) -> Trained:
+def load_trained(workdir: epath.PathLike, which: str | int) -> Trained:
     """Reads config, tokenizer and params onto all devices there are; needs nothing but checkpoints.
 
     Args:
@@ -74,7 +74,9 @@ def load_trained(workdir: epath.PathLike, which: str) -> Trained:
       which: latest, best or a step, of which the moving average is taken if the run keeps one; or
         average:N or best-average:N, the mean of params as they were trained.
     """
-    workdir = epath.Path(workdir)
+    if reason := remote.missing(workdir):
+        raise UserError(f"{workdir}: {reason}")
+    workdir, which = epath.Path(workdir).expanduser(), str(which)
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: expected a folder that train.py wrote, found none")
     checkpoints = Checkpoints(workdir)

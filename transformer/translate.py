@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,8 +46,8 @@ class LoadedModel:
         sentences: Sequence[str],
         *,
         n_best: None = None,
-        prefixes: Sequence[str] | None = None,
-        constraints: Sequence[Sequence[str]] | None = None,
+        prefixes: Sequence[str | None] | None = None,
+        constraints: Sequence[Sequence[str] | None] | None = None,
         **decode: int | float | str,
     ) -> list[str]: ...
 
@@ -56,8 +57,8 @@ class LoadedModel:
         sentences: Sequence[str],
         *,
         n_best: int,
-        prefixes: Sequence[str] | None = None,
-        constraints: Sequence[Sequence[str]] | None = None,
+        prefixes: Sequence[str | None] | None = None,
+        constraints: Sequence[Sequence[str] | None] | None = None,
         **decode: int | float | str,
     ) -> list[list[Hypothesis]]: ...
 
@@ -66,8 +67,8 @@ class LoadedModel:
         sentences: Sequence[str],
         *,
         n_best: int | None = None,
-        prefixes: Sequence[str] | None = None,
-        constraints: Sequence[Sequence[str]] | None = None,
+        prefixes: Sequence[str | None] | None = None,
+        constraints: Sequence[Sequence[str] | None] | None = None,
         **decode: int | float | str,
     ) -> list[str] | list[list[Hypothesis]]:
         """One translation for each sentence, in order; a blank sentence gives an empty one.
@@ -76,8 +77,8 @@ class LoadedModel:
           sentences: one line of text each; of a long one only the first `max_source_tokens` tokens count, and a
             warning on stderr says so.
           n_best: gives at most so many hypotheses (text, score, finished) of each sentence instead, best first.
-          prefixes: a text for each sentence that its translation begins with; blank for none.
-          constraints: a list of phrases for each sentence that its translation holds.
+          prefixes: a text for each sentence that its translation begins with; blank or None for none.
+          constraints: a list of phrases for each sentence that its translation holds, or None.
           decode: fields of the config's decode section, such as `beam_size=8`, in place of the model's own; with
             another `method` those of the model's own that it does not read are left out.
 
@@ -117,7 +118,9 @@ class LoadedModel:
         return self._params
 
 
-def load(workdir: epath.PathLike, checkpoint: str = "latest", ensemble: Sequence[epath.PathLike] = ()) -> LoadedModel:
+def load(
+    workdir: epath.PathLike, checkpoint: str | int = "latest", ensemble: Sequence[epath.PathLike] = ()
+) -> LoadedModel:
     """Reads the model of a workdir.
 
     Args:
@@ -129,7 +132,9 @@ def load(workdir: epath.PathLike, checkpoint: str = "latest", ensemble: Sequence
     Raises:
       UserError: there is no such checkpoint, or a tokenizer is another.
     """
-    members = [load_trained(epath.Path(folder).expanduser(), checkpoint) for folder in (workdir, *ensemble)]
+    if isinstance(ensemble, str | os.PathLike):
+        raise UserError(f"ensemble: expected a list of workdirs, got one, {os.fspath(ensemble)!r}; put it into a list")
+    members = [load_trained(folder, checkpoint) for folder in (workdir, *ensemble)]
     for folder, member in zip(ensemble, members[1:], strict=True):
         if member.tokenizer.digest != members[0].tokenizer.digest:
             raise UserError(
@@ -261,7 +266,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
         epilog="--decode.FIELD=VALUE sets any field of the decode section of transformer/config.py.",
         allow_abbrev=False,
     )
-    positive, folder = command_line.positive_int, command_line.workdir_path
+    positive, path = command_line.positive_int, command_line.full_path
     command_line.add_model_flags(parser)
     parser.add_argument("--batch_size", type=positive, default=256, help="lines read before the first is written")
     parser.add_argument("--beam_size", type=positive, help="the same as --decode.beam_size")
@@ -269,18 +274,21 @@ def _parse(rest: list[str]) -> argparse.Namespace:
         "--n_best", type=positive, help="write up to so many lines for each: INDEX ||| TEXT ||| SCORE, INDEX from 0"
     )
     parser.add_argument(
-        "--prefix_file", help="for each line what its translation begins with; a blank line asks nothing"
+        "--prefix_file", type=path, help="for each line what its translation begins with; a blank line asks nothing"
     )
-    parser.add_argument("--constraint_file", help="for each line the phrases its translation holds, tabs between")
+    parser.add_argument(
+        "--constraint_file", type=path, help="for each line the phrases its translation holds, tabs between"
+    )
     parser.add_argument(
         "--ensemble",
-        type=lambda text: [folder(one) for one in text.split(",")],
+        type=command_line.full_paths,
         default=[],
         help="more workdirs of the same tokenizer, commas between: the models' probabilities are averaged",
     )
     parser.add_argument("--mbr", type=positive, help="of so many samples, the one most like the others by chrF")
     alignments.add_flags(parser)
     args = parser.parse_args(rest)
+    alignments.check_flags(args)
     if args.n_best and (args.alignments or args.attention):
         raise UserError("--alignments and --attention are of one translation a line; leave out --n_best")
     return args

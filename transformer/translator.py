@@ -92,8 +92,8 @@ class Translator:
         sentences: Sequence[str],
         *,
         n_best: int = 1,
-        prefixes: Sequence[str] | None = None,
-        constraints: Sequence[Sequence[str]] | None = None,
+        prefixes: Sequence[str | None] | None = None,
+        constraints: Sequence[Sequence[str] | None] | None = None,
         seed: int | None = None,
         first: int = 1,
         progress: Callable[[int], None] = lambda done: None,
@@ -101,8 +101,8 @@ class Translator:
         """At most `n_best` translations of each sentence, best first; samples in the order drawn.
 
         Args:
-          prefixes: what each translation begins with; a blank one asks nothing.
-          constraints: the phrases that each translation holds.
+          prefixes: what each translation begins with; a blank one and None ask nothing.
+          constraints: the phrases that each translation holds, or None.
           seed: of the samples, in place of `decode.seed`.
           first: what the first sentence is called in errors.
 
@@ -151,7 +151,7 @@ class Translator:
             limit = self._config.max_source_tokens
             say(f"warning: {count:,} sources are longer than decode.max_source_tokens = {limit}; cut to it")
 
-    def _count(self, n_best: int, constraints: Sequence[Sequence[str]] | None) -> int:
+    def _count(self, n_best: int, constraints: Sequence[Sequence[str] | None] | None) -> int:
         """How many hypotheses the device is asked for."""
         config = self._config
         if n_best < 1:

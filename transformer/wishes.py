@@ -47,16 +47,16 @@ class Wish(NamedTuple):
 
 def make(
     tokenizer: Tokenizer,
-    prefixes: Sequence[str] | None,
-    constraints: Sequence[Sequence[str]] | None,
+    prefixes: Sequence[str | None] | None,
+    constraints: Sequence[Sequence[str] | None] | None,
     limits: Sequence[int],
     first: int = 1,
 ) -> list[Wish]:
     """The wish for each sentence; a blank prefix and a list of no phrases ask nothing.
 
     Args:
-      prefixes: a text for each sentence, or None.
-      constraints: phrases for each sentence, or None; the same phrase twice is asked for once.
+      prefixes: a text or None for each sentence, or None.
+      constraints: phrases or None for each sentence, or None; the same phrase twice is asked for once.
       limits: the most tokens of each translation, EOS counted; 0 of a blank sentence, which is not translated.
       first: what the first sentence is called in errors.
 
@@ -65,6 +65,8 @@ def make(
         than fits into the limit.
     """
     for name, given in (("prefixes", prefixes), ("constraints", constraints)):
+        if isinstance(given, str):
+            raise UserError(f"{name}: expected a list with an item for each sentence, got one text, {given!r}")
         if given is not None and len(given) != len(limits):
             raise UserError(f"{name}: expected one for each of {len(limits):,} sentences, got {len(given):,}")
     if prefixes is None and constraints is None:
@@ -72,8 +74,8 @@ def make(
     wishes = []
     for index, limit in enumerate(limits):
         where = f"sentence {first + index}"
-        prefix = prefixes[index] if prefixes is not None else ""
-        asked = constraints[index] if constraints is not None else ()
+        prefix = (prefixes[index] if prefixes is not None else "") or ""
+        asked = (constraints[index] if constraints is not None else ()) or ()
         wish = _encode(tokenizer, prefix if prefix.strip() else "", asked, where)
         _check_room(wish, limit, where)
         wishes.append(wish)
@@ -84,7 +86,7 @@ def _encode(tokenizer: Tokenizer, prefix: str, asked: Sequence[str], where: str)
     if isinstance(asked, str):
         raise UserError(f"{where}: expected a list of phrases, got one text, {asked!r}")
     for phrase in asked:
-        if not phrase.strip():
+        if not isinstance(phrase, str) or not phrase.strip():
             raise UserError(f"{where}: expected phrases that are not empty, got {list(asked)!r}")
     texts = [prefix, *dict.fromkeys(asked)]
     ids = [one[:-1] for one in tokenizer.encode(texts)]
