@@ -61,13 +61,14 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     trained = load_trained(args.workdir, args.checkpoint)
     changed = {name: value for name, value in fields.items() if value != getattr(trained.config.decode, name)}
     trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
+    data = trained.config.data
     with hosts.lead_first("evaluation set"):
-        chosen = scoring.open_set(trained.config.data, args.split, args.source, args.reference)
+        chosen = scoring.open_set(data, args.split, args.source, args.reference)
     scoring.check_hosts(trained, chosen)
     other = None
     if args.versus:
         which = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
-        other = scoring.translations_of_other(args.versus, which, chosen, trained.config.data.target_language, fields)
+        other = scoring.translations_of_other(args.versus, which, chosen, data.target_language, fields)
     evaluation = with_bar(scoring.Scorer(chosen), trained)
     show_samples(evaluation)
     say(summary.table(evaluation))
@@ -75,8 +76,7 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     versus = None
     if other:
         ours = evaluation.report.translations
-        tokenized = trained.config.data.tokenized
-        versus = significance.against(*other, ours, chosen.references, tokenized=tokenized)
+        versus = significance.against(*other, ours, chosen.references, data.target_language, tokenized=data.tokenized)
         say(f"\n{significance.table(versus)}\n")
         say(significance.examples(versus, chosen.sources, chosen.references, ours))
     report.write(args.workdir, evaluation, versus)

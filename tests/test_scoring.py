@@ -65,13 +65,20 @@ def test_a_model_is_scored_and_its_translations_written(evaluation, tmp_path):
     assert len(list(path.parent.iterdir())) == 1
 
 
-def test_tokenized_text_is_scored_as_such(evaluation):
+@pytest.mark.parametrize(
+    ("change", "signature", "legacy"),
+    [
+        ({"tokenized": True}, "case:lc|eff:no|tok:none|smooth:none", "multi-bleu|as it is"),
+        ({"target_language": "zh-CN"}, "case:mixed|eff:no|tok:zh|smooth:exp", "multi-bleu|moses:zh-CN"),
+    ],
+)
+def test_text_is_scored_as_the_config_says_it_is(evaluation, change, signature, legacy):
     trained = evaluation.trained
-    data = dataclasses.replace(trained.config.data, tokenized=True)
-    tokenized = dataclasses.replace(trained, config=dataclasses.replace(trained.config, data=data))
-    found = scoring.Scorer(CHOSEN).evaluate(tokenized)
-    assert "case:lc|eff:no|tok:none|smooth:none" in found.report.scores["bleu_signature"]
-    assert found.further["legacy_signature"] == "multi-bleu|as it is"
+    data = dataclasses.replace(trained.config.data, **change)
+    other = dataclasses.replace(trained, config=dataclasses.replace(trained.config, data=data))
+    found = scoring.Scorer(CHOSEN).evaluate(other)
+    assert signature in found.report.scores["bleu_signature"]
+    assert found.further["legacy_signature"].startswith(legacy)
 
 
 def test_compiled_shapes_are_kept_while_config_and_vocabulary_stay(monkeypatch):

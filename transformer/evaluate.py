@@ -86,7 +86,8 @@ class Evaluator:
         loss = self.held_out_loss(params, sources, references[0])
         translations = self.translator.translate(params, sources, progress)
         self.translator.say_truncated()
-        found = score(translations, references, metrics, self._config.data.tokenized)
+        data = self._config.data
+        found = score(translations, references, metrics, data.target_language, data.tokenized)
         return Report(len(sources), loss, found, translations, time.perf_counter() - start)
 
     def held_out_loss(self, params: Params, sources: Sequence[str], targets: Sequence[str]) -> HeldOutLoss:

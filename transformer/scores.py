@@ -1,7 +1,8 @@
 """Scores of a corpus of translations, by sacreBLEU with its signatures.
 
 They are of detokenized translations against the raw references, so the `sacrebleu` command gives the same
-on the written files; with `data.tokenized`, BLEU is that of `sacrebleu -tok none -lc -s none`. Beside them:
+on the written files; with `data.tokenized`, BLEU is that of `sacrebleu -tok none -lc -s none`, and of languages
+written without spaces that of `-tok zh` or `-tok char`. Beside them:
 BLEU by length of the source, the BLEU of older papers on tokens, under that name only, and COMET where its
 package and weights are on this machine.
 """
@@ -30,19 +31,35 @@ HEADLINE = ("bleu", "chrf", "ter")
 
 LENGTHS = (10, 20, 30, 40, 50)  # words of the source, at most; the last group has more
 
+# sacreBLEU's tokenizers for languages written without spaces, where 13a takes a sentence for a word; those that it has
+# for Japanese need packages. By ISO 639-1 and -3.
+TOKENIZERS = {
+    **dict.fromkeys("zh zho cmn yue".split(), "zh"),
+    **dict.fromkeys("ja jpn th tha lo lao km khm my mya bo bod dz dzo".split(), "char"),
+}
+
 COMPOUND = re.compile(r"(\S)-(\S)")
 COMET_MODEL = "Unbabel/wmt22-comet-da"
 
 
-def make_metric(name: str, tokenized: bool = False) -> Any:
-    """A metric of `METRICS`; BLEU of lowercased tokens as they stand, without smoothing, if the text is `tokenized`."""
-    if tokenized and name == "bleu":
+def make_metric(name: str, language: str, tokenized: bool = False) -> Any:
+    """A metric of `METRICS`, for hypotheses in the language of that code.
+
+    BLEU is of lowercased tokens as they stand, without smoothing, if the text is `tokenized`.
+    """
+    if name != "bleu":
+        return METRICS[name]()
+    if tokenized:
         return BLEU(tokenize="none", lowercase=True, smooth_method="none", force=True)
-    return METRICS[name]()
+    return BLEU(tokenize=TOKENIZERS.get(re.split("[-_]", language.lower())[0], "13a"))
 
 
 def score(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str], tokenized: bool = False
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    metrics: Sequence[str],
+    language: str,
+    tokenized: bool = False,
 ) -> Scores:
     """Scores of a corpus: each metric and `METRIC_signature`, and `length_ratio` (hypothesis / reference words).
 
@@ -50,6 +67,7 @@ def score(
       hypotheses: detokenized translations.
       references: one list or several, each as long as the hypotheses.
       metrics: of `METRICS`.
+      language: code of the hypotheses' language, such as de or zh-CN.
       tokenized: whether both are tokens with spaces between, see `data.tokenized`.
 
     Raises:
@@ -58,7 +76,7 @@ def score(
     check_counts(len(hypotheses), references)
     scores: Scores = {}
     for name in metrics:
-        metric = make_metric(name, tokenized)
+        metric = make_metric(name, language, tokenized)
         # Without sentences there is no score; 0 keeps the report readable by machines.
         scores[name] = metric.corpus_score(list(hypotheses), references).score if hypotheses else 0.0
         scores[f"{name}_signature"] = str(metric.get_signature()) if hypotheses else ""
@@ -86,11 +104,11 @@ def further(
     tokenized: bool = False,
 ) -> Scores:
     """What a whole report holds beside the headline; `language` is the code of the hypotheses' language."""
-    scores = score(hypotheses, references, ["chrfpp"])
+    scores = score(hypotheses, references, ["chrfpp"], language)
     del scores["length_ratio"]
     return {
         **scores,
-        "bleu_by_source_length": by_source_length(sources, hypotheses, references, tokenized),
+        "bleu_by_source_length": by_source_length(sources, hypotheses, references, language, tokenized),
         **legacy(hypotheses, references, language, tokenized),
         **comet(sources, hypotheses, references),
     }
@@ -100,6 +118,7 @@ def by_source_length(
     sources: Sequence[str],
     hypotheses: Sequence[str],
     references: Sequence[Sequence[str]],
+    language: str,
     tokenized: bool = False,
 ) -> dict[str, Scores]:
     """Number of sentences and corpus BLEU of sources of 0 to 10 words, 11 to 20, and so on, where there are any."""
@@ -112,7 +131,7 @@ def by_source_length(
     for name, members in groups.items():
         if members:
             chosen = [[lines[i] for i in members] for lines in (hypotheses, *references)]
-            bleu = make_metric("bleu", tokenized).corpus_score(chosen[0], chosen[1:]).score
+            bleu = make_metric("bleu", language, tokenized).corpus_score(chosen[0], chosen[1:]).score
             found[name] = {"sentences": len(members), "bleu": bleu}
     return found
 

@@ -52,11 +52,14 @@ def compare(
     ours: Sequence[str],
     theirs: Sequence[str],
     references: Sequence[Sequence[str]],
+    language: str,
     metrics: Sequence[str] = HEADLINE,
     samples: int = 0,
     tokenized: bool = False,
 ) -> list[Comparison]:
     """Both tests of each metric; `samples` 0 is sacreBLEU's default, 1,000 resamples and 10,000 trials.
+
+    `language` and `tokenized` are as in `scores.score`.
 
     Raises:
       UserError: the counts differ, or there are no sentences.
@@ -69,7 +72,7 @@ def compare(
     systems: list[tuple[str, Sequence[str]]] = [("theirs", list(theirs)), ("ours", list(ours))]
     found = {}
     for test in TESTS:
-        instances = {name: make_metric(name, tokenized) for name in metrics}
+        instances = {name: make_metric(name, language, tokenized) for name in metrics}
         found[test] = PairedTest(systems, instances, [list(lines) for lines in references], test, samples)()
     return [_comparison(found, name, i) for i, name in enumerate(metrics)]
 
@@ -136,11 +139,12 @@ def against(
     theirs: Sequence[str],
     ours: Sequence[str],
     references: Sequence[Sequence[str]],
+    language: str,
     samples: int = 0,
     tokenized: bool = False,
 ) -> Versus:
-    """Compares by all headline metrics; `samples` and errors as `compare`, `tokenized` as `scores.score`."""
-    comparisons = compare(ours, theirs, references, samples=samples, tokenized=tokenized)
+    """Compares by all headline metrics; `samples` and errors as `compare`."""
+    comparisons = compare(ours, theirs, references, language, samples=samples, tokenized=tokenized)
     return Versus(name, theirs, comparisons, differing(ours, theirs, references))
 
 
