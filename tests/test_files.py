@@ -39,7 +39,13 @@ def test_a_link_and_what_is_no_file_stay_what_they_are(tmp_path):
         got = []
         reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_bytes()), daemon=True)  # noqa: B023
         reader.start()
-        files.write_whole(tmp_path / name, "new")
+        with pytest.raises(KeyError), files.growing(tmp_path / name) as file:  # noqa: PT012
+            file.write(b"half")
+            raise KeyError
+        with files.growing(tmp_path / name) as file:
+            file.write(b"old")
+            file.seek(0)  # as an archive does, which a pipe could not
+            file.write(b"new")
         reader.join(10)
         assert got == [b"new"]
     assert all((tmp_path / name).is_symlink() for name in ("link", "dangling", "queue"))

@@ -26,21 +26,20 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
 def growing(path: epath.PathLike) -> Iterator[BinaryIO]:
     """The same piece by piece: the file takes its place at the end of the block, and never if that fails.
 
-    A link is followed, and what is there and no regular file, such as a pipe or a device, stays and is written to.
+    A link is followed, and what is there and no regular file, such as a pipe or a device, stays and is sent it all.
     """
     path = epath.Path(path)
-    if remote.is_remote(path):  # where an object appears whole anyway, once it is sent
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    is_sent = os.path.exists(path) and not os.path.isfile(path)  # epath takes a pipe for a file
+    if is_sent or remote.is_remote(path):  # where an object appears whole anyway, once it is sent
         with tempfile.TemporaryFile() as buffer:
             yield buffer
             buffer.seek(0)
             with path.open("wb") as sent:
                 shutil.copyfileobj(buffer, sent)
         return
-    if os.path.exists(path) and not os.path.isfile(path):  # epath takes a pipe for a file
-        with path.open("wb") as file:
-            yield file
-        return
-    path = epath.Path(os.path.realpath(path))  # and follows no links
+    path = epath.Path(os.path.realpath(path))  # epath's own resolve follows no links
     partial = path.parent / f"{path.name}.{uuid.uuid4().hex}.partial"  # containers share process numbers
     try:
         with partial.open("wb") as file:
