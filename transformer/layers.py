@@ -119,7 +119,7 @@ class Embedding(nnx.Module):
     def logits(self, x: Array) -> Array:
         """[..., D] → float32 [..., V]."""
         table_VD = use(self.table, x.dtype)
-        logits = jnp.einsum("...d,vd->...v", x, table_VD, preferred_element_type=jnp.float32)
+        logits = attention.float32_product("...d,vd->...v", x, table_VD)
         return sharding.constrain(logits, ("batch", "length", "vocab"))
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention import LOWEST, Visible
+from transformer.attention import LOWEST, Visible, float32_product
 from transformer.layers import glorot, make_param, use
 
 Array = jax.Array
@@ -39,13 +39,13 @@ class SourceAttention(nnx.Module):
         return jax.nn.softmax(jnp.where(mask, scores_BTS, LOWEST), axis=-1)
 
     def _dot(self, q_BTD: Array, k_BSD: Array) -> Array:
-        scores_BTS = jnp.einsum("btd,bsd->bts", q_BTD, k_BSD, preferred_element_type=jnp.float32)
+        scores_BTS = float32_product("btd,bsd->bts", q_BTD, k_BSD)
         return scores_BTS * q_BTD.shape[-1] ** -0.5
 
     def _additive(self, q_BTD: Array, k_BSD: Array) -> Array:
         joined_BTSD = jnp.tanh(q_BTD[:, :, None, :] + k_BSD[:, None, :, :])
         weigh_D = self.weigh[...].astype(q_BTD.dtype)
-        return jnp.einsum("btsd,d->bts", joined_BTSD, weigh_D, preferred_element_type=jnp.float32)
+        return float32_product("btsd,d->bts", joined_BTSD, weigh_D)
 
 
 def weighted(weights_BTS: Array, values_BSD: Array) -> Array:
