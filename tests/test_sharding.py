@@ -1,5 +1,7 @@
 """The mesh and the table: what is split by what, and messages where it cannot be."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,38 @@ def test_sizes_of_a_mesh(fields, devices, shape):
 def test_a_mesh_that_cannot_be_is_an_error(fields, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(MeshConfig(**fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU, as far as a mesh looks at it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    process_index: int
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+TWO_SLICES = [Chip(16 * k + 4 * y + x, (x, y, 0), k, 4 * k + y) for k in (0, 1) for y in range(4) for x in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape"), [({}, (32, 1, 1, 1)), ({"fsdp": 4, "tensor": 2}, (4, 4, 2, 1)), ({"fsdp": 16}, (2, 16, 1, 1))]
+)
+def test_data_alone_goes_across_slices_of_tpus(fields, shape):
+    devices = sharding.make_mesh(MeshConfig(**fields), TWO_SLICES[::-1]).devices
+    assert devices.shape == shape
+    assert [{chip.slice_index for chip in half.flat} for half in np.split(devices, 2)] == [{0}, {1}]
+    assert len({chip.id for chip in devices.flat}) == 32
+
+
+def test_a_model_that_would_be_shared_among_slices_is_refused():
+    message = r"mesh\.data = 1: the 32 TPUs are 2 slices, .* to a multiple of 2, or to -1 .* to a divisor of 16"
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(MeshConfig(fsdp=32), TWO_SLICES)
 
 
 def test_the_rows_of_an_activation_keep_its_width_whole():
