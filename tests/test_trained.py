@@ -1,5 +1,6 @@
 """What --checkpoint names: one checkpoint, or the mean of several."""
 
+import dataclasses
 import gc
 import shutil
 
@@ -122,6 +123,71 @@ def test_of_equal_scores_the_newest_is_the_best(workdir):
     assert select(workdir, "best") == [10]
 
 
+def test_scores_of_another_search_are_not_compared(parts, tmp_path):
+    """Neither for the best nor for what is kept; of those alike to the newest that has one."""
+    config, *others = parts
+    checkpoints = Checkpoints(tmp_path)
+    for done, beam, bleu, best in ((1, 5, 30.0, 1), (2, 1, 29.0, 2), (3, 1, 29.5, 3), (4, 1, 29.2, 3)):
+        decode = dataclasses.replace(config.decode, beam_size=beam)
+        save(tmp_path, (dataclasses.replace(config, decode=decode), *others), done)
+        if done == 2:  # not validated yet
+            checkpoints.prune(1, 1)
+            assert select(tmp_path, "best") == [1]
+        checkpoints.record(done, {checkpoint.SCORE: bleu})
+        assert select(tmp_path, "best") == [best]
+    with pytest.raises(UserError, match="with a validation BLEU, found 3 of 4"):
+        select(tmp_path, "best-average:4")
+    checkpoints.prune(1, 1)
+    assert checkpoints.steps() == [3, 4]
+
+
+def test_of_a_config_that_is_not_as_written_no_search_is_taken(parts, tmp_path, capsys):
+    for done, bleu in ((3, 30.0), (5, 20.0)):
+        save(tmp_path, parts, done)
+        Checkpoints(tmp_path).record(done, {checkpoint.SCORE: bleu})
+    path = tmp_path / "checkpoints" / "5" / "config.json"
+    before = path.read_text()
+    path.write_text(before.replace('"beam_size": 2', '"beam_size": 3'))
+    assert path.read_text() != before
+    assert select(tmp_path, "best") == [3]
+    path.write_text(before)
+    flip(tmp_path / "checkpoints" / "3" / "config.json")
+    assert select(tmp_path, "best") == [5]
+    assert "checkpoint 3 is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("which", "damaged", "read"),
+    [
+        ("best", (), [9]),
+        ("best-average:2", (), [9, 10]),
+        ("best", (9,), [9, 10]),
+        ("best", (9, 10), [9, 10, 100]),
+        ("best-average:1", (9, 100), [9, 10]),
+    ],
+)
+def test_no_more_are_digested_than_are_asked_for(workdir, monkeypatch, capsys, which, damaged, read):
+    verify, digested = Checkpoints.verify, []
+
+    def counted(self, step, *, content=True):
+        digested.extend([step] if content else [])
+        verify(self, step, content=content)
+
+    monkeypatch.setattr(Checkpoints, "verify", counted)
+    for done in damaged:
+        flip(files(workdir / "checkpoints" / str(done) / "params")[-1])
+    select(workdir, which)
+    assert digested == read
+    said = capsys.readouterr().err
+    assert {step for step in (9, 10, 100) if f"checkpoint {step} is damaged" in said} == {*damaged} & {*read}
+
+
+def test_of_those_that_are_not_asked_for_a_lost_file_is_reported(workdir, capsys):
+    (workdir / "checkpoints" / "100" / "config.json").unlink()
+    assert select(workdir, "best") == [9]
+    assert "checkpoint 100 is damaged" in capsys.readouterr().err
+
+
 def test_a_model_is_used_on_whatever_devices_there_are(parts, tmp_path, monkeypatch):
     """Trained on two devices of a mesh that the config fixed, opened on all eight, or on one."""
     save(tmp_path, parts, 3)
@@ -176,17 +242,39 @@ def test_if_none_is_sound_there_is_nothing_to_average(workdir, which):
         select(workdir, which)
 
 
-def test_one_that_training_deletes_meanwhile_is_a_message(workdir, monkeypatch):
-    restore = Checkpoints.restore_params
+@pytest.mark.parametrize("call", ["restore_params", "verify", "manifest"])
+@pytest.mark.parametrize("which", ["9", "best"])
+def test_one_that_training_deletes_meanwhile_is_a_message(workdir, monkeypatch, capsys, call, which):
+    original = getattr(Checkpoints, call)
 
-    def prune_first(self, step, *args):
-        shutil.rmtree(self.folder / str(step))
-        return restore(self, step, *args)
+    def prune_first(self, step, *args, **options):
+        if step == 9:
+            shutil.rmtree(self.folder / "9", ignore_errors=True)
+        return original(self, step, *args, **options)
 
-    monkeypatch.setattr(Checkpoints, "restore_params", prune_first)
-    oldest = Checkpoints(workdir).steps()[0]
-    with pytest.raises(UserError, match=f"checkpoint {oldest} was deleted while it was read; run again"):
-        trained.load_trained(workdir, str(oldest))
+    monkeypatch.setattr(Checkpoints, call, prune_first)
+    if which == "best" and call != "restore_params":
+        assert trained.load_trained(workdir, which).step == 10
+    else:
+        with pytest.raises(UserError, match="checkpoint 9 was deleted while it was read; run again"):
+            trained.load_trained(workdir, which)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_one_that_was_replaced_by_the_next_meanwhile_is_a_message(parts, tmp_path, monkeypatch):
+    """As with keep_last = 1."""
+    verify = Checkpoints.verify
+
+    def prune_first(self, step, **options):
+        if step == 3:
+            save(tmp_path, parts, 4)
+            self.remove(3)
+        verify(self, step, **options)
+
+    save(tmp_path, parts, 3)
+    monkeypatch.setattr(Checkpoints, "verify", prune_first)
+    with pytest.raises(UserError, match="checkpoint 3 was deleted while it was read; run again"):
+        trained.load_trained(tmp_path, "latest")
 
 
 def test_averaging_holds_two_copies_at_most(parts, saved, monkeypatch):

@@ -1,5 +1,6 @@
 """Each checkpoint is scored once, whatever training does to it meanwhile, and a signal ends it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import threading
 import pytest
 
 from tests.test_checkpoint import flip, make_parts, save
-from transformer import trained, watch
+from transformer import checkpoint, manifest, trained, watch
 from transformer.checkpoint import Checkpoints
 from transformer.errors import DivergedError, StoppedError
 from transformer.evaluate import HeldOutLoss, Report
@@ -150,6 +151,24 @@ def test_one_that_goes_between_its_files_is_left_out_too(workdir, monkeypatch, c
     monkeypatch.setattr(Checkpoints, "restore_params", prune_first)
     assert look(workdir) == [10]
     assert "was deleted while it was read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("room", "name"), [(checkpoint, "files_below"), (manifest, "sha256")])
+def test_one_that_goes_while_it_is_verified_is_left_out_and_not_called_damaged(
+    workdir, monkeypatch, capsys, room, name
+):
+    read, prune = getattr(room, name), [lambda: Checkpoints(workdir).remove(2)]
+
+    def prune_first(path):
+        with contextlib.suppress(IndexError):
+            prune.pop()()
+        return read(path)
+
+    monkeypatch.setattr(room, name, prune_first)
+    assert look(workdir) == [10]
+    said = capsys.readouterr().err
+    assert "checkpoint 2 was deleted while it was read" in said
+    assert "damaged" not in said
 
 
 def test_unfinished_and_damaged_ones_do_not_stop_it(workdir, capsys):

@@ -7,6 +7,7 @@ place when it is whole. One whose files are not those of its manifest is reporte
 sound one is taken instead. Nothing found in it is ever executed.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +21,9 @@ from orbax.checkpoint import v1 as ocp
 from transformer import fingerprint, hosts, remote, validation
 from transformer import tokenizer as tokenizers
 from transformer.command_line import say
-from transformer.config import Config
+from transformer.config import Config, DecodeConfig
 from transformer.errors import UserError, WorkdirError
-from transformer.files import reported, write_whole
+from transformer.files import reported, sha256, write_whole
 from transformer.manifest import MANIFEST, Digests, Manifest, Metrics, files_below
 from transformer.step import Model, Params, TrainState, abstract_params, abstract_state
 from transformer.tokenizer import Tokenizer
@@ -116,11 +117,11 @@ class Checkpoints:
           Damaged: a file is missing, is new, or has other content.
         """
         folder, written = self.folder / str(step), self.manifest(step).files
-        found = {str(path.relative_to(folder)): path for path in files_below(folder)}
-        odd = sorted(found.keys() ^ written.keys())
-        if odd:
-            raise Damaged(f"{odd[0]} is {'missing' if odd[0] in written else 'not part of it'}")
         try:
+            found = {str(path.relative_to(folder)): path for path in files_below(folder)}
+            odd = sorted(found.keys() ^ written.keys())
+            if odd:
+                raise Damaged(f"{odd[0]} is {'missing' if odd[0] in written else 'not part of it'}")
             sizes = {name: path.stat().length for name, path in found.items()}
             odd = sorted(name for name in found if sizes[name] != written[name][0])
             if content and not odd:
@@ -160,9 +161,23 @@ class Checkpoints:
         return None
 
     def by_score(self, steps: list[int]) -> list[int]:
-        """Those of the steps that have a score, best last; of equals the newest is the best."""
+        """Those of the steps that have a score, best last; of equals the newest is the best.
+
+        Scores of different searches are different figures: those with another `decode` than the newest are left out.
+        """
         scores = {step: self.metrics(step).get(SCORE) for step in steps}
-        return sorted((step for step in steps if scores[step] is not None), key=lambda step: (scores[step], step))
+        searches = {step: self._search(step) for step in sorted(steps, reverse=True) if scores[step] is not None}
+        newest = next((search for search in searches.values() if search is not None), None)
+        alike = [step for step, search in searches.items() if search in (newest, None)]
+        return sorted(alike, key=lambda step: (scores[step], step))
+
+    def _search(self, step: int) -> DecodeConfig | None:
+        """How the translations were found that a checkpoint's score is of; None if its config is not as written."""
+        with contextlib.suppress(OSError, KeyError, Damaged, UserError):
+            written = self.manifest(step).files["config.json"][1]
+            if sha256(self.folder / str(step) / "config.json") == written:
+                return self.config(step).decode
+        return None
 
     def metrics(self, step: int) -> Metrics:
         """The metrics recorded with a checkpoint; none if it is damaged."""

@@ -80,12 +80,14 @@ def load_trained(workdir: epath.PathLike, which: str | int) -> Trained:
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: expected a folder that train.py wrote, found none")
     checkpoints = Checkpoints(workdir)
-    steps = select(checkpoints, which)
+    available = checkpoints.steps()
+    wanted = [step for step in available if which.isdecimal() and int(which) == step] or available
     try:
-        return _read(checkpoints, which, steps)
+        wanted = select(checkpoints, which)
+        return _read(checkpoints, which, wanted)
     except Exception as error:
-        # What reading raises while training deletes a checkpoint depends on which of its files went first.
-        if gone := sorted(set(steps) - set(checkpoints.steps())):
+        # What this raises while training deletes a checkpoint depends on which of its files went first.
+        if gone := sorted(set(wanted) - set(checkpoints.steps())):
             raise UserError(
                 f"{checkpoints.folder}: checkpoint {gone[0]} was deleted while it was read; run again"
             ) from error
@@ -161,12 +163,10 @@ def select(checkpoints: Checkpoints, which: str) -> list[int]:
 
 
 def _several(checkpoints: Checkpoints, available: list[int], count: int, *, best: bool) -> list[int]:
-    """The `count` newest sound ones, or of those with a validation BLEU the best."""
-    if best:
-        found = checkpoints.by_score(_sound(checkpoints, available))[-count:]
-    else:
-        found = list(itertools.islice(filter(checkpoints.is_sound, reversed(available)), count))
-    if not found and not best:
+    """The `count` newest sound ones, or of those with a validation BLEU the best; no more are read than that."""
+    asked, others = _by_worth(checkpoints, available) if best else (available[::-1], [])
+    found = list(itertools.islice(filter(checkpoints.is_sound, asked), count))
+    if not found and not any(map(checkpoints.is_sound, others)):
         raise _none_is_sound(checkpoints, available)
     if len(found) < count:
         what, field = ("with a validation BLEU", "train.keep_best") if best else ("to average", "train.keep_last")
@@ -178,20 +178,24 @@ def _several(checkpoints: Checkpoints, available: list[int], count: int, *, best
 
 
 def _best(checkpoints: Checkpoints, available: list[int]) -> int:
-    sound = _sound(checkpoints, available)
-    scored = checkpoints.by_score(sound)
-    if not scored and len(sound) < len(available):
-        return sound[-1]  # the one with the score may be among the damaged, which were reported
-    if not scored:
-        raise UserError(f"{checkpoints.folder}: no checkpoint has a validation BLEU yet; use --checkpoint=latest")
-    return scored[-1]
-
-
-def _sound(checkpoints: Checkpoints, available: list[int]) -> list[int]:
-    sound = [step for step in available if checkpoints.is_sound(step)]
-    if not sound:
+    """The best sound one; the newest sound one, where the one with the score may be among the damaged."""
+    scored, others = _by_worth(checkpoints, available)
+    found = next(filter(checkpoints.is_sound, scored + others), None)
+    if found is None:
         raise _none_is_sound(checkpoints, available)
-    return sound
+    if not scored and others == available[::-1] and found == available[-1]:  # and nothing was reported
+        raise UserError(f"{checkpoints.folder}: no checkpoint has a validation BLEU yet; use --checkpoint=latest")
+    return found
+
+
+def _by_worth(checkpoints: Checkpoints, available: list[int]) -> tuple[list[int], list[int]]:
+    """Those with a validation BLEU, the best first, and the others, the newest first.
+
+    Only sizes are looked at, which is quick: those of a wrong one are reported and left out.
+    """
+    whole = [step for step in available if checkpoints.is_sound(step, content=False)]
+    scored = checkpoints.by_score(whole)[::-1]
+    return scored, [step for step in reversed(whole) if step not in scored]
 
 
 def _none_is_sound(checkpoints: Checkpoints, available: list[int]) -> WorkdirError:
