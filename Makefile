@@ -1,6 +1,6 @@
-# make demo · make test · make test-slow · make test-tpu · make faults · make plan. PYTHON names the interpreter, VENV
-# the environment, TESTS some files of tests instead of all. QUICK=1 makes faults as short as in make test, ROWS picks
-# rows of it.
+# make demo · make test · make test-slow · make test-tpu · make test-gpu · make faults · make plan. PYTHON names the
+# interpreter, VENV the environment, TESTS some files of tests instead of all. QUICK=1 makes faults as short as in make
+# test, ROWS picks rows of it.
 PYTHON ?= python3
 VENV ?= .venv
 ACCELERATOR ?=
@@ -14,7 +14,7 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check --quiet
 WORKDIR ?= runs/demo
 
-.PHONY: demo test test-fast test-slow test-tpu faults tpu-compiler lint types plan lock clean
+.PHONY: demo test test-fast test-slow test-tpu test-gpu faults tpu-compiler lint types plan lock clean
 
 demo: $(VENV)/installed$(ACCELERATOR)
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR)
@@ -49,6 +49,13 @@ plan: tpu-compiler
 test-tpu: tpu-compiler
 	@$(MAKE) --no-print-directory VENV=$(VENV)-plan $(VENV)-plan/installed-dev
 	$(VENV)-plan/bin/python -m pytest -n 2 -m tpu
+
+# Tests of what is compiled for GPUs, and where there is one of what it computes; cuda12 for older drivers.
+test-gpu: CUDA = $(or $(ACCELERATOR),cuda13)
+test-gpu:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-gpu ACCELERATOR=$(CUDA) $(VENV)-gpu/installed$(CUDA)
+	@$(MAKE) --no-print-directory VENV=$(VENV)-gpu $(VENV)-gpu/installed-dev
+	$(VENV)-gpu/bin/python -m pytest -m gpu
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -16,20 +16,23 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 os.environ.update(TPU_LOG_DIR="disabled")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = str(
-    not any(importlib.util.find_spec(package) for package in ("libtpu", "jax_cuda13_plugin"))
+    not any(importlib.util.find_spec(package) for package in ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin"))
 ).lower()
 
 import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-COMPILERS = {"tpu": ("libtpu", "make test-tpu has it"), "gpu": ("jax_cuda13_plugin", "jax[cuda13] has it")}
+COMPILERS = {
+    "tpu": (["libtpu"], "make test-tpu has it"),
+    "gpu": (["jax_cuda13_plugin", "jax_cuda12_plugin"], "make test-gpu has it"),
+}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what needs a compiler that is not installed."""
-    for kind, (package, where) in COMPILERS.items():
-        if item.get_closest_marker(kind) and not importlib.util.find_spec(package):
+    for kind, (packages, where) in COMPILERS.items():
+        if item.get_closest_marker(kind) and not any(map(importlib.util.find_spec, packages)):
             pytest.skip(f"no {kind.upper()} compiler here: {where}")
 
 

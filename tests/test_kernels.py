@@ -25,8 +25,6 @@ from transformer.planning import ahead, program_cost
 from transformer.planning.chips import parse_topology
 from transformer.planning.hlo import Program
 
-GPU_HERE = pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU here")
-
 
 def sees(visible, queries, keys):
     """Where results are used: queries that see something and, in packed rows, are no padding."""
@@ -88,7 +86,8 @@ def test_cudnn_is_asked_for_what_the_plain_path_computes(monkeypatch):
     assert set(asked) == {"cudnn"}
 
 
-@GPU_HERE
+@pytest.mark.gpu
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU here")
 def test_cudnn_has_the_values_and_gradients_of_the_plain_path():
     program = "import jax.numpy as jnp; from tests import test_kernels; test_kernels.check_cudnn(jnp.bfloat16, 0.05)"
     environment = {**os.environ, "JAX_PLATFORMS": "cuda", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}

@@ -50,7 +50,8 @@ def devices(topology: Topology) -> list[Any]:
             raise UserError(f"--topology={topology.name}: JAX has already started with {len(found)} simulated devices")
         return found[: topology.chips]
     tpu = topology.chip.platform == "tpu"
-    if importlib.util.find_spec("libtpu" if tpu else "jax_cuda13_plugin") is None:
+    compilers = ["libtpu"] if tpu else ["jax_cuda13_plugin", "jax_cuda12_plugin"]
+    if not any(map(importlib.util.find_spec, compilers)):
         package = f"'jax[{'tpu' if tpu else 'cuda13'}]=={importlib.metadata.version('jax')}'"
         raise UserError(
             f"--topology={topology.name}: needs the {'TPU' if tpu else 'GPU'} compiler: "
