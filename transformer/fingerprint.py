@@ -1,4 +1,8 @@
-"""The host that a run computes on: what must stay the same for a resumed run to be exact to the last bit."""
+"""The host that a run computes on: what must stay the same for a run resumed on a CPU to be exact to the last bit.
+
+On a GPU last bits may differ even so: it adds up the gradients of embeddings in no fixed order, and may choose other
+kernels each time it compiles.
+"""
 
 import functools
 import hashlib
