@@ -21,7 +21,7 @@ import optax
 
 from transformer import manifest, tokenizer
 from transformer.checkpoint import Checkpoints
-from transformer.command_line import full_path
+from transformer.command_line import full_path, positive_int, run
 from transformer.config import Config
 from transformer.step import TrainState
 
@@ -50,13 +50,15 @@ def seconds_of_save(state: TrainState, folder: str, digests: bool) -> float:
         return time.perf_counter() - begun
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Prints a line a round, and the medians."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--megabytes", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.checkpoint_digest", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--megabytes", type=positive_int, default=1000)
+    parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--folder", type=full_path, help="where to save (default: the folder for temporary files)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv[1:])
     state = make_state(args.megabytes)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
     rounds = []
@@ -72,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,14 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable
 
-import sentencepiece
-
-from transformer import export, validation
+from transformer import export, export_ctranslate2, validation
 from transformer.command_line import add_model_flags, decode_flags, full_path, positive_int, run, say
 from transformer.compilation import enable_cache
 from transformer.datasets import text_files
 from transformer.errors import UserError
-from transformer.tokenizer import FILE_NAME
 from transformer.trained import Trained, load_trained
 from transformer.translator import Translator
 
@@ -44,6 +41,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(rest)
     if args.engine == "ours" and (args.quantization, args.patience) != ("float32", 1):
         raise UserError("--quantization and --patience are of --engine=ctranslate2; leave them out")
+    if args.engine == "ctranslate2":
+        export.check_installed("ctranslate2", "--engine=ctranslate2")
     enable_cache()
     lines = list(text_files.read_lines(args.source))
     with tempfile.TemporaryDirectory() as folder:
@@ -83,23 +82,19 @@ def ctranslate2(trained: Trained, folder: pathlib.Path, quantization: str, patie
     """CTranslate2, a worker for each core, on batches of 32 sentences sorted by length."""
     import ctranslate2
 
-    export.write(trained, folder, "ctranslate2", quantization)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / FILE_NAME))
+    summary = export.write(trained, folder, "ctranslate2", quantization)
+    options = {**summary["translate_batch"], "patience": patience, "max_batch_size": 32}
+    tokenizer = trained.tokenizer
+    words = export_ctranslate2.vocabulary(tokenizer)
+    ids = {word: number for number, word in enumerate(words)}
     program = ctranslate2.Translator(
         str(folder), device="cpu", compute_type=quantization, inter_threads=os.cpu_count() or 1, intra_threads=1
     )
-    decode = trained.config.decode
 
     def translate(lines: list[str]) -> list[str]:
-        found = program.translate_batch(
-            pieces.encode(lines, out_type=str),
-            beam_size=decode.beam_size,
-            length_penalty=decode.length_penalty,
-            patience=patience,
-            max_batch_size=32,
-            max_decoding_length=decode.max_source_tokens + decode.max_extra_length,
-        )
-        return pieces.decode([one.hypotheses[0] for one in found])
+        pieces = [[words[i] for i in line_ids[:-1]] for line_ids in tokenizer.encode(lines)]
+        found = program.translate_batch(pieces, **options)
+        return [tokenizer.decode(ids[word] for word in one.hypotheses[0]) for one in found]
 
     return translate
 

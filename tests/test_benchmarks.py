@@ -11,7 +11,7 @@ import pytest
 from benchmarks import attention_memory, checkpoint_digest, decode, pairs, recurrence_speed
 from tests.test_translate import save
 from tests.test_translator import LINES
-from transformer import manifest, tokenizer
+from transformer import export, manifest, subword_codes, tokenizer
 from transformer.errors import UserError
 from transformer.planning.chips import parse_topology
 
@@ -102,12 +102,14 @@ def test_a_save_is_held_against_one_without_digests(capsys, monkeypatch):
     digested = []
     sha256 = manifest.sha256
     monkeypatch.setattr(manifest, "sha256", lambda path: (digested.append(path.name), sha256(path))[1])
-    monkeypatch.setattr(sys, "argv", ["checkpoint_digest", "--megabytes=60", "--rounds=2"])
-    checkpoint_digest.main()
+    checkpoint_digest.main(["checkpoint_digest", "--megabytes=60", "--rounds=2"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["megabytes"] == pytest.approx(50, abs=11)
     assert found["share"] == 1 - found["without_s"] / found["save_s"]
     assert digested.count("config.json") == 2  # of four saves
+
+    with pytest.raises(SystemExit):
+        checkpoint_digest.main(["checkpoint_digest", "--rounds=0"])
 
 
 def test_a_python_without_torch_is_refused(monkeypatch):
@@ -125,7 +127,11 @@ def test_both_layers_are_timed_in_turn(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["attention_memory", "decode", "pairs", "recurrence_speed", "sweep", "parallelism", "equal_budget"]
+    "name",
+    [
+        *("attention_memory", "checkpoint_digest", "decode", "pairs", "recurrence_speed", "sweep", "parallelism"),
+        "equal_budget",
+    ],
 )
 def test_each_command_explains_itself(name):
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
@@ -137,7 +143,9 @@ def test_each_command_explains_itself(name):
 def test_decoding_is_measured_in_tokens_of_the_translations(engine, tmp_path, capsys):
     if engine == "ctranslate2":
         pytest.importorskip("ctranslate2", reason="the export extra is not installed")
-    workdir = save(tmp_path / "run", tokenizer.train(LINES, 300, "bpe"))
+    codes = subword_codes.learn_vocabulary((("c", "a"), ("o", "g</w>")), LINES)
+    words = tokenizer.train(LINES, 300, "bpe") if engine == "ours" else tokenizer.Tokenizer(codes)
+    workdir = save(tmp_path / "run", words)
     source = tmp_path / "source"
     source.write_text("a cat\n\na dog\n")
     decode.main(
@@ -154,3 +162,9 @@ def test_decoding_is_measured_in_tokens_of_the_translations(engine, tmp_path, ca
     assert (row["engine"], row["sentences"], row["decode"], len(row["seconds"])) == (engine, 3, {"beam_size": 3}, 2)
     assert row["output_tokens"] >= 3
     assert row["output_tokens_per_s"] == pytest.approx(row["output_tokens"] / (sum(row["seconds"]) / 2), rel=0.3)
+
+
+def test_decoding_by_a_package_that_is_missing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "NEEDS", {"ctranslate2": "no_such_package"})
+    with pytest.raises(UserError, match="--engine=ctranslate2 needs the package no_such_package: pip install"):
+        decode.main(["decode", f"--workdir={tmp_path}", "--source=x", "--engine=ctranslate2"])

@@ -7,15 +7,18 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import transformer
 from tests.test_translate import save
-from tests.test_translator import LINES, WORDS
+from tests.test_translator import LINES, WORDS, eager
 from transformer import export, export_ctranslate2, export_jax, tokenizer
 from transformer.errors import UserError
+from transformer.tokenizer import BOS, EOS, PAD
 from transformer.trained import load_trained
+from transformer.translator import Translator
 
 SHORT = [line for line in LINES if len(line.split()) < 4]
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "export.md"
@@ -59,21 +62,57 @@ def test_ctranslate2_gives_the_log_probabilities_of_the_model(model, vocabulary,
 
 
 @pytest.mark.parametrize(
-    ("fields", "warns"),
+    ("fields", "named"),
     [
-        ({"length_penalty_form": "length"}, False),
-        ({"length_penalty": 0.0}, False),
-        ({}, True),
-        ({"length_penalty": 0.0, "min_length": 3}, True),
-        ({"method": "sample", "length_penalty": 0.0}, True),
+        ({"length_penalty_form": "length"}, []),
+        ({"length_penalty": 0.0}, []),
+        ({}, ["length_penalty_form"]),
+        ({"beam_size": 1, "min_length": 3, "no_repeat_ngram": 2}, []),
+        ({"length_penalty": 0.0, "min_length": 3, "no_repeat_ngram": 2}, ["min_length", "no_repeat_ngram"]),
+        ({"length_penalty": 0.0, "coverage_penalty": 0.2}, ["coverage_penalty"]),
+        ({"method": "sample", "length_penalty": 0.0}, ["method"]),
     ],
 )
-def test_a_search_that_ctranslate2_does_not_know_is_said(workdir, fields, warns, capsys):
+def test_the_fields_that_ctranslate2_cannot_follow_are_said_and_no_others(workdir, fields, named, capsys):
     decode = dataclasses.replace(load_trained(workdir, "latest").config.decode, **fields)
     assert export_ctranslate2.options(decode)["beam_size"] == decode.beam_size
+    assert re.findall(r"decode\.(\w+) =", capsys.readouterr().err) == named
     assert export_ctranslate2.options(decode)["patience"] == 3
     assert export_ctranslate2.options(dataclasses.replace(decode, early_stopping=True))["patience"] == 1
-    assert ("warning: CTranslate2 will not search" in capsys.readouterr().err) == warns
+
+
+@pytest.fixture(scope="module")
+def about_to_end(vocabulary, tmp_path_factory, needs_ctranslate2):
+    """A model that likes nothing better than to end, and never says PAD or BOS, which CTranslate2 does not forbid."""
+    folder = tmp_path_factory.mktemp("ctranslate2")
+    trained = with_model(folder / "run", vocabulary)
+    params = eager(jax.device_get(trained.params))
+    table = np.array(params["embeddings"]["shared"]["table"])
+    table[[PAD, BOS]] = -table[EOS]
+    params["embeddings"]["shared"]["table"] = table
+    norm = params["decoder"][0]["mlp_residual"]["norm"]
+    norm["bias"] = 3 * norm["bias"]
+    trained = dataclasses.replace(trained, params=params)
+    (folder / "out").mkdir()
+    export.write(trained, folder / "out", "ctranslate2")
+    return trained, folder / "out"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"beam_size": 4, "length_penalty": 0.0}, {"beam_size": 1, "min_length": 3, "no_repeat_ngram": 1}]
+)
+def test_with_these_options_ctranslate2_finds_the_translations_of_this_search(fields, about_to_end):
+    import ctranslate2
+
+    trained, folder = about_to_end
+    decode, words = trained.config.decode, export_ctranslate2.vocabulary(trained.tokenizer)
+    decode = dataclasses.replace(decode, **fields)
+    own = Translator(trained.model, trained.tokenizer, decode, trained.mesh).translate(trained.params, SHORT)
+    program = ctranslate2.Translator(str(folder), device="cpu")
+    sources = [[words[i] for i in ids[:-1]] for ids in trained.tokenizer.encode(SHORT)]
+    found = program.translate_batch(sources, **export_ctranslate2.options(decode))
+    assert [trained.tokenizer.decode(map(words.index, one.hypotheses[0])) for one in found] == own
+    assert all(own) == bool(decode.min_length)
 
 
 @pytest.mark.parametrize("form", ["ctranslate2", "jax"])

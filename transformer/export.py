@@ -49,10 +49,7 @@ def main(argv: list[str]) -> None:
     """Writes a trained model in the format of another program, and checks that it computes the same."""
     fields, rest = command_line.decode_flags(argv)
     args = _parse(rest)
-    if importlib.util.find_spec(NEEDS[args.format]) is None:
-        raise UserError(
-            f"--format={args.format} needs the package {NEEDS[args.format]}: pip install {NEEDS[args.format]}"
-        )
+    check_installed(args.format, f"--format={args.format}")
     trained = load_trained(args.workdir, args.checkpoint)
     trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
     with _appearing(pathlib.Path(args.output)) as folder:
@@ -63,6 +60,12 @@ def main(argv: list[str]) -> None:
         f"{summary['mean_difference']:.1e} on average"
     )
     print(json.dumps(summary))
+
+
+def check_installed(form: str, flag: str) -> None:
+    """Refuses a format whose package is missing; `flag` is what asked for it."""
+    if importlib.util.find_spec(NEEDS[form]) is None:
+        raise UserError(f"{flag} needs the package {NEEDS[form]}: pip install {NEEDS[form]}")
 
 
 def write(trained: Trained, folder: pathlib.Path, form: str, quantization: str = "float32") -> dict[str, Any]:

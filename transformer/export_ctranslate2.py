@@ -92,24 +92,41 @@ def options(decode: DecodeConfig) -> dict[str, Any]:
     """What `translate_batch` is to be given to search as this config does, as far as it can.
 
     It ends a search once `patience` times as many hypotheses as beams have ended, as ours with `early_stopping` does
-    with a patience of 1; else ours ends when none could be better, and a patience of 3 finds the same. It counts the
-    end of a sentence in the length only where it returns it.
+    with a patience of 1; else ours ends when none could be better, and a patience of 3 finds nearly always the same.
+    It counts the end of a sentence in the length only where it returns it, and lets none be empty unless told.
     """
-    other = decode.method != "beam" or decode.coverage_penalty or decode.min_length or decode.no_repeat_ngram
-    if other or (decode.length_penalty and decode.length_penalty_form != "length"):
-        say(
-            "warning: CTranslate2 will not search as the config says: it knows the length penalty length^alpha alone, "
-            "and a coverage penalty, minimum length and samples of its own. --decode.length_penalty_form=length gives "
-            "the same search here"
-        )
+    if unlike := differences(decode):
+        say(f"warning: CTranslate2 will not search as the config says: {'; '.join(unlike)}")
     return {
         "beam_size": decode.beam_size,
         "length_penalty": decode.length_penalty,
         "patience": 1 if decode.early_stopping else 3,
+        "no_repeat_ngram_size": decode.no_repeat_ngram,
         "return_end_token": True,
         "max_input_length": decode.max_source_tokens,
+        "min_decoding_length": decode.min_length,
         "max_decoding_length": decode.max_source_tokens + decode.max_extra_length,
     }
+
+
+def differences(decode: DecodeConfig) -> list[str]:
+    """The fields that CTranslate2 cannot follow, each with what it does instead; a beam of one ranks nothing."""
+    if decode.method != "beam":
+        return [f"decode.method = {decode.method}: these options search by beam"]
+    if decode.beam_size == 1:
+        return []
+    found = []
+    if decode.length_penalty and decode.length_penalty_form != "length":
+        found.append(
+            f"decode.length_penalty_form = {decode.length_penalty_form}: it divides by length^alpha alone, as "
+            "--decode.length_penalty_form=length does here"
+        )
+    if decode.coverage_penalty:
+        found.append(f"decode.coverage_penalty = {decode.coverage_penalty}: these options set none")
+    for name in ("min_length", "no_repeat_ngram"):
+        if value := getattr(decode, name):
+            found.append(f"decode.{name} = {value}: what is ruled out leaves its probability to the rest there")
+    return found
 
 
 def vocabulary(tokenizer: Tokenizer) -> list[str]:
