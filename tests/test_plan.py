@@ -39,13 +39,17 @@ def planned(topology="cpu:8", *, find_largest=False, **sections):
 
 
 def test_the_command_prints_a_table_and_its_last_line_is_json():
-    result = command("--topology=cpu:4", "--json", "--scaling")
+    """Of a config that leaves open where its text is: none is read."""
+    result = command("--topology=cpu:4", "--json", "--scaling", config="configs/text.py")
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout.splitlines()[-1])
     assert {*KEYS, "tokens_per_s_bound"} <= row.keys()
     assert (row["topology"], row["chips"], row["fits"]) == ("cpu:4", 4, True)
     assert "memory of a chip" in result.stdout
     assert sum(line.startswith("| ") for line in result.stdout.splitlines()) == 1 + 2 * 8
+    first = row["scaling"][0]
+    assert (len(row["scaling"]), first["chips"], first["parameters"]) == (2 * 8, 8, "data-parallel")
+    assert f"| {first['communication_ms']:.1f} | {first['efficiency_overlapped']:.1%} |" in result.stdout
 
 
 def test_flops_are_those_of_the_closed_form():
@@ -116,6 +120,7 @@ def test_the_largest_batch_that_fits_does_and_a_larger_one_does_not():
         (["--topology=h100:16"], "at most 8 chips"),
         (["--topology=cpu:8", "--length=4096"], "has no room"),
         (["--topology=cpu:8", "--config.mesh.data=16"], "found only 8 devices"),
+        (["--topology=cpu:8", "--config.mesh.fsdp=2", "--scaling"], "expected mesh.data alone, got mesh.fsdp = 2"),
     ],
 )
 def test_what_cannot_be_is_one_message(flags, message):
@@ -175,6 +180,8 @@ def test_a_program_too_large_has_a_row_all_the_same(monkeypatch):
     assert (row["fits"], row["bytes_per_chip"], row["tokens_per_s_bound"]) == (False, 2**40, None)
     assert "does not fit" in "\n".join(plan.described(row))
     assert "too much" in "\n".join(plan.summary([row, row]))
+    row["scaling"] = plan.scaling(small_config(), parse_topology("cpu:8"), row)
+    assert "too large to compile" in plan.scaling_table(parse_topology("cpu:8"), row)[0]
 
 
 @pytest.mark.tpu

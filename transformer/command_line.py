@@ -87,7 +87,9 @@ def config_parser(prog: str, doc: str | None, required: str = "") -> argparse.Ar
     return parser
 
 
-def parse_with_config(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[configs.Config, argparse.Namespace]:
+def parse_with_config(
+    parser: argparse.ArgumentParser, argv: list[str], needs_data: bool = True
+) -> tuple[configs.Config, argparse.Namespace]:
     """The config and the other flags; ends with code 0 where help is asked for.
 
     Raises:
@@ -95,7 +97,7 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: list[str]) -> tuple
     """
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
-    config, rest = config_flags(argv)
+    config, rest = config_flags(argv, needs_data)
     return config, parser.parse_args(rest)
 
 
@@ -107,11 +109,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_flags(argv: list[str]) -> tuple[configs.Config, list[str]]:
+def config_flags(argv: list[str], needs_data: bool = True) -> tuple[configs.Config, list[str]]:
     """Reads --config=FILE and its --config.SECTION.FIELD=VALUE overrides; returns the rest of the arguments too.
 
     The order of the flags does not matter. FILE may end in :NAME, which its `get_config` then receives. JAX
-    is not imported, unless the config file does.
+    is not imported, unless the config file does. Without `needs_data` the config may leave open where its text is.
 
     Raises:
       UserError: no such file, an error inside it, an unknown field, or a value that cannot be.
@@ -125,7 +127,7 @@ def config_flags(argv: list[str]) -> tuple[configs.Config, list[str]]:
     with config.ignore_type():  # validation says what a field takes: 1 may be overridden by 0.5
         for section, field, value in overrides:
             config[section][field] = value
-    return validation.resolve(config), rest
+    return validation.resolve(config, needs_data), rest
 
 
 def _load(path: str) -> config_dict.ConfigDict:

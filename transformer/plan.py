@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 def main(argv: list[str]) -> None:
     """Checks flags and config before it imports JAX."""
-    config, args = command_line.parse_with_config(_parser(), argv)
+    config, args = command_line.parse_with_config(_parser(), argv, needs_data=False)
     topologies = [parse_topology(name) for name in args.topology.split(",")]
     length = args.length or config.data.max_length
     if config.train.batch_tokens < length:
@@ -40,12 +40,17 @@ def main(argv: list[str]) -> None:
             f"--length={length}: config.train.batch_tokens = {config.train.batch_tokens} has no room for it"
         )
     set_environment(topologies)
+    if args.scaling:
+        for topology in topologies:
+            check_data_parallel(config, topology)
     rows = []
     for topology in topologies:
-        rows.append(plan(config, topology, length, args.effort, find_largest=args.fit))
-        print("\n".join(described(rows[-1])), flush=True)
+        row = plan(config, topology, length, args.effort, find_largest=args.fit)
+        rows.append(row)
+        print("\n".join(described(row)), flush=True)
         if args.scaling:
-            print("\n".join(["", *scaling_table(config, topology, rows[-1])]), flush=True)
+            row["scaling"] = scaling(config, topology, row)
+            print("\n".join(["", *scaling_table(topology, row)]), flush=True)
     if len(rows) > 1:
         print("\n".join(["", *summary(rows)]))
     if args.json:
@@ -244,10 +249,22 @@ def summary(rows: list[Row]) -> list[str]:
     return lines
 
 
-def scaling_table(config: Config, topology: Topology, row: Row) -> list[str]:
-    """Predicted efficiency of a chip as their number grows, each with as many tokens as in this plan."""
-    if "memory_traffic_bytes" not in row or set(row["mesh"]) - {"data"}:
-        raise UserError("--scaling: expected a data-parallel plan that fits, from which it can predict")
+def check_data_parallel(config: Config, topology: Topology) -> None:
+    """Refuses a mesh that --scaling cannot predict from, before anything is compiled."""
+    from transformer import sharding
+
+    shape = zip(sharding.MESH_AXES, sharding.mesh_shape(config.mesh, topology.chips), strict=True)
+    if split := [f"mesh.{name} = {size}" for name, size in shape if name != "data" and size > 1]:
+        raise UserError(
+            f"--scaling predicts from a data-parallel plan: expected mesh.data alone, got {', '.join(split)}; leave out "
+            "--scaling, or these fields"
+        )
+
+
+def scaling(config: Config, topology: Topology, row: Row) -> list[Row]:
+    """Predicted efficiency of a chip as their number grows; nothing of a program too large to compile."""
+    if "memory_traffic_bytes" not in row:
+        return []
     from transformer import step
 
     params = step.Model(config.model, config.data.vocab_size).num_params()
@@ -258,6 +275,23 @@ def scaling_table(config: Config, topology: Topology, row: Row) -> list[str]:
         "data-parallel": roofline.data_parallel(topology.chip, flops, moved, gradients),
         "fully sharded": roofline.fully_sharded(topology.chip, flops, moved, params, width),
     }
+    return [
+        {
+            "chips": one.chips,
+            "parameters": way,
+            **{f"{name}_ms": round(1000 * part, 6) for name, part in one.times._asdict().items()},
+            "efficiency_overlapped": round(one.overlapped, 6),
+            "efficiency_not_overlapped": round(one.apart, 6),
+        }
+        for way, scaled in ways.items()
+        for one in scaled
+    ]
+
+
+def scaling_table(topology: Topology, row: Row) -> list[str]:
+    """What `scaling` found as Markdown, each number of chips with as many tokens a chip as in this plan."""
+    if not row["scaling"]:
+        return [f"{topology.chip.name}: no efficiency is predicted, the step is too large to compile"]
     tokens = row["rows"] * row["length"] // row["chips"]
     lines = [
         f"{topology.chip.name}, {tokens:,} tokens a chip:",
@@ -265,10 +299,10 @@ def scaling_table(config: Config, topology: Topology, row: Row) -> list[str]:
         "| chips | parameters | compute ms | memory ms | communication ms | efficiency, overlapped | not overlapped |",
         "|---|---|---|---|---|---|---|",
     ]
-    for way, scaled in ways.items():
-        for one in scaled:
-            times = " | ".join(f"{1000 * part:.1f}" for part in one.times)
-            lines.append(f"| {one.chips:,} | {way} | {times} | {one.overlapped:.1%} | {one.apart:.1%} |")
+    for one in row["scaling"]:
+        times = " | ".join(f"{one[f'{name}_ms']:.1f}" for name in roofline.Times._fields)
+        shares = f"{one['efficiency_overlapped']:.1%} | {one['efficiency_not_overlapped']:.1%}"
+        lines.append(f"| {one['chips']:,} | {one['parameters']} | {times} | {shares} |")
     return lines
 
 

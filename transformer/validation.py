@@ -31,8 +31,8 @@ ENDING = ("cosine", "linear")  # schedules that reach 0 at train.num_steps
 Readers = dict[str, tuple[str, ...]]  # field → the values of another field with which it is read
 
 
-def resolve(values: Any) -> Config:
-    """Checks a ConfigDict or nested mapping and returns it as frozen dataclasses.
+def resolve(values: Any, needs_data: bool = True) -> Config:
+    """Checks a ConfigDict or nested mapping and returns it as frozen dataclasses; `needs_data`: it must name its text.
 
     Raises:
       UserError: an unknown section or field, a wrong type, a value out of bounds, or fields that
@@ -48,7 +48,7 @@ def resolve(values: Any) -> Config:
         refuse_unknown(f"config.{name}", given, list(fields))
         resolved[name] = section(**{key: _checked(f"config.{name}.{key}", fields[key], v) for key, v in given.items()})
     config = Config(**resolved)
-    _check_together(config)
+    _check_together(config, needs_data)
     return config
 
 
@@ -103,7 +103,7 @@ def _checked(where: str, field: dataclasses.Field, value: Any) -> Any:
     return value
 
 
-def _check_together(config: Config) -> None:
+def _check_together(config: Config, needs_data: bool) -> None:
     model, data, optimizer, train, decode = config.model, config.data, config.optimizer, config.train, config.decode
     for name, width in (("qkv_dim", model.qkv_dim), ("value_dim", model.value_dim)):
         if model.family == "attention" and width % model.num_heads:
@@ -151,7 +151,7 @@ def _check_together(config: Config) -> None:
             f"train.num_steps = {train.num_steps}: expected fewer steps, got {optimizer.warmup_steps}; change either"
         )
     device_limits.check(config)
-    _check_data(data)
+    _check_data(data, needs_data)
     _refuse_unread("decode", decode, "method", DECODE_READERS)
 
 
@@ -213,7 +213,7 @@ def _refuse_unread(
             )
 
 
-def _check_data(data: DataConfig) -> None:
+def _check_data(data: DataConfig, needs_data: bool) -> None:
     for side in ("source_language", "target_language"):
         code = getattr(data, side)
         if not code or not code.replace("-", "").replace("_", "").isalnum():
@@ -232,7 +232,7 @@ def _check_data(data: DataConfig) -> None:
             raise UserError(f"config.data.{given[0]}: read only with data.name = 'text', got data.name = {data.name!r}")
         return
     ways = [name for name in ("dir", "train_source", "train") if getattr(data, name)]
-    if len(ways) != 1:
+    if len(ways) > 1 or (needs_data and not ways):
         raise UserError(
             "config.data: with data.name = 'text' set exactly one of dir (a folder of train.LANG files), "
             f"train_source with train_target, or train (one file); got {', '.join(ways) or 'none'}"
