@@ -85,5 +85,7 @@ lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header \
 		-c requirements.txt -o requirements-dev.txt
 
+# Environments and caches; what was trained in runs stays.
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-plan .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./runs -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

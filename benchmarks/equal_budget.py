@@ -31,11 +31,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--families", default=",".join(FAMILIES), help="commas between")
     parser.add_argument("--output", default="runs/families", type=command_line.full_path, help="folder of all")
     parser.add_argument("--split", default="test_2016_flickr", help="that is scored at the end")
-    args, fields = parser.parse_known_args(argv[1:])
-    wrong = [name for name in fields if not name.startswith("--config.")]
+    mine, rest = command_line.split_flags(argv[1:], "config")
+    fields = [flag for flag in mine if not flag.startswith("--config=")]
+    args = parser.parse_args([*rest, *(flag for flag in mine if flag not in fields)])
     unknown = [name for name in args.families.split(",") if name not in FAMILIES]
-    if wrong or unknown:
-        raise UserError(f"expected families of {', '.join(FAMILIES)} and --config.SECTION.FIELD, got {wrong + unknown}")
+    if unknown:
+        raise UserError(f"--families: expected some of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
     output, found = epath.Path(args.output), {}
     for family in args.families.split(","):
         config, _ = command_line.config_flags([argv[0], f"--config={args.config}:{family}", *fields])

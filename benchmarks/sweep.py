@@ -7,11 +7,13 @@ The config is the base model; each row changes it as the paper's row changes the
 factor, rates to the same value, updates too (big has three times as many). Each row trains in a workdir of its own
 under --output, where a row that was begun goes on and one that is done is only read. Prints each row that is done
 there with its params, perplexity and BLEU, the paper's, and whether it came out on the same side of the base model,
-and writes table3.md, table3.json and table3.svg. The last line of stdout is one JSON object.
+and writes table3.md, table3.json and table3.svg. A row that diverges is named below the table, and the others go on.
+The last line of stdout is one JSON object.
 """
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -22,7 +24,7 @@ from transformer import command_line, validation
 from transformer import config as configs
 from transformer.command_line import say
 from transformer.config import Config
-from transformer.errors import UserError
+from transformer.errors import DivergedError, UserError
 from transformer.files import write_whole
 from transformer.reporting.charts import Series
 
@@ -42,17 +44,21 @@ def main(argv: list[str]) -> None:
     unknown = [name for name in names if name not in ROWS]
     if unknown:
         raise UserError(f"--rows: expected some of {', '.join(ROWS)}, got {unknown[0]!r}")
-    output, found = epath.Path(args.output), {}
+    output, found, diverged = epath.Path(args.output), {}, {}
     wanted = [name for name in ROWS if name in names or result_path(output / name, args.split).exists()]
     rows = {name: row_config(base, name) for name in wanted}
     for name, config in rows.items():
-        found[name] = result(config, output / name, args.split)
-        write_whole(output / "table3.json", json.dumps(found, indent=1) + "\n")
-        write_whole(output / "table3.md", table(found) + "\n")
+        try:
+            found[name] = result(config, output / name, args.split)
+        except DivergedError as error:
+            say(f"row {name} diverged, the others go on: {error}")
+            diverged[name] = {"diverged": str(error)}
+        write_whole(output / "table3.json", json.dumps(found | diverged, indent=1) + "\n")
+        write_whole(output / "table3.md", table(found, diverged) + "\n")
     draw(output, found)
-    print(table(found))
+    print(table(found, diverged))
     say(f"table3.md, table3.json and table3.svg: {output}")
-    print(json.dumps(found))
+    print(json.dumps(found | diverged))
 
 
 def row_config(base: Config, name: str) -> Config:
@@ -130,7 +136,7 @@ def result(config: Config, workdir: epath.Path, split: str) -> Found:
     return found
 
 
-def table(found: dict[str, Found]) -> str:
+def table(found: dict[str, Found], diverged: Iterable[str] = ()) -> str:
     """Markdown: ours beside the paper's; a difference to the base model agrees if it has the paper's sign."""
     lines = [
         "| row | params, M | the paper's | perplexity | the paper's | agrees | BLEU | the paper's | agrees |",
@@ -143,6 +149,8 @@ def table(found: dict[str, Found]) -> str:
             f"| {name} | {millions:.2f} | {row.params or ''} | {ours['perplexity']:.2f} | {row.perplexity:.2f} "
             f"| {agree[0]} | {ours['bleu']:.1f} | {row.bleu:.1f} | {agree[1]} |"
         )
+    if names := ", ".join(diverged):
+        lines += ["", f"Diverged: {names}."]
     return "\n".join(lines)
 
 

@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -105,3 +107,13 @@ def test_its_python_translates(monkeypatch):
 def test_make_targets_it_names_exist():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"`?make ([a-z][a-z-]*)", README)) <= set(targets)
+
+
+def test_make_clean_leaves_what_was_trained(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for folder in (".venv/bin", ".venv-plan", ".pytest_cache/xla", "tests/__pycache__", "runs/demo/checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"Makefile", "tests", "runs"}
+    assert list((tmp_path / "tests").iterdir()) == []
+    assert (tmp_path / "runs" / "demo" / "checkpoints").exists()

@@ -9,7 +9,7 @@ from benchmarks import sweep
 from configs.paper import ROWS, Row
 from tests.conftest import small_config
 from transformer.config import Config
-from transformer.errors import UserError
+from transformer.errors import DivergedError, UserError
 
 UNREAD = {name: getattr(Config().model, name) for name in ("num_heads", "mlp_dim")}  # by other families
 BASE = {"num_layers": 3, "emb_dim": 32, "num_heads": 8, "mlp_dim": 64}
@@ -73,6 +73,25 @@ def test_rows_are_trained_once_and_the_table_is_written(tmp_path, monkeypatch, c
     assert (tmp_path / "table3.svg").exists()
     with pytest.raises(UserError, match=r"expected some of base, .* got 'c-n3'"):
         sweep.main(["sweep", "--config=configs/demo.py", "--rows=c-n3"])
+
+
+def test_a_row_that_diverges_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def result(config: Config, workdir, split):
+        if workdir.name == "a-h4":
+            raise DivergedError("the loss of update 7 is nan")
+        return {"params": 1, "perplexity": 5.0, "bleu": 30.0}
+
+    monkeypatch.setattr(sweep, "result", result)
+    flags = ["--config=configs/demo.py", "--config.model.num_heads=8", "--rows=base,a-h4,a-h16", f"--output={tmp_path}"]
+    sweep.main(["sweep", *flags])
+    said = capsys.readouterr()
+    assert "row a-h4 diverged, the others go on: the loss of update 7 is nan" in said.err
+    found = json.loads(said.out.splitlines()[-1])
+    assert found == json.loads((tmp_path / "table3.json").read_text())
+    assert found["a-h4"] == {"diverged": "the loss of update 7 is nan"}
+    lines = (tmp_path / "table3.md").read_text().splitlines()
+    assert [line.split()[1] for line in lines[2:4]] == ["base", "a-h16"]
+    assert lines[-1] == "Diverged: a-h4."
 
 
 def test_rows_that_were_done_before_stay_in_the_table(tmp_path, monkeypatch):

@@ -118,7 +118,7 @@ def config_flags(argv: list[str], needs_data: bool = True) -> tuple[configs.Conf
     Raises:
       UserError: no such file, an error inside it, an unknown field, or a value that cannot be.
     """
-    mine, rest = _split(argv[1:], "config")
+    mine, rest = split_flags(argv[1:], "config")
     given = [argument.partition("=")[2] for argument in mine if argument.startswith("--config=")]
     if len(given) != 1 or not given[0]:
         raise UserError(f"expected one --config=FILE, such as --config=configs/demo.py, got {len(given)}")
@@ -179,7 +179,7 @@ def decode_flags(argv: list[str]) -> tuple[dict[str, int | float | bool | str], 
     Raises:
       UserError: an unknown field, or a value that is not of its type; bounds are checked with the config.
     """
-    mine, rest = _split(argv[1:], "decode")
+    mine, rest = split_flags(argv[1:], "decode")
     fields = {}
     for argument in mine:
         name, _, text = argument.partition("=")
@@ -190,7 +190,7 @@ def decode_flags(argv: list[str]) -> tuple[dict[str, int | float | bool | str], 
     return fields, rest
 
 
-def _split(arguments: list[str], prefix: str) -> tuple[list[str], list[str]]:
+def split_flags(arguments: list[str], prefix: str) -> tuple[list[str], list[str]]:
     """The flags --PREFIX and --PREFIX.ANYTHING, each as one --name=value, and all others."""
     mine, rest = [], []
     queue = list(arguments)

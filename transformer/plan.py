@@ -256,8 +256,8 @@ def check_data_parallel(config: Config, topology: Topology) -> None:
     shape = zip(sharding.MESH_AXES, sharding.mesh_shape(config.mesh, topology.chips), strict=True)
     if split := [f"mesh.{name} = {size}" for name, size in shape if name != "data" and size > 1]:
         raise UserError(
-            f"--scaling predicts from a data-parallel plan: expected mesh.data alone, got {', '.join(split)}; leave out "
-            "--scaling, or these fields"
+            f"--scaling predicts from a data-parallel plan: expected mesh.data alone, got {', '.join(split)}; leave "
+            "these fields, or --scaling, out"
         )
 
 
