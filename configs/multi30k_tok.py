@@ -4,7 +4,16 @@
     python eval.py --workdir=runs/multi30k_tok --checkpoint=average:10 --split=test_2016_flickr
 
 FOLDER holds train, val and test_2016_flickr with .en and .de (29,000 / 1,014 / 1,000), lowercased and tokenized by
-Moses: data/task1/tok of https://github.com/multi30k/dataset; and `bpe.codes`, 10,000 merges of subword-nmt.
+Moses, and `bpe.codes`, 10,000 merges. From a clone of https://github.com/multi30k/dataset at its commit 7bee46b
+(train.en is not the same in all), with `pip install subword-nmt` (0.3.8):
+
+    for split in train val test_2016_flickr; do for code in en de; do
+      cp dataset/data/task1/tok/$split.lc.norm.tok.$code FOLDER/$split.$code
+    done; done
+    cat FOLDER/train.en FOLDER/train.de | subword-nmt learn-bpe -s 10000 > FOLDER/bpe.codes
+
+These codes are those of the data of Wu et al., byte for byte (SHA-256 5b545f31…). Other text or merges give another
+vocab_size than 9,712; the message names it.
 
 Wu et al. 2021 ("Good for Misconceived Reasons") print 41.02, tokenized lowercased BLEU, for this model and recipe.
 Here seed 0 has 41.11 on test_2016_flickr (sacrebleu -tok none -lc -s none:
