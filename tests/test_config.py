@@ -133,7 +133,7 @@ IMPOSSIBLE = [
         {"optimizer": {"schedule": "linear"}, "train": {"num_steps": 300}},
     ),
     (
-        r"num_buckets = 3: read only with batching = bucket, got batching = pack; leave num_buckets at 8",
+        r"num_buckets = 3: read only with batching = bucket, got batching = pack; leave num_buckets out",
         {"data": {"num_buckets": 3, "batching": "pack"}},
     ),
     (r"schedule: expected one of", {"optimizer": {"schedule": "step"}}),

@@ -22,7 +22,7 @@ datasets/pair_shards datasets/parallel_text datasets/prepared
 datasets/archives datasets/members datasets/wmt
 datasets/split datasets/contents datasets/corpus
 subword_codes tokenizer batching packing cost pipeline data_report
-sharding consensus segments dropout attention blockwise ring kernels layers stack hypotheses
+device_grid sharding consensus segments dropout attention blockwise ring kernels layers stack hypotheses
 text_model model source_attention recurrence recurrent convolutional families
 loss guard optimizer step fingerprint compilation manifest checkpoint trained fine_tuning
 restrictions constraints continuations search sampling decoding

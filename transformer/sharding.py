@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from transformer import device_grid
 from transformer.batching import TrainPlan
 from transformer.config import MeshConfig
 from transformer.device_limits import does_not_divide
@@ -70,23 +70,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if count < len(available) and jax.process_count() > 1:
         raise UserError(f"config.mesh asks for {count} devices: with several hosts all {len(available)} must be used")
     # Neighbours in the mesh are neighbours in the machine, where that is known.
-    grid = _neighbours(shape, available) if count == len(available) else np.array(available[:count]).reshape(shape)
+    grid = (
+        device_grid.neighbours(shape, available)
+        if count == len(available)
+        else np.array(available[:count]).reshape(shape)
+    )
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-
-
-def _neighbours(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """All devices in this shape; of several slices of TPUs, whose network is slow, each has its part of the data."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-    if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    if shape[0] % slices:
-        raise UserError(
-            f"config: mesh.data = {shape[0]}: the {len(devices)} TPUs are {slices} slices, each of which must have the "
-            f"whole model; set mesh.data to a multiple of {slices}, or to -1 and the product of the other sizes to a "
-            f"divisor of {len(devices) // slices}"
-        )
-    within, across = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
-    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
