@@ -169,7 +169,7 @@ def hosts_change(world: World, tally: Tally) -> None:
     tally.note(f"largest difference of the loss {largest:.0e}")
 
 
-@row("F4", "parts of a batch one after the other against the batch at once, uneven lengths", full=6, quick=2)
+@row("F4", "gradient accumulation makes the update of the whole batch, sentences of uneven lengths", full=6, quick=2)
 def parts_of_a_batch(world: World, tally: Tally) -> None:
     for parts, rows in ((2, 7), (4, 8)) if tally.quick else itertools.product((2, 4, 8), (7, 16)):
         with tally.one(f"{parts} parts of {rows} rows"):
