@@ -87,5 +87,5 @@ lock:
 
 # Environments and caches; what was trained in runs stays.
 clean:
-	rm -rf $(VENV) $(VENV)-plan .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-plan $(VENV)-gpu .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./runs -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -8,6 +8,8 @@ process is told of the others by --coordinator=HOST:PORT --num_processes=N --pro
 A config file is Python and runs. Exit codes are listed in transformer/command_line.py.
 """
 
+from etils import epath
+
 from transformer import command_line, config, hosts
 
 
@@ -31,7 +33,8 @@ def train(settings: config.Config, workdir: str) -> None:
     from transformer.datasets import corpus
 
     corpus.check(settings.data)
-    tokenizer.named_by(settings.data)
+    begins = settings.train.init_from and not epath.Path(workdir, "checkpoints").exists()
+    tokenizer.named_by(tokenizer.with_origin(settings) if begins else settings.data)
 
     from transformer import loop
 

@@ -110,7 +110,7 @@ def result(config: Config, workdir: epath.Path, split: str) -> Found:
     path, config = result_path(workdir, split), configs.with_absolute_paths(config)
     if path.exists():
         kept = json.loads(path.read_text())
-        if changes := configs.differences(validation.resolve(kept["config"]), config):
+        if changes := configs.differences(validation.resolve(kept["config"], is_new=False), config):
             raise UserError(
                 f"{path}: found with another config: {'; '.join(map(str, changes))}. Choose another --output, or "
                 "delete that folder"

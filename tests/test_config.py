@@ -1,6 +1,7 @@
 """What a config may be: every refusal names the field, what was expected and what was got."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -176,6 +177,22 @@ def test_what_is_no_config_is_refused(values):
 def test_a_damaged_config_file_is_refused(text):
     with pytest.raises(UserError):
         validation.from_json(text, "config.json")
+
+
+def test_what_runs_have_kept_stays_readable():
+    kept = {
+        "data": {"batching": "pack", "num_buckets": 4},
+        "decode": {"method": "mbr", "beam_size": 1},
+        "optimizer": {"schedule": "cosine", "warmup_steps": 4000},
+        "train": {"num_steps": 2000},
+    }
+    for section, field in (("data", "num_buckets"), ("decode", "beam_size"), ("optimizer", "warmup_steps")):
+        refused(field, **{section: kept[section]}, train=kept["train"])
+    read = validation.from_json(json.dumps(kept), "config.json")
+    assert (read.data.num_buckets, read.decode.beam_size, read.optimizer.warmup_steps) == (4, 1, 4000)
+    assert validation.with_decode(read, {"method": "beam"}).decode.beam_size == 1
+    with pytest.raises(UserError, match="beam_size = 2: read only with method = beam"):
+        validation.with_decode(read, {"beam_size": 2})
 
 
 def test_differences_name_field_old_and_new():

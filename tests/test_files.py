@@ -1,10 +1,13 @@
 """A file is there whole or not at all."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
 
+from tests.conftest import ROOT
 from transformer import files
 
 
@@ -51,6 +54,15 @@ def test_a_link_and_what_is_no_file_stay_what_they_are(tmp_path):
     assert all((tmp_path / name).is_symlink() for name in ("link", "dangling", "queue"))
     assert (tmp_path / "pipe").is_fifo()
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "dangling", "link", "pipe", "queue"]
+
+
+def test_what_standard_output_goes_to_is_written_on(tmp_path):
+    program = (
+        "from transformer import files; print('before'); files.write_whole('/dev/stdout', 'ours\\n'); print('after')"
+    )
+    with (tmp_path / "out").open("wb") as out:
+        subprocess.run([sys.executable, "-c", program], stdout=out, check=True, cwd=ROOT)
+    assert (tmp_path / "out").read_text() == "before\nours\nafter\n"
 
 
 def test_what_cannot_be_written_is_known_before(tmp_path):

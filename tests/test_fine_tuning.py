@@ -1,16 +1,17 @@
 """A run may start from params that another has trained: those, its vocabulary, and nothing else of it."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from tests.test_checkpoint import make_parts, save_three
+from tests.test_checkpoint import flip, make_parts, save, save_three
 from transformer import config as configs
 from transformer import fine_tuning, sharding, step, tokenizer
-from transformer.errors import UserError
+from transformer.errors import UserError, WorkdirError
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,9 @@ def config_of(saved, model=None, **train):
     )
 
 
-def first_state(config, vocabulary=None):
+def first_state(config):
     model, mesh = step.Model(config.model, config.data.vocab_size), sharding.make_mesh(config.mesh)
-    return fine_tuning.first_state(model, vocabulary or make_parts()[1], config, mesh)
+    return fine_tuning.first_state(fine_tuning.find(config), model, config, mesh)
 
 
 @pytest.mark.parametrize(("which", "added"), [("latest", 100), ("best", 9), ("10", 10), ("average:2", 55)])
@@ -53,22 +54,33 @@ def test_the_average_is_updated_apart_from_the_params(saved):
 
 
 def test_what_is_only_for_training_may_differ_and_the_model_may_not(saved):
-    first_state(config_of(saved, {"dropout_rate": 0.3, "attention_dropout_rate": 0.1, "remat": "full"}))
+    other = {"dropout_rate": 0.3, "attention_dropout_rate": 0.1, "remat": "full", "max_positions": 99}
+    assert fine_tuning.find(config_of(saved, other)).steps == [100]
     with pytest.raises(UserError, match=r"another one: model\.mlp_dim: 32 → 64; model\.norm: 'post' → 'pre'\. Set"):
-        first_state(config_of(saved, {"norm": "pre", "mlp_dim": 64}))
+        fine_tuning.find(config_of(saved, {"norm": "pre", "mlp_dim": 64}))
 
 
-def test_another_vocabulary_than_the_checkpoint_s_is_refused(saved):
-    other = tokenizer.train(["quite another text of no such trees"], 280, "bpe")
+def test_another_vocabulary_than_the_checkpoint_s_is_refused(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    tokenizer.train(["quite another text of no such trees"], 280, "bpe").save(tmp_path / "run" / "tokenizer")
     with pytest.raises(UserError, match="not the vocabulary that checkpoint 100 was trained with"):
-        first_state(config_of(saved), other)
+        fine_tuning.find(config_of(tmp_path / "run"))
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(saved, tmp_path):
     with pytest.raises(UserError, match=r"init_checkpoint = 11: .*one of \[9, 10, 100\], got '11'"):
-        first_state(config_of(saved, init_checkpoint="11"))
+        fine_tuning.find(config_of(saved, init_checkpoint="11"))
+    make_parts()[1].save(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="found no checkpoint"):
-        first_state(config_of(tmp_path))
+        fine_tuning.find(config_of(tmp_path))
+    save(tmp_path, make_parts(), 5)
+    flip(tmp_path / "checkpoints" / "5" / "config.json")
+    with pytest.raises(WorkdirError, match=r"none of the checkpoints \[5\] is sound"):
+        fine_tuning.find(config_of(tmp_path))
+
+
+def test_nothing_is_looked_for_without_it():
+    assert fine_tuning.find(small_config()) is None
 
 
 def test_the_vocabulary_is_that_of_the_other_run(saved, tmp_path):
@@ -79,6 +91,8 @@ def test_the_vocabulary_is_that_of_the_other_run(saved, tmp_path):
         tokenizer.named_by(tokenizer.with_origin(small_config(train={"init_from": str(saved)})))
     with pytest.raises(UserError, match=r"expected a workdir that train\.py wrote, found no tokenizer"):
         tokenizer.with_origin(config_of(tmp_path))
+    with pytest.raises(UserError, match=r"train\.init_from = http://host/run: expected a local path"):
+        tokenizer.with_origin(config_of("http://host/run"))
     with pytest.raises(UserError, match=r"tokenizer = mine\.model: with train\.init_from the vocabulary is that of"):
         small_config(data={"tokenizer": "mine.model"}, train={"init_from": "runs/base"})
     with pytest.raises(UserError, match="init_checkpoint: read only with init_from"):

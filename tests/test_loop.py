@@ -290,10 +290,17 @@ def test_another_host_is_said(data, tmp_path, monkeypatch, capsys):
 
 
 def test_another_way_to_decode_looks_for_its_best_anew(data, tmp_path, capsys):
-    loop.fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
-    assert loop.Run(config_of(data), epath.Path(tmp_path / "run")).progress.best >= 0
-    assert loop.Run(config_of(data, decode={"beam_size": 1}), epath.Path(tmp_path / "run")).progress == loop.Progress()
+    run = epath.Path(tmp_path / "run")
+    loop.fit(config_of(data, train={"num_steps": 6}), run)
+    assert loop.Run(config_of(data), run).progress.best >= 0
+    assert loop.Run(config_of(data, decode={"batch_rows": 4}), run).progress.best >= 0  # no translation depends on it
+    again = loop.Run(config_of(data, decode={"beam_size": 1}), run)
+    assert again.progress == loop.Progress()
     assert "decode.beam_size: 2 → 1" in capsys.readouterr().err
+    before = Checkpoints(run).metrics(6)
+    again.stop_signal = lambda: None
+    again._evaluate(again.state.eval_params, 6, loop.NoLog())
+    assert Checkpoints(run).metrics(6) == before  # BLEU of the search that the checkpoint was saved with
 
 
 def test_devices_that_a_mesh_leaves_idle_are_said(data, tmp_path, capsys):

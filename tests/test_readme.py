@@ -111,7 +111,14 @@ def test_make_targets_it_names_exist():
 
 def test_make_clean_leaves_what_was_trained(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for folder in (".venv/bin", ".venv-plan", ".pytest_cache/xla", "tests/__pycache__", "runs/demo/checkpoints"):
+    for folder in (
+        ".venv/bin",
+        ".venv-plan",
+        ".venv-gpu",
+        ".pytest_cache/xla",
+        "tests/__pycache__",
+        "runs/demo/checkpoints",
+    ):
         (tmp_path / folder).mkdir(parents=True)
     subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
     assert {path.name for path in tmp_path.iterdir()} == {"Makefile", "tests", "runs"}

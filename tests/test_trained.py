@@ -141,6 +141,15 @@ def test_scores_of_another_search_are_not_compared(parts, tmp_path):
     assert checkpoints.steps() == [3, 4]
 
 
+def test_scores_of_other_batches_of_the_same_search_are_compared(parts, tmp_path):
+    config, *others = parts
+    for done, rows, bleu in ((1, 16, 30.0), (2, 128, 29.0)):
+        decode = dataclasses.replace(config.decode, batch_rows=rows)
+        save(tmp_path, (dataclasses.replace(config, decode=decode), *others), done)
+        Checkpoints(tmp_path).record(done, {checkpoint.SCORE: bleu})
+    assert select(tmp_path, "best") == [1]
+
+
 def test_of_a_config_that_is_not_as_written_no_search_is_taken(parts, tmp_path, capsys):
     for done, bleu in ((3, 30.0), (5, 20.0)):
         save(tmp_path, parts, done)

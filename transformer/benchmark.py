@@ -18,6 +18,8 @@ import numpy as np
 from etils import epath
 
 from transformer import command_line, compilation, cost, pipeline, sharding, step
+from transformer import config as configs
+from transformer import tokenizer as tokenizers
 from transformer.batching import Batch, TrainPlan
 from transformer.command_line import positive_int, say
 from transformer.config import Config
@@ -37,11 +39,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--input", action="store_true", help="measure the data path alone")
     parser.add_argument("--num_steps", type=positive_int, default=50, help="updates to time (default: 50)")
     config, args = command_line.parse_with_config(parser, argv)
+    config = configs.with_absolute_paths(config)
     corpora.check(config.data)
     compilation.enable_cache()
     with tempfile.TemporaryDirectory() as folder:
         corpus = corpora.open_corpus(config.data)
-        tokenizer = pipeline.get_tokenizer(config.data, corpus, epath.Path(folder))
+        tokenizer = pipeline.get_tokenizer(tokenizers.with_origin(config), corpus, epath.Path(folder))
     ids = pipeline.token_ids(config.data, corpus, "train", tokenizer)
     plan = pipeline.make_plan(config, ids)
     row = measure_input(plan, ids, args.num_steps) if args.input else measure(config, plan, ids, args.num_steps)

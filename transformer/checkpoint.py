@@ -176,7 +176,7 @@ class Checkpoints:
         with contextlib.suppress(OSError, KeyError, Damaged, UserError):
             written = self.manifest(step).files["config.json"][1]
             if sha256(self.folder / str(step) / "config.json") == written:
-                return self.config(step).decode
+                return searched(self.config(step))
         return None
 
     def metrics(self, step: int) -> Metrics:
@@ -251,6 +251,11 @@ class Checkpoints:
     def tokenizer(self, step: int) -> Tokenizer:
         """The vocabulary that a checkpoint was trained with."""
         return tokenizers.load(self.folder / str(step) / "tokenizer")
+
+
+def searched(config: Config) -> DecodeConfig:
+    """How a config searches for translations: what no translation depends on is left at its default."""
+    return dataclasses.replace(config.decode, batch_rows=DecodeConfig.batch_rows)
 
 
 def _save_arrays(folder: epath.Path, state: TrainState, then: Callable[[epath.Path], None]) -> None:

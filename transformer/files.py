@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -26,17 +27,19 @@ def write_whole(path: epath.PathLike, content: bytes | str) -> None:
 def growing(path: epath.PathLike) -> Iterator[BinaryIO]:
     """The same piece by piece: the file takes its place at the end of the block, and never if that fails.
 
-    A link is followed, and what is there and no regular file, such as a pipe or a device, stays and is sent it all.
+    A link is followed, and what is there and no regular file, such as a pipe or a device, stays and is sent it all;
+    so does the file that standard output goes to.
     """
     path = epath.Path(path)
-    if os.path.isdir(path):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    is_sent = os.path.exists(path) and not os.path.isfile(path)  # epath takes a pipe for a file
+    _refuse_folder(path)
+    own = _own_output(path)
+    is_sent = own is not None or (os.path.exists(path) and not os.path.isfile(path))  # epath takes a pipe for a file
     if is_sent or remote.is_remote(path):  # where an object appears whole anyway, once it is sent
         with tempfile.TemporaryFile() as buffer:
             yield buffer
             buffer.seek(0)
-            with path.open("wb") as sent:
+            sys.stdout.flush()
+            with path.open("wb") if own is None else open(os.dup(own), "wb") as sent:
                 shutil.copyfileobj(buffer, sent)
         return
     path = epath.Path(os.path.realpath(path))  # epath's own resolve follows no links
@@ -59,12 +62,24 @@ def check_writable(path: epath.PathLike) -> None:
     Addresses, pipes and devices are not asked: they tell when something is sent to them.
     """
     path = epath.Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    _refuse_folder(path)
     if not remote.is_remote(path) and (os.path.isfile(path) or not os.path.exists(path)):
         folder = os.path.dirname(os.path.realpath(path))
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+
+
+def _refuse_folder(path: epath.Path) -> None:
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+
+def _own_output(path: epath.Path) -> int | None:
+    """The number of standard output or error where the path names what it goes to, such as /dev/stdout does."""
+    with contextlib.suppress(OSError):
+        named = os.stat(path)
+        return next((number for number in (1, 2) if os.path.samestat(named, os.fstat(number))), None)
+    return None
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from transformer import (
 )
 from transformer import tokenizer as tokenizers
 from transformer.batching import Batch
-from transformer.checkpoint import SCORE, Checkpoints, Metrics
+from transformer.checkpoint import SCORE, Checkpoints, Metrics, searched
 from transformer.command_line import say
 from transformer.config import Config
 from transformer.consensus import Slowest, StopVote, of_each_host
@@ -132,7 +132,10 @@ class Run:
         self.checkpoints = Checkpoints(path)
         newest, before = _resume_point(self.checkpoints)
         # Until there is a checkpoint, nothing is lost with another config.
-        changes = workdir.config_changes(path, self.checkpoints.config(newest), config) if newest is not None else []
+        old = config if newest is None else self.checkpoints.config(newest)
+        changes = workdir.config_changes(path, old, config)
+        self.searches_anew = searched(old) != searched(config)
+        origin = fine_tuning.find(config) if newest is None else None
         with hosts.lead_first("data"):
             corpus = corpora.open_corpus(config.data)
             self.pairs, self.valid = corpus.split("train"), corpus.split("validation")
@@ -148,11 +151,11 @@ class Run:
         self.checkpoints.prepare(newest)
         self.start, self.progress, self.spent, self.is_scored = newest or 0, Progress(), cost.Spent(), SCORE in before
         if newest is None:
-            self.state = fine_tuning.first_state(model, self.tokenizer, config, self.mesh)
+            self.state = fine_tuning.first_state(origin, model, config, self.mesh)
         else:
             self.state = self.checkpoints.restore(newest, model, config, self.mesh)
             self.progress, self.spent = Progress.of(before), cost.Spent.of(before) or self.spent
-            if any(change.startswith("decode.") for change in changes):
+            if self.searches_anew:
                 self.progress = Progress()  # BLEU of another search is another figure
         self.slowest = Slowest()
         self._describe(model)
@@ -297,7 +300,8 @@ class Run:
         bleu, chrf = float(report.scores["bleu"]), float(report.scores["chrf"])
         scores = {"valid/loss": report.loss, SCORE: bleu, "valid/chrf": chrf}
         self.progress = self.progress.after(bleu)
-        self.checkpoints.record(done, {**scores, **self.progress._asdict()})
+        if done > self.start or not self.searches_anew:  # else it would pass for the BLEU of that checkpoint's search
+            self.checkpoints.record(done, {**scores, **self.progress._asdict()})
         log.write(done, {**scores, "valid/seconds": report.seconds, **self.spent.metrics()})
         shown = f"validation loss {report.loss:.3f} · BLEU {bleu:.2f}, best {self.progress.best:.2f}"
         log.say(f"step {done:,} · {shown} · {report.seconds:.0f} s · after {self.spent}")

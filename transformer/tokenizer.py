@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from transformer import subword_codes
+from transformer import remote, subword_codes
 from transformer.config import TRAINED_TOKENIZERS, Config, DataConfig
 from transformer.errors import UserError
 from transformer.files import reported, write_whole
@@ -167,12 +167,15 @@ def with_origin(config: Config) -> DataConfig:
     """
     if not config.train.init_from:
         return config.data
+    where = f"config.train.init_from = {config.train.init_from}"
+    if reason := remote.missing(config.train.init_from):
+        raise UserError(f"{where}: {reason}")
     path = _stored(epath.Path(config.train.init_from) / "tokenizer")
-    if not path.exists():
-        raise UserError(
-            f"config.train.init_from = {config.train.init_from}: expected a workdir that train.py wrote, found no "
-            f"tokenizer/{path.name} in it; name another"
-        )
+    with reported(where):
+        if not path.exists():
+            raise UserError(
+                f"{where}: expected a workdir that train.py wrote, found no tokenizer/{path.name} in it; name another"
+            )
     return dataclasses.replace(config.data, tokenizer=os.fspath(path))
 
 

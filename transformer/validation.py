@@ -31,8 +31,12 @@ ENDING = ("cosine", "linear")  # schedules that reach 0 at train.num_steps
 Readers = dict[str, tuple[str, ...]]  # field → the values of another field with which it is read
 
 
-def resolve(values: Any, needs_data: bool = True) -> Config:
-    """Checks a ConfigDict or nested mapping and returns it as frozen dataclasses; `needs_data`: it must name its text.
+def resolve(values: Any, needs_data: bool = True, is_new: bool = True) -> Config:
+    """Checks a ConfigDict or nested mapping and returns it as frozen dataclasses.
+
+    Args:
+      needs_data: it must name its text.
+      is_new: what only a config that a run begins with is refused for; those that runs have kept must stay readable.
 
     Raises:
       UserError: an unknown section or field, a wrong type, a value out of bounds, or fields that
@@ -49,6 +53,8 @@ def resolve(values: Any, needs_data: bool = True) -> Config:
         resolved[name] = section(**{key: _checked(f"config.{name}.{key}", fields[key], v) for key, v in given.items()})
     config = Config(**resolved)
     _check_together(config, needs_data)
+    if is_new:
+        _check_new(config)
     return config
 
 
@@ -71,7 +77,7 @@ def from_json(text: str, path: str) -> Config:
         values = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: not a config in JSON: {error}") from error
-    return resolve(values)
+    return resolve(values, is_new=False)
 
 
 def refuse_unknown(where: str, given: Iterable[str], known: list[str]) -> None:
@@ -145,14 +151,20 @@ def _check_together(config: Config, needs_data: bool) -> None:
         )
     if optimizer.schedule in ("paper", "inverse_sqrt") and not optimizer.warmup_steps:
         raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")
-    if optimizer.schedule in ENDING and optimizer.warmup_steps >= train.num_steps:
-        raise UserError(
-            f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule falls from its peak to 0 at "
-            f"train.num_steps = {train.num_steps}: expected fewer steps, got {optimizer.warmup_steps}; change either"
-        )
     device_limits.check(config)
     _check_data(data, needs_data)
-    _refuse_unread("decode", decode, "method", DECODE_READERS)
+
+
+def _check_new(config: Config) -> None:
+    """What would train, and not as it was meant."""
+    optimizer, steps = config.optimizer, config.train.num_steps
+    if optimizer.schedule in ENDING and optimizer.warmup_steps >= steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule falls from its peak to 0 at "
+            f"train.num_steps = {steps}: expected fewer steps, got {optimizer.warmup_steps}; change either"
+        )
+    _refuse_unread("data", config.data, "batching", {"num_buckets": ("bucket",)})
+    _refuse_unread("decode", config.decode, "method", DECODE_READERS)
 
 
 def _check_family(config: Config) -> None:
@@ -194,7 +206,7 @@ def with_decode(config: Config, fields: dict[str, Any]) -> Config:
     values = dataclasses.asdict(config)
     method = fields.get("method", config.decode.method)
     own = {name: value for name, value in values["decode"].items() if method in DECODE_READERS.get(name, (method,))}
-    changed = resolve({**values, "decode": {**own, **fields}})
+    changed = resolve({**values, "decode": {**own, **fields}}, is_new=False)
     _refuse_unread("decode", changed.decode, "method", DECODE_READERS, given=fields)
     return changed
 
@@ -225,7 +237,6 @@ def _check_data(data: DataConfig, needs_data: bool) -> None:
             "config.data.tokenizer: expected bpe, unigram or the path of a .model, .codes or .json file, got "
             f"{data.tokenizer!r}"
         )
-    _refuse_unread("data", data, "batching", {"num_buckets": ("bucket",)})
     given = [name for name in (*TEXT_PATHS, "columns") if getattr(data, name)]
     if data.name != "text":
         if given:
