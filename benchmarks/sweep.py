@@ -146,7 +146,7 @@ def table(found: dict[str, Found], diverged: Iterable[str] = ()) -> str:
         row, millions = ROWS[name], ours["params"] / 1e6
         agree = [agrees(found, name, key) for key in ("perplexity", "bleu")]
         lines.append(
-            f"| {name} | {millions:.2f} | {row.params or ''} | {ours['perplexity']:.2f} | {row.perplexity:.2f} "
+            f"| {name} | {millions:.2f} | {row.params or ''} | {ours['perplexity']:.3f} | {row.perplexity:.2f} "
             f"| {agree[0]} | {ours['bleu']:.1f} | {row.bleu:.1f} | {agree[1]} |"
         )
     if names := ", ".join(diverged):

@@ -68,7 +68,7 @@ def test_rows_are_trained_once_and_the_table_is_written(tmp_path, monkeypatch, c
     sweep.main(["sweep", "--table=3", *flags])
     assert asked == [("base", 8, "validation"), ("a-h4", 4, "validation")]
     lines = (tmp_path / "table3.md").read_text().splitlines()
-    assert lines[3] == "| a-h4 | 1.23 |  | 7.00 | 5.00 | yes | 28.0 | 25.5 | yes |"
+    assert lines[3] == "| a-h4 | 1.23 |  | 7.000 | 5.00 | yes | 28.0 | 25.5 | yes |"
     assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() == {"base", "a-h4"}
     assert (tmp_path / "table3.svg").exists()
     with pytest.raises(UserError, match=r"expected some of base, .* got 'c-n3'"):
