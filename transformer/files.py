@@ -38,7 +38,8 @@ def growing(path: epath.PathLike) -> Iterator[BinaryIO]:
         with tempfile.TemporaryFile() as buffer:
             yield buffer
             buffer.seek(0)
-            sys.stdout.flush()
+            if own is not None:
+                sys.stdout.flush()
             with path.open("wb") if own is None else open(os.dup(own), "wb") as sent:
                 shutil.copyfileobj(buffer, sent)
         return
