@@ -1,14 +1,15 @@
 """The rows of the paper's Table 3 on any data set, scaled to any base model; resumable.
 
     python -m benchmarks.sweep --table=3 --config=configs/demo.py [--config.SECTION.FIELD=VALUE …]
-        [--rows=base,a-h1] [--output=runs/sweep] [--split=validation]
+        [--rows=base,a-h1] [--seeds=3] [--output=runs/sweep] [--split=validation]
 
 The config is the base model; each row changes it as the paper's row changes the paper's base model: sizes by the same
 factor, rates to the same value, updates too (big has three times as many). Each row trains in a workdir of its own
 under --output, where a row that was begun goes on and one that is done is only read. Prints each row that is done
 there with its params, perplexity and BLEU, the paper's, and whether it came out on the same side of the base model,
-and writes table3.md, table3.json and table3.svg. A row that diverges is named below the table, and the others go on.
-The last line of stdout is one JSON object.
+and writes table3.md, table3.json and table3.svg. With --seeds the base model is trained so often, and what is no more
+than those runs differ by is called chance. A row that diverges is named below the table, and the others go on. The
+last line of stdout is one JSON object.
 """
 
 import dataclasses
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> None:
     parser = command_line.config_parser("python -m benchmarks.sweep", __doc__)
     parser.add_argument("--table", choices=["3"], default="3", help="of the paper")
     parser.add_argument("--rows", default="", help="names from configs/paper.py, commas between (default: all)")
+    parser.add_argument("--seeds", type=command_line.positive_int, default=1, help="of the base model (default: 1)")
     parser.add_argument("--output", default="runs/sweep", type=command_line.full_path, help="folder of all rows")
     parser.add_argument("--split", default="validation", help="that is scored (default: validation, as in the paper)")
     base, args = command_line.parse_with_config(parser, argv)
@@ -53,12 +55,30 @@ def main(argv: list[str]) -> None:
         except DivergedError as error:
             say(f"row {name} diverged, the others go on: {error}")
             diverged[name] = {"diverged": str(error)}
-        write_whole(output / "table3.json", json.dumps(found | diverged, indent=1) + "\n")
-        write_whole(output / "table3.md", table(found, diverged) + "\n")
+        keep(output, found, diverged)
+    if args.seeds > 1 and "base" in found:
+        found["base"]["spread"] = spread(rows["base"], found["base"], output, args.split, args.seeds)
+        keep(output, found, diverged)
     draw(output, found)
     print(table(found, diverged))
     say(f"table3.md, table3.json and table3.svg: {output}")
     print(json.dumps(found | diverged))
+
+
+def keep(output: epath.Path, found: dict[str, Found], diverged: dict[str, Found]) -> None:
+    """Writes what there is so far."""
+    write_whole(output / "table3.json", json.dumps(found | diverged, indent=1) + "\n")
+    write_whole(output / "table3.md", table(found, diverged) + "\n")
+
+
+def spread(base: Config, first: Found, output: epath.Path, split: str, seeds: int) -> Found:
+    """How far apart the figures of the base model lie with so many seeds, the first of which is done."""
+    runs = [first]
+    for seed in range(base.train.seed + 1, base.train.seed + seeds):
+        config = dataclasses.replace(base, train=dataclasses.replace(base.train, seed=seed))
+        runs.append(result(config, output / f"base-seed{seed}", split))
+    figures = {key: [run[key] for run in runs] for key in ("perplexity", "bleu")}
+    return {"seeds": seeds, **{key: max(values) - min(values) for key, values in figures.items()}}
 
 
 def row_config(base: Config, name: str) -> Config:
@@ -149,6 +169,9 @@ def table(found: dict[str, Found], diverged: Iterable[str] = ()) -> str:
             f"| {name} | {millions:.2f} | {row.params or ''} | {ours['perplexity']:.3f} | {row.perplexity:.2f} "
             f"| {agree[0]} | {ours['bleu']:.1f} | {row.bleu:.1f} | {agree[1]} |"
         )
+    if apart := found.get("base", {}).get("spread"):
+        within = f"{apart['perplexity']:.3f} of perplexity and {apart['bleu']:.1f} of BLEU"
+        lines += ["", f"Chance: no more than {apart['seeds']} seeds of the base model differ by, {within}."]
     if names := ", ".join(diverged):
         lines += ["", f"Diverged: {names}."]
     return "\n".join(lines)
@@ -165,12 +188,17 @@ def draw(output: epath.Path, found: dict[str, Found]) -> None:
 
 
 def agrees(found: dict[str, Found], name: str, key: str) -> str:
-    """Whether a row lies on the same side of the base model as in the paper; empty where either does not tell."""
+    """Whether a row lies on the same side of the base model as in the paper: yes, no, or a difference by chance.
+
+    Empty where the paper's rows, or ours, are equal.
+    """
     base, theirs = ROWS["base"], ROWS[name]
     paper = getattr(theirs, key) - getattr(base, key)
     ours = found[name][key] - found["base"][key] if "base" in found else 0.0
     if not paper or not ours:
         return ""
+    if abs(ours) <= found["base"].get("spread", {}).get(key, 0.0):
+        return "chance"
     return "yes" if (paper > 0) == (ours > 0) else "no"
 
 

@@ -54,6 +54,26 @@ def test_a_row_is_on_the_side_of_the_base_model_that_the_paper_says():
     assert [sweep.agrees(found, "c-n2", key) for key in ("perplexity", "bleu")] == ["yes", "no"]
     assert [sweep.agrees(found, "e-learned", key) for key in ("perplexity", "bleu")] == ["", ""]
     assert sweep.agrees(found, "base", "bleu") == ""
+    found["base"]["spread"] = {"perplexity": 0.9, "bleu": 1.0}
+    assert [sweep.agrees(found, "c-n2", key) for key in ("perplexity", "bleu")] == ["yes", "chance"]
+
+
+def test_seeds_of_the_base_model_tell_what_is_chance(tmp_path, monkeypatch, capsys):
+    figures = {"base": (5.0, 30.0), "base-seed4": (5.2, 29.0), "base-seed5": (5.1, 30.5), "a-h4": (5.1, 20.0)}
+
+    def result(config: Config, workdir, split):
+        assert workdir.name in ("base", "a-h4") or workdir.name == f"base-seed{config.train.seed}"
+        perplexity, bleu = figures[workdir.name]
+        return {"params": 1, "perplexity": perplexity, "bleu": bleu}
+
+    monkeypatch.setattr(sweep, "result", result)
+    flags = ["--config.model.num_heads=8", "--config.train.seed=3", "--rows=base,a-h4", f"--output={tmp_path}"]
+    sweep.main(["sweep", "--config=configs/demo.py", "--seeds=3", *flags])
+    lines = (tmp_path / "table3.md").read_text().splitlines()
+    assert lines[3] == "| a-h4 | 0.00 |  | 5.100 | 5.00 | chance | 20.0 | 25.5 | yes |"
+    assert lines[5] == (
+        "Chance: no more than 3 seeds of the base model differ by, 0.200 of perplexity and 1.5 of BLEU."
+    )
 
 
 def test_rows_are_trained_once_and_the_table_is_written(tmp_path, monkeypatch, capsys):
