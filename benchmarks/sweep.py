@@ -14,6 +14,7 @@ last line of stdout is one JSON object.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -178,13 +179,24 @@ def table(found: dict[str, Found], diverged: Iterable[str] = ()) -> str:
 
 
 def draw(output: epath.Path, found: dict[str, Found]) -> None:
-    """Perplexities by the paper's, a line for each group with the base model on it: one that rises agrees."""
+    """Losses by the paper's, a line for each group through the base model at 0, 0: one that rises agrees.
+
+    They are drawn as doublings of the base model's: of small models on easy data they lie orders of magnitude apart.
+    """
+    if "base" not in found:
+        return
+
+    def doublings(perplexity: float, of_base: float) -> float:
+        return math.log2(math.log(perplexity) / math.log(of_base))
+
     lines = []
     for group, title in GROUPS.items():
         names = [name for name in found if name == "base" or name.partition("-")[0] == group]
-        points = sorted((ROWS[name].perplexity, found[name]["perplexity"]) for name in names)
-        lines.append(Series(title, points, True))
-    plots.write(output / "table3.svg", "Perplexity of the rows of Table 3", "perplexity in the paper", lines, log=False)
+        theirs = [doublings(ROWS[name].perplexity, ROWS["base"].perplexity) for name in names]
+        ours = [doublings(found[name]["perplexity"], found["base"]["perplexity"]) for name in names]
+        lines.append(Series(title, sorted(zip(theirs, ours, strict=True)), True))
+    title = "Rows of Table 3: loss in doublings of the base model's"
+    plots.write(output / "table3.svg", title, "the same in the paper", lines, log=False)
 
 
 def agrees(found: dict[str, Found], name: str, key: str) -> str:
