@@ -21,7 +21,7 @@ FEW = {"num_layers": 1, "dtype": "bfloat16"}
 @pytest.mark.parametrize(
     "config",
     [
-        small_config(model={**FEW, "attention": "plain"}, data={"batching": "pack"}),
+        small_config(model={**FEW, "attention": "plain"}, data={"batching": "pack", "num_buckets": 8}),
         small_config(model={**FEW, "attention": "blockwise", "remat": "dots"}),
         *(family_config(**KINDS[kind], **FEW) for kind in ("recurrent", "additive", "convolutional")),
     ],
