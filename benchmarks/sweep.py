@@ -8,7 +8,8 @@ factor, rates to the same value, updates too (big has three times as many). Each
 under --output, where a row that was begun goes on and one that is done is only read. Prints each row that is done
 there with its params, perplexity and BLEU, the paper's, and whether it came out on the same side of the base model,
 and writes table3.md, table3.json and table3.svg. With --seeds the base model is trained so often, and what is no more
-than those runs differ by is called chance. A row that diverges is named below the table, and the others go on. The
+than those runs differ by is called chance. A row that diverges is named below the table, and the others go on. Two
+processes with other --rows may share --output; the command once more, when both are done, makes the table of all. The
 last line of stdout is one JSON object.
 """
 
