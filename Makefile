@@ -1,6 +1,6 @@
-# make demo · make test · make test-slow · make test-tpu · make test-gpu · make faults · make plan. PYTHON names the
-# interpreter, VENV the environment, TESTS some files of tests instead of all. QUICK=1 makes faults as short as in make
-# test, ROWS picks rows of it.
+# make demo · make test · make test-all · make lint · make faults · make test-tpu · make test-gpu · make plan.
+# PYTHON names the interpreter, VENV the environment, TESTS some files of tests instead of all. QUICK=1 makes faults as
+# short as in make test-all, ROWS picks rows of it.
 PYTHON ?= python3
 VENV ?= .venv
 ACCELERATOR ?=
@@ -13,20 +13,24 @@ PLAN_FLAGS ?= --config.model.dtype=bfloat16
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check --quiet
 WORKDIR ?= runs/demo
+OTHER_TIERS = slow or hosts or faults or tpu or gpu
 
-.PHONY: demo test test-fast test-slow test-tpu test-gpu faults tpu-compiler lint types plan lock clean
+.PHONY: demo test test-all test-slow lint faults test-tpu test-gpu tpu-compiler plan lock clean
 
 demo: $(VENV)/installed$(ACCELERATOR)
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR)
 	$(RUN) eval.py --workdir=$(WORKDIR) --checkpoint=best
 
-test: lint types test-fast
+test: $(VENV)/installed-dev
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not ($(OTHER_TIERS))" $(TESTS)
 
-test-fast: $(VENV)/installed-dev
-	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
+# Every other tier; what needs the compiler of an accelerator is skipped, with a reason.
+test-all: $(VENV)/installed-dev
+	$(RUN) -m pytest -n 2 --dist worksteal -m "$(OTHER_TIERS)" $(TESTS)
 
+# One of them alone.
 test-slow: $(VENV)/installed-dev
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -n 2 --dist worksteal -m "slow and not (hosts or faults or tpu or gpu)" $(TESTS)
 
 faults: $(VENV)/installed-dev
 	$(RUN) -m tests.faults $(if $(QUICK),--quick) --only=$(ROWS)
@@ -34,9 +38,8 @@ faults: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-
-types: $(VENV)/installed-dev
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
 
 # The TPU compiler has an environment of its own: on a machine without a TPU nothing else should find it.
 tpu-compiler:
@@ -87,5 +90,5 @@ lock:
 
 # Environments and caches; what was trained in runs stays.
 clean:
-	rm -rf $(VENV) $(VENV)-plan $(VENV)-gpu .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-plan $(VENV)-gpu .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -path ./runs -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

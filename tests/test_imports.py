@@ -1,7 +1,7 @@
-"""Doors open one way, rooms stay small, and nothing is imported before it is needed."""
+"""Import order, function length, and what no module of the package does."""
 
 import ast
-import pathlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,100 +9,66 @@ import tomllib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.conftest import ROOT
+
 PACKAGE = ROOT / "transformer"
-
-# Each room may import only rooms above it.
-ORDER = """
-errors remote files config device_limits validation command_line progress heartbeat hosts agreement
-datasets/text_files datasets/pair_files
-datasets/cldr_words datasets/cldr_grammar datasets/cldr_locale datasets/cldr_slots
-datasets/cldr_frames_time datasets/cldr_frames_life datasets/cldr
-datasets/pair_shards datasets/parallel_text datasets/prepared
-datasets/archives datasets/members datasets/wmt
-datasets/split datasets/contents datasets/corpus
-subword_codes tokenizer batching packing cost pipeline data_report
-device_grid sharding consensus segments dropout attention blockwise ring kernels layers stack hypotheses
-text_model model source_attention recurrence recurrent convolutional families
-loss guard optimizer step fingerprint compilation manifest checkpoint trained fine_tuning
-restrictions constraints continuations search sampling decoding
-wishes reranking translator alignments translate scores significance evaluate
-workdir run_log divergence stop_signals loop
-scoring summary watch
-reporting/charts reporting/attention_maps reporting/report_page reporting/report
-planning/chips planning/hlo planning/program_cost planning/roofline planning/fit planning/ahead plan
-benchmark prepare export_jax export_ctranslate2 export
-""".split()
-
-ROOMS = sorted(str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py"))
-SOURCES = [
-    *PACKAGE.rglob("*.py"),
-    *(ROOT / "benchmarks").glob("*.py"),
-    *(ROOT / "configs").glob("*.py"),
-    ROOT / "train.py",
-    ROOT / "eval.py",
-]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+MODULES = sorted(
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+)
+SOURCES = sorted(path for folder in (PACKAGE, ROOT / "benchmarks", ROOT / "configs") for path in folder.rglob("*.py"))
+SOURCES += [ROOT / "train.py", ROOT / "eval.py"]
+FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/*.py"))
 
 
-def imported_rooms(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformer"):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("transformer.")]
-        for name in names:
-            parts = name.split(".")[1:]
-            for end in range(len(parts), 0, -1):
-                if "/".join(parts[:end]) in ROOMS:
-                    yield "/".join(parts[:end])
-                    break
+@pytest.mark.skipif(not importlib.util.find_spec("importlinter"), reason="needs import-linter of requirements-dev.txt")
+def test_folders_import_only_folders_below_them():
+    from click.testing import CliRunner
+    from importlinter.cli import lint_imports_command
+
+    result = CliRunner().invoke(lint_imports_command, ["--no-cache", str(ROOT / "pyproject.toml")])
+    assert result.exit_code == 0, result.output
 
 
-def test_every_room_has_its_place():
-    assert sorted(ORDER) == [room for room in ROOMS if not room.endswith("__init__")]
-
-
-@pytest.mark.parametrize("room", ORDER)
-def test_a_room_imports_only_rooms_above_it(room):
-    above = ORDER[: ORDER.index(room)]
-    below = [other for other in imported_rooms(PACKAGE / f"{room}.py") if other not in above]
-    assert not below
+@pytest.mark.parametrize("folder", sorted(set(FOLDERS)))
+def test_every_folder_is_in_the_import_contract_and_installed(folder):
+    (contract,) = [one for one in PYPROJECT["importlinter"]["contracts"] if one.get("containers") == ["transformer"]]
+    assert folder in {name for layer in contract["layers"] for name in layer.split(" | ")}
+    assert (PACKAGE / folder / "__init__.py").exists()
+    assert PYPROJECT["setuptools"]["packages"]["find"]["include"] == ["transformer*"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_rooms_and_functions_stay_small(path):
-    text = path.read_text()
-    assert text.count("\n") <= 320
-    for node in ast.walk(ast.parse(text)):
+def test_functions_stay_short(path):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 80, node.name
 
 
-def test_every_folder_of_rooms_is_installed():
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("*.py")}
-    assert sorted(listed) == sorted(str(folder).replace("/", ".") for folder in folders)
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_has_a_name_that_says_nothing(module):
+    assert module.split(".")[-1] not in {"utils", "common", "helpers", "misc", "train", "eval"}
 
 
-def test_no_room_is_named_for_nothing():
-    assert not {pathlib.Path(room).name for room in ROOMS} & {"utils", "common", "helpers", "misc", "train", "eval"}
-
-
-def test_the_data_rooms_and_the_config_import_no_jax():
-    rooms = [room.replace("/", ".") for room in ORDER[: ORDER.index("pipeline")]]
+def imported_by(modules: list[str], package: str) -> str:
+    """Whether a fresh interpreter has imported a package after these modules: "True" or "False"."""
     program = "; ".join(
-        [*(f"import transformer.{room}" for room in rooms), "import sys", "print('jax' in sys.modules)"]
+        [*(f"import {module}" for module in modules), "import sys", f"print({package!r} in sys.modules)"]
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert result.stdout == "False\n"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
-def test_no_room_imports_tensorflow():
-    program = "; ".join([*(f"import transformer.{room.replace('/', '.')}" for room in ORDER), "import sys"])
-    program += "; print('tensorflow' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert result.stdout == "False\n"
+def test_configs_and_data_import_no_jax():
+    """So that a bad flag costs a moment, and preparing data no device."""
+    without = ["config", "validation", "command_line", "hosts", "agreement", "tokenizer", "batching", "packing", "cost"]
+    data = [module for module in MODULES if module.startswith("transformer.datasets")]
+    assert imported_by([*(f"transformer.{name}" for name in without), *data], "jax") == "False\n"
+
+
+def test_no_module_imports_tensorflow():
+    commands = [module for module in MODULES if not module.endswith("__main__")]
+    assert imported_by(commands, "tensorflow") == "False\n"
 
 
 FORBIDDEN = (
@@ -117,6 +83,8 @@ def test_nothing_that_executes_what_it_reads(path):
 
 def test_only_sharding_names_a_mesh_axis():
     named = [
-        room for room in ORDER if re.search(r"[\"'](fsdp|tensor|sequence)[\"']", (PACKAGE / f"{room}.py").read_text())
+        str(path.relative_to(PACKAGE))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if re.search(r"[\"'](fsdp|tensor|sequence)[\"']", path.read_text())
     ]
-    assert named == ["sharding"]
+    assert named == ["sharding.py"]

@@ -1,1 +1,1 @@
-"""Faults and bad input, tried for real: `make faults`, and with QUICK=1 a part of `make test`."""
+"""Faults and bad input, tried for real: `make faults`, and with QUICK=1 a part of `make test-all`."""
