@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 
@@ -35,7 +36,7 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+{gpus}NodeName={host} NodeAddr=127.0.0.1 CPUs=2 {gres}State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:8
 """
 
@@ -47,12 +48,16 @@ def is_installed() -> bool:
 class Cluster:
     """Started at the beginning of the block and ended with it.
 
+    Args:
+      gpus: how many its node has: copies of /dev/null, which Slurm hands out as it does real ones.
+
     Attributes:
       env: for the commands of users.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, gpus: int = 0):
         folder.mkdir(mode=0o755)
+        self.gpus = gpus
         self.folder, self.env = folder, {**environment(2), "SLURM_CONF": str(folder / "slurm.conf")}
 
     def __enter__(self) -> "Cluster":
@@ -60,6 +65,15 @@ class Cluster:
         (folder / "state").mkdir()
         (folder / "spool").mkdir()
         values = {"host": socket.gethostname(), "folder": folder, "ports": (free_port(), free_port())}
+        values |= {
+            "gpus": "GresTypes=gpu\n" if self.gpus else "",
+            "gres": f"Gres=gpu:{self.gpus} " if self.gpus else "",
+        }
+        for number in range(self.gpus):
+            os.mknod(folder / f"nvidia{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        if self.gpus:
+            files = f"{folder}/nvidia[0-{self.gpus - 1}]"
+            (folder / "gres.conf").write_text(f"Name=gpu File={files} Flags=nvidia_gpu_env\n")
         (folder / "slurm.conf").write_text(CONF.format(**values))
         # slurmd of Debian 12 starts no job without a cgroup plugin, even if nothing is to use it.
         version = 1 if pathlib.Path("/sys/fs/cgroup/cpu").exists() else 2

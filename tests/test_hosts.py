@@ -180,23 +180,9 @@ def test_flags_that_do_not_go_together_are_refused(argv, message):
         hosts.is_one_of_several(flags(*argv))
 
 
-@pytest.mark.parametrize(
-    ("environment", "name"),
-    [
-        ({}, None),
-        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
-        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3", "OMPI_COMM_WORLD_SIZE": "1"}, None),
-        (SLURM, "Slurm"),
-        ({**SLURM, "SLURM_NTASKS": "1"}, None),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}, None),  # inside sbatch or salloc, outside srun
-    ],
-)
-def test_launchers_are_known_by_their_environment(environment, name):
-    assert hosts.launcher(environment) == name
-
-
-def test_open_mpi_5_is_told_to_give_the_flags(monkeypatch):
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+def test_a_process_under_open_mpi_5_needs_the_flags(monkeypatch):
+    for name, value in {"SIZE": "2", "RANK": "0", "LOCAL_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
     with pytest.raises(UserError, match=r"--num_processes=\$OMPI_COMM_WORLD_SIZE"):
         hosts.is_one_of_several(flags())
     assert hosts.is_one_of_several(flags("--coordinator=a:1", "--num_processes=2", "--process_id=0"))

@@ -8,14 +8,12 @@ writes logs, scores and what else a run has one of.
 import argparse
 import contextlib
 import functools
-import glob
-import importlib.util
 import os
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec
 
-from transformer import command_line
+from transformer import command_line, launchers
 from transformer.errors import StoppedError, UserError
 from transformer.heartbeat import Heartbeat, end_when_aborted
 
@@ -88,35 +86,7 @@ def is_one_of_several(args: argparse.Namespace) -> bool:
         if not args.coordinator.rpartition(":")[2].isdecimal() or args.coordinator.startswith(":"):
             raise UserError(f"--coordinator={args.coordinator}: expected HOST:PORT of process 0")
         return args.num_processes > 1
-    return launcher(os.environ) is not None
-
-
-def launcher(environment: Any) -> str | None:
-    """Who has started this process as one of several, as JAX tells them apart; None: nobody has.
-
-    Raises:
-      UserError: Open MPI 5 or later, from which JAX cannot learn who is first (github.com/jax-ml/jax/issues/14576).
-    """
-
-    def several(name: str) -> bool:
-        return environment.get(name, "").isdecimal() and int(environment[name]) > 1
-
-    if several("OMPI_COMM_WORLD_SIZE"):
-        if "OMPI_MCA_orte_hnp_uri" in environment:
-            return "Open MPI"
-        raise UserError(
-            "started by mpirun as one of several, but JAX knows Open MPI up to version 4 alone; give --coordinator="
-            "HOST:PORT of process 0 --num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK"
-        )
-    if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= environment.keys():
-        return "Slurm" if several("SLURM_NTASKS") else None
-    slices, workers = environment.get("MEGASCALE_NUM_SLICES", ""), environment.get("TPU_WORKER_HOSTNAMES", "")
-    on_tpu = importlib.util.find_spec("libtpu") is not None and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
-    if not on_tpu:
-        return None
-    if workers:
-        return "GKE" if "," in workers or slices > "1" else None
-    return None if "TPU_SKIP_MDS_QUERY" in environment else "TPU VM"
+    return launchers.cluster(os.environ) is not None
 
 
 @contextlib.contextmanager
@@ -152,19 +122,28 @@ def _join(args: argparse.Namespace) -> _Together:
 
     # JAX would take SIGTERM for itself; training has its own way to stop together.
     jax.config.update("jax_enable_preemption_service", False)
-    where = args.coordinator or f"the address that {launcher(os.environ)} gives"
+    gpus = launchers.local_gpus(os.environ, launchers.count_gpus())
+    where = args.coordinator or f"the address that {launchers.cluster(os.environ)} gives"
     what = f"not all processes joined at {where} within {args.host_timeout} s (--host_timeout); see which did not start"
     with end_when_aborted(what):
         jax.distributed.initialize(
             args.coordinator,
             args.num_processes,
             args.process_id,
+            local_device_ids=gpus.ids,
+            # With the flags there is nothing to detect, and what JAX finds would be another's: a Slurm step, a pod.
+            cluster_detection_method="deactivate" if args.coordinator else None,
             initialization_timeout=args.host_timeout,
             heartbeat_timeout_seconds=args.host_timeout + JAX_SLACK,
             shutdown_timeout_seconds=args.host_timeout,
         )
         state = distributed.global_state
         command_line.speak_as(state.process_id, state.num_processes)
+        if gpus.idle:
+            command_line.say(
+                f"warning: {gpus.idle} of this machine's GPUs stay idle; start as many processes on it as divide their "
+                "number, or one, which takes them all"
+            )
         return _Together(state.client, state.process_id, state.num_processes, args.host_timeout)
 
 
