@@ -4,8 +4,9 @@
 #     --config.model.dtype=bfloat16
 # It copies the last commit to each host, sets up .venv there once, and starts the same command on all of them;
 # JAX learns of the other hosts from the TPU's own metadata. DATA_DIR names the folder of prepared data, a disk that
-# all hosts have mounted or a folder of each. Before a host is taken away it gets SIGTERM: all save and stop with
-# exit code 143, and the same command goes on.
+# all hosts have mounted or a folder of each; CACHE_DIR that of compiled programs, such as gs://BUCKET/compiled: host 0
+# writes them, all read them. Before a host is taken away it gets SIGTERM: all save and stop with exit code 143, and the
+# same command goes on.
 set -euo pipefail
 : "${TPU:?name of the TPU VM or queued resource}" "${ZONE:?its zone}"
 on_all=(gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all)
@@ -17,4 +18,5 @@ gcloud compute tpus tpu-vm scp "$bundle" "$TPU:code.tar.gz" --zone="$ZONE" --wor
 make .venv/installedtpu ACCELERATOR=tpu PYTHON=${PYTHON:-python3} && .venv/bin/pip install --quiet gcsfs"
 
 "${on_all[@]}" --command="cd transformer && TFDS_DATA_DIR=${DATA_DIR:-\$HOME/tensorflow_datasets} \
+${CACHE_DIR:+JAX_COMPILATION_CACHE_DIR=$CACHE_DIR }\
 exec .venv/bin/python train.py $(printf '%q ' "$@")"

@@ -62,8 +62,8 @@ def ended(monkeypatch):
 BEATING = []
 
 
-def beating(service, index=0, timeout=1.0):
-    beats = Heartbeat(service, index, NAMES, timeout)
+def beating(service, index=0, timeout=1.0, **options):
+    beats = Heartbeat(service, index, NAMES, timeout, **options)
     beats.start()
     BEATING.append(beats)
     return beats
@@ -87,6 +87,21 @@ def test_a_silent_host_is_named(ended, capsys):
     until(lambda: ended)
     assert ended == [1]
     assert f"{NAMES[2]} has been silent for 1 s (--host_timeout), so the run ends" in capsys.readouterr().err
+
+
+def test_a_scheduler_can_tell_a_lost_host_from_a_failure(ended):
+    """The exit code asked for is that of a silent host; the others end with it too. A failure keeps its own."""
+    service = Service(silent=[2])
+    beating(service, lost_exit_code=75)
+    until(lambda: ended)
+    assert ended == [75]
+    assert json.loads(service.kept["failed/0"])[0] == 75
+    ended.clear()
+    service = Service()
+    service.kept["failed/1"] = json.dumps([1, "ValueError: x"])
+    beating(service, lost_exit_code=75)
+    until(lambda: ended)
+    assert ended == [1]
 
 
 def test_a_service_that_does_not_answer_is_host_0(ended, capsys):
@@ -141,10 +156,10 @@ def test_a_host_that_stood_still_itself_blames_nobody(ended, monkeypatch):
 def test_an_abort_ends_with_the_message():
     program = (
         "import os\nfrom transformer.heartbeat import end_when_aborted\n"
-        "with end_when_aborted('host 0 has gone away'):\n    os.abort()"
+        "with end_when_aborted('host 0 has gone away', 75):\n    os.abort()"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT)
-    assert result.returncode == 1
+    assert result.returncode == 75
     assert result.stderr.decode().endswith("host 0 has gone away\n")
 
 

@@ -109,12 +109,12 @@ def test_a_killed_host_ends_the_others_with_its_name(folder, tmp_path):
     """Started as Slurm does, by its environment."""
     job = {"SLURM_JOB_ID": str(np.random.default_rng().integers(1, 4000))}  # JAX makes a port of it
     tasks = [{**slurm_task(number), **job} for number in (0, 1)]
-    own = [*command(folder, tmp_path / "run"), "--host_timeout=10"]
+    own = [*command(folder, tmp_path / "run"), "--host_timeout=10", "--lost_host_exit_code=75"]
     with Processes([own, own], 1, tmp_path / "out", tasks) as pair:
         pair.wait_until(0, "batch shapes")
         victim = pair.all[1].pid
         pair.all[1].kill()
-        assert pair.wait(30) == [1, -9]
+        assert pair.wait(30) == [75, -9]
         assert f"host 1 (process {victim} on" in pair.said(0).splitlines()[-1]
         assert "silent for 10 s" in pair.said(0)
 

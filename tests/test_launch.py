@@ -41,7 +41,7 @@ def test_files_and_flags_that_recipes_name_exist(path, capsys):
     with pytest.raises(SystemExit, match="0"):
         train.main(["train.py", "--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
-    ours = {"--config", "--workdir", "--coordinator", "--num_processes", "--process_id", "--host_timeout"}
+    ours = {"--config", "--workdir", "--coordinator", "--num_processes", "--process_id", "--lost_host_exit_code"}
     assert known >= ours & set(re.findall(r"--\w+", text))
     assert set(re.findall(r"--[a-z]+_\w+", text)) <= ours
 
@@ -60,7 +60,9 @@ def test_the_jobset_names_one_number_of_hosts_and_flags_that_train_takes():
     (variable,) = re.findall(r"\$\((\w+)\)", flags["--process_id"])
     assert variable in {each["name"] for each in container["env"]}
     (rule,) = spec["podFailurePolicy"]["rules"]
-    assert (rule["onExitCodes"]["containerName"], rule["onExitCodes"]["values"]) == (container["name"], [2, 3])
+    final = rule["onExitCodes"]["values"]
+    assert (rule["onExitCodes"]["containerName"], final) == (container["name"], [1, 2, 3])
+    assert int(flags["--lost_host_exit_code"]) not in final
     grace = spec["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace >= 60
 
@@ -74,13 +76,50 @@ def program(path: pathlib.Path, text: str) -> None:
 def test_the_tpu_recipe_starts_the_same_command_everywhere(tmp_path):
     program(tmp_path / "bin" / "gcloud", f'printf "%s\\n" "$*" >> {tmp_path}/called')
     env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TPU": "slice", "ZONE": "z"}
+    env["CACHE_DIR"] = "gs://b/compiled"
     subprocess.run(
         ["launch/tpu_pod.sh", "--config=configs/demo.py", "--workdir=gs://b/r"], env=env, check=True, cwd=ROOT
     )
     copied, *_, started = (tmp_path / "called").read_text().splitlines()
     assert re.match(r"compute tpus tpu-vm scp \S+/code.tar.gz slice:code.tar.gz --zone=z --worker=all", copied)
     assert started.startswith("compute tpus tpu-vm ssh slice --zone=z --worker=all --command=cd transformer && ")
+    assert " JAX_COMPILATION_CACHE_DIR=gs://b/compiled exec .venv/bin/python train.py" in started
     assert started.rstrip().endswith("train.py --config=configs/demo.py --workdir=gs://b/r")
+
+
+@pytest.mark.parametrize(
+    ("code", "saves", "requeued"),
+    [
+        (75, True, True),  # a host was lost
+        (75, False, False),
+        (143, True, True),  # preempted, or out of time
+        (143, False, False),
+        (137, True, True),  # killed
+        (130, True, False),
+        (1, True, False),  # a failure inside
+        (2, True, False),
+        (0, True, False),
+    ],
+)
+def test_slurm_requeues_where_another_start_can_help(tmp_path, code, saves, requeued):
+    """With commands in place of srun, which may save a checkpoint, and scontrol."""
+    newer = tmp_path / "run" / "checkpoints" / "20"
+    for step, manifest in (("10", "manifest.json"), ("30.partial", "manifest.json"), ("40", "unfinished")):
+        (tmp_path / "run" / "checkpoints" / step).mkdir(parents=True)
+        (tmp_path / "run" / "checkpoints" / step / manifest).touch()
+    save = f"mkdir {newer} && touch {newer}/manifest.json" if saves else "true"
+    program(tmp_path / "bin" / "srun", f'echo "$SRUN_CPUS_PER_TASK $*" >>{tmp_path}/called; {save}; exit {code}')
+    program(tmp_path / "bin" / "scontrol", f'echo "$@" >>{tmp_path}/called')
+    env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": sys.executable}
+    env |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8"}
+    command = ["launch/slurm.sbatch", "--config=configs/demo.py", "--workdir", tmp_path / "run"]
+    result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    started, *others = (tmp_path / "called").read_text().splitlines()
+    assert others == (["requeue 7"] if requeued else [])
+    assert result.returncode == (0 if requeued else code)
+    assert ("after step 20" in result.stderr) == requeued
+    assert started.startswith("8 ")  # srun does not take the CPUs of a task from sbatch
+    assert started.endswith(f"train.py --lost_host_exit_code=75 --config=configs/demo.py --workdir {tmp_path}/run")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +168,14 @@ def test_ssh_trains_on_all_machines(folder, alone, tmp_path):
 @pytest.mark.skipif(not slurm.is_installed(), reason="needs root and Debian's slurm-wlm and munge")
 def test_slurm_trains_requeues_and_resumes(folder, alone, tmp_path):
     with slurm.Cluster(tmp_path / "slurm") as cluster:
-        options = ["--nodes=1", "--ntasks-per-node=2", f"--chdir={ROOT}", f"--output={tmp_path}/log", "--parsable"]
+        options = [
+            "--nodes=1",
+            "--ntasks-per-node=2",
+            "--cpus-per-task=1",
+            f"--chdir={ROOT}",
+            f"--output={tmp_path}/log",
+            "--parsable",
+        ]
         flags = [*TINY, *data_flags(folder), *STEPS, "--host_timeout=60", f"--workdir={tmp_path}/run"]
         cluster.env |= {"PYTHON": sys.executable, **environment(4)}
         job = cluster.run("sbatch", *options, LAUNCH / "slurm.sbatch", *flags).strip()

@@ -28,10 +28,12 @@ class Heartbeat:
       client: of JAX's coordination service.
       names: of all hosts, for people.
       timeout: seconds of silence after which a host is given up.
+      lost_exit_code: exit code of this process when another is given up.
     """
 
-    def __init__(self, client: Any, index: int, names: Sequence[str], timeout: float):
+    def __init__(self, client: Any, index: int, names: Sequence[str], timeout: float, lost_exit_code: int = 1):
         self._client, self._index, self._names, self._timeout = client, index, names, timeout
+        self._lost_exit_code = lost_exit_code
         self._pause = min(max(timeout / 30, 0.2), 5.0)
         self._over = threading.Event()
         self._failed: dict[int, tuple[int, str]] = {}
@@ -100,10 +102,10 @@ class Heartbeat:
             code, message = self._failed[failed[0]]
             self._give_up(code, f"{self._names[failed[0]]} ended: {message}")
         if now - self._answered > self._timeout:
-            self._give_up(1, self._silent(0, "and all others depend on it"))
+            self._give_up(self._lost_exit_code, self._silent(0, "and all others depend on it"))
         for host, (_, heard) in self._heard.items():
             if host != self._index and now - heard > self._timeout:
-                self._give_up(1, self._silent(host, "so the run ends"))
+                self._give_up(self._lost_exit_code, self._silent(host, "so the run ends"))
 
     def _silent(self, host: int, why: str) -> str:
         return (
@@ -149,15 +151,15 @@ def lost_contact(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def end_when_aborted(message: str) -> Iterator[None]:
-    """JAX aborts a process that loses its coordinator; then this message, and exit code 1, are the end of it.
+def end_when_aborted(message: str, exit_code: int = 1) -> Iterator[None]:
+    """JAX aborts a process that loses its coordinator; then this message, and this exit code, are the end of it.
 
     The signal of abort() reaches no handler of Python's, so this is one of C, called in the thread that aborts.
     """
 
     def ended(_: int) -> None:
         command_line.complain(message)
-        os._exit(1)
+        os._exit(exit_code)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(ended)
     libc = ctypes.CDLL(None)

@@ -34,11 +34,11 @@ class _Alone:
 class _Together:
     """This process among several."""
 
-    def __init__(self, client: Any, index: int, count: int, timeout: float):
+    def __init__(self, client: Any, index: int, count: int, timeout: float, lost_exit_code: int):
         self.index, self.count, self._client = index, count, client
         self._rounds: dict[str, int] = {}
         self.names = [f"host {i} ({who})" for i, who in enumerate(self.gather("who", who()))]
-        self.heartbeat = Heartbeat(client, index, self.names, timeout)
+        self.heartbeat = Heartbeat(client, index, self.names, timeout, lost_exit_code)
 
     def gather(self, name: str, text: str) -> list[str]:
         number = self._rounds[name] = self._rounds.get(name, 0) + 1
@@ -63,6 +63,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=300,
         metavar="SECONDS",
         help="a process that does not join in this time, or is silent for so long, ends the run (default: 300)",
+    )
+    parser.add_argument(
+        "--lost_host_exit_code",
+        type=command_line.positive_int,
+        default=1,
+        metavar="CODE",
+        help="exit code of the others then, by which a scheduler can tell it from a failure inside (default: 1)",
     )
 
 
@@ -101,7 +108,8 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
         yield
         return
     _here = together = _join(args)
-    with end_when_aborted(f"{together.names[0]}, which all others depend on, has gone away"):
+    gone = f"{together.names[0]}, which all others depend on, has gone away"
+    with end_when_aborted(gone, args.lost_host_exit_code):
         together.heartbeat.start()
         stopped = None
         try:
@@ -125,7 +133,7 @@ def _join(args: argparse.Namespace) -> _Together:
     gpus = launchers.local_gpus(os.environ, launchers.count_gpus())
     where = args.coordinator or f"the address that {launchers.cluster(os.environ)} gives"
     what = f"not all processes joined at {where} within {args.host_timeout} s (--host_timeout); see which did not start"
-    with end_when_aborted(what):
+    with end_when_aborted(what, args.lost_host_exit_code):
         jax.distributed.initialize(
             args.coordinator,
             args.num_processes,
@@ -144,7 +152,8 @@ def _join(args: argparse.Namespace) -> _Together:
                 f"warning: {gpus.idle} of this machine's GPUs stay idle; start as many processes on it as divide their "
                 "number, or one, which takes them all"
             )
-        return _Together(state.client, state.process_id, state.num_processes, args.host_timeout)
+        count, timeout = state.num_processes, args.host_timeout
+        return _Together(state.client, state.process_id, count, timeout, args.lost_host_exit_code)
 
 
 def _leave(together: _Together) -> None:
