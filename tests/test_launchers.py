@@ -82,6 +82,9 @@ LAYOUTS = {
     "Open MPI, GPUs hidden from all": (open_mpi(1, 2, CUDA_VISIBLE_DEVICES="4,5,6,7"), 8, [2, 3], 0),
     "Open MPI, a GPU each by a wrapper": (open_mpi(3, 4, CUDA_VISIBLE_DEVICES="3"), 8, [0], 0),
     "Open MPI in a Slurm job": ({**slurm_step(0, 1, GPUS_ON_NODE=8), **open_mpi(3, 4)}, 8, [6, 7], 0),
+    "Open MPI in a Slurm job, GPUs hidden from all": (
+        {**slurm_step(0, 1, GPUS_ON_NODE=8), **open_mpi(1, 2, CUDA_VISIBLE_DEVICES="0,1,2,3")}, 8, [2, 3], 0,
+    ),
     "MPICH, 4 processes": (hydra(3, 4), 8, [6, 7], 0),
     "Cray PALS, 4 processes": (pals(3, 4), 4, [3], 0),
     "torchrun, 4 processes": (torchrun(1, 4), 8, [2, 3], 0),

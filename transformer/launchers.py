@@ -139,9 +139,8 @@ def _has_its_own(environment: Mapping[str, str], seen: int, size: int, there: in
     mask = environment.get("CUDA_VISIBLE_DEVICES", "")
     if mask.startswith("MIG-") and not by_slurm:
         return "," not in mask
-    narrowed = seen < there and seen * size <= there
     # What Slurm hides it hides from each task. Others may hide the same from all: not where too few are left for all.
-    return narrowed and (by_slurm or seen < size)
+    return seen * size <= there and (by_slurm or seen < size)
 
 
 def _visible(environment: Mapping[str, str], gpus: int) -> int:
