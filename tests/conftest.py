@@ -11,6 +11,9 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the time to compile, and tests compile most
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"))
 
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # shared with the other worker and children
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 # The compiler for TPUs, where it is, must not look for one; a program for chips that are not here cannot be read
 # back from the cache.
 os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
@@ -40,6 +43,26 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def root() -> pathlib.Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_programs():
+    """Equal configs share their compiled programs; `fresh_programs` is for tests that change what is compiled."""
+    from tests.sharing import share_programs
+
+    with pytest.MonkeyPatch.context() as patch:
+        share_programs(patch)
+        yield patch
+
+
+@pytest.fixture
+def fresh_programs(_shared_programs):
+    """Programs of this test's own, for one that patches what is traced, or counts how often it is."""
+    from tests.sharing import share_programs
+
+    _shared_programs.undo()
+    yield
+    share_programs(_shared_programs)
 
 
 @pytest.fixture

@@ -1,0 +1,83 @@
+"""What equal configs share within a test process: each program is traced and compiled once, each first state drawn once.
+
+Most tests train or translate for the sake of files, signals or scores, with one tiny config and another workdir each.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+from flax import nnx
+
+from transformer import decoding, evaluate, sharding, step, workdir
+
+# Fields that the compiled programs do not see.
+HOST_FIELDS = (
+    "log_every_steps",
+    "eval_every_steps",
+    "checkpoint_every_steps",
+    "keep_last",
+    "keep_best",
+    "early_stopping_patience",
+    "init_from",
+    "init_checkpoint",
+)
+
+
+def share_programs(patch: pytest.MonkeyPatch) -> None:
+    """Until the patch is undone, equal configs get one training step, evaluation step and search."""
+    patch.setattr(step, "make_train_step", _once(step.make_train_step, _training_key))
+    patch.setattr(evaluate, "make_eval_step", _once(evaluate.make_eval_step, lambda model, mesh: (_key(model), mesh)))
+    patch.setattr(sharding, "over_rows", _once(sharding.over_rows, _search_key))
+    drawn = _once(_drawn, _training_key)
+    init_state = step.init_state
+
+    def draw(model: step.Model, config: Any, mesh: jax.sharding.Mesh) -> step.TrainState:
+        state, shardings = drawn(init_state, model, config, mesh)
+        return jax.device_put(state, shardings)
+
+    patch.setattr(step, "init_state", draw)
+
+
+def _once(make: Callable, key_of: Callable[..., Any]) -> Callable:
+    """`make`, called once for equal keys; always called where the key is None."""
+    made: dict[Any, Any] = {}
+
+    @functools.wraps(make)
+    def remembered(*args: Any) -> Any:
+        key = key_of(*args)
+        if key is None:
+            return make(*args)
+        if key not in made:
+            made[key] = make(*args)
+        return made[key]
+
+    return remembered
+
+
+def _drawn(init_state: Callable, *args: Any) -> tuple[Any, Any]:
+    state = init_state(*args)
+    return jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def _key(model: step.Model) -> Any:
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.to_pure_dict(model.abstract_params))
+    return model._graphdef, str(shapes)
+
+
+def _training_key(*args: Any) -> Any:
+    model, config, mesh = args[-3:]
+    train = {name: value for name, value in dataclasses.asdict(config.train).items() if name not in HOST_FIELDS}
+    if not workdir.ends_with_its_steps(config):
+        del train["num_steps"]
+    return _key(model), str(train), config.optimizer, config.model, config.data.batching, mesh
+
+
+def _search_key(mesh: jax.sharding.Mesh, function: Callable) -> Any:
+    if not isinstance(function, functools.partial) or function.func is not decoding.decode:
+        return None
+    models, config, count = function.args
+    return mesh, tuple(map(_key, models)), config, count
