@@ -12,6 +12,7 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("faults"))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ALL)
 def test_nothing_is_lost(name, world):
     found = table.run_row(name, world, quick=True)

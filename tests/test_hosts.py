@@ -58,6 +58,7 @@ def alone(folder, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.hosts
 def test_two_hosts_do_what_one_does(folder, alone, tmp_path, capsys):
     """SIGTERM to one of two hosts stops both at one step; one host goes on; all losses and scores are those of one."""
     with on_hosts(2, command(folder, tmp_path / "run"), tmp_path / "out", devices=4) as pair:
@@ -105,6 +106,7 @@ def slurm_task(number):
     return {**SLURM, "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
 
 
+@pytest.mark.hosts
 def test_a_killed_host_ends_the_others_with_its_name(folder, tmp_path):
     """Started as Slurm does, by its environment."""
     job = {"SLURM_JOB_ID": str(np.random.default_rng().integers(1, 4000))}  # JAX makes a port of it
@@ -119,6 +121,7 @@ def test_a_killed_host_ends_the_others_with_its_name(folder, tmp_path):
         assert "silent for 10 s" in pair.said(0)
 
 
+@pytest.mark.hosts
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun, of Debian's openmpi-bin")
 def test_hosts_that_disagree_end_with_a_message_each(folder, tmp_path):
     flags = ["--config.train.seed=1"], ["--config.train.seed=2"]
@@ -144,6 +147,7 @@ def test_hosts_that_disagree_end_with_a_message_each(folder, tmp_path):
     assert "Traceback" not in said
 
 
+@pytest.mark.hosts
 def test_a_host_that_never_joins_ends_the_others(folder, tmp_path):
     commands = [command(folder, tmp_path / "run")]
     with on_hosts(2, [], tmp_path / "out", devices=1, timeout=3, commands=commands) as lonely:

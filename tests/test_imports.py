@@ -1,4 +1,4 @@
-"""Folders and their import contract (`make lint` checks it), function length, and what no module of the package does."""
+"""Folders, function length, imports at start-up, and what no module of the package does; `make lint` has the rest."""
 
 import ast
 import re

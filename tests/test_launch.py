@@ -143,7 +143,7 @@ def check(workdir, alone):
     assert list(ours.values()) == pytest.approx(list(alone.values()), rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 def test_ssh_trains_on_all_machines(folder, alone, tmp_path):
     """With a command in place of ssh that runs everything here."""
     program(tmp_path / "bin" / "ssh", 'shift 3; exec bash -c "$*"')
@@ -164,7 +164,7 @@ def test_ssh_trains_on_all_machines(folder, alone, tmp_path):
     check(tmp_path / "run", alone)
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 @pytest.mark.skipif(not slurm.is_installed(), reason="needs root and Debian's slurm-wlm and munge")
 def test_slurm_trains_requeues_and_resumes(folder, alone, tmp_path):
     with slurm.Cluster(tmp_path / "slurm") as cluster:

@@ -15,7 +15,7 @@ from tests.processes import data_flags, environment, on_hosts, write_data
 from tests.test_end_to_end import SMALL, pairs, write
 from tests.test_hosts import command, losses, train_here
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.hosts
 
 
 @pytest.fixture(scope="module")

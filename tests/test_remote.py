@@ -230,7 +230,7 @@ def python(*command, **options):
     return subprocess.run(full, env=environment(1), cwd=ROOT, capture_output=True, timeout=300, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 def test_train_kill_resume_eval_and_translate(folder, bucket, tmp_path):
     """As commands; a second trainer is refused while the first lives, and takes over from a killed one."""
     run = f"{bucket}/runs/killed"
@@ -272,7 +272,7 @@ def test_several_hosts_are_refused_on_s3(monkeypatch):
     Checkpoints("gs://bucket/run")
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 def test_two_hosts_keep_a_run_there(folder, bucket, tmp_path):
     """SIGTERM to one, resumed by both, and the losses are those of one process on the local disk."""
     if bucket.startswith("s3://"):
