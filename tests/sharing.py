@@ -1,4 +1,4 @@
-"""What equal configs share within a test process: each program is traced and compiled once, each first state drawn once.
+"""What equal configs share within a test process: programs are traced and compiled once, first states drawn once.
 
 Most tests train or translate for the sake of files, signals or scores, with one tiny config and another workdir each.
 """

@@ -88,7 +88,7 @@ def test_programs_are_compiled_once_and_kept(loaded, usual):
     assert counter.count == 1
 
 
-def test_threads_get_what_one_caller_gets_and_compile_no_more(workdir):
+def test_threads_get_what_one_caller_gets_and_compile_no_more(workdir, fresh_programs):
     """Eight threads with different work begin at once on a model that has compiled nothing."""
     fresh, results = transformer.load(workdir), {}
     work = [(SHORT[i % 2 :: 2], {"beam_size": 2 + i % 2}) for i in range(8)]

@@ -91,7 +91,7 @@ def test_rows_are_filled_up_to_the_devices(parts, usual):
     assert translator.translate(params, LINES[:3]) == usual[:3]
 
 
-def test_each_shape_is_compiled_once(parts):
+def test_each_shape_is_compiled_once(parts, fresh_programs):
     translator, params = make(parts)
     widths = {batching.ladder(len(ids)) for ids in parts[1].encode(LINES)}
     with CompileCounter() as counter:
