@@ -85,7 +85,7 @@ class Evaluator:
         check_counts(len(sources), references)
         loss = self.held_out_loss(params, sources, references[0])
         translations = self.translator.translate(params, sources, progress)
-        self.translator.say_truncated()
+        self.translator.say_counts()
         data = self._config.data
         found = score(translations, references, metrics, data.target_language, data.tokenized)
         return Report(len(sources), loss, found, translations, time.perf_counter() - start)

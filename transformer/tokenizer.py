@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -69,14 +70,17 @@ class Tokenizer:
         return [np.append(self._to_ours[ids], np.int32(EOS)) for ids in self._processor.encode(list(lines))]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids up to the first EOS; a line break that the model spelled out becomes a space."""
+        """One line of text of the ids up to the first EOS; line breaks that the model spelled out become spaces.
+
+        A CR at the end is left out: it would read as part of the line's end.
+        """
         theirs = []
         for token in ids:
             if token == EOS:
                 break
             if token not in (PAD, BOS):
                 theirs.append(int(self._to_theirs[token]))
-        return self._processor.decode(theirs).replace("\n", " ").replace("\x00", " ")
+        return re.sub("\r?\n|\0", " ", self._processor.decode(theirs)).rstrip("\r")
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The written form of each id."""

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
 
 from etils import epath
 
-from transformer import alignments, command_line, compilation, validation
+from transformer import alignments, command_line, compilation, texts, validation
 from transformer.datasets import text_files
 from transformer.errors import UserError
 from transformer.trained import Trained, load_trained
@@ -43,50 +43,52 @@ class LoadedModel:
     @overload
     def translate(
         self,
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         *,
         n_best: None = None,
-        prefixes: Sequence[str | None] | None = None,
-        constraints: Sequence[Sequence[str] | None] | None = None,
+        prefixes: Iterable[str | None] | None = None,
+        constraints: Iterable[Iterable[str] | None] | None = None,
         **decode: int | float | str,
     ) -> list[str]: ...
 
     @overload
     def translate(
         self,
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         *,
         n_best: int,
-        prefixes: Sequence[str | None] | None = None,
-        constraints: Sequence[Sequence[str] | None] | None = None,
+        prefixes: Iterable[str | None] | None = None,
+        constraints: Iterable[Iterable[str] | None] | None = None,
         **decode: int | float | str,
     ) -> list[list[Hypothesis]]: ...
 
     def translate(
         self,
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         *,
         n_best: int | None = None,
-        prefixes: Sequence[str | None] | None = None,
-        constraints: Sequence[Sequence[str] | None] | None = None,
+        prefixes: Iterable[str | None] | None = None,
+        constraints: Iterable[Iterable[str] | None] | None = None,
         **decode: int | float | str,
     ) -> list[str] | list[list[Hypothesis]]:
         """One translation for each sentence, in order; a blank sentence gives an empty one.
 
+        Where a list is meant, any iterable will do, in its own order: a Series, an array, a generator, a file. A line
+        end at the end of a text is left out. Warnings on stderr count long sources and translations cut at their limit.
+
         Args:
-          sentences: one line of text each; of a long one only the first `max_source_tokens` tokens count, and a
-            warning on stderr says so.
-          n_best: gives at most so many hypotheses (text, score, finished) of each sentence instead, best first.
+          sentences: one line of text each; of a long one only the first `max_source_tokens` tokens count.
+          n_best: gives at most so many hypotheses (text, score, finished) of each sentence instead, best first; those
+            of beam search are all different.
           prefixes: a text for each sentence that its translation begins with; blank or None for none.
           constraints: a list of phrases for each sentence that its translation holds, or None.
           decode: fields of the config's decode section, such as `beam_size=8`, in place of the model's own; with
             another `method` those of the model's own that it does not read are left out.
 
         Raises:
-          UserError: an unknown field, an impossible value, or a prefix or constraint that cannot be met.
+          UserError: what is no text, an unknown field, an impossible value, or a prefix or constraint that cannot be
+            met.
         """
-        if isinstance(sentences, str):
-            raise UserError(f"expected a list of sentences, got one text, {sentences!r}")
         translator, seed = self.translator(decode)
         found = translator.hypotheses(
             self._params,
@@ -96,7 +98,7 @@ class LoadedModel:
             constraints=constraints,
             seed=seed,
         )
-        translator.say_truncated()
+        translator.say_counts()
         return [best_text(one) for one in found] if n_best is None else found
 
     def translator(self, fields: dict[str, Any]) -> tuple[Translator, int]:
@@ -119,7 +121,7 @@ class LoadedModel:
 
 
 def load(
-    workdir: epath.PathLike, checkpoint: str | int = "latest", ensemble: Sequence[epath.PathLike] = ()
+    workdir: epath.PathLike, checkpoint: str | int = "latest", ensemble: Iterable[epath.PathLike] = ()
 ) -> LoadedModel:
     """Reads the model of a workdir.
 
@@ -134,6 +136,7 @@ def load(
     """
     if isinstance(ensemble, str | os.PathLike):
         raise UserError(f"ensemble: expected a list of workdirs, got one, {os.fspath(ensemble)!r}; put it into a list")
+    ensemble = texts.items(ensemble, "ensemble: expected a list of workdirs")
     members = [load_trained(folder, checkpoint) for folder in (workdir, *ensemble)]
     for folder, member in zip(ensemble, members[1:], strict=True):
         if member.tokenizer.digest != members[0].tokenizer.digest:
@@ -255,7 +258,7 @@ def main(argv: list[str]) -> None:
         with alignments.recorded(args, first) as note:
             translate_stream(functools.partial(translate, note=note), lines, sys.stdout.buffer, args.batch_size)
     finally:
-        translator.say_truncated()
+        translator.say_counts()
 
 
 def _parse(rest: list[str]) -> argparse.Namespace:

@@ -12,22 +12,23 @@ import functools
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from transformer import reranking, sharding, wishes
+from transformer import reranking, sharding, texts, wishes
 from transformer.batching import PADDING_ROW, Ragged, eval_plan
 from transformer.command_line import say
 from transformer.config import DecodeConfig
+from transformer.datasets.text_files import one_line
 from transformer.decoding import Request, decode
 from transformer.errors import UserError
 from transformer.hypotheses import Hypotheses
 from transformer.step import Model, Params
-from transformer.tokenizer import Tokenizer, cut
+from transformer.tokenizer import UNK, Tokenizer, cut
 from transformer.wishes import Wish
 
 # Taken to compile a program and, where there are several devices, to start one, so that threads start theirs one by
@@ -49,13 +50,19 @@ class Hypothesis(NamedTuple):
     finished: bool
 
 
+class _Decoded(NamedTuple):
+    """The fields of a hypothesis, and whether an unknown token is in it."""
+
+    text: str
+    score: float
+    finished: bool
+    has_unknown: bool
+
+
 class Translator:
     """Translates with one model or several, and any params of their shape; each shape is compiled once.
 
-    Safe to share between threads.
-
-    Attributes:
-      truncated: sources cut to `decode.max_source_tokens` so far.
+    Safe to share between threads. It counts what a caller should know of, and `say_counts` says it.
     """
 
     def __init__(
@@ -69,12 +76,13 @@ class Translator:
         self._workers = _workers(mesh)
         self._programs: dict[int, Callable[[Any, Any], Hypotheses]] = {}
         self._compiled: set[Any] = set()
-        self.truncated, self._counting = 0, threading.Lock()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._counting = threading.Lock()
 
     def translate(
         self,
         params: Params | Sequence[Params],
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[str]:
         """One translation for each sentence, in order; a blank sentence gives an empty one.
@@ -89,26 +97,31 @@ class Translator:
     def hypotheses(
         self,
         params: Params | Sequence[Params],
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         *,
         n_best: int = 1,
-        prefixes: Sequence[str | None] | None = None,
-        constraints: Sequence[Sequence[str] | None] | None = None,
+        prefixes: Iterable[str | None] | None = None,
+        constraints: Iterable[Iterable[str] | None] | None = None,
         seed: int | None = None,
         first: int = 1,
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[list[Hypothesis]]:
         """At most `n_best` translations of each sentence, best first; samples in the order drawn.
 
+        Equal texts that beam search finds are one hypothesis, the best of them.
+
         Args:
+          sentences: one line of text each, in any iterable; one line end at the end of a text is left out, and line
+            breaks within it are read as spaces.
           prefixes: what each translation begins with; a blank one and None ask nothing.
           constraints: the phrases that each translation holds, or None.
           seed: of the samples, in place of `decode.seed`.
           first: what the first sentence is called in errors.
 
         Raises:
-          UserError: more hypotheses than there are, or wishes that cannot be met (see `wishes.make`).
+          UserError: more hypotheses than there are, what is no text, or wishes that cannot be met (see `wishes.make`).
         """
+        sentences = self._lines(sentences, first)
         count = self._count(n_best, constraints)
         params = sharding.on_every_device(self._mesh, params)
         filled = [i for i, sentence in enumerate(sentences) if sentence.strip()]
@@ -121,8 +134,8 @@ class Translator:
 
         def collect(examples_B: np.ndarray, batch: Hypotheses) -> None:
             real = examples_B[examples_B != PADDING_ROW]  # padding rows come last
-            for example, row in zip(real, self._texts(batch), strict=False):
-                found[filled[example]] = self._ranked(row)[:n_best]
+            for example, row in zip(real, self._decoded(batch), strict=False):
+                found[filled[example]] = self._best(row, n_best)
             progress(len(real))
 
         # One batch more than there are workers is under way: the device works while the host turns one into text.
@@ -143,15 +156,31 @@ class Translator:
             collect_all_but(0)
         return found
 
-    def say_truncated(self) -> None:
-        """Warns once of the sources that were cut."""
+    def say_counts(self) -> None:
+        """Warns once of sources that were not read as they are, and of translations that are not whole."""
         with self._counting:
-            count, self.truncated = self.truncated, 0
-        if count:
-            limit = self._config.max_source_tokens
-            say(f"warning: {count:,} sources are longer than decode.max_source_tokens = {limit}; cut to it")
+            counts, self._counts = self._counts, collections.Counter()
+        most, extra = self._config.max_source_tokens, self._config.max_extra_length
+        for name, message in (
+            ("line break", "sources hold line breaks, read as spaces; pass one line each"),
+            ("long", f"sources are longer than decode.max_source_tokens = {most}; cut to it"),
+            ("unfinished", f"translations are cut at source tokens + decode.max_extra_length = {extra}"),
+            ("unknown", "translations hold the unknown token, unk"),
+        ):
+            if counts[name]:
+                say(f"warning: {counts[name]:,} {message}")
 
-    def _count(self, n_best: int, constraints: Sequence[Sequence[str] | None] | None) -> int:
+    def _lines(self, sentences: Iterable[str], first: int) -> list[str]:
+        given = texts.items(sentences, "sentences: expected a list of sentences")
+        lines = [texts.line(text, f"sentence {number}") for number, text in enumerate(given, first)]
+        self._add("line break", sum("\n" in line for line in lines))
+        return [one_line(line) for line in lines]
+
+    def _add(self, name: str, count: int) -> None:
+        with self._counting:
+            self._counts[name] += count
+
+    def _count(self, n_best: int, constraints: Iterable[Any] | None) -> int:
         """How many hypotheses the device is asked for."""
         config = self._config
         if n_best < 1:
@@ -168,8 +197,7 @@ class Translator:
     def _encode(self, sentences: Sequence[str]) -> list[np.ndarray]:
         longest = self._config.max_source_tokens
         encoded = self._tokenizer.encode(sentences)
-        with self._counting:
-            self.truncated += sum(len(ids) > longest for ids in encoded)
+        self._add("long", sum(len(ids) > longest for ids in encoded))
         return [cut(ids, longest) for ids in encoded]
 
     def _keys(self, sources: Ragged, seed: int) -> np.ndarray | None:
@@ -223,22 +251,31 @@ class Translator:
             self._compiled.add(shapes)
         return found if self._workers == 1 else jax.block_until_ready(found)
 
-    def _texts(self, batch: Hypotheses) -> Iterator[list[Hypothesis]]:
+    def _decoded(self, batch: Hypotheses) -> Iterator[list[_Decoded]]:
         """The hypotheses of each row, those of length 0 left out."""
         tokens_BNT, lengths_BN, scores_BN, finished_BN = jax.device_get(batch)
         for rows in zip(tokens_BNT, lengths_BN, scores_BN, finished_BN, strict=True):
             yield [
-                Hypothesis(self._tokenizer.decode(ids[:length].tolist()), float(score), bool(finished))
+                _Decoded(self._tokenizer.decode(ids.tolist()), float(score), bool(finished), UNK in ids[:length])
                 for ids, length, score, finished in zip(*rows, strict=True)
                 if length
             ]
 
-    def _ranked(self, found: list[Hypothesis]) -> list[Hypothesis]:
-        if self._config.method != "mbr" or not found:
-            return found
-        utilities = reranking.expected_chrf([one.text for one in found])
-        order = np.argsort(-utilities, kind="stable")
-        return [found[i]._replace(score=float(utilities[i])) for i in order]
+    def _best(self, found: list[_Decoded], n_best: int) -> list[Hypothesis]:
+        """The first `n_best` in the order of the method, counted."""
+        if self._config.method == "mbr" and found:
+            utilities = reranking.expected_chrf([one.text for one in found])
+            order = np.argsort(-utilities, kind="stable")
+            found = [found[i]._replace(score=float(utilities[i])) for i in order]
+        if self._config.method == "beam":
+            distinct: dict[str, _Decoded] = {}
+            for one in found:
+                distinct.setdefault(one.text, one)
+            found = list(distinct.values())
+        found = found[:n_best]
+        self._add("unfinished", sum(not one.finished for one in found))
+        self._add("unknown", sum(one.has_unknown for one in found))
+        return [Hypothesis(one.text, one.score, one.finished) for one in found]
 
 
 def _workers(mesh: jax.sharding.Mesh) -> int:

@@ -6,11 +6,12 @@ so that the shape the device sees depends on the sentence's own wish alone.
 B rows, P longest prefix, K phrases of a sentence, L longest phrase.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from transformer import texts
 from transformer.batching import PADDING_ROW, Ragged, ladder
 from transformer.errors import UserError
 from transformer.tokenizer import UNK, Tokenizer
@@ -47,12 +48,14 @@ class Wish(NamedTuple):
 
 def make(
     tokenizer: Tokenizer,
-    prefixes: Sequence[str | None] | None,
-    constraints: Sequence[Sequence[str] | None] | None,
+    prefixes: Iterable[str | None] | None,
+    constraints: Iterable[Iterable[str] | None] | None,
     limits: Sequence[int],
     first: int = 1,
 ) -> list[Wish]:
     """The wish for each sentence; a blank prefix and a list of no phrases ask nothing.
+
+    Texts lose one line end at their end, if any.
 
     Args:
       prefixes: a text or None for each sentence, or None.
@@ -61,36 +64,42 @@ def make(
       first: what the first sentence is called in errors.
 
     Raises:
-      UserError: other counts than sentences, an empty phrase, text that the vocabulary cannot write, or more
-        than fits into the limit.
+      UserError: other counts than sentences, no text, an empty phrase, text that the vocabulary cannot write, or
+        more than fits into the limit.
     """
-    for name, given in (("prefixes", prefixes), ("constraints", constraints)):
-        if isinstance(given, str):
-            raise UserError(f"{name}: expected a list with an item for each sentence, got one text, {given!r}")
-        if given is not None and len(given) != len(limits):
-            raise UserError(f"{name}: expected one for each of {len(limits):,} sentences, got {len(given):,}")
     if prefixes is None and constraints is None:
         return [Wish(np.zeros(0, np.int32), [])] * len(limits)
+    prefixes, constraints = _items(prefixes, "prefixes", limits), _items(constraints, "constraints", limits)
     wishes = []
-    for index, limit in enumerate(limits):
+    for index, (prefix, phrases, limit) in enumerate(zip(prefixes, constraints, limits, strict=True)):
         where = f"sentence {first + index}"
-        prefix = (prefixes[index] if prefixes is not None else "") or ""
-        asked = (constraints[index] if constraints is not None else ()) or ()
-        wish = _encode(tokenizer, prefix if prefix.strip() else "", asked, where)
+        wish = _encode(tokenizer, prefix, phrases, where)
         _check_room(wish, limit, where)
         wishes.append(wish)
     return wishes
 
 
-def _encode(tokenizer: Tokenizer, prefix: str, asked: Sequence[str], where: str) -> Wish:
-    if isinstance(asked, str):
-        raise UserError(f"{where}: expected a list of phrases, got one text, {asked!r}")
-    for phrase in asked:
-        if not isinstance(phrase, str) or not phrase.strip():
-            raise UserError(f"{where}: expected phrases that are not empty, got {list(asked)!r}")
-    texts = [prefix, *dict.fromkeys(asked)]
-    ids = [one[:-1] for one in tokenizer.encode(texts)]
-    for text, one in zip(texts, ids, strict=True):
+def _items(given: Iterable[Any] | None, name: str, limits: Sequence[int]) -> list[Any]:
+    """One for each sentence, None where nothing is asked."""
+    if given is None:
+        return [None] * len(limits)
+    found = texts.items(given, f"{name}: expected a list with an item for each sentence")
+    if len(found) != len(limits):
+        raise UserError(f"{name}: expected one for each of {len(limits):,} sentences, got {len(found):,}")
+    return found
+
+
+def _encode(tokenizer: Tokenizer, prefix: str | None, phrases: Iterable[str] | None, where: str) -> Wish:
+    begins = "" if prefix is None else texts.line(prefix, f"{where}, its prefix")
+    asked = [] if phrases is None else texts.items(phrases, f"{where}: expected a list of phrases")
+    if not all(isinstance(phrase, str) and phrase.strip() for phrase in asked):
+        raise UserError(f"{where}: expected phrases that are not empty, got {asked!r}")
+    lines = [texts.line(phrase, f"{where}, a phrase") for phrase in asked]
+    wanted = [begins if begins.strip() else "", *dict.fromkeys(lines)]
+    ids = [one[:-1] for one in tokenizer.encode(wanted)]
+    for text, one in zip(wanted, ids, strict=True):
+        if "\n" in text:
+            raise UserError(f"{where}: a translation is one line, so it cannot hold {text!r}; leave out the line break")
         if UNK in one:
             raise UserError(f"{where}: the vocabulary cannot write {text!r}; ask for other words")
     distinct = {one.tobytes(): one for one in ids[1:]}

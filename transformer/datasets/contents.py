@@ -8,7 +8,6 @@ import array
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
@@ -20,20 +19,24 @@ from transformer.progress import told
 
 SHARE = 100  # where there is no validation split, one pair in so many is held out of training
 MOST = 2000  # pairs held out
+RECIPE = 1  # goes up whenever `find` comes to find something else in the same data
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Per prepared split: its digest and its number of pairs; of training: rows, ascending."""
+    """Per prepared split: digest, number of pairs, pairs with a line break; of training: rows, ascending."""
 
     digests: dict[str, str]
     pairs: dict[str, int]
+    line_breaks: dict[str, int]
     blank: list[int]
     held_out: list[int]
 
 
-def find(data: prepared.Prepared, languages: tuple[str, str]) -> Facts:
+def find(data: prepared.Prepared, languages: tuple[str, str], keeps_cr: bool = False) -> Facts:
     """Reads a data set in one direction of translation, or what was found in it before and kept beside it.
+
+    `keeps_cr` is as `Split` has it.
 
     Raises:
       UserError: there is nothing to train on.
@@ -43,34 +46,38 @@ def find(data: prepared.Prepared, languages: tuple[str, str]) -> Facts:
     path = data.folder / f"contents.{'-'.join(languages)}.json"
     if facts := _kept(path, data.digest()):
         return facts
-    splits = {name: Split(name, "", languages, data.records(name), None) for name in data.names}
+    splits = {name: Split(name, "", languages, data.records(name), None, keeps_cr) for name in data.names}
     keys: dict[str, np.ndarray] = {}
     blank: dict[str, np.ndarray] = {}
-    digests = {}
+    digests, line_breaks = {}, {}
     for name, split in splits.items():
-        digests[name], keys[name], blank[name] = _read(split)
+        digests[name], keys[name], blank[name], line_breaks[name] = _read(split)
     rows = np.flatnonzero(~blank["train"])
     if not len(rows):
         raise UserError(f"all {len(splits['train']):,} training pairs have a blank side: nothing is left to train on")
     held_out = [] if "validation" in splits else rows[_lowest(keys["train"][rows])].tolist()
     pairs = {name: len(split) for name, split in splits.items()}
-    facts = Facts(digests, pairs, np.flatnonzero(blank["train"]).tolist(), held_out)
+    facts = Facts(digests, pairs, line_breaks, np.flatnonzero(blank["train"]).tolist(), held_out)
     _keep(path, data.digest(), facts)
     return facts
 
 
-def _read(pairs: Iterable[tuple[str, str]]) -> tuple[str, np.ndarray, np.ndarray]:
-    """The digest of the pairs, a hash of each source sentence, [N] uint64, and which pairs are blank, [N] bool.
+def _read(split: Split) -> tuple[str, np.ndarray, np.ndarray, int]:
+    """Reads all pairs of a split once.
 
-    A pair is blank if a side has nothing but whitespace.
+    Returns:
+      The digest of the pairs; a hash of each source sentence, [N] uint64; which pairs are blank, [N] bool: a side has
+      nothing but whitespace; and how many are stored with a line break.
     """
-    digest, keys, blank = hashlib.sha256(), array.array("Q"), array.array("b")
-    for source, target in told(pairs, lambda count: f"data: looked at {count:,} pairs"):
+    digest, keys, blank, line_breaks = hashlib.sha256(), array.array("Q"), array.array("b"), 0
+    for stored in told(split.stored(), lambda count: f"data: looked at {count:,} pairs"):
+        line_breaks += any("\n" in text for text in stored)
+        source, target = split.lines(stored)
         texts = (source.encode(), target.encode())
         digest.update(b"%d %d " % (len(texts[0]), len(texts[1])) + texts[0] + texts[1])
         keys.append(hash64(texts[0]))
         blank.append(not (source.strip() and target.strip()))
-    return digest.hexdigest(), np.array(keys, np.uint64), np.array(blank, bool)
+    return digest.hexdigest(), np.array(keys, np.uint64), np.array(blank, bool), line_breaks
 
 
 def hash64(text: bytes) -> int:
@@ -99,16 +106,16 @@ def _lowest(keys: np.ndarray) -> np.ndarray:
 
 
 def _keep(path: epath.Path, files: str, facts: Facts) -> None:
-    text = json.dumps([files, dataclasses.asdict(facts)])
+    text = json.dumps([RECIPE, files, dataclasses.asdict(facts)])
     prepared.write_beside(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode())
 
 
 def _kept(path: epath.Path, files: str) -> Facts | None:
-    """What `_keep` wrote for the same files, or None."""
+    """What `_keep` wrote for the same files by the same recipe, or None."""
     if not path.exists():
         return None
     digest, _, text = path.read_bytes().rstrip(b"\n").partition(b"\n")
     if hashlib.sha256(text).hexdigest().encode() != digest:
         return None
-    kept_files, facts = json.loads(text)
-    return Facts(**facts) if kept_files == files else None
+    *made_of, facts = json.loads(text)
+    return Facts(**facts) if made_of == [RECIPE, files] else None

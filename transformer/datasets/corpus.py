@@ -37,10 +37,11 @@ class Corpus:
       digest: changes when any split does; in hexadecimal.
     """
 
-    def __init__(self, data: prepared.Prepared, languages: tuple[str, str]):
+    def __init__(self, data: prepared.Prepared, languages: tuple[str, str], keeps_cr: bool = False):
+        """`keeps_cr` is as `Split` has it."""
         self.source_language, self.target_language = self._languages = languages
-        self._data = data
-        facts = contents.find(data, languages)
+        self._data, self._keeps_cr = data, keeps_cr
+        facts = contents.find(data, languages, keeps_cr)
         self.dropped = len(facts.blank)
         # Split → the prepared split that it is read from, and which rows of that.
         self._views: dict[str, tuple[str, np.ndarray | None]] = {name: (name, None) for name in data.names}
@@ -62,6 +63,9 @@ class Corpus:
         count = facts.pairs["train"]
         if facts.blank:
             say(f"data: {self.dropped:,} of {count:,} training pairs have a blank side: left out")
+        for name, breaks in facts.line_breaks.items():
+            if breaks:
+                say(f"data: {breaks:,} of {facts.pairs[name]:,} pairs of {name} hold a line break: read as a space")
         if facts.held_out:
             held_out = f"{len(facts.held_out):,} of {count:,} training pairs"
             say(f"data: no validation split: {held_out} are held out as one")
@@ -79,7 +83,7 @@ class Corpus:
             found = f"several, {', '.join(near)}; name one" if near else f"only {', '.join(self.names)}"
             raise UserError(f"{self._data.folder}: expected a split {name!r}, found {found}")
         part, rows = self._views[name]
-        return Split(name, self._digests[name], self._languages, self._data.records(part), rows)
+        return Split(name, self._digests[name], self._languages, self._data.records(part), rows, self._keeps_cr)
 
 
 def check(data: DataConfig) -> None:
@@ -131,7 +135,9 @@ def open_corpus(data: DataConfig) -> Corpus:
     elif name in wmt.NAMES:
         make = functools.partial(wmt.Wmt, _tfds_builder(data), folder, data.manual_dir)
     own = name in ("text", "cldr", *wmt.NAMES)
-    return Corpus(prepared.prepare(make, own=own), (data.source_language, data.target_language))
+    # TFDS splits the archives of WMT at LF alone, and its records are left as it makes them.
+    keeps_cr = name in wmt.NAMES
+    return Corpus(prepared.prepare(make, own=own), (data.source_language, data.target_language), keeps_cr)
 
 
 def data_dir(data: DataConfig) -> str:

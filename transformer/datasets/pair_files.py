@@ -106,11 +106,6 @@ def _json_text(record: dict, language: str, where: str) -> str:
     return text
 
 
-def _one_line(text: str) -> str:
-    """Text of a format whose line breaks are layout: each becomes a space, none stands at an end."""
-    return re.sub("[ \t\r]*\n[ \t\r\n]*", " ", text).strip(" \t\r") if "\n" in text else text
-
-
 def _read_po(path: epath.PathLike) -> Iterator[tuple[str, str]]:
     """msgid → msgstr of translated entries; fuzzy, obsolete and plural ones are left out."""
     # polib splits text that it is given at U+2028 and the like, but a file at line ends alone.
@@ -125,7 +120,7 @@ def _read_po(path: epath.PathLike) -> Iterator[tuple[str, str]]:
             raise UserError(f"{place}: not a PO file that can be read; msgfmt --check says more") from error
     for entry in entries:
         if entry.translated() and not entry.obsolete and not entry.msgid_plural:
-            yield _one_line(entry.msgid), _one_line(entry.msgstr)
+            yield text_files.one_line(entry.msgid), text_files.one_line(entry.msgstr)
 
 
 def _read_tmx(path: epath.PathLike, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -213,7 +208,7 @@ class _TmxReader:
         if self._inside:
             self._inside.pop()
         elif name == "tuv":
-            self._unit.setdefault(self._language, _one_line("".join(self._text)))
+            self._unit.setdefault(self._language, text_files.one_line("".join(self._text)))
         elif name == "tu":
             self._units.append(self._unit)
 

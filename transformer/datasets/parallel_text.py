@@ -111,7 +111,7 @@ def _stems(folder: str, languages: tuple[str, str]) -> dict[str, list[str]]:
 class ParallelText(PairShards):
     """Text files as ArrayRecord."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # goes up whenever the same files come to give other pairs
 
     def __init__(self, files: Mapping[str, SplitFiles], data_dir: epath.PathLike):
         self._files = dict(files)

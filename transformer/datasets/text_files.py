@@ -1,7 +1,7 @@
 """Reads text files, compressed or not, as lines.
 
-Lines end in b"\\n" and nothing else splits them, so a lone CR or U+2028 is content and a CRLF leaves
-its CR on the sentence. UTF-8 is strict and NUL is refused. A BOM that opens a file is the mark of its
+Lines end in b"\\n" and nothing else splits them; one b"\\r" right before it belongs to the line's end. Any
+other CR and U+2028 are content. UTF-8 is strict and NUL is refused. A BOM that opens a file is the mark of its
 encoding and is dropped; anywhere else it is content. Files stream: none is held in memory whole.
 """
 
@@ -11,6 +11,7 @@ import io
 import itertools
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -30,7 +31,7 @@ _ENDED_EARLY = "the archive ends before its data does"
 
 
 def read_lines(path: epath.PathLike) -> Iterator[str]:
-    """Yields the lines of a plain text file, compressed or not, without their b"\\n".
+    """Yields the lines of a plain text file, compressed or not, without their line ends.
 
     A last line without b"\\n" counts; a file of no bytes has no lines.
 
@@ -45,10 +46,18 @@ def read_lines(path: epath.PathLike) -> Iterator[str]:
 def decode_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[str]:
     """The same of a stream of bytes that is open already, such as stdin; `path` is named in errors."""
     for number, raw in enumerate(bounded_lines(stream, path), 1):
-        line = raw.removesuffix(b"\n")
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        yield _decoded(line, path, number)
+        line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        yield without_line_end(_decoded(line, path, number))
+
+
+def without_line_end(text: str) -> str:
+    """Text without the line end, LF or CR LF, that it ends in, if any: one alone is taken off."""
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+
+
+def one_line(text: str) -> str:
+    """Text whose line breaks are layout: each becomes a space, with the blanks around it; none stands at an end."""
+    return re.sub("[ \t\r]*\n[ \t\r\n]*", " ", text).strip(" \t\r") if "\n" in text else text
 
 
 def bounded_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[bytes]:
