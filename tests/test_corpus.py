@@ -1,3 +1,4 @@
+import itertools
 import pathlib
 import pickle
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from transformer.config import DataConfig
-from transformer.datasets import corpus, prepared
+from transformer.datasets import corpus, prepared, text_files
 from transformer.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,12 +80,12 @@ def refusal_of(call, *args):
 
 
 def test_text_becomes_splits_and_says_what_it_leaves_out(tmp_path, capfd):
-    train = [("a", "A"), ("", "B"), ("c", " "), ("d\r", "D\u2028")]
+    train = [("a", "A"), ("", "B"), ("c", " "), ("d\rd", "D\u2028")]
     data = text_config(tmp_path, train=train, val=[("", ""), ("x", "y")], test_2016=[("t", "T")])
     opened = corpus.open_corpus(data)
     assert (opened.source_language, opened.target_language) == ("en", "de")
     assert sorted(opened.names) == ["test_2016", "train", "validation"]
-    assert list(opened.split("train")) == [("a", "A"), ("d\r", "D\u2028")]
+    assert list(opened.split("train")) == [("a", "A"), ("d\rd", "D\u2028")]
     assert list(opened.split("validation")) == [("", ""), ("x", "y")]
     assert list(opened.split("test")) == [("t", "T")]
     assert opened.split("test").name == "test_2016"
@@ -316,3 +317,72 @@ def test_multi30k_is_opened(tmp_path):
     assert sizes == {"train": 29_000, "validation": 1_014, "test": 1_000}
     assert opened.dropped == 0
     assert opened.split("test")[0][1] == "Ein Mann mit einem orangefarbenen Hut, der etwas anstarrt."
+
+
+LF_DIGESTS = {
+    "train": "4b99c5a3879540ac0bae8e764b630106b8f1ec50223e45973af0cb1706899599",
+    "validation": "a40c4eff4794ccc44b7338b31314097e09a1fb9bb00fe0f5ec279def77254d9a",
+}  # of version 0.1 before it knew CR LF: what its runs were trained on, and may be resumed with
+
+
+def with_line_ends(folder, end):
+    """The config of text files of that line end, all prepared in one folder."""
+    (folder / end.hex()).mkdir()
+    for split, language in itertools.product(("train", "val"), ("en", "de")):
+        lines = [f"{language} {split} {row}\r{row}".encode() for row in range(9)]
+        (folder / end.hex() / f"{split}.{language}").write_bytes(b"".join(line + end for line in lines))
+    return DataConfig(name="text", dir=str(folder / end.hex()), data_dir=str(folder / "data"))
+
+
+@pytest.mark.reported
+def test_cr_lf_is_the_same_data_as_lf_and_lf_is_what_it_was(tmp_path):
+    lf, crlf = (corpus.open_corpus(with_line_ends(tmp_path, end)) for end in (b"\n", b"\r\n"))
+    for name, digest in LF_DIGESTS.items():
+        assert list(crlf.split(name)) == list(lf.split(name))
+        assert crlf.split(name).digest == lf.split(name).digest == digest
+    assert crlf.split("train")[8] == ("en train 8\r8", "de train 8\r8")
+
+
+@pytest.mark.reported
+def test_data_prepared_with_its_crs_before_is_not_taken(tmp_path, monkeypatch):
+    """What the version before prepared of CR LF files, with a CR at the end of each sentence."""
+    data = with_line_ends(tmp_path, b"\r\n")
+    with monkeypatch.context() as before:
+        before.setattr(corpus.parallel_text.ParallelText, "VERSION", tfds.core.Version("1.0.0"))
+        before.setattr(text_files, "without_line_end", lambda text: text.removesuffix("\n"))
+        old = corpus.open_corpus(data)
+    assert old.split("train")[0] == ("en train 0\r0\r", "de train 0\r0\r")
+    new = corpus.open_corpus(data)
+    assert new.split("train")[0] == ("en train 0\r0", "de train 0\r0")
+    assert new.split("train").digest == LF_DIGESTS["train"] != old.split("train").digest
+
+
+class ToyParagraphs(tfds.core.GeneratorBasedBuilder):
+    """A data set whose sentences have line breaks, as some of TFDS have."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.Translation(languages=("de", "en")))
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in ("train", "validation")}
+
+    def _generate_examples(self, split):
+        for row in range(4):
+            yield (
+                row,
+                {"de": f"de {row}\r\n" if row else "\r\n", "en": f"{split} {row} \r\n\nand on" if row < 3 else "a\rb"},
+            )
+
+
+@pytest.mark.reported
+def test_line_breaks_in_sentences_of_tfds_are_spaces_and_counted(tmp_path, capfd):
+    opened = corpus.open_corpus(toy_config(tmp_path, "toy_paragraphs"))
+    expected = {("de 1", "train 1 and on"), ("de 2", "train 2 and on"), ("de 3", "a\rb")}
+    assert set(opened.split("train")) == expected
+    assert {opened.split("train")[row] for row in range(3)} == expected
+    err = capfd.readouterr().err
+    for split in ("train", "validation"):
+        assert f"data: 4 of 4 pairs of {split} hold a line break: read as a space\n" in err
+    assert opened.dropped == 1

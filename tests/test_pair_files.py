@@ -36,9 +36,16 @@ def unit(**texts):
 
 
 def test_tsv_is_source_tab_target_without_quoting(tmp_path):
-    content = '"a\tb"\n\t\nc\u2028c\td\re\r\n" \'\ttail'
-    expected = [('"a', 'b"'), ("", ""), ("c\u2028c", "d\re\r"), ("\" '", "tail")]
+    content = '"a\tb"\n\t\nc\u2028c\td\re\n" \'\ttail'
+    expected = [('"a', 'b"'), ("", ""), ("c\u2028c", "d\re"), ("\" '", "tail")]
     assert pairs_of(tmp_path / "a.tsv", content) == expected
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("tail", ["\r\n", ""])
+def test_cr_lf_ends_lines_of_tsv(tmp_path, tail):
+    found = pairs_of(tmp_path / "a.tsv", f"a\tb\r\n\t\r\nc\r\td\r\r\ne\tf{tail}")
+    assert found == [("a", "b"), ("", ""), ("c\r", "d\r"), ("e", "f")]
 
 
 @pytest.mark.parametrize(

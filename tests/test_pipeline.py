@@ -294,3 +294,17 @@ def test_the_model_type_is_the_config_s(config, opened, tmp_path, model_type):
     data = dataclasses.replace(config.data, tokenizer=model_type)
     got = pipeline.get_tokenizer(data, corpus, tmp_path / model_type)
     assert (got.digest == trained.digest) == (model_type == "bpe")
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize(("length", "warns"), [(32, False), (9, True)])
+def test_a_line_says_if_more_than_a_tenth_is_too_long(config, opened, capsys, length, warns):
+    _, _, ids = opened
+    short = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=length))
+    plan = pipeline.make_plan(short, ids)
+    total = len(ids.source)
+    assert (plan.dropped > total / 10) == warns
+    warning = (
+        f"warning: {plan.dropped:,} of {total:,} training pairs ({plan.dropped / total:.0%}) are longer than data.max"
+    )
+    assert (warning in capsys.readouterr().err) == warns

@@ -105,3 +105,16 @@ def test_threads_may_share_a_split():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.reported
+def test_line_ends_and_line_breaks_are_no_part_of_a_sentence():
+    texts = ["a\r\n", "a\r\nb", "a \r\n\r\n b\n", "a\rb", "a\r", "\n"]
+    records = ListRecords([example(en=text.encode(), de=b"d\r") for text in texts])
+    split = Split("train", "", ("en", "de"), records, None)
+    assert split.sources() == ["a", "a b", "a b", "a\rb", "a\r", ""]
+    assert split[1] == ("a b", "d\r")
+    assert [source for source, _ in split.stored()] == texts
+    of_lines = Split("train", "", ("en", "de"), records, None, keeps_cr=True)
+    assert of_lines[4] == ("a", "d")
+    assert of_lines.sources()[3] == "a\rb"

@@ -26,7 +26,7 @@ NASTY = [
     " ",
     "x" * 100_000,
     "a\x0b\x0c\x1cb",
-    "CR\r",
+    "\rCR",
     "😀é",
 ]
 
@@ -50,11 +50,25 @@ def test_only_newline_bytes_split_lines(tmp_path, extension):
         (b"a", ["a"]),
         (b"a\n", ["a"]),
         (b"a\n\n", ["a", ""]),
-        (b"a\r\nb\r\n", ["a\r", "b\r"]),
     ],
 )
 def test_the_last_line_and_blank_lines_count(tmp_path, content, lines):
     assert lines_of(tmp_path / "a.en", content) == lines
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("extension", ["", *PACK])
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (b"a\r\nb\r\n", ["a", "b"]),
+        (b"a\r\r\n\r\n\r\r\n", ["a\r", "", "\r"]),
+        (b"a\rb\r\n\ra\r", ["a\rb", "\ra\r"]),
+        (b"\xef\xbb\xbf\r\na \r\n", ["", "a "]),
+    ],
+)
+def test_one_cr_right_before_lf_belongs_to_the_line_end(tmp_path, extension, content, lines):
+    assert lines_of(tmp_path / f"a.en{extension}", PACK.get(extension, bytes)(content)) == lines
 
 
 @pytest.mark.parametrize("extension", ["", *PACK])

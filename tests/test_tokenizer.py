@@ -57,6 +57,15 @@ def test_decoding_stops_at_the_first_eos_and_skips_pad(small):
     assert small.decode([BOS, *ids.tolist()[:-1], PAD, PAD]) == "the cat"
 
 
+@pytest.mark.reported
+@pytest.mark.parametrize(
+    ("spelled", "text"), [("a\r\nb", "a b"), ("a\rb\r", "a\rb"), ("a\r\r\n", "a\r "), ("\r\r", "")]
+)
+def test_no_line_end_is_spelled(small, spelled, text):
+    """Written with a line break after it, a CR at the end would be read back as part of the line's end."""
+    assert small.decode([4 + ord(letter) for letter in spelled]) == text
+
+
 def test_a_line_break_spelled_in_bytes_cannot_break_the_line(small):
     newline = next(i for i in range(300) if small.pieces([i]) == ["<0x0A>"])
     null = next(i for i in range(300) if small.pieces([i]) == ["<0x00>"])

@@ -11,6 +11,7 @@ from tests.conftest import small_config
 from transformer import batching, sharding, tokenizer
 from transformer.compilation import CompileCounter
 from transformer.errors import UserError
+from transformer.hypotheses import Hypotheses
 from transformer.reranking import expected_chrf
 from transformer.step import Model
 from transformer.translator import Translator
@@ -112,9 +113,10 @@ def test_a_long_source_is_cut_and_counted(parts, capsys):
     head = " ".join(WORDS)
     got = translator.translate(params, [f"{head} has a cat", LINES[0], f"{head} sees"])
     assert got[0] == got[2] != got[1]
-    assert translator.truncated == 2
-    translator.say_truncated()
+    translator.say_counts()
     assert "2 sources are longer than decode.max_source_tokens = 8" in capsys.readouterr().err
+    translator.say_counts()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_wider_beam_finds_other_translations(parts, usual):
@@ -170,6 +172,7 @@ def test_n_best_goes_on_from_the_best(parts, method):
     assert all(len(found) == 4 for found in several)
     assert any(len({one.text for one in found}) > 1 for found in several)
     if method == "beam":
+        assert all(len({one.text for one in found}) == 4 for found in several)
         assert all(found == sorted(found, key=lambda one: (-one.finished, -one.score)) for found in several)
 
 
@@ -299,3 +302,55 @@ def test_a_model_and_itself_are_the_model(parts, usual):
     config, vocabulary, model, params = parts
     twice = Translator((model, model), vocabulary, config.decode, sharding.make_mesh(config.mesh))
     assert twice.translate((params, params), LINES) == usual
+
+
+def answering(parts, tokens, lengths, scores, finished, **fields):
+    """A translator whose device gives these hypotheses, [N, T] and [N], for each sentence."""
+    translator, params = make(parts, **fields)
+    rows = translator._rows
+    batch = Hypotheses(*(np.stack([np.array(values)] * rows) for values in (tokens, lengths, scores, finished)))
+    translator._run = lambda *_: batch
+    return translator, params
+
+
+@pytest.mark.reported
+def test_equal_texts_of_beam_search_are_one_hypothesis(parts):
+    """Different tokens may spell the same text: here a word, and the same word byte by byte."""
+    cat = parts[1].encode(["cat"])[0].tolist()
+    spelled = [*parts[1].encode(["c"])[0][:-1].tolist(), *(4 + ord(letter) for letter in "at"), tokenizer.EOS]
+    dog = parts[1].encode(["dog"])[0].tolist()
+    assert [parts[1].decode(ids) for ids in (cat, spelled, dog)] == ["cat", "cat", "dog"]
+    width = max(map(len, (cat, spelled, dog)))
+    tokens = [ids + [tokenizer.PAD] * (width - len(ids)) for ids in (cat, spelled, dog)]
+    device = tokens, list(map(len, (cat, spelled, dog))), [-1.0, -2.0, -3.0], [True] * 3
+    translator, params = answering(parts, *device, beam_size=3)
+    assert translator.hypotheses(params, ["a"], n_best=3) == [[("cat", -1.0, True), ("dog", -3.0, True)]]
+    drawn, params = answering(parts, *device, method="sample")
+    assert [one.text for one in drawn.hypotheses(params, ["a"], n_best=3)[0]] == ["cat", "cat", "dog"]
+
+
+@pytest.mark.reported
+def test_translations_cut_at_their_limit_and_with_unk_are_counted(parts, capsys):
+    cat = parts[1].encode(["cat cat"])[0].tolist()[:2]
+    translator, params = answering(parts, [[*cat, 0], [tokenizer.UNK, cat[0], 2]], [2, 3], [-1.0, -2.0], [False, True])
+    translator.translate(params, [*SHORT[:3], ""])
+    translator.say_counts()
+    err = capsys.readouterr().err
+    assert err == "warning: 3 translations are cut at source tokens + decode.max_extra_length = 10\n"
+    translator.hypotheses(params, SHORT[:2], n_best=2)
+    translator.say_counts()
+    err = capsys.readouterr().err
+    assert "warning: 2 translations are cut at" in err
+    assert "warning: 2 translations hold the unknown token, unk\n" in err
+    translator.say_counts()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.reported
+def test_a_model_that_never_ends_says_so(parts, capsys):
+    translator, params = make(parts)
+    found = translator.hypotheses(params, LINES)
+    count = sum(not one.finished for (one,) in found)
+    translator.say_counts()
+    assert count > 10
+    assert f"warning: {count} translations are cut at source tokens" in capsys.readouterr().err

@@ -195,6 +195,19 @@ def test_a_hostile_archive_writes_nothing_outside(tmp_path, filled, archives):
     assert not (tmp_path.parent / "evil").exists()
 
 
+@pytest.mark.reported
+def test_the_cr_of_a_line_end_in_an_archive_is_no_part_of_a_sentence(tmp_path, filled):
+    """TFDS keeps it in its records, and these are TFDS's; whoever made them, they are read without it."""
+    members = {
+        f"training/news-commentary-v9.de-en.{side}": "".join(f"{side} {row}\rx\r\n" for row in range(5)).encode()
+        for side in ("de", "en")
+    }
+    opened = corpus.open_corpus(filled("wmt14_translate/de-en", news=wmt_archives.tgz(members)))
+    pairs = [pair for pair in opened.split("train") if pair[0] == "de 3\rx"]
+    assert pairs == [("de 3\rx", "en 3\rx")]
+    assert not any(text.endswith("\r") for pair in opened.split("train") for text in pair)
+
+
 def test_archives_that_cannot_be_had_are_all_named(tmp_path, filled, monkeypatch):
     data = filled("wmt14_translate/cs-en")
     for name in ("data-plaintext-format.3.tar", "data-plaintext-format.7.tar"):

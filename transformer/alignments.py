@@ -49,8 +49,7 @@ class Aligner:
     """Reads the attention of one model with any params of its shape; each shape is compiled once.
 
     Args:
-      layer: of the decoder, counted from 1, which alignments come from. Default: the last but one, whose
-        mean over heads aligns best (Garg et al. 2019, section 4.1).
+      layer: of the decoder, counted from 1, which alignments come from. Default: `default_layer`.
 
     Raises:
       UserError: the model has no such layer.
@@ -130,8 +129,12 @@ class Aligner:
 
 
 def default_layer(num_layers: int) -> int:
-    """The last but one, counted from 1."""
-    return max(num_layers - 1, 1)
+    """The decoder layer, counted from 1, whose attention averaged over heads aligns best.
+
+    Of six layers that is the last but one (Garg et al. 2019, section 4.1). Of up to three it is the last: in a model of
+    two, the first layer's attention is noise.
+    """
+    return num_layers if num_layers <= 3 else num_layers - 1
 
 
 def pharaoh(links: Links) -> str:
@@ -148,7 +151,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--attention", type=full_path, help="write the attention to the source there, an .npz of arrays"
     )
     parser.add_argument(
-        "--alignment_layer", type=positive_int, help="of the decoder, from 1 (default: the last but one)"
+        "--alignment_layer",
+        type=positive_int,
+        help="of the decoder, from 1 (default: the last of up to three layers, else the last but one)",
     )
 
 

@@ -33,6 +33,7 @@ CHUNK = 10_000  # pairs tokenized at a time
 ABOUT = "about.json"
 FILES = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
 PREFETCH = 16  # batches made ahead of the device
+MOST_DROPPED = 0.1  # of the training pairs, without a warning
 
 
 class TokenIds(NamedTuple):
@@ -66,7 +67,7 @@ def train_iterator(
 
 
 def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
-    """The plan of training batches.
+    """The plan of training batches; warns where many pairs are too long for it.
 
     Raises:
       UserError: no pair is short enough.
@@ -83,6 +84,12 @@ def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
         raise UserError(
             f"config.data.max_length = {config.data.max_length}: none of the {plan.dropped:,} training pairs is that "
             "short; raise it"
+        )
+    total = plan.kept + plan.dropped
+    if plan.dropped > MOST_DROPPED * total:
+        say(
+            f"warning: {plan.dropped:,} of {total:,} training pairs ({plan.dropped / total:.0%}) are longer than "
+            f"data.max_length = {longest} and dropped; raise it to train on them"
         )
     return plan
 
