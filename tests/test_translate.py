@@ -325,3 +325,165 @@ def test_every_line_gives_exactly_one_line(loaded, odd):
     translate.translate_stream(loaded.translate, [LINES[0], odd, LINES[1]], out, 2)
     assert out.getvalue().count(b"\n") == 3
     assert out.getvalue().endswith(b"\n")
+
+
+class Filtered:
+    """As a pandas Series after a filter and a sort: items come in order, and [label] finds one by its label."""
+
+    def __init__(self, values):
+        labels = np.random.default_rng(0).permutation(len(values)).tolist()
+        self._by_label = dict(zip(labels, values, strict=True))
+
+    def __len__(self):
+        return len(self._by_label)
+
+    def __iter__(self):
+        return iter(self._by_label.values())
+
+    def __getitem__(self, label):
+        return self._by_label[label]
+
+
+def series(values):
+    """Every second row of a table, whose rows lie backwards and are then sorted."""
+    pandas = pytest.importorskip("pandas")
+    rows = [text for value in reversed(values) for text in (value, "unwanted")]
+    table = pandas.DataFrame({"text": rows})
+    return table[table.text != "unwanted"].sort_index(ascending=False).text
+
+
+def crlf_file(values):
+    content = "".join(f"{value}\r\n" for value in values).encode()
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", newline="")
+
+
+KINDS = {
+    "tuple": tuple,
+    "NumPy": np.array,
+    "NumPy of objects": lambda values: np.array(values, object),
+    "generator": lambda values: (value for value in values),
+    "map": lambda values: map(str, values),
+    "filter": lambda values: filter(None, values),
+    "filtered": Filtered,
+    "pandas": series,
+    "values of a dict": lambda values: dict(enumerate(values)).values(),
+    "file": lambda values: io.StringIO("".join(f"{value}\n" for value in values)),
+    "file of CR LF": crlf_file,
+}
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_iterable_of_texts_is_taken_in_its_own_order(loaded, usual, kind):
+    make, lines = KINDS[kind], SHORT[:4]
+    assert loaded.translate(make(lines)) == [usual[LINES.index(line)] for line in lines]
+    prefixes = ["red", "old", "the cat", "blue"]
+    asked = loaded.translate(lines, prefixes=prefixes)
+    assert all(text.startswith(prefix) for text, prefix in zip(asked, prefixes, strict=True))
+    assert loaded.translate(make(lines), prefixes=make(prefixes)) == asked
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_iterable_of_phrases_is_taken(loaded, kind):
+    make, phrases = KINDS[kind], [["cat"], ["old", "tree"], None]
+    asked = loaded.translate(SHORT[:3], constraints=phrases)
+    assert "cat" in asked[0]
+    assert "old" in asked[1]
+    assert "tree" in asked[1]
+    assert loaded.translate(SHORT[:3], constraints=iter([each and make(each) for each in phrases])) == asked
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("one text", "expected a list of sentences, got one text, 'one text'"),
+        (b"one text", "expected a list of sentences, got one text, b'one text'"),
+        (None, "expected a list of sentences, got None"),
+        (3, "expected a list of sentences, got an object of type int"),
+        ({"a": "b"}, "got an object of type dict, which is no sequence"),
+        ({"a", "b"}, "got an object of type set, which is no sequence"),
+        (np.array("a"), "got an object of type ndarray, which is no sequence"),
+        (np.array([["a", "b"]]), "got an object of type ndarray, which is no sequence"),
+        (["a", None], "sentence 2: expected str, got NoneType: None"),
+        (["a", float("nan")], "sentence 2: expected str, got float: nan"),
+        (io.BytesIO(b"a\nb\n"), "sentence 1: expected str, got bytes: b'a"),
+        ([["a"]], "sentence 1: expected str, got list: ['a']"),
+        (["a", "\ud800"], "sentence 2: holds half a surrogate pair"),
+    ],
+)
+def test_what_is_no_iterable_of_texts_is_refused(loaded, given, message):
+    with pytest.raises(UserError) as caught:
+        loaded.translate(given)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefixes": "ab"}, "prefixes: expected a list with an item for each sentence, got one text, 'ab'"),
+        ({"prefixes": 3}, "prefixes: expected a list with an item for each sentence, got an object of type int"),
+        ({"prefixes": iter("a")}, "prefixes: expected one for each of 2 sentences, got 1"),
+        ({"prefixes": ["a", 3]}, "sentence 2, its prefix: expected str, got int: 3"),
+        ({"prefixes": ["a", "b\nc"]}, "sentence 2: a translation is one line, so it cannot hold 'b\\nc'"),
+        ({"constraints": "ab"}, "constraints: expected a list with an item for each sentence, got one text, 'ab'"),
+        ({"constraints": {"a": "b"}}, "constraints: expected a list with an item for each sentence, got an object of"),
+        ({"constraints": [["a"], "b"]}, "sentence 2: expected a list of phrases, got one text, 'b'"),
+        ({"constraints": [["a"], 3]}, "sentence 2: expected a list of phrases, got an object of type int"),
+        ({"constraints": [["a"], iter([" "])]}, "sentence 2: expected phrases that are not empty, got [' ']"),
+        ({"constraints": [["a"], ["b\r\nc"]]}, "sentence 2: a translation is one line, so it cannot hold 'b\\r\\nc'"),
+    ],
+)
+def test_what_is_no_prefix_or_phrase_is_refused(loaded, options, message):
+    with pytest.raises(UserError) as caught:
+        loaded.translate(["a", "b"], **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.reported
+def test_an_ensemble_may_come_from_a_generator(workdir, another):
+    both = [transformer.load(workdir, ensemble=make([another])) for make in (list, iter)]
+    assert both[0].translate(SHORT[:2]) == both[1].translate(SHORT[:2])
+    with pytest.raises(UserError, match="ensemble: expected a list of workdirs, got None"):
+        transformer.load(workdir, ensemble=None)
+
+
+@pytest.mark.reported
+def test_texts_lose_one_line_end_and_nothing_else(loaded, usual, capsys):
+    lines = SHORT[:3]
+    plain = {"prefixes": ["red"] * 3, "constraints": [["cat"]] * 3}
+    asked = loaded.translate(lines, **plain)
+    capsys.readouterr()
+    for end in ("\n", "\r\n"):
+        ended = {"prefixes": ["red" + end] * 3, "constraints": [["cat" + end]] * 3}
+        assert loaded.translate([line + end for line in lines]) == [usual[LINES.index(line)] for line in lines]
+        assert loaded.translate(lines, **ended) == asked
+    assert "line breaks" not in capsys.readouterr().err
+    assert loaded.translate(["red\r", "red\rcat"]) != loaded.translate(["red", "red cat"])
+    assert loaded.translate(["red\r\ncat", "\nred\n\ncat\r\n"]) == loaded.translate(["red cat"] * 2)
+    assert "warning: 2 sources hold line breaks, read as spaces" in capsys.readouterr().err
+
+
+@pytest.mark.reported
+def test_cr_lf_in_stdin_and_in_files_beside_it_ends_lines(command, tmp_path):
+    def run(cr):
+        files = {"prefixes": ["red", "", "old cat"], "phrases": ["cat\told", "tree", ""]}
+        for name, lines in files.items():
+            (tmp_path / name).write_bytes("".join(f"{line}{cr}\n" for line in lines).encode())
+        flags = [f"--prefix_file={tmp_path}/prefixes", f"--constraint_file={tmp_path}/phrases"]
+        return command([line + cr for line in SHORT[:3]], "--decode.max_extra_length=25", *flags)
+
+    assert run("\r") == run("")
+
+
+@pytest.mark.reported
+def test_translations_cut_at_their_limit_are_counted_and_said(loaded, command, monkeypatch, capsys):
+    count = sum(not one.finished for (one,) in loaded.translate(SHORT, n_best=1))
+    assert count
+    assert f"warning: {count} translations are cut at source tokens + decode.max_extra_length = 10" in (
+        capsys.readouterr().err
+    )
