@@ -1,6 +1,8 @@
 """Rows D: text that is not text, files that do not belong together, lines of any length, data that has changed."""
 
+import gzip
 import itertools
+import json
 import pathlib
 import shutil
 
@@ -10,9 +12,10 @@ import pytest
 from tests.faults.damage import flip
 from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World, data_fields, files_of, write_pairs
-from transformer import pipeline, scoring, tokenizer, trained
+from transformer import pipeline, scoring, subword_codes, tokenizer, trained, translate
 from transformer.config import DataConfig
 from transformer.datasets import corpus as corpora
+from transformer.datasets import pair_files, text_files
 from transformer.errors import UserError
 from transformer.evaluate import Evaluator
 
@@ -29,14 +32,14 @@ BYTES = {
     "NUL alone": (b"\0", ERROR),
     "a BOM inside": ("a\ufeffb".encode(), CONTENT),
     "a lone CR": (b"a\rb", CONTENT),
-    "CR at the end": (b"a b\r", CONTENT),
+    "CR at the start": (b"\ra b", CONTENT),
     "U+2028": ("a\u2028b".encode(), CONTENT),
     "U+0085": ("a\u0085b".encode(), CONTENT),
     "VT, FF and FS": (b"a\x0bb\x0cc\x1cd", CONTENT),
     "U+FFFD": ("a\ufffdb".encode(), CONTENT),
     "a character beyond 16 bits": ("😀 é".encode(), CONTENT),
     "nothing": (b"", BLANK),
-    "blanks of all kinds": (" \t\u3000\u2028\r".encode(), BLANK),
+    "blanks of all kinds": (" \t\r\u3000\u2028".encode(), BLANK),
 }
 LINE = 7  # where it stands
 
@@ -237,3 +240,115 @@ def data_damaged(world: World, tally: Tally) -> None:
             for ours, theirs in zip(found, wanted, strict=True):
                 assert np.array_equal(ours.flat, theirs.flat)
                 assert np.array_equal(ours.offsets, theirs.offsets)
+
+
+LINES = ["red house", "old\rtree", "", "new cat"]
+
+
+def one_file(extension: str) -> str:
+    """Three pairs in a format of one file, with LF line ends and a sentence over two lines where it has such."""
+    pairs = [("red house", "rot haus"), ("old\rtree", "alt baum"), ("new cat", "neu katze")]
+    if extension == ".tsv":
+        return "".join(f"{source}\t{target}\n" for source, target in pairs)
+    if extension == ".jsonl":
+        return "".join(json.dumps({"en": source, "de": target}) + "\n" for source, target in pairs)
+    if extension == ".tmx":
+        seg = "".join(
+            f'<tu>\n<tuv xml:lang="en"><seg>{source.replace(chr(13), "&#13;")}\n  more</seg></tuv>\n'
+            f'<tuv xml:lang="de"><seg>{target}</seg></tuv></tu>\n'
+            for source, target in pairs
+        )
+        return f"<tmx><body>\n{seg}</body></tmx>\n"
+    return "".join(f'msgid ""\n"{source}"\nmsgstr "{target}"\n\n' for source, target in pairs).replace("\r", "\\r")
+
+
+@row("D6", "CR LF in every kind of input, on one side or both", full=24, quick=24)
+def cr_lf_everywhere(world: World, tally: Tally) -> None:
+    folder = world.new_folder()
+    write_pairs(folder / "lf", train=40)
+    with_line(folder / "lf" / "train.en", b"a lone\rCR")
+    with Heard():
+        wanted = open_corpus(folder / "lf")
+    for number, sides in enumerate((("en",), ("de",), ("en", "de"))):
+        for pack in (False, True):
+            with tally.one(f"text files, {' and '.join(sides)}{', compressed' * pack}"), Heard():
+                crlf = pathlib.Path(shutil.copytree(folder / "lf", folder / f"crlf{number}{pack}"))
+                shutil.rmtree(crlf / "prepared")
+                for split, side in itertools.product(("train", "val", "test"), sides):
+                    path = crlf / f"{split}.{side}"
+                    content = path.read_bytes().replace(b"\n", b"\r\n")
+                    path.with_suffix(path.suffix + ".gz" * pack).write_bytes(
+                        gzip.compress(content) if pack else content
+                    )
+                    if pack:
+                        path.unlink()
+                assert open_corpus(crlf).digest == wanted.digest
+                assert open_corpus(crlf).split("train")[LINE - 1][0] == "a lone\rCR"
+    one_file_formats(folder, tally)
+    command_and_api(world, folder, tally)
+
+
+def one_file_formats(folder: pathlib.Path, tally: Tally) -> None:
+    """TSV, JSONL, TMX and PO with CR LF hold the pairs that they hold with LF."""
+    for extension in pair_files.PAIR_FORMATS:
+        with tally.one(extension):
+            path = folder / f"pairs{extension}"
+            found = []
+            for end in (b"\n", b"\r\n"):
+                path.write_bytes(one_file(extension).encode().replace(b"\n", end))
+                found.append(list(pair_files.read_pairs(path, ("en", "de"))))
+            assert found[0] == found[1]
+            assert [source.removesuffix(" more") for source, _ in found[1]] == ["red house", "old\rtree", "new cat"]
+            assert [target for _, target in found[1]] == ["rot haus", "alt baum", "neu katze"]
+    with tally.one("JSONL, within a sentence: refused by its line"):
+        path = folder / "within.jsonl"
+        path.write_text(json.dumps({"en": "a", "de": "b"}) + "\n" + json.dumps({"en": "a\r\nb", "de": "b"}) + "\n")
+        refused(
+            lambda: list(pair_files.read_pairs(path, ("en", "de"))), "line 2: the text under 'en' holds a line break"
+        )
+
+
+def command_and_api(world: World, folder: pathlib.Path, tally: Tally) -> None:
+    """Test sets, other translations, stdin, prefixes, phrases and texts of the API."""
+    files = {name: folder / f"{name}.lines" for name in ("lf", "crlf")}
+    for name, end in (("lf", "\n"), ("crlf", "\r\n")):
+        files[name].write_bytes("".join(line + end for line in LINES).encode())
+    for source, reference in (("crlf", "lf"), ("lf", "crlf"), ("crlf", "crlf")):
+        with tally.one(f"evaluation, source {source}, reference {reference}"):
+            found = scoring.open_set(DataConfig(), None, str(files[source]), str(files[reference]))
+            assert found.sources == found.references[0] == LINES
+    with tally.one("translations to compare with"):
+        chosen = scoring.EvaluationSet("set", LINES, [LINES])
+        assert scoring.translations_of_other(files["crlf"], "latest", chosen, "de")[1] == LINES
+    with tally.one("stdin"), files["crlf"].open("rb") as stream:
+        assert list(text_files.decode_lines(stream, "stdin")) == LINES
+    with tally.one("prefixes and phrases"):
+        (folder / "phrases").write_bytes(b"red\thouse\r\n\r\n\r\ncat\r\n")
+        read = list(translate.read_together(iter(LINES), files["crlf"], folder / "phrases"))
+        assert [one.prefix for one in read] == LINES
+        assert [one.phrases for one in read] == [["red", "house"], [], [], ["cat"]]
+    with tally.one("codes of subword-nmt"):
+        codes = "#version: 0.2\nr e\nre d</w>\n"
+        assert subword_codes.parse(codes.replace("\n", "\r\n"), "") == subword_codes.parse(codes, "")
+    model = translate.load(world.talker())
+    plain = model.translate(LINES, prefixes=["red", "", "", "old"])
+    for name, sentences, prefixes in (
+        ("sentences", [f"{line}\r\n" for line in LINES], ["red", "", "", "old"]),
+        ("prefixes", LINES, ["red\r\n", "\r\n", "", "old\r\n"]),
+    ):
+        with tally.one(f"{name} of the API"):
+            assert model.translate(sentences, prefixes=prefixes) == plain
+    with tally.one("phrases of the API"):
+        assert model.translate(["red house"], constraints=[["cat\r\n"]]) == model.translate(
+            ["red house"], constraints=[["cat"]]
+        )
+    with tally.one("within a text of the API: counted"), Heard() as heard:
+        assert model.translate(["red\r\nhouse"]) == model.translate(["red house"])
+        assert "warning: 1 sources hold line breaks, read as spaces" in heard.getvalue()
+    with tally.one("within a prefix: refused"):
+        refused(lambda: model.translate(["red"], prefixes=["a\r\nb"]), "it cannot hold 'a\\r\\nb'")
+    with tally.one("output"):
+        words = model.first.tokenizer
+        spelled = [4 + byte for byte in b"red\r\nhouse\r"]
+        assert words.decode(spelled) == "red house"
+        assert not any("\r\n" in text or text.endswith("\r") for text in plain)
