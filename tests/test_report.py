@@ -97,6 +97,13 @@ def test_attention_has_a_map_for_each_layer_and_head(workdir):
     assert attention.count('class="map"') == sentences * 2 * (1 + 2)
 
 
+@pytest.mark.reported
+def test_attention_opens_on_the_layer_that_aligns(workdir):
+    attention = section_of((workdir / "report.html").read_text(), "attention")
+    sentences = attention.count('<section class="attention">')
+    assert attention.count('<p class="shown">layer 2, mean of heads</p>') == sentences
+
+
 def test_the_other_system_is_compared(workdir):
     versus = section_of((workdir / "report.html").read_text(), "versus")
     assert "Against the other" in versus

@@ -158,4 +158,6 @@ def translations_of_other(
         )
     decode = validation.with_decode(other.config, dict(fields or {})).decode
     translator = Translator(other.model, other.tokenizer, decode, other.mesh)
-    return f"{path.name}, {other.title}", translator.translate(other.params, chosen.sources)
+    translations = translator.translate(other.params, chosen.sources)
+    translator.say_counts()
+    return f"{path.name}, {other.title}", translations
