@@ -481,7 +481,7 @@ def test_cr_lf_in_stdin_and_in_files_beside_it_ends_lines(command, tmp_path):
 
 
 @pytest.mark.reported
-def test_translations_cut_at_their_limit_are_counted_and_said(loaded, command, monkeypatch, capsys):
+def test_translations_cut_at_their_limit_are_counted_and_said(loaded, capsys):
     count = sum(not one.finished for (one,) in loaded.translate(SHORT, n_best=1))
     assert count
     assert f"warning: {count} translations are cut at source tokens + decode.max_extra_length = 10" in (
