@@ -79,6 +79,11 @@ def _strict():
     assert jax.config.jax_numpy_dtype_promotion == "strict"
 
 
+def slow(*values):
+    """A set of parameters that only `make test-all` tries."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def small_config(**sections):
     """A config of a tiny model, each section's fields overridden by keyword: small_config(train={"seed": 1})."""
     from transformer.config import default_config

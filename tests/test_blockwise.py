@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import slow
 from transformer import attention
 from transformer.attention import Visible
 from transformer.blockwise import blockwise_attention
@@ -34,7 +35,7 @@ def cases(queries, keys):
     }
 
 
-@pytest.mark.parametrize("lengths", [(32, 32), (27, 27), (19, 30), (5, 5)], ids=str)
+@pytest.mark.parametrize("lengths", [slow((32, 32)), slow((27, 27)), (19, 30), slow((5, 5))], ids=str)
 @pytest.mark.parametrize("kind", list(cases(1, 4)))
 def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
     queries, keys = lengths
@@ -139,6 +140,7 @@ def test_memory_grows_with_the_length_and_not_its_square():
     assert used[2] < temporaries(plain, 4096) / 4
 
 
+@pytest.mark.slow
 def test_dropout_draws_the_bits_of_the_plain_path_in_any_block():
     q, k, v, key = draw(0, 20), draw(1, 20), draw(2, 20), jax.random.key(3)
     wanted = attention.dot_product_attention(q, k, v, Visible(causal=True).mask(20, 20), 0.4, key)

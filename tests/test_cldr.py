@@ -54,6 +54,7 @@ def test_full_splits(german):
     check_splits(german)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["fr", "es"])
 def test_full_splits_of_the_others(language):
     check_splits(cldr.generate(language))

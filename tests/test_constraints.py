@@ -112,6 +112,7 @@ def test_phrases_that_fit_are_met_however_narrow_the_beam(beam_size):
         assert (np.diff(scores[found.finished_BN[sentence, : len(got)]]) <= 0).all()
 
 
+@pytest.mark.slow
 def test_no_phrases_change_nothing():
     chains = random_chains(2, 20, 8, vocab_size=9, eos_logit=1.0)
     limits = np.full(20, 8)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import slow
 from transformer import continuations
 from transformer.hypotheses import IMPOSSIBLE
 
@@ -27,7 +28,7 @@ def logits_of(kind, vocab_size):
     return jnp.asarray(logits, jnp.bfloat16 if kind == "bfloat16" else jnp.float32)
 
 
-@pytest.mark.parametrize("vocab_size", [640, 1000])
+@pytest.mark.parametrize("vocab_size", [slow(640), 1000])
 @pytest.mark.parametrize("kind", ["plain", "ties", "bad", "bfloat16"])
 @pytest.mark.parametrize("by_sentence", [False, True])
 def test_blocks_find_what_top_k_finds(kind, vocab_size, by_sentence):

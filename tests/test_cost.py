@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.conftest import small_config
+from tests.conftest import slow, small_config
 from transformer import cost, sharding, step
 from transformer.batching import Batch
 from transformer.config import ModelConfig
@@ -58,7 +58,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("shape", [(8, 6, 7), (4, 16, 9)])
+@pytest.mark.parametrize("shape", [(8, 6, 7), slow((4, 16, 9))])
 def test_the_closed_form_is_every_matrix_product_of_the_training_step(model, shape):
     config, program = traced(*shape, V, model=MODELS[model])
     assert cost.training_flops(config.model, V, *shape) == dot_flops(program.jaxpr)

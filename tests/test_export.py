@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import transformer
+from tests.conftest import slow
 from tests.test_translate import save
 from tests.test_translator import LINES, WORDS, eager
 from transformer import export, export_ctranslate2, export_jax, tokenizer
@@ -46,9 +47,9 @@ def with_model(workdir, vocabulary, **model):
 @pytest.mark.parametrize(
     "model",
     [
-        {"norm": "post"},
+        slow({"norm": "post"}),
         {"norm": "pre", "positions": "learned", "share_embeddings": False, "num_layers": 2, "num_heads": 4},
-        {"norm": "pre", "num_layers": 2, "scan_layers": True, "dtype": "bfloat16", "attention": "blockwise"},
+        slow({"norm": "pre", "num_layers": 2, "scan_layers": True, "dtype": "bfloat16", "attention": "blockwise"}),
     ],
 )
 def test_ctranslate2_gives_the_log_probabilities_of_the_model(model, vocabulary, tmp_path, needs_ctranslate2):
@@ -155,7 +156,9 @@ def test_a_model_that_came_out_otherwise_is_refused_and_leaves_nothing(form, wor
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("model", [{}, {"positions": "learned", "qkv_dim": 8, "scan_layers": True, "norm": "post"}])
+@pytest.mark.parametrize(
+    "model", [slow({}), {"positions": "learned", "qkv_dim": 8, "scan_layers": True, "norm": "post"}]
+)
 def test_the_functions_for_jax_are_those_of_the_model(model, vocabulary, tmp_path):
     pytest.importorskip("flatbuffers", reason="the export extra is not installed")
     trained = with_model(tmp_path / "run", vocabulary, **model)
@@ -163,6 +166,7 @@ def test_the_functions_for_jax_are_those_of_the_model(model, vocabulary, tmp_pat
     assert export.write(trained, tmp_path / "out", "jax")["largest_difference"] < 1e-4
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docs_runs_without_this_package(workdir, tmp_path, capsys):
     """It is run elsewhere, where `transformer` cannot be found, on other numbers of rows and other widths."""
     pytest.importorskip("flatbuffers", reason="the export extra is not installed")

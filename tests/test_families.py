@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.conftest import small_config
+from tests.conftest import slow, small_config
 from tests.test_model import SOURCE, TARGET, V, sentences
 from transformer import cost, decoding, sharding, step
 from transformer.batching import PADDING_ROW, Batch, Ragged
@@ -31,7 +31,9 @@ KINDS = {
 }
 FAST = {"schedule": "constant", "learning_rate": 3e-3, "warmup_steps": 0, "label_smoothing": 0.0}
 FAMILIES = ("recurrent", "convolutional")
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize(
+    "kind", ["additive", "convolutional", *map(slow, ("recurrent", "one recurrent layer", "wide convolutional"))]
+)
 
 
 def family_config(**fields):
@@ -232,6 +234,7 @@ def test_what_a_family_does_not_read_is_refused(family, section, fields, message
         resolve(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
     """One update on rows and stored params that eight devices share is that of one device."""
@@ -252,7 +255,7 @@ def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=2e-4), found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [slow("recurrent"), "convolutional"])
 def test_it_learns_to_copy_and_beam_search_finds_the_copy(family):
     """Five tokens in any order: what only a decoder that looks at the source can say."""
     config = family_config(family=family, emb_dim=32, dropout_rate=0.0)

@@ -120,6 +120,7 @@ def loss_and_gradients(config):
     )
 
 
+@pytest.mark.slow
 def test_a_model_that_attends_by_splash_has_the_plain_one_s_loss_and_gradients_on_a_mesh(monkeypatch):
     loss, grads = loss_and_gradients(config_of("plain"))
     called = []

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.conftest import small_config
+from tests.conftest import slow, small_config
 from tests.test_step import draw_batch
 from transformer import sharding, step
 from transformer.batching import Batch
@@ -91,7 +91,7 @@ def check(sizes):
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", FAST, ids=str)
+@pytest.mark.parametrize("sizes", [FAST[0], *map(slow, FAST[1:])], ids=str)
 def test_three_meshes_train_like_one_device(sizes):
     check(sizes)
 
@@ -127,7 +127,7 @@ def bytes_by_device(tree):
     return stored
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, slow(True)])
 def test_fsdp_stores_an_eighth_on_each_device(scan):
     """Params, both moments and the moving average, when made and after an update."""
     config = config_of((1, 8, 1, 1), {"ema_decay": 0.9}, **WIDE, scan_layers=scan, num_layers=2)

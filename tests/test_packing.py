@@ -179,6 +179,7 @@ def test_packed_loss_and_gradient_are_those_of_unpacked_rows():
     assert jnp.linalg.norm(flat - want) < 1e-5 * jnp.linalg.norm(want)
 
 
+@pytest.mark.slow
 def test_the_field_packs_the_training_step():
     """The compiled update of a packed config is that of its sentences, whatever the number of devices."""
     ids = corpus()

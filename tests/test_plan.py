@@ -87,6 +87,7 @@ def test_one_device_sends_nothing():
     assert planned("cpu:1")["collectives"] == {}
 
 
+@pytest.mark.slow
 def test_rows_divide_over_the_chips_but_only_planned_tokens_count():
     row = planned(train={"batch_tokens": 96})
     assert row["rows"] == 8  # 3 rows of 32 tokens, over 8 chips

@@ -171,6 +171,7 @@ def flags(folder, bucket, steps):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_is_kept_damaged_and_resumed_there(folder, bucket, tmp_path, quick, capsys):
     """In this process: 4 updates, then 8, against 8 at a stretch on the local disk; prepared data is shared there."""
     run = epath.Path(bucket) / "runs" / "a"

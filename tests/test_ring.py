@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import slow
 from tests.test_blockwise import B, K, cases, draw, segments
 from transformer import attention, layers, sharding
 from transformer.attention import Visible
@@ -45,7 +46,7 @@ def compare(attend, plain, q, k, v, sees, mesh):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [(32, 32), (12, 28)], ids=str)
+@pytest.mark.parametrize("lengths", [slow((32, 32)), (12, 28)], ids=str)
 @pytest.mark.parametrize("kind", list(cases(1, 4)))
 def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
     """In blocks that do not divide a device's part of the length."""

@@ -26,6 +26,7 @@ from tests.chains import (
     search_with,
     texts,
 )
+from tests.conftest import slow
 from transformer.hypotheses import IMPOSSIBLE, Coverage, Hypotheses
 
 
@@ -66,9 +67,10 @@ def plain_beam_search(
     return (ended + cut)[:beam_size]
 
 
-@pytest.mark.parametrize("symbols", [1, 2, 3, 4])
+@pytest.mark.parametrize("symbols", [1, 2, slow(3), slow(4)])
 @pytest.mark.parametrize(
-    ("form", "alpha"), [("gnmt", 0.0), ("gnmt", 0.6), ("gnmt", 1.5), ("gnmt", -0.5), ("length", 0.6), ("length", 1.0)]
+    ("form", "alpha"),
+    [("gnmt", 0.0), ("gnmt", 0.6), slow("gnmt", 1.5), slow("gnmt", -0.5), ("length", 0.6), slow("length", 1.0)],
 )
 def test_a_wide_beam_finds_what_exhaustive_search_finds(form, alpha, symbols):
     """50 chains of each number of symbols, up to 6 tokens long, and all of their hypotheses in order."""
@@ -89,7 +91,9 @@ def test_a_wide_beam_finds_what_exhaustive_search_finds(form, alpha, symbols):
         assert got[0] == max(expected, key=lambda tokens: expected[tokens])
 
 
-@pytest.mark.parametrize(("beam_size", "alpha"), [(1, 0.6), (2, 0.0), (2, 1.0), (4, 0.6), (4, 2.0), (5, -0.5)])
+@pytest.mark.parametrize(
+    ("beam_size", "alpha"), [slow(1, 0.6), slow(2, 0.0), (2, 1.0), slow(4, 0.6), (4, 2.0), slow(5, -0.5)]
+)
 def test_stopping_early_changes_nothing(beam_size, alpha):
     chains = random_chains(2, 60, 12, vocab_size=8, eos_logit=2.0)
     limits = np.random.default_rng(3).integers(1, 13, size=60)
@@ -102,7 +106,7 @@ def test_stopping_early_changes_nothing(beam_size, alpha):
         assert found.finished_BN[sentence, : len(got)].tolist() == [finished for finished, _, _ in expected]
 
 
-@pytest.mark.parametrize(("beam_size", "alpha"), [(1, 0.6), (2, 1.0), (4, 2.0)])
+@pytest.mark.parametrize(("beam_size", "alpha"), [slow(1, 0.6), (2, 1.0), slow(4, 2.0)])
 def test_with_early_stopping_a_sentence_ends_when_as_many_as_beams_have_ended(beam_size, alpha):
     chains = random_chains(2, 60, 12, vocab_size=8, eos_logit=2.0)
     step = chain_step(jnp.asarray(chains))
@@ -113,7 +117,7 @@ def test_with_early_stopping_a_sentence_ends_when_as_many_as_beams_have_ended(be
     assert (whole != plain) is (beam_size > 1)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("alpha", [slow(0.0), 1.0, slow(2.0)])
 def test_the_best_are_the_same_however_many_are_wanted_and_come_sooner(alpha):
     chains = random_chains(4, 60, 12, vocab_size=8, eos_logit=2.0)
     steps = []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.conftest import small_config
+from tests.conftest import slow, small_config
 from tests.test_model import SOURCE, TARGET, V
 from transformer.errors import UserError
 from transformer.step import Model
@@ -56,14 +56,14 @@ def written_out(dropout):
     return params, *jax.jit(jax.value_and_grad(loss_of(plain, key)))(params)
 
 
-@pytest.mark.parametrize("dropout", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("dropout", [slow(False), True])
 @pytest.mark.parametrize(
     ("scan", "remat"),
     [
-        (False, "dots"),
-        pytest.param(False, "full", marks=pytest.mark.slow),
-        (True, "none"),
-        pytest.param(True, "dots", marks=pytest.mark.slow),
+        slow(False, "dots"),
+        slow(False, "full"),
+        slow(True, "none"),
+        slow(True, "dots"),
         (True, "full"),
     ],
 )

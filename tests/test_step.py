@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.conftest import small_config
+from tests.conftest import slow, small_config
 from transformer import sharding, step
 from transformer.batching import Batch
 from transformer.compilation import CompileCounter
@@ -70,7 +70,7 @@ def test_the_loss_falls_on_one_batch_and_goes_on_falling():
     assert losses[-1] < losses[30]
 
 
-@pytest.mark.parametrize("data", [2, 4, 8])
+@pytest.mark.parametrize("data", [slow(2), slow(4), 8])
 def test_rows_over_devices_give_the_same_update(data):
     """Loss and gradients are of the global batch, whatever device has how many real tokens of it."""
     one, (metrics,) = run()
@@ -106,7 +106,7 @@ def test_uneven_rows_are_one_batch():
     assert optax.tree.norm(difference) < 1e-5 * optax.tree.norm(whole_grad)
 
 
-@pytest.mark.parametrize(("parts", "data"), [(2, 1), (4, 1), (2, 4)])
+@pytest.mark.parametrize(("parts", "data"), [slow(2, 1), slow(4, 1), (2, 4)])
 def test_parts_one_after_the_other_are_one_batch(parts, data):
     """Rows of uneven lengths, and a count of them that the parts do not divide."""
     batch = draw_batch(rows=7)
@@ -203,7 +203,7 @@ def run_with_ema(decay, num_steps=3, data=1):
     return states, state
 
 
-@pytest.mark.parametrize("decay", [0.15, 0.999])
+@pytest.mark.parametrize("decay", [0.15, slow(0.999)])
 def test_the_moving_average_is_that_of_the_params(decay):
     """Decays of 1/10, 2/11 and 3/12 in the first three updates, unless the config's is smaller."""
     states, _ = run_with_ema(decay)

@@ -123,6 +123,7 @@ def test_rows_that_were_done_before_stay_in_the_table(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "table3.json").read_text()).keys() == {"base", "a-h4"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["attention", "recurrent", "convolutional"])
 def test_what_is_done_is_read_and_what_is_not_is_trained_and_scored(family, tmp_path, monkeypatch):
     folder = tmp_path / "corpus"

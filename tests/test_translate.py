@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import transformer
-from tests.conftest import small_config
+from tests.conftest import slow, small_config
 from tests.test_translator import LINES
 from transformer import sharding, step, tokenizer, translate
 from transformer.checkpoint import Checkpoints
@@ -161,6 +161,7 @@ def test_an_ensemble_of_other_directions_is_refused(workdir, vocabulary, tmp_pat
         transformer.load(workdir, ensemble=[french])
 
 
+@pytest.mark.slow
 def test_a_member_whose_positions_do_not_reach_is_refused(workdir, vocabulary, tmp_path):
     short = save(tmp_path / "short", vocabulary, positions="learned", max_positions=80)
     model = transformer.load(workdir, ensemble=[short])
@@ -204,7 +205,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [next(iter(WAYS)), *map(slow, list(WAYS)[1:])])
 def test_neither_batch_size_nor_order_changes_a_byte(command, tmp_path, way):
     lines = [*SHORT, "", *SHORT[3:]]
     prefixes = ["red" if i % 2 == 0 and line else "" for i, line in enumerate(lines)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import small_config
+from tests.conftest import slow, small_config
 from transformer import batching, sharding, tokenizer
 from transformer.compilation import CompileCounter
 from transformer.errors import UserError
@@ -71,6 +71,7 @@ def test_order_changes_nothing_but_the_order(parts, usual):
     assert got == [usual[i] for i in order]
 
 
+@pytest.mark.slow
 def test_devices_change_nothing(parts, usual):
     translator, params = make(parts, devices=8)
     spread = translator.hypotheses(params, LINES)
@@ -186,8 +187,8 @@ def test_mbr_takes_the_sample_most_like_the_others(parts):
         assert [one.score for one in ranked] == sorted(utilities, reverse=True)
 
 
-@pytest.mark.parametrize("method", ["sample", "mbr"])
-@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("method", ["sample", slow("mbr")])
+@pytest.mark.parametrize("size", [slow(1), 7])
 def test_samples_do_not_depend_on_grouping_or_order(parts, method, size):
     translator, params = make(parts, method=method)
     usual = translator.hypotheses(params, LINES, n_best=2)
@@ -281,6 +282,7 @@ def test_nothing_can_be_asked_of_a_blank_source(parts):
         assert translator.hypotheses(params, [" "], **nothing)[0][0].text == ""
 
 
+@pytest.mark.slow
 def test_models_of_an_ensemble_decide_together(parts):
     config, vocabulary, model, params = parts
     mesh = sharding.make_mesh(config.mesh)

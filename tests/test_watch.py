@@ -80,6 +80,7 @@ def test_another_set_is_scored_too(workdir, change):
     assert found == [2]
 
 
+@pytest.mark.slow
 def test_a_run_begun_anew_is_not_taken_for_the_old_one(workdir):
     look(workdir)
     Checkpoints(workdir).record(2, {"valid/bleu": 3.0})  # the same checkpoint: training recorded its score
