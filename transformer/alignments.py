@@ -145,7 +145,7 @@ def pharaoh(links: Links) -> str:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What `recorded` reads."""
     parser.add_argument(
-        "--alignments", type=full_path, help="write word alignments there, 0-0 1-2 …, a line for each translation"
+        "--alignments", type=full_path, help="write word alignments there, 0-0 1-2 ..., a line for each translation"
     )
     parser.add_argument(
         "--attention", type=full_path, help="write the attention to the source there, an .npz of arrays"
@@ -202,8 +202,8 @@ def recorded(args: argparse.Namespace, trained: Trained) -> Iterator[Note]:
 def _open(stack: contextlib.ExitStack, path: str | None) -> BinaryIO | None:
     if not path:
         return None
-    with reported(path):
-        return stack.enter_context(growing(path))
+    stack.enter_context(reported(path))
+    return stack.enter_context(growing(path))
 
 
 def _store(archive: zipfile.ZipFile, number: int, attention: Attention, tokenizer: Tokenizer) -> None:

@@ -1,13 +1,14 @@
 """What every command shares: flags into a checked config, errors into a message and an exit code.
 
 Exit codes: 0 done, 1 a failure inside, 2 bad usage, config or input, 3 the run diverged,
-4 the workdir is held by another run or no checkpoint in it is sound, 143 / 130 saved and stopped
-on SIGTERM / SIGINT.
+4 the workdir is held by another run or no checkpoint in it is sound, 143 / 130 / 129 saved and stopped
+on SIGTERM / SIGINT / SIGHUP, 141 whoever read the results has gone, as `head` does.
 """
 
 import argparse
 import contextlib
 import difflib
+import errno
 import os
 import re
 import runpy
@@ -19,29 +20,36 @@ from collections.abc import Callable
 from ml_collections import config_dict
 
 from transformer import config as configs
-from transformer import remote, validation
+from transformer import remote, streams, validation
 from transformer.errors import StoppedError, UserError
 
 
 def run(command: Callable[[list[str]], object]) -> None:
     """Runs a command on sys.argv; errors a person can mend become one message and an exit code."""
+    streams.prepare()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training takes it, Ctrl-C ends at once and quietly
+    code: int | str | None = 0
     try:
         command(sys.argv)
-        sys.stdout.flush()
+    except SystemExit as error:  # of argparse, which has printed why
+        code = error.code
     except (Exception, StoppedError) as error:
-        sys.exit(exit_code(error))
+        code = exit_code(error)
+    try:
+        sys.stdout.flush()
+    except (OSError, UserError, StoppedError) as error:
+        streams.discard_results()
+        code = code or exit_code(error)
+    if code:
+        sys.exit(code)
 
 
 def exit_code(error: BaseException) -> int:
     """Prints an error, as one message if a person can mend it, and returns the exit code of its kind."""
     if isinstance(error, (UserError, StoppedError)):
-        complain(str(error))
+        if str(error):
+            complain(str(error))
         return error.exit_code
-    if isinstance(error, BrokenPipeError):
-        # The reader of our output went away. Python would complain once more while it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     if is_out_of_memory(error):
         advice = "lower train.batch_tokens, decode.beam_size or decode.batch_rows, or free space on the disk"
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -53,7 +61,8 @@ def exit_code(error: BaseException) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory, of devices or of the host, or the disk ran out; XLA and TensorStore have no class for this."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return is_disk or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def complain(message: str) -> None:
@@ -78,7 +87,7 @@ def config_parser(prog: str, doc: str | None, required: str = "") -> argparse.Ar
     """A parser for a command that takes a config, which `parse_with_config` reads; `doc` begins with what it does."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage=" ".join(filter(None, (prog, "--config=FILE", required, "[--config.SECTION.FIELD=VALUE …] [options]"))),
+        usage=" ".join(filter(None, (prog, "--config=FILE", required, "[--config.SECTION.FIELD=VALUE ...] [options]"))),
         description=(doc or "").split("\n")[0],
         epilog="Fields of the config are documented in transformer/config.py.",
         allow_abbrev=False,
@@ -281,6 +290,8 @@ def say(message: str) -> None:
 
 
 def _tell(message: str) -> None:
+    if sys.stderr is None:  # closed; print would take stdout instead
+        return
     # Whoever read it may be gone: Ctrl-C ends `2>&1 | tee log` too, and saving must go on.
     with contextlib.suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
+        print(streams.printable(message, sys.stderr), file=sys.stderr, flush=True)

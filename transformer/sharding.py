@@ -61,10 +61,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       devices: others instead, such as those of a topology that is not here.
 
     Raises:
-      UserError: the sizes ask for more devices than there are, or with several hosts for fewer, or would share
-        anything but the data among slices of TPUs.
+      UserError: JAX finds no device, or the sizes ask for more devices than there are, or with several hosts for
+        fewer, or would share anything but the data among slices of TPUs.
     """
-    available = jax.devices() if devices is None else list(devices)
+    available = _all_devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(available))
     count = math.prod(shape)
     if count < len(available) and jax.process_count() > 1:
@@ -76,6 +76,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         else np.array(available[:count]).reshape(shape)
     )
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _all_devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where no plugin for such devices is installed
+        reason = str(error).partition("\n")[0] or "no such devices, or no jax plugin for them"
+        raise UserError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms or ''}: expected devices of that platform, found none: {reason}; "
+            "install its driver and plugin, or set JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
 
 from etils import epath
 
-from transformer import alignments, command_line, compilation, texts, validation
+from transformer import alignments, command_line, compilation, streams, texts, validation
 from transformer.datasets import text_files
 from transformer.errors import UserError
 from transformer.trained import Trained, load_trained
@@ -177,7 +177,7 @@ def translate_stream(
 ) -> None:
     """Writes the lines that `translate` gives for each group of `size` items, as soon as it has them."""
     for group in chunks(items, size):
-        out.write("".join(f"{line}\n" for line in translate(group)).encode())
+        out.write(streams.printable("".join(f"{line}\n" for line in translate(group)), out).encode())
         out.flush()
 
 

@@ -45,9 +45,10 @@ def read_lines(path: epath.PathLike) -> Iterator[str]:
 
 def decode_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[str]:
     """The same of a stream of bytes that is open already, such as stdin; `path` is named in errors."""
-    for number, raw in enumerate(bounded_lines(stream, path), 1):
-        line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        yield without_line_end(_decoded(line, path, number))
+    with _reported(path):
+        for number, raw in enumerate(bounded_lines(stream, path), 1):
+            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            yield without_line_end(_decoded(line, path, number))
 
 
 def without_line_end(text: str) -> str:
