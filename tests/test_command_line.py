@@ -260,6 +260,26 @@ def test_mistakes_cost_one_message_and_no_jax(arguments, message, tmp_path):
     assert not os.path.exists("x")
 
 
+@pytest.mark.reported
+def test_a_platform_that_is_not_here_is_a_message(root):
+    program = (
+        "from transformer import command_line, config, sharding\n"
+        "command_line.run(lambda argv: sharding.make_mesh(config.MeshConfig()))"
+    )
+    result = run("-c", program, env={**os.environ, "JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "JAX_PLATFORMS=cuda: expected devices of that platform, found none" in result.stderr
+    assert "set JAX_PLATFORMS=cpu" in result.stderr
+
+
+@pytest.mark.reported
+def test_a_config_in_a_pipe_is_told_from_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(UserError, match=r"pipe\.py: expected a file that ends in \.py, got a folder, pipe or device"):
+        parse(f"--config={tmp_path}/pipe.py")
+
+
 def test_a_failure_inside_is_exit_code_1_with_a_traceback():
     result = run("-c", "from transformer import command_line\ncommand_line.run(lambda argv: 1 / 0)")
     assert result.returncode == 1

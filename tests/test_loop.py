@@ -272,7 +272,24 @@ def test_after_the_first_signal_any_other_ends_the_process_at_once():
     with stop_signals.noted() as stop_signal:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_signal() == signal.SIGTERM
-        assert [signal.getsignal(number) for number in stop_signals.STOP_SIGNALS] == [signal.SIG_DFL] * 2
+        assert {signal.getsignal(number) for number in stop_signals.heeded()} == {signal.SIG_DFL}
+
+
+@pytest.mark.reported
+def test_a_terminal_that_closes_is_a_stop_signal_unless_started_by_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with stop_signals.noted() as stop_signal:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop_signal() == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with stop_signals.noted() as stop_signal:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop_signal() is None
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert stop_signals.stopped_by(signal.SIGHUP, 7).exit_code == 129
 
 
 def test_another_host_is_said(data, tmp_path, monkeypatch, capsys):

@@ -56,7 +56,7 @@ def test_a_compressed_file_is_of_the_format_before_its_compression(tmp_path, ext
     assert pairs_of(tmp_path / f"a.TSV{extension}", pack(b"a\tb\n")) == [("a", "b")]
 
 
-@pytest.mark.parametrize(("content", "got"), [("a\tb\nc\n", 1), ("a\tb\nc\td\te\n", 3), ("a\tb\n\n", 1)])
+@pytest.mark.parametrize(("content", "got"), [("a\tb\nc\n", 1), ("a\tb\nc\td\te\n", 3), ("a\tb\n\nc\td\n", 1)])
 def test_tsv_lines_of_another_width_are_refused(tmp_path, content, got):
     message = refusal_of(tmp_path / "a.tsv", content)
     assert "a.tsv, line 2: expected two columns" in message
@@ -101,9 +101,33 @@ def test_jsonl_takes_the_keys_of_the_two_languages(tmp_path):
     ],
 )
 def test_jsonl_records_that_are_no_pair_are_refused(tmp_path, line, says):
-    message = refusal_of(tmp_path / "a.jsonl", f'{{"en": "a", "de": "b"}}\n{line}\n')
+    whole = '{"en": "a", "de": "b"}'
+    message = refusal_of(tmp_path / "a.jsonl", f"{whole}\n{line}\n{whole}\n")
     assert "a.jsonl, line 2: " in message
     assert says in message
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("end", ["\n", "\n\n \n", "", "\n\r\n"])
+def test_blank_last_lines_are_no_records(tmp_path, end):
+    assert pairs_of(tmp_path / "a.tsv", f"a\tb\nc\td\n{end}") == [("a", "b"), ("c", "d")]
+    assert pairs_of(tmp_path / "b.tsv", f"a\tb\tc\n{end}", "1,3") == [("a", "c")]
+    assert pairs_of(tmp_path / "a.jsonl", f'{{"en": "a", "de": "b"}}\n{end}') == [("a", "b")]
+
+
+@pytest.mark.reported
+def test_blank_lines_before_others_are_still_refused_by_number(tmp_path):
+    assert "a.tsv, line 2: expected two columns" in refusal_of(tmp_path / "a.tsv", "a\tb\n\n\nc\td\n\n")
+
+
+@pytest.mark.reported
+def test_jsonl_of_hugging_face_is_read(tmp_path):
+    content = '{"id": "0", "translation": {"en": "a", "de": "b"}}\n{"translation": {"de": "d", "en": "c", "fr": ""}}\n'
+    assert pairs_of(tmp_path / "a.jsonl", content) == [("a", "b"), ("c", "d")]
+    message = refusal_of(tmp_path / "b.jsonl", '{"translation": {"en": "a", "fr": "b"}}\n')
+    assert "b.jsonl, line 1: expected the key 'de', got 'en', 'fr'" in message
+    message = refusal_of(tmp_path / "c.jsonl", '{"translation": "a"}\n')
+    assert "c.jsonl, line 1: expected the key 'en', got 'translation'" in message
 
 
 def test_tmx_takes_the_units_with_both_languages(tmp_path):

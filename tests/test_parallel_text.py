@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import os
 import pathlib
 from typing import Any
 
@@ -52,6 +53,23 @@ def refusal_of(data):
     with pytest.raises(UserError) as error:
         parallel_text.find_splits(data)
     return str(error.value)
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("field", ["train_source", "train", "dir"])
+def test_a_pipe_is_refused_as_data_before_it_blocks(tmp_path, field):
+    write(tmp_path / "data", train__en=["a"], train__de=["b"])
+    pipe = tmp_path / "data" / {"train_source": "pipe", "train": "pipe.tsv", "dir": "val.en"}[field]
+    os.mkfifo(pipe)
+    if field == "dir":
+        write(tmp_path / "data", val__de=["b"])
+        data = config(dir=tmp_path / "data")
+    elif field == "train":
+        data = config(train=pipe)
+    else:
+        data = config(train_source=pipe, train_target=tmp_path / "data" / "train.de")
+    message = refusal_of(data)
+    assert message.startswith(f"{pipe}: expected a file, which can be read more than once, got a pipe or device")
 
 
 def build(data, data_dir):

@@ -1,6 +1,7 @@
 """The vocabulary: special ids, round trips, foreign models, and what must never happen in silence."""
 
 import io
+import os
 import pickle
 
 import numpy as np
@@ -115,6 +116,9 @@ def test_it_can_be_pickled(small):
 def test_a_missing_model_is_an_error_not_a_new_one(tmp_path):
     with pytest.raises(UserError, match="found no file"):
         tokenizer.load(tmp_path / "none.model")
+    os.mkfifo(tmp_path / "pipe.model")
+    with pytest.raises(UserError, match=r"pipe.model: expected a file, .* got a pipe or device"):
+        tokenizer.load(tmp_path / "pipe.model")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 100])

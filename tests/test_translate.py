@@ -1,6 +1,8 @@
 """The Python API and the command: one load, threads, flags, files that belong together, and lines that stream."""
 
 import io
+import multiprocessing
+import os
 import sys
 import threading
 
@@ -128,6 +130,26 @@ def test_what_cannot_be_asked_of_a_call_is_refused(loaded, sentences, options, m
         loaded.translate(sentences, **options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.reported
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
+def test_a_fork_after_loading_is_told_to_load_for_itself(loaded):
+    """In a fork JAX hangs; the message comes at once."""
+
+    def translate_in_fork(sender):
+        try:
+            sender.send(loaded.translate(SHORT[:1]))
+        except UserError as error:
+            sender.send(str(error))
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=translate_in_fork, args=(sender,), daemon=True)
+    child.start()
+    assert receiver.poll(30), "it hangs"
+    assert f"loaded in process {os.getpid()}, of which process {child.pid} is a fork" in receiver.recv()
+    child.join(30)
 
 
 def test_an_ensemble_is_loaded_from_workdirs(loaded, workdir, another, usual):

@@ -183,7 +183,9 @@ def test_unfinished_and_damaged_ones_do_not_stop_it(workdir, capsys):
     assert "checkpoint 13: its loss is nan" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.reported)]
+)
 def test_it_waits_for_more_until_a_signal(workdir, number):
     def one_more_then_stop(entry):
         if entry["step"] == 10:

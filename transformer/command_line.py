@@ -142,6 +142,8 @@ def config_flags(argv: list[str], needs_data: bool = True) -> tuple[configs.Conf
 def _load(path: str) -> config_dict.ConfigDict:
     """What the `get_config` of a config file returns."""
     file, _, name = path.partition(":")
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise UserError(f"--config={path}: expected a file that ends in .py, got a folder, pipe or device")
     if not os.path.isfile(file):
         raise UserError(f"--config={path}: no such file; the configs that come with the project are in configs/")
     try:

@@ -75,6 +75,14 @@ def _refuse_folder(path: epath.Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
+def refuse_pipe(path: epath.PathLike) -> None:
+    """Raises a UserError for a pipe, a socket or a device in place of a file that is read more than once."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # epath takes a pipe for a file
+        raise UserError(
+            f"{path}: expected a file, which can be read more than once, got a pipe or device; write it to a file first"
+        )
+
+
 def _own_output(path: epath.Path) -> int | None:
     """The number of standard output or error where the path names what it goes to, such as /dev/stdout does."""
     with contextlib.suppress(OSError):

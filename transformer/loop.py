@@ -51,7 +51,7 @@ def fit(config: Config, folder: epath.PathLike) -> None:
 
     Raises:
       UserError: of its kinds, see `errors`.
-      StoppedError: by SIGTERM or SIGINT, after saving.
+      StoppedError: by SIGTERM, SIGINT or SIGHUP, after saving.
     """
     path = epath.Path(folder)
     compilation.enable_cache()

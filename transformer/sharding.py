@@ -7,6 +7,7 @@ runs under `jax.jit` with these shardings; XLA derives what is sent from device 
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -82,10 +83,11 @@ def _all_devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter where no plugin for such devices is installed
-        reason = str(error).partition("\n")[0] or "no such devices, or no jax plugin for them"
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).partition("\n")[0] or "no such devices, or no plugin of jax for them"
         raise UserError(
-            f"JAX_PLATFORMS={jax.config.jax_platforms or ''}: expected devices of that platform, found none: {reason}; "
-            "install its driver and plugin, or set JAX_PLATFORMS=cpu"
+            f"JAX_PLATFORMS={platforms}: expected devices of that platform, found none: {reason}; install its driver "
+            "and plugin, or set JAX_PLATFORMS=cpu"
         ) from error
 
 

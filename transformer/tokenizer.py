@@ -21,7 +21,7 @@ from etils import epath
 from transformer import remote, subword_codes
 from transformer.config import TRAINED_TOKENIZERS, Config, DataConfig
 from transformer.errors import UserError
-from transformer.files import reported, write_whole
+from transformer.files import refuse_pipe, reported, write_whole
 
 PAD, BOS, EOS, UNK = range(4)
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -133,6 +133,7 @@ def load(path: epath.PathLike) -> Tokenizer:
     with reported(str(path)):
         if path.is_dir():
             path = _stored(path)
+        refuse_pipe(path)
         if not path.exists():
             raise UserError(f"{path}: expected a SentencePiece model, found no file; restore it or name another")
         model = path.read_bytes()
@@ -205,6 +206,7 @@ def _merges(data: DataConfig) -> subword_codes.Merges:
     path = epath.Path(data.tokenizer)
     where = f"config.data.tokenizer = {path}"
     with reported(where):
+        refuse_pipe(path)
         if not path.exists():
             raise UserError(f"{where}: expected codes of subword-nmt, found no file; name another")
         codes = path.read_bytes()

@@ -39,6 +39,7 @@ class LoadedModel:
             lambda decode: Translator(model, members[0].tokenizer, decode, members[0].mesh)
         )
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     @overload
     def translate(
@@ -87,8 +88,13 @@ class LoadedModel:
 
         Raises:
           UserError: what is no text, an unknown field, an impossible value, or a prefix or constraint that cannot be
-            met.
+            met; or the model was loaded before this process was forked.
         """
+        if os.getpid() != self._process:  # where the threads of JAX are missing, and locks may never open
+            raise UserError(
+                f"this model was loaded in process {self._process}, of which process {os.getpid()} is a fork, in which "
+                'JAX hangs: load it in each process, and start them with multiprocessing.get_context("spawn")'
+            )
         translator, seed = self.translator(decode)
         found = translator.hypotheses(
             self._params,

@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from transformer import files, summary
+from transformer import files, stop_signals, summary
 from transformer.checkpoint import Checkpoints, Damaged
 from transformer.command_line import say
 from transformer.config import Config
@@ -75,7 +75,7 @@ class Watch:
         """Looks for new checkpoints again and again.
 
         Raises:
-          StoppedError: by SIGTERM or SIGINT. A checkpoint under way is scored anew next time.
+          StoppedError: by SIGTERM, SIGINT or SIGHUP. A checkpoint under way is scored anew next time.
         """
         with _stop_signals(lambda: f"{self.scored:,} checkpoints scored; run again to go on"):
             if not self._checkpoints.steps():
@@ -151,12 +151,12 @@ def append(workdir: epath.PathLike, entry: Entry) -> None:
 
 @contextlib.contextmanager
 def _stop_signals(after: Callable[[], str]) -> Iterator[None]:
-    """SIGTERM and SIGINT end the block at once with a StoppedError; nothing is written by halves."""
+    """A stop signal ends the block at once with a StoppedError; nothing is written by halves."""
 
     def stop(number: int, _: object) -> None:
         raise StoppedError(number, f"stopped by {signal.Signals(number).name}; {after()}")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in stop_signals.heeded()}
     try:
         yield
     finally:

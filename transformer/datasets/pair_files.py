@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from xml.parsers import expat
 
 import polib
@@ -61,8 +61,20 @@ def parse_columns(columns: str) -> tuple[int, int] | None:
     return int(parts[0]) - 1, int(parts[1]) - 1
 
 
+def _without_blank_end(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers, counted from 1, but for those at the end that hold nothing or only spaces."""
+    blank = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip(" \r"):
+            blank += 1
+            continue
+        yield from ((before, "") for before in range(number - blank, number))
+        blank = 0
+        yield number, line
+
+
 def _read_tsv(path: epath.PathLike, columns: tuple[int, int] | None) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(text_files.read_lines(path), 1):
+    for number, line in _without_blank_end(text_files.read_lines(path)):
         cells = line.split("\t")
         if columns is None and len(cells) != 2:
             raise UserError(
@@ -79,7 +91,7 @@ def _read_tsv(path: epath.PathLike, columns: tuple[int, int] | None) -> Iterator
 
 
 def _read_jsonl(path: epath.PathLike, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(text_files.read_lines(path), 1):
+    for number, line in _without_blank_end(text_files.read_lines(path)):
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
@@ -87,6 +99,8 @@ def _read_jsonl(path: epath.PathLike, languages: tuple[str, str]) -> Iterator[tu
             raise UserError(f"{where}: not JSON ({error}); expected one object a line") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected an object with the keys {' and '.join(languages)}, got {line[:60]!r}")
+        if isinstance(nested := record.get("translation"), dict):  # as Hugging Face's data sets have it
+            record = nested
         source, target = (_json_text(record, language, where) for language in languages)
         yield source, target
 

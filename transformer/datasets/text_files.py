@@ -20,7 +20,7 @@ import zstandard
 from etils import epath
 
 from transformer.errors import UserError
-from transformer.files import sha256
+from transformer.files import refuse_pipe, sha256
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 LONGEST_LINE = 64 << 20  # bytes
@@ -102,7 +102,8 @@ def without_compression(name: str) -> str:
 
 
 def check_readable(path: epath.PathLike) -> None:
-    """Raises a UserError unless the file is there and may be read; reads none of it."""
+    """Raises a UserError unless the file is there and may be read again and again; reads none of it."""
+    refuse_pipe(epath.Path(path).expanduser())
     with _reported(path):
         epath.Path(path).expanduser().open("rb").close()
 
