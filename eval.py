@@ -7,7 +7,8 @@
 
 WHICH is latest, best, a step, or the mean of several: average:N of the newest N, best-average:N of the N with
 the best validation BLEU. Model, vocabulary and decoding settings are those saved with the checkpoint;
---decode.FIELD=VALUE sets another. DIR/report.html shows it all: scores, learning curves, sentences, attention.
+--decode.FIELD=VALUE sets another. DIR/report.html shows it all: scores, learning curves, sentences, attention;
+DIR/reports/ keeps one of each evaluation.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         versus = significance.against(*other, ours, chosen.references, data.target_language, tokenized=data.tokenized)
         say(f"\n{significance.table(versus)}\n")
         say(significance.examples(versus, chosen.sources, chosen.references, ours))
-    report.write(args.workdir, evaluation, versus)
+    report.write(args.workdir, evaluation, versus, changed)
     if hosts.is_lead():
         print(json.dumps(summary.as_json(evaluation, versus)))
 
@@ -133,7 +134,8 @@ def parse(rest: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--reference",
-        type=lambda text: ",".join(command_line.full_paths(text)),
+        type=command_line.full_paths,
+        default=[],
         help="its references; several files with commas between",
     )
     parser.add_argument(
@@ -152,7 +154,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
     args = parser.parse_args(rest)
     if bool(args.source) != bool(args.reference):
         raise UserError("--source and --reference go together")
-    read = filter(None, (args.source, args.versus, *(args.reference or "").split(",")))
+    read = filter(None, (args.source, args.versus, *args.reference))
     if args.output and os.path.realpath(args.output) in map(os.path.realpath, read):
         raise UserError(f"--output={args.output} would overwrite what is read; name another file")
     if args.source and args.split:

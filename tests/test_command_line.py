@@ -111,12 +111,27 @@ def test_every_flag_that_is_a_path_is_read_as_one(command, monkeypatch, capsys):
     args = parse([*flags.values(), *others])
     for name in flags:
         given = getattr(args, name)
-        assert (given[0] if name == "ensemble" else given) == f"/home/me/{name}"
+        assert (given[0] if name in ("ensemble", "reference") else given) == f"/home/me/{name}"
     monkeypatch.setattr(command_line.remote.importlib.util, "find_spec", lambda name: None)
     for name in set(flags) - {"output" if others else ""}:
         with pytest.raises(SystemExit, match="2"):
             parse([*{**flags, name: f"--{name}=gs://b/x"}.values(), *others])
         assert f"--{name}: gs:// needs the package gcsfs: pip install gcsfs" in capsys.readouterr().err
+
+
+@pytest.mark.reported
+def test_commas_in_paths_stay_where_only_so_there_are_files(tmp_path):
+    for name in ("a,b", "a,b.txt", "c", "d"):
+        (tmp_path / name).touch()
+    (tmp_path / "a").mkdir()
+    for names in (["a,b.txt"], ["c", "a,b", "d"], ["c", "d"], ["c", "none"]):
+        paths = [f"{tmp_path}/{name}" for name in names]
+        assert command_line.full_paths(",".join(paths)) == paths
+    args = importlib.import_module("eval").parse(
+        ["--workdir=x", f"--source={tmp_path}/c", f"--reference={tmp_path}/a,b.txt,{tmp_path}/d"]
+    )
+    assert args.reference == [f"{tmp_path}/a,b.txt", f"{tmp_path}/d"]
+    assert command_line.full_paths("gs://b/x,gs://b/y") == ["gs://b/x", "gs://b/y"]
 
 
 def test_a_link_to_what_is_read_is_no_output(tmp_path):

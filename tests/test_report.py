@@ -1,5 +1,6 @@
 """The report that a person opens: everything is in it, nothing is fetched, and a browser shows it."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -117,6 +118,27 @@ def test_an_empty_set_and_a_bare_workdir_make_a_page(evaluation, tmp_path):
     assert "empty, 0 sentences" in page
     assert 'id="attention"' not in page
     assert 'id="curves"' not in page
+
+
+@pytest.mark.reported
+def test_each_set_keeps_its_page_and_the_newest_is_on_top(evaluation, workdir, tmp_path, monkeypatch):
+    """Two sets of one file name, and one of them against another system and decoded otherwise."""
+    monkeypatch.setattr(report, "build", lambda workdir, evaluation, versus: f"page of {evaluation.chosen.digest}")
+    (tmp_path / "translations").mkdir()
+    other = dataclasses.replace(evaluation, chosen=CHOSEN._replace(references=[SOURCES]))
+    digest = other.chosen.digest
+    report.write(tmp_path, evaluation)
+    report.write(tmp_path, other)
+    versus = significance.Versus("runs/a b, checkpoint 3", [], [], [])
+    report.write(tmp_path, evaluation, versus, {"beam_size": 1})
+    kept = {path.name: path.read_text() for path in (tmp_path / "reports").iterdir()}
+    assert kept == {
+        "20.mine.html": f"page of {CHOSEN.digest}",
+        f"20.mine-{digest[:8]}.html": f"page of {digest}",
+        "20.mine.beam_size=1.versus-runs-a-b-checkpoint-3.html": f"page of {CHOSEN.digest}",
+    }
+    assert (tmp_path / "report.html").read_text() == f"page of {CHOSEN.digest}"
+    assert (workdir / "reports" / "20.mine.versus-the-other.html").read_text() == (workdir / "report.html").read_text()
 
 
 def test_a_page_that_cannot_be_written_costs_no_scores(evaluation, tmp_path, capsys):

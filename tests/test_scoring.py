@@ -1,6 +1,7 @@
 """A set is opened with all its references, a model is scored on it, and others are fit to be compared with."""
 
 import dataclasses
+import os
 import types
 
 import jax
@@ -36,7 +37,7 @@ def write(path, lines):
 def test_files_are_a_set_of_their_own_with_several_references(tmp_path):
     source = write(tmp_path / "in.en", SOURCES)
     references = [write(tmp_path / f"r{i}", [f"{line} {i}" for line in SOURCES]) for i in range(2)]
-    found = scoring.open_set(make_parts()[0].data, None, source, ",".join(references))
+    found = scoring.open_set(make_parts()[0].data, None, source, references)
     assert (found.name, found.sources) == ("in.en", SOURCES)
     assert found.references == [[f"{line} {i}" for line in SOURCES] for i in range(2)]
 
@@ -45,9 +46,9 @@ def test_missing_references_and_unequal_counts_are_refused(tmp_path):
     source, short = write(tmp_path / "in.en", SOURCES), write(tmp_path / "short", SOURCES[1:])
     data = make_parts()[0].data
     with pytest.raises(UserError, match="none: there is no such file"):
-        scoring.open_set(data, None, source, f"{tmp_path}/none")
+        scoring.open_set(data, None, source, [f"{tmp_path}/none"])
     with pytest.raises(UserError, match="3 sentences and 2 lines in reference 2"):
-        scoring.open_set(data, None, source, f"{source},{short}")
+        scoring.open_set(data, None, source, [source, short])
 
 
 def test_a_model_is_scored_and_its_translations_written(evaluation, tmp_path):
@@ -62,7 +63,30 @@ def test_a_model_is_scored_and_its_translations_written(evaluation, tmp_path):
     scoring.write_translations(evaluation, path)
     assert path == tmp_path / "translations" / "7.mine.txt"
     assert path.read_text() == "".join(f"{line}\n" for line in report.translations)
-    assert len(list(path.parent.iterdir())) == 1
+    assert {each.name for each in path.parent.iterdir()} == {path.name, scoring.SETS_FILE}
+
+
+@pytest.mark.reported
+def test_two_sets_of_one_name_have_files_of_their_own(evaluation, tmp_path):
+    """The first has the plain name, others their digest in it, whatever is evaluated in between."""
+    other = CHOSEN._replace(references=[["the", "second", "set"]])
+    third = EvaluationSet("another", *CHOSEN[1:])
+    for _ in range(2):
+        names = [scoring.translations_path(tmp_path, evaluation.trained, each).name for each in (CHOSEN, other, third)]
+        assert names == ["7.mine.txt", f"7.mine-{other.digest[:8]}.txt", "7.another.txt"]
+    (tmp_path / "translations" / scoring.SETS_FILE).write_text("[damaged")
+    assert scoring.translations_path(tmp_path, evaluation.trained, CHOSEN).name == "7.mine.txt"
+
+
+@pytest.mark.reported
+def test_a_set_may_come_from_pipes_which_are_read_once(tmp_path):
+    pipes = [os.pipe() for _ in range(2)]
+    for _, sender in pipes:
+        os.write(sender, "".join(f"{line}\n" for line in SOURCES).encode())
+        os.close(sender)
+    source, reference = (f"/dev/fd/{reader}" for reader, _ in pipes)
+    found = scoring.open_set(make_parts()[0].data, None, source, [reference])
+    assert (found.sources, found.references) == (SOURCES, [SOURCES])
 
 
 @pytest.mark.parametrize(

@@ -264,8 +264,20 @@ def full_path(text: str) -> str:
 
 
 def full_paths(text: str) -> list[str]:
-    """The argparse type of several paths, commas between."""
-    return [full_path(one) for one in text.split(",")]
+    """The argparse type of several paths, commas between; commas within one are kept where only that path exists."""
+    parts = text.split(",")
+    return [full_path(one) for one in _existing_paths(parts) or parts]
+
+
+def _existing_paths(parts: list[str]) -> list[str]:
+    """The parts, with commas put back so that each path exists, as few as possible; nothing where that fails."""
+    for count in range(1, len(parts) + 1):
+        path, rest = ",".join(parts[:count]), parts[count:]
+        if remote.is_remote(path) or os.path.exists(os.path.expanduser(path)):
+            others = _existing_paths(rest)
+            if others or not rest:
+                return [path, *others]
+    return []
 
 
 def positive_int(text: str) -> int:

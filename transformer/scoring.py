@@ -1,5 +1,6 @@
 """A model and a set of sentences → translations and all scores: what eval.py does, once or for many checkpoints."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,8 @@ from transformer.files import reported, write_whole
 from transformer.scores import Scores, check_counts, further
 from transformer.trained import Trained, load_trained
 from transformer.translator import Translator
+
+SETS_FILE = "sets.json"  # name → digest of the first set of that name
 
 
 class EvaluationSet(NamedTuple):
@@ -38,20 +41,22 @@ class EvaluationSet(NamedTuple):
         return hashlib.sha256(json.dumps([self.sources, self.references]).encode()).hexdigest()[:16]
 
 
-def open_set(data: DataConfig, split: str | None, source: str | None, reference: str | None) -> EvaluationSet:
+def open_set(
+    data: DataConfig, split: str | None, source: str | None, references: Sequence[str] | None
+) -> EvaluationSet:
     """The sentences of files, or of a split of the config's data.
 
     Args:
       split: its name; None is "test".
       source: a file of sentences, in place of a split.
-      reference: its references, several files with commas between.
+      references: the files of its references.
 
     Raises:
       UserError: there is no such split or file, or counts differ.
     """
-    if source and reference:
-        references = [list(text_files.read_lines(path)) for path in reference.split(",")]
-        chosen = EvaluationSet(epath.Path(source).name, list(text_files.read_lines(source)), references)
+    if source and references:
+        lines = [list(text_files.read_lines(path)) for path in references]
+        chosen = EvaluationSet(epath.Path(source).name, list(text_files.read_lines(source)), lines)
         check_counts(len(chosen.sources), chosen.references)
         return chosen
     try:
@@ -113,17 +118,44 @@ def write_translations(evaluation: Evaluation, path: epath.PathLike) -> None:
         write_whole(path, "".join(f"{line}\n" for line in evaluation.report.translations))
 
 
-def translations_path(
+def result_name(
     workdir: epath.PathLike, trained: Trained, chosen: EvaluationSet, fields: Mapping[str, Any] | None = None
-) -> epath.Path:
-    """WORKDIR/translations/STEP.NAME.txt.
+) -> str:
+    """STEP.SET, which names the files of an evaluation.
+
+    SET is the name of the split or file. Where the workdir has results of another set of that name, a digest of its
+    sentences is added to it.
 
     Args:
       fields: of decoding, other than the checkpoint's own; they are part of the name, so that a file is never taken
         for one decoded as the config says.
     """
-    others = "".join(f".{name}={value}" for name, value in sorted((fields or {}).items()))
-    return epath.Path(workdir) / "translations" / f"{trained.file_stem}.{chosen.name}{others}.txt"
+    name, others = chosen.name, "".join(f".{name}={value}" for name, value in sorted((fields or {}).items()))
+    if _first_of_name(workdir, chosen) != chosen.digest:
+        name += f"-{chosen.digest[:8]}"
+    return f"{trained.file_stem}.{name}{others}"
+
+
+def _first_of_name(workdir: epath.PathLike, chosen: EvaluationSet) -> str:
+    """The digest of the set that was the first of its name in this workdir; of this one, if none was."""
+    path = epath.Path(workdir) / "translations" / SETS_FILE
+    try:
+        digests = {**json.loads(path.read_text())}
+    except (OSError, ValueError, TypeError):
+        digests = {}
+    if chosen.name not in digests and hosts.is_lead():
+        # A workdir that cannot be written costs the name, as it costs the files.
+        with contextlib.suppress(UserError), reported(f"{path}"):
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, json.dumps({**digests, chosen.name: chosen.digest}, indent=1) + "\n")
+    return digests.get(chosen.name, chosen.digest)
+
+
+def translations_path(
+    workdir: epath.PathLike, trained: Trained, chosen: EvaluationSet, fields: Mapping[str, Any] | None = None
+) -> epath.Path:
+    """WORKDIR/translations/NAME.txt, with the name of `result_name`."""
+    return epath.Path(workdir) / "translations" / f"{result_name(workdir, trained, chosen, fields)}.txt"
 
 
 def translations_of_other(

@@ -76,7 +76,7 @@ def bytes_of_all_kinds(world: World, tally: Tally) -> None:
                     assert corpus.split("train")[LINE - 1][side == "de"].encode() == line
         with tally.one(f"{name}, {side}, evaluation"):
             paths = folder / "test.en", folder / "test.de"
-            read = lambda: scoring.open_set(DataConfig(), None, *map(str, paths))  # noqa: B023, E731
+            read = lambda: scoring.open_set(DataConfig(), None, str(paths[0]), [str(paths[1])])  # noqa: B023, E731
             if kind == ERROR:
                 refused(read, f"test.{side}, line {LINE}: ")
             else:
@@ -112,7 +112,7 @@ def counts_differ(world: World, tally: Tally) -> None:
             with tally.one(f"{name}, {side}, {split}"):
                 for read in (
                     lambda: open_corpus(folder),  # noqa: B023
-                    lambda: scoring.open_set(DataConfig(), None, *map(str, paths)),  # noqa: B023
+                    lambda: scoring.open_set(DataConfig(), None, str(paths[0]), [str(paths[1])]),  # noqa: B023
                 ):
                     with Heard(), pytest.raises(UserError) as error:
                         read()
@@ -130,7 +130,7 @@ def counts_differ(world: World, tally: Tally) -> None:
             if split == "train":
                 refused(lambda: open_corpus(folder), "no pairs")  # noqa: B023
             else:
-                assert scoring.open_set(DataConfig(), None, f"{folder}/test.en", f"{folder}/test.de").sources == []
+                assert scoring.open_set(DataConfig(), None, f"{folder}/test.en", [f"{folder}/test.de"]).sources == []
 
 
 LONG = "red house " * 60_000

@@ -1,4 +1,4 @@
-"""report.html in the workdir: what eval.py found, for a person to look at.
+"""reports/ and report.html in the workdir: what eval.py found, for a person to look at.
 
 One file, which loads nothing from anywhere: scores with signatures, learning curves, the comparison with
 another system, worst and best sentences, and attention to the source by layer and head.
@@ -8,7 +8,8 @@ import contextlib
 import datetime
 import html
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -23,7 +24,7 @@ from transformer.reporting.charts import Series, bar_chart, line_chart
 from transformer.reporting.report_page import Cell, page, section, sentence, table, tiles
 from transformer.run_log import METRICS_FILE
 from transformer.scores import TITLES
-from transformer.scoring import Evaluation
+from transformer.scoring import Evaluation, result_name
 from transformer.significance import LEVEL, Versus, sentence_score
 from transformer.watch import read_evaluations
 
@@ -42,15 +43,31 @@ ATTENTION_NOTE = (
 )
 
 
-def write(workdir: epath.PathLike, evaluation: Evaluation, versus: Versus | None = None) -> None:
-    """Writes the page and says where; a workdir that cannot be written costs the page, not the scores."""
-    path = epath.Path(workdir) / REPORT_FILE
+def write(
+    workdir: epath.PathLike,
+    evaluation: Evaluation,
+    versus: Versus | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the page and says where; a workdir that cannot be written costs the page, not the scores.
+
+    It is kept as reports/NAME[.versus-OTHER].html, with the name of `result_name`; report.html is the newest.
+
+    Args:
+      fields: of decoding, other than the checkpoint's own.
+    """
+    name = result_name(workdir, evaluation.trained, evaluation.chosen, fields)
+    other = re.sub(r"[^\w.-]+", "-", f".versus-{versus.name}") if versus else ""
+    path, newest = epath.Path(workdir) / "reports" / f"{name}{other}.html", epath.Path(workdir) / REPORT_FILE
     text = build(workdir, evaluation, versus)  # for which all hosts must run the model
     if not hosts.is_lead():
         return
     try:
         with reported(f"{path}"):
+            path.parent.mkdir(exist_ok=True)
             write_whole(path, text)
+        with reported(f"{newest}"):
+            write_whole(newest, text)
     except UserError as error:
         say(f"warning: no report: {error}")
         return
