@@ -9,11 +9,17 @@ Importing this package imports neither JAX nor Flax: a config is checked before 
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformer.translate import LoadedModel
+
+if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python -m transformer.NAME`
+    from transformer import commands
+
+    commands.refuse_others(sys.orig_argv)
 
 
 def load(
