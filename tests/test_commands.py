@@ -5,8 +5,6 @@ import sys
 
 import pytest
 
-from transformer import commands
-
 
 def run(root, *arguments):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, cwd=root)
@@ -40,11 +38,15 @@ def test_the_package_lists_its_commands(root):
 
 
 def test_every_command_that_is_listed_may_run():
+    from transformer import commands
+
     for name in commands.descriptions():
         commands.refuse_others(["python", *name.split(), "--workdir=x"])
 
 
 def test_other_packages_may_import_this_one_while_they_are_run():
+    from transformer import commands
+
     for argv in (["python", "-m", "other.module", "transformer.step"], ["python", "-m", "transformer"], ["python"]):
         commands.refuse_others(argv)
     with pytest.raises(SystemExit, match="2"):

@@ -61,6 +61,7 @@ def test_a_pipe_is_refused_as_data_before_it_blocks(tmp_path, field):
     write(tmp_path / "data", train__en=["a"], train__de=["b"])
     pipe = tmp_path / "data" / {"train_source": "pipe", "train": "pipe.tsv", "dir": "val.en"}[field]
     os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR)  # so that opening it does not wait for one
     if field == "dir":
         write(tmp_path / "data", val__de=["b"])
         data = config(dir=tmp_path / "data")
@@ -69,6 +70,7 @@ def test_a_pipe_is_refused_as_data_before_it_blocks(tmp_path, field):
     else:
         data = config(train_source=pipe, train_target=tmp_path / "data" / "train.de")
     message = refusal_of(data)
+    os.close(writer)
     assert message.startswith(f"{pipe}: expected a file, which can be read more than once, got a pipe or device")
 
 

@@ -78,7 +78,6 @@ def test_two_sets_of_one_name_have_files_of_their_own(evaluation, tmp_path):
     assert scoring.translations_path(tmp_path, evaluation.trained, CHOSEN).name == "7.mine.txt"
 
 
-@pytest.mark.reported
 def test_a_set_may_come_from_pipes_which_are_read_once(tmp_path):
     pipes = [os.pipe() for _ in range(2)]
     for _, sender in pipes:

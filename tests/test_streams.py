@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from transformer import command_line, streams, translate
+from transformer import command_line, translate
 
 PROGRAM = """
 import sys
@@ -109,7 +109,6 @@ def test_a_library_without_stderr_is_silent(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.reported
 def test_every_command_keeps_these_promises(root):
     """Each runs by `command_line.run`, in which they are kept."""
     paths = [*root.glob("*.py"), *root.glob("transformer/**/*.py"), *root.glob("benchmarks/*.py")]
@@ -156,6 +155,8 @@ def test_control_characters_of_data_are_escaped_on_a_terminal(monkeypatch):
 
 
 def test_the_streams_of_a_caller_are_left_to_it(capsys):
+    from transformer import streams
+
     streams.prepare()
     print("a result")
     assert capsys.readouterr().out == "a result\n"
