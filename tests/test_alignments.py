@@ -1,6 +1,7 @@
 """Alignments of words, read off attention whose right answer is known, and the files they go to."""
 
 import argparse
+import contextlib
 import types
 
 import jax
@@ -194,3 +195,9 @@ def test_alignments_of_a_model_of_two_layers_are_right():
     found = Aligner(model, vocabulary, 2, config.decode, mesh).align(state.params, sources, targets)
     right = sum(len(set(ours) & set(theirs)) for ours, theirs in zip(found, wanted, strict=True))
     assert right >= 0.95 * sum(map(len, wanted))
+
+
+@pytest.mark.reported
+def test_alignments_that_cannot_be_written_are_a_message():
+    with pytest.raises(UserError, match="/dev/full: No space left on device"), contextlib.ExitStack() as stack:
+        alignments._open(stack, "/dev/full").write(b"0-0\n")

@@ -167,6 +167,14 @@ def test_want_of_memory_is_a_message_with_advice():
     assert "lower train.batch_tokens, decode.beam_size" in result.stderr
 
 
+@pytest.mark.reported
+def test_a_full_disk_is_one_too(capsys):
+    with pytest.raises(OSError, match="No space left on device") as error, open("/dev/full", "wb", buffering=0) as full:
+        full.write(b"x")
+    assert command_line.exit_code(error.value) == 2
+    assert "out of memory or disk: [Errno 28] No space left on device; " in capsys.readouterr().err
+
+
 def test_want_of_the_host_s_memory_is_one_too(capsys):
     assert command_line.exit_code(MemoryError()) == 2
     assert "out of memory or disk: MemoryError; lower train.batch_tokens" in capsys.readouterr().err
