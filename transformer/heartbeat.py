@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformer import command_line
+from transformer.errors import StoppedError
 
 GRACE = 3.0  # seconds for a host to find out by itself what another failed of
 LINGER = 10.0  # seconds at most that host 0 stays, so that the others can read why it ends
@@ -126,7 +127,7 @@ class Heartbeat:
         while time.monotonic() < deadline and not self._told():
             time.sleep(0.1)
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(Exception, StoppedError):
                 stream.flush()
         os._exit(code)
 
