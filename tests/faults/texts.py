@@ -315,7 +315,7 @@ def command_and_api(world: World, folder: pathlib.Path, tally: Tally) -> None:
         files[name].write_bytes("".join(line + end for line in LINES).encode())
     for source, reference in (("crlf", "lf"), ("lf", "crlf"), ("crlf", "crlf")):
         with tally.one(f"evaluation, source {source}, reference {reference}"):
-            found = scoring.open_set(DataConfig(), None, str(files[source]), str(files[reference]))
+            found = scoring.open_set(DataConfig(), None, str(files[source]), [str(files[reference])])
             assert found.sources == found.references[0] == LINES
     with tally.one("translations to compare with"):
         chosen = scoring.EvaluationSet("set", LINES, [LINES])
