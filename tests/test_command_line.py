@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import sys
 import numpy as np
 import pytest
 
+from tests import commands
 from transformer import command_line
-from transformer.errors import UserError
+from transformer.errors import DivergedError, StoppedError, UserError, WorkdirError
 
 DEMO = "--config=configs/demo.py"
 
@@ -150,21 +152,23 @@ def test_a_config_may_be_at_home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [["train.py", DEMO], ["eval.py"], ["-m", "transformer.translate"]])
 def test_an_empty_workdir_is_refused(command):
-    result = run(*command, "--workdir=")
-    assert result.returncode == 2
-    assert "got an empty name" in result.stderr
+    assert b"got an empty name" in commands.run(*command, "--workdir=", code=2).stderr
 
 
-def test_want_of_memory_is_a_message_with_advice():
-    program = (
-        "from transformer import command_line\n"
-        "def f(argv): raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\\nmore')\n"
-        "command_line.run(f)"
-    )
-    result = run("-c", program)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert "lower train.batch_tokens, decode.beam_size" in result.stderr
+def failing(error):
+    """A command that raises it."""
+
+    def command(argv):
+        raise error
+
+    return command
+
+
+def test_want_of_memory_is_a_message_with_advice(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command_line.run(failing(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "lower train.batch_tokens, decode.beam_size" in line
 
 
 @pytest.mark.reported
@@ -248,39 +252,56 @@ def run(*command, **options):
 
 
 NO_JAX = """
-import sys
+import contextlib, io, json, os, runpy, sys
+
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("jax", "flax", "optax", "orbax"):
             raise AssertionError(f"{name} was imported")
+
 sys.meta_path.insert(0, Refuse())
-sys.argv = sys.argv[1:]
-import runpy
-runpy.run_path(sys.argv[0], run_name="__main__")
+for sys.argv in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, said.getvalue(), os.path.exists("x")]))
 """
+MISTAKES = [
+    (["train.py"], "expected one --config=FILE"),
+    (["train.py", DEMO, "--workdir=x", "--config.train.seed=-1"], "config.train.seed: expected at least 0, got -1"),
+    (["train.py", DEMO, "--workdir=x", "--config.model.num_heads=3"], "num_heads = 3 does not divide"),
+    (["train.py", DEMO, "--workdir=x", "--config.data.name=no_such_set"], "no_such_set"),
+    (["train.py", DEMO], "--workdir"),
+    (["train.py", DEMO, "--workdir=x", "--wrokdir=y"], "--wrokdir"),
+    (["train.py", DEMO, "--workdir=x", "--config.data.tokenizer=no.model"], "no.model: expected a SentencePiece"),
+    (["eval.py"], "--workdir"),
+    (["eval.py", "--workdir=x", "--source=a"], "--source and --reference go together"),
+    (["eval.py", "--workdir=x", "--decode.bean_size=3"], "unknown field 'bean_size'; did you mean 'beam_size'"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train.py"], "expected one --config=FILE"),
-        (["train.py", DEMO, "--workdir=x", "--config.train.seed=-1"], "config.train.seed: expected at least 0, got -1"),
-        (["train.py", DEMO, "--workdir=x", "--config.model.num_heads=3"], "num_heads = 3 does not divide"),
-        (["train.py", DEMO, "--workdir=x", "--config.data.name=no_such_set"], "no_such_set"),
-        (["train.py", DEMO], "--workdir"),
-        (["train.py", DEMO, "--workdir=x", "--wrokdir=y"], "--wrokdir"),
-        (["train.py", DEMO, "--workdir=x", "--config.data.tokenizer=no.model"], "no.model: expected a SentencePiece"),
-        (["eval.py"], "--workdir"),
-        (["eval.py", "--workdir=x", "--source=a"], "--source and --reference go together"),
-        (["eval.py", "--workdir=x", "--decode.bean_size=3"], "unknown field 'bean_size'; did you mean 'beam_size'"),
-    ],
-)
-def test_mistakes_cost_one_message_and_no_jax(arguments, message, tmp_path):
-    result = run("-c", NO_JAX, *arguments)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not os.path.exists("x")
+@pytest.fixture(scope="module")
+def mistakes(root):
+    """What became of each of MISTAKES, all made in one process that cannot import JAX."""
+    arguments = json.dumps([argv for argv, _ in MISTAKES])
+    # Set, so that training does not start itself anew.
+    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    result = run("-c", NO_JAX, arguments, cwd=root, env=environment)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=lambda i: " ".join(MISTAKES[i][0]))
+def test_mistakes_cost_one_message_and_no_jax(mistakes, number):
+    code, said, wrote = mistakes[number]
+    assert code == 2, said
+    assert MISTAKES[number][1] in said
+    assert "Traceback" not in said
+    assert not wrote
 
 
 @pytest.mark.reported
@@ -303,24 +324,21 @@ def test_a_config_in_a_pipe_is_told_from_none(tmp_path):
         parse(f"--config={tmp_path}/pipe.py")
 
 
-def test_a_failure_inside_is_exit_code_1_with_a_traceback():
-    result = run("-c", "from transformer import command_line\ncommand_line.run(lambda argv: 1 / 0)")
-    assert result.returncode == 1
-    assert "ZeroDivisionError" in result.stderr
+def test_a_failure_inside_is_exit_code_1_with_a_traceback(capsys):
+    with pytest.raises(SystemExit, match="1"):
+        command_line.run(lambda argv: 1 / 0)
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [("UserError('no')", 2), ("DivergedError('no')", 3), ("WorkdirError('no')", 4), ("StoppedError(15, 'no')", 143)],
+    [(UserError("no"), 2), (DivergedError("no"), 3), (WorkdirError("no"), 4), (StoppedError(15, "no"), 143)],
 )
-def test_exit_codes_are_those_documented(error, code):
-    program = (
-        "from transformer.errors import *\nfrom transformer import command_line\n"
-        f"def f(argv): raise {error}\ncommand_line.run(f)"
-    )
-    result = run("-c", program)
-    assert result.returncode == code
-    assert result.stderr.strip().endswith(": no")
+def test_exit_codes_are_those_documented(error, code, capsys):
+    with pytest.raises(SystemExit) as end:
+        command_line.run(failing(error))
+    assert end.value.code == code
+    assert capsys.readouterr().err.strip().endswith(": no")
 
 
 def test_a_reader_that_goes_away_is_no_traceback():
@@ -332,9 +350,7 @@ def test_a_reader_that_goes_away_is_no_traceback():
 
 @pytest.mark.parametrize("command", [["train.py"], ["eval.py"], ["-m", "transformer.translate"]])
 def test_help_is_to_be_had(command):
-    result = run(*command, "--help")
-    assert result.returncode == 0
-    assert "--workdir" in result.stdout
+    assert b"--workdir" in commands.run(*command, "--help").stdout
 
 
 def test_help_of_a_command_that_takes_a_config_needs_none(capsys):
