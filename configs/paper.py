@@ -79,7 +79,6 @@ def get_config(name: str = "base") -> config_dict.ConfigDict:
     config.data.target_language = "de"
     config.data.vocab_size = 37_000
     config.decode.max_source_tokens = 256
-    config.model.max_positions = 512  # of learned ones alone
     config.train.num_steps = 100_000
     config.train.batch_tokens = 25_000
     config.train.checkpoint_every_steps = 1500
@@ -87,4 +86,6 @@ def get_config(name: str = "base") -> config_dict.ConfigDict:
     for field, value in ROWS[name].fields.items():
         section, _, key = field.partition(".")
         config[section][key] = value
+    if config.model.positions == "learned":
+        config.model.max_positions = 512
     return config

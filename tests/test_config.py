@@ -114,7 +114,7 @@ IMPOSSIBLE = [
     (r"source_language: expected a language code", {"data": {"source_language": "../en"}}),
     (r"source_language: expected a language code", {"data": {"source_language": ""}}),
     (r"tokenizer: expected bpe, unigram or the path", {"data": {"tokenizer": "wordpiece"}}),
-    (r"train_source: read only with data\.name = 'text'", {"data": {"train_source": "a"}}),
+    (r"train_source = a: read only with name = text, got name = cldr", {"data": {"train_source": "a"}}),
     (r"set exactly one of dir.*got none", {"data": {"name": "text"}}),
     (r"set exactly one of dir.*got dir, train", {"data": {"name": "text", "dir": "x", "train": "y.tsv"}}),
     (r"train_source and train_target go together", {"data": {"name": "text", "train_source": "x"}}),
@@ -123,7 +123,7 @@ IMPOSSIBLE = [
         {"data": {"name": "text", "train": "x.tsv", "valid_target": "y"}},
     ),
     (r"batch_tokens: expected room for one sentence", {"train": {"batch_tokens": 100}}),
-    (r"adam has none", {"optimizer": {"weight_decay": 0.1}}),
+    (r"weight_decay = 0.1: read only with name = adamw, got name = adam", {"optimizer": {"weight_decay": 0.1}}),
     (r"warmup_steps: the paper schedule needs at least 1", {"optimizer": {"warmup_steps": 0}}),
     (
         r"warmup_steps: the cosine schedule falls .* to 0 at train\.num_steps = 100: expected fewer steps, got 100",

@@ -42,7 +42,8 @@ def test_the_names_count_what_the_paper_counts():
 
 
 def test_base_is_the_default_and_every_row_differs_from_it():
-    assert config_of("base").model == dataclasses.replace(Config().model, max_positions=512)
+    assert config_of("base").model == Config().model
+    assert config_of("e-learned").model == dataclasses.replace(Config().model, positions="learned", max_positions=512)
     resolved = {name: config_of(name) for name in ROWS}
     assert len({config.to_json() for config in resolved.values()}) == len(ROWS) == 20
     assert resolved["big"].train.num_steps == 300_000

@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests import wmt_archives
+from transformer import validation
 from transformer.config import DataConfig
 from transformer.datasets import corpus, pair_shards, prepared
 from transformer.errors import UserError
@@ -231,8 +232,8 @@ def test_a_manual_folder_that_is_not_there_or_not_asked_for_is_refused(tmp_path,
     data = dataclasses.replace(filled("wmt_t2t_translate/de-en"), manual_dir=str(tmp_path / "none"))
     with pytest.raises(UserError, match="none: there is no such folder"):
         corpus.open_corpus(data)
-    with pytest.raises(UserError, match=r"manual_dir: read only with .*wmt14_translate"):
-        corpus.check(dataclasses.replace(data, name="cldr", target_language="de"))
+    with pytest.raises(UserError, match=r"manual_dir = .*: read only with name = wmt14_translate or wmt_t2t_translate"):
+        validation.resolve({"data": {"name": "cldr", "manual_dir": str(tmp_path)}})
 
 
 def test_other_languages_are_refused(filled):

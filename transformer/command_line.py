@@ -123,6 +123,7 @@ def config_flags(argv: list[str], needs_data: bool = True) -> tuple[configs.Conf
 
     The order of the flags does not matter. FILE may end in :NAME, which its `get_config` then receives. JAX
     is not imported, unless the config file does. Without `needs_data` the config may leave open where its text is.
+    A flag that selects, such as --config.model.family, leaves out what the file sets for other choices, and says so.
 
     Raises:
       UserError: no such file, an error inside it, an unknown field, or a value that cannot be.
@@ -136,7 +137,12 @@ def config_flags(argv: list[str], needs_data: bool = True) -> tuple[configs.Conf
     with config.ignore_type():  # validation says what a field takes: 1 may be overridden by 0.5
         for section, field, value in overrides:
             config[section][field] = value
-    return validation.resolve(config, needs_data), rest
+    names = {f"{section}.{field}" for section, field, _ in overrides}
+    checked, left_out = validation.without_unread(validation.typed(config), names)
+    validation.check(checked, needs_data, given=names)
+    if left_out:
+        say(f"left out of {given[0]}, as nothing reads it with the flags given: {', '.join(left_out)}")
+    return checked, rest
 
 
 def _load(path: str) -> config_dict.ConfigDict:

@@ -256,6 +256,7 @@ class Config:
 
 TEXT_PATHS = ("dir", "train_source", "train_target", "valid_source", "valid_target", "train", "valid")
 PATHS = (*TEXT_PATHS, "data_dir", "manual_dir")
+WMT_NAMES = ("wmt14_translate", "wmt_t2t_translate")  # the sets of TFDS whose archives are fetched here
 TRAINED_TOKENIZERS = ("bpe", "unigram")  # any other value is a path
 FOLLOW_EMB_DIM = ("qkv_dim", "value_dim")
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}

@@ -7,10 +7,11 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
@@ -18,17 +19,87 @@ from transformer import device_limits
 from transformer.config import (
     FOLLOW_EMB_DIM,
     SECTIONS,
-    TEXT_PATHS,
     TINY,
     TRAINED_TOKENIZERS,
+    WMT_NAMES,
     Config,
     DataConfig,
-    TrainConfig,
 )
 from transformer.errors import UserError
 
 ENDING = ("cosine", "linear")  # schedules that reach 0 at train.num_steps
-Readers = dict[str, tuple[str, ...]]  # field → the values of another field with which it is read
+
+
+class Reader(NamedTuple):
+    """A condition under which a field is read: another field, the selector, has one of these values.
+
+    Attributes:
+      selector: such as model.family.
+      values: none given: any but 0 and the empty text.
+    """
+
+    selector: str
+    values: tuple = ()
+
+    def reads(self, config: Config) -> bool:
+        """Whether it holds."""
+        value = value_of(config, self.selector)
+        if self.selector == "data.name":
+            value = re.split("[/:]", value)[0]  # without the config and version of a TFDS set
+        return value in self.values if self.values else bool(value)
+
+
+def _unset(*selectors: str) -> tuple[Reader, ...]:
+    return tuple(Reader(selector, ("",)) for selector in selectors)
+
+
+ATTENTION_ALONE = Reader("model.family", ("attention",))
+OWN_TEXT = Reader("data.name", ("text",))
+DECODE_SAMPLES = Reader("decode.method", ("sample", "mbr"))
+READERS: dict[str, tuple[Reader, ...]] = {  # all conditions must hold; other fields are read in any case
+    **{
+        f"model.{name}": (ATTENTION_ALONE,)
+        for name in "num_heads mlp_dim norm mlp_dropout_rate attention qkv_init_gain qkv_dim value_dim".split()
+    },
+    "model.attention_dropout_rate": (
+        ATTENTION_ALONE,
+        Reader("model.attention", ("auto", "plain", "blockwise", "ring")),
+    ),
+    **{
+        f"model.{name}": (Reader("model.family", ("attention", "convolutional")),)
+        for name in ("positions", "remat", "scan_layers")
+    },
+    "model.max_positions": (
+        Reader("model.family", ("attention", "convolutional")),
+        Reader("model.positions", ("learned",)),
+    ),
+    "model.attention_score": (Reader("model.family", ("recurrent", "convolutional")),),
+    "model.kernel_width": (Reader("model.family", ("convolutional",)),),
+    "mesh.tensor": (ATTENTION_ALONE,),
+    "mesh.sequence": (ATTENTION_ALONE, Reader("model.attention", ("auto", "plain", "blockwise", "ring"))),
+    "data.columns": (OWN_TEXT,),
+    "data.dir": (OWN_TEXT, *_unset("data.train_source", "data.train")),
+    "data.train": (OWN_TEXT, *_unset("data.dir", "data.train_source")),
+    "data.valid": (OWN_TEXT, *_unset("data.dir", "data.valid_source")),
+    **{f"data.train_{side}": (OWN_TEXT, *_unset("data.dir", "data.train")) for side in ("source", "target")},
+    **{f"data.valid_{side}": (OWN_TEXT, *_unset("data.dir", "data.valid")) for side in ("source", "target")},
+    "data.manual_dir": (Reader("data.name", WMT_NAMES),),
+    "data.tokenizer": _unset("train.init_from"),
+    "data.num_buckets": (Reader("data.batching", ("bucket",)),),
+    "optimizer.weight_decay": (Reader("optimizer.name", ("adamw",)),),
+    "train.max_skipped_updates": (Reader("train.spike_factor"),),
+    "train.init_checkpoint": (Reader("train.init_from"),),
+    **{
+        f"decode.{name}": (Reader("decode.method", ("beam",)),)
+        for name in ("beam_size", "coverage_penalty", "early_stopping")
+    },
+    **{
+        f"decode.{name}": (Reader("decode.method", ("beam", "sample")),)
+        for name in ("length_penalty", "length_penalty_form")
+    },
+    **{f"decode.{name}": (DECODE_SAMPLES,) for name in ("temperature", "top_k", "top_p", "seed")},
+    "decode.mbr_samples": (Reader("decode.method", ("mbr",)),),
+}
 
 
 def resolve(values: Any, needs_data: bool = True, is_new: bool = True) -> Config:
@@ -36,11 +107,23 @@ def resolve(values: Any, needs_data: bool = True, is_new: bool = True) -> Config
 
     Args:
       needs_data: it must name its text.
-      is_new: what only a config that a run begins with is refused for; those that runs have kept must stay readable.
+      is_new: also refuses what only a config that a run begins with is refused for; those that runs have kept must
+        stay readable.
 
     Raises:
-      UserError: an unknown section or field, a wrong type, a value out of bounds, or fields that
-        cannot go together; the message names the field, what was expected and what was got.
+      UserError: as `typed` and `check`.
+    """
+    config = typed(values)
+    check(config, needs_data, is_new)
+    return config
+
+
+def typed(values: Any) -> Config:
+    """A ConfigDict or nested mapping as frozen dataclasses; whether its fields go together is not checked.
+
+    Raises:
+      UserError: an unknown section or field, a wrong type, or a value out of bounds; the message names the field,
+        what was expected and what was got.
     """
     values = sections(values)
     resolved = {}
@@ -51,11 +134,86 @@ def resolve(values: Any, needs_data: bool = True, is_new: bool = True) -> Config
         fields = {field.name: field for field in dataclasses.fields(section)}
         refuse_unknown(f"config.{name}", given, list(fields))
         resolved[name] = section(**{key: _checked(f"config.{name}.{key}", fields[key], v) for key, v in given.items()})
-    config = Config(**resolved)
-    _check_together(config, needs_data)
+    return Config(**resolved)
+
+
+def check(config: Config, needs_data: bool = True, is_new: bool = True, given: Collection[str] = ()) -> None:
+    """Raises a UserError of fields that cannot go together, or that nothing reads.
+
+    Args:
+      needs_data, is_new: as `resolve`.
+      given: fields set on a command line or in a call, such as model.family; they must be read, whatever their value.
+    """
+    _check_data(config.data, needs_data)
+    for name, reader in unread(config).items():
+        if name in given or (is_new and value_of(config, name) != default_of(config, name)):
+            raise UserError(_why_unread(config, name, reader))
+    _check_together(config)
     if is_new:
-        _check_new(config)
-    return config
+        _check_schedule(config)
+
+
+def unread(config: Config) -> dict[str, Reader]:
+    """The fields that nothing reads in such a config, each with the condition that does not hold."""
+    found = {}
+    for name, readers in READERS.items():
+        failed = [reader for reader in readers if not reader.reads(config)]
+        if failed:
+            found[name] = failed[0]
+    return found
+
+
+def without_unread(config: Config, given: Collection[str]) -> tuple[Config, list[str]]:
+    """The config with its defaults for fields that are no longer read, now that their selectors were given.
+
+    A field that is itself given stays, and so does one whose selectors were not given: `check` refuses both.
+
+    Args:
+      given: as `check`.
+
+    Returns:
+      the config, and 'section.field = value' of each field that had another value than its default.
+    """
+    left_out, before = [], config
+    for name in unread(before):
+        selectors = {reader.selector for reader in READERS[name] if not reader.reads(before)}
+        value, default = value_of(before, name), default_of(before, name)
+        if name not in given and selectors & set(given) and value != default:
+            left_out.append(f"{name} = {value}")
+            config = with_value(config, name, default)
+    return config, left_out
+
+
+def value_of(config: Config, name: str) -> Any:
+    """The value of section.field."""
+    section, field = name.split(".")
+    return getattr(getattr(config, section), field)
+
+
+def with_value(config: Config, name: str, value: Any) -> Config:
+    """The config with another value of section.field."""
+    section, field = name.split(".")
+    changed = dataclasses.replace(getattr(config, section), **{field: value})
+    return dataclasses.replace(config, **{section: changed})
+
+
+def default_of(config: Config, name: str) -> Any:
+    """The default of section.field, which may follow another field."""
+    section, field = name.split(".")
+    return config.model.emb_dim if field in FOLLOW_EMB_DIM else getattr(SECTIONS[section], field)
+
+
+def _why_unread(config: Config, name: str, reader: Reader) -> str:
+    section, field = name.split(".")
+    selector = reader.selector.removeprefix(f"{section}.")
+    wanted = f"with {selector} = {' or '.join(map(str, reader.values))}" if reader.values else f"with {selector}"
+    if reader.values == ("",):
+        wanted = f"without {selector}"
+    return (
+        f"config.{name} = {value_of(config, name)}: read only {wanted}, got {selector} = "
+        f"{value_of(config, reader.selector)}; leave {field} out (default: {default_of(config, name)}), or change the "
+        f"{selector}"
+    )
 
 
 def sections(values: Any) -> dict[str, dict]:
@@ -109,7 +267,7 @@ def _checked(where: str, field: dataclasses.Field, value: Any) -> Any:
     return value
 
 
-def _check_together(config: Config, needs_data: bool) -> None:
+def _check_together(config: Config) -> None:
     model, data, optimizer, train, decode = config.model, config.data, config.optimizer, config.train, config.decode
     for name, width in (("qkv_dim", model.qkv_dim), ("value_dim", model.value_dim)):
         if model.family == "attention" and width % model.num_heads:
@@ -123,7 +281,8 @@ def _check_together(config: Config, needs_data: bool) -> None:
             f"config.model.max_positions: learned positions must cover the longest sequence, {longest} = max(data."
             f"max_length, decode.max_source_tokens + decode.max_extra_length), got {model.max_positions}"
         )
-    _check_family(config)
+    if model.family == "convolutional" and model.kernel_width % 2 == 0:
+        raise UserError(f"config.model.kernel_width: expected an odd number, got {model.kernel_width}")
     if train.batch_tokens < data.max_length:
         raise UserError(
             f"config.train.batch_tokens: expected room for one sentence of data.max_length = {data.max_length} tokens, "
@@ -133,29 +292,12 @@ def _check_together(config: Config, needs_data: bool) -> None:
         raise UserError(
             f"config.train.spike_factor: expected 0 for none, or above 1, such as 2, got {train.spike_factor}"
         )
-    if not train.spike_factor and train.max_skipped_updates != TrainConfig.max_skipped_updates:
-        raise UserError(
-            f"config.train.max_skipped_updates = {train.max_skipped_updates}: read only with spike_factor; set that "
-            f"too, or leave it at {TrainConfig.max_skipped_updates}"
-        )
-    if not train.init_from and train.init_checkpoint != TrainConfig.init_checkpoint:
-        raise UserError("config.train.init_checkpoint: read only with init_from; set that too, or leave it at latest")
-    if train.init_from and data.tokenizer not in TRAINED_TOKENIZERS:
-        raise UserError(
-            f"config.data.tokenizer = {data.tokenizer}: with train.init_from the vocabulary is that of the other run; "
-            "leave it at bpe"
-        )
-    if optimizer.name == "adam" and optimizer.weight_decay:
-        raise UserError(
-            "config.optimizer.weight_decay: adam has none; set optimizer.name to adamw, or weight_decay to 0"
-        )
     if optimizer.schedule in ("paper", "inverse_sqrt") and not optimizer.warmup_steps:
         raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")
     device_limits.check(config)
-    _check_data(data, needs_data)
 
 
-def _check_new(config: Config) -> None:
+def _check_schedule(config: Config) -> None:
     """What would train, and not as it was meant."""
     optimizer, steps = config.optimizer, config.train.num_steps
     if optimizer.schedule in ENDING and optimizer.warmup_steps >= steps:
@@ -163,38 +305,6 @@ def _check_new(config: Config) -> None:
             f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule falls from its peak to 0 at "
             f"train.num_steps = {steps}: expected fewer steps, got {optimizer.warmup_steps}; change either"
         )
-    _refuse_unread("data", config.data, "batching", {"num_buckets": ("bucket",)})
-    _refuse_unread("decode", config.decode, "method", DECODE_READERS)
-
-
-def _check_family(config: Config) -> None:
-    """Fields that the family does not read must be left alone, as must meshes that it cannot be split over."""
-    model = config.model
-    others, recurrent = ("attention", "convolutional"), ("recurrent", "convolutional")
-    only_attention = "num_heads mlp_dim norm attention_dropout_rate mlp_dropout_rate attention qkv_init_gain".split()
-    readers: Readers = {
-        **dict.fromkeys((*only_attention, *FOLLOW_EMB_DIM), ("attention",)),
-        **dict.fromkeys(("positions", "max_positions", "remat", "scan_layers"), others),
-        "attention_score": recurrent,
-        "kernel_width": ("convolutional",),
-    }
-    _refuse_unread("model", model, "family", readers, dict.fromkeys(FOLLOW_EMB_DIM, model.emb_dim))
-    if model.family == "convolutional" and model.kernel_width % 2 == 0:
-        raise UserError(f"config.model.kernel_width: expected an odd number, got {model.kernel_width}")
-    for name, parts in (("mesh.tensor", config.mesh.tensor), ("mesh.sequence", config.mesh.sequence)):
-        if model.family != "attention" and parts != 1:
-            raise UserError(
-                f"config.{name} = {parts}: splits the attention family alone, got family = {model.family}; set it to 1 "
-                "and use mesh.data or mesh.fsdp"
-            )
-
-
-DECODE_READERS: Readers = {  # by decode.method; all other fields are read with any
-    **dict.fromkeys(("beam_size", "coverage_penalty", "early_stopping"), ("beam",)),
-    **dict.fromkeys(("length_penalty", "length_penalty_form"), ("beam", "sample")),
-    **dict.fromkeys(("temperature", "top_k", "top_p", "seed"), ("sample", "mbr")),
-    "mbr_samples": ("mbr",),
-}
 
 
 def with_decode(config: Config, fields: dict[str, Any]) -> Config:
@@ -204,25 +314,10 @@ def with_decode(config: Config, fields: dict[str, Any]) -> Config:
       UserError: as `resolve`, and of a field that the method does not read, whatever its value.
     """
     values = dataclasses.asdict(config)
-    method = fields.get("method", config.decode.method)
-    own = {name: value for name, value in values["decode"].items() if method in DECODE_READERS.get(name, (method,))}
-    changed = resolve({**values, "decode": {**own, **fields}}, is_new=False)
-    _refuse_unread("decode", changed.decode, "method", DECODE_READERS, given=fields)
+    given = {f"decode.{name}" for name in fields}
+    changed, _ = without_unread(typed({**values, "decode": {**values["decode"], **fields}}), given | {"decode.method"})
+    check(changed, is_new=False, given=given)
     return changed
-
-
-def _refuse_unread(
-    where: str, section: Any, switch: str, readers: Readers, defaults: Any = None, given: Iterable[str] = ()
-) -> None:
-    """Fields that are read with other values of `switch` alone must be at their defaults, and not given at all."""
-    chosen = getattr(section, switch)
-    for name, values in readers.items():
-        value, default = getattr(section, name), (defaults or {}).get(name, getattr(type(section), name))
-        if chosen not in values and (name in given or value != default):
-            raise UserError(
-                f"config.{where}.{name} = {value}: read only with {switch} = {' or '.join(values)}, got {switch} = "
-                f"{chosen}; leave {name} out (default: {default}), or change the {switch}"
-            )
 
 
 def _check_data(data: DataConfig, needs_data: bool) -> None:
@@ -237,10 +332,7 @@ def _check_data(data: DataConfig, needs_data: bool) -> None:
             "config.data.tokenizer: expected bpe, unigram or the path of a .model, .codes or .json file, got "
             f"{data.tokenizer!r}"
         )
-    given = [name for name in (*TEXT_PATHS, "columns") if getattr(data, name)]
     if data.name != "text":
-        if given:
-            raise UserError(f"config.data.{given[0]}: read only with data.name = 'text', got data.name = {data.name!r}")
         return
     ways = [name for name in ("dir", "train_source", "train") if getattr(data, name)]
     if len(ways) > 1 or (needs_data and not ways):

@@ -13,7 +13,7 @@ from transformer.command_line import complain, say
 from transformer.config import Config
 from transformer.errors import UserError, WorkdirError
 from transformer.files import reported, write_whole
-from transformer.validation import ENDING
+from transformer.validation import ENDING, unread
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
@@ -88,7 +88,12 @@ def config_changes(workdir: epath.Path, old: Config, config: Config) -> list[str
       UserError: others than harmless ones; every field of them is named.
     """
     changes = configs.differences(old, config)
-    serious = [change for change in changes if not _harmless(change, config)]
+    never_read = unread(old).keys() & unread(config).keys()
+    serious = [
+        change
+        for change in changes
+        if not _harmless(change, config) and f"{change.section}.{change.field}" not in never_read
+    ]
     if serious:
         raise UserError(
             f"{workdir}: holds a run with another config: {'; '.join(map(str, serious))}. Resume it with its own "

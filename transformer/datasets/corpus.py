@@ -21,7 +21,7 @@ from etils import epath
 
 from transformer import remote
 from transformer.command_line import say
-from transformer.config import PATHS, TRAINED_TOKENIZERS, DataConfig
+from transformer.config import PATHS, TRAINED_TOKENIZERS, WMT_NAMES, DataConfig
 from transformer.datasets import contents, parallel_text, prepared, wmt
 from transformer.datasets.split import Split
 from transformer.errors import UserError
@@ -97,8 +97,6 @@ def check(data: DataConfig) -> None:
             raise UserError(f"config.data.{field}: {reason}")
     if reason := remote.missing(os.environ.get("TFDS_DATA_DIR", "")):
         raise UserError(f"TFDS_DATA_DIR: {reason}")
-    if data.manual_dir and _base(data) not in wmt.NAMES:
-        raise UserError(f"config.data.manual_dir: read only with {' and '.join(wmt.NAMES)}; got name = {data.name!r}")
     if data.name == "text":
         parallel_text.find_splits(data)
         return
@@ -113,7 +111,7 @@ def check(data: DataConfig) -> None:
             f"expected source_language = {data.source_language!r} and target_language = {data.target_language!r} in it"
             f"{configs}"
         )
-    built_in = type(builder).__module__.startswith("tensorflow_datasets.") and builder.name not in wmt.NAMES
+    built_in = type(builder).__module__.startswith("tensorflow_datasets.") and builder.name not in WMT_NAMES
     if built_in and not prepared.is_prepared(builder) and not importlib.util.find_spec("tensorflow"):
         raise UserError(
             f"{builder.info.full_name} is not prepared in {builder.data_path}, and TFDS prepares it with TensorFlow, "
@@ -132,11 +130,11 @@ def open_corpus(data: DataConfig) -> Corpus:
     make: Callable[[], Any] = functools.partial(_tfds_builder, data)
     if data.name == "text":
         make = functools.partial(parallel_text.ParallelText, parallel_text.find_splits(data), folder)
-    elif name in wmt.NAMES:
+    elif name in WMT_NAMES:
         make = functools.partial(wmt.Wmt, _tfds_builder(data), folder, data.manual_dir)
-    own = name in ("text", "cldr", *wmt.NAMES)
+    own = name in ("text", "cldr", *WMT_NAMES)
     # TFDS splits the archives of WMT at LF alone, and its records are left as it makes them.
-    keeps_cr = name in wmt.NAMES
+    keeps_cr = name in WMT_NAMES
     return Corpus(prepared.prepare(make, own=own), (data.source_language, data.target_language), keeps_cr)
 
 

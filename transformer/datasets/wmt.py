@@ -21,8 +21,6 @@ from transformer.datasets.archives import Archive, Found, Store
 from transformer.datasets.pair_shards import Pair, PairShards
 from transformer.errors import UserError
 
-NAMES = ("wmt14_translate", "wmt_t2t_translate")
-
 
 @dataclasses.dataclass(frozen=True)
 class Part:
