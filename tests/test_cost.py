@@ -1,10 +1,12 @@
 """The closed form against the program that the devices run, and the sums of a run."""
 
+import itertools
 import math
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.conftest import slow, small_config
 from transformer import cost, sharding, step
@@ -62,6 +64,27 @@ MODELS = {
 def test_the_closed_form_is_every_matrix_product_of_the_training_step(model, shape):
     config, program = traced(*shape, V, model=MODELS[model])
     assert cost.training_flops(config.model, V, *shape) == dot_flops(program.jaxpr)
+
+
+SIZES = {  # the fields of each family that change its products
+    "attention": {"num_layers": (1, 2), "qkv_dim": (8, 16), "value_dim": (16, 24), "mlp_dim": (20, 32)},
+    "recurrent": {"num_layers": (1, 3), "emb_dim": (10, 16), "attention_score": ("dot", "additive")},
+    "convolutional": {"num_layers": (1, 2), "kernel_width": (3, 5), "attention_score": ("dot", "additive")},
+}
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("family", SIZES)
+def test_the_closed_form_is_every_product_for_every_combination_of_sizes(family):
+    unread = {} if family == "attention" else {"num_heads": 8, "mlp_dim": 2048}
+    ids = [jax.ShapeDtypeStruct((4, width), np.int32) for width in (6, 9)]
+    for values in itertools.product(*SIZES[family].values()):
+        sizes = dict(zip(SIZES[family], values, strict=True))
+        config = small_config(model={**unread, "family": family, **sizes}).model
+        model = step.Model(config, V)
+        params = nnx.to_pure_dict(model.abstract_params)
+        program = jax.make_jaxpr(lambda params, *ids, model=model: model.bind(params)(*ids))(params, *ids)
+        assert cost.forward_flops(config, V, 4, 6, 9) == dot_flops(program.jaxpr), sizes
 
 
 @pytest.mark.parametrize("parts", [2, 4])
