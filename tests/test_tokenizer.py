@@ -167,3 +167,80 @@ def test_words_are_what_spaces_separate():
         assert words[:-1] == sorted(words[:-1])
         for number, word in enumerate(wanted):
             assert trained.decode([i for i, n in zip(ids, words, strict=True) if n == number]) == word
+
+
+@pytest.mark.reported
+def test_a_line_over_sentencepiece_s_usual_limit_is_trained_on(capsys):
+    """A document a line, which alone has these words."""
+    long = "Привет мир " * 400
+    assert len(long.encode()) > 4192
+    assert "▁Привет" in tokenizer.train([*LINES, long, long], 310, "bpe").pieces(range(310))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.reported
+def test_lines_that_are_left_out_are_counted(capsys):
+    long = "Привет мир " * 4000
+    trained = tokenizer.train([*LINES, long, long], 300, "bpe")
+    assert "▁Привет" not in trained.pieces(range(300))
+    assert "warning: 2 of 14 lines of training text have over 65,536 bytes: left out" in capsys.readouterr().err
+
+
+@pytest.mark.reported
+def test_a_line_with_the_character_that_sentencepiece_reserves_is_trained_on():
+    trained = tokenizer.train([*LINES, *["Привет ▅ Привет"] * 4], 310, "bpe")
+    assert "▁Привет" in trained.pieces(range(310))
+    assert trained.decode(trained.encode(["a ▅ b"])[0]) == "a ▅ b"
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("lines", [[], ["", "  "], ["слово " * 20_000]])
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_what_cannot_be_trained_on_says_why(lines, model_type):
+    with pytest.raises(UserError, match=rf"expected training text, got {len(lines)} lines, none of them with text"):
+        tokenizer.train(lines, 300, model_type)
+
+
+@pytest.mark.reported
+def test_an_alphabet_is_counted_all_over_the_text(monkeypatch):
+    """WMT14 is sorted by corpus: its first lines are no sample of it."""
+    monkeypatch.setattr(tokenizer, "COUNTED_LINES", 10)
+    lines = [*["ab"] * 45, *["cd"] * 45, "xy"]
+    counted = tokenizer._survey(lines).characters
+    assert counted == tokenizer._survey(lines).characters
+    assert (counted["a"], counted["c"], counted["x"]) == (5, 5, 0)
+    assert tokenizer._survey(lines[40:50]).characters == {"a": 5, "b": 5, "c": 5, "d": 5}
+
+
+@pytest.mark.reported
+def test_an_alphabet_that_only_late_lines_show_still_fits(monkeypatch):
+    """Were the first lines all that is looked at, each of the 60 rarer characters would have to be a piece."""
+    monkeypatch.setattr(tokenizer, "COUNTED_LINES", 200)
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(list("abcdefgh"), 80)) for _ in range(400)]
+    rarer = [chr(0x5E00 + i) for i in range(60)]
+    late = [" ".join([line, *rng.choice(rarer, 3)]) for line in lines[200:]]
+    assert tokenizer.train(lines[:200] + late, 300, "bpe").vocab_size == 300
+
+
+@pytest.mark.reported
+def test_a_vocabulary_of_few_short_lines_is_byte_for_byte_what_it_was(small):
+    before = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES),
+        model_writer=before,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        pad_id=PAD,
+        bos_id=BOS,
+        eos_id=EOS,
+        unk_id=UNK,
+        input_sentence_size=2_000_000,
+        shuffle_input_sentence=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    assert small.digest == tokenizer.Tokenizer(before.getvalue()).digest

@@ -164,8 +164,14 @@ class Sentences:
     def __init__(self, split: Split):
         self._split = split
 
+    def __len__(self) -> int:
+        return 2 * len(self._split)
+
     def __iter__(self) -> Iterator[str]:
         return itertools.chain.from_iterable(self._split)
+
+    def __contains__(self, line: object) -> bool:
+        return any(line == other for other in self)
 
 
 def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokenizer: Tokenizer) -> TokenIds:

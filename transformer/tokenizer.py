@@ -8,17 +8,17 @@ import collections
 import dataclasses
 import hashlib
 import io
-import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
 from etils import epath
 
 from transformer import remote, subword_codes
+from transformer.command_line import say
 from transformer.config import TRAINED_TOKENIZERS, Config, DataConfig
 from transformer.errors import UserError
 from transformer.files import refuse_pipe, reported, write_whole
@@ -28,11 +28,16 @@ SPACE = "\u2581"  # how SentencePiece writes a space
 FILE_NAME = "sentencepiece.model"
 CODES_FILE_NAME = "subword_nmt.json"
 FILE_NAMES = (FILE_NAME, CODES_FILE_NAME)
-RECIPE = 1  # goes up whenever `train` comes to make another model of the same lines
+RECIPE = 2  # goes up whenever `train` comes to make another model of the same lines
 NUM_FIXED = 4 + 256  # special ids and bytes
 OPTION_HINT = "Increase vocab_size or decrease character_coverage with --character_coverage option."
 LEAST_COVERAGE = 0.98  # SentencePiece takes no less
 COUNTED_LINES = 200_000  # enough to know an alphabet by
+SAMPLED_LINES = 2_000_000
+# SentencePiece leaves longer lines out, in bytes. Its usual limit is kept where it leaves out none, as the model file
+# holds it and would differ.
+USUAL_LINE, LONGEST_LINE = 4192, 65_536
+RESERVED = "\u2585"  # SentencePiece leaves out lines with it
 
 
 class Tokenizer:
@@ -191,7 +196,7 @@ def recipe(data: DataConfig) -> str:
     return f"{data.tokenizer}-{data.vocab_size}-{RECIPE}"
 
 
-def make(data: DataConfig, lines: Iterable[str]) -> Tokenizer:
+def make(data: DataConfig, lines: Collection[str]) -> Tokenizer:
     """The vocabulary of training text: trained on it, or what the codes that the config names make of it.
 
     Raises:
@@ -226,7 +231,7 @@ def of_size(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:
     return tokenizer
 
 
-def train(lines: Iterable[str], vocab_size: int, model_type: str) -> Tokenizer:
+def train(lines: Collection[str], vocab_size: int, model_type: str) -> Tokenizer:
     """Trains a model of `vocab_size` pieces, bytes as fallback for what it has not seen.
 
     Text is taken as it is, without Unicode normalisation, so that decoding gives back what was
@@ -236,42 +241,84 @@ def train(lines: Iterable[str], vocab_size: int, model_type: str) -> Tokenizer:
       lines: sentences of both languages of the training split; gone through twice.
       vocab_size: pieces, the four special ids and the 256 bytes included.
       model_type: bpe or unigram.
+
+    Raises:
+      UserError: there is too little text, or too much of an alphabet, for such a vocabulary.
     """
-    model = io.BytesIO()
+    survey, model = _survey(lines), io.BytesIO()
+    if survey.left_out:
+        say(
+            f"warning: {survey.left_out:,} of {len(lines):,} lines of training text have over {LONGEST_LINE:,} bytes: "
+            "left out of the text that the vocabulary is trained on"
+        )
+    if len(lines) > SAMPLED_LINES:
+        say(f"the vocabulary is trained on {SAMPLED_LINES:,} of {len(lines):,} lines, drawn at random")
+    if not survey.has_text:
+        raise UserError(
+            f"config.data: cannot train a vocabulary: expected training text, got {len(lines):,} lines, none of them "
+            f"with text and at most {LONGEST_LINE:,} bytes; check the files"
+        )
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=(line.replace(RESERVED, " ") for line in lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
             byte_fallback=True,
-            character_coverage=_coverage(lines, vocab_size),
+            character_coverage=_coverage(survey.characters, vocab_size),
+            max_sentence_length=USUAL_LINE if survey.longest <= USUAL_LINE else LONGEST_LINE,
             normalization_rule_name="identity",
             pad_id=PAD,
             bos_id=BOS,
             eos_id=EOS,
             unk_id=UNK,
-            input_sentence_size=2_000_000,
+            input_sentence_size=SAMPLED_LINES,
             shuffle_input_sentence=True,
             num_threads=1,
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).split("] ")[-1].replace(OPTION_HINT, "Raise data.vocab_size.")
+        reason = str(error).split("] ")[-1].replace(OPTION_HINT, "Raise data.vocab_size.") or str(error)
         raise UserError(
             f"config.data.vocab_size = {vocab_size}: cannot train a {model_type} vocabulary on this data: {reason}"
         ) from error
     return Tokenizer(model.getvalue())
 
 
-def _coverage(lines: Iterable[str], vocab_size: int) -> float:
+class _Survey(NamedTuple):
+    """What lines a vocabulary is to be trained on.
+
+    Attributes:
+      longest: bytes of the longest line.
+      left_out: how many are too long.
+      has_text: whether any other line is not blank.
+      characters: how often each occurs in COUNTED_LINES lines, evenly spread, or in all if there are fewer.
+    """
+
+    longest: int
+    left_out: int
+    has_text: bool
+    characters: collections.Counter[str]
+
+
+def _survey(lines: Collection[str]) -> _Survey:
+    count, longest, left_out, has_text = len(lines), 0, 0, False
+    characters: collections.Counter[str] = collections.Counter()
+    for number, line in enumerate(lines):
+        size = len(line) if line.isascii() else len(line.encode())
+        longest = max(longest, size)
+        left_out += size > LONGEST_LINE
+        has_text = has_text or (size <= LONGEST_LINE and not line.isspace() and line != "")
+        if count <= COUNTED_LINES or number * COUNTED_LINES % count < COUNTED_LINES:
+            characters.update(line)
+    return _Survey(longest, left_out, has_text, characters)
+
+
+def _coverage(counts: collections.Counter[str], vocab_size: int) -> float:
     """The share of text whose characters get pieces of their own: all of it, if they fill under 3/4 of the vocabulary.
 
     Else rare ones are spelled in bytes, so that scripts of thousands of characters fit too.
     """
-    counts: collections.Counter[str] = collections.Counter()
-    for line in itertools.islice(lines, COUNTED_LINES):
-        counts.update(line)
     room = max(3 * (vocab_size - NUM_FIXED) // 4, 1)
     if len(counts) <= room:
         return 1.0
