@@ -34,8 +34,8 @@ OPTION_HINT = "Increase vocab_size or decrease character_coverage with --charact
 LEAST_COVERAGE = 0.98  # SentencePiece takes no less
 COUNTED_LINES = 200_000  # enough to know an alphabet by
 SAMPLED_LINES = 2_000_000
-# SentencePiece leaves longer lines out, in bytes. Its usual limit is kept where it leaves out none, as the model file
-# holds it and would differ.
+# SentencePiece leaves longer lines out, in bytes. Its usual limit stays unset where it leaves out none: the model file
+# would differ.
 USUAL_LINE, LONGEST_LINE = 4192, 65_536
 RESERVED = "\u2585"  # SentencePiece leaves out lines with it
 
@@ -258,6 +258,7 @@ def train(lines: Collection[str], vocab_size: int, model_type: str) -> Tokenizer
             f"config.data: cannot train a vocabulary: expected training text, got {len(lines):,} lines, none of them "
             f"with text and at most {LONGEST_LINE:,} bytes; check the files"
         )
+    longer = {"max_sentence_length": LONGEST_LINE} if survey.longest > USUAL_LINE else {}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line.replace(RESERVED, " ") for line in lines),
@@ -266,7 +267,6 @@ def train(lines: Collection[str], vocab_size: int, model_type: str) -> Tokenizer
             model_type=model_type,
             byte_fallback=True,
             character_coverage=_coverage(survey.characters, vocab_size),
-            max_sentence_length=USUAL_LINE if survey.longest <= USUAL_LINE else LONGEST_LINE,
             normalization_rule_name="identity",
             pad_id=PAD,
             bos_id=BOS,
@@ -276,6 +276,7 @@ def train(lines: Collection[str], vocab_size: int, model_type: str) -> Tokenizer
             shuffle_input_sentence=True,
             num_threads=1,
             minloglevel=2,
+            **longer,
         )
     except (RuntimeError, OSError) as error:
         reason = str(error).split("] ")[-1].replace(OPTION_HINT, "Raise data.vocab_size.") or str(error)
