@@ -6,7 +6,7 @@
     python eval.py --workdir=DIR --watch
 
 WHICH is latest, best, a step, or the mean of several: average:N of the newest N, best-average:N of the N with
-the best validation BLEU. Model, vocabulary and decoding settings are those saved with the checkpoint;
+the best validation scores. Model, vocabulary and decoding settings are those saved with the checkpoint;
 --decode.FIELD=VALUE sets another. DIR/report.html shows it all: scores, learning curves, sentences, attention;
 DIR/reports/ keeps one of each evaluation.
 """
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
 def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Once, of one checkpoint, decoding as its config says but for these fields."""
-    from transformer import agreement, scoring, significance, summary, validation
+    from transformer import agreement, bleu_tokenizer, scoring, significance, summary, validation
     from transformer.reporting import report
     from transformer.trained import load_trained
 
@@ -77,7 +77,8 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     versus = None
     if other:
         ours = evaluation.report.translations
-        versus = significance.against(*other, ours, chosen.references, data.target_language, tokenized=data.tokenized)
+        tokenizer = bleu_tokenizer.choose(data, chosen.references[0]).name
+        versus = significance.against(*other, ours, chosen.references, tokenizer)
         say(f"\n{significance.table(versus)}\n")
         say(significance.examples(versus, chosen.sources, chosen.references, ours))
     report.write(args.workdir, evaluation, versus, changed)

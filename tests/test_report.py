@@ -47,7 +47,7 @@ def workdir(evaluation, tmp_path_factory):
         watch.append(workdir, {"step": step, "name": "mine", "bleu": bleu, "loss": 2.5})
     theirs = [*CHOSEN.references[0][:9], *evaluation.report.translations[9:]]
     versus = significance.against(
-        "the other", theirs, evaluation.report.translations, CHOSEN.references, "de", samples=50
+        "the other", theirs, evaluation.report.translations, CHOSEN.references, samples=50
     )
     report.write(workdir, evaluation, versus)
     return workdir

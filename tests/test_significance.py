@@ -25,10 +25,10 @@ GOOD, FAIR, POOR = noisy(0.1, 1), noisy(0.1, 2), noisy(0.6, 3)
 
 
 def test_a_clear_difference_is_significant_and_a_small_one_is_not():
-    for each in significance.compare(GOOD, POOR, [REFERENCES], "en", samples=200):
+    for each in significance.compare(GOOD, POOR, [REFERENCES], "13a", samples=200):
         assert each.is_significant
         assert (each.difference < 0) == (each.metric == "ter")
-    (bleu,) = significance.compare(GOOD, FAIR, [REFERENCES], "en", ["bleu"])
+    (bleu,) = significance.compare(GOOD, FAIR, [REFERENCES], "13a", ["bleu"])
     assert "bs:1000|" in bleu.signatures[0]
     assert "ar:10000|" in bleu.signatures[1]
     assert not bleu.is_significant
@@ -36,7 +36,7 @@ def test_a_clear_difference_is_significant_and_a_small_one_is_not():
 
 def test_equal_systems_differ_by_nothing_but_chance():
     """Where no sample differs by more than nothing, sacreBLEU counts none, and its p is the least there is."""
-    for each in significance.compare(GOOD, list(GOOD), [REFERENCES], "en", samples=100):
+    for each in significance.compare(GOOD, list(GOOD), [REFERENCES], "13a", samples=100):
         assert (each.difference, each.bootstrap_p, each.randomization_p) == (0.0, 1.0, 1.0)
         assert not each.is_significant
 
@@ -50,18 +50,18 @@ def test_numbers_are_those_of_the_sacrebleu_command(tmp_path, flag, field):
     result = subprocess.run(
         [*command, f"{flag}-n", "200"], capture_output=True, text=True, check=True, env={"NO_COLOR": "1"}
     )
-    (chrf,) = significance.compare(GOOD, FAIR, [REFERENCES], "en", ["chrf"], samples=200)
+    (chrf,) = significance.compare(GOOD, FAIR, [REFERENCES], "13a", ["chrf"], samples=200)
     (p,) = re.findall(r"p = (\d\.\d+)", result.stdout)
     assert getattr(chrf, field) == pytest.approx(float(p), abs=5e-5)
 
 
 def test_unequal_counts_and_none_are_errors():
     with pytest.raises(UserError, match="got 60 and 59"):
-        significance.compare(GOOD, POOR[1:], [REFERENCES], "en")
+        significance.compare(GOOD, POOR[1:], [REFERENCES], "13a")
     with pytest.raises(UserError, match="60 sentences and 59 lines in reference 1"):
-        significance.compare(GOOD, POOR, [REFERENCES[1:]], "en")
+        significance.compare(GOOD, POOR, [REFERENCES[1:]], "13a")
     with pytest.raises(UserError, match="no sentences to compare"):
-        significance.compare([], [], [[]], "en")
+        significance.compare([], [], [[]], "13a")
 
 
 def test_the_sentences_that_differ_most_come_first_and_last():
@@ -81,7 +81,7 @@ def test_two_blank_lines_agree():
 
 
 def test_it_is_told_to_people_and_to_machines():
-    versus = significance.against("other", POOR, GOOD, [REFERENCES], "en", samples=200)
+    versus = significance.against("other", POOR, GOOD, [REFERENCES], "13a", samples=200)
     text = significance.table(versus)
     assert "against other" in text
     assert text.count("   significant") == 3

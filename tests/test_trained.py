@@ -99,7 +99,7 @@ def test_if_the_one_with_a_score_is_damaged_the_newest_sound_is_taken(parts, tmp
 
 def test_best_needs_a_score(parts, tmp_path):
     save(tmp_path, parts, 5)
-    with pytest.raises(UserError, match="no checkpoint has a validation BLEU"):
+    with pytest.raises(UserError, match="no checkpoint has a validation score"):
         select(tmp_path, "best")
 
 
@@ -135,7 +135,7 @@ def test_scores_of_another_search_are_not_compared(parts, tmp_path):
             assert select(tmp_path, "best") == [1]
         checkpoints.record(done, {checkpoint.SCORE: bleu})
         assert select(tmp_path, "best") == [best]
-    with pytest.raises(UserError, match="with a validation BLEU, found 3 of 4"):
+    with pytest.raises(UserError, match="with a validation score, found 3 of 4"):
         select(tmp_path, "best-average:4")
     checkpoints.prune(1, 1)
     assert checkpoints.steps() == [3, 4]
@@ -239,7 +239,7 @@ def test_too_few_to_average_are_counted(workdir):
     flip(workdir / "checkpoints" / "9" / "config.json")
     with pytest.raises(UserError, match=r"expected 2 sound checkpoints to average, found 1 of 2"):
         select(workdir, "average:2")
-    with pytest.raises(UserError, match=r"with a validation BLEU, found 1 of 2; .*train\.keep_best"):
+    with pytest.raises(UserError, match=r"with a validation score, found 1 of 2; .*train\.keep_best"):
         select(workdir, "best-average:2")
 
 

@@ -10,7 +10,7 @@ sound one is taken instead. Nothing found in it is ever executed.
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from transformer import fingerprint, hosts, remote, validation
+from transformer import best_metric, fingerprint, hosts, remote, validation
 from transformer import tokenizer as tokenizers
 from transformer.command_line import say
 from transformer.config import Config, DecodeConfig
@@ -28,7 +28,7 @@ from transformer.manifest import MANIFEST, Digests, Manifest, Metrics, files_bel
 from transformer.step import Model, Params, TrainState, abstract_params, abstract_state
 from transformer.tokenizer import Tokenizer
 
-SCORE = "valid/bleu"  # the metric that makes a checkpoint the best
+SCORE = "valid/bleu"  # recorded with every checkpoint that was validated
 UNFINISHED = (".partial", ".removed")
 DAMAGED = "manifest.damaged.json"  # in object storage: the manifest of one that was put aside
 
@@ -165,18 +165,23 @@ class Checkpoints:
 
         Scores of different searches are different figures: those with another `decode` than the newest are left out.
         """
-        scores = {step: self.metrics(step).get(SCORE) for step in steps}
-        searches = {step: self._search(step) for step in sorted(steps, reverse=True) if scores[step] is not None}
-        newest = next((search for search in searches.values() if search is not None), None)
-        alike = [step for step, search in searches.items() if search in (newest, None)]
-        return sorted(alike, key=lambda step: (scores[step], step))
+        metrics = {step: self.metrics(step) for step in sorted(steps, reverse=True)}
+        kinds = {step: self._kind(step) for step in metrics if SCORE in metrics[step]}
+        newest = next((kind for kind in kinds.values() if kind is not None), None)
+        metric = newest.metric if newest else "bleu"
+        merits = {
+            step: merit
+            for step, kind in kinds.items()
+            if kind in (newest, None) and (merit := best_metric.merit(metric, metrics[step])) is not None
+        }
+        return sorted(merits, key=lambda step: (merits[step], step))
 
-    def _search(self, step: int) -> DecodeConfig | None:
-        """How the translations were found that a checkpoint's score is of; None if its config is not as written."""
+    def _kind(self, step: int) -> "ScoreKind | None":
+        """What a checkpoint's score is; None if its config is not as written."""
         with contextlib.suppress(OSError, KeyError, Damaged, UserError):
             written = self.manifest(step).files["config.json"][1]
             if sha256(self.folder / str(step) / "config.json") == written:
-                return searched(self.config(step))
+                return score_kind(self.config(step))
         return None
 
     def metrics(self, step: int) -> Metrics:
@@ -253,9 +258,19 @@ class Checkpoints:
         return tokenizers.load(self.folder / str(step) / "tokenizer")
 
 
-def searched(config: Config) -> DecodeConfig:
-    """How a config searches for translations: what no translation depends on is left at its default."""
-    return dataclasses.replace(config.decode, batch_rows=DecodeConfig.batch_rows)
+class ScoreKind(NamedTuple):
+    """What must be alike for scores to be compared: the metric, and how the translations are searched for."""
+
+    metric: str
+    search: DecodeConfig
+
+
+def score_kind(config: Config) -> ScoreKind:
+    """Of a config; what no score depends on is left at its default."""
+    metric = best_metric.of(config)
+    if metric == "loss":
+        return ScoreKind(metric, DecodeConfig())
+    return ScoreKind(metric, dataclasses.replace(config.decode, batch_rows=DecodeConfig.batch_rows))
 
 
 def _save_arrays(folder: epath.Path, state: TrainState, then: Callable[[epath.Path], None]) -> None:

@@ -118,6 +118,12 @@ class DataConfig:
         "the text is lowercased words and punctuation with spaces between, as some published sets are: BLEU is then "
         "that of sacrebleu -tok none -lc -s none, comparable with theirs and not with that of raw text",
     )
+    bleu_tokenizer: str = _field(
+        "auto",
+        "sacreBLEU's tokenizer for BLEU; auto: zh or char for scripts without spaces, by the code of the target "
+        "language or else by the letters of the references, and 13a for all others",
+        one_of=("auto", "13a", "intl", "zh", "char", "none"),
+    )
     max_length: int = _field(256, "training drops pairs with a side of more tokens, end included", low=2, high=65536)
     batching: str = _field(
         "bucket",
@@ -163,11 +169,17 @@ class TrainConfig:
     log_every_steps: int = _field(50, "steps between lines of metrics", low=1)
     eval_every_steps: int = _field(2_000, "steps between validations: loss and BLEU", low=1)
     checkpoint_every_steps: int = _field(1_000, "steps between checkpoints", low=1)
+    best_metric: str = _field(
+        "auto",
+        "which validation figure makes a checkpoint the best; auto: bleu, or chrf where most validation references "
+        "have under four tokens, decided when the run begins and kept in its config.json",
+        one_of=("auto", "bleu", "chrf", "loss"),
+    )
     early_stopping_patience: int = _field(
-        0, "validations without a better BLEU before the run ends; 0: none does", low=0
+        0, "validations without a better best_metric before the run ends; 0: none does", low=0
     )
     keep_last: int = _field(5, "newest checkpoints to keep", low=1)
-    keep_best: int = _field(1, "checkpoints of the best validation BLEU to keep besides", low=0)
+    keep_best: int = _field(1, "checkpoints of the best best_metric to keep besides", low=0)
     ema_decay: float = _field(
         0.0,
         "keeps a moving average of the params, which validation, eval and translate then use in their place (but "

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from transformer import sharding
+from transformer import bleu_tokenizer, sharding
 from transformer.batching import Ragged, assemble, eval_plan, only_rows
 from transformer.command_line import say
 from transformer.config import Config
@@ -86,8 +86,8 @@ class Evaluator:
         loss = self.held_out_loss(params, sources, references[0])
         translations = self.translator.translate(params, sources, progress)
         self.translator.say_counts()
-        data = self._config.data
-        found = score(translations, references, metrics, data.target_language, data.tokenized)
+        tokenizer = bleu_tokenizer.choose(self._config.data, references[0]).name
+        found = score(translations, references, metrics, tokenizer)
         return Report(len(sources), loss, found, translations, time.perf_counter() - start)
 
     def held_out_loss(self, params: Params, sources: Sequence[str], targets: Sequence[str]) -> HeldOutLoss:

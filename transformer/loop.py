@@ -17,6 +17,8 @@ from etils import epath
 
 from transformer import (
     agreement,
+    best_metric,
+    bleu_tokenizer,
     compilation,
     consensus,
     cost,
@@ -34,7 +36,7 @@ from transformer import (
 )
 from transformer import tokenizer as tokenizers
 from transformer.batching import Batch
-from transformer.checkpoint import SCORE, Checkpoints, Metrics, searched
+from transformer.checkpoint import SCORE, Checkpoints, Metrics, score_kind
 from transformer.command_line import say
 from transformer.config import Config
 from transformer.consensus import Slowest, StopVote, of_each_host
@@ -60,7 +62,7 @@ def fit(config: Config, folder: epath.PathLike) -> None:
     with workdir.lock(path) if hosts.is_lead() else contextlib.nullcontext():  # the lead holds it for all
         agreement.same_folder(path)
         run = Run(config, path)
-        workdir.keep_config(path, config)
+        workdir.keep_config(path, run.config)
         with stop_signals.noted() as stop_signal:
             run.train(stop_signal)
 
@@ -107,19 +109,23 @@ class Updates:
 
 
 class Progress(NamedTuple):
-    """How validation goes: the best BLEU so far, and how many validations in a row were no better."""
+    """How validation goes: the best merit so far, see `best_metric`, and how many in a row were no better."""
 
-    best: float = -1.0
+    best: float = -math.inf
     stale: int = 0
 
-    def after(self, bleu: float) -> "Progress":
+    def after(self, merit: float) -> "Progress":
         """After one more validation."""
-        return Progress(bleu, 0) if bleu > self.best else Progress(self.best, self.stale + 1)
+        return Progress(merit, 0) if merit > self.best else Progress(self.best, self.stale + 1)
+
+    def metrics(self) -> Metrics:
+        """As it is saved with a checkpoint, in JSON, which has no infinity."""
+        return {"stale": float(self.stale), **({"best": self.best} if math.isfinite(self.best) else {})}
 
     @classmethod
     def of(cls, metrics: Metrics) -> "Progress":
         """As it was saved with a checkpoint."""
-        return cls(metrics["best"], int(metrics["stale"]))
+        return cls(metrics.get("best", -math.inf), int(metrics["stale"]))
 
 
 class Run:
@@ -132,15 +138,20 @@ class Run:
         self.checkpoints = Checkpoints(path)
         newest, before = _resume_point(self.checkpoints)
         # Until there is a checkpoint, nothing is lost with another config.
-        old = config if newest is None else self.checkpoints.config(newest)
+        old = config
+        if newest is not None:
+            old = self.checkpoints.config(newest)
+            old = best_metric.settled(old, best_metric.of(old))
+            self.config = config = best_metric.settled(config, best_metric.of(old))
         changes = workdir.config_changes(path, old, config)
-        self.searches_anew = searched(old) != searched(config)
+        self.searches_anew = score_kind(old) != score_kind(config)
         origin = fine_tuning.find(config) if newest is None else None
         with hosts.lead_first("data"):
             corpus = corpora.open_corpus(config.data)
             self.pairs, self.valid = corpus.split("train"), corpus.split("validation")
             self.data = {"training": self.pairs.digest, "validation": self.valid.digest}
             self._check_data(newest)
+            self.config = config = self._with_best_metric()
             self.tokenizer = self._tokenizer(corpus, newest)
             self.ids = pipeline.token_ids(config.data, corpus, "train", self.tokenizer)
         agreement.same_data(corpus.digest, self.tokenizer.digest)
@@ -156,7 +167,7 @@ class Run:
             self.state = self.checkpoints.restore(newest, model, config, self.mesh)
             self.progress, self.spent = Progress.of(before), cost.Spent.of(before) or self.spent
             if self.searches_anew:
-                self.progress = Progress()  # BLEU of another search is another figure
+                self.progress = Progress()  # a score of another search is another figure
         self.slowest = Slowest()
         self._describe(model)
         if changes:
@@ -224,8 +235,9 @@ class Run:
         """Whether nothing is left to do; says why, unless the bar does."""
         train, stale = self.config.train, self.progress.stale
         if train.early_stopping_patience and stale >= train.early_stopping_patience:
-            best = self.progress.best
-            say(f"step {done:,}: {stale:,} validations without a better BLEU than {best:.2f}, so the run ends here")
+            best = best_metric.shown(train.best_metric, self.progress.best)
+            what = f"{best_metric.TITLES[train.best_metric]} than {best}"
+            say(f"step {done:,}: {stale:,} validations without a better {what}, so the run ends here")
             return True
         if done == self.start >= train.num_steps:
             ends = workdir.ends_with_its_steps(self.config)
@@ -253,6 +265,18 @@ class Run:
                     f"is {self.data[kind][:16]}. Restore it, or choose another --workdir"
                 )
 
+    def _with_best_metric(self) -> Config:
+        """The config with `train.best_metric` decided; says so, and how BLEU is computed."""
+        references = self.valid.targets()
+        tokenizer = bleu_tokenizer.choose(self.config.data, references)
+        say(str(tokenizer))
+        if self.config.train.best_metric != "auto":
+            return self.config
+        metric, line = best_metric.decide(references, tokenizer.name)
+        if line:
+            say(line)
+        return best_metric.settled(self.config, metric)
+
     def _describe(self, model: step.Model) -> None:
         plan, data = self.plan, self.config.data
         say(
@@ -276,7 +300,7 @@ class Run:
         """Saves a checkpoint, if its params are numbers: the loss just read was that of the params before them."""
         if not step.all_finite(state.params):
             raise DivergedError(f"the run diverged: update {done} made params that are no numbers; {WHAT_HELPS}", done)
-        metrics = {**self.progress._asdict(), **self.spent.metrics()}
+        metrics = {**self.progress.metrics(), **self.spent.metrics()}
         self.checkpoints.save(state, self.config, self.tokenizer, self.data, metrics)
 
     def _evaluate(self, params: step.Params, done: int, log: RunLog | NoLog) -> None:
@@ -299,12 +323,14 @@ class Run:
             )
         bleu, chrf = float(report.scores["bleu"]), float(report.scores["chrf"])
         scores = {"valid/loss": report.loss, SCORE: bleu, "valid/chrf": chrf}
-        self.progress = self.progress.after(bleu)
-        if done > self.start or not self.searches_anew:  # else it would pass for the BLEU of that checkpoint's search
-            self.checkpoints.record(done, {**scores, **self.progress._asdict()})
+        metric = self.config.train.best_metric
+        self.progress = self.progress.after(best_metric.merit(metric, scores) or 0.0)
+        if done > self.start or not self.searches_anew:  # else it would pass for the score of that checkpoint's search
+            self.checkpoints.record(done, {**scores, **self.progress.metrics()})
         log.write(done, {**scores, "valid/seconds": report.seconds, **self.spent.metrics()})
-        shown = f"validation loss {report.loss:.3f} · BLEU {bleu:.2f}, best {self.progress.best:.2f}"
-        log.say(f"step {done:,} · {shown} · {report.seconds:.0f} s · after {self.spent}")
+        shown = {"loss": f"validation loss {report.loss:.3f}", "bleu": f"BLEU {bleu:.2f}", "chrf": f"chrF2 {chrf:.2f}"}
+        shown[metric] += f", best {best_metric.shown(metric, self.progress.best)}"
+        log.say(f"step {done:,} · {' · '.join(shown.values())} · {report.seconds:.0f} s · after {self.spent}")
 
 
 def _resume_point(checkpoints: Checkpoints) -> tuple[int | None, Metrics]:

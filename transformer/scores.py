@@ -1,10 +1,9 @@
 """Scores of a corpus of translations, by sacreBLEU with its signatures.
 
 They are of detokenized translations against the raw references, so the `sacrebleu` command gives the same
-on the written files; with `data.tokenized`, BLEU is that of `sacrebleu -tok none -lc -s none`, and of languages
-written without spaces that of `-tok zh` or `-tok char`. Beside them:
-BLEU by length of the source, the BLEU of older papers on tokens, under that name only, and COMET where its
-package and weights are on this machine.
+on the written files; BLEU is with the tokenizer that `bleu_tokenizer` chooses. Beside them: BLEU by length of the
+source, the BLEU of older papers on tokens, under that name only, and COMET where its package and weights are on this
+machine.
 """
 
 import functools
@@ -17,6 +16,7 @@ from typing import Any
 from etils import epath
 from sacrebleu.metrics import BLEU, CHRF, TER
 
+from transformer.bleu_tokenizer import DEFAULT, PUBLISHED, make_bleu
 from transformer.errors import UserError
 
 Scores = dict[str, Any]
@@ -31,35 +31,20 @@ HEADLINE = ("bleu", "chrf", "ter")
 
 LENGTHS = (10, 20, 30, 40, 50)  # words of the source, at most; the last group has more
 
-# sacreBLEU's tokenizers for languages written without spaces, where 13a takes a sentence for a word; those that it has
-# for Japanese need packages. By ISO 639-1 and -3.
-TOKENIZERS = {
-    **dict.fromkeys("zh zho cmn yue".split(), "zh"),
-    **dict.fromkeys("ja jpn th tha lo lao km khm my mya bo bod dz dzo".split(), "char"),
-}
-
 COMPOUND = re.compile(r"(\S)-(\S)")
 COMET_MODEL = "Unbabel/wmt22-comet-da"
 
 
-def make_metric(name: str, language: str, tokenized: bool = False) -> Any:
-    """A metric of `METRICS`, for hypotheses in the language of that code.
-
-    BLEU is of lowercased tokens as they stand, without smoothing, if the text is `tokenized`.
-    """
-    if name != "bleu":
-        return METRICS[name]()
-    if tokenized:
-        return BLEU(tokenize="none", lowercase=True, smooth_method="none", force=True)
-    return BLEU(tokenize=TOKENIZERS.get(re.split("[-_]", language.lower())[0], "13a"))
+def make_metric(name: str, tokenizer: str) -> Any:
+    """A metric of `METRICS`, BLEU with a tokenizer that `bleu_tokenizer.choose` names."""
+    return make_bleu(tokenizer) if name == "bleu" else METRICS[name]()
 
 
 def score(
     hypotheses: Sequence[str],
     references: Sequence[Sequence[str]],
     metrics: Sequence[str],
-    language: str,
-    tokenized: bool = False,
+    tokenizer: str = DEFAULT,
 ) -> Scores:
     """Scores of a corpus: each metric and `METRIC_signature`, and `length_ratio` (hypothesis / reference words).
 
@@ -67,8 +52,7 @@ def score(
       hypotheses: detokenized translations.
       references: one list or several, each as long as the hypotheses.
       metrics: of `METRICS`.
-      language: code of the hypotheses' language, such as de or zh-CN.
-      tokenized: whether both are tokens with spaces between, see `data.tokenized`.
+      tokenizer: of BLEU, as `bleu_tokenizer.choose` names it.
 
     Raises:
       UserError: the counts differ, which sacreBLEU itself would not notice.
@@ -76,7 +60,7 @@ def score(
     check_counts(len(hypotheses), references)
     scores: Scores = {}
     for name in metrics:
-        metric = make_metric(name, language, tokenized)
+        metric = make_metric(name, tokenizer)
         # Without sentences there is no score; 0 keeps the report readable by machines.
         scores[name] = metric.corpus_score(list(hypotheses), references).score if hypotheses else 0.0
         scores[f"{name}_signature"] = str(metric.get_signature()) if hypotheses else ""
@@ -101,15 +85,20 @@ def further(
     hypotheses: Sequence[str],
     references: Sequence[Sequence[str]],
     language: str,
-    tokenized: bool = False,
+    tokenizer: str = DEFAULT,
 ) -> Scores:
-    """What a whole report holds beside the headline; `language` is the code of the hypotheses' language."""
-    scores = score(hypotheses, references, ["chrfpp"], language)
+    """What a whole report holds beside the headline.
+
+    Args:
+      language: code of the hypotheses' language, for Moses' tokenizer.
+      tokenizer: as `score`.
+    """
+    scores = score(hypotheses, references, ["chrfpp"])
     del scores["length_ratio"]
     return {
         **scores,
-        "bleu_by_source_length": by_source_length(sources, hypotheses, references, language, tokenized),
-        **legacy(hypotheses, references, language, tokenized),
+        "bleu_by_source_length": by_source_length(sources, hypotheses, references, tokenizer),
+        **legacy(hypotheses, references, language, tokenizer == PUBLISHED),
         **comet(sources, hypotheses, references),
     }
 
@@ -118,8 +107,7 @@ def by_source_length(
     sources: Sequence[str],
     hypotheses: Sequence[str],
     references: Sequence[Sequence[str]],
-    language: str,
-    tokenized: bool = False,
+    tokenizer: str = DEFAULT,
 ) -> dict[str, Scores]:
     """Number of sentences and corpus BLEU of sources of 0 to 10 words, 11 to 20, and so on, where there are any."""
     groups: dict[str, list[int]] = {name: [] for name in _length_names()}
@@ -131,7 +119,7 @@ def by_source_length(
     for name, members in groups.items():
         if members:
             chosen = [[lines[i] for i in members] for lines in (hypotheses, *references)]
-            bleu = make_metric("bleu", language, tokenized).corpus_score(chosen[0], chosen[1:]).score
+            bleu = make_metric("bleu", tokenizer).corpus_score(chosen[0], chosen[1:]).score
             found[name] = {"sentences": len(members), "bleu": bleu}
     return found
 

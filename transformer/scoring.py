@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from transformer import agreement, hosts, validation
+from transformer import agreement, bleu_tokenizer, hosts, validation
+from transformer.command_line import say
 from transformer.config import Config, DataConfig
 from transformer.datasets import corpus, text_files
 from transformer.errors import DivergedError, UserError
@@ -91,15 +92,22 @@ class Scorer:
           DivergedError: the loss is not a finite number.
         """
         of = trained.config, trained.tokenizer.digest
+        data, (_, sources, references) = trained.config.data, self.chosen
+        tokenizer = bleu_tokenizer.choose(data, references[0])
         if self._evaluator is None or of != self._of:
+            say(str(tokenizer))
+            short = bleu_tokenizer.short(references[0], tokenizer.name)
+            if 2 * short > len(references[0]):
+                say(
+                    f"warning: {short:,} of {len(references[0]):,} references have under four tokens, of which BLEU "
+                    "finds nothing; go by chrF2"
+                )
             self._evaluator = Evaluator(trained.model, trained.tokenizer, trained.config, trained.mesh)
             self._of = of
-        _, sources, references = self.chosen
         report = self._evaluator.evaluate(trained.params, sources, references, progress=progress)
         if not math.isfinite(report.loss):
             raise DivergedError(f"{trained.title}: its loss is {report.loss}; evaluate another")
-        data = trained.config.data
-        found = further(sources, report.translations, references, data.target_language, data.tokenized)
+        found = further(sources, report.translations, references, data.target_language, tokenizer.name)
         return Evaluation(trained, self.chosen, report, found)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from sacrebleu.metrics import CHRF
 from sacrebleu.significance import PairedTest
 
+from transformer.bleu_tokenizer import DEFAULT
 from transformer.errors import UserError
 from transformer.scores import HEADLINE, TITLES, check_counts, make_metric
 
@@ -52,14 +53,13 @@ def compare(
     ours: Sequence[str],
     theirs: Sequence[str],
     references: Sequence[Sequence[str]],
-    language: str,
+    tokenizer: str = DEFAULT,
     metrics: Sequence[str] = HEADLINE,
     samples: int = 0,
-    tokenized: bool = False,
 ) -> list[Comparison]:
     """Both tests of each metric; `samples` 0 is sacreBLEU's default, 1,000 resamples and 10,000 trials.
 
-    `language` and `tokenized` are as in `scores.score`.
+    `tokenizer` is as in `scores.score`.
 
     Raises:
       UserError: the counts differ, or there are no sentences.
@@ -72,7 +72,7 @@ def compare(
     systems: list[tuple[str, Sequence[str]]] = [("theirs", list(theirs)), ("ours", list(ours))]
     found = {}
     for test in TESTS:
-        instances = {name: make_metric(name, language, tokenized) for name in metrics}
+        instances = {name: make_metric(name, tokenizer) for name in metrics}
         found[test] = PairedTest(systems, instances, [list(lines) for lines in references], test, samples)()
     return [_comparison(found, name, i) for i, name in enumerate(metrics)]
 
@@ -139,12 +139,11 @@ def against(
     theirs: Sequence[str],
     ours: Sequence[str],
     references: Sequence[Sequence[str]],
-    language: str,
+    tokenizer: str = DEFAULT,
     samples: int = 0,
-    tokenized: bool = False,
 ) -> Versus:
     """Compares by all headline metrics; `samples` and errors as `compare`."""
-    comparisons = compare(ours, theirs, references, language, samples=samples, tokenized=tokenized)
+    comparisons = compare(ours, theirs, references, tokenizer, samples=samples)
     return Versus(name, theirs, comparisons, differing(ours, theirs, references))
 
 

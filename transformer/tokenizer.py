@@ -258,7 +258,7 @@ def train(lines: Collection[str], vocab_size: int, model_type: str) -> Tokenizer
             f"config.data: cannot train a vocabulary: expected training text, got {len(lines):,} lines, none of them "
             f"with text and at most {LONGEST_LINE:,} bytes; check the files"
         )
-    longer = {"max_sentence_length": LONGEST_LINE} if survey.longest > USUAL_LINE else {}
+    longer: dict[str, Any] = {"max_sentence_length": LONGEST_LINE} if survey.longest > USUAL_LINE else {}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line.replace(RESERVED, " ") for line in lines),

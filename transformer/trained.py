@@ -163,13 +163,13 @@ def select(checkpoints: Checkpoints, which: str) -> list[int]:
 
 
 def _several(checkpoints: Checkpoints, available: list[int], count: int, *, best: bool) -> list[int]:
-    """The `count` newest sound ones, or of those with a validation BLEU the best; no more are read than that."""
+    """The `count` newest sound ones, or of those with a validation score the best; no more are read than that."""
     asked, others = _by_worth(checkpoints, available) if best else (available[::-1], [])
     found = list(itertools.islice(filter(checkpoints.is_sound, asked), count))
     if not found and not any(map(checkpoints.is_sound, others)):
         raise _none_is_sound(checkpoints, available)
     if len(found) < count:
-        what, field = ("with a validation BLEU", "train.keep_best") if best else ("to average", "train.keep_last")
+        what, field = ("with a validation score", "train.keep_best") if best else ("to average", "train.keep_last")
         raise UserError(
             f"{checkpoints.folder}: expected {count:,} sound checkpoints {what}, found {len(found):,} of "
             f"{len(available):,}; ask for fewer, or raise {field} before training on"
@@ -184,12 +184,12 @@ def _best(checkpoints: Checkpoints, available: list[int]) -> int:
     if found is None:
         raise _none_is_sound(checkpoints, available)
     if not scored and others == available[::-1] and found == available[-1]:  # and nothing was reported
-        raise UserError(f"{checkpoints.folder}: no checkpoint has a validation BLEU yet; use --checkpoint=latest")
+        raise UserError(f"{checkpoints.folder}: no checkpoint has a validation score yet; use --checkpoint=latest")
     return found
 
 
 def _by_worth(checkpoints: Checkpoints, available: list[int]) -> tuple[list[int], list[int]]:
-    """Those with a validation BLEU, the best first, and the others, the newest first.
+    """Those with a validation score, the best first, and the others, the newest first.
 
     Only sizes are looked at, which is quick: those of a wrong one are reported and left out.
     """

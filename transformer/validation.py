@@ -85,6 +85,7 @@ READERS: dict[str, tuple[Reader, ...]] = {  # all conditions must hold; other fi
     **{f"data.valid_{side}": (OWN_TEXT, *_unset("data.dir", "data.valid")) for side in ("source", "target")},
     "data.manual_dir": (Reader("data.name", WMT_NAMES),),
     "data.tokenizer": _unset("train.init_from"),
+    "data.bleu_tokenizer": (Reader("data.tokenized", (False,)),),
     "data.num_buckets": (Reader("data.batching", ("bucket",)),),
     "optimizer.weight_decay": (Reader("optimizer.name", ("adamw",)),),
     "train.max_skipped_updates": (Reader("train.spike_factor"),),

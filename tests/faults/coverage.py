@@ -86,7 +86,7 @@ def scores_of_written_files(world: World, tally: Tally) -> None:
             assert found == whole
     command = ["-m", "sacrebleu", folder / "reference", "-i", folder / "written", "-b", "-w", "12"]
     with tally.one("BLEU"):
-        ours = scores.score(whole, [references], ("bleu",), run.config.data.target_language)["bleu"]
+        ours = scores.score(whole, [references], ("bleu",))["bleu"]
         theirs = float(Command(*command).expect(0).stdout)
         assert 0 < theirs < 100, f"{theirs} of {whole[:5]}"
         assert abs(float(ours) - theirs) <= 1e-9, f"{ours} against {theirs}"
