@@ -46,9 +46,7 @@ def workdir(evaluation, tmp_path_factory):
     for step, bleu in ((20, 16.0), (10, 12.25)):
         watch.append(workdir, {"step": step, "name": "mine", "bleu": bleu, "loss": 2.5})
     theirs = [*CHOSEN.references[0][:9], *evaluation.report.translations[9:]]
-    versus = significance.against(
-        "the other", theirs, evaluation.report.translations, CHOSEN.references, samples=50
-    )
+    versus = significance.against("the other", theirs, evaluation.report.translations, CHOSEN.references, samples=50)
     report.write(workdir, evaluation, versus)
     return workdir
 

@@ -1,0 +1,161 @@
+"""BLEU suits the script of what is translated into, and the best checkpoint is told by a figure that can tell."""
+
+import dataclasses
+import re
+
+import pytest
+
+from tests.conftest import small_config
+from transformer import best_metric, bleu_tokenizer, checkpoint, loop, scores, validation
+from transformer.checkpoint import Checkpoints
+from transformer.config import DataConfig
+from transformer.errors import UserError
+
+pytestmark = pytest.mark.reported
+
+CHINESE = ["我们今天去北京的大学看朋友。", "他昨天买了三本新书。"]
+JAPANESE = ["私たちは今日、大学へ友達に会いに行きます。", "彼は昨日、新しい本を三冊買いました。"]
+THAI = ["วันนี้เราจะไปเยี่ยมเพื่อนที่มหาวิทยาลัย", "เมื่อวานเขาซื้อหนังสือใหม่สามเล่ม"]
+GERMAN = ["Wir besuchen heute Freunde an der Universität.", "Er hat gestern drei neue Bücher gekauft."]
+KOREAN = ["우리는 오늘 대학에 친구를 만나러 갑니다.", "그는 어제 새 책 세 권을 샀습니다."]
+
+
+def choose(language, references, **fields):
+    return bleu_tokenizer.choose(DataConfig(target_language=language, **fields), references)
+
+
+@pytest.mark.parametrize("language", "zh zh-CN zh_tw zho zho_Hant cmn yue wuu lzh nan hak gan cn zhs zht tw hk".split())
+def test_perfect_chinese_scores_100(language):
+    chosen = choose(language, CHINESE)
+    found = scores.score(CHINESE, [CHINESE], ["bleu"], chosen.name)
+    assert (chosen.name, found["bleu"]) == ("zh", pytest.approx(100))
+    assert "tok:zh" in found["bleu_signature"]
+
+
+@pytest.mark.parametrize(
+    ("language", "references"),
+    [("ja", JAPANESE), ("jp", JAPANESE), ("jpn", JAPANESE), ("th-TH", THAI), ("tha", THAI), ("th1", THAI), ("my", [])],
+)
+def test_other_scripts_without_spaces_are_scored_by_characters(language, references):
+    assert choose(language, references).name == "char"
+
+
+@pytest.mark.parametrize(
+    ("language", "references"), [("de", GERMAN), ("ko", KOREAN), ("kr", KOREAN), ("xx", GERMAN), ("xx", []), ("ru", [])]
+)
+def test_languages_with_spaces_are_scored_as_always(language, references):
+    assert choose(language, references).name == "13a"
+
+
+def test_a_few_foreign_letters_choose_nothing():
+    assert choose("xx", [*GERMAN, "Er sagt 我们"]).name == "13a"
+    assert choose("cn", [*CHINESE, "iPhone 15"]).name == "zh"
+
+
+def test_the_config_overrides_and_the_line_says_why():
+    assert str(choose("zh", CHINESE, bleu_tokenizer="13a")) == (
+        "BLEU is that of sacrebleu -tok 13a, as data.bleu_tokenizer says"
+    )
+    assert choose("cn", CHINESE).reason == "as most letters of the references are of a script without spaces"
+    assert choose("wuu", CHINESE).reason == "as wuu is written without spaces"
+    assert choose("de", GERMAN).reason == "for de"
+    assert choose("zh", CHINESE, tokenized=True).name == bleu_tokenizer.PUBLISHED
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ({"bleu_tokenizer": "flores200"}, "bleu_tokenizer: expected one of auto, 13a, intl, zh, char, none, got 'flor"),
+        ({"bleu_tokenizer": "zh", "tokenized": True}, "bleu_tokenizer = zh: read only with tokenized = False"),
+    ],
+)
+def test_another_tokenizer_is_refused_before_anything_runs(data, match):
+    with pytest.raises(UserError, match=match):
+        validation.resolve({"data": data})
+
+
+def test_what_cannot_have_four_tokens_is_told_by_chrf():
+    words = ["Haus", "rotes Haus", "ein Haus hier", "ein Haus steht hier"]
+    assert best_metric.decide(words, "13a") == (
+        "chrf",
+        "the best checkpoint is that of the highest chrF2, as 3 of 4 validation references have under four tokens, of "
+        "which BLEU finds nothing; train.best_metric sets another",
+    )
+    assert best_metric.decide(words[2:], "13a") == ("bleu", "")
+    assert best_metric.decide(["我们今天", "他昨天"], "13a")[0] == "chrf"
+    assert best_metric.decide(["我们今天", "他昨天"], "zh")[0] == "bleu"
+
+
+RECORDED = {  # step → BLEU, chrF, loss: each figure has another best
+    1: (0.0, 60.0, 3.0),
+    2: (1.0, 40.0, 2.0),
+    3: (0.0, 50.0, 1.0),
+}
+
+
+def checkpoints(tmp_path, metric):
+    """Manifests and configs alone: all that scores are read from."""
+    found = Checkpoints(tmp_path)
+    config = small_config(train={"best_metric": metric})
+    for step, (bleu, chrf, loss) in RECORDED.items():
+        folder = found.folder / str(step)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(config.to_json())
+        size, digest = (folder / "config.json").stat().length, checkpoint.sha256(folder / "config.json")
+        metrics = {"valid/bleu": bleu, "valid/chrf": chrf, "valid/loss": loss}
+        manifest = checkpoint.Manifest(metrics, {}, {}, {"config.json": (size, digest)})
+        (folder / checkpoint.MANIFEST).write_text(manifest.to_json())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("metric", "order"), [("bleu", [1, 3, 2]), ("chrf", [2, 3, 1]), ("loss", [1, 2, 3]), ("auto", [1, 3, 2])]
+)
+def test_checkpoints_are_ranked_by_the_metric_of_their_run(metric, order, tmp_path):
+    """Runs of before have "auto" in their config at most, and go by BLEU."""
+    found = checkpoints(tmp_path, metric)
+    assert found.by_score([1, 2, 3]) == order
+    found.prune(keep_last=1, keep_best=1)
+    assert found.steps() == sorted({order[-1], 3})
+
+
+def test_a_lower_loss_is_progress_and_a_higher_one_is_stale():
+    progress = loop.Progress()
+    assert loop.Progress.of(progress.metrics()) == progress
+    for loss, stale in ((3.0, 0), (2.0, 0), (2.5, 1), (2.0, 2), (1.9, 0)):
+        progress = progress.after(best_metric.merit("loss", {"valid/loss": loss}))
+        assert progress.stale == stale
+        assert loop.Progress.of(progress.metrics()) == progress
+    assert best_metric.shown("loss", progress.best) == "1.900"
+    assert loop.Progress.of({"best": -1.0, "stale": 0}) == loop.Progress(-1.0)  # as earlier versions wrote it
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Pairs of single words in Chinese, in a folder of train.en and train.cn."""
+    for name, count in (("train", 40), ("val", 6)):
+        pairs = [(f"the river house tree {i}", chr(0x4E00 + i % 9)) for i in range(count)]
+        (tmp_path / f"{name}.en").write_text("".join(f"{source}\n" for source, _ in pairs))
+        (tmp_path / f"{name}.cn").write_text("".join(f"{target}\n" for _, target in pairs))
+    return tmp_path
+
+
+def run_config(words, **train):
+    text = {"name": "text", "dir": str(words), "target_language": "cn", "data_dir": str(words / "cache")}
+    config = small_config(data={**text, "vocab_size": 305}, train={"num_steps": 1, **train}, model={"num_layers": 1})
+    return dataclasses.replace(config, decode=dataclasses.replace(config.decode, beam_size=1, max_extra_length=2))
+
+
+def test_a_run_decides_once_says_so_and_keeps_it(words, capsys):
+    workdir = words / "run"
+    loop.fit(run_config(words), workdir)
+    said = capsys.readouterr().err
+    assert "BLEU is that of sacrebleu -tok zh, as most letters of the references are of a script without spaces" in said
+    assert "the best checkpoint is that of the highest chrF2, as 6 of 6 validation references" in said
+    assert re.search(r"BLEU [0-9.]+ · chrF2 ([0-9.]+), best \1 ·", said)
+    assert '"best_metric": "chrf"' in (workdir / "config.json").read_text()
+    assert Checkpoints(workdir).config(1).train.best_metric == "chrf"
+    resumed = loop.Run(run_config(words, num_steps=2), loop.epath.Path(workdir))
+    assert resumed.config.train.best_metric == "chrf"
+    with pytest.raises(UserError, match="train.best_metric: 'chrf' → 'bleu'"):
+        loop.Run(run_config(words, num_steps=2, best_metric="bleu"), loop.epath.Path(workdir))
