@@ -157,5 +157,5 @@ def test_a_run_decides_once_says_so_and_keeps_it(words, capsys):
     assert Checkpoints(workdir).config(1).train.best_metric == "chrf"
     resumed = loop.Run(run_config(words, num_steps=2), loop.epath.Path(workdir))
     assert resumed.config.train.best_metric == "chrf"
-    with pytest.raises(UserError, match="train.best_metric: 'chrf' → 'bleu'"):
+    with pytest.raises(UserError, match=r"train\.best_metric: 'chrf' → 'bleu'"):
         loop.Run(run_config(words, num_steps=2, best_metric="bleu"), loop.epath.Path(workdir))
