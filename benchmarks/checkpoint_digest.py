@@ -1,9 +1,9 @@
-"""What the digests of a checkpoint cost: their share of a save.
+"""What the digests of a checkpoint cost, and the look at its arrays' metadata that follows: their shares of a save.
 
     python -m benchmarks.checkpoint_digest [--megabytes=1000] [--rounds=5] [--folder=DIR]
 
 Params and the two moments of Adam make up the size. Each round saves them twice with `Checkpoints.save`, as training
-does, as it is and with nothing in place of SHA-256. The last line of stdout is one JSON object; medians.
+does, as it is and with nothing in place of SHA-256. The metadata are read again by themselves. The last line of stdout is one JSON object; medians.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from transformer import manifest, tokenizer
+from transformer import checkpoint, manifest, tokenizer
 from transformer.checkpoint import Checkpoints
 from transformer.command_line import full_path, positive_int, run
 from transformer.config import Config
@@ -40,14 +40,16 @@ def make_state(megabytes: int) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, (adam,))
 
 
-def seconds_of_save(state: TrainState, folder: str, digests: bool) -> float:
-    """Of one save; what the save before left to the disk is not in it."""
+def seconds_of_save(state: TrainState, folder: str, digests: bool) -> tuple[float, float]:
+    """Of one save, and of the check of its arrays; what the save before left to the disk is not in it."""
     words = tokenizer.train(LINES, 280, "bpe")
     os.sync()
     with contextlib.nullcontext() if digests else mock.patch.object(manifest, "sha256", return_value=""):
         begun = time.perf_counter()
         Checkpoints(folder).save(state, Config(), words, {}, {})
-        return time.perf_counter() - begun
+        saved = time.perf_counter()
+    checkpoint.check_arrays(Checkpoints(folder).folder / "0", state)
+    return saved - begun, time.perf_counter() - saved
 
 
 def main(argv: list[str]) -> None:
@@ -67,10 +69,12 @@ def main(argv: list[str]) -> None:
         for digests in (True, False) if number % 2 else (False, True):
             with tempfile.TemporaryDirectory(dir=args.folder) as folder:
                 found[digests] = seconds_of_save(state, folder, digests)
-        rounds.append((found[True], found[False]))
-        print(f"{size:,.0f} MB: save {rounds[-1][0]:.2f} s, without digests {rounds[-1][1]:.2f} s")
-    saved, without = (statistics.median(column) for column in zip(*rounds, strict=True))
-    print(json.dumps({"megabytes": size, "save_s": saved, "without_s": without, "share": 1 - without / saved}))
+        rounds.append((found[True][0], found[False][0], found[True][1]))
+        saved, without, check = rounds[-1]
+        print(f"{size:,.0f} MB: save {saved:.2f} s, without digests {without:.2f} s, check of arrays {check:.3f} s")
+    saved, without, check = (statistics.median(column) for column in zip(*rounds, strict=True))
+    shares = {"share": 1 - without / saved, "check_share": check / saved}
+    print(json.dumps({"megabytes": size, "save_s": saved, "without_s": without, "check_s": check, **shares}))
 
 
 if __name__ == "__main__":

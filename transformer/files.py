@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -117,3 +118,18 @@ def sha256(path: epath.PathLike) -> str:
     """SHA-256 of the bytes of a file, in hexadecimal."""
     with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _glob_literally(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
+    """Finds the paths below a folder that match a pattern, whatever characters the folder's own name has.
+
+    epath joins the two unescaped, so that Orbax and TFDS, which search with it, find nothing below `runs/[a]`.
+    """
+    if remote.is_remote(folder):
+        return _glob_unescaped(folder, pattern)
+    return (folder / name for name in glob.glob(pattern, root_dir=folder))
+
+
+_LocalPath = type(epath.Path())
+_glob_unescaped = _LocalPath.glob
+_LocalPath.glob = _glob_literally

@@ -56,6 +56,7 @@ def fit(config: Config, folder: epath.PathLike) -> None:
       StoppedError: by SIGTERM, SIGINT or SIGHUP, after saving.
     """
     path = epath.Path(folder)
+    Checkpoints(path)  # refuses a path that has no room for them before anything is done
     compilation.enable_cache()
     agreement.same_code()
     agreement.same_config(config)

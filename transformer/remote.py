@@ -6,6 +6,7 @@ last one is there, and a lock is an object that its holder touches again and aga
 """
 
 import contextlib
+import glob
 import hashlib
 import importlib.util
 import json
@@ -40,6 +41,8 @@ def missing(path: epath.PathLike) -> str | None:
         return None
     if kind not in PACKAGES:
         return f"expected a local path, gs://BUCKET/… or s3://BUCKET/…, got {path}"
+    if glob.has_magic(rest):
+        return f"expected an address without the wildcards * ? [, which storage would expand, got {path}"
     if importlib.util.find_spec(PACKAGES[kind]) is None:
         return f"{kind}:// needs the package {PACKAGES[kind]}: pip install {PACKAGES[kind]}"
     return None
