@@ -3,7 +3,8 @@
     python -m benchmarks.checkpoint_digest [--megabytes=1000] [--rounds=5] [--folder=DIR]
 
 Params and the two moments of Adam make up the size. Each round saves them twice with `Checkpoints.save`, as training
-does, as it is and with nothing in place of SHA-256. The metadata are read again by themselves. The last line of stdout is one JSON object; medians.
+does, as it is and with nothing in place of SHA-256. The metadata are read again by themselves. The last line of stdout
+is one JSON object; medians.
 """
 
 import argparse

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from etils import epath
 
     import train
-    from transformer import checkpoint, command_line, compilation, loop, pipeline
+    from transformer import checkpoint, command_line, compilation, files, loop, pipeline
     from transformer.batching import Batch
     from transformer.checkpoint import Checkpoints
 
@@ -245,5 +245,6 @@ PLANTS = {
     ),
     "long save": pause_in_saving(60.0),
     "disk error": disk_error("write_whole"),
+    "glob unescaped": lambda: setattr(type(epath.Path("/")), "glob", files._glob_unescaped),
     "hold": hold,
 }

@@ -7,16 +7,18 @@ import os
 import pathlib
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World, files_of
 from tests.test_checkpoint import make_parts, save, save_three
-from transformer import checkpoint, manifest, trained
+from transformer import checkpoint, command_line, files, manifest, remote, trained
 from transformer.checkpoint import Checkpoints
 from transformer.errors import UserError, WorkdirError
 from transformer.manifest import MANIFEST
@@ -312,4 +314,83 @@ FAILURES = {
     "the config fails": failing_at(0, checkpoint, "write_whole"),
     "the digests fail": failing_at(0, manifest, "sha256"),
     "the manifest fails": failing_at(1, checkpoint, "write_whole"),
+}
+
+
+@row(
+    "B6",
+    "saves that their own reader could not open: special characters in paths, a full temp folder",
+    full=12,
+    quick=11,
+)
+def saves_that_cannot_be_read(world: World, tally: Tally) -> None:
+    for name in ("[a]", "[!a]", "a*", "**", "a?"):
+        with tally.one(f"{name} works"):
+            run = world.new_folder() / name
+            save(run, make_parts(), 5)
+            assert trained.load_trained(run, "latest").step == 5
+    with tally.one("a backslash"), pytest.raises(UserError, match="without backslashes"):
+        save(world.new_folder() / "a\\b", make_parts(), 5)
+    base = save_three(world.new_folder())
+    for part, harm in UNREADABLE.items():
+        with tally.one(f"{part} cannot be read"), pytest.MonkeyPatch.context() as patch:
+            run = pathlib.Path(shutil.copytree(base, world.new_folder() / "[a]"))
+            harm(patch)
+            with pytest.raises(UserError, match="cannot be read again, so it does not count"):
+                save(run, make_parts(), 200)
+            patch.undo()
+            assert Checkpoints(run).steps() == [9, 10, 100]
+            assert Checkpoints(run).newest_sound() == 100
+    if can_mount(world):
+        for staged in (False, True):  # as on s3://, where a save goes through the temp folder
+            with tally.one(f"a full temp folder, staged {staged}"), pytest.MonkeyPatch.context() as patch:
+                assert_survives_a_full_temp_folder(world, world.copy(base), staged, patch)
+    else:
+        tally.skip(2, "no right to mount a full disk")
+    if not tally.quick:
+        with tally.one("train.py says so at once"):
+            run = world.new_folder() / "[a]"
+            process = world.trained(run, "glob unescaped", train={"num_steps": 10})
+            assert process.code == 2, process.said()
+            assert "5: the checkpoint was written but cannot be read again" in process.said()
+            assert Checkpoints(run).steps() == []
+            assert world.trained(run, train={"num_steps": 10}).code == 0
+            world.assert_as_whole(run, 10)
+
+
+def assert_survives_a_full_temp_folder(
+    world: World, run: pathlib.Path, staged: bool, patch: pytest.MonkeyPatch
+) -> None:
+    """A save that needs the temp folder fails with a message and the exit code of a full disk; another works."""
+    with disk(world.new_folder(), "size=64k") as temp:
+        patch.setattr(tempfile, "tempdir", str(temp))
+        patch.setattr(remote, "needs_staging", lambda folder: staged)
+        if staged:
+            with pytest.raises(Exception, match="space") as failed:
+                save(run, make_parts(), 200)
+            with Heard() as heard:
+                assert command_line.exit_code(failed.value) == 2
+            assert "space" in heard.getvalue(), heard.getvalue()
+        else:
+            save(run, make_parts(), 200)
+    assert Checkpoints(run).newest_sound() == (100 if staged else 200)
+
+
+def manifest_emptied(patch: pytest.MonkeyPatch) -> None:
+    write_whole = checkpoint.write_whole
+    patch.setattr(
+        checkpoint, "write_whole", lambda path, text: write_whole(path, "" if path.name == MANIFEST else text)
+    )
+
+
+def one_moment_lost(patch: pytest.MonkeyPatch) -> None:
+    write = checkpoint.ocp.save
+    lost = lambda path, tree: write(path, jax.tree.leaves(tree)[1:] if path.name == "optimizer" else tree)  # noqa: E731
+    patch.setattr(checkpoint.ocp, "save", lost)
+
+
+UNREADABLE = {
+    "the arrays": lambda patch: patch.setattr(type(epath.Path()), "glob", files._glob_unescaped),
+    "the optimizer": one_moment_lost,
+    "the manifest": manifest_emptied,
 }
