@@ -51,12 +51,12 @@ def workdir(saved, tmp_path):
     return tmp_path / "run"
 
 
-def save(workdir, parts, done):
+def save(workdir, parts, done, **ids):
     config, vocabulary, _, mesh, state = parts
     marked = jax.tree.map(lambda leaf: leaf + np.asarray(done, leaf.dtype), state.params)
     counter = jax.device_put(np.int32(done), sharding.replicated(mesh))
     Checkpoints(workdir).save(
-        state._replace(step=counter, params=marked), config, vocabulary, {"training": "digest of the data"}, {}
+        state._replace(step=counter, params=marked), config, vocabulary, {"training": "digest of the data"}, {}, **ids
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import small_config
 from tests.test_checkpoint import flip, make_parts, save, save_three
 from transformer import config as configs
-from transformer import fine_tuning, sharding, step, tokenizer
+from transformer import base_run, command_line, fine_tuning, sharding, step, tokenizer, validation, workdir
 from transformer.errors import UserError, WorkdirError
 
 
@@ -105,3 +105,75 @@ def test_its_path_means_the_same_wherever_it_is_read_again(monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     config = configs.with_absolute_paths(small_config(train={"init_from": "runs/base"}))
     assert config.train.init_from == str(tmp_path / "runs" / "base")
+
+
+def resolved(saved, flags=(), workdir="", **sections):
+    """What train.py makes of a config file that leaves the model open."""
+    sections = {"train": {"init_from": str(saved), **sections.pop("train", {})}, **sections}
+    return validation.typed(base_run.with_sizes(sections, flags, str(workdir)))
+
+
+@pytest.mark.reported
+def test_sizes_that_the_config_leaves_open_are_those_of_the_base(saved):
+    base = make_parts()[0].model
+    config = resolved(saved, model={"dropout_rate": 0.3})
+    assert config.model == dataclasses.replace(
+        base, dropout_rate=0.3, attention_dropout_rate=0, mlp_dropout_rate=0, qkv_init_gain=1
+    )
+    assert config.data.vocab_size == small_config().data.vocab_size
+    assert fine_tuning.find(dataclasses.replace(config, data=config_of(saved).data)).steps == [100]
+
+
+@pytest.mark.reported
+def test_a_config_file_may_leave_sizes_open_and_a_flag_does_not(saved, tmp_path):
+    path = tmp_path / "open.py"
+    path.write_text(
+        "from transformer.config import default_config\n\n\ndef get_config():\n    return default_config()\n"
+    )
+    flags = ["train.py", f"--config={path}", f"--config.train.init_from={saved}", f"--workdir={tmp_path / 'run'}"]
+    parser = command_line.config_parser("train.py", "")
+    parser.add_argument("--workdir")
+    found, _ = command_line.parse_with_config(parser, flags)
+    assert (found.model.emb_dim, found.model.qkv_dim, found.model.num_layers) == (16, 16, 1)
+    given, _ = command_line.parse_with_config(parser, [*flags, "--config.model.mlp_dim=2048"])
+    assert (given.model.emb_dim, given.model.mlp_dim) == (16, 2048)
+    with pytest.raises(UserError, match=r"another one: model\.mlp_dim: 32 → 2048\. Set these fields as there or leave"):
+        fine_tuning.find(dataclasses.replace(given, data=config_of(saved).data))
+
+
+@pytest.mark.reported
+def test_a_run_that_has_begun_keeps_its_sizes_when_the_base_is_gone(saved, tmp_path):
+    save(tmp_path / "run", make_parts(), 5)
+    assert resolved(tmp_path / "gone", workdir=tmp_path / "run").model.emb_dim == 16
+    assert resolved(tmp_path / "gone").model.emb_dim == 512
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "\xff"])
+def test_a_base_without_a_readable_config_leaves_sizes_at_their_defaults(tmp_path, content):
+    if content is not None:
+        (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "5" / "config.json").write_bytes(content.encode("latin-1"))
+    assert resolved(tmp_path).model.emb_dim == 512
+
+
+@pytest.mark.reported
+def test_a_moved_base_is_no_other_base(saved, tmp_path):
+    (tmp_path / "moved").symlink_to(saved)
+    old, config = config_of(saved), config_of(tmp_path / "moved")
+    assert workdir.config_changes(tmp_path, old, config) == [f"train.init_from: '{saved}' → '{tmp_path / 'moved'}'"]
+    fine_tuning.check_moved(old, config, "", make_parts()[1])
+
+
+@pytest.mark.reported
+def test_another_base_is_refused_by_its_run_id_or_vocabulary(saved, tmp_path):
+    save(tmp_path / "other", make_parts(), 5, run_id="b" * 32)
+    old, other = config_of(saved), config_of(tmp_path / "other")
+    fine_tuning.check_moved(old, other, "b" * 32, make_parts()[1])
+    with pytest.raises(UserError, match="is not the run that this one has started from"):
+        fine_tuning.check_moved(old, other, "a" * 32, make_parts()[1])
+    vocabulary = tokenizer.train(["quite another text of no such trees"], 280, "bpe")
+    with pytest.raises(UserError, match="is not the run that this one has started from"):
+        fine_tuning.check_moved(old, other, "", vocabulary)
+    with pytest.raises(UserError, match="found no checkpoint there; leave it at the old path"):
+        fine_tuning.check_moved(old, config_of(tmp_path / "gone"), "", make_parts()[1])
+    fine_tuning.check_moved(config_of(tmp_path / "gone"), config_of(tmp_path / "gone"), "", make_parts()[1])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 
 import jax
@@ -123,6 +124,26 @@ def test_a_run_may_start_from_another_s_params_and_is_resumed_as_its_own(data, w
         loop.fit(config_of(data, train={"num_steps": 1}, optimizer={"learning_rate": 0.0}), tmp_path / "run")
     with pytest.raises(UserError, match=r"another config: train\.init_from: '' → "):
         loop.fit(config_of(data, train={"init_from": str(whole)}), whole)
+
+
+@pytest.mark.reported
+def test_a_run_has_one_id_from_its_first_update_on_and_another_s_checkpoint_does_not_pass_for_its_own(
+    data, whole, tmp_path
+):
+    kept = json.loads((whole / "config.json").read_text())["run_id"]
+    assert {Checkpoints(whole).manifest(done).run_id for done in (3, 6, 9, 12)} == {kept}
+    shutil.copytree(whole, tmp_path / "run")
+    loop.fit(config_of(data, train={"num_steps": 13}), tmp_path / "run")
+    assert Checkpoints(tmp_path / "run").manifest(13).run_id == kept
+    started = config_of(data, train={"num_steps": 1, "init_from": str(whole)})
+    loop.fit(started, tmp_path / "tuned")
+    tuned = Checkpoints(tmp_path / "tuned").manifest(1)
+    assert tuned.base_run_id == kept != tuned.run_id
+    shutil.copytree(tmp_path / "tuned" / "checkpoints" / "1", tmp_path / "run" / "checkpoints" / "14")
+    with pytest.raises(
+        UserError, match=rf"checkpoint 14 is of another run \(id {tuned.run_id[:8]}\) than .*config.json"
+    ):
+        loop.fit(started, tmp_path / "run")
 
 
 def files_of(workdir):

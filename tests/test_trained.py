@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import shutil
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.test_checkpoint import files, flip, make_parts, save, save_three
-from transformer import checkpoint, trained
+from transformer import checkpoint, manifest, step, tokenizer, trained
 from transformer.checkpoint import Checkpoints
 from transformer.errors import UserError, WorkdirError
 
@@ -303,3 +304,62 @@ def test_averaging_holds_two_copies_at_most(parts, saved, monkeypatch):
     trained.mean_params(Checkpoints(saved), [9, 10, 100], model, mesh)
     assert max(held) <= 2 * 4 * model.num_params()
     assert all(leaf.is_deleted() for leaf in first)
+
+
+def copied_in(workdir, other_parts, ids, tmp_path):
+    """Checkpoint 100 of the workdir is that of another run; `ids` are of the two runs, empty where they have none."""
+    shutil.rmtree(workdir)
+    for folder, parts, run_id in ((workdir, make_parts(), ids[0]), (tmp_path / "other", other_parts, ids[1])):
+        for done in (9, 10, 100):
+            save(folder, parts, done, **({"run_id": run_id} if run_id else {}))
+            Checkpoints(folder).record(done, {checkpoint.SCORE: 30.0})
+    shutil.rmtree(workdir / "checkpoints" / "100")
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "100", workdir / "checkpoints" / "100")
+
+
+def other_vocabulary():
+    config, _, *rest = make_parts()
+    return config, tokenizer.train(["quite another text of no such trees"], 280, "bpe"), *rest
+
+
+def other_model():
+    config, *rest = make_parts()
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, norm="pre")), *rest
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("which", ["average:2", "average:3", "best-average:3"])
+def test_checkpoints_of_another_run_are_not_averaged(workdir, tmp_path, which):
+    copied_in(workdir, make_parts(), ("a" * 32, "b" * 32), tmp_path)
+    steps = r"\[10, 100\]" if which == "average:2" else r"\[9, 10, 100\]"
+    with pytest.raises(UserError, match=rf"checkpoints {steps} are not of one run.*10 \(run id aaaaaaaa, expected bb"):
+        trained.load_trained(workdir, which)
+    assert trained.load_trained(workdir, "100").step == 100
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize(
+    ("other", "ids", "why"),
+    [
+        (other_vocabulary, ("", ""), "vocabulary [0-9a-f]{8}, expected"),
+        (other_model, ("", ""), "model.norm = 'post', expected 'pre'"),
+        (other_model, ("a" * 32, ""), "model.norm = 'post', expected 'pre'"),
+    ],
+)
+def test_without_ids_of_both_vocabulary_and_model_must_be_the_same(workdir, tmp_path, other, ids, why):
+    copied_in(workdir, other(), ids, tmp_path)
+    with pytest.raises(UserError, match=rf"run than 100: 9 \({why}.*; 10 \({why}"):
+        trained.select(Checkpoints(workdir), "average:3")
+    assert trained.select(Checkpoints(workdir), "average:1") == [100]
+
+
+def test_checkpoints_that_an_earlier_version_saved_are_averaged_with_those_of_this_one(workdir, parts):
+    """Their manifests have no id."""
+    for done in (9, 10, 100):
+        path = workdir / "checkpoints" / str(done) / checkpoint.MANIFEST
+        values = json.loads(path.read_text())
+        del values["run_id"], values["base_run_id"]
+        values["sha256"] = manifest._digest_of_values({key: values[key] for key in values if key != "sha256"})
+        path.write_text(json.dumps(values))
+    save(workdir, parts, 200, run_id="a" * 32)
+    assert select(workdir, "average:4") == [9, 10, 100, 200]

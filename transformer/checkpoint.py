@@ -66,9 +66,21 @@ class Checkpoints:
         return sorted(int(path.name) for path in found if not self._is_remote or (path / MANIFEST).exists())
 
     def save(
-        self, state: TrainState, config: Config, tokenizer: Tokenizer, data: dict[str, str], metrics: Metrics
+        self,
+        state: TrainState,
+        config: Config,
+        tokenizer: Tokenizer,
+        data: dict[str, str],
+        metrics: Metrics,
+        *,
+        run_id: str = "",
+        base_run_id: str = "",
     ) -> None:
-        """Writes the checkpoint of `state.step`; `data` are the digests of what it is trained and validated on."""
+        """Writes the checkpoint of `state.step`; `data` are the digests of what it is trained and validated on.
+
+        Raises:
+          UserError: it cannot be written, or not be read again.
+        """
         place = self.folder / str(int(jax.device_get(state.step)))
         # Object storage renames nothing at once; there a checkpoint is one when its manifest is there.
         folder = place if self._is_remote else place.parent / f"{place.name}.partial"
@@ -90,7 +102,7 @@ class Checkpoints:
                         check_arrays(target, state)  # while the digests are taken
                     files = digests.below(target)
             if hosts.is_lead():
-                manifest = Manifest(metrics, data, fingerprint.of_host(), files)
+                manifest = Manifest(metrics, data, fingerprint.of_host(), files, run_id, base_run_id)
                 write_whole(folder / MANIFEST, manifest.to_json())
                 with _acknowledged(place):
                     if _manifest_in(folder) != manifest:

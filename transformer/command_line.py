@@ -20,7 +20,7 @@ from collections.abc import Callable
 from ml_collections import config_dict
 
 from transformer import config as configs
-from transformer import remote, streams, validation
+from transformer import base_run, remote, streams, validation
 from transformer.errors import StoppedError, UserError
 
 
@@ -106,7 +106,9 @@ def parse_with_config(
     """
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
-    config, rest = config_flags(argv, needs_data)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--workdir", default="")
+    config, rest = config_flags(argv, needs_data, finder.parse_known_args(argv)[0].workdir)
     return config, parser.parse_args(rest)
 
 
@@ -118,12 +120,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_flags(argv: list[str], needs_data: bool = True) -> tuple[configs.Config, list[str]]:
+def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") -> tuple[configs.Config, list[str]]:
     """Reads --config=FILE and its --config.SECTION.FIELD=VALUE overrides; returns the rest of the arguments too.
 
     The order of the flags does not matter. FILE may end in :NAME, which its `get_config` then receives. JAX
     is not imported, unless the config file does. Without `needs_data` the config may leave open where its text is.
     A flag that selects, such as --config.model.family, leaves out what the file sets for other choices, and says so.
+    A run that has begun in `workdir` takes the sizes that it leaves to `train.init_from` from there.
 
     Raises:
       UserError: no such file, an error inside it, an unknown field, or a value that cannot be.
@@ -137,8 +140,10 @@ def config_flags(argv: list[str], needs_data: bool = True) -> tuple[configs.Conf
     with config.ignore_type():  # validation says what a field takes: 1 may be overridden by 0.5
         for section, field, value in overrides:
             config[section][field] = value
-    names = {f"{section}.{field}" for section, field, _ in overrides}
-    checked, left_out = validation.without_unread(validation.typed(config), names)
+    flags = [(section, field) for section, field, _ in overrides]
+    names = {f"{section}.{field}" for section, field in flags}
+    values = base_run.with_sizes(validation.sections(config), flags, workdir)
+    checked, left_out = validation.without_unread(validation.typed(values), names)
     validation.check(checked, needs_data, given=names)
     if left_out:
         say(f"left out of {given[0]}, as nothing reads it with the flags given: {', '.join(left_out)}")

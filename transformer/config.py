@@ -196,7 +196,11 @@ class TrainConfig:
         10, "with spike_factor: skipped of one spike at most; if the loss stays high, updates are made again", low=1
     )
     seed: int = _field(0, "of initialisation, data order and dropout", low=0)
-    init_from: str = _field("", "a workdir whose params and vocabulary the run starts from, to fine-tune them")
+    init_from: str = _field(
+        "",
+        "a workdir whose params and vocabulary the run starts from, to fine-tune them; sizes of model and vocabulary "
+        "that are left at their defaults are then those of that run",
+    )
     init_checkpoint: str = _field("latest", "with init_from: which of its checkpoints, as eval.py's --checkpoint")
 
 
@@ -261,11 +265,16 @@ class Config:
     decode: DecodeConfig = DecodeConfig()
     mesh: MeshConfig = MeshConfig()
 
-    def to_json(self) -> str:
-        """The resolved config, one field a line, as the workdir and every checkpoint keep it."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+    def to_json(self, **beside: str) -> str:
+        """The resolved config, one field a line, as the workdir and every checkpoint keep it.
+
+        Args:
+          beside: what goes into the same file besides the sections.
+        """
+        return json.dumps({**dataclasses.asdict(self), **beside}, indent=1) + "\n"
 
 
+RUN_ID = "run_id"  # in a workdir's config.json: the id of its run, which no field of the config sets
 TEXT_PATHS = ("dir", "train_source", "train_target", "valid_source", "valid_target", "train", "valid")
 PATHS = (*TEXT_PATHS, "data_dir", "manual_dir")
 WMT_NAMES = ("wmt14_translate", "wmt_t2t_translate")  # the sets of TFDS whose archives are fetched here
@@ -325,6 +334,11 @@ def differences(old: Config, new: Config) -> list[Change]:
 def field_type(section: str, name: str) -> type:
     """The type of a field."""
     return next(typing.cast(type, field.type) for field in dataclasses.fields(SECTIONS[section]) if field.name == name)
+
+
+def field_default(section: str, name: str) -> Any:
+    """The default of a field."""
+    return getattr(SECTIONS[section], name)
 
 
 def field_names(section: str) -> list[str]:

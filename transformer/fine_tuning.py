@@ -8,19 +8,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from transformer import config as configs
-from transformer import hosts, step, trained
+from transformer import hosts, remote, step, trained
 from transformer import tokenizer as tokenizers
+from transformer.base_run import FREE
 from transformer.checkpoint import Checkpoints
 from transformer.command_line import say
 from transformer.config import Config
 from transformer.errors import UserError
 from transformer.step import Model, TrainState
-
-# Fields of the model in which the two runs may differ, as trained params mean the same with any value of them.
-FREE = {
-    *("dropout_rate", "attention_dropout_rate", "mlp_dropout_rate"),
-    *("attention", "qkv_init_gain", "remat", "dtype"),
-}
+from transformer.tokenizer import Tokenizer
 
 
 class Origin(NamedTuple):
@@ -30,12 +26,14 @@ class Origin(NamedTuple):
       which: as `train.init_checkpoint` has it.
       steps: the checkpoints that it names, oldest first.
       config: of that run.
+      run_id: of that run; empty where an earlier version trained it.
     """
 
     checkpoints: Checkpoints
     which: str
     steps: list[int]
     config: Config
+    run_id: str
 
 
 def find(config: Config) -> Origin | None:
@@ -52,12 +50,10 @@ def find(config: Config) -> Origin | None:
     checkpoints = Checkpoints(folder)
     steps = json.loads(hosts.from_lead("checkpoint to start from", lambda: _chosen(checkpoints, which)))
     theirs = checkpoints.config(steps[-1])
-    others = [change for change in configs.differences(theirs, config) if change.section == "model"]
-    free = FREE if config.model.positions == "learned" else FREE | {"max_positions"}
-    if serious := [str(change) for change in others if change.field not in free]:
+    if others := _other_fields(theirs, config):
         raise UserError(
-            f"config.train.init_from = {folder}: its model is another one: {'; '.join(serious)}. Set these fields as "
-            "there, or train from the beginning"
+            f"config.train.init_from = {folder}: its model is another one: {'; '.join(others)}. Set these fields as "
+            "there or leave them out, or train from the beginning"
         )
     if vocabulary and checkpoints.tokenizer(steps[-1]).digest != vocabulary.digest:
         raise UserError(
@@ -65,7 +61,47 @@ def find(config: Config) -> Origin | None:
             f"trained with; copy it back from {checkpoints.folder / str(steps[-1]) / 'tokenizer'}"
         )
     say(f"starting from the params of {folder}, {trained.title(which, steps)}")
-    return Origin(checkpoints, which, steps, theirs)
+    return Origin(checkpoints, which, steps, theirs, checkpoints.manifest(steps[-1]).run_id)
+
+
+def check_moved(old: Config, config: Config, base_run_id: str, tokenizer: Tokenizer) -> None:
+    """Refuses to go on with another base than the run has started from; the same one may lie elsewhere by now.
+
+    It is known by its run id, or where it has none by vocabulary and model. Where the path is the old one, or there is
+    none, nothing is read.
+
+    Args:
+      old: config of the checkpoint that the run goes on from.
+      base_run_id: as that checkpoint has it.
+      tokenizer: of that checkpoint.
+
+    Raises:
+      UserError: it is another run, or none.
+    """
+    before, folder = old.train.init_from, config.train.init_from
+    if not before or not folder or before == folder:
+        return
+    where = f"config.train.init_from: {before} → {folder}"
+    if reason := remote.missing(folder):
+        raise UserError(f"{where}: {reason}")
+    base = Checkpoints(folder)
+    newest = base.newest_sound()
+    if newest is None:
+        raise UserError(f"{where}: found no checkpoint there; leave it at the old path, which need not exist any more")
+    theirs = base.manifest(newest).run_id
+    same = base.tokenizer(newest).digest == tokenizer.digest and not _other_fields(base.config(newest), config)
+    if theirs != base_run_id if theirs and base_run_id else not same:
+        raise UserError(
+            f"{where}: is not the run that this one has started from; name the folder where that is now, leave it at "
+            "the old path, or choose another --workdir"
+        )
+
+
+def _other_fields(base: Config, config: Config) -> list[str]:
+    """The fields of the model that keep params of `base` from being those of `config`, as 'model.field: old → new'."""
+    others = [change for change in configs.differences(base, config) if change.section == "model"]
+    free = FREE if config.model.positions == "learned" else FREE | {"max_positions"}
+    return [str(change) for change in others if change.field not in free]
 
 
 def _chosen(checkpoints: Checkpoints, which: str) -> str:

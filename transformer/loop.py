@@ -63,7 +63,7 @@ def fit(config: Config, folder: epath.PathLike) -> None:
     with workdir.lock(path) if hosts.is_lead() else contextlib.nullcontext():  # the lead holds it for all
         agreement.same_folder(path)
         run = Run(config, path)
-        workdir.keep_config(path, run.config)
+        workdir.keep_config(path, run.config, run.run_ids.run_id)
         with stop_signals.noted() as stop_signal:
             run.train(stop_signal)
 
@@ -137,7 +137,7 @@ class Run:
         self.mesh = consensus.connect(sharding.make_mesh(config.mesh))
         kernels.require(config, self.mesh)
         self.checkpoints = Checkpoints(path)
-        newest, before = _resume_point(self.checkpoints)
+        newest, before, self.run_ids = _resume_point(self.checkpoints, path)
         # Until there is a checkpoint, nothing is lost with another config.
         old = config
         if newest is not None:
@@ -146,7 +146,11 @@ class Run:
             self.config = config = best_metric.settled(config, best_metric.of(old))
         changes = workdir.config_changes(path, old, config)
         self.searches_anew = score_kind(old) != score_kind(config)
-        origin = fine_tuning.find(config) if newest is None else None
+        origin = None
+        if newest is not None:
+            fine_tuning.check_moved(old, config, self.run_ids.base_run_id, self.checkpoints.tokenizer(newest))
+        elif origin := fine_tuning.find(config):
+            self.run_ids = self.run_ids._replace(base_run_id=origin.run_id)
         with hosts.lead_first("data"):
             corpus = corpora.open_corpus(config.data)
             self.pairs, self.valid = corpus.split("train"), corpus.split("validation")
@@ -302,7 +306,7 @@ class Run:
         if not step.all_finite(state.params):
             raise DivergedError(f"the run diverged: update {done} made params that are no numbers; {WHAT_HELPS}", done)
         metrics = {**self.progress.metrics(), **self.spent.metrics()}
-        self.checkpoints.save(state, self.config, self.tokenizer, self.data, metrics)
+        self.checkpoints.save(state, self.config, self.tokenizer, self.data, metrics, **self.run_ids._asdict())
 
     def _evaluate(self, params: step.Params, done: int, log: RunLog | NoLog) -> None:
         """Scores the validation split, and records the scores with the checkpoint of this step.
@@ -334,12 +338,23 @@ class Run:
         log.say(f"step {done:,} · {' · '.join(shown.values())} · {report.seconds:.0f} s · after {self.spent}")
 
 
-def _resume_point(checkpoints: Checkpoints) -> tuple[int | None, Metrics]:
-    """The newest sound checkpoint, if there is any, and its metrics, as the lead finds them for all hosts."""
+class RunIds(NamedTuple):
+    """The ids of a run and of the one that `train.init_from` names, as checkpoints keep them."""
+
+    run_id: str
+    base_run_id: str
+
+
+def _resume_point(checkpoints: Checkpoints, path: epath.Path) -> tuple[int | None, Metrics, RunIds]:
+    """The newest sound checkpoint, if there is any, its metrics and its run, as the lead finds them for all hosts."""
 
     def find() -> str:
         newest = checkpoints.newest_sound()
-        return json.dumps([newest, {} if newest is None else checkpoints.metrics(newest)])
+        if newest is None:
+            return json.dumps([None, {}, RunIds(workdir.run_id(path, "", None), "")])
+        manifest = checkpoints.manifest(newest)
+        own = workdir.run_id(path, f"{checkpoints.folder}: checkpoint {newest}", manifest.run_id)
+        return json.dumps([newest, manifest.metrics, RunIds(own, manifest.base_run_id)])
 
-    newest, metrics = json.loads(hosts.from_lead("newest checkpoint", find))
-    return newest, metrics
+    newest, metrics, ids = json.loads(hosts.from_lead("newest checkpoint", find))
+    return newest, metrics, RunIds(*ids)

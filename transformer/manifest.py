@@ -19,12 +19,19 @@ Metrics = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself: its metrics, digests of its data by kind, its host, and its files."""
+    """What a checkpoint says of itself: its metrics, digests of its data by kind, its host, and its files.
+
+    Attributes:
+      run_id: of the run that saved it, the same from its first update on; empty where an earlier version saved it.
+      base_run_id: of the run that `train.init_from` names; empty if there is none, or it has none.
+    """
 
     metrics: Metrics
     data: dict[str, str]
     host: dict[str, str]
     files: dict[str, tuple[int, str]]
+    run_id: str = ""
+    base_run_id: str = ""
 
     def to_json(self) -> str:
         """As it is written, with a digest of itself."""
@@ -41,7 +48,7 @@ class Manifest:
         host = {str(name): str(value) for name, value in values["host"].items()}
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in values["files"].items()}
         data = {str(name): str(digest) for name, digest in values["data"].items()}
-        return cls(metrics, data, host, files)
+        return cls(metrics, data, host, files, str(values.get("run_id", "")), str(values.get("base_run_id", "")))
 
 
 class Digests:

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
+from transformer import config as configs
 from transformer import consensus, remote, sharding
 from transformer.checkpoint import Checkpoints, Metrics
 from transformer.config import Config, MeshConfig
 from transformer.errors import UserError, WorkdirError
 from transformer.step import Model, Params
 from transformer.tokenizer import Tokenizer
+from transformer.workdir import HARMLESS
 
 AVERAGE = re.compile(r"(best-)?average:([1-9][0-9]{0,5})")
 
@@ -174,7 +176,39 @@ def _several(checkpoints: Checkpoints, available: list[int], count: int, *, best
             f"{checkpoints.folder}: expected {count:,} sound checkpoints {what}, found {len(found):,} of "
             f"{len(available):,}; ask for fewer, or raise {field} before training on"
         )
+    check_one_run(checkpoints, sorted(found))
     return sorted(found)
+
+
+def check_one_run(checkpoints: Checkpoints, steps: list[int]) -> None:
+    """Refuses checkpoints of different runs, whose mean would be no model.
+
+    Runs are told apart by their ids; where one has none, as earlier versions wrote them, by vocabulary and model.
+
+    Raises:
+      UserError: some are of another run than the newest; it names them.
+    """
+    newest = steps[-1]
+    others = {step: why for step in steps[:-1] if (why := _other_run(checkpoints, step, newest))}
+    if others:
+        found = "; ".join(f"{step} ({why})" for step, why in others.items())
+        raise UserError(
+            f"{checkpoints.folder}: checkpoints {steps} are not of one run, so their mean is no model. Of another run "
+            f"than {newest}: {found}. Move those of the other run elsewhere, or ask for fewer"
+        )
+
+
+def _other_run(checkpoints: Checkpoints, step: int, newest: int) -> str:
+    """Why a checkpoint is not of the run that saved the newest; empty where it may be."""
+    id, id_of_newest = (checkpoints.manifest(one).run_id for one in (step, newest))
+    if id and id_of_newest:
+        return "" if id == id_of_newest else f"run id {id[:8]}, expected {id_of_newest[:8]}"
+    digest, digest_of_newest = (checkpoints.tokenizer(one).digest for one in (step, newest))
+    if digest != digest_of_newest:
+        return f"vocabulary {digest[:8]}, expected {digest_of_newest[:8]}"
+    changes = configs.differences(checkpoints.config(newest), checkpoints.config(step))
+    changes = [one for one in changes if one.section == "model" and one.field not in HARMLESS["model"]]
+    return ", ".join(f"model.{one.field} = {one.new!r}, expected {one.old!r}" for one in changes)
 
 
 def _best(checkpoints: Checkpoints, available: list[int]) -> int:

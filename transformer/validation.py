@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
-from transformer import device_limits
+from transformer import base_run, device_limits
 from transformer.config import (
     FOLLOW_EMB_DIM,
+    RUN_ID,
     SECTIONS,
     TINY,
     TRAINED_TOKENIZERS,
@@ -106,6 +107,8 @@ READERS: dict[str, tuple[Reader, ...]] = {  # all conditions must hold; other fi
 def resolve(values: Any, needs_data: bool = True, is_new: bool = True) -> Config:
     """Checks a ConfigDict or nested mapping and returns it as frozen dataclasses.
 
+    With `train.init_from`, sizes of model and vocabulary that a new config leaves open are those of that run.
+
     Args:
       needs_data: it must name its text.
       is_new: also refuses what only a config that a run begins with is refused for; those that runs have kept must
@@ -114,7 +117,7 @@ def resolve(values: Any, needs_data: bool = True, is_new: bool = True) -> Config
     Raises:
       UserError: as `typed` and `check`.
     """
-    config = typed(values)
+    config = typed(base_run.with_sizes(sections(values)) if is_new else values)
     check(config, needs_data, is_new)
     return config
 
@@ -236,6 +239,8 @@ def from_json(text: str, path: str) -> Config:
         values = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: not a config in JSON: {error}") from error
+    if isinstance(values, dict):
+        values.pop(RUN_ID, None)
     return resolve(values, is_new=False)
 
 

@@ -2,7 +2,9 @@
 
 import datetime
 import fcntl
+import json
 import os
+import uuid
 from typing import IO
 
 from etils import epath
@@ -10,7 +12,7 @@ from etils import epath
 from transformer import config as configs
 from transformer import hosts, remote
 from transformer.command_line import complain, say
-from transformer.config import Config
+from transformer.config import RUN_ID, Config
 from transformer.errors import UserError, WorkdirError
 from transformer.files import reported, write_whole
 from transformer.validation import ENDING, unread
@@ -102,10 +104,38 @@ def config_changes(workdir: epath.Path, old: Config, config: Config) -> list[str
     return [str(change) for change in changes]
 
 
+def run_id(workdir: epath.Path, checkpoint: str, id_of_checkpoint: str | None) -> str:
+    """The id of the run in a workdir: that of its checkpoint and config.json, or a new one for a run that begins.
+
+    Args:
+      checkpoint: that the run goes on from, for messages.
+      id_of_checkpoint: None where there is none; empty where an earlier version saved it.
+
+    Raises:
+      UserError: the checkpoint is of another run than config.json.
+    """
+    kept = _kept_run_id(workdir) if id_of_checkpoint is not None else ""
+    if kept and id_of_checkpoint and kept != id_of_checkpoint:
+        raise UserError(
+            f"{checkpoint} is of another run (id {id_of_checkpoint[:8]}) than {workdir / CONFIG_FILE} ({kept[:8]}). "
+            "Move it elsewhere to go on with this run; to start from it, name its workdir as train.init_from in a new "
+            "--workdir"
+        )
+    return id_of_checkpoint or kept or uuid.uuid4().hex
+
+
+def _kept_run_id(workdir: epath.Path) -> str:
+    """What `keep_config` wrote; empty where there is nothing, as of an earlier version."""
+    try:
+        return str(json.loads((workdir / CONFIG_FILE).read_text())[RUN_ID])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 @hosts.lead_only
-def keep_config(workdir: epath.Path, config: Config) -> None:
-    """Makes a config the workdir's own."""
-    path, text = workdir / CONFIG_FILE, config.to_json()
+def keep_config(workdir: epath.Path, config: Config, run_id: str = "") -> None:
+    """Makes a config the workdir's own, and the id of its run."""
+    path, text = workdir / CONFIG_FILE, config.to_json(**({RUN_ID: run_id} if run_id else {}))
     with reported(f"--workdir={workdir}"):
         if not path.exists() or path.read_bytes() != text.encode():
             write_whole(path, text)
@@ -121,4 +151,6 @@ def _harmless(change: configs.Change, config: Config) -> bool:
         return not ends_with_its_steps(config)
     if (change.section, change.field) == ("data", "tokenizer"):
         return not {change.old, change.new} & set(configs.TRAINED_TOKENIZERS)
+    if (change.section, change.field) == ("train", "init_from"):
+        return bool(change.old and change.new)  # whether it is the same run is seen by its id
     return change.field in HARMLESS.get(change.section, ())
