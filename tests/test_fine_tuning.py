@@ -9,8 +9,8 @@ import pytest
 
 from tests.conftest import small_config
 from tests.test_checkpoint import flip, make_parts, save, save_three
-from transformer import config as configs
 from transformer import base_run, command_line, fine_tuning, sharding, step, tokenizer, validation, workdir
+from transformer import config as configs
 from transformer.errors import UserError, WorkdirError
 
 

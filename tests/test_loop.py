@@ -120,6 +120,8 @@ def test_a_run_may_start_from_another_s_params_and_is_resumed_as_its_own(data, w
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "run", 1), restore(whole, 6))
     digests = {Checkpoints(folder).tokenizer(done).digest for folder, done in ((tmp_path / "run", 1), (whole, 6))}
     assert len(digests) == 1
+    own, base = (Checkpoints(folder).manifest(done) for folder, done in ((tmp_path / "run", 1), (whole, 6)))
+    assert own.base_run_id == base.run_id != own.run_id
     with pytest.raises(UserError, match=r"another config: train\.init_from: .* → ''; train\.init_checkpoint: '6' → 'l"):
         loop.fit(config_of(data, train={"num_steps": 1}, optimizer={"learning_rate": 0.0}), tmp_path / "run")
     with pytest.raises(UserError, match=r"another config: train\.init_from: '' → "):
@@ -127,23 +129,19 @@ def test_a_run_may_start_from_another_s_params_and_is_resumed_as_its_own(data, w
 
 
 @pytest.mark.reported
-def test_a_run_has_one_id_from_its_first_update_on_and_another_s_checkpoint_does_not_pass_for_its_own(
-    data, whole, tmp_path
-):
+def test_a_run_has_one_id_from_its_first_update_on_and_another_s_checkpoint_does_not_pass_for_its_own(whole, tmp_path):
     kept = json.loads((whole / "config.json").read_text())["run_id"]
     assert {Checkpoints(whole).manifest(done).run_id for done in (3, 6, 9, 12)} == {kept}
-    shutil.copytree(whole, tmp_path / "run")
-    loop.fit(config_of(data, train={"num_steps": 13}), tmp_path / "run")
-    assert Checkpoints(tmp_path / "run").manifest(13).run_id == kept
-    started = config_of(data, train={"num_steps": 1, "init_from": str(whole)})
-    loop.fit(started, tmp_path / "tuned")
-    tuned = Checkpoints(tmp_path / "tuned").manifest(1)
-    assert tuned.base_run_id == kept != tuned.run_id
-    shutil.copytree(tmp_path / "tuned" / "checkpoints" / "1", tmp_path / "run" / "checkpoints" / "14")
-    with pytest.raises(
-        UserError, match=rf"checkpoint 14 is of another run \(id {tuned.run_id[:8]}\) than .*config.json"
-    ):
-        loop.fit(started, tmp_path / "run")
+    run = epath.Path(shutil.copytree(whole, tmp_path / "run"))
+    checkpoints = Checkpoints(run)
+    newest, _, ids = loop._resume_point(checkpoints, run)
+    assert (newest, *ids) == (12, kept, "")
+    copied_in = dataclasses.replace(checkpoints.manifest(12), run_id="b" * 32)
+    (run / "checkpoints" / "12" / "manifest.json").write_text(copied_in.to_json())
+    with pytest.raises(UserError, match=rf"checkpoint 12 is of another run \(id bbbbbbbb\) than .* \({kept[:8]}\)"):
+        loop._resume_point(checkpoints, run)
+    shutil.rmtree(run / "checkpoints")
+    assert loop._resume_point(checkpoints, run)[2].run_id not in ("", kept)
 
 
 def files_of(workdir):

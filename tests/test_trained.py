@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.test_checkpoint import files, flip, make_parts, save, save_three
-from transformer import checkpoint, manifest, step, tokenizer, trained
+from transformer import checkpoint, manifest, tokenizer, trained
 from transformer.checkpoint import Checkpoints
 from transformer.errors import UserError, WorkdirError
 
