@@ -19,8 +19,8 @@ from collections.abc import Callable
 
 from ml_collections import config_dict
 
-from transformer import config as configs
 from transformer import base_run, remote, streams, validation
+from transformer import config as configs
 from transformer.errors import StoppedError, UserError
 
 
