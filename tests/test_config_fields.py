@@ -71,7 +71,6 @@ TEXT = {"data.name": "text", "data.dir": "texts"}
 SWITCHES = [  # what a file sets, the flag, and what is then left of it
     ({"model.positions": "learned", "model.max_positions": 600}, "model.positions=sinusoidal", {}),
     ({"model.attention": "blockwise", "mesh.sequence": 2, "mesh.tensor": 2}, "model.family=recurrent", {}),
-    ({"model.attention_dropout_rate": 0.1}, "model.attention=splash", {"model.attention": "splash"}),
     ({"model.family": "convolutional", "model.kernel_width": 5}, "model.family=attention", {"model.num_heads": 8}),
     ({"model.qkv_dim": 256}, "model.family=convolutional", {"model.qkv_dim": 512}),
     ({"data.num_buckets": 3}, "data.batching=pack", {"data.batching": "pack"}),

@@ -190,7 +190,7 @@ CUDNN = {"attention": "cudnn", "dtype": "bfloat16"}
         ({"model": {**CUDNN, "num_heads": 4}}, r"8 divides, at most 128, got model\.qkv_dim / num_heads = 4"),
         ({"model": {**CUDNN, "qkv_dim": 512}}, "keys and values of one width, got 256 and 8 a head"),
         ({"model": {**CUDNN, "qkv_dim": 512, "value_dim": 512}}, r"at most 128, got model\.qkv_dim / num_heads = 256"),
-        ({"model": CUDNN, "data": {"batching": "pack"}}, r"data\.batching = bucket, got pack"),
+        ({"model": CUDNN, "data": {"batching": "pack", "num_buckets": 8}}, r"data\.batching = bucket, got pack"),
     ],
 )
 def test_a_kernel_forced_where_no_device_could_run_it_is_refused_with_the_config(fields, message):

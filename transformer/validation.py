@@ -60,12 +60,10 @@ DECODE_SAMPLES = Reader("decode.method", ("sample", "mbr"))
 READERS: dict[str, tuple[Reader, ...]] = {  # all conditions must hold; other fields are read in any case
     **{
         f"model.{name}": (ATTENTION_ALONE,)
-        for name in "num_heads mlp_dim norm mlp_dropout_rate attention qkv_init_gain qkv_dim value_dim".split()
+        for name in (
+            "num_heads mlp_dim norm mlp_dropout_rate attention_dropout_rate attention qkv_init_gain qkv_dim value_dim"
+        ).split()
     },
-    "model.attention_dropout_rate": (
-        ATTENTION_ALONE,
-        Reader("model.attention", ("auto", "plain", "blockwise", "ring")),
-    ),
     **{
         f"model.{name}": (Reader("model.family", ("attention", "convolutional")),)
         for name in ("positions", "remat", "scan_layers")
@@ -77,7 +75,7 @@ READERS: dict[str, tuple[Reader, ...]] = {  # all conditions must hold; other fi
     "model.attention_score": (Reader("model.family", ("recurrent", "convolutional")),),
     "model.kernel_width": (Reader("model.family", ("convolutional",)),),
     "mesh.tensor": (ATTENTION_ALONE,),
-    "mesh.sequence": (ATTENTION_ALONE, Reader("model.attention", ("auto", "plain", "blockwise", "ring"))),
+    "mesh.sequence": (ATTENTION_ALONE,),
     "data.columns": (OWN_TEXT,),
     "data.dir": (OWN_TEXT, *_unset("data.train_source", "data.train")),
     "data.train": (OWN_TEXT, *_unset("data.dir", "data.train_source")),
