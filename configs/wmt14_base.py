@@ -35,6 +35,7 @@ def get_config() -> config_dict.ConfigDict:
     config.data.target_language = "de"
     config.data.tokenizer = "bpe"
     config.data.vocab_size = 37_000
+    config.data.length_multiple = 8  # widths that a GPU's matrix units like
 
     config.optimizer.name = "adam"
     config.optimizer.beta1 = 0.9

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from transformer.config import round_up
 from transformer.tokenizer import PAD
 
 ROW_MULTIPLE = 8  # rows divide evenly over 1, 2, 4 and 8 devices
@@ -90,14 +91,18 @@ def assemble(planned: PlannedBatch, source: Ragged, target: Ragged) -> Batch:
     return Batch(source.rectangle(examples_B, bucket.source), target.rectangle(examples_B, bucket.target))
 
 
-def choose_buckets(source_N: np.ndarray, target_N: np.ndarray, num_buckets: int, batch_tokens: int) -> list[Bucket]:
+def choose_buckets(
+    source_N: np.ndarray, target_N: np.ndarray, num_buckets: int, batch_tokens: int, length_multiple: int = 1
+) -> list[Bucket]:
     """At most `num_buckets` shapes that waste the least padding on these lengths.
 
     Target widths are chosen by dynamic programming over all ways to cut the range of target lengths;
     a bucket's source width holds all but the longest few of its sources, and those move up. Rows are
-    as many as `batch_tokens` target tokens allow, in multiples of 8 where there are 8.
+    as many as `batch_tokens` target tokens allow, in multiples of 8 where there are 8. Widths are multiples of
+    `length_multiple`.
     """
-    unit = -(-int(max(target_N.max(), source_N.max())) // FINEST)  # for long sequences, widths in larger steps
+    longest = int(max(target_N.max(), source_N.max()))
+    unit = round_up(-(-longest // FINEST), length_multiple)  # for long sequences, widths in larger steps
     widths = _choose_widths(-(-source_N // unit), -(-target_N // unit), num_buckets)
     return [Bucket(s * unit, t * unit, rows_for(batch_tokens, t * unit)) for s, t in widths]
 
@@ -206,12 +211,13 @@ class BucketPlan(TrainPlan):
         batch_tokens: int,
         max_length: int,
         seed: int,
+        length_multiple: int = 1,
     ):
         super().__init__(source_N, target_N, max_length, seed)
         if not self.kept:
             return
         kept_source, kept_target = source_N[self._kept], target_N[self._kept]
-        self.buckets = choose_buckets(kept_source, kept_target, num_buckets, batch_tokens)
+        self.buckets = choose_buckets(kept_source, kept_target, num_buckets, batch_tokens, length_multiple)
         bucket_N = assign(kept_source, kept_target, self.buckets)
         self._members = [self._kept[bucket_N == index] for index in range(len(self.buckets))]
         self.batches = [-(-len(m) // b.rows) for m, b in zip(self._members, self.buckets, strict=True)]

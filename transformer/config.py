@@ -19,6 +19,11 @@ def _field(default: Any, doc: str, *, low: float | None = None, high: float | No
     return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "one_of": one_of})
 
 
+def round_up(length: int, multiple: int) -> int:
+    """The least multiple that is not below a length."""
+    return -(-length // multiple) * multiple
+
+
 TINY = 1e-30  # stands for "above zero" in a closed bound
 
 
@@ -133,6 +138,18 @@ class DataConfig:
     num_buckets: int = _field(
         8, "bucket: shapes by length; more waste less padding, and compile longer", low=1, high=64
     )
+    length_multiple: int = _field(
+        1,
+        "widths of training batches are multiples of this, so the widest may exceed max_length by less than it; "
+        "8 suits the matrix units of a GPU",
+        low=1,
+        high=1024,
+    )
+
+    @property
+    def longest_row(self) -> int:
+        """The width of the longest training row on the target side: max_length rounded up to length_multiple."""
+        return round_up(self.max_length, self.length_multiple)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import math
 from transformer.config import Config
 from transformer.errors import UserError
 
+BLOCKWISE_FROM = 512  # length from which `auto` needs attention whose memory is linear in it
 KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # values of model.attention that run on one platform alone
 
 

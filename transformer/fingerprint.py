@@ -12,7 +12,7 @@ import platform
 
 import jax
 
-from transformer import agreement
+from transformer import agreement, kernels
 
 SETTINGS = (
     "jax_default_matmul_precision",
@@ -23,9 +23,13 @@ SETTINGS = (
 )
 
 
-@functools.cache
 def of_host() -> dict[str, str]:
-    """Code, versions, compiler flags, devices and cores, each as text under its name."""
+    """Code, versions, compiler flags, devices, cores and kernels that were tried, each as text under its name."""
+    return {**_unchanging(), **kernels.in_training()}
+
+
+@functools.cache
+def _unchanging() -> dict[str, str]:
     devices = jax.devices()
     settings = (f"{name.removeprefix('jax_')}={getattr(jax.config, name, None)}" for name in SETTINGS)
     return {

@@ -9,17 +9,21 @@ B batch, T query length, S key length, H heads, K width per head.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 
-from transformer import sharding
-from transformer.attention import Visible
-from transformer.config import Config
-from transformer.device_limits import KERNELS, AttentionUse, kernel_misfit
+from transformer import hosts, sharding
+from transformer.attention import Visible, dot_product_attention
+from transformer.command_line import say
+from transformer.config import Config, MeshConfig
+from transformer.device_limits import BLOCKWISE_FROM, KERNELS, AttentionUse, kernel_misfit
 from transformer.errors import UserError
 
 Array = jax.Array
@@ -28,32 +32,60 @@ HEADS, ROWS = ("batch", "length", "heads", "kv"), ("batch", "length")
 LANES = 128  # splash counts keys by these
 BLOCK = 512  # queries and keys of splash's largest block
 OLDEST_GPU = 8.0  # compute capability: Ampere
+TRIAL_LENGTH = 64
+TRIAL_ERROR = 0.05  # of bfloat16 against float32, relative to the norm; what is computed wrongly is off by 1
+
+# What trials of cuDNN found, by the width of a head: why it failed, empty where it works.
+_trials: dict[int, str] = {}
+_in_training: dict[str, str] = {}
 
 
 def require(config: Config, mesh: Mesh) -> None:
-    """Sees to it that a kernel that the config forces can run on the mesh's devices.
+    """Checks that a forced kernel can run on the mesh's devices, and tries cuDNN where training may choose it.
+
+    All processes must call it, before anything else is compiled: they agree here on what the trial found.
 
     Raises:
-      UserError: what does not fit, before anything is compiled.
+      UserError: what does not fit.
     """
-    path, device = config.model.attention, mesh.devices.flat[0]
-    if path not in KERNELS:
-        return
+    path = config.model.attention
     use = dataclasses.replace(AttentionUse.of(config), parts=sharding.row_multiple(mesh, "length"))
-    misfit = (
-        f"it runs on {KERNELS[path]} devices, and these are {device.platform} devices ({device.device_kind})"
-        if device.platform != KERNELS[path]
-        else f"it needs a GPU of compute capability {OLDEST_GPU} or more, and these have {device.compute_capability}"
-        if path == "cudnn" and too_old(device)
-        else kernel_misfit(path, use)
-    )
-    if misfit:
+    misfit = _misfit(path if path in KERNELS else "cudnn", mesh.devices.flat[0], use)
+    is_long = config.model.family == "attention" and config.data.longest_row >= BLOCKWISE_FROM
+    # Devices that are only described cannot try anything.
+    tries = not misfit and _is_here(mesh) and (path == "cudnn" or (path == "auto" and is_long))
+    if path in KERNELS and (misfit := misfit or (_trial(use.key_width) if tries else "")):
         raise UserError(f"config.model.attention = {path}: {misfit}; auto takes what fits")
+    _in_training.clear()
+    if tries:
+        _in_training["cuDNN attention"] = "works" if cudnn_works(use.key_width) else "fails"
 
 
-def too_old(device: Any) -> bool:
-    """Whether a GPU is from before Ampere; one that is described and not here tells nothing, and is not."""
-    return float(getattr(device, "compute_capability", OLDEST_GPU)) < OLDEST_GPU
+def _misfit(path: str, device: Any, use: AttentionUse) -> str:
+    """Why a kernel cannot do this on a device, for people; empty where it can."""
+    if device.platform != KERNELS[path]:
+        kind = f"{device.platform} devices ({device.device_kind})"
+        return f"it runs on {KERNELS[path]} devices, and these are {kind}"
+    return (unfit_gpu(device) if path == "cudnn" else "") or kernel_misfit(path, use)
+
+
+def in_training() -> dict[str, str]:
+    """Whether cuDNN's attention works, as text under its name; empty where training does not depend on it."""
+    return dict(_in_training)
+
+
+def unfit_gpu(device: Any) -> str:
+    """Why cuDNN's attention cannot run on a GPU, for people; one that is described and not here tells nothing."""
+    capability = str(getattr(device, "compute_capability", OLDEST_GPU))
+    # That of an AMD GPU is a name, such as gfx942.
+    fits = capability.replace(".", "", 1).isdecimal() and float(capability) >= OLDEST_GPU
+    wanted = f"it needs an NVIDIA GPU of compute capability {OLDEST_GPU} or more"
+    return "" if fits else f"{wanted}, and these have {capability}"
+
+
+def _is_here(mesh: Mesh) -> bool:
+    """Whether the mesh has devices of this process, and is not of devices that are only described."""
+    return not set(jax.local_devices()).isdisjoint(mesh.devices.flat)
 
 
 def here(q_BTHK: Array, v_BSHK: Array, visible: Visible, dropout_rate: float) -> str:
@@ -69,26 +101,93 @@ def here(q_BTHK: Array, v_BSHK: Array, visible: Visible, dropout_rate: float) ->
     platform = sharding.platform()
     for path, wanted in KERNELS.items():
         if platform == wanted and not kernel_misfit(path, use):
-            old = platform == jax.default_backend() == "gpu" and too_old(jax.local_devices()[0])
-            return "" if old else path
+            must_work = path == "cudnn" and jax.default_backend() == "gpu"  # else the GPU is only described
+            return path if not must_work or cudnn_works(use.key_width) else ""
     return ""
+
+
+def cudnn_works(width: int) -> bool:
+    """Whether cuDNN attends with heads of this width on the GPUs of all processes; the first call tries it.
+
+    All processes must call it alike. A failure of the trial is one warning.
+    """
+    if unfit_gpu(jax.local_devices()[0]):
+        return False
+    is_first = width not in _trials
+    failure = _trial(width)
+    if failure and is_first:
+        say(f"warning: no attention by cuDNN: {failure}; auto attends by blocks instead")
+    return not failure
+
+
+def _trial(width: int) -> str:
+    """Why cuDNN cannot attend with heads of this width on some process's GPUs; empty where it can."""
+    if width not in _trials:
+        # A thread of its own knows nothing of the trace, the mesh and the transfer guard in which this is asked.
+        with ThreadPoolExecutor(1) as pool:
+            found = hosts.gather("cuDNN attention", pool.submit(try_cudnn, width).result())
+        failures = [f"{text} on {hosts.name(i)}" if len(found) > 1 else text for i, text in enumerate(found) if text]
+        _trials[width] = failures[0] if failures else ""
+    return _trials[width]
+
+
+def try_cudnn(width: int) -> str:
+    """Runs cuDNN's attention and its gradient once, on all GPUs of this process together, against the plain path.
+
+    On some versions of CUDA and cuDNN it finds no execution plan (github.com/jax-ml/jax/issues/32430), and on several
+    GPUs it has failed where on one it works (27599).
+
+    Returns:
+      What went wrong, for people; empty where nothing did.
+    """
+    devices = jax.local_devices()
+    mesh = sharding.make_mesh(MeshConfig(data=len(devices)), devices)
+    rng, shape = np.random.default_rng(0), (2 * len(devices), TRIAL_LENGTH, 2, width)
+    qkvg = [rng.standard_normal(shape).astype(jnp.bfloat16) for _ in "qkvg"]
+    lengths_B1 = rng.integers(1, TRIAL_LENGTH, (shape[0], 1))
+    keys_BS = (np.arange(TRIAL_LENGTH) < lengths_B1).astype(np.int32)
+
+    def gradients(attend: Callable[..., Array], dtype: Any) -> list[np.ndarray]:
+        def of(qkvg: list[Array], keys_BS: Array) -> list[Array]:
+            *qkv, grad_BTHK = (array.astype(dtype) for array in qkvg)
+            found: list[Array] = []
+            with sharding.on_mesh(mesh):
+                for visible in (Visible(causal=True), Visible(keys_BS=keys_BS)):
+                    out_BTHK, pull = jax.vjp(lambda *qkv, visible=visible: attend(*qkv, visible), *qkv)
+                    found += [out_BTHK, *pull(grad_BTHK)]
+            return [array.astype(jnp.float32) for array in found]
+
+        return jax.device_get(jax.jit(of)(*jax.device_put((qkvg, keys_BS), sharding.batch_sharding(mesh))))
+
+    def plain(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible: Visible) -> Array:
+        return dot_product_attention(q_BTHK, k_BSHK, v_BSHK, visible.mask(TRIAL_LENGTH, TRIAL_LENGTH))
+
+    try:
+        found = gradients(cudnn_attention, jnp.bfloat16)
+    except Exception as error:
+        return f"a trial failed with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    wanted = gradients(plain, jnp.float32)
+    errors = [np.linalg.norm(one - two) / np.linalg.norm(two) for one, two in zip(found, wanted, strict=True)]
+    worst = float(np.max(errors))
+    return "" if worst < TRIAL_ERROR else f"in a trial its numbers were off by {worst:.2g} of their norm"
 
 
 def cudnn_attention(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible: Visible) -> Array:
     """As `attention.dot_product_attention` under `visible`, by cuDNN: [B, T, H, K], bfloat16.
 
-    What is padding it learns from the length of each row, so rows are of one sentence, padded at the end.
+    What is padding it learns from the length of each row, so rows are of one sentence, padded at the end. JAX refuses
+    it odd lengths in training: such arrays are filled up to even ones.
     """
 
     def attend(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, lengths_B: Array | None) -> Array:
-        return jax.nn.dot_product_attention(
-            q_BTHK,
-            k_BSHK,
-            v_BSHK,
-            is_causal=visible.causal,
-            key_value_seq_lengths=lengths_B,
-            implementation="cudnn",
+        (B, T), S = q_BTHK.shape[:2], k_BSHK.shape[1]
+        if lengths_B is None and S % 2 and not (visible.causal and T <= S):
+            lengths_B = jnp.full((B,), S, jnp.int32)  # else queries would see the key that is filled in
+        even = [_fill(array, array.shape[1] + array.shape[1] % 2) for array in (q_BTHK, k_BSHK, v_BSHK)]
+        out_BTHK = jax.nn.dot_product_attention(
+            *even, is_causal=visible.causal, key_value_seq_lengths=lengths_B, implementation="cudnn"
         )
+        return out_BTHK[:, :T]
 
     split = sharding.per_device(attend, (HEADS, HEADS, HEADS, ("batch",)), HEADS)
     return split(q_BTHK, k_BSHK, v_BSHK, key_lengths(visible))

@@ -19,7 +19,7 @@ from flax import nnx
 from transformer import attention, kernels, sharding
 from transformer.attention import Visible
 from transformer.blockwise import blockwise_attention
-from transformer.device_limits import KERNELS
+from transformer.device_limits import BLOCKWISE_FROM, KERNELS
 from transformer.dropout import dropout
 from transformer.ring import ring_attention
 
@@ -27,7 +27,6 @@ Array = jax.Array
 Key = Array | None
 
 EPSILON = 1e-6
-BLOCKWISE_FROM = 512  # length from which `auto` attends by blocks
 STATES = ("batch", "length", "embed")  # axes of what passes from layer to layer
 glorot = jax.nn.initializers.glorot_uniform
 
@@ -187,7 +186,9 @@ class MultiHeadAttention(nnx.Module):
             for heads in (self.queries(x_BTD), *self.keys_values(memory_BSD))
         )
         queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
-        kernel = kernels.here(q_BTHK, v_BSHK, visible, 0.0 if key is None else self.dropout_rate)
+        kernel = ""
+        if self.path in KERNELS or (self.path == "auto" and is_long(queries, keys)):
+            kernel = kernels.here(q_BTHK, v_BSHK, visible, 0.0 if key is None else self.dropout_rate)
         path = choose_path(self.path, queries, keys, kernel)
         if path == "plain":
             mask = visible.mask(queries, keys)
@@ -215,6 +216,11 @@ class MultiHeadAttention(nnx.Module):
         return attention.attention_weights(self.queries(x_BTD), k_BSHK, mask)
 
 
+def is_long(queries: int, keys: int) -> bool:
+    """Whether plain attention would take much memory, so that `auto` chooses another."""
+    return queries * keys >= BLOCKWISE_FROM**2
+
+
 def choose_path(path: str, queries: int, keys: int, kernel: str = "") -> str:
     """Which attention is used where a path was asked for; a ring of one device is blockwise.
 
@@ -223,8 +229,7 @@ def choose_path(path: str, queries: int, keys: int, kernel: str = "") -> str:
     """
     ring = sharding.shards("length") > 1
     if path == "auto" or (path in KERNELS and path != kernel):
-        long = queries * keys >= BLOCKWISE_FROM**2
-        return "ring" if ring else (kernel or "blockwise") if long else "plain"
+        return "ring" if ring else (kernel or "blockwise") if is_long(queries, keys) else "plain"
     return "blockwise" if path == "ring" and not ring else path
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from transformer.batching import PADDING_ROW, Bucket, PlannedBatch, TrainPlan, even_parts, rows_for, shuffled
+from transformer.config import round_up
 
 SLACK = 1.03  # width of source rows over what the mean ratio of lengths asks, so that targets fill the row
 
@@ -27,10 +28,20 @@ class Rows(NamedTuple):
 class PackedPlan(TrainPlan):
     """Batches of one shape whose rows hold several sentences, both sides of each in the same row.
 
-    Rows have `max_length` target tokens and as many source tokens as suit the lengths.
+    Rows have `max_length` target tokens and as many source tokens as suit the lengths, both rounded up to a multiple
+    of `length_multiple`.
     """
 
-    def __init__(self, source_N: np.ndarray, target_N: np.ndarray, *, batch_tokens: int, max_length: int, seed: int):
+    def __init__(
+        self,
+        source_N: np.ndarray,
+        target_N: np.ndarray,
+        *,
+        batch_tokens: int,
+        max_length: int,
+        seed: int,
+        length_multiple: int = 1,
+    ):
         super().__init__(source_N, target_N, max_length, seed)
         if not self.kept:
             return
@@ -40,9 +51,11 @@ class PackedPlan(TrainPlan):
             source_N * (max_length + 1) + target_N, return_inverse=True, return_counts=True
         )
         sources, targets = np.divmod(classes, max_length + 1)
-        width = max(round(SLACK * max_length * source_N.sum() / target_N.sum()), int(sources.max()))
-        packed = pack(sources, targets, counts, width, max_length)
-        self.buckets = [Bucket(width, max_length, rows_for(batch_tokens, max_length))]
+        target = round_up(max_length, length_multiple)
+        suitable = max(round(SLACK * target * source_N.sum() / target_N.sum()), int(sources.max()))
+        source = round_up(suitable, length_multiple)
+        packed = pack(sources, targets, counts, source, target)
+        self.buckets = [Bucket(source, target, rows_for(batch_tokens, target))]
         self._by_class = np.argsort(packed.classes, kind="stable")
         self._row_places = np.cumsum([0, *packed.counts_R])
         self._most = int(packed.counts_R.max())

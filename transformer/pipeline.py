@@ -73,13 +73,17 @@ def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
       UserError: no pair is short enough.
     """
     lengths = ids.source.lengths, ids.target.lengths
-    tokens, longest, seed = config.train.batch_tokens, config.data.max_length, config.train.seed
+    shared: dict[str, int] = {
+        "batch_tokens": config.train.batch_tokens,
+        "max_length": config.data.max_length,
+        "length_multiple": config.data.length_multiple,
+        "seed": config.train.seed,
+    }
     plan: TrainPlan
     if config.data.batching == "pack":
-        plan = PackedPlan(*lengths, batch_tokens=tokens, max_length=longest, seed=seed)
+        plan = PackedPlan(*lengths, **shared)
     else:
-        buckets = config.data.num_buckets
-        plan = BucketPlan(*lengths, num_buckets=buckets, batch_tokens=tokens, max_length=longest, seed=seed)
+        plan = BucketPlan(*lengths, num_buckets=config.data.num_buckets, **shared)
     if not plan.kept:
         raise UserError(
             f"config.data.max_length = {config.data.max_length}: none of the {plan.dropped:,} training pairs is that "

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     """Checks flags and config before it imports JAX."""
     config, args = command_line.parse_with_config(_parser(), argv, needs_data=False)
     topologies = [parse_topology(name) for name in args.topology.split(",")]
-    length = args.length or config.data.max_length
+    length = args.length or config.data.longest_row
     if config.train.batch_tokens < length:
         raise UserError(
             f"--length={length}: config.train.batch_tokens = {config.train.batch_tokens} has no room for it"
@@ -66,7 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="v5e:4x4, v5p:4x4x8, v6e:4x4, h100:8, cpu:8 or the like; several with commas between",
     )
-    parser.add_argument("--length", type=positive_int, help="width of the batch (default: data.max_length)")
+    parser.add_argument(
+        "--length",
+        type=positive_int,
+        help="width of the batch (default: data.max_length, rounded up to data.length_multiple)",
+    )
     parser.add_argument("--fit", action="store_true", help="find the largest train.batch_tokens that fits")
     parser.add_argument("--scaling", action="store_true", help="predict the efficiency of a chip among 8 to 1,024")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each topology last")

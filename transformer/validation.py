@@ -279,18 +279,19 @@ def _check_together(config: Config) -> None:
     if model.positions == "sinusoidal" and model.emb_dim % 2:
         why = "two directions share it" if model.family == "recurrent" else "sinusoidal positions need it"
         raise UserError(f"config.model.emb_dim: expected an even width, {why}; got {model.emb_dim}")
-    longest = max(data.max_length, decode.max_source_tokens + decode.max_extra_length)
+    row = "data.max_length" if data.length_multiple == 1 else "data.max_length rounded up to data.length_multiple"
+    longest = max(data.longest_row, decode.max_source_tokens + decode.max_extra_length)
     if model.positions == "learned" and longest > model.max_positions:
         raise UserError(
-            f"config.model.max_positions: learned positions must cover the longest sequence, {longest} = max(data."
-            f"max_length, decode.max_source_tokens + decode.max_extra_length), got {model.max_positions}"
+            f"config.model.max_positions: learned positions must cover the longest sequence, {longest} = max({row}, "
+            f"decode.max_source_tokens + decode.max_extra_length), got {model.max_positions}"
         )
     if model.family == "convolutional" and model.kernel_width % 2 == 0:
         raise UserError(f"config.model.kernel_width: expected an odd number, got {model.kernel_width}")
-    if train.batch_tokens < data.max_length:
+    if train.batch_tokens < data.longest_row:
         raise UserError(
-            f"config.train.batch_tokens: expected room for one sentence of data.max_length = {data.max_length} tokens, "
-            f"got {train.batch_tokens}"
+            f"config.train.batch_tokens: expected room for one sentence of {row} = {data.longest_row} tokens, got "
+            f"{train.batch_tokens}"
         )
     if 0 < train.spike_factor <= 1:
         raise UserError(
