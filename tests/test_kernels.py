@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from etils import epath
 
 from tests.conftest import ROOT, small_config
 from tests.test_blockwise import B, K, draw, segments
-from transformer import attention, cost, kernels, layers, loop, sharding, step
+from transformer import attention, cost, fingerprint, hosts, kernels, layers, loop, sharding, step
 from transformer.attention import Visible
 from transformer.config import MeshConfig
 from transformer.errors import UserError
@@ -70,26 +71,39 @@ def check_cudnn(dtype, tolerance):
     """With `cudnn` the real one, where a GPU is."""
     compare(kernels.cudnn_attention, Visible(causal=True), 24, 24, K, dtype, tolerance)
     compare(kernels.cudnn_attention, Visible(keys_BS=segments(0, 32, 9)), 24, 32, K, dtype, tolerance)
+    compare(kernels.cudnn_attention, Visible(causal=True), 25, 25, K, dtype, tolerance)
+    compare(kernels.cudnn_attention, Visible(keys_BS=segments(0, 33, 9)), 23, 33, K, dtype, tolerance)
+    compare(kernels.cudnn_attention, Visible(), 24, 33, K, dtype, tolerance)
 
 
 def test_cudnn_is_asked_for_what_the_plain_path_computes(monkeypatch):
-    """By JAX's own reference in cuDNN's place, from causality and lengths."""
+    """By JAX's own reference in cuDNN's place, from causality and lengths; odd sides of arrays are filled up."""
+    asked = stand_in_for_cudnn(monkeypatch)
+    check_cudnn(jnp.float32, 1e-5)
+    assert set(asked) == {"cudnn"}
+
+
+def stand_in_for_cudnn(monkeypatch, factor=1.0):
+    """JAX's own reference, which refuses what cuDNN's attention refuses in training; returns what was asked for."""
     asked = []
 
     def reference(*qkv, implementation, **options):
         asked.append(implementation)
-        return dot_product_attention(*qkv, implementation="xla", **options)
+        if any(array.shape[1] % 2 for array in qkv):
+            raise NotImplementedError(f"Unsupported sequence length Q {qkv[0].shape[1]}, KV {qkv[1].shape[1]}.")
+        wide = [factor * array.astype(jnp.float32) for array in qkv]
+        return dot_product_attention(*wide, implementation="xla", **options).astype(qkv[0].dtype)
 
     dot_product_attention = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", reference)
-    check_cudnn(jnp.float32, 1e-5)
-    assert set(asked) == {"cudnn"}
+    return asked
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU here")
 def test_cudnn_has_the_values_and_gradients_of_the_plain_path():
-    program = "import jax.numpy as jnp; from tests import test_kernels; test_kernels.check_cudnn(jnp.bfloat16, 0.05)"
+    program = "import jax.numpy as jnp; from tests import test_kernels; test_kernels.check_cudnn(jnp.bfloat16, 0.05)\n"
+    program += "from transformer import kernels; assert not (failure := kernels.try_cudnn(64)), failure"
     environment = {**os.environ, "JAX_PLATFORMS": "cuda", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
 
@@ -221,7 +235,7 @@ def test_a_mesh_that_fills_up_the_length_is_refused_too():
         kernels.require(config, on_platform(mesh, "tpu"))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Device:
     platform: str
     compute_capability: str
@@ -235,12 +249,127 @@ def on_platform(mesh, platform, capability="9.0"):
     )
 
 
-def test_a_gpu_that_is_too_old_is_refused():
+@pytest.mark.parametrize("capability", ["7.5", "gfx942"])
+def test_a_gpu_that_is_too_old_or_of_amd_is_refused(capability):
     config = small_config(model=CUDNN)
     mesh = sharding.make_mesh(MeshConfig(data=1))
     kernels.require(config, on_platform(mesh, "gpu"))
-    with pytest.raises(UserError, match=r"compute capability 8\.0 or more, and these have 7\.5"):
-        kernels.require(config, on_platform(mesh, "gpu", "7.5"))
+    with pytest.raises(UserError, match=rf"NVIDIA GPU of compute capability 8\.0 or more, and these have {capability}"):
+        kernels.require(config, on_platform(mesh, "gpu", capability))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """As on a machine with a GPU: call it with what a trial of cuDNN finds there; returns the widths that were tried."""
+    monkeypatch.setattr(kernels, "_trials", {})
+    monkeypatch.setattr(kernels, "_in_training", {})
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def with_gpu(failure, capability="9.0"):
+        tried = []
+        monkeypatch.setattr(jax, "local_devices", lambda: [Device("gpu", capability)])
+        monkeypatch.setattr(kernels, "try_cudnn", lambda width: tried.append(width) or failure)
+        return tried
+
+    return with_gpu
+
+
+def required(capability="9.0", **model):
+    """What `require` makes of a config of long sentences on such a GPU."""
+    config = small_config(model={**CUDNN, **model}, data={"max_length": 512}, train={"batch_tokens": 512})
+    kernels.require(config, on_platform(sharding.make_mesh(config.mesh), "gpu", capability))
+
+
+def chosen(length, width=8):
+    """The attention that auto takes for self-attention of this length."""
+    q = jnp.zeros((1, length, 2, width), jnp.bfloat16)
+    return layers.choose_path("auto", length, length, kernels.here(q, q, Visible(), 0.0))
+
+
+def test_auto_takes_cudnn_after_a_trial_that_works(machine, capsys):
+    tried = machine("")
+    required(attention="auto")
+    assert [chosen(512), chosen(512), chosen(64)] == ["cudnn", "cudnn", "plain"]
+    required(attention="auto")
+    assert tried == [8]
+    assert capsys.readouterr().err == ""
+    assert fingerprint.of_host()["cuDNN attention"] == "works"
+    assert chosen(512, width=16) == "cudnn"
+    assert tried == [8, 16]
+
+
+def test_auto_goes_without_cudnn_after_a_trial_that_fails_and_warns_once(machine, capsys):
+    machine("no execution plans")
+    required(attention="auto")
+    required(attention="auto")
+    assert chosen(512) == "blockwise"
+    warnings = capsys.readouterr().err
+    assert warnings == "warning: no attention by cuDNN: no execution plans; auto attends by blocks instead\n"
+    assert fingerprint.of_host()["cuDNN attention"] == "fails"
+
+
+def test_a_forced_kernel_says_why_its_trial_failed(machine):
+    machine("no execution plans")
+    with pytest.raises(UserError, match=r"model\.attention = cudnn: no execution plans; auto takes what fits"):
+        required()
+    machine("")
+    kernels._trials.clear()
+    required()
+    assert fingerprint.of_host()["cuDNN attention"] == "works"
+
+
+def test_a_trial_that_fails_on_one_process_counts_for_all(machine, monkeypatch, capsys):
+    machine("")
+    monkeypatch.setattr(hosts, "gather", lambda what, text: [text, "no execution plans"])
+    monkeypatch.setattr(hosts, "name", lambda host: f"host {host}")
+    required(attention="auto")
+    assert chosen(512) == "blockwise"
+    assert "no execution plans on host 1; auto" in capsys.readouterr().err
+
+
+def test_an_amd_gpu_takes_no_kernel_and_tries_none(machine, capsys):
+    tried = machine("", "gfx942")
+    required("gfx942", attention="auto")
+    assert chosen(512) == "blockwise"
+    assert tried == []
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_is_tried_where_training_would_not_choose_it(machine):
+    tried = machine("")
+    config = small_config(model={**CUDNN, "attention": "auto"})
+    kernels.require(config, on_platform(sharding.make_mesh(config.mesh), "gpu"))  # of short sentences
+    required(attention="blockwise")
+    required(attention="auto", dtype="float32")
+    assert tried == []
+    assert "cuDNN attention" not in fingerprint.of_host()
+
+
+def test_a_trial_runs_forward_and_backward_on_all_devices_within_a_trace(monkeypatch):
+    """Also where a transfer guard forbids to read anything back."""
+    asked, found = stand_in_for_cudnn(monkeypatch), []
+    monkeypatch.setattr(kernels, "_trials", {})
+
+    def traced(x):
+        found.append(kernels._trial(8))
+        return x + 1
+
+    with jax.transfer_guard("disallow"):
+        jax.jit(traced).lower(jax.ShapeDtypeStruct((), jnp.float32))
+    assert found == [""]
+    assert asked == ["cudnn", "cudnn"]
+
+
+def test_a_trial_notices_errors_and_wrong_numbers(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no execution plans\nmore of it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.nn, "dot_product_attention", fails)
+        assert kernels.try_cudnn(8) == "a trial failed with RuntimeError: no execution plans"
+    stand_in_for_cudnn(monkeypatch, 1.1)
+    assert re.fullmatch(r"in a trial its numbers were off by 0\.\d+ of their norm", kernels.try_cudnn(8))
 
 
 def compiled(topology, **fields):
