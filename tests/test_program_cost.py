@@ -68,6 +68,21 @@ def test_a_batched_product_as_the_tpu_compiler_writes_it():
     assert program_cost.flops(program) == 2 * 16 * 16 * 256 * 256 * 64
 
 
+@pytest.mark.parametrize("target", ["__cublas$gemm", "__cublas$lt$matmul"])
+def test_products_that_xla_leaves_to_cublas(target):
+    """bik,bkj->bij with b=3, and k=7 second of the left side; the workspace is no traffic."""
+    dimensions = '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"]'
+    program = entry(
+        "  %x = bf16[3,7,5]{2,1,0} parameter(0)",
+        "  %y = bf16[3,7,11]{2,1,0} parameter(1)",
+        f'  %both = (bf16[3,5,11]{{2,1,0}}, s8[4194304]{{0}}) custom-call(%x, %y), custom_call_target="{target}", '
+        f'backend_config={{"gemm_backend_config":{{"beta":0,"dot_dimension_numbers":{{{dimensions}}}}}}}',
+        "  ROOT %product = bf16[3,5,11]{2,1,0} get-tuple-element(%both), index=0",
+    )
+    assert program_cost.flops(program) == 2 * 3 * 5 * 11 * 7
+    assert program_cost.memory_bytes(program) == 2 * 3 * (7 * 5 + 7 * 11 + 5 * 11)
+
+
 def test_traffic_is_operands_and_results_of_main_memory():
     program = entry(
         "  %x = f32[8,4]{1,0:T(8,128)} parameter(0)",

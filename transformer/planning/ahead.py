@@ -88,7 +88,7 @@ def compile_step(config: Config, mesh: Mesh, rows: int, length: int, effort: flo
     state = step.abstract_state(model, config, mesh)
     lowered = train_step.trace(state, Batch(ids, ids)).lower(lowering_platforms=(platform,))
     try:
-        compiled = lowered.compile(compiler_options={"exec_time_optimization_effort": effort})
+        compiled = lowered.compile(compiler_options=compiler_options(platform, effort))
     except jax.errors.JaxRuntimeError as error:
         return Compiled(0, 0, 0, 0, 0, needed_bytes(str(error)), "")
     memory = compiled.memory_analysis()
@@ -97,6 +97,16 @@ def compile_step(config: Config, mesh: Mesh, rows: int, length: int, effort: flo
     outputs = memory.output_size_in_bytes - aliased
     needed = arguments + temporaries + outputs + code
     return Compiled(arguments, temporaries, outputs, aliased, code, needed, compiled.as_text())
+
+
+def compiler_options(platform: str, effort: float) -> dict[str, Any]:
+    """Options of this version of JAX for a platform and an effort, see `compile_step`."""
+    # Without a GPU to try them on, XLA would have Triton multiply all matrices, and finds no tiles for some.
+    options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False} if platform == "cuda" else {}
+    if hasattr(jax.config, "jax_exec_time_optimization_effort"):  # until JAX 0.10
+        return {**options, "exec_time_optimization_effort": effort}
+    level = "UNKNOWN" if effort == 0 else "O1" if effort > -0.5 else "O0"
+    return {**options, "optimization_level": level}
 
 
 # The TPU compiler's words, as libtpu 0.0.42.1 says them, and as older ones did.

@@ -54,8 +54,25 @@ def _flops(visit: Visit) -> int:
         contracted = math.prod(left[axis] for axis in instruction.numbers("lhs_contracting_dims"))
         return 2 * math.prod(instruction.result[0].shape) * contracted
     if instruction.opcode == "custom-call":
-        return _kernel_flops(visit)
+        return _cublas_flops(visit) if _is_cublas(instruction) else _kernel_flops(visit)
     return _convolution_flops(visit) if instruction.opcode == "convolution" else 0
+
+
+def _is_cublas(instruction: Instruction) -> bool:
+    """Whether it is a matrix product that XLA leaves to cuBLAS or cuBLASLt."""
+    return instruction.attribute("custom_call_target").strip('"') in _CUBLAS
+
+
+_CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
+
+
+def _cublas_flops(visit: Visit) -> int:
+    contracting = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', visit.instruction.rest)
+    if not contracting:
+        raise ValueError(f"cannot read the dimensions of {visit.instruction.name}: {visit.instruction.rest[:120]!r}")
+    left = _operand(visit, 0).shape
+    contracted = math.prod(left[int(axis)] for axis in re.findall(r"\d+", contracting[1]))
+    return 2 * math.prod(visit.instruction.result[0].shape) * contracted
 
 
 class _Kernel(NamedTuple):
@@ -143,6 +160,8 @@ def _traffic(visit: Visit, program: Program) -> int:
         return 2 * _main(operands[-1:] if opcode == "scatter" else operands[1:2])
     if opcode == "fusion":
         return _fusion_traffic(visit, program)
+    if _is_cublas(instruction):
+        return _main(operands) + _main(instruction.result[:1])  # without what it may use to work in
     return _main(operands) + _main(instruction.result)
 
 
