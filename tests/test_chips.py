@@ -3,12 +3,21 @@
 import pytest
 
 from transformer.errors import UserError
-from transformer.planning.chips import CHIPS, parse_topology
+from transformer.planning.chips import CHIPS, GPU_TARGETS, parse_topology
 
 
 @pytest.mark.parametrize(
     ("name", "chips"),
-    [("v5e:4x4", 16), ("v5e:16x16", 256), ("v5p:4x4x8", 128), ("v6e:4x4", 16), ("h100:8", 8), ("cpu:8", 8)],
+    [
+        ("v5e:4x4", 16),
+        ("v5e:16x16", 256),
+        ("v5p:4x4x8", 128),
+        ("v6e:4x4", 16),
+        ("h100:8", 8),
+        ("h200:8", 8),
+        ("b200:1", 1),
+        ("cpu:8", 8),
+    ],
 )
 def test_names(name, chips):
     topology = parse_topology(name)
@@ -18,7 +27,7 @@ def test_names(name, chips):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v9:4x4", "unknown kind of chip 'v9'; known: v5e:NxN, v5p:NxNxN, v6e:NxN, h100:N, cpu:N"),
+        ("v9:4x4", "unknown kind of chip 'v9'; known: v5e:NxN, v5p:NxNxN, v6e:NxN, h100:N, h200:N, b200:N, cpu:N"),
         ("", "unknown kind"),
         ("v5e", "expected 2 numbers, as in v5e:4x4, got ''"),
         ("v5e:4x4x4", "expected 2 numbers"),
@@ -32,6 +41,12 @@ def test_names(name, chips):
 def test_a_name_that_is_none_is_refused_with_what_is(name, message):
     with pytest.raises(UserError, match=message):
         parse_topology(name)
+
+
+def test_every_gpu_can_be_described_to_the_compiler():
+    assert {name for name, chip in CHIPS.items() if chip.platform == "gpu"} == GPU_TARGETS.keys()
+    assert 'device_description_str: "NVIDIA H200"' in GPU_TARGETS["h200"]
+    assert f"device_memory_size: {CHIPS['h200'].memory} " in GPU_TARGETS["h200"]
 
 
 def test_every_figure_has_a_source():

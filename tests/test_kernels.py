@@ -260,7 +260,7 @@ def test_a_gpu_that_is_too_old_or_of_amd_is_refused(capability):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """As on a machine with a GPU: call it with what a trial of cuDNN finds there; returns the widths that were tried."""
+    """As on a machine with a GPU: takes what a trial of cuDNN finds there, and returns the widths that are tried."""
     monkeypatch.setattr(kernels, "_trials", {})
     monkeypatch.setattr(kernels, "_in_training", {})
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")

@@ -5,8 +5,8 @@
 Compiles the real training step for the topology, on any machine with its compiler (`make plan` sets up that for
 TPU), and reads bytes, FLOPs and collectives from the compiled program. No data is needed: the batch is of the
 longest sentences, and the vocabulary is as large as the config says. Topologies: v5e:4x4, v5p:4x4x8, v6e:4x4,
-h100:8, and cpu:8 for simulated devices; several with commas. Tokens are slots of the target side, padding included.
-With --json the last line of stdout is one JSON object for each topology.
+h100:8, h200:8, b200:8, and cpu:8 for simulated devices; several with commas. Tokens are slots of the target side,
+padding included. With --json the last line of stdout is one JSON object for each topology.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--topology",
         required=True,
         metavar="NAME",
-        help="v5e:4x4, v5p:4x4x8, v6e:4x4, h100:8, cpu:8 or the like; several with commas between",
+        help="v5e:4x4, v5p:4x4x8, v6e:4x4, h100:8, h200:8, b200:8, cpu:8 or the like; several with commas between",
     )
     parser.add_argument(
         "--length",

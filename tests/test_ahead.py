@@ -1,0 +1,75 @@
+"""The training step of wmt14_big, in bfloat16, compiled for accelerators that are not here.
+
+Of one layer of six: they are alike. make test-gpu and make test-tpu compile all widths, make test one of them where it
+finds the compiler.
+"""
+
+import jax
+import pytest
+
+from configs import wmt14_big
+from transformer import cost, sharding
+from transformer.planning import ahead, program_cost
+from transformer.planning.chips import parse_topology
+from transformer.planning.hlo import Program
+from transformer.validation import resolve
+
+ODD_AND_EVEN = [35, *(pytest.param(width, marks=pytest.mark.slow) for width in (38, 40, 640))]
+
+
+def compiled(topology, attention, width):
+    """The program for a batch of this width, its FLOPs and those of the closed form."""
+    fields = wmt14_big.get_config()
+    fields.model.update({"num_layers": 1, "dtype": "bfloat16", "attention": attention})
+    fields.data.max_length = max(width, fields.data.max_length)
+    config = resolve(fields)
+    mesh = sharding.make_mesh(config.mesh, ahead.devices(parse_topology(topology)))
+    rows = ahead.batch_rows(config, mesh, width)
+    text = ahead.compile_step(config, mesh, rows, width, -1.0).text
+    closed = cost.training_flops(config.model, config.data.vocab_size, rows, width, width)
+    return text, program_cost.flops(Program(text)) * mesh.size, closed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", ODD_AND_EVEN)
+def test_wmt14_big_compiles_for_an_h100(width):
+    text, flops, closed = compiled("h100:1", "plain", width)
+    assert '"__cublas$lt$matmul"' in text
+    assert flops == pytest.approx(closed, rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", ODD_AND_EVEN)
+def test_wmt14_big_compiles_for_an_h100_with_cudnn(width):
+    text, flops, closed = compiled("h100:1", "cudnn", width)
+    assert text.count('"__cudnn$fmhaSoftmax"') == text.count('"__cudnn$fmhaSoftmaxBackward"') == 3
+    assert flops == pytest.approx(closed, rel=0.05)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("width", ODD_AND_EVEN)
+def test_wmt14_big_compiles_for_a_tpu(width):
+    _, flops, closed = compiled("v5e:2x2", "plain", width)
+    assert flops == pytest.approx(closed, rel=0.02)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("width", ODD_AND_EVEN)
+def test_wmt14_big_compiles_for_a_tpu_with_splash(width):
+    """Which fills lengths up to 128."""
+    text, flops, closed = compiled("v5e:2x2", "splash", width)
+    for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+        assert text.count(f"%{kernel}") >= 3
+    assert flops > 0.98 * closed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("topology", ["h200:1", "b200:1"])
+def test_other_gpus_are_described_well_enough_to_compile_for(topology):
+    (device,) = ahead.devices(parse_topology(topology))
+    assert device.device_kind == f"NVIDIA {topology[:4].upper()}"
+    one = jax.sharding.SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((64, 64), "bfloat16", sharding=one)
+    options = ahead.compiler_options("cuda", -1.0)
+    lowered = jax.jit(lambda x: x @ x).trace(x).lower(lowering_platforms=("cuda",))
+    assert "__cublas" in lowered.compile(compiler_options=options).as_text()
