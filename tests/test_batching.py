@@ -14,8 +14,10 @@ def lengths(n=1000, seed=0):
     return source, np.clip(source + rng.integers(-5, 6, n), 2, None)
 
 
-def make_plan(n=1000, seed=7, **fields):
-    return BucketPlan(*lengths(n), **{"num_buckets": 4, "batch_tokens": 512, "max_length": 32, "seed": seed, **fields})
+def make_plan(n=1000, seed=7, scale=1, **fields):
+    source, target = lengths(n)
+    fields = {"num_buckets": 4, "batch_tokens": 512, "max_length": 32, "seed": seed, **fields}
+    return BucketPlan(scale * source, scale * target, **fields)
 
 
 def rows_of(plan, step, hosts):
@@ -100,6 +102,19 @@ def test_fill_is_that_of_the_batches_made():
         real += target[examples[examples != PADDING_ROW]].sum()
         slots += bucket.rows * bucket.target
     assert plan.fill == pytest.approx(real / slots)
+
+
+@pytest.mark.parametrize("longest", [30, 700])
+def test_widths_are_multiples_of_the_length_multiple_and_the_same_pairs_are_kept(longest):
+    fields = {"n": 5000, "max_length": longest, "batch_tokens": 4096}
+    if longest > batching.FINEST:
+        fields["scale"] = 20
+    plain, rounded = make_plan(**fields), make_plan(length_multiple=8, **fields)
+    assert all(bucket.source % 8 == bucket.target % 8 == 0 for bucket in rounded.buckets)
+    assert max(max(bucket[:2]) for bucket in rounded.buckets) < longest + 8
+    assert rounded.kept == plain.kept
+    assert 0.8 * plain.fill < rounded.fill <= plain.fill + 0.01
+    assert make_plan(length_multiple=1, **fields).buckets == plain.buckets
 
 
 @pytest.mark.parametrize("num_buckets", [1, 2, 3, 5])

@@ -123,6 +123,15 @@ IMPOSSIBLE = [
         {"data": {"name": "text", "train": "x.tsv", "valid_target": "y"}},
     ),
     (r"batch_tokens: expected room for one sentence", {"train": {"batch_tokens": 100}}),
+    (
+        r"batch_tokens: expected room for one sentence of data\.max_length rounded up to data\.length_multiple = 104",
+        {"data": {"max_length": 100, "length_multiple": 8}, "train": {"batch_tokens": 100}},
+    ),
+    (
+        r"max_positions: .* 1032 = max\(data\.max_length rounded up to data\.length_multiple, .*got 1028",
+        {"data": {"max_length": 1028, "length_multiple": 8}, "model": {"positions": "learned", "max_positions": 1028}},
+    ),
+    (r"length_multiple: expected at least 1, got 0", {"data": {"length_multiple": 0}}),
     (r"weight_decay = 0.1: read only with name = adamw, got name = adam", {"optimizer": {"weight_decay": 0.1}}),
     (r"warmup_steps: the paper schedule needs at least 1", {"optimizer": {"warmup_steps": 0}}),
     (

@@ -51,6 +51,12 @@ def test_the_plan_never_changes():
     assert plan.batch(0).examples_B.tolist() == [[7, 35, 23, -1, -1, -1, -1], [25, 0, 32, 27, -1, -1, -1]]
 
 
+def test_rows_are_multiples_of_the_length_multiple():
+    source, target, _ = make_plan(max_length=45, length_multiple=16).buckets[0]
+    assert (source % 16, target) == (0, 48)
+    assert make_plan(length_multiple=1).buckets == make_plan().buckets
+
+
 def epoch_of(plan, epoch):
     steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
     return [plan.batch(number).examples_B for number in steps]

@@ -132,6 +132,14 @@ def test_long_pairs_are_dropped_and_counted(config, opened):
     assert set(last) == {EOS}
 
 
+@pytest.mark.parametrize("batching", ["bucket", "pack"])
+def test_the_config_says_what_widths_are_multiples_of(config, opened, batching):
+    data = dataclasses.replace(config.data, batching=batching, length_multiple=8)
+    plan = pipeline.make_plan(dataclasses.replace(config, data=data), opened[2])
+    assert all(bucket.source % 8 == bucket.target % 8 == 0 for bucket in plan.buckets)
+    assert plan.buckets != pipeline.make_plan(dataclasses.replace(config, data=config.data), opened[2]).buckets
+
+
 def test_if_every_pair_is_too_long_there_is_nothing_to_train_on(config, opened):
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=2))
     with pytest.raises(UserError, match=r"max_length = 2: none of the 202 training pairs"):

@@ -38,6 +38,7 @@ def test_training_is_the_paper_s(run):
     assert (optimizer.schedule, optimizer.learning_rate, optimizer.warmup_steps) == ("paper", 1.0, 4000)
     assert (optimizer.label_smoothing, optimizer.weight_decay, optimizer.clip_norm) == (0.1, 0, 0)
     assert (train.num_steps, train.batch_tokens) == (steps, 25_000)
+    assert config.data.length_multiple == 8
     model = config.model
     assert (model.dropout_rate, model.attention_dropout_rate, model.mlp_dropout_rate) == (dropout, 0, 0)
     decode = config.decode

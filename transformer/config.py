@@ -140,8 +140,8 @@ class DataConfig:
     )
     length_multiple: int = _field(
         1,
-        "widths of training batches are multiples of this, so the widest may exceed max_length by less than it; "
-        "8 suits the matrix units of a GPU",
+        "widths of training batches are multiples of this, so the widest may exceed max_length, by which pairs are "
+        "still dropped; 8 suits the matrix units of a GPU",
         low=1,
         high=1024,
     )
