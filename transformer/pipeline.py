@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -73,7 +73,7 @@ def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
       UserError: no pair is short enough.
     """
     lengths = ids.source.lengths, ids.target.lengths
-    shared: dict[str, int] = {
+    shared: dict[str, Any] = {
         "batch_tokens": config.train.batch_tokens,
         "max_length": config.data.max_length,
         "length_multiple": config.data.length_multiple,
