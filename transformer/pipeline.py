@@ -93,7 +93,7 @@ def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
     if plan.dropped > MOST_DROPPED * total:
         say(
             f"warning: {plan.dropped:,} of {total:,} training pairs ({plan.dropped / total:.0%}) are longer than "
-            f"data.max_length = {longest} and dropped; raise it to train on them"
+            f"data.max_length = {config.data.max_length} and dropped; raise it to train on them"
         )
     return plan
 
