@@ -145,7 +145,6 @@ def make_train_step(
     """
     kernels.require(config, mesh)
     optimizer, schedule = make_optimizer(config), make_schedule(config)
-    dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
     packed = config.data.batching == "pack"
 
     def objective(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
@@ -155,6 +154,8 @@ def make_train_step(
         return sums.objective, sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        # Made here: a key made outside would be a constant, read back from an accelerator while the step is lowered.
+        dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         key = jax.random.fold_in(dropout_key, state.step)
         total, sums = sum_gradients(objective, state.params, batch, key, config.train.accumulation_steps)
         # The sums run over all rows of all devices, so these are gradients of the mean over the global batch's tokens.
