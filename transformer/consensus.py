@@ -43,12 +43,7 @@ def connect(mesh: Mesh) -> Mesh:
 def of_every_device(mesh: Mesh, values_K: np.ndarray) -> jax.Array:
     """What each process gives, on every device: [devices, K], in the order of the mesh. Dispatched, not waited for."""
     shape, where = (mesh.size, *values_K.shape), sharding.batch_sharding(mesh, "sentences")
-    return _everywhere(mesh)(jax.make_array_from_callback(shape, where, lambda _: values_K[None]))
-
-
-@functools.cache
-def _everywhere(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda given: given, out_shardings=sharding.replicated(mesh))
+    return sharding.gather(mesh)(jax.make_array_from_callback(shape, where, lambda _: values_K[None]))
 
 
 class StopVote:

@@ -258,7 +258,13 @@ def on_every_device(mesh: Mesh, params: Any) -> Any:
     """The params whole on every device, as `over_rows` needs them."""
     if jax.process_count() == 1:
         return jax.device_put(params, replicated(mesh))
-    return jax.jit(lambda params: params, out_shardings=replicated(mesh))(params)
+    return gather(mesh)(params)
+
+
+@functools.cache
+def gather(mesh: Mesh) -> Callable[[Any], Any]:
+    """A compiled function that gives the same arrays, whole on every device; one for each mesh, traced once."""
+    return jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))
 
 
 def row_multiple(mesh: Mesh, rows: str = "batch") -> int:
