@@ -19,7 +19,7 @@ from transformer.attention import Visible
 from transformer.config import ModelConfig
 from transformer.dropout import dropout
 from transformer.hypotheses import move_beams
-from transformer.layers import glorot, make_param, use
+from transformer.layers import add_bias, glorot, make_param, use
 from transformer.segments import positions, segments, shift_right
 from transformer.source_attention import SourceAttention, weighted
 from transformer.stack import layers_of, make_stack, run_stack
@@ -79,7 +79,7 @@ class GatedConvolution(nnx.Module):
         """From the taps of each place, one after the other: [..., W · D] → [..., D]."""
         kernel = use(self.kernel, near.dtype)
         both = jnp.einsum("...d,de->...e", near, kernel.reshape(-1, kernel.shape[-1]))
-        value, gate = jnp.split(both + jnp.broadcast_to(self.bias[...].astype(near.dtype), both.shape), 2, axis=-1)
+        value, gate = jnp.split(add_bias(both, self.bias[...]), 2, axis=-1)
         return value * jax.nn.sigmoid(gate)
 
 

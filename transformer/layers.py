@@ -92,6 +92,15 @@ def _layer_norm_backward(epsilon: float, saved: tuple, grad: Array) -> tuple[Arr
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
+def add_bias(x: Array, bias_D: Array) -> Array:
+    """x + bias over the last axis, in the dtype of x.
+
+    It is added in float32, so that the bias' gradient, a sum over all tokens, is summed in float32: in bfloat16 it is
+    10% to 30% wrong for a batch of 25,000.
+    """
+    return (x.astype(jnp.float32) + _broadcast(bias_D, x)).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """LayerNorm with a learned scale and bias."""
 
@@ -133,13 +142,11 @@ class FeedForward(nnx.Module):
         self.bias_out = make_param(rngs, jax.nn.initializers.zeros, (width,), ("norm",))
 
     def __call__(self, x: Array, key: Key = None) -> Array:
-        dtype = x.dtype
-        hidden = jnp.einsum("...d,df->...f", x, use(self.kernel_in, dtype))
+        hidden = jnp.einsum("...d,df->...f", x, use(self.kernel_in, x.dtype))
         hidden = sharding.constrain(hidden, ("batch", "length", "mlp"))
-        hidden = jax.nn.relu(hidden + _broadcast(self.bias_in[...].astype(dtype), hidden))
+        hidden = jax.nn.relu(add_bias(hidden, self.bias_in[...]))
         hidden = dropout(hidden, self.dropout_rate, key)
-        out = jnp.einsum("...f,fd->...d", hidden, use(self.kernel_out, dtype))
-        return out + _broadcast(self.bias_out[...].astype(dtype), out)
+        return add_bias(jnp.einsum("...f,fd->...d", hidden, use(self.kernel_out, x.dtype)), self.bias_out[...])
 
 
 class MultiHeadAttention(nnx.Module):

@@ -43,7 +43,9 @@ class SourceAttention(nnx.Module):
         return scores_BTS * q_BTD.shape[-1] ** -0.5
 
     def _additive(self, q_BTD: Array, k_BSD: Array) -> Array:
-        joined_BTSD = jnp.tanh(q_BTD[:, :, None, :] + k_BSD[:, None, :, :])
+        # In float32, as are then the sums over S and T that are the gradients of q and k.
+        q_BT1D, k_B1SD = q_BTD.astype(jnp.float32)[:, :, None, :], k_BSD.astype(jnp.float32)[:, None, :, :]
+        joined_BTSD = jnp.tanh((q_BT1D + k_B1SD).astype(q_BTD.dtype))
         weigh_D = self.weigh[...].astype(q_BTD.dtype)
         return float32_product("btsd,d->bts", joined_BTSD, weigh_D)
 

@@ -101,20 +101,22 @@ class TextModel(nnx.Module):
         return self.embeddings["shared" if self.config.share_embeddings else name]
 
     def _positions(self, side: str, length: int, places_BT: Array | None = None) -> Array:
-        """Encodings of places 0 … length - 1, or of given ones: [1 or B, length, D]."""
+        """Encodings of places 0 … length - 1, or of given ones: float32 [1 or B, length, D]."""
         if self.config.positions == "sinusoidal":
-            table_TD = jnp.asarray(sinusoids(length, self.config.emb_dim), self.dtype)
+            table_TD = jnp.asarray(sinusoids(length, self.config.emb_dim))
         else:
             table = self.source_positions if side == "source" else self.target_positions
             # Beyond the table there is padding only: the config sees to it that every sentence fits.
             rows = jnp.minimum(jnp.arange(length), table.shape[0] - 1)
-            table_TD = use(table)[rows].astype(self.dtype)
+            table_TD = use(table)[rows]
         return table_TD[None] if places_BT is None else jnp.take(table_TD, places_BT, axis=0)
 
     def _embed(self, side: str, ids: Array, positions: Array | None, key: Key) -> Array:
         x = self._table(side)(ids, self.dtype)
-        x = sharding.constrain(x if positions is None else x + positions, STATES)
-        return dropout(x, self.config.dropout_rate, key)
+        if positions is not None:
+            # In float32, as is then the sum over rows that is the gradient of learned positions.
+            x = (x.astype(jnp.float32) + positions).astype(self.dtype)
+        return dropout(sharding.constrain(x, STATES), self.config.dropout_rate, key)
 
     def _logits(self, x: Array) -> Array:
         return self._table("output").logits(x)
