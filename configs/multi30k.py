@@ -48,5 +48,5 @@ def get_config() -> config_dict.ConfigDict:
     config.decode.beam_size = 5
     config.decode.length_penalty = 1.0
     config.decode.max_extra_length = 20  # as of the training pairs; the nearer the limit, the sooner the search is sure
-    config.decode.batch_rows = 8  # on a CPU: fewer sentences wait for the slowest of their batch
+    config.decode.batch_rows = 8  # for a CPU: fewer wait for the slowest of their batch; on a GPU set 0
     return config

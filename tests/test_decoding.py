@@ -3,16 +3,20 @@
 import dataclasses
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.conftest import small_config
+from tests.test_families import family_config
 from tests.test_translator import LINES
-from transformer import decoding, hypotheses, search, tokenizer
+from transformer import decoding, hypotheses, search, sharding, tokenizer
 from transformer.batching import Ragged
+from transformer.config import DecodeConfig
 from transformer.decoding import Request
 from transformer.model import Cache
 from transformer.step import Model
@@ -151,3 +155,58 @@ def test_default_fields_add_nothing_to_the_program(parts):
         assert program.count('custom_call_target="TopK"') == 4
         assert set(re.findall(r"(\S+)\{1,0\} sort\(", program)) == {"s32[8,3]"}
         assert program.count(" sort(") == 1
+
+
+def converted_in_loops(jaxpr, in_loop=False):
+    """Shapes of the float32 arrays that loops convert to bfloat16."""
+    for equation in jaxpr.eqns:
+        if in_loop and equation.primitive.name == "convert_element_type":
+            given, made = equation.invars[0].aval, equation.outvars[0].aval
+            if (given.dtype, made.dtype) == (jnp.float32, jnp.bfloat16):
+                yield given.shape
+        is_loop = in_loop or equation.primitive.name == "while"
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from converted_in_loops(inner, is_loop)
+
+
+@pytest.mark.parametrize("method", ["beam", "sample", "mbr"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        small_config(model={"positions": "learned", "norm": "pre", "dtype": "bfloat16"}),
+        small_config(model={"scan_layers": True, "share_embeddings": False, "dtype": "bfloat16"}),
+        family_config(family="recurrent", attention_score="additive", dtype="bfloat16"),
+        family_config(family="convolutional", positions="learned", dtype="bfloat16"),
+    ],
+    ids=["attention", "scanned", "recurrent", "convolutional"],
+)
+def test_a_search_in_bfloat16_converts_its_params_before_the_first_step(config, method):
+    model = Model(config.model, 300)
+    params = nnx.to_pure_dict(model.abstract_params)
+    decode = dataclasses.replace(config.decode, method=method)
+    keys_B2 = None if method == "beam" else jax.ShapeDtypeStruct((5, 2), jnp.uint32)
+    request = Request(jax.ShapeDtypeStruct((5, 7), jnp.int32), keys_B2)
+    run = jax.jit(functools.partial(decoding.decode, (model,), decode, 2))
+    converted = set(converted_in_loops(run.trace((params,), request).jaxpr))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params) if len(leaf.shape) > 1}
+    assert converted  # of activations
+    assert not converted & (shapes | {shape[1:] for shape in shapes if len(shape) > 2})
+
+
+def test_params_of_a_float32_model_are_used_as_they_are(parts):
+    _, _, model, params = parts
+    assert model.in_compute_dtype(params) is params
+
+
+@pytest.mark.parametrize(("platform", "rows"), [("cpu", 16), ("gpu", 256), ("tpu", 256)])
+def test_the_platform_says_how_many_rows_unless_the_config_does(platform, rows):
+    device = types.SimpleNamespace(platform=platform)
+
+    def mesh(devices):
+        shape = dict.fromkeys(sharding.MESH_AXES, 1) | {"data": devices}
+        return types.SimpleNamespace(devices=np.array([device] * devices), shape=shape)
+
+    assert decoding.batch_rows(DecodeConfig(), mesh(1)) == rows
+    assert decoding.batch_rows(DecodeConfig(), mesh(3)) == rows + -rows % 3
+    assert decoding.batch_rows(DecodeConfig(batch_rows=20), mesh(1)) == 20

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tests.conftest import small_config
 from transformer import sharding, step
 from transformer.batching import Batch, BucketPlan
+from transformer.compilation import CompileCounter
 from transformer.config import MeshConfig
 from transformer.errors import UserError
 
@@ -160,3 +161,16 @@ def test_rows_and_widths_are_filled_up_to_divide():
     sentences = sharding.place_batch(mesh, batch.source_BS, rows="sentences")
     assert sentences.shape == (8, 7)
     assert {shard.data.shape for shard in sentences.addressable_shards} == {(1, 7)}
+
+
+def test_several_hosts_trace_the_gathering_of_params_once(monkeypatch):
+    """Every validation gathers them."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8))
+    split = jax.device_put(np.arange(16.0, dtype=np.float32), sharding.NamedSharding(mesh, P("fsdp")))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with CompileCounter() as counter:
+        for _ in range(3):
+            whole = sharding.on_every_device(mesh, {"param": split})["param"]
+    assert whole.sharding.is_fully_replicated
+    np.testing.assert_array_equal(jax.device_get(whole), np.arange(16))
+    assert counter.count == 1

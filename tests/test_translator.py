@@ -93,6 +93,18 @@ def test_rows_are_filled_up_to_the_devices(parts, usual):
     assert translator.translate(params, LINES[:3]) == usual[:3]
 
 
+def test_by_default_a_cpu_decodes_16_rows_at_once(parts, usual, fresh_programs):
+    """The same programs as of a run that has 16 in its config, as earlier versions wrote it: the same bytes."""
+    translator, params = make(parts, batch_rows=0)
+    sixteen, _ = make(parts, batch_rows=16)
+    with CompileCounter() as counter:
+        found = translator.hypotheses(params, SHORT)
+    assert counter.count == 1
+    assert found == sixteen.hypotheses(params, SHORT)
+    for (one,), text in zip((translator.hypotheses(params, [line])[0] for line in SHORT), usual[:4], strict=True):
+        assert one.text == text
+
+
 def test_each_shape_is_compiled_once(parts, fresh_programs):
     translator, params = make(parts)
     widths = {batching.ladder(len(ids)) for ids in parts[1].encode(LINES)}

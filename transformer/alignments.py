@@ -21,6 +21,7 @@ from transformer import sharding
 from transformer.batching import PADDING_ROW, Batch, Ragged, assemble, eval_plan, only_rows
 from transformer.command_line import full_path, positive_int
 from transformer.config import DecodeConfig
+from transformer.decoding import batch_rows
 from transformer.errors import UserError
 from transformer.files import growing, reported
 from transformer.step import Model, Params
@@ -124,8 +125,8 @@ class Aligner:
         return Ragged.from_sequences([cut(ids, longest) for ids in self._tokenizer.encode(lines)])
 
     def _rows(self, width: int) -> int:
-        multiple = sharding.row_multiple(self._mesh, "sentences")
-        return -(-min(self._config.batch_rows, max(CELLS // width**2, 1)) // multiple) * multiple
+        fitting = sharding.filled_rows(self._mesh, max(CELLS // width**2, 1), rows="sentences")
+        return min(batch_rows(self._config, self._mesh), fitting)
 
 
 def default_layer(num_layers: int) -> int:

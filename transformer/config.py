@@ -250,9 +250,9 @@ class DecodeConfig:
     mbr_samples: int = _field(16, "mbr: samples drawn of each sentence", low=2, high=1000)
     max_extra_length: int = _field(50, "a translation has at most source length + this many tokens", low=1)
     batch_rows: int = _field(
-        16,
-        "sentences the device decodes at once: a fixed shape, whatever --batch_size groups; a GPU or TPU wants more",
-        low=1,
+        0,
+        "sentences decoded at once, a fixed shape, whatever --batch_size groups; 0: 16 on a CPU, 256 on a GPU or TPU",
+        low=0,
     )
     max_source_tokens: int = _field(512, "a longer source is translated from its first that many tokens", low=2)
 

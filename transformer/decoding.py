@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from transformer import sharding
 from transformer.config import DecodeConfig
 from transformer.hypotheses import Cache, Coverage, Hypotheses, StepFn, rooms
 from transformer.restrictions import Restrictions
@@ -36,6 +38,15 @@ class Request(NamedTuple):
     keys_B2: Any = None
     prefix_BP: Any = None
     phrases_BKL: Any = None
+
+
+def batch_rows(config: DecodeConfig, mesh: Mesh) -> int:
+    """Rows of every batch: `decode.batch_rows`, where that is 0 by platform, filled up to divide over the devices.
+
+    An accelerator decodes 256 sentences in about the time of 16; on a CPU they would wait for the slowest of them.
+    """
+    rows = config.batch_rows or (16 if mesh.devices.flat[0].platform == "cpu" else 256)
+    return sharding.filled_rows(mesh, rows, rows="sentences")
 
 
 def decode(
@@ -100,7 +111,7 @@ def start(
     Args:
       room: places that a cache has before it grows; None: max_length.
     """
-    modules = [model.bind(own) for model, own in zip(models, params, strict=True)]
+    modules = [model.bind(model.in_compute_dtype(own)) for model, own in zip(models, params, strict=True)]
     memories, caches = zip(*(module.start(source_BS, beams, max_length, room) for module in modules), strict=True)
 
     def step(caches: tuple[Cache, ...], last_BN: jax.Array, position: jax.Array) -> tuple[Any, ...]:

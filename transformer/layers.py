@@ -43,6 +43,12 @@ def use(param: nnx.Param, dtype: jnp.dtype | None = None) -> Array:
     return sharding.gathered(value, axes[len(axes) - value.ndim :])  # without that of the layers, if stacked
 
 
+def dtype_in_use(param: nnx.Param, dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype that a model computing in `dtype` wants of a param: vectors and positions are added in float32."""
+    axes = [axis for axis in param.get_metadata()["axes"] if axis != "layers"]
+    return jnp.dtype(jnp.float32) if len(axes) == 1 or "positions" in axes else dtype
+
+
 def split_key(key: Key, count: int) -> list[Key]:
     """`count` keys for dropout, or as many times None: nothing is dropped."""
     return [None] * count if key is None else list(jax.random.split(key, count))

@@ -17,6 +17,7 @@ from transformer import guard, kernels, sharding
 from transformer.batching import Batch
 from transformer.config import Config, ModelConfig
 from transformer.families import make_model
+from transformer.layers import dtype_in_use
 from transformer.loss import LossSums, cross_entropy
 from transformer.optimizer import make_optimizer, make_schedule
 from transformer.text_model import TextModel
@@ -73,6 +74,7 @@ class Model:
         self._make = lambda rngs: make_model(config, vocab_size, rngs)
         module = nnx.eval_shape(lambda: self._make(nnx.Rngs(params=0)))
         self._graphdef, self.abstract_params = nnx.split(module, nnx.Param)
+        self._dtype = jnp.dtype(config.dtype)
 
     def init(self, seed: int) -> Params:
         """Fresh params, float32."""
@@ -81,6 +83,19 @@ class Model:
     def bind(self, params: Params) -> TextModel:
         """The module with these params, for use inside one traced function."""
         return nnx.merge(self._graphdef, nnx.State(params))
+
+    def in_compute_dtype(self, params: Params) -> Params:
+        """The params, those that the model multiplies with or looks up in its compute dtype; float32: as they are.
+
+        For a loop, inside which XLA would convert them at every step.
+        """
+        if self._dtype == jnp.float32:
+            return params
+        flat = nnx.to_flat_state(self.abstract_params)
+        dtypes = {path: dtype_in_use(param, self._dtype) for path, param in flat}
+        return jax.tree.map(
+            lambda leaf, dtype: leaf.astype(dtype), params, nnx.to_pure_dict(nnx.from_flat_state(dtypes))
+        )
 
     def num_params(self) -> int:
         """How many numbers the params hold."""

@@ -24,7 +24,7 @@ from transformer.batching import PADDING_ROW, Ragged, eval_plan
 from transformer.command_line import say
 from transformer.config import DecodeConfig
 from transformer.datasets.text_files import one_line
-from transformer.decoding import Request, decode
+from transformer.decoding import Request, batch_rows, decode
 from transformer.errors import UserError
 from transformer.hypotheses import Hypotheses
 from transformer.step import Model, Params
@@ -71,8 +71,7 @@ class Translator:
         self._models = (model,) if isinstance(model, Model) else tuple(model)
         self._is_ensemble = not isinstance(model, Model)
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
-        multiple = sharding.row_multiple(mesh, "sentences")
-        self._rows = -(-config.batch_rows // multiple) * multiple
+        self._rows = batch_rows(config, mesh)
         self._workers = _workers(mesh)
         self._programs: dict[int, Callable[[Any, Any], Hypotheses]] = {}
         self._compiled: set[Any] = set()
