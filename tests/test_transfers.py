@@ -29,7 +29,7 @@ READS = {
 
 
 @pytest.fixture
-def guarded():
+def guarded(fresh_programs):
     with transfers.guarded_reads():
         yield
 
@@ -101,7 +101,13 @@ def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, em
     assert int(jax.device_get(updates.state.step)) == updates.meter.updates == 3
 
 
-def test_no_program_of_the_package_has_an_array_among_its_constants(root, data, tmp_path, monkeypatch):  # noqa: F811
+def test_no_program_of_the_package_has_an_array_among_its_constants(
+    root,
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    fresh_programs,
+):
     """Such an array lies on the device, and lowering reads it back; nor do the programs' calls read anything."""
     with transfers.recorded_jits() as found:
         train = {"num_steps": 2, "eval_every_steps": 2, "checkpoint_every_steps": 1, "ema_decay": 0.5}
