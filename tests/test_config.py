@@ -84,6 +84,7 @@ ZERO_IS_FINE = {
     ("train", "keep_best"),
     ("train", "early_stopping_patience"),
     ("optimizer", "warmup_steps"),
+    ("decode", "batch_rows"),
     ("decode", "min_length"),
     ("decode", "no_repeat_ngram"),
     ("decode", "top_k"),
