@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.conftest import small_config
+from tests.conftest import slow, small_config
 from tests.test_families import family_config
 from tests.test_translator import LINES
 from transformer import decoding, hypotheses, search, sharding, tokenizer
@@ -99,7 +99,7 @@ def test_the_attention_of_a_step_is_that_of_decoding_at_once(parts):
     np.testing.assert_allclose(got, at_once, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["beam", "sample"])
+@pytest.mark.parametrize("method", ["beam", slow("sample")])
 def test_a_cache_that_grows_holds_what_one_of_full_length_holds(parts, method, monkeypatch):
     config, vocabulary, model, params = parts
     source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)

@@ -46,6 +46,7 @@ def test_the_loss_is_the_mean_over_all_tokens(evaluator):
     assert found.word_perplexity == pytest.approx(math.exp(nll / words), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing_but_rounding(evaluator):
     one, params, model, vocabulary = evaluator
     config = small_config(

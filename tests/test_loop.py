@@ -531,7 +531,8 @@ def test_if_no_checkpoint_is_sound_training_refuses_to_start_over(data, tmp_path
         loop.fit(config_of(data), tmp_path / "run")
 
 
-@pytest.mark.parametrize("field", ["seed", pytest.param("batch_tokens", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("field", ["seed", "batch_tokens"])
 def test_train_fields_change_the_run(data, whole, tmp_path, field):
     loop.fit(config_of(data, train={"num_steps": 3, field: {"seed": 1, "batch_tokens": 128}[field]}), tmp_path / "run")
     changed = jax.tree.leaves(restore(tmp_path / "run", 3))

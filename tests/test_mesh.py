@@ -127,7 +127,8 @@ def bytes_by_device(tree):
     return stored
 
 
-@pytest.mark.parametrize("scan", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
 def test_fsdp_stores_an_eighth_on_each_device(scan):
     """Params, both moments and the moving average, when made and after an update."""
     config = config_of((1, 8, 1, 1), {"ema_decay": 0.9}, **WIDE, scan_layers=scan, num_layers=2)
@@ -183,6 +184,7 @@ def test_data_parallel_devices_exchange_gradients_and_nothing_else():
     assert {math.prod(shape) for _, shape, _ in large} <= sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_fsdp_devices_gather_params_and_exchange_gradients(scan):
     sizes, most = param_sizes(config_of(**WIDE))
@@ -214,6 +216,7 @@ def test_other_programs_run_on_a_mesh(fields):
     np.testing.assert_allclose(*losses, rtol=1e-2 if "dtype" in fields else 1e-4)
 
 
+@pytest.mark.slow
 def test_packed_rows_are_told_apart_on_a_mesh():
     rng = np.random.default_rng(0)
     side = rng.integers(4, V, (8, 12)).astype(np.int32)

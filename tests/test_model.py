@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.conftest import slow, small_config
+from tests.conftest import small_config
 from transformer.batching import PADDING_ROW, Ragged
 from transformer.config import ModelConfig, default_config
 from transformer.model import Transformer
@@ -180,8 +180,9 @@ def sentences(rng, count, most):
     return [np.append(rng.integers(4, V, rng.integers(1, most)), EOS) for _ in range(count)]
 
 
-@pytest.mark.parametrize("path", ["plain", slow("blockwise")])
-@pytest.mark.parametrize("positions", ["sinusoidal", slow("learned")])
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["plain", "blockwise"])
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
 def test_sentences_in_a_packed_row_do_not_see_each_other(positions, path):
     """Logits of each sentence are those it gets alone."""
     rng = np.random.default_rng(0)
