@@ -1,6 +1,6 @@
 """The training step of wmt14_big, in bfloat16, compiled for accelerators that are not here.
 
-Of one layer of six: they are alike. make test-gpu and make test-tpu compile all widths, make test one of them where it
+Of one layer of six: they are alike. make test-gpu and make test-tpu compile all widths, make test-all too where it
 finds the compiler.
 """
 

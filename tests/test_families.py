@@ -222,8 +222,8 @@ def test_bfloat16_is_close_and_its_logits_are_float32(family):
         ("convolutional", "model", {"qkv_dim": 8}, "qkv_dim = 8: read only with family = attention"),
         ("convolutional", "model", {"kernel_width": 4}, "expected an odd number, got 4"),
         ("attention", "model", {"attention_score": "additive"}, "read only with family = recurrent or convolutional"),
-        ("convolutional", "mesh", {"tensor": 2}, "mesh.tensor = 2: splits the attention family alone"),
-        ("recurrent", "mesh", {"sequence": 2}, "use mesh.data or mesh.fsdp"),
+        ("convolutional", "mesh", {"tensor": 2}, r"mesh\.tensor = 2: read only with model\.family = attention"),
+        ("recurrent", "mesh", {"sequence": 2}, r"mesh\.sequence = 2: read only with model\.family = attention"),
     ],
 )
 def test_what_a_family_does_not_read_is_refused(family, section, fields, message):

@@ -216,14 +216,14 @@ def test_text_files_are_read_there(folder, bucket):
 
 
 def test_a_step_without_its_manifest_is_none(bucket):
-    run = epath.Path(bucket) / "runs" / "a"
-    checkpoints = Checkpoints(run)
-    before = checkpoints.steps()
-    assert before
-    kept = (run / "checkpoints" / str(before[-1]) / MANIFEST).read_text()
-    (run / "checkpoints" / str(before[-1]) / MANIFEST).unlink()
-    assert checkpoints.steps() == before[:-1]
-    (run / "checkpoints" / str(before[-1]) / MANIFEST).write_text(kept)
+    checkpoints = Checkpoints(epath.Path(bucket) / "runs" / "half")
+    for step in (3, 6):
+        (checkpoints.folder / str(step) / "params").mkdir(parents=True)
+        (checkpoints.folder / str(step) / "params" / "array").write_text("numbers")
+        (checkpoints.folder / str(step) / MANIFEST).write_text("{}")
+    assert checkpoints.steps() == [3, 6]
+    (checkpoints.folder / "6" / MANIFEST).unlink()
+    assert checkpoints.steps() == [3]
 
 
 def python(*command, **options):
