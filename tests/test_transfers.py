@@ -11,9 +11,10 @@ import pytest
 
 from tests import transfers
 from tests.conftest import small_config
+from tests.test_kernels import stand_in_for_cudnn
 from tests.test_loop import config_of, data  # noqa: F401 (a fixture)
 from tests.test_step import V, draw_batch
-from transformer import consensus, export, hosts, loop, sharding, step, trained
+from transformer import consensus, export, hosts, kernels, loop, sharding, step, trained
 from transformer.alignments import Aligner
 from transformer.config import MeshConfig
 from transformer.cost import Spent
@@ -123,6 +124,10 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
         found["transformer.step.all_finite"] = transfers.array_constants(
             step.all_finite.trace(loaded.params).jaxpr  # was compiled when the module was read
         )
+        with monkeypatch.context() as one_device:
+            one_device.setattr(jax, "local_devices", lambda: [jax.devices()[0]])
+            stand_in_for_cudnn(one_device, 1.0)
+            assert kernels.try_cudnn(8) == ""
         mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
         with monkeypatch.context() as several:
             several.setattr(sharding, "gather", sharding.gather.__wrapped__)  # another test may have made it
