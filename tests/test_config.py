@@ -88,6 +88,7 @@ ZERO_IS_FINE = {
     ("decode", "min_length"),
     ("decode", "no_repeat_ngram"),
     ("decode", "top_k"),
+    ("decode", "batch_rows"),
     ("decode", "seed"),
 }
 
