@@ -24,6 +24,7 @@ SPEED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "keys"), [slow([], SPEED), (["--input"], ["input_target_tokens_per_s"])])
 def test_it_prints_the_documented_keys(tmp_path, flags, keys):
     words = ["red", "green", "blue", "old", "new", "house", "tree"]

@@ -98,6 +98,7 @@ def test_the_drawing_has_a_line_for_each_way_its_slope_the_exponent():
     assert lines[0] == pytest.approx([2 * rise for rise in lines[1]], abs=0.2)
 
 
+@pytest.mark.slow
 def test_a_save_is_held_against_one_without_digests(capsys, monkeypatch):
     digested = []
     sha256 = manifest.sha256
@@ -126,6 +127,7 @@ def test_both_layers_are_timed_in_turn(monkeypatch, capsys):
     assert found["speed"] == round(statistics.median(1000.0 / ours for ours in found["ours_ms"]), 2) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -139,6 +141,7 @@ def test_each_command_explains_itself(name):
     assert f"benchmarks.{name}" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ours", "ctranslate2"])
 def test_decoding_is_measured_in_tokens_of_the_translations(engine, tmp_path, capsys):
     if engine == "ctranslate2":

@@ -146,6 +146,7 @@ def run_config(words, **train):
     return dataclasses.replace(config, decode=dataclasses.replace(config.decode, beam_size=1, max_extra_length=2))
 
 
+@pytest.mark.slow
 def test_a_run_decides_once_says_so_and_keeps_it(words, capsys):
     workdir = words / "run"
     loop.fit(run_config(words), workdir)

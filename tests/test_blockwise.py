@@ -36,7 +36,7 @@ def cases(queries, keys):
 
 
 @pytest.mark.parametrize("lengths", [slow((32, 32)), slow((27, 27)), (19, 30), slow((5, 5))], ids=str)
-@pytest.mark.parametrize("kind", list(cases(1, 4)))
+@pytest.mark.parametrize("kind", [slow(kind) if kind != "causal segments" else kind for kind in cases(1, 4)])
 def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
     queries, keys = lengths
     if "causal" in kind:
@@ -73,6 +73,7 @@ def test_a_query_that_sees_nothing_is_finite_with_finite_gradient():
     assert all(np.isfinite(grad).all() for grad in grads)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_as_the_plain_path():
     q, k, v = (draw(seed, 40, dtype=jnp.bfloat16) for seed in range(3))
     got = blockwise_attention(q, k, v, Visible(causal=True), block=8)
@@ -83,6 +84,7 @@ def test_bfloat16_is_as_near_as_the_plain_path():
     np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=0.02)
 
 
+@pytest.mark.slow
 def test_dropout_drops_the_same_weights_in_value_and_gradient():
     """With values of 1 and one key's gradient at a time, output and gradient tell which weights were kept."""
     rate, key = 0.3, jax.random.key(0)
@@ -101,6 +103,7 @@ def test_dropout_drops_the_same_weights_in_value_and_gradient():
     np.testing.assert_allclose(grad[0, :, 1, 7], got[0, 5, 1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_through_dropout_is_that_of_finite_differences():
     q, k, v = (draw(seed, 12) for seed in range(3))
     weight = draw(4, 12)

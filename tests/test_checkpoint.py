@@ -75,6 +75,7 @@ def test_the_state_comes_back_to_the_last_bit_on_any_mesh(parts, saved, devices)
     assert restored.step.sharding.mesh.size == devices
 
 
+@pytest.mark.slow
 def test_what_fsdp_saved_comes_back_on_other_meshes(tmp_path):
     config = small_config(model={"num_layers": 1}, mesh={"fsdp": 8}, train={"ema_decay": 0.9})
     _, vocabulary, model, *_ = make_parts()

@@ -60,6 +60,7 @@ def search(chains, phrases, beam_size, limits, prefix_BP=None, width=4, alpha=0.
     return jax.tree.map(np.asarray, run(jnp.asarray(chains), phrases_BKL))
 
 
+@pytest.mark.slow
 def test_a_wide_beam_finds_the_best_of_those_that_hold_their_phrases():
     """Phrases overlap, lie in one another and repeat themselves; not all can be met within the limit."""
     rng = np.random.default_rng(0)
@@ -189,6 +190,7 @@ def test_phrases_that_begin_alike_do_not_block_each_other(beam_size):
     assert all(holds(texts(found, 0)[0], phrase) for phrase in asked)
 
 
+@pytest.mark.slow
 def test_coverage_and_phrases_go_together():
     """Both reach into what a hypothesis remembers."""
     chains = random_chains(4, 10, 8, vocab_size=9, eos_logit=1.0)

@@ -79,6 +79,7 @@ def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_siz
     assert len(np.unique(np.asarray(found.tokens_BNT[0]), axis=0)) == beam_size
 
 
+@pytest.mark.slow
 def test_the_attention_of_a_step_is_that_of_decoding_at_once(parts):
     _, vocabulary, _, _ = parts
     model = Model(small_config(model={"num_layers": 2}).model, vocabulary.vocab_size)
@@ -99,6 +100,7 @@ def test_the_attention_of_a_step_is_that_of_decoding_at_once(parts):
     np.testing.assert_allclose(got, at_once, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["beam", slow("sample")])
 def test_a_cache_that_grows_holds_what_one_of_full_length_holds(parts, method, monkeypatch):
     config, vocabulary, model, params = parts
@@ -117,6 +119,7 @@ def test_a_cache_that_grows_holds_what_one_of_full_length_holds(parts, method, m
     assert grown.lengths_BN.max() == 46
 
 
+@pytest.mark.slow
 def test_an_ensemble_scores_by_the_mean_probability(parts):
     config, vocabulary, model, params = parts
     other = Model(small_config(model={"num_layers": 2, "emb_dim": 24}).model, vocabulary.vocab_size)

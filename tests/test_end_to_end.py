@@ -354,6 +354,7 @@ def test_another_config_is_refused_by_the_command_too(workdir, folder):
     assert b"model.norm: 'post'" in run("train.py", *flags, code=2).stderr
 
 
+@pytest.mark.slow
 def test_ctranslate2_translates_as_the_command_does(workdir, folder, tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2", reason="the export extra is not installed")
     import sentencepiece
@@ -373,6 +374,7 @@ def test_ctranslate2_translates_as_the_command_does(workdir, folder, tmp_path):
         assert texts == own.split("\n")[:-1]
 
 
+@pytest.mark.slow
 def test_decoding_otherwise_leaves_the_translations_of_the_config_alone(workdir, folder):
     default = workdir / "translations" / "250.test.txt"
     default.parent.mkdir(exist_ok=True)

@@ -99,6 +99,7 @@ def about_to_end(vocabulary, tmp_path_factory, needs_ctranslate2):
     return trained, folder / "out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [{"beam_size": 4, "length_penalty": 0.0}, {"beam_size": 1, "min_length": 3, "no_repeat_ngram": 1}]
 )
@@ -116,6 +117,7 @@ def test_with_these_options_ctranslate2_finds_the_translations_of_this_search(fi
     assert all(own) == bool(decode.min_length)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["ctranslate2", "jax"])
 @pytest.mark.parametrize("family", ["recurrent", "convolutional"])
 def test_other_families_are_refused(form, family, workdir, tmp_path):
@@ -126,6 +128,7 @@ def test_other_families_are_refused(form, family, workdir, tmp_path):
         export.write(trained, tmp_path, form)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["qkv_dim", "value_dim"])
 def test_widths_that_ctranslate2_cannot_express_are_refused(field, vocabulary, tmp_path, needs_ctranslate2):
     trained = with_model(tmp_path, vocabulary, **{field: 8})
@@ -145,6 +148,7 @@ def test_a_vocabulary_that_writes_two_ids_alike_is_refused(vocabulary):
     assert export_ctranslate2.vocabulary(vocabulary)[:5] == ["<pad>", "<s>", "</s>", "<unk>", "<0x00>"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["ctranslate2", "jax"])
 def test_a_model_that_came_out_otherwise_is_refused_and_leaves_nothing(form, workdir, tmp_path, monkeypatch):
     pytest.importorskip(export.NEEDS[form], reason="the export extra is not installed")
@@ -156,6 +160,7 @@ def test_a_model_that_came_out_otherwise_is_refused_and_leaves_nothing(form, wor
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [slow({}), {"positions": "learned", "qkv_dim": 8, "scan_layers": True, "norm": "post"}]
 )

@@ -169,6 +169,7 @@ def outputs(family, **fields):
     return np.asarray(run(drawn(model), jax.random.key(0)), np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "field", "value"),
     [
@@ -255,6 +256,7 @@ def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=2e-4), found[0][1], found[1][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [slow("recurrent"), "convolutional"])
 def test_it_learns_to_copy_and_beam_search_finds_the_copy(family):
     """Five tokens in any order: what only a decoder that looks at the source can say."""

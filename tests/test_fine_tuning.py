@@ -36,6 +36,7 @@ def first_state(config):
     return fine_tuning.first_state(fine_tuning.find(config), model, config, mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("which", "added"), [("latest", 100), ("best", 9), ("10", 10), ("average:2", 55)])
 def test_params_are_those_of_the_checkpoint_and_all_else_is_new(saved, which, added, capsys):
     state = first_state(config_of(saved, init_checkpoint=which, ema_decay=0.9, num_steps=50))

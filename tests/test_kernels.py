@@ -53,6 +53,7 @@ def compare(attend, visible, queries, keys, width=K, dtype=jnp.float32, toleranc
         np.testing.assert_allclose(one.astype(jnp.float32), other, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("visible", "queries", "keys"),
     [

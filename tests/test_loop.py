@@ -113,6 +113,7 @@ def whole(data, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_another_s_params_and_is_resumed_as_its_own(data, whole, tmp_path):
     train = {"num_steps": 1, "init_from": str(whole), "init_checkpoint": "6"}
     config = config_of(data, train=train, optimizer={"learning_rate": 0.0})  # so that an update changes nothing
@@ -204,6 +205,7 @@ def averaged(data, tmp_path_factory):
     return workdir, seen
 
 
+@pytest.mark.slow
 def test_a_moving_average_is_what_is_validated_and_translated_with(whole, averaged):
     workdir, seen = averaged
     assert len(seen) == 2
@@ -213,6 +215,7 @@ def test_a_moving_average_is_what_is_validated_and_translated_with(whole, averag
     assert not all(np.array_equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_a_moving_average_resumes_exactly(data, averaged, tmp_path):
     loop.fit(config_of(data, train={**EMA, "num_steps": 9}), tmp_path / "run")
     loop.fit(config_of(data, train=EMA), tmp_path / "run")
@@ -220,6 +223,7 @@ def test_a_moving_average_resumes_exactly(data, averaged, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "run", which), restore(averaged[0], which))
 
 
+@pytest.mark.slow
 def test_a_moving_average_cannot_begin_or_end_halfway(data, whole, averaged):
     with pytest.raises(UserError, match=r"another config: train\.ema_decay: 0\.0 → 0\.9"):
         loop.fit(config_of(data, train=EMA), whole)
@@ -325,6 +329,7 @@ def test_another_host_is_said(data, tmp_path, monkeypatch, capsys):
     assert "another host" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_way_to_decode_looks_for_its_best_anew(data, tmp_path, capsys):
     run = epath.Path(tmp_path / "run")
     loop.fit(config_of(data, train={"num_steps": 6}), run)

@@ -91,6 +91,7 @@ def check(sizes):
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [FAST[0], *map(slow, FAST[1:])], ids=str)
 def test_three_meshes_train_like_one_device(sizes):
     check(sizes)
@@ -176,6 +177,7 @@ def param_sizes(config):
     return {leaf.size for leaf in jax.tree.leaves(params)}, layer + params["embeddings"]["shared"]["table"].size
 
 
+@pytest.mark.slow
 def test_data_parallel_devices_exchange_gradients_and_nothing_else():
     config = config_of((8, 1, 1, 1), **WIDE)
     sizes, _ = param_sizes(config)

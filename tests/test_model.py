@@ -87,6 +87,7 @@ def test_target_padding_cannot_be_seen():
     np.testing.assert_allclose(model(SOURCE, wider)[:, :6], model(SOURCE, TARGET), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_do_not_see_each_other():
     model = make()
     alone = model(SOURCE[1:], TARGET[1:])
@@ -123,6 +124,7 @@ def outputs(**fields):
     return np.asarray(model(SOURCE, TARGET, jax.random.key(0)), np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -157,6 +159,7 @@ def test_learned_positions_have_as_many_rows_as_asked():
     assert model.source_positions[...].shape == model.target_positions[...].shape == (7, 16)
 
 
+@pytest.mark.slow
 def test_padding_may_be_wider_than_the_table_of_positions():
     """Evaluation pads to a power of two; the sentence itself always fits."""
     tight, roomy = make(positions="learned", max_positions=6), make(positions="learned", max_positions=6)

@@ -15,6 +15,8 @@ from transformer.reporting.charts import Series
 LENGTHS = (32, 64, 128)
 WIDTH = 32
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def layers():

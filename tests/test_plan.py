@@ -52,6 +52,7 @@ def test_the_command_prints_a_table_and_its_last_line_is_json():
     assert f"| {first['communication_ms']:.1f} | {first['efficiency_overlapped']:.1%} |" in result.stdout
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_closed_form():
     row = planned(train={"batch_tokens": 1024})
     assert row["rows"] == 32
@@ -65,6 +66,7 @@ def test_the_parts_of_a_step_are_a_loop_that_is_counted_by_its_trips():
     assert row["flops_per_step"] == row["flops_closed_form"]
 
 
+@pytest.mark.slow
 def test_arguments_are_the_state_and_the_batch_and_results_take_their_place():
     row = planned(train={"batch_tokens": 1024, "ema_decay": 0.9})
     params = step.Model(small_config(model={"num_layers": 1}).model, 300).num_params()
@@ -74,6 +76,7 @@ def test_arguments_are_the_state_and_the_batch_and_results_take_their_place():
     assert row["bytes_per_chip"] >= row["arguments_bytes"] + row["temporaries_bytes"]
 
 
+@pytest.mark.slow
 def test_a_data_parallel_step_sends_its_gradients_and_nothing_else():
     row = planned(train={"batch_tokens": 1024})
     params = step.Model(small_config(model={"num_layers": 1}).model, 300).num_params()
@@ -83,6 +86,7 @@ def test_a_data_parallel_step_sends_its_gradients_and_nothing_else():
     assert 4 * params <= row["collectives"]["all-reduce"]["bytes"] < 4 * (params + 2 * 300 * 16) + 1024
 
 
+@pytest.mark.slow
 def test_one_device_sends_nothing():
     assert planned("cpu:1")["collectives"] == {}
 

@@ -57,6 +57,7 @@ def test_no_ngram_occurs_twice(order):
         assert not repeats(jnp.zeros((1, 1, 7), jnp.int32), jnp.int32(3), order, 6).any()
 
 
+@pytest.mark.slow
 def test_repeats_are_those_of_the_hypothesis_so_far():
     tokens = jnp.array([[[1, 3, 4, 3, 5, 3, PAD]]])
     banned = {
@@ -82,6 +83,7 @@ def test_translations_begin_with_their_prefix():
     )
 
 
+@pytest.mark.slow
 def test_a_prefix_stands_above_the_other_restrictions():
     """It repeats a token, and what follows it must not repeat one."""
     prefix_BP = jnp.asarray(np.tile(np.array([3, 3], np.int32), (len(CHAINS), 1)))

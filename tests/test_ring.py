@@ -47,7 +47,7 @@ def compare(attend, plain, q, k, v, sees, mesh):
 
 
 @pytest.mark.parametrize("lengths", [slow((32, 32)), (12, 28)], ids=str)
-@pytest.mark.parametrize("kind", list(cases(1, 4)))
+@pytest.mark.parametrize("kind", [slow(kind) if kind != "causal segments" else kind for kind in cases(1, 4)])
 def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
     """In blocks that do not divide a device's part of the length."""
     queries, keys = lengths
@@ -66,6 +66,7 @@ def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"sequence": 4}, {"data": 2, "tensor": 2, "sequence": 2}], ids=str)
 def test_dropout_draws_the_same_bits_on_any_path_and_mesh(sizes):
     visible, key = Visible(segments(0, 16, 0), segments(0, 16, 0), causal=True), jax.random.key(5)
@@ -115,6 +116,7 @@ def test_a_ring_sends_its_keys_round_and_gathers_nothing():
     assert not re.search("all-gather|all-to-all|all-reduce", text)
 
 
+@pytest.mark.slow
 def test_memory_is_divided_by_the_devices_and_linear_in_length():
     """Bytes of temporary arrays on each device; the blocks at work are the same for all."""
     used = {

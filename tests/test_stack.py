@@ -56,6 +56,7 @@ def written_out(dropout):
     return params, *jax.jit(jax.value_and_grad(loss_of(plain, key)))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [slow(False), True])
 @pytest.mark.parametrize(
     ("scan", "remat"),
@@ -77,6 +78,7 @@ def test_values_and_gradients_are_the_same(scan, remat, dropout):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, wanted_grads)
 
 
+@pytest.mark.slow
 def test_scanned_layers_decode_the_same():
     plain, scanned = model_of(), model_of(scan_layers=True)
     params = plain.init(0)
@@ -95,6 +97,7 @@ def products(**fields):
     return jax.jit(jax.grad(loss_of(model))).lower(model.init(0)).as_text().count("stablehlo.dot_general")
 
 
+@pytest.mark.slow
 def test_what_is_not_kept_is_computed_again():
     """dots: scores and weighted values alone, of one attention in the encoder and two in the decoder."""
     kept, dots, full = (products(remat=remat) for remat in ("none", "dots", "full"))
@@ -102,6 +105,7 @@ def test_what_is_not_kept_is_computed_again():
     assert full > dots
 
 
+@pytest.mark.slow
 def test_a_scanned_program_is_as_long_for_any_number_of_layers():
     assert products(scan_layers=True) == products(scan_layers=True, num_layers=2) < products()
 

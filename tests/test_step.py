@@ -121,6 +121,7 @@ def test_parts_one_after_the_other_are_one_batch(parts, data):
     assert max(jax.tree.leaves(moved)) < 1e-4
 
 
+@pytest.mark.slow
 def test_parts_drop_different_units():
     """With the same rows in both parts and one key for both, the parts' losses would be equal."""
     built = setup(dropout_rate=0.5)[2]
@@ -149,6 +150,7 @@ def test_padding_rows_change_nothing():
     np.testing.assert_allclose(padded.grad_norm, metrics.grad_norm, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_of_padding_alone_is_no_nan():
     _, (metrics,) = run(batches=[Batch(np.zeros((8, 4), np.int32), np.zeros((8, 4), np.int32))])
     assert metrics.loss.tokens == 0
@@ -215,6 +217,7 @@ def test_the_moving_average_is_that_of_the_params(decay):
     assert states[-1].eval_params is states[-1].ema
 
 
+@pytest.mark.slow
 def test_a_moving_average_changes_nothing_else():
     state, _ = run(3)
     averaged, _ = run_with_ema(0.99)
@@ -225,6 +228,7 @@ def test_a_moving_average_changes_nothing_else():
     assert max(jax.tree.leaves(moved)) > 1e-5
 
 
+@pytest.mark.slow
 def test_the_moving_average_lives_where_its_params_do():
     _, state = run_with_ema(0.99, num_steps=1, data=8)
     config, mesh, built, _ = setup(8)
@@ -250,6 +254,7 @@ def test_the_state_is_donated():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 def test_nothing_recompiles_once_each_shape_was_seen():
     config, mesh, built, train_step = setup(mlp_dim=24)
     state = step.init_state(built, config, mesh)

@@ -287,6 +287,7 @@ def test_one_that_was_replaced_by_the_next_meanwhile_is_a_message(parts, tmp_pat
         trained.load_trained(tmp_path, "latest")
 
 
+@pytest.mark.slow
 def test_averaging_holds_two_copies_at_most(parts, saved, monkeypatch):
     """No more are alive when one more is read, and the sum takes the place of what it was before."""
     _, _, model, mesh, _ = parts

@@ -75,11 +75,7 @@ def options():
             yield family, *chosen
 
 
-FEW = [
-    ("attention", "dots", "bucket", 0.9, 2),
-    ("recurrent", "none", "pack", 0.9, 1),
-    ("convolutional", "full", "pack", 0.0, 2),
-]
+FEW = [("attention", "dots", "bucket", 0.9, 2)]
 ALL = [pytest.param(*one, marks=() if one in FEW else pytest.mark.slow) for one in options()]
 
 
@@ -102,6 +98,7 @@ def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, em
     assert int(jax.device_get(updates.state.step)) == updates.meter.updates == 3
 
 
+@pytest.mark.slow
 def test_no_program_of_the_package_has_an_array_among_its_constants(
     root,
     data,  # noqa: F811

@@ -67,6 +67,7 @@ def test_a_call_translates_and_gives_n_best_when_asked(loaded, usual):
     assert loaded.translate([]) == []
 
 
+@pytest.mark.slow
 def test_fields_wishes_and_seeds_can_be_given_to_a_call(loaded, usual):
     short = [usual[LINES.index(line)] for line in SHORT]
     assert loaded.translate(SHORT, beam_size=1) != short
@@ -77,6 +78,7 @@ def test_fields_wishes_and_seeds_can_be_given_to_a_call(loaded, usual):
     assert loaded.translate(SHORT) == short
 
 
+@pytest.mark.slow
 def test_programs_are_compiled_once_and_kept(loaded, usual):
     calls = ({}, {"beam_size": 3}, {"method": "sample", "seed": 5}, {"n_best": 2})
     for options in calls:
@@ -152,6 +154,7 @@ def test_a_fork_after_loading_is_told_to_load_for_itself(loaded):
     child.join(30)
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_loaded_from_workdirs(loaded, workdir, another, usual):
     both = transformer.load(workdir, ensemble=[another]).translate(SHORT)
     assert both != [usual[LINES.index(line)] for line in SHORT]
@@ -170,6 +173,7 @@ def test_what_is_loaded_may_be_named_as_people_do(workdir, monkeypatch):
         transformer.load("gs://b/run")
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_other_tokenizers_is_refused(workdir, tmp_path):
     stranger = save(tmp_path / "stranger", tokenizer.train(LINES, 290, "bpe"))
     with pytest.raises(UserError, match="expected the tokenizer of") as caught:
@@ -177,6 +181,7 @@ def test_an_ensemble_of_other_tokenizers_is_refused(workdir, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_other_directions_is_refused(workdir, vocabulary, tmp_path):
     french = save(tmp_path / "french", vocabulary, target="fr")
     with pytest.raises(UserError, match="translates en to fr, expected en to de"):
@@ -227,6 +232,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [next(iter(WAYS)), *map(slow, list(WAYS)[1:])])
 def test_neither_batch_size_nor_order_changes_a_byte(command, tmp_path, way):
     lines = [*SHORT, "", *SHORT[3:]]
@@ -267,6 +273,7 @@ def test_n_best_lines_are_those_of_moses(command, loaded):
     assert [line.split(" ||| ")[0] for line in want] == ["0", "0", "1", "2", "2"]
 
 
+@pytest.mark.slow
 def test_flags_are_fields(command, usual, another, loaded):
     short = "".join(f"{usual[LINES.index(line)]}\n" for line in SHORT).encode()
     assert command(SHORT) == command(SHORT, "--decode.beam_size=2") == short

@@ -183,6 +183,7 @@ def test_unfinished_and_damaged_ones_do_not_stop_it(workdir, capsys):
     assert "checkpoint 13: its loss is nan" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.reported)]
 )
