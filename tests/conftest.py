@@ -11,7 +11,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the time to compile, and tests compile most
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"))
 
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # shared with the other worker and children
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # shared with the other worker and children
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # The compiler for TPUs, where it is, must not look for one; a program for chips that are not here cannot be read
@@ -79,9 +79,9 @@ def _strict():
     assert jax.config.jax_numpy_dtype_promotion == "strict"
 
 
-def slow(*values):
+def slow(*values, id=None):
     """A set of parameters that only `make test-all` tries."""
-    return pytest.param(*values, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=pytest.mark.slow, id=id)
 
 
 def small_config(**sections):

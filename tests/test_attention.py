@@ -78,6 +78,7 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
     assert dropout.dropout(x, 0.0, jax.random.key(0)) is x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.3, 0.99])
 def test_dropout_has_the_rate_asked_for_though_a_byte_knows_256_only(rate):
     x = jnp.ones((64, 30), jnp.float32)

@@ -27,6 +27,7 @@ SUMS = [  # along axes, and into the rows of a table
 FEW = {"num_layers": 1, "dtype": "bfloat16"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

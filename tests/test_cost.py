@@ -73,6 +73,7 @@ SIZES = {  # the fields of each family that change its products
 }
 
 
+@pytest.mark.slow
 @pytest.mark.reported
 @pytest.mark.parametrize("family", SIZES)
 def test_the_closed_form_is_every_product_for_every_combination_of_sizes(family):
@@ -101,6 +102,7 @@ def test_the_forward_pass_is_a_third():
     assert cost.forward_flops(config.model, V, 8, 6, 7) == dot_flops(forward.jaxpr)
 
 
+@pytest.mark.slow
 def test_the_compiled_program_counts_little_more():
     """XLA counts elementwise work too, which these widths keep below 5%."""
     sizes = {"num_layers": 1, "emb_dim": 128, "qkv_dim": 128, "value_dim": 128, "mlp_dim": 512, "dropout_rate": 0.0}

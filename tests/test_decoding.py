@@ -148,6 +148,7 @@ def test_the_mean_is_of_probabilities_and_not_of_logarithms():
     assert decoding.mean_probability([sure]) is sure
 
 
+@pytest.mark.slow
 def test_default_fields_add_nothing_to_the_program(parts):
     """The four selections of a plain beam search, no more of them for n-best, and no sort but of the blocks found."""
     config, vocabulary, model, params = parts
@@ -173,6 +174,7 @@ def converted_in_loops(jaxpr, in_loop=False):
                 yield from converted_in_loops(inner, is_loop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["beam", "sample", "mbr"])
 @pytest.mark.parametrize(
     "config",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.commands import run
-from tests.conftest import ROOT
+from tests.conftest import ROOT, slow
 
 UNITS = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"]
 THINGS = {"houses": "Häuser", "trees": "Bäume", "cats": "Katzen", "dogs": "Hunde", "books": "Bücher"}
@@ -190,6 +190,7 @@ def test_a_mean_that_cannot_be_is_one_line(workdir, command, which, message):
     assert message in line
 
 
+@pytest.mark.slow
 def test_a_difference_is_held_against_chance(workdir, averaged, folder, tmp_path):
     shutil.rmtree(averaged / "translations", ignore_errors=True)
     (averaged / "translations").write_text("no folder: a workdir that cannot be written costs no scores\n")
@@ -212,6 +213,7 @@ def test_a_difference_is_held_against_chance(workdir, averaged, folder, tmp_path
     assert b"each of the 40 sentences of test, got 39 lines" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_watching_scores_what_is_there_and_ends_on_a_signal(averaged):
     command = [sys.executable, "eval.py", f"--workdir={averaged}", "--watch"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -326,7 +328,7 @@ def test_bad_training_data_is_one_message_and_leaves_nothing_harmed(case, folder
         ("--config.data.max_length=2", 2, "none of the"),
         ("--config.mesh.data=64", 2, "found only"),
         ("--config.data.tokenizer=none.model", 2, "none.model"),
-        ("--config.optimizer.learning_rate=1e30", 3, "the run diverged"),
+        slow("--config.optimizer.learning_rate=1e30", 3, "the run diverged"),
     ],
 )
 def test_what_only_the_data_or_the_machine_can_refuse(flag, code, message, folder, tmp_path):

@@ -32,7 +32,7 @@ KINDS = {
 FAST = {"schedule": "constant", "learning_rate": 3e-3, "warmup_steps": 0, "label_smoothing": 0.0}
 FAMILIES = ("recurrent", "convolutional")
 every_kind = pytest.mark.parametrize(
-    "kind", ["additive", "convolutional", *map(slow, ("recurrent", "one recurrent layer", "wide convolutional"))]
+    "kind", ["one recurrent layer", "convolutional", *map(slow, ("recurrent", "additive", "wide convolutional"))]
 )
 
 
@@ -142,6 +142,7 @@ def test_sentences_in_a_packed_row_do_not_see_each_other(kind):
         np.testing.assert_allclose(packed[row, place[i] : place[i] + len(targets[i])], alone, atol=2e-5)
 
 
+@pytest.mark.slow
 @every_kind
 def test_the_attention_is_a_distribution_over_the_source(kind):
     model = module(kind)
@@ -185,6 +186,7 @@ def test_every_field_that_it_reads_changes_the_output(family, field, value):
     assert not np.array_equal(outputs(family), outputs(family, **{field: value}))
 
 
+@pytest.mark.slow
 def test_recomputed_convolutions_are_the_same():
     np.testing.assert_allclose(outputs("convolutional", remat="full"), outputs("convolutional"), atol=2e-5)
 
@@ -204,6 +206,7 @@ def test_stacked_convolutions_are_the_same():
     np.testing.assert_allclose(one, other, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_close_and_its_logits_are_float32(family):
     wide, narrow = (jax.jit(module(family, dtype=dtype).__call__)(SOURCE, TARGET) for dtype in ("float32", "bfloat16"))

@@ -27,6 +27,7 @@ def follow(losses, factor=2.0, most=2):
     return made, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("losses", "made", "skipped"),
     [

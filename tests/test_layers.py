@@ -74,6 +74,7 @@ def test_feed_forward_is_equation_2():
     np.testing.assert_allclose(block(x), want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("qkv_dim", "value_dim"), [(8, 8), (4, 8), (16, 4)])
 def test_key_and_value_widths_are_free_of_the_model_width(qkv_dim, value_dim):
     block = layers.MultiHeadAttention(8, 2, qkv_dim, value_dim, 0.0, "plain", nnx.Rngs(params=0))

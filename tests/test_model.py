@@ -172,6 +172,7 @@ def test_without_a_key_nothing_is_dropped():
     np.testing.assert_array_equal(model(SOURCE, TARGET), make(dropout_rate=0.0)(SOURCE, TARGET))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32_and_its_logits_are_float32():
     wide, narrow = make()(SOURCE, TARGET), make(dtype="bfloat16")(SOURCE, TARGET)
     assert narrow.dtype == jnp.float32

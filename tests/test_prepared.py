@@ -203,6 +203,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         open_toy(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_is_not_taken_for_finished(tmp_path):
     process = run_slow(tmp_path, 1)
     while "started" not in process.stderr.readline():
@@ -216,6 +217,7 @@ def test_a_killed_preparation_is_not_taken_for_finished(tmp_path):
     assert not left.exists()
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
     first = run_slow(tmp_path, 0.1)
     while "started" not in first.stderr.readline():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import slow
 from transformer import recurrence
 from transformer.recurrence import LstmState, Weights
 
@@ -34,8 +35,8 @@ def plain(x_BTD, weights, keep_BT=None, reverse=False):
     return jnp.stack(found, 1)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("keep_BT", [None, KEEP], ids=["on", "anew"])
+@pytest.mark.parametrize("reverse", [slow(False), True])
+@pytest.mark.parametrize("keep_BT", [slow(None, id="on"), pytest.param(KEEP, id="anew")])
 def test_states_and_gradients_are_those_of_the_equations(reverse, keep_BT):
     arguments, weigh = made(), jax.random.normal(jax.random.key(9), (B, T, H))
 

@@ -136,6 +136,7 @@ def test_one_process_at_a_time_holds_a_folder(bucket, quick):
     assert not losers
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_dead_process_is_taken_and_it_learns_so_if_it_lives(bucket, quick, monkeypatch):
     path, losers = epath.Path(bucket) / "dead" / "lock", []
     silent = threading.Event()

@@ -97,6 +97,7 @@ def test_the_nucleus_of_ties_and_of_one():
     assert nucleus(probs, 0.6)[0, :, 0].tolist() == [0.25, 1.0, 0.25]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0.6, "top_p": 0.9}])
 def test_samples_are_as_frequent_as_they_are_probable(fields):
     """40,000 samples of a chain with 15 hypotheses: total variation from the exact distribution under 0.02."""

@@ -128,6 +128,7 @@ def test_a_loss_that_is_no_number_is_no_result(monkeypatch):
         scoring.Scorer(CHOSEN).evaluate(make_trained())
 
 
+@pytest.mark.slow
 def test_another_workdir_translates_the_same_sources(evaluation, tmp_path):
     save(tmp_path / "other", make_parts(), 0)
     name, translations = scoring.translations_of_other(tmp_path / "other", "latest", CHOSEN, "de")

@@ -303,6 +303,7 @@ def test_pad_and_bos_are_never_generated_and_keep_their_probability():
         assert np.exp(found.scores_BN[0, 0]) == pytest.approx(0.2, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bos_id", "pad_id"), [(EOS, PAD), (BOS, EOS)])
 def test_eos_may_share_its_id(bos_id, pad_id):
     chain = jnp.asarray(np.repeat(hand_made_chain({(1, A): {EOS: 1.0}}), 2, axis=0)).at[:, 0, :, A].set(5)
@@ -349,6 +350,7 @@ def count_steps(logits_BTVV: np.ndarray, beam_size: int, limits_of_calls: list[l
     return counts
 
 
+@pytest.mark.slow
 def test_the_loop_stops_as_soon_as_every_sentence_is_done():
     rows = {(0, BOS): {EOS: 0.5, A: 0.3, B: 0.2}, (1, A): {EOS: 0.95, A: 0.05}, (1, B): {EOS: 1.0}}
     chain = hand_made_chain(rows | {(position, A): {A: 1.0} for position in range(2, 30)}, 30)

@@ -110,6 +110,7 @@ def test_a_scanned_program_is_as_long_for_any_number_of_layers():
     assert products(scan_layers=True) == products(scan_layers=True, num_layers=2) < products()
 
 
+@pytest.mark.slow
 def test_decay_spares_stacked_vectors():
     from transformer.optimizer import make_optimizer
 

@@ -70,6 +70,7 @@ def test_the_loss_falls_on_one_batch_and_goes_on_falling():
     assert losses[-1] < losses[30]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [slow(2), slow(4), 8])
 def test_rows_over_devices_give_the_same_update(data):
     """Loss and gradients are of the global batch, whatever device has how many real tokens of it."""
@@ -81,6 +82,7 @@ def test_rows_over_devices_give_the_same_update(data):
     assert max(jax.tree.leaves(moved)) < 1e-4
 
 
+@pytest.mark.slow
 def test_uneven_rows_are_one_batch():
     """The gradient of a batch is the token-weighted mean of those of its rows, not the mean of their means."""
     config, _, built, _ = setup()
@@ -165,6 +167,7 @@ def test_rows_that_do_not_divide_are_filled_up(one_device):
     assert sharding.place_batch(one_device, draw_batch(rows=5)).target_BT.shape == (5, 7)
 
 
+@pytest.mark.slow
 def test_dropout_differs_from_step_to_step_and_is_repeatable():
     batch = draw_batch()
     config, mesh, built, train_step = setup(dropout_rate=0.5)

@@ -119,6 +119,7 @@ def test_every_command_keeps_these_promises(root):
         assert re.search(r"^    (command_line\.)?run\(main\)$", block, re.MULTILINE), name
 
 
+@pytest.mark.slow
 @pytest.mark.reported
 @pytest.mark.parametrize("command", ["train.py", "-m transformer.translate"])
 def test_help_is_printed_on_a_terminal_that_knows_ascii_alone(root, command):

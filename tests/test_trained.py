@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.conftest import slow
 from tests.test_checkpoint import files, flip, make_parts, save, save_three
 from transformer import checkpoint, manifest, tokenizer, trained
 from transformer.checkpoint import Checkpoints
@@ -329,7 +330,7 @@ def other_model():
 
 
 @pytest.mark.reported
-@pytest.mark.parametrize("which", ["average:2", "average:3", "best-average:3"])
+@pytest.mark.parametrize("which", [slow("average:2"), "average:3", slow("best-average:3")])
 def test_checkpoints_of_another_run_are_not_averaged(workdir, tmp_path, which):
     copied_in(workdir, make_parts(), ("a" * 32, "b" * 32), tmp_path)
     steps = r"\[10, 100\]" if which == "average:2" else r"\[9, 10, 100\]"
@@ -342,9 +343,9 @@ def test_checkpoints_of_another_run_are_not_averaged(workdir, tmp_path, which):
 @pytest.mark.parametrize(
     ("other", "ids", "why"),
     [
-        (other_vocabulary, ("", ""), "vocabulary [0-9a-f]{8}, expected"),
+        slow(other_vocabulary, ("", ""), "vocabulary [0-9a-f]{8}, expected"),
         (other_model, ("", ""), "model.norm = 'post', expected 'pre'"),
-        (other_model, ("a" * 32, ""), "model.norm = 'post', expected 'pre'"),
+        slow(other_model, ("a" * 32, ""), "model.norm = 'post', expected 'pre'"),
     ],
 )
 def test_without_ids_of_both_vocabulary_and_model_must_be_the_same(workdir, tmp_path, other, ids, why):

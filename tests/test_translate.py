@@ -92,6 +92,7 @@ def test_programs_are_compiled_once_and_kept(loaded, usual):
     assert counter.count == 1
 
 
+@pytest.mark.slow
 def test_threads_get_what_one_caller_gets_and_compile_no_more(workdir, fresh_programs):
     """Eight threads with different work begin at once on a model that has compiled nothing."""
     fresh, results = transformer.load(workdir), {}
@@ -498,6 +499,7 @@ def test_texts_lose_one_line_end_and_nothing_else(loaded, usual, capsys):
     assert "warning: 2 sources hold line breaks, read as spaces" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.reported
 def test_cr_lf_in_stdin_and_in_files_beside_it_ends_lines(command, tmp_path):
     def run(cr):

@@ -81,6 +81,7 @@ def test_devices_change_nothing(parts, usual):
         assert one.score == pytest.approx(other.score, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_that_splits_params_changes_nothing(parts, usual):
     config, vocabulary, model, params = parts
     mesh = sharding.make_mesh(dataclasses.replace(config.mesh, fsdp=2, tensor=2, sequence=2))
@@ -132,11 +133,13 @@ def test_a_long_source_is_cut_and_counted(parts, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_wider_beam_finds_other_translations(parts, usual):
     greedy, params = make(parts, beam_size=1)
     assert greedy.translate(params, LINES) != usual
 
 
+@pytest.mark.slow
 def test_the_length_penalty_is_the_config_s(parts):
     """A model that likes to end ends early, unless long hypotheses are made up to."""
     params = eager(parts[3])
@@ -152,6 +155,7 @@ def best(parts, **fields):
     return [found[0] for found in translator.hypotheses(eager(parts[3]), SHORT)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "others"),
     [
@@ -173,7 +177,7 @@ def test_every_field_changes_what_comes_out(parts, fields, others):
     assert best(parts, **fields) != best(parts, **{**fields, **others})
 
 
-@pytest.mark.parametrize("method", ["beam", "sample", "mbr"])
+@pytest.mark.parametrize("method", ["beam", slow("sample"), slow("mbr")])
 def test_n_best_goes_on_from_the_best(parts, method):
     fields = {"method": method, "beam_size": 4, "mbr_samples": 6}
     if method != "mbr":
@@ -222,6 +226,7 @@ PREFIXES = ["the old", "", "blue trees have", "  ", "x", "the cat sees a"]
 PHRASES = [["tree"], [], ["a house", "old cats"], ["red"], ["house", "tree", "cat"], ["dog sees"]]
 
 
+@pytest.mark.slow
 def test_translations_begin_and_hold_as_asked_whatever_the_grouping(parts):
     translator, params = make(parts, beam_size=3, max_extra_length=25)
     lines = [line for line in LINES if len(line.split()) < 4]
@@ -244,6 +249,7 @@ def test_translations_begin_and_hold_as_asked_whatever_the_grouping(parts):
     assert run(order) == [together[i] for i in order]
 
 
+@pytest.mark.slow
 def test_sentences_without_wishes_are_not_changed_by_those_of_others(parts, usual):
     translator, params = make(parts)
     constraints = [["tree"] if i % 3 == 0 else [] for i in range(len(LINES))]
@@ -252,6 +258,7 @@ def test_sentences_without_wishes_are_not_changed_by_those_of_others(parts, usua
     assert got[0][0].text != usual[0]
 
 
+@pytest.mark.slow
 def test_samples_may_have_a_prefix(parts):
     translator, params = make(parts, method="sample")
     found = translator.hypotheses(params, LINES[:4], n_best=5, prefixes=["the old"] * 4)
@@ -312,6 +319,7 @@ def test_models_of_an_ensemble_decide_together(parts):
     assert turned == both
 
 
+@pytest.mark.slow
 def test_a_model_and_itself_are_the_model(parts, usual):
     config, vocabulary, model, params = parts
     twice = Translator((model, model), vocabulary, config.decode, sharding.make_mesh(config.mesh))
