@@ -1,10 +1,11 @@
 # make demo · make test · make test-all · make lint · make faults · make test-tpu · make test-gpu · make plan.
-# PYTHON names the interpreter, VENV the environment, TESTS some files of tests instead of all. QUICK=1 makes faults as
-# short as in make test-all, ROWS picks rows of it.
+# PYTHON names the interpreter, VENV the environment, TESTS some files of tests instead of all, TIERS some tiers of
+# test-all (slow, hosts, faults). QUICK=1 makes faults as short as in make test-all, ROWS picks rows of it.
 PYTHON ?= python3
 VENV ?= .venv
 ACCELERATOR ?=
 TESTS ?=
+TIERS ?=
 QUICK ?=
 ROWS ?=
 PLAN_CONFIG ?= configs/wmt14_big.py
@@ -15,7 +16,7 @@ PIP = $(RUN) -m pip --disable-pip-version-check --quiet
 WORKDIR ?= runs/demo
 OTHER_TIERS = slow or hosts or faults or tpu or gpu
 
-.PHONY: demo test test-all test-slow lint faults test-tpu test-gpu tpu-compiler plan lock clean
+.PHONY: demo test test-all lint faults test-tpu test-gpu tpu-compiler plan lock clean
 
 demo: $(VENV)/installed$(ACCELERATOR)
 	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR)
@@ -24,13 +25,9 @@ demo: $(VENV)/installed$(ACCELERATOR)
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not ($(OTHER_TIERS))" $(TESTS)
 
-# Every other tier; what needs the compiler of an accelerator is skipped, with a reason.
+# Every other tier, or those that TIERS names; what needs the compiler of an accelerator is skipped, with a reason.
 test-all: $(VENV)/installed-dev
-	$(RUN) -m pytest -n 2 --dist worksteal -m "$(OTHER_TIERS)" $(TESTS)
-
-# One of them alone.
-test-slow: $(VENV)/installed-dev
-	$(RUN) -m pytest -n 2 --dist worksteal -m "slow and not (hosts or faults or tpu or gpu)" $(TESTS)
+	$(RUN) -m pytest -n 2 --dist worksteal -m "$(or $(TIERS),$(OTHER_TIERS))" $(TESTS)
 
 faults: $(VENV)/installed-dev
 	$(RUN) -m tests.faults $(if $(QUICK),--quick) --only=$(ROWS)
