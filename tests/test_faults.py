@@ -14,7 +14,7 @@ def world(tmp_path_factory):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ALL)
-def test_nothing_is_lost(name, world):
+def test_nothing_is_lost(name, world, fresh_programs):
     found = table.run_row(name, world, quick=True)
     assert not found["lost"]
     assert found["survived"] == found["tries"] > 0

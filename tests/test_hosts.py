@@ -28,14 +28,20 @@ def folder(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
 
 
+def config_flags(folder, flags):
+    """Those of a tiny run, without what is not read with the others."""
+    packs = "--config.data.batching=pack" in flags
+    return [*(flag for flag in TINY if not (packs and "num_buckets" in flag)), *STEPS, *data_flags(folder), *flags]
+
+
 def train_here(folder, workdir, *flags):
     """In this process, on its 8 devices."""
-    settings, _ = command_line.config_flags(["", *TINY, *STEPS, *data_flags(folder), *flags])
+    settings, _ = command_line.config_flags(["", *config_flags(folder, flags)])
     loop.fit(settings, workdir)
 
 
 def command(folder, workdir, *flags):
-    return ["train.py", *TINY, *STEPS, *data_flags(folder), f"--workdir={workdir}", *flags]
+    return ["train.py", f"--workdir={workdir}", *config_flags(folder, flags)]
 
 
 def losses(workdir):

@@ -66,7 +66,7 @@ def test_other_numbers_of_hosts_take_over_from_each_other(folder, tmp_path):
 def test_a_mesh_may_reach_over_hosts_in_any_direction(folder, tmp_path, mesh):
     """Hosts that share rows read the same ones; packed rows and parts of a batch are as good."""
     flags = [f"--config.mesh.{name}={size}" for name, size in mesh.items()]
-    flags += ["--config.data.batching=pack", "--config.data.num_buckets=8"]
+    flags += ["--config.data.batching=pack"]
     flags += ["--config.train.accumulation_steps=2", "--config.train.num_steps=4"]
     train_here(folder, tmp_path / "alone", *flags)
     with on_hosts(2, command(folder, tmp_path / "run", *flags), tmp_path / "out", devices=4) as pair:
