@@ -1,6 +1,7 @@
 """A run may start from params that another has trained: those, its vocabulary, and nothing else of it."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -178,3 +179,15 @@ def test_another_base_is_refused_by_its_run_id_or_vocabulary(saved, tmp_path):
     with pytest.raises(UserError, match="found no checkpoint there; leave it at the old path"):
         fine_tuning.check_moved(old, config_of(tmp_path / "gone"), "", make_parts()[1])
     fine_tuning.check_moved(config_of(tmp_path / "gone"), config_of(tmp_path / "gone"), "", make_parts()[1])
+
+
+def test_a_size_that_the_base_kept_and_nothing_reads_is_left_out(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "base")
+    for path in (tmp_path / "base" / "checkpoints").glob("*/config.json"):
+        kept = json.loads(path.read_text())
+        kept["model"]["max_positions"] = 512  # of sinusoidal positions: accepted once
+        path.write_text(json.dumps(kept))
+    config = resolved(tmp_path / "base")
+    assert config.model.max_positions == small_config().model.max_positions != 512
+    assert config.model.emb_dim == 16
+    validation.check(config, needs_data=False)

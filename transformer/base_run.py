@@ -36,6 +36,9 @@ def with_sizes(values: dict[str, dict], flags: Collection[tuple[str, str]] = (),
         default = width if name in FOLLOW_EMB_DIM else field_default(section, name)
         if (section, name) not in flags and filled[section].get(name, default) == default:
             filled[section][name] = kept.get(section, {}).get(name, field_default(section, name))
+    if filled["model"].get("positions") != "learned":  # nothing reads it then, but earlier versions kept one
+        own = values.get("model", {}).get("max_positions", field_default("model", "max_positions"))
+        filled["model"]["max_positions"] = own
     return filled
 
 
@@ -44,7 +47,9 @@ def _kept_config(workdir: str) -> dict[str, dict[str, Any]]:
     if remote.missing(workdir):
         return {}
     folder = epath.Path(workdir).expanduser() / "checkpoints"
-    names = [path.name for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # who reads the run says what is wrong with it
+        names = [path.name for path in folder.iterdir() if path.name.isdecimal()]
     for name in sorted(names, key=int, reverse=True):
         with contextlib.suppress(OSError, ValueError):
             kept = json.loads((folder / name / "config.json").read_text())

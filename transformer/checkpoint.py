@@ -288,7 +288,8 @@ def score_kind(config: Config) -> ScoreKind:
     """Of a config; what no score depends on is left at its default."""
     metric = best_metric.of(config)
     if metric == "loss":
-        return ScoreKind(metric, DecodeConfig())
+        cuts = {name: getattr(config.decode, name) for name in ("max_source_tokens", "max_extra_length")}
+        return ScoreKind(metric, DecodeConfig(**cuts))
     return ScoreKind(metric, dataclasses.replace(config.decode, batch_rows=DecodeConfig.batch_rows))
 
 

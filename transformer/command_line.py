@@ -107,8 +107,8 @@ def parse_with_config(
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--workdir", default="")
-    config, rest = config_flags(argv, needs_data, finder.parse_known_args(argv)[0].workdir)
+    finder.add_argument("--workdir", nargs="?")  # `parser` complains of one without a value
+    config, rest = config_flags(argv, needs_data, finder.parse_known_args(argv)[0].workdir or "")
     return config, parser.parse_args(rest)
 
 

@@ -51,7 +51,8 @@ def require(config: Config, mesh: Mesh) -> None:
     path = config.model.attention
     use = dataclasses.replace(AttentionUse.of(config), parts=sharding.row_multiple(mesh, "length"))
     misfit = _misfit(path if path in KERNELS else "cudnn", mesh.devices.flat[0], use)
-    is_long = config.model.family == "attention" and config.data.longest_row >= BLOCKWISE_FROM
+    # Of long sequences, buckets have even widths: a longest row of 511 tokens makes one of 512.
+    is_long = config.model.family == "attention" and config.data.longest_row + 1 >= BLOCKWISE_FROM
     # Devices that are only described cannot try anything.
     tries = not misfit and _is_here(mesh) and (path == "cudnn" or (path == "auto" and is_long))
     if path in KERNELS and (misfit := misfit or (_trial(use.key_width) if tries else "")):

@@ -189,7 +189,8 @@ def _is_tpu_vm() -> bool:
     """Whether TPU chips are attached, as JAX sees it: /dev/vfio alone is there on other machines too."""
     if importlib.util.find_spec("libtpu") is None or not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
         return False
-    from jax._src import cloud_tpu_init  # importing jax looks for chips on the PCI bus
+    # Importing jax looks for chips on the PCI bus; no public name tells what it found.
+    from jax._src import cloud_tpu_init
 
     return cloud_tpu_init.running_in_cloud_tpu_vm
 
