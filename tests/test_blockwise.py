@@ -63,6 +63,7 @@ def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_query_that_sees_nothing_is_finite_with_finite_gradient():
     visible = Visible(jnp.full((B, 9), 7, jnp.int32), jnp.ones((B, 9), jnp.int32))
     q, k, v = (draw(seed, 9) for seed in range(3))
@@ -136,7 +137,7 @@ def test_memory_grows_with_the_length_and_not_its_square():
     def plain(q, k, v):
         return attention.dot_product_attention(q, k, v, Visible(causal=True).mask(q.shape[1], k.shape[1]))
 
-    lengths = (1024, 4096, 16384)
+    lengths = (4096, 16384, 65536)  # below these the blocks themselves weigh more
     used = [temporaries(blockwise, length) for length in lengths]
     assert used[2] - used[1] < 4.2 * (used[1] - used[0]) + 1e5
     assert temporaries(plain, 4096) > 10 * used[1]

@@ -88,6 +88,7 @@ def test_the_closed_form_is_every_product_for_every_combination_of_sizes(family)
         assert cost.forward_flops(config, V, 4, 6, 9) == dot_flops(program.jaxpr), sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 def test_parts_one_after_the_other_cost_as_much_as_at_once(parts):
     config, program = traced(8, 6, 7, V, train={"accumulation_steps": parts})

@@ -31,6 +31,7 @@ def parts():
     return config, vocabulary, model, model.init(3)
 
 
+@pytest.mark.slow
 def test_extra_length_bounds_the_output(parts):
     """An untrained model rarely ends by itself, so the limit shows: source tokens + extra."""
     config, vocabulary, model, params = parts

@@ -118,6 +118,7 @@ def test_the_largest_batch_that_fits_does_and_a_larger_one_does_not():
     assert needed(found) <= tight.chip.memory < needed(max(found + 256, int(1.05 * found)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

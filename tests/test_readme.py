@@ -1,6 +1,7 @@
 """What the README and the pages of docs say of files, commands and fields is so."""
 
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -99,7 +100,9 @@ def test_make_clean_leaves_what_was_trained(tmp_path):
         "runs/demo/checkpoints",
     ):
         (tmp_path / folder).mkdir(parents=True)
-    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    # Not with the variables of the make that runs the tests.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "VENV")}
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True, env=environment)
     assert {path.name for path in tmp_path.iterdir()} == {"Makefile", "tests", "runs"}
     assert list((tmp_path / "tests").iterdir()) == []
     assert (tmp_path / "runs" / "demo" / "checkpoints").exists()

@@ -94,6 +94,7 @@ def test_rows_are_filled_up_to_the_devices(parts, usual):
     assert translator.translate(params, LINES[:3]) == usual[:3]
 
 
+@pytest.mark.slow
 def test_by_default_a_cpu_decodes_16_rows_at_once(parts, usual, fresh_programs):
     """The same programs as of a run that has 16 in its config, as earlier versions wrote it: the same bytes."""
     translator, params = make(parts, batch_rows=0)
@@ -193,6 +194,7 @@ def test_n_best_goes_on_from_the_best(parts, method):
         assert all(found == sorted(found, key=lambda one: (-one.finished, -one.score)) for found in several)
 
 
+@pytest.mark.slow
 def test_mbr_takes_the_sample_most_like_the_others(parts):
     sampler, params = make(parts, method="sample", top_k=20)
     samples = sampler.hypotheses(params, SHORT, n_best=8)
