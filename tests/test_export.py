@@ -161,9 +161,7 @@ def test_a_model_that_came_out_otherwise_is_refused_and_leaves_nothing(form, wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "model", [slow({}), {"positions": "learned", "qkv_dim": 8, "scan_layers": True, "norm": "post"}]
-)
+@pytest.mark.parametrize("model", [{}, {"positions": "learned", "qkv_dim": 8, "scan_layers": True, "norm": "post"}])
 def test_the_functions_for_jax_are_those_of_the_model(model, vocabulary, tmp_path):
     pytest.importorskip("flatbuffers", reason="the export extra is not installed")
     trained = with_model(tmp_path / "run", vocabulary, **model)

@@ -260,7 +260,7 @@ def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [slow("recurrent"), "convolutional"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_it_learns_to_copy_and_beam_search_finds_the_copy(family):
     """Five tokens in any order: what only a decoder that looks at the source can say."""
     config = family_config(family=family, emb_dim=32, dropout_rate=0.0)

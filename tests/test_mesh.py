@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.conftest import slow, small_config
+from tests.conftest import small_config
 from tests.test_step import draw_batch
 from transformer import sharding, step
 from transformer.batching import Batch
@@ -92,7 +92,7 @@ def check(sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [FAST[0], *map(slow, FAST[1:])], ids=str)
+@pytest.mark.parametrize("sizes", FAST, ids=str)
 def test_three_meshes_train_like_one_device(sizes):
     check(sizes)
 

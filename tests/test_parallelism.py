@@ -23,7 +23,6 @@ def layers():
     return {family: parallelism.layer_figures(family, WIDTH, LENGTHS) for family in one_layer.FAMILIES}
 
 
-@pytest.mark.slow
 def test_attention_takes_one_step_at_any_length_and_recurrence_one_a_position(layers):
     assert layers["attention"]["depth"] == layers["convolutional"]["depth"] == [1, 1, 1]
     assert layers["recurrent"]["depth"] == list(LENGTHS)
