@@ -105,10 +105,9 @@ def test_hosts_with_other_code_are_told(folder, tmp_path):
     shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "runs"))
     with (tmp_path / "copy" / "transformer" / "loss.py").open("a") as file:
         file.write("# another\n")
-    theirs = command(folder, tmp_path / "run")
-    theirs[0] = tmp_path / "copy" / "train.py"
-    theirs[1] = f"--config={ROOT}/configs/text.py"
-    commands = [command(folder, tmp_path / "run"), theirs]
+    ours = command(folder, tmp_path / "run")
+    theirs = [tmp_path / "copy" / "train.py", *ours[1:]]
+    commands = [ours, theirs]
     with on_hosts(2, [], tmp_path / "out", devices=1, commands=commands) as pair:
         assert pair.wait() == [2, 2], pair.said(0) + pair.said(1)
         for host in (0, 1):
