@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from transformer import command_line, hosts
+from transformer import command_line
 from transformer.command_line import say
-from transformer.errors import UserError
-from transformer.files import check_writable, reported
+from transformer.distributed import multihost
+from transformer.runtime.errors import UserError
+from transformer.runtime.files import check_writable, reported
 
 if TYPE_CHECKING:
-    from transformer.scoring import Evaluation, Scorer
-    from transformer.trained import Trained
+    from transformer.checkpoints.loading import Trained
+    from transformer.evaluation.scoring import Evaluation, Scorer
 
 SAMPLES = 5
 
@@ -38,10 +39,10 @@ def main(argv: list[str]) -> None:
 
     if args.watch and fields:
         raise UserError(f"--watch decodes as each checkpoint says; leave out --decode.{min(fields)}")
-    if args.watch and hosts.is_one_of_several(args):
+    if args.watch and multihost.is_one_of_several(args):
         raise UserError("--watch runs in one process; start it on one host alone")
-    with hosts.joined(args):
-        from transformer import compilation
+    with multihost.joined(args):
+        from transformer.runtime import compilation
 
         compilation.enable_cache()
         if args.watch:
@@ -52,18 +53,19 @@ def main(argv: list[str]) -> None:
 
 def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Once, of one checkpoint, decoding as its config says but for these fields."""
-    from transformer import agreement, bleu_tokenizer, scoring, significance, summary, validation
-    from transformer.reporting import report
-    from transformer.trained import load_trained
+    from transformer.checkpoints.loading import load_trained
+    from transformer.config import validation
+    from transformer.distributed import consistency
+    from transformer.evaluation import bleu_tokenizer, report, scoring, significance, summary
 
     if args.output:
         check_output(args.output)
-    agreement.same_code()
+    consistency.same_code()
     trained = load_trained(args.workdir, args.checkpoint)
     changed = {name: value for name, value in fields.items() if value != getattr(trained.config.decode, name)}
     trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
     data = trained.config.data
-    with hosts.lead_first("evaluation set"):
+    with multihost.lead_first("evaluation set"):
         chosen = scoring.open_set(data, args.split, args.source, args.reference)
     scoring.check_hosts(trained, chosen)
     other = None
@@ -82,21 +84,21 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         say(f"\n{significance.table(versus)}\n")
         say(significance.examples(versus, chosen.sources, chosen.references, ours))
     report.write(args.workdir, evaluation, versus, changed)
-    if hosts.is_lead():
+    if multihost.is_lead():
         print(json.dumps(summary.as_json(evaluation, versus)))
 
 
-@hosts.lead_only
+@multihost.lead_only
 def check_output(path: str) -> None:
     """Before anything is translated."""
     with reported(f"--output={path}"):
         check_writable(path)
 
 
-@hosts.lead_only
+@multihost.lead_only
 def save_translations(evaluation: "Evaluation", asked: str | None, usual: epath.Path) -> None:
     """Where it was asked for, or in the workdir: if that cannot be written it costs the file, not the scores."""
-    from transformer import scoring
+    from transformer.evaluation import scoring
 
     try:
         scoring.write_translations(evaluation, asked or usual)
@@ -110,9 +112,9 @@ def save_translations(evaluation: "Evaluation", asked: str | None, usual: epath.
 
 def watch(args: argparse.Namespace) -> None:
     """Every checkpoint as it lands; a JSON object a line on stdout."""
-    from transformer import scoring, watch
+    from transformer.evaluation import continuous, scoring
 
-    watch.Watch(
+    continuous.Watch(
         args.workdir,
         lambda config: scoring.open_set(config.data, args.split, args.source, args.reference),
         lambda entry: print(json.dumps(entry), flush=True),
@@ -124,7 +126,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="eval.py",
         description=(__doc__ or "").split("\n")[0],
-        epilog="--decode.FIELD=VALUE sets any field of the decode section of transformer/config.py.",
+        epilog="--decode.FIELD=VALUE sets any field of the decode section of transformer/config/schema.py.",
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, type=command_line.full_path, help="folder that train.py wrote")
@@ -151,7 +153,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--versus_checkpoint", help="of that workdir (default: as --checkpoint; latest for a step)")
     parser.add_argument("--watch", action="store_true", help="score every checkpoint as it lands, until a signal")
-    hosts.add_flags(parser)
+    multihost.add_flags(parser)
     args = parser.parse_args(rest)
     if bool(args.source) != bool(args.reference):
         raise UserError("--source and --reference go together")

@@ -10,7 +10,9 @@ A config file is Python and runs. Exit codes are listed in transformer/command_l
 
 from etils import epath
 
-from transformer import command_line, config, hosts
+from transformer import command_line
+from transformer.config import schema
+from transformer.distributed import multihost
 
 
 def main(argv: list[str]) -> None:
@@ -19,26 +21,25 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--workdir", required=True, type=command_line.full_path, help="folder of the run; made if it is missing"
     )
-    hosts.add_flags(parser)
+    multihost.add_flags(parser)
     settings, args = command_line.parse_with_config(parser, argv)
-    settings = config.with_absolute_paths(settings)
+    settings = schema.with_absolute_paths(settings)
 
-    with hosts.joined(args):
+    with multihost.joined(args):
         train(settings, args.workdir)
 
 
-def train(settings: config.Config, workdir: str) -> None:
+def train(settings: schema.Config, workdir: str) -> None:
     """On this host, with the others if there are any."""
-    from transformer import tokenizer
-    from transformer.datasets import corpus
+    from transformer.data import corpus, tokenizer
 
     corpus.check(settings.data)
     begins = settings.train.init_from and not epath.Path(workdir, "checkpoints").exists()
     tokenizer.named_by(tokenizer.with_origin(settings) if begins else settings.data)
 
-    from transformer import loop
+    from transformer.training import trainer
 
-    loop.fit(settings, workdir)
+    trainer.fit(settings, workdir)
 
 
 if __name__ == "__main__":

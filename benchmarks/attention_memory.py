@@ -15,14 +15,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformer import validation
 from transformer.command_line import full_path, run, say
-from transformer.config import Config
-from transformer.errors import UserError
-from transformer.files import write_whole
+from transformer.config import Config, validation
+from transformer.evaluation.charts import Axis
 from transformer.plan import set_environment
-from transformer.planning.chips import Topology, parse_topology
-from transformer.reporting.charts import Axis
+from transformer.planning.hardware import Topology, parse_topology
+from transformer.runtime.errors import UserError
+from transformer.runtime.files import write_whole
 
 VOCAB = 256
 EFFORT = -1.0  # of the compiler, as in `plan`
@@ -65,12 +64,12 @@ def two_or_more(text: str) -> list[int]:
 
 def temporary_mb(path: str, length: int, topology: Topology) -> float:
     """MiB of temporary arrays of one update on each device; all that it needs, where a chip has not so much."""
-    from transformer import sharding
-    from transformer.planning import ahead
+    from transformer.distributed import sharding
+    from transformer.planning import aot
 
     config = small_model(path)
-    mesh = sharding.make_mesh(config.mesh, ahead.devices(topology))
-    compiled = ahead.compile_step(config, mesh, 1, length, EFFORT)
+    mesh = sharding.make_mesh(config.mesh, aot.devices(topology))
+    compiled = aot.compile_step(config, mesh, 1, length, EFFORT)
     found = round((compiled.temporaries if compiled.text else compiled.needed) / 2**20, 1)
     say(f"{path}, {length:,} tokens: {found:,} MiB")
     return found

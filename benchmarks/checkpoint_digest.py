@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from transformer import checkpoint, manifest, tokenizer
-from transformer.checkpoint import Checkpoints
+from transformer.checkpoints import manager, manifest
+from transformer.checkpoints.manager import Checkpoints
 from transformer.command_line import full_path, positive_int, run
 from transformer.config import Config
-from transformer.step import TrainState
+from transformer.data import tokenizer
+from transformer.training.train_step import TrainState
 
 LINES = ["the old house", "a new tree", "the cat sees a dog"]
 WIDTH = 1024
@@ -49,7 +50,7 @@ def seconds_of_save(state: TrainState, folder: str, digests: bool) -> tuple[floa
         begun = time.perf_counter()
         Checkpoints(folder).save(state, Config(), words, {}, {})
         saved = time.perf_counter()
-    checkpoint.check_arrays(Checkpoints(folder).folder / "0", state)
+    manager.check_arrays(Checkpoints(folder).folder / "0", state)
     return saved - begun, time.perf_counter() - saved
 
 

@@ -17,13 +17,15 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from transformer import export, export_ctranslate2, validation
+from transformer.checkpoints.loading import Trained, load_trained
 from transformer.command_line import add_model_flags, decode_flags, full_path, positive_int, run, say
-from transformer.compilation import enable_cache
-from transformer.datasets import text_files
-from transformer.errors import UserError
-from transformer.trained import Trained, load_trained
-from transformer.translator import Translator
+from transformer.config import validation
+from transformer.data import text_files
+from transformer.decoding.translator import Translator
+from transformer.export import __main__ as export
+from transformer.export import ctranslate2 as export_ctranslate2
+from transformer.runtime.compilation import enable_cache
+from transformer.runtime.errors import UserError
 
 Translate = Callable[[list[str]], list[str]]
 

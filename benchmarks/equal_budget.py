@@ -16,9 +16,9 @@ from etils import epath
 
 from benchmarks import plots, sweep
 from transformer import command_line
-from transformer.errors import UserError
-from transformer.files import write_whole
-from transformer.reporting.charts import Series
+from transformer.evaluation.charts import Series
+from transformer.runtime.errors import UserError
+from transformer.runtime.files import write_whole
 
 FAMILIES = ("attention", "recurrent", "convolutional")
 Row = dict[str, Any]

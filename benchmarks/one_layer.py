@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transformer import convolutional, model, recurrence, validation
-from transformer.attention import Visible, dot_product_attention
-from transformer.config import ModelConfig
-from transformer.planning import hlo, program_cost
-from transformer.recurrent import Lstm
+from transformer.attention.dot_product import Visible, dot_product_attention
+from transformer.config import ModelConfig, validation
+from transformer.models import convolutional, recurrence, transformer
+from transformer.models.lstm import Lstm
+from transformer.planning import hlo, hlo_cost
 
 Array = jax.Array
 Layer = Callable[[Array], Array]
@@ -45,7 +45,7 @@ def make_layer(family: str, width: int) -> Layer:
     if family == "convolutional":
         gated = convolutional.EncoderLayer(config, rngs)
         return lambda x_1TD: gated(x_1TD, jnp.ones(x_1TD.shape[:2], jnp.int32), None)
-    attending = model.EncoderLayer(config, rngs)
+    attending = transformer.EncoderLayer(config, rngs)
     return lambda x_1TD: attending(x_1TD, Visible(), None)
 
 
@@ -91,7 +91,7 @@ def flops(program: hlo.Program) -> int:
     Raises:
       ValueError: there are none, as where a GPU's compiler has made calls to a library of them.
     """
-    found = program_cost.flops(program)
+    found = hlo_cost.flops(program)
     if not found:
         raise ValueError("expected matrix products in the compiled program, found none; compile it for a CPU")
     return found

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 
 from transformer.command_line import positive_int, run, say
-from transformer.errors import UserError
+from transformer.runtime.errors import UserError
 
 
 def main(argv: list[str]) -> None:

@@ -27,14 +27,16 @@ from etils import epath
 from benchmarks import one_layer, plots
 from benchmarks.attention_memory import two_or_more
 from benchmarks.one_layer import FAMILIES
-from transformer import command_line, sharding, step, validation
-from transformer.batching import Batch
+from transformer import command_line
 from transformer.command_line import positive_int, say
-from transformer.config import Config
-from transformer.errors import UserError
-from transformer.files import write_whole
-from transformer.reporting.charts import Series
-from transformer.tokenizer import EOS, UNK
+from transformer.config import Config, validation
+from transformer.data.batching import Batch
+from transformer.data.tokenizer import EOS, UNK
+from transformer.distributed import sharding
+from transformer.evaluation.charts import Series
+from transformer.runtime.errors import UserError
+from transformer.runtime.files import write_whole
+from transformer.training import train_step
 
 RESULT = "parallelism.json"
 VOCAB = 256
@@ -146,7 +148,7 @@ def family_config(family: str, width: int, dtype: str = "float32", attention: st
 
 def params(config: Config) -> int:
     """How many numbers the model holds."""
-    return step.Model(config.model, VOCAB).num_params()
+    return train_step.Model(config.model, VOCAB).num_params()
 
 
 def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
@@ -170,15 +172,15 @@ def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
 def measure(config: Config, rows: int, length: int) -> Row:
     """Compiles one update for a batch of full sentences, and times it."""
     mesh = sharding.make_mesh(config.mesh)
-    model = step.Model(config.model, VOCAB)
-    update = step.make_train_step(model, config, mesh)
+    model = train_step.Model(config.model, VOCAB)
+    update = train_step.make_train_step(model, config, mesh)
     ids = np.random.default_rng(0).integers(UNK + 1, VOCAB, (rows, length), np.int32)
     ids[:, -1] = EOS
     batch = sharding.place_batch(mesh, Batch(ids, ids))
     since = time.perf_counter()
-    compiled = update.lower(step.abstract_state(model, config, mesh), batch).compile()  # type: ignore[attr-defined]
+    compiled = update.lower(train_step.abstract_state(model, config, mesh), batch).compile()  # type: ignore[attr-defined]
     compile_s = time.perf_counter() - since
-    state = step.init_state(model, config, mesh)
+    state = train_step.init_state(model, config, mesh)
     state, metrics = compiled(state, batch)
     jax.block_until_ready(metrics)
     times: list[float] = []

@@ -1,4 +1,4 @@
-"""Charts of `transformer.reporting.charts` as SVG files, which show themselves in a page of documentation."""
+"""Charts of `transformer.evaluation.charts` as SVG files, which show themselves in a page of documentation."""
 
 import html
 import re
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from transformer.files import write_whole
-from transformer.reporting import charts
+from transformer.evaluation import charts
+from transformer.runtime.files import write_whole
 
 HEAD = 40  # above the drawing, for title and legend
 STYLE = """

@@ -16,7 +16,7 @@ import sys
 import time
 
 from transformer.command_line import positive_int, run, say, use_huge_pages
-from transformer.errors import UserError
+from transformer.runtime.errors import UserError
 
 TORCH = """
 import statistics, sys, time, torch
@@ -57,7 +57,7 @@ def ours_ms(batch: int, length: int, width: int) -> float:
     """Median time of one forward and backward pass."""
     import jax
 
-    from transformer.recurrence import Weights, lstm
+    from transformer.models.recurrence import Weights, lstm
 
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (batch, length, width))

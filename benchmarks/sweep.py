@@ -23,13 +23,12 @@ from etils import epath
 
 from benchmarks import plots
 from configs.paper import ROWS
-from transformer import command_line, validation
-from transformer import config as configs
+from transformer import command_line
 from transformer.command_line import say
-from transformer.config import Config
-from transformer.errors import DivergedError, UserError
-from transformer.files import write_whole
-from transformer.reporting.charts import Series
+from transformer.config import Config, schema, validation
+from transformer.evaluation.charts import Series
+from transformer.runtime.errors import DivergedError, UserError
+from transformer.runtime.files import write_whole
 
 GROUPS = {"a": "A heads", "b": "B keys", "c": "C sizes", "d": "D rates", "e": "E places", "big": "big"}
 Found = dict[str, Any]
@@ -129,10 +128,10 @@ def result(config: Config, workdir: epath.Path, split: str) -> Found:
     Raises:
       UserError: it was found before by another config.
     """
-    path, config = result_path(workdir, split), configs.with_absolute_paths(config)
+    path, config = result_path(workdir, split), schema.with_absolute_paths(config)
     if path.exists():
         kept = json.loads(path.read_text())
-        if changes := configs.differences(validation.resolve(kept["config"], is_new=False), config):
+        if changes := schema.differences(validation.resolve(kept["config"], is_new=False), config):
             raise UserError(
                 f"{path}: found with another config: {'; '.join(map(str, changes))}. Choose another --output, or "
                 "delete that folder"
@@ -140,10 +139,11 @@ def result(config: Config, workdir: epath.Path, split: str) -> Found:
         return kept["found"]
     say(f"row {workdir.name}")
 
-    from transformer import loop, scoring
-    from transformer.trained import load_trained
+    from transformer.checkpoints.loading import load_trained
+    from transformer.evaluation import scoring
+    from transformer.training import trainer
 
-    loop.fit(config, workdir)
+    trainer.fit(config, workdir)
     trained = load_trained(workdir, "latest")
     chosen = scoring.open_set(config.data, split, None, None)
     report = scoring.Scorer(chosen).evaluate(trained).report

@@ -4,7 +4,7 @@
 
 Other languages: --config.data.source_language=fr --config.data.target_language=en. Other layouts:
 one file of both sides (`data.train`: .tsv .jsonl .tmx .po) or two named files (`data.train_source`,
-`data.train_target`), see DataConfig in transformer/config.py. Sizes suit some tens of thousands of
+`data.train_target`), see DataConfig in transformer/config/schema.py. Sizes suit some tens of thousands of
 sentences; more data carries more pieces, width and steps.
 
 After its first 300 updates on Multi30k English to German (29,000 pairs of raw text): BLEU 6.9 on

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.hypotheses import IMPOSSIBLE, Hypotheses
-from transformer.search import beam_search
+from transformer.decoding.base import IMPOSSIBLE, Hypotheses
+from transformer.decoding.beam_search import beam_search
 
 PAD, BOS, EOS, A, B = range(5)
 

@@ -69,7 +69,7 @@ def fresh_programs(_shared_programs):
 def one_device():
     """A mesh of one device: most tests need no more."""
     from transformer.config import MeshConfig
-    from transformer.sharding import make_mesh
+    from transformer.distributed.sharding import make_mesh
 
     return make_mesh(MeshConfig(data=1))
 
@@ -87,7 +87,7 @@ def slow(*values, id=None):
 def small_config(**sections):
     """A config of a tiny model, each section's fields overridden by keyword: small_config(train={"seed": 1})."""
     from transformer.config import default_config
-    from transformer.validation import resolve
+    from transformer.config.validation import resolve
 
     config = default_config()
     small = {

@@ -8,10 +8,11 @@ import json
 import sys
 
 import train
-from transformer import command_line, pipeline
+from transformer import command_line
+from transformer.data import input_pipeline
 
 made = collections.deque()
-only_rows, train_iterator = pipeline.only_rows, pipeline.train_iterator
+only_rows, train_iterator = input_pipeline.only_rows, input_pipeline.train_iterator
 
 
 def noted_rows(planned, rows):
@@ -29,5 +30,5 @@ def noted_iterator(*args, start, **kwargs):
 
 if __name__ == "__main__":
     file = sys.argv.pop(1)
-    pipeline.only_rows, pipeline.train_iterator = noted_rows, noted_iterator
+    input_pipeline.only_rows, input_pipeline.train_iterator = noted_rows, noted_iterator
     command_line.run(train.main)

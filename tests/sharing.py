@@ -12,7 +12,10 @@ import jax
 import pytest
 from flax import nnx
 
-from transformer import decoding, evaluate, sharding, step, workdir
+from transformer.decoding import decode
+from transformer.distributed import sharding
+from transformer.evaluation import evaluator
+from transformer.training import train_step, workdir
 
 # Fields that the compiled programs do not see.
 HOST_FIELDS = (
@@ -29,17 +32,17 @@ HOST_FIELDS = (
 
 def share_programs(patch: pytest.MonkeyPatch) -> None:
     """Until the patch is undone, equal configs get one training step, evaluation step and search."""
-    patch.setattr(step, "make_train_step", _once(step.make_train_step, _training_key))
-    patch.setattr(evaluate, "make_eval_step", _once(evaluate.make_eval_step, lambda model, mesh: (_key(model), mesh)))
+    patch.setattr(train_step, "make_train_step", _once(train_step.make_train_step, _training_key))
+    patch.setattr(evaluator, "make_eval_step", _once(evaluator.make_eval_step, lambda model, mesh: (_key(model), mesh)))
     patch.setattr(sharding, "over_rows", _once(sharding.over_rows, _search_key))
     drawn = _once(_drawn, _training_key)
-    init_state = step.init_state
+    init_state = train_step.init_state
 
-    def draw(model: step.Model, config: Any, mesh: jax.sharding.Mesh) -> step.TrainState:
+    def draw(model: train_step.Model, config: Any, mesh: jax.sharding.Mesh) -> train_step.TrainState:
         state, shardings = drawn(init_state, model, config, mesh)
         return jax.device_put(state, shardings)
 
-    patch.setattr(step, "init_state", draw)
+    patch.setattr(train_step, "init_state", draw)
 
 
 def _once(make: Callable, key_of: Callable[..., Any]) -> Callable:
@@ -63,7 +66,7 @@ def _drawn(init_state: Callable, *args: Any) -> tuple[Any, Any]:
     return jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def _key(model: step.Model) -> Any:
+def _key(model: train_step.Model) -> Any:
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.to_pure_dict(model.abstract_params))
     return model._graphdef, str(shapes)
 
@@ -77,7 +80,7 @@ def _training_key(*args: Any) -> Any:
 
 
 def _search_key(mesh: jax.sharding.Mesh, function: Callable) -> Any:
-    if not isinstance(function, functools.partial) or function.func is not decoding.decode:
+    if not isinstance(function, functools.partial) or function.func is not decode.decode:
         return None
     models, config, count = function.args
     return mesh, tuple(map(_key, models)), config, count

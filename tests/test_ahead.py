@@ -8,11 +8,12 @@ import jax
 import pytest
 
 from configs import wmt14_big
-from transformer import cost, sharding
-from transformer.planning import ahead, program_cost
-from transformer.planning.chips import parse_topology
+from transformer.config.validation import resolve
+from transformer.distributed import sharding
+from transformer.models import flops as cost
+from transformer.planning import aot, hlo_cost
+from transformer.planning.hardware import parse_topology
 from transformer.planning.hlo import Program
-from transformer.validation import resolve
 
 ODD_AND_EVEN = [35, *(pytest.param(width, marks=pytest.mark.slow) for width in (38, 40, 640))]
 
@@ -23,11 +24,11 @@ def compiled(topology, attention, width):
     fields.model.update({"num_layers": 1, "dtype": "bfloat16", "attention": attention})
     fields.data.max_length = max(width, fields.data.max_length)
     config = resolve(fields)
-    mesh = sharding.make_mesh(config.mesh, ahead.devices(parse_topology(topology)))
-    rows = ahead.batch_rows(config, mesh, width)
-    text = ahead.compile_step(config, mesh, rows, width, -1.0).text
+    mesh = sharding.make_mesh(config.mesh, aot.devices(parse_topology(topology)))
+    rows = aot.batch_rows(config, mesh, width)
+    text = aot.compile_step(config, mesh, rows, width, -1.0).text
     closed = cost.training_flops(config.model, config.data.vocab_size, rows, width, width)
-    return text, program_cost.flops(Program(text)) * mesh.size, closed
+    return text, hlo_cost.flops(Program(text)) * mesh.size, closed
 
 
 @pytest.mark.gpu
@@ -66,10 +67,10 @@ def test_wmt14_big_compiles_for_a_tpu_with_splash(width):
 @pytest.mark.gpu
 @pytest.mark.parametrize("topology", ["h200:1", "b200:1"])
 def test_other_gpus_are_described_well_enough_to_compile_for(topology):
-    (device,) = ahead.devices(parse_topology(topology))
+    (device,) = aot.devices(parse_topology(topology))
     assert device.device_kind == f"NVIDIA {topology[:4].upper()}"
     one = jax.sharding.SingleDeviceSharding(device)
     x = jax.ShapeDtypeStruct((64, 64), "bfloat16", sharding=one)
-    options = ahead.compiler_options("cuda", -1.0)
+    options = aot.compiler_options("cuda", -1.0)
     lowered = jax.jit(lambda x: x @ x).trace(x).lower(lowering_platforms=("cuda",))
     assert "__cublas" in lowered.compile(compiler_options=options).as_text()

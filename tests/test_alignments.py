@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from transformer import alignments, sharding, step, tokenizer
-from transformer.alignments import Aligner, Attention
-from transformer.batching import Batch, Ragged
-from transformer.errors import UserError
-from transformer.step import Model
-from transformer.tokenizer import EOS
+from transformer.data import tokenizer
+from transformer.data.batching import Batch, Ragged
+from transformer.data.tokenizer import EOS
+from transformer.decoding import alignment
+from transformer.decoding.alignment import Aligner, Attention
+from transformer.distributed import sharding
+from transformer.runtime.errors import UserError
+from transformer.training import train_step as step
+from transformer.training.train_step import Model
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
 LINES = [" ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 9)) for i in range(20)]
@@ -51,7 +54,7 @@ def test_each_word_is_linked_to_the_one_it_looks_at(parts):
     assert len(attention.source) > 5  # some words are of several pieces
     assert make(parts, 1).links(attention) == [(0, 1), (2, 0), (3, 2)]
     assert make(parts, 2).links(attention) != [(0, 1), (2, 0), (3, 2)]
-    assert alignments.pharaoh([(0, 1), (2, 0)]) == "0-1 2-0"
+    assert alignment.pharaoh([(0, 1), (2, 0)]) == "0-1 2-0"
 
 
 def test_a_line_of_what_the_tokenizer_takes_for_a_space_has_no_words(parts):
@@ -60,7 +63,7 @@ def test_a_line_of_what_the_tokenizer_takes_for_a_space_has_no_words(parts):
 
 @pytest.mark.reported
 def test_the_layer_is_the_last_of_up_to_three_else_the_last_but_one_unless_it_is_named(parts):
-    assert [alignments.default_layer(count) for count in (1, 2, 3, 4, 6)] == [1, 2, 3, 3, 5]
+    assert [alignment.default_layer(count) for count in (1, 2, 3, 4, 6)] == [1, 2, 3, 3, 5]
     assert make(parts).layer == 2
     assert make(parts, 1).layer == 1
     for layer in (0, 3):
@@ -99,14 +102,14 @@ def test_long_sentences_are_cut_as_decoding_cuts_them(parts):
 
 def flags(*arguments):
     parser = argparse.ArgumentParser()
-    alignments.add_flags(parser)
+    alignment.add_flags(parser)
     return parser.parse_args(list(map(str, arguments)))
 
 
 def test_what_is_recorded_beside_translation(parts, tmp_path):
     args = flags(f"--alignments={tmp_path}/a", f"--attention={tmp_path}/b.npz", "--alignment_layer=2")
     upper = {line: line[::-1] for line in LINES}
-    with alignments.recorded(args, parts) as note:
+    with alignment.recorded(args, parts) as note:
         note(LINES[:3], [upper[line] for line in LINES[:3]])
         note(["", LINES[4]], ["", upper[LINES[4]]])
         assert not (tmp_path / "a").exists()
@@ -124,7 +127,7 @@ def test_what_is_recorded_beside_translation(parts, tmp_path):
 
 def test_what_fails_leaves_no_file(parts, tmp_path):
     args = flags(f"--alignments={tmp_path}/a", f"--attention={tmp_path}/b.npz")
-    with pytest.raises(UserError, match="bad line"), alignments.recorded(args, parts) as note:  # noqa: PT012
+    with pytest.raises(UserError, match="bad line"), alignment.recorded(args, parts) as note:  # noqa: PT012
         note(LINES[:3], LINES[:3])
         raise UserError("bad line")
     assert list(tmp_path.iterdir()) == []
@@ -132,14 +135,14 @@ def test_what_fails_leaves_no_file(parts, tmp_path):
 
 def test_links_are_made_if_they_are_wanted(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(Aligner, "links", lambda *args: pytest.fail("nobody asked"))
-    with alignments.recorded(flags(f"--attention={tmp_path}/b.npz"), parts) as note:
+    with alignment.recorded(flags(f"--attention={tmp_path}/b.npz"), parts) as note:
         note(LINES[:3], LINES[:3])
     with np.load(tmp_path / "b.npz") as arrays:
         assert len(arrays.files) == 9
 
 
 def test_without_flags_nothing_is_noted(parts):
-    with alignments.recorded(flags(), parts) as note:
+    with alignment.recorded(flags(), parts) as note:
         note(LINES[:3], ["no", "such", "count", "of", "lines"])
 
 
@@ -150,13 +153,13 @@ def test_bad_flags_are_refused(parts, tmp_path):
         ([f"--alignments={tmp_path}/a", f"--attention={tmp_path}/../{tmp_path.name}/a"], "are both .*; name two files"),
     ):
         with pytest.raises(UserError, match=message):
-            alignments.check_flags(flags(*given))
+            alignment.check_flags(flags(*given))
     for path, message in ((f"{tmp_path}/none/a", "none/a"), (tmp_path, "Is a directory")):
-        with pytest.raises(UserError, match=message), alignments.recorded(flags(f"--alignments={path}"), parts):
+        with pytest.raises(UserError, match=message), alignment.recorded(flags(f"--alignments={path}"), parts):
             pass
     with (
         pytest.raises(UserError, match="from 1 to 2, got 9"),
-        alignments.recorded(flags(f"--alignments={tmp_path}/a", "--alignment_layer=9"), parts),
+        alignment.recorded(flags(f"--alignments={tmp_path}/a", "--alignment_layer=9"), parts),
     ):
         pass
 
@@ -200,4 +203,4 @@ def test_alignments_of_a_model_of_two_layers_are_right():
 @pytest.mark.reported
 def test_alignments_that_cannot_be_written_are_a_message():
     with pytest.raises(UserError, match="/dev/full: No space left on device"), contextlib.ExitStack() as stack:
-        alignments._open(stack, "/dev/full").write(b"0-0\n")
+        alignment._open(stack, "/dev/full").write(b"0-0\n")

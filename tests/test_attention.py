@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer import attention, dropout
-from transformer.attention import Visible
+from transformer.attention import dot_product, dropout
+from transformer.attention.dot_product import Visible
 
 
 def reference(q, k, v, mask):
@@ -39,14 +39,14 @@ def test_equals_the_float64_reference(kind, value_width):
         mask = mask & Visible(keys_BS=is_token).mask(5, 5)
     if kind in ("causal", "both"):
         mask = mask & Visible(causal=True).mask(5, 5)
-    got = attention.dot_product_attention(q, k, v, mask)
+    got = dot_product.dot_product_attention(q, k, v, mask)
     want = reference(*(np.asarray(a) for a in (q, k, v, mask)))
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_large_logits_stay_finite_and_right():
     q, k, v = draw(1, (1, 3, 1, 8), (1, 4, 1, 8), (1, 4, 1, 8))
-    got = attention.dot_product_attention(100 * q, 100 * k, v, jnp.ones((1, 1, 1, 4), bool))
+    got = dot_product.dot_product_attention(100 * q, 100 * k, v, jnp.ones((1, 1, 1, 4), bool))
     everywhere = np.ones((1, 1, 1, 4), bool)
     want = reference(*(np.asarray(a) for a in (100 * q, 100 * k, v)), everywhere)
     np.testing.assert_allclose(got, want, atol=1e-4)
@@ -55,7 +55,7 @@ def test_large_logits_stay_finite_and_right():
 def test_a_query_that_may_look_nowhere_is_finite_with_finite_gradient():
     q, k, v = draw(2, (1, 2, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4))
     nowhere = jnp.zeros((1, 1, 1, 3), bool)
-    value, grad = jax.value_and_grad(lambda q: attention.dot_product_attention(q, k, v, nowhere).sum())(q)
+    value, grad = jax.value_and_grad(lambda q: dot_product.dot_product_attention(q, k, v, nowhere).sum())(q)
     assert np.isfinite(value)
     assert np.isfinite(grad).all()
 
@@ -63,7 +63,7 @@ def test_a_query_that_may_look_nowhere_is_finite_with_finite_gradient():
 def test_softmax_of_bfloat16_is_taken_in_float32():
     q, k, v = draw(3, (2, 16, 2, 8), (2, 16, 2, 8), (2, 16, 2, 8), dtype=jnp.bfloat16)
     mask = Visible(causal=True).mask(16, 16)
-    got = attention.dot_product_attention(q, k, v, mask)
+    got = dot_product.dot_product_attention(q, k, v, mask)
     want = reference(*(np.asarray(a, np.float64) for a in (q, k, v)), np.asarray(mask))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.008)  # 0.012 with a softmax in bfloat16
@@ -100,22 +100,22 @@ def test_dropout_draws_each_element_and_each_call_by_itself():
 def test_attention_dropout_changes_the_weights():
     q, k, v = draw(4, (1, 3, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4))
     mask = Visible(causal=True).mask(3, 3)
-    plain = attention.dot_product_attention(q, k, v, mask, 0.5)
-    dropped = attention.dot_product_attention(q, k, v, mask, 0.5, jax.random.key(1))
+    plain = dot_product.dot_product_attention(q, k, v, mask, 0.5)
+    dropped = dot_product.dot_product_attention(q, k, v, mask, 0.5, jax.random.key(1))
     assert not np.allclose(plain, dropped)
 
 
 def test_cached_attention_equals_causal_attention_position_by_position():
     B, N, T, H, K = 2, 3, 5, 2, 4
     q, k, v = draw(5, (B * N, T, H, K), (B * N, T, H, K), (B * N, T, H, K))
-    want = attention.dot_product_attention(q, k, v, Visible(causal=True).mask(T, T)).reshape(B, N, T, H, K)
+    want = dot_product.dot_product_attention(q, k, v, Visible(causal=True).mask(T, T)).reshape(B, N, T, H, K)
     # Slots not yet written hold rubbish, which must not be seen; so do the other beams' slots.
     own = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32)[None, :, None], (B, N, T))
     cache = jnp.full((B, H, K, T * N), 1e3, jnp.float32), jnp.full((B, H, T * N, K), 1e3, jnp.float32)
     for position in range(T):
         at = jnp.int32(position)
-        cache = attention.write_cache(*cache, *(one.reshape(B, N, T, H, K)[:, :, position] for one in (k, v)), at)
-        got = attention.cached_attention(q.reshape(B, N, T, H, K)[:, :, position], *cache, own, at)
+        cache = dot_product.write_cache(*cache, *(one.reshape(B, N, T, H, K)[:, :, position] for one in (k, v)), at)
+        got = dot_product.cached_attention(q.reshape(B, N, T, H, K)[:, :, position], *cache, own, at)
         np.testing.assert_allclose(got, want[:, :, position], atol=1e-6)
 
 
@@ -125,12 +125,12 @@ def test_a_hypothesis_sees_the_past_that_its_ancestors_wrote():
     q, k, v = draw(6, (B, N, H, K), (B, N, T, H, K), (B, N, T, H, K))
     ancestors = jnp.asarray(np.random.default_rng(7).integers(0, N, (B, N, T)), jnp.int32)
     cache = k.transpose(0, 3, 4, 2, 1).reshape(B, H, K, T * N), v.transpose(0, 3, 2, 1, 4).reshape(B, H, T * N, K)
-    got = attention.cached_attention(q, *cache, ancestors, jnp.int32(2))
+    got = dot_product.cached_attention(q, *cache, ancestors, jnp.int32(2))
     for b in range(B):
         for n in range(N):
             path = [(b, int(ancestors[b, n, t]), t) for t in range(3)]
             keys, values = (jnp.stack([array[at] for at in path])[None] for array in (k, v))
-            want = attention.dot_product_attention(q[b, n][None, None], keys, values, jnp.ones((1, 1, 1, 3), bool))
+            want = dot_product.dot_product_attention(q[b, n][None, None], keys, values, jnp.ones((1, 1, 1, 3), bool))
             np.testing.assert_allclose(got[b, n], want[0, 0], atol=1e-6)
 
 

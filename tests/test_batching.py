@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from transformer import batching
-from transformer.batching import PADDING_ROW, Bucket, BucketPlan, PlannedBatch, Ragged
-from transformer.tokenizer import PAD
+from transformer.data import batching
+from transformer.data.batching import PADDING_ROW, Bucket, BucketPlan, PlannedBatch, Ragged
+from transformer.data.tokenizer import PAD
 
 
 def lengths(n=1000, seed=0):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT, small_config
 from transformer import benchmark
-from transformer.batching import Batch
+from transformer.data.batching import Batch
 
 SIZES = ["family", "dtype", "emb_dim", "mlp_dim", "num_layers", "num_heads", "vocab_size", "batch_tokens"]
 SPEED = [

@@ -11,9 +11,11 @@ import pytest
 from benchmarks import attention_memory, checkpoint_digest, decode, pairs, recurrence_speed
 from tests.test_translate import save
 from tests.test_translator import LINES
-from transformer import export, manifest, subword_codes, tokenizer
-from transformer.errors import UserError
-from transformer.planning.chips import parse_topology
+from transformer.checkpoints import manifest
+from transformer.data import subword_nmt, tokenizer
+from transformer.export import __main__ as export
+from transformer.planning.hardware import parse_topology
+from transformer.runtime.errors import UserError
 
 
 def test_pairs_quote_the_median_of_ratios(capsys, monkeypatch):
@@ -146,7 +148,7 @@ def test_each_command_explains_itself(name):
 def test_decoding_is_measured_in_tokens_of_the_translations(engine, tmp_path, capsys):
     if engine == "ctranslate2":
         pytest.importorskip("ctranslate2", reason="the export extra is not installed")
-    codes = subword_codes.learn_vocabulary((("c", "a"), ("o", "g</w>")), LINES)
+    codes = subword_nmt.learn_vocabulary((("c", "a"), ("o", "g</w>")), LINES)
     words = tokenizer.train(LINES, 300, "bpe") if engine == "ours" else tokenizer.Tokenizer(codes)
     workdir = save(tmp_path / "run", words)
     source = tmp_path / "source"

@@ -6,10 +6,13 @@ import re
 import pytest
 
 from tests.conftest import small_config
-from transformer import best_metric, bleu_tokenizer, checkpoint, loop, scores, validation
-from transformer.checkpoint import Checkpoints
-from transformer.config import DataConfig
-from transformer.errors import UserError
+from transformer.checkpoints import best_metric, manager
+from transformer.checkpoints.manager import Checkpoints
+from transformer.config import DataConfig, validation
+from transformer.evaluation import bleu_tokenizer
+from transformer.evaluation import metrics as scores
+from transformer.runtime.errors import UserError
+from transformer.training import trainer
 
 pytestmark = pytest.mark.reported
 
@@ -101,10 +104,10 @@ def checkpoints(tmp_path, metric):
         folder = found.folder / str(step)
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(config.to_json())
-        size, digest = (folder / "config.json").stat().length, checkpoint.sha256(folder / "config.json")
+        size, digest = (folder / "config.json").stat().length, manager.sha256(folder / "config.json")
         metrics = {"valid/bleu": bleu, "valid/chrf": chrf, "valid/loss": loss}
-        manifest = checkpoint.Manifest(metrics, {}, {}, {"config.json": (size, digest)})
-        (folder / checkpoint.MANIFEST).write_text(manifest.to_json())
+        manifest = manager.Manifest(metrics, {}, {}, {"config.json": (size, digest)})
+        (folder / manager.MANIFEST).write_text(manifest.to_json())
     return found
 
 
@@ -120,14 +123,14 @@ def test_checkpoints_are_ranked_by_the_metric_of_their_run(metric, order, tmp_pa
 
 
 def test_a_lower_loss_is_progress_and_a_higher_one_is_stale():
-    progress = loop.Progress()
-    assert loop.Progress.of(progress.metrics()) == progress
+    progress = trainer.Progress()
+    assert trainer.Progress.of(progress.metrics()) == progress
     for loss, stale in ((3.0, 0), (2.0, 0), (2.5, 1), (2.0, 2), (1.9, 0)):
         progress = progress.after(best_metric.merit("loss", {"valid/loss": loss}))
         assert progress.stale == stale
-        assert loop.Progress.of(progress.metrics()) == progress
+        assert trainer.Progress.of(progress.metrics()) == progress
     assert best_metric.shown("loss", progress.best) == "1.900"
-    assert loop.Progress.of({"best": -1.0, "stale": 0}) == loop.Progress(-1.0)  # as earlier versions wrote it
+    assert trainer.Progress.of({"best": -1.0, "stale": 0}) == trainer.Progress(-1.0)  # as earlier versions wrote it
 
 
 @pytest.fixture
@@ -149,14 +152,14 @@ def run_config(words, **train):
 @pytest.mark.slow
 def test_a_run_decides_once_says_so_and_keeps_it(words, capsys):
     workdir = words / "run"
-    loop.fit(run_config(words), workdir)
+    trainer.fit(run_config(words), workdir)
     said = capsys.readouterr().err
     assert "BLEU is that of sacrebleu -tok zh, as most letters of the references are of a script without spaces" in said
     assert "the best checkpoint is that of the highest chrF2, as 6 of 6 validation references" in said
     assert re.search(r"BLEU [0-9.]+ · chrF2 ([0-9.]+), best \1 ·", said)
     assert '"best_metric": "chrf"' in (workdir / "config.json").read_text()
     assert Checkpoints(workdir).config(1).train.best_metric == "chrf"
-    resumed = loop.Run(run_config(words, num_steps=2), loop.epath.Path(workdir))
+    resumed = trainer.Run(run_config(words, num_steps=2), trainer.epath.Path(workdir))
     assert resumed.config.train.best_metric == "chrf"
     with pytest.raises(UserError, match=r"train\.best_metric: 'chrf' → 'bleu'"):
-        loop.Run(run_config(words, num_steps=2, best_metric="bleu"), loop.epath.Path(workdir))
+        trainer.Run(run_config(words, num_steps=2, best_metric="bleu"), trainer.epath.Path(workdir))

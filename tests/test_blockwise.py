@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import slow
-from transformer import attention
-from transformer.attention import Visible
-from transformer.blockwise import blockwise_attention
+from transformer.attention import dot_product
+from transformer.attention.blockwise import blockwise_attention
+from transformer.attention.dot_product import Visible
 
 B, H, K = 2, 2, 8
 
@@ -52,7 +52,7 @@ def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
         return lambda *qkv: (attend(*qkv) * weight).sum()
 
     def plain(*qkv):
-        return attention.dot_product_attention(*qkv, mask)
+        return dot_product.dot_product_attention(*qkv, mask)
 
     def blockwise(*qkv):
         return blockwise_attention(*qkv, visible, block=8)
@@ -78,7 +78,7 @@ def test_a_query_that_sees_nothing_is_finite_with_finite_gradient():
 def test_bfloat16_is_as_near_as_the_plain_path():
     q, k, v = (draw(seed, 40, dtype=jnp.bfloat16) for seed in range(3))
     got = blockwise_attention(q, k, v, Visible(causal=True), block=8)
-    exact = attention.dot_product_attention(
+    exact = dot_product.dot_product_attention(
         *(array.astype(jnp.float32) for array in (q, k, v)), Visible(causal=True).mask(40, 40)
     )
     assert got.dtype == jnp.bfloat16
@@ -95,7 +95,7 @@ def test_dropout_drops_the_same_weights_in_value_and_gradient():
     def weights(v):
         return blockwise_attention(q, k, v, Visible(), rate, key, block=8)
 
-    plain = attention.dot_product_attention(q, k, v, jnp.ones((1, 1, 1, 24), bool))
+    plain = dot_product.dot_product_attention(q, k, v, jnp.ones((1, 1, 1, 24), bool))
     got = np.asarray(weights(v))
     kept = got != 0
     np.testing.assert_allclose(got[kept], np.asarray(plain)[kept] / (1 - rate), rtol=1e-5)
@@ -135,7 +135,7 @@ def test_memory_grows_with_the_length_and_not_its_square():
         return blockwise_attention(*qkv, Visible(causal=True))
 
     def plain(q, k, v):
-        return attention.dot_product_attention(q, k, v, Visible(causal=True).mask(q.shape[1], k.shape[1]))
+        return dot_product.dot_product_attention(q, k, v, Visible(causal=True).mask(q.shape[1], k.shape[1]))
 
     lengths = (4096, 16384, 65536)  # below these the blocks themselves weigh more
     used = [temporaries(blockwise, length) for length in lengths]
@@ -147,7 +147,7 @@ def test_memory_grows_with_the_length_and_not_its_square():
 @pytest.mark.slow
 def test_dropout_draws_the_bits_of_the_plain_path_in_any_block():
     q, k, v, key = draw(0, 20), draw(1, 20), draw(2, 20), jax.random.key(3)
-    wanted = attention.dot_product_attention(q, k, v, Visible(causal=True).mask(20, 20), 0.4, key)
+    wanted = dot_product.dot_product_attention(q, k, v, Visible(causal=True).mask(20, 20), 0.4, key)
     for block in (3, 8, 512):
         got = blockwise_attention(q, k, v, Visible(causal=True), 0.4, key, block)
         np.testing.assert_allclose(got, wanted, atol=1e-5)

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from transformer.reporting import charts
-from transformer.reporting.charts import Series
+from transformer.evaluation import charts
+from transformer.evaluation.charts import Series
 
 
 @pytest.mark.parametrize(

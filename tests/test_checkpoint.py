@@ -10,9 +10,13 @@ import pytest
 from etils import epath
 
 from tests.conftest import small_config
-from transformer import checkpoint, fingerprint, sharding, step, tokenizer
-from transformer.checkpoint import Checkpoints
-from transformer.errors import UserError, WorkdirError
+from transformer.checkpoints import manager
+from transformer.checkpoints.manager import Checkpoints
+from transformer.data import tokenizer
+from transformer.distributed import sharding
+from transformer.runtime import fingerprint
+from transformer.runtime.errors import UserError, WorkdirError
+from transformer.training import train_step
 
 LINES = ["the old house", "a new tree", "the cat sees a dog", "trees and houses"]
 
@@ -22,16 +26,16 @@ def make_parts(seed=0):
     """Config, tokenizer, model, mesh and a fresh state."""
     config = small_config(model={"num_layers": 1}, mesh={"data": 2}, train={"seed": seed})
     vocabulary = tokenizer.train(LINES, 280, "bpe")
-    model = step.Model(config.model, vocabulary.vocab_size)
+    model = train_step.Model(config.model, vocabulary.vocab_size)
     mesh = sharding.make_mesh(config.mesh)
-    return config, vocabulary, model, mesh, step.init_state(model, config, mesh)
+    return config, vocabulary, model, mesh, train_step.init_state(model, config, mesh)
 
 
 def save_three(workdir):
     """Checkpoints 9, 10 and 100 of falling BLEU."""
     for done, bleu in ((9, 30.0), (10, 20.0), (100, 10.0)):
         save(workdir, make_parts(), done)
-        Checkpoints(workdir).record(done, {checkpoint.SCORE: bleu, "best": 30.0})
+        Checkpoints(workdir).record(done, {manager.SCORE: bleu, "best": 30.0})
     return workdir
 
 
@@ -79,14 +83,14 @@ def test_the_state_comes_back_to_the_last_bit_on_any_mesh(parts, saved, devices)
 def test_what_fsdp_saved_comes_back_on_other_meshes(tmp_path):
     config = small_config(model={"num_layers": 1}, mesh={"fsdp": 8}, train={"ema_decay": 0.9})
     _, vocabulary, model, *_ = make_parts()
-    state = step.init_state(model, config, sharding.make_mesh(config.mesh))
+    state = train_step.init_state(model, config, sharding.make_mesh(config.mesh))
     assert not state.params["encoder"][0]["mlp"]["kernel_in"].is_fully_replicated
     Checkpoints(tmp_path).save(state, config, vocabulary, {}, {})
     for sizes in ({"data": 8}, {"data": 2, "tensor": 2, "sequence": 2}, {"data": 1}):
         mesh = sharding.make_mesh(small_config(mesh=sizes).mesh)
         restored = Checkpoints(tmp_path).restore(0, model, config, mesh)
         jax.tree.map(np.testing.assert_array_equal, restored, state)
-        wanted = step.state_shardings(model, config, mesh)
+        wanted = train_step.state_shardings(model, config, mesh)
         jax.tree.map(lambda leaf, where: np.testing.assert_equal(leaf.sharding, where), restored, wanted)
 
 
@@ -164,7 +168,7 @@ def test_what_was_cut_short_does_not_count_and_is_cleared(workdir):
 
 def test_a_lost_manifest_is_damage_and_never_a_fresh_start(workdir, capsys):
     for name in ("9", "10", "100"):
-        (workdir / "checkpoints" / name / checkpoint.MANIFEST).unlink()
+        (workdir / "checkpoints" / name / manager.MANIFEST).unlink()
     with pytest.raises(WorkdirError, match=r"none of the checkpoints .* is sound"):
         Checkpoints(workdir).newest_sound()
     assert capsys.readouterr().err.count("damaged") == 3
@@ -189,7 +193,7 @@ def test_a_save_replaces_one_of_the_same_step(workdir, parts):
 
 
 def test_a_save_that_fails_leaves_the_others_as_they_were(workdir, parts, monkeypatch):
-    monkeypatch.setattr(checkpoint.ocp, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(manager.ocp, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(UserError, match="No space left"):
         save(workdir, parts, 200)
     assert Checkpoints(workdir).newest_sound() == 100
@@ -207,14 +211,14 @@ def test_pruning_keeps_the_newest_and_the_best(workdir, keep_last, keep_best, le
 
 def test_nothing_in_a_checkpoint_is_executed(workdir):
     """A manifest that is code is no manifest."""
-    (workdir / "checkpoints" / "100" / checkpoint.MANIFEST).write_text("__import__('os').system('touch hacked')")
+    (workdir / "checkpoints" / "100" / manager.MANIFEST).write_text("__import__('os').system('touch hacked')")
     assert Checkpoints(workdir).metrics(100) == {}
     assert Checkpoints(workdir).newest_sound() == 10
 
 
 def test_a_manifest_that_says_something_else_is_damaged(workdir):
     """Its own digest covers what no file's does: metrics, the digest of the data, the host."""
-    path = workdir / "checkpoints" / "100" / checkpoint.MANIFEST
+    path = workdir / "checkpoints" / "100" / manager.MANIFEST
     whole = path.read_text()
     for old, new in (("10.0", "90.0"), ("digest of the data", "digest of other data"), ('"cores"', '"corps"')):
         assert whole.count(old) == 1
@@ -226,7 +230,7 @@ def test_a_manifest_that_says_something_else_is_damaged(workdir):
 
 
 def test_a_manifest_without_its_digest_is_not_trusted(workdir):
-    path = workdir / "checkpoints" / "100" / checkpoint.MANIFEST
+    path = workdir / "checkpoints" / "100" / manager.MANIFEST
     values = json.loads(path.read_text())
     del values["sha256"]
     path.write_text(json.dumps(values))
@@ -263,7 +267,7 @@ def test_nothing_is_deleted_for_a_newest_that_is_not_whole(workdir, capsys):
 
 def test_the_manifest_lists_every_file_with_its_digest(workdir):
     folder = workdir / "checkpoints" / "100"
-    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    assert set(manifest["files"]) == {str(p.relative_to(folder)) for p in files(folder)} - {checkpoint.MANIFEST}
+    manifest = json.loads((folder / manager.MANIFEST).read_text())
+    assert set(manifest["files"]) == {str(p.relative_to(folder)) for p in files(folder)} - {manager.MANIFEST}
     assert {"config.json", f"tokenizer/{tokenizer.FILE_NAME}"} <= set(manifest["files"])
     assert (manifest["data"], manifest["metrics"]["best"]) == ({"training": "digest of the data"}, 30.0)

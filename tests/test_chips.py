@@ -2,8 +2,8 @@
 
 import pytest
 
-from transformer.errors import UserError
-from transformer.planning.chips import CHIPS, GPU_TARGETS, parse_topology
+from transformer.planning.hardware import CHIPS, GPU_TARGETS, parse_topology
+from transformer.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(

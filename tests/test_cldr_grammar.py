@@ -6,11 +6,11 @@ from decimal import Decimal
 
 import pytest
 
-from transformer.datasets import cldr, cldr_grammar, cldr_locale, cldr_words
+from transformer.data.cldr import generator, grammar, lexicon, locale
 
 
-def frame_starting(english: str) -> cldr_grammar.Frame:
-    (frame,) = [frame for frame in cldr.FRAMES if frame.en.startswith(english)]
+def frame_starting(english: str) -> grammar.Frame:
+    (frame,) = [frame for frame in generator.FRAMES if frame.en.startswith(english)]
     return frame
 
 
@@ -18,13 +18,13 @@ def test_clock_of_every_minute():
     frame = frame_starting("The bus to {city} leaves every")
     for minute in range(24 * 60):
         values = {"city": ("Europe/Paris",), "weekday": (5,), "time": (minute,)}
-        english = cldr.render(frame, values, "en")
+        english = generator.render(frame, values, "en")
         hour, minutes, half = re.search(r" (\d+):(\d\d) ([AP]M)\.$", english).groups()
         hour24 = int(hour) % 12 + (12 if half == "PM" else 0)
         assert hour24 * 60 + int(minutes) == minute
         french = f"{hour24} h {minutes}" if int(minutes) else f"{hour24} h"
         article = "la" if hour24 == 1 else "las"
-        assert [cldr.render(frame, values, language) for language in cldr.TARGETS] == [
+        assert [generator.render(frame, values, language) for language in generator.TARGETS] == [
             f"Der Bus nach Paris fährt jeden Samstag um {hour24:02}:{minutes} Uhr ab.",
             f"Le car pour Paris part tous les samedis à {french}.",
             f"El autobús a París sale todos los sábados a {article} {hour24}:{minutes}.",
@@ -34,7 +34,7 @@ def test_clock_of_every_minute():
 def test_date_matches_the_calendar():
     frame = frame_starting("{event:the} will take place")
     values = {"event": ("wedding",), "coming": (datetime.date(2028, 3, 1).toordinal(),), "time": (60,)}
-    assert [cldr.render(frame, values, language) for language in cldr_words.LANGUAGES] == [
+    assert [generator.render(frame, values, language) for language in lexicon.LANGUAGES] == [
         "The wedding will take place on Wednesday, March 1, 2028, at 1:00 AM.",
         "Die Hochzeit findet am Mittwoch, dem 1. März 2028, um 01:00 Uhr statt.",
         "Le mariage aura lieu le mercredi 1er mars 2028 à 1 h.",
@@ -181,7 +181,7 @@ def test_date_matches_the_calendar():
 )
 def test_sentences_checked_by_hand(start, values, expected):
     frame = frame_starting(start)
-    assert tuple(cldr.render(frame, values, language) for language in cldr_words.LANGUAGES) == expected
+    assert tuple(generator.render(frame, values, language) for language in lexicon.LANGUAGES) == expected
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_sentences_checked_by_hand(start, values, expected):
 )
 def test_plural_of_units(language, forms):
     numbers = (1, Decimal("1.5"), 2, 1234, 12345)
-    assert tuple(cldr_locale.quantity("length-kilometer", number, language) for number in numbers) == forms
+    assert tuple(locale.quantity("length-kilometer", number, language) for number in numbers) == forms
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_plural_of_units(language, forms):
     ],
 )
 def test_contractions_and_elisions(language, before, after):
-    assert cldr_grammar.contract(before, language) == (before if after is None else after)
+    assert grammar.contract(before, language) == (before if after is None else after)
 
 
 @pytest.mark.parametrize(
@@ -233,5 +233,5 @@ def test_contractions_and_elisions(language, before, after):
 )
 def test_spelled_numbers_agree(language, numbers):
     for number, (masculine, feminine) in numbers.items():
-        filler = cldr_locale.cardinal(number, language)
+        filler = locale.cardinal(number, language)
         assert (f"{filler}", f"{filler:f}") == (masculine, feminine)

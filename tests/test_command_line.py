@@ -12,7 +12,7 @@ import pytest
 
 from tests import commands
 from transformer import command_line
-from transformer.errors import DivergedError, StoppedError, UserError, WorkdirError
+from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
 
 DEMO = "--config=configs/demo.py"
 

@@ -13,7 +13,7 @@ def run(root, *arguments):
 @pytest.mark.reported
 @pytest.mark.parametrize(
     ("module", "what"),
-    [("step", "a module, and no command"), ("datasets.corpus", "a module, and no command"), ("trnslate", "no command")],
+    [("training.train_step", "a module, and no command"), ("data.corpus", "a module, and no command"), ("trnslate", "no command")],
 )
 def test_a_module_that_is_no_command_says_so(root, module, what):
     done = run(root, "-m", f"transformer.{module}")
@@ -47,7 +47,11 @@ def test_every_command_that_is_listed_may_run():
 def test_other_packages_may_import_this_one_while_they_are_run():
     from transformer import commands
 
-    for argv in (["python", "-m", "other.module", "transformer.step"], ["python", "-m", "transformer"], ["python"]):
+    for argv in (
+        ["python", "-m", "other.module", "transformer.training.train_step"],
+        ["python", "-m", "transformer"],
+        ["python"],
+    ):
         commands.refuse_others(argv)
     with pytest.raises(SystemExit, match="2"):
-        commands.refuse_others(["python", "-X", "utf8", "-m", "transformer.step"])
+        commands.refuse_others(["python", "-X", "utf8", "-m", "transformer.training.train_step"])

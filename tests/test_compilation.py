@@ -8,7 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from transformer import compilation, fingerprint
+from transformer.runtime import compilation, fingerprint
 
 PROGRAM = """
 import jax, jax.numpy as jnp

@@ -6,15 +6,13 @@ import math
 
 import pytest
 
-from transformer import config as configs
-from transformer import validation
-from transformer.config import Config, default_config
-from transformer.errors import UserError
-from transformer.validation import resolve
+from transformer.config import Config, default_config, schema, validation
+from transformer.config.validation import resolve
+from transformer.runtime.errors import UserError
 
 NUMBERS = [
     (section, field.name, field)
-    for section, kind in configs.SECTIONS.items()
+    for section, kind in schema.SECTIONS.items()
     for field in dataclasses.fields(kind)
     if field.type in (int, float)
 ]
@@ -36,7 +34,7 @@ def test_the_defaults_are_valid_and_survive_json():
 
 
 def test_every_field_is_documented_and_has_a_default_of_its_type():
-    for section, kind in configs.SECTIONS.items():
+    for section, kind in schema.SECTIONS.items():
         for field in dataclasses.fields(kind):
             assert len(field.metadata["doc"]) > 8, f"{section}.{field.name}"
             assert type(field.default) is field.type
@@ -56,10 +54,10 @@ def test_key_and_value_widths_follow_the_model_width_until_they_are_set():
 def test_paths_become_absolute_and_addresses_stay(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     data = {"name": "text", "dir": "corpus", "data_dir": "gs://bucket/data", "tokenizer": "a.model"}
-    got = configs.with_absolute_paths(resolve({"data": data})).data
+    got = schema.with_absolute_paths(resolve({"data": data})).data
     assert (got.dir, got.data_dir) == (str(tmp_path / "corpus"), "gs://bucket/data")
     assert (got.tokenizer, got.train) == (str(tmp_path / "a.model"), "")
-    assert configs.with_absolute_paths(Config()) == Config()
+    assert schema.with_absolute_paths(Config()) == Config()
 
 
 def test_a_config_file_cannot_invent_fields():
@@ -208,7 +206,7 @@ def test_what_runs_have_kept_stays_readable():
 
 def test_differences_name_field_old_and_new():
     old, new = resolve({}), resolve({"train": {"seed": 3}, "model": {"norm": "pre"}})
-    assert list(map(str, configs.differences(old, new))) == ["model.norm: 'post' → 'pre'", "train.seed: 0 → 3"]
+    assert list(map(str, schema.differences(old, new))) == ["model.norm: 'post' → 'pre'", "train.seed: 0 → 3"]
 
 
 def test_other_decode_fields_are_checked_with_the_whole():
@@ -261,7 +259,7 @@ def test_no_decode_field_is_set_where_nothing_reads_it(fields, match):
 )
 def test_another_method_leaves_behind_what_it_does_not_read(own, fields, left):
     changed = validation.with_decode(resolve({"decode": own}), fields)
-    assert changed.decode == dataclasses.replace(configs.DecodeConfig(), **{**left, **fields})
+    assert changed.decode == dataclasses.replace(schema.DecodeConfig(), **{**left, **fields})
 
 
 def test_what_is_given_is_read_whatever_its_value():

@@ -12,17 +12,20 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from transformer import command_line, sharding, step, tokenizer, validation, workdir
-from transformer import config as configs
-from transformer.batching import Batch
-from transformer.errors import UserError
-from transformer.translator import Translator
+from transformer import command_line
+from transformer.config import schema, validation
+from transformer.data import tokenizer
+from transformer.data.batching import Batch
+from transformer.decoding.translator import Translator
+from transformer.distributed import sharding
+from transformer.runtime.errors import UserError
+from transformer.training import train_step, workdir
 
 pytestmark = pytest.mark.reported
 
 FAMILIES = ("attention", "recurrent", "convolutional")
 METHODS = ("beam", "sample", "mbr")
-FIELDS = [f"{section}.{field}" for section in configs.SECTIONS for field in configs.field_names(section)]
+FIELDS = [f"{section}.{field}" for section in schema.SECTIONS for field in schema.field_names(section)]
 ANOTHER = {  # for fields of which twice the default, or one more, is no other possible value
     "model.emb_dim": 32,
     "model.kernel_width": 5,
@@ -52,7 +55,7 @@ def _in_root(root, monkeypatch):
 def test_a_family_on_the_command_line_needs_no_other_flag(family, capsys):
     config = flags(f"model.family={family}")
     assert config.model == dataclasses.replace(
-        configs.ModelConfig(), family=family, num_layers=2, emb_dim=128, qkv_dim=128, value_dim=128
+        schema.ModelConfig(), family=family, num_layers=2, emb_dim=128, qkv_dim=128, value_dim=128
     )
     assert "left out of configs/demo.py" in capsys.readouterr().err
 
@@ -129,7 +132,7 @@ def test_what_runs_have_kept_stays_readable_and_is_no_other_run(tmp_path):
 def another(name, config):
     """A value of a field that differs from its own."""
     section, field = name.split(".")
-    one_of = next(each for each in dataclasses.fields(configs.SECTIONS[section]) if each.name == field).metadata
+    one_of = next(each for each in dataclasses.fields(schema.SECTIONS[section]) if each.name == field).metadata
     value = validation.value_of(config, name)
     if name in ANOTHER:
         return ANOTHER[name]
@@ -150,14 +153,14 @@ def recorded(config, reads):
 
         def get(self, field):
             caller = sys._getframe(1).f_code.co_filename
-            if not field.startswith("_") and not caller.endswith(("dataclasses.py", "config.py", "limits.py", ">")):
+            if not field.startswith("_") and not caller.endswith(("dataclasses.py", "schema.py", "limits.py", ">")):
                 reads.add(f"{name}.{field}")
             return object.__getattribute__(self, field)
 
         recording = type(kind.__name__, (kind,), {"__getattribute__": get})
         return recording(**dataclasses.asdict(getattr(config, name)))
 
-    return configs.Config(**{name: section(name) for name in configs.SECTIONS})
+    return schema.Config(**{name: section(name) for name in schema.SECTIONS})
 
 
 def config_of(family, method, **model):
@@ -171,9 +174,9 @@ def reads_of_training(family, **model):
     reads = set()
     config = recorded(config_of(family, "beam", **model), reads)
     mesh = sharding.make_mesh(config.mesh)
-    trained = step.Model(config.model, 300)
+    trained = train_step.Model(config.model, 300)
     batch = Batch(*(jax.ShapeDtypeStruct((8, width), np.int32) for width in (6, 7)))
-    step.make_train_step(trained, config, mesh).trace(step.abstract_state(trained, config, mesh), batch)
+    train_step.make_train_step(trained, config, mesh).trace(train_step.abstract_state(trained, config, mesh), batch)
     return reads
 
 
@@ -182,9 +185,9 @@ def reads_of_decoding(method):
     reads = set()
     config = recorded(config_of("recurrent", method), reads)
     vocabulary = tokenizer.train(["a few words to translate"], 275, "bpe")
-    model = step.Model(config.model, vocabulary.vocab_size)
+    model = train_step.Model(config.model, vocabulary.vocab_size)
     mesh = sharding.make_mesh(config.mesh)
-    state = step.init_state(model, config, mesh)
+    state = train_step.init_state(model, config, mesh)
     Translator(model, vocabulary, config.decode, mesh).translate(state.params, ["a few"])
     return reads
 
@@ -192,7 +195,7 @@ def reads_of_decoding(method):
 @functools.cache
 def text_of_the_package(root):
     """All code but the schema and its checks, where a field that is read must be named."""
-    paths = [path for path in (root / "transformer").rglob("*.py") if path.name not in ("config.py", "validation.py")]
+    paths = [path for path in (root / "transformer").rglob("*.py") if path.parent.name != "config"]
     return "\n".join(path.read_text() for path in paths)
 
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from transformer import consensus, hosts, sharding
 from transformer.config import MeshConfig
+from transformer.distributed import consensus, multihost, sharding
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def mesh():
 
 @pytest.fixture
 def two_hosts(monkeypatch):
-    monkeypatch.setattr(hosts, "count", lambda: 2)
-    monkeypatch.setattr(hosts, "name", lambda host: f"host {host}")
+    monkeypatch.setattr(multihost, "count", lambda: 2)
+    monkeypatch.setattr(multihost, "name", lambda host: f"host {host}")
 
 
 def test_every_device_has_what_every_process_gives(mesh):

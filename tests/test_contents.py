@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from transformer.config import DataConfig
-from transformer.datasets import contents, pair_shards, parallel_text, prepared
-from transformer.errors import UserError
+from transformer.data import contents, local_text, pair_shards, prepared
+from transformer.runtime.errors import UserError
 
 LANGUAGES = ("en", "de")
 
@@ -17,8 +17,8 @@ def open_text(folder, train, **others):
         for side, language in enumerate(LANGUAGES):
             text = "".join(f"{pair[side]}\n" for pair in pairs)
             (folder / "text" / f"{stem}.{language}").write_bytes(text.encode())
-    files = parallel_text.find_splits(DataConfig(name="text", dir=str(folder / "text")))
-    return prepared.prepare(lambda: parallel_text.ParallelText(files, folder / "data"), own=True)
+    files = local_text.find_splits(DataConfig(name="text", dir=str(folder / "text")))
+    return prepared.prepare(lambda: local_text.ParallelText(files, folder / "data"), own=True)
 
 
 def pairs(count):

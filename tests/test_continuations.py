@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import slow
-from transformer import continuations
-from transformer.hypotheses import IMPOSSIBLE
+from transformer.decoding import continuations
+from transformer.decoding.base import IMPOSSIBLE
 
 B, N = 6, 3
 

@@ -9,8 +9,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from transformer.config import DataConfig
-from transformer.datasets import corpus, prepared, text_files
-from transformer.errors import UserError
+from transformer.data import corpus, prepared, text_files
+from transformer.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 MULTI30K = ROOT / "../shared/data/multi30k"
@@ -297,7 +297,7 @@ def test_neither_jax_nor_tensorflow_is_imported(tmp_path):
     code = f"""
 import sys, time
 from transformer.config import DataConfig
-from transformer.datasets import corpus
+from transformer.data import corpus
 data = DataConfig(name="text", dir={str(tmp_path / "text")!r}, data_dir={str(tmp_path / "data")!r})
 started = time.monotonic()
 corpus.check(data)

@@ -9,10 +9,12 @@ import pytest
 from flax import nnx
 
 from tests.conftest import slow, small_config
-from transformer import cost, sharding, step
-from transformer.batching import Batch
 from transformer.config import ModelConfig
-from transformer.cost import Spent
+from transformer.data.batching import Batch
+from transformer.distributed import sharding
+from transformer.models import flops as cost
+from transformer.models.flops import Spent
+from transformer.training import train_step as step
 
 V = 40
 

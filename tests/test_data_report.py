@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from transformer import data_report, pipeline, tokenizer
 from transformer.config import Config, DataConfig, TrainConfig
-from transformer.datasets import corpus as corpora
+from transformer.data import corpus as corpora
+from transformer.data import input_pipeline, statistics, tokenizer
 
 TRAIN = [
     *[("one two", "eins zwei")] * 3,
@@ -31,14 +31,14 @@ def parts(tmp_path_factory):
     config = Config(data=data, train=TrainConfig(num_steps=100, batch_tokens=64))
     corpus = corpora.open_corpus(data)
     splits = {name: corpus.split(name) for name in corpus.names}
-    trained = pipeline.vocabulary(data, corpus)
-    ids = {name: pipeline.token_ids(data, corpus, name, trained) for name in splits}
+    trained = input_pipeline.vocabulary(data, corpus)
+    ids = {name: input_pipeline.token_ids(data, corpus, name, trained) for name in splits}
     return config, corpus, splits, ids, trained
 
 
 def test_texts_are_counted(parts):
     _, _, splits, _, _ = parts
-    texts = {name: data_report.read_texts(split) for name, split in splits.items()}
+    texts = {name: statistics.read_texts(split) for name, split in splits.items()}
     assert texts["train"].words == (2 * 4 + 1 + 40 + 2, 2 * 3 + 3 + 1 + 1 + 2)
     assert {name: text.duplicates for name, text in texts.items()} == {"train": 2, "validation": 0, "test": 1}
     assert texts["validation"].sources_in(texts["train"]) == 1
@@ -49,8 +49,8 @@ def test_texts_are_counted(parts):
 def test_tokens_are_counted(parts, monkeypatch):
     _, _, splits, ids, trained = parts
     for chunk in (1 << 24, 7):
-        monkeypatch.setattr(data_report, "_TOKENS", chunk)
-        source, target = (data_report.count_tokens(side, trained) for side in ids["test"])
+        monkeypatch.setattr(statistics, "_TOKENS", chunk)
+        source, target = (statistics.count_tokens(side, trained) for side in ids["test"])
         pieces = [trained.pieces(line[:-1]) for line in trained.encode(splits["test"].sources())]
         lengths = sorted(len(line) for line in pieces)
         assert source.total == sum(lengths)
@@ -62,17 +62,17 @@ def test_tokens_are_counted(parts, monkeypatch):
 
 def test_unknown_tokens_are_counted(parts):
     trained = parts[-1]
-    from transformer.batching import Ragged
+    from transformer.data.batching import Ragged
 
     ids = Ragged.from_sequences([[9, tokenizer.UNK, tokenizer.EOS], [tokenizer.UNK, tokenizer.EOS]])
-    assert data_report.count_tokens(ids, trained).unknown == 2
-    assert data_report.count_tokens(ids, trained).lengths == (2, 2, 2, 2)
+    assert statistics.count_tokens(ids, trained).unknown == 2
+    assert statistics.count_tokens(ids, trained).lengths == (2, 2, 2, 2)
 
 
 def test_a_split_of_no_pairs_is_no_trouble(parts):
-    from transformer.batching import Ragged
+    from transformer.data.batching import Ragged
 
-    assert data_report.count_tokens(Ragged.from_sequences([]), parts[-1]).lengths == (0, 0, 0, 0)
+    assert statistics.count_tokens(Ragged.from_sequences([]), parts[-1]).lengths == (0, 0, 0, 0)
 
 
 def rows(text):
@@ -81,8 +81,8 @@ def rows(text):
 
 def test_the_tables_say_it(parts, capsys):
     config, corpus, splits, ids, trained = parts
-    plan = pipeline.make_plan(config, ids["train"])
-    data_report.show(config, splits, ids, plan, corpus.dropped, trained)
+    plan = input_pipeline.make_plan(config, ids["train"])
+    statistics.show(config, splits, ids, plan, corpus.dropped, trained)
     out = capsys.readouterr().out
     pairs, tokens = rows(out)[:3], rows(out)[3:]
     assert pairs == [
@@ -100,8 +100,8 @@ def test_the_tables_say_it(parts, capsys):
 
 def test_a_name_that_looks_like_markup_is_shown_as_it_is(parts, capsys):
     config, corpus, splits, ids, trained = parts
-    plan = pipeline.make_plan(dataclasses.replace(config), ids["train"])
+    plan = input_pipeline.make_plan(dataclasses.replace(config), ids["train"])
     renamed = {"train": splits["train"], "[b]": splits["test"]}
     both = {"train": ids["train"], "[b]": ids["test"]}
-    data_report.show(config, renamed, both, plan, corpus.dropped, trained)
+    statistics.show(config, renamed, both, plan, corpus.dropped, trained)
     assert "[b]" in capsys.readouterr().out

@@ -14,13 +14,16 @@ from flax import nnx
 from tests.conftest import small_config
 from tests.test_families import family_config
 from tests.test_translator import LINES
-from transformer import decoding, hypotheses, search, sharding, tokenizer
-from transformer.batching import Ragged
 from transformer.config import DecodeConfig
-from transformer.decoding import Request
-from transformer.model import Cache
-from transformer.step import Model
-from transformer.tokenizer import PAD
+from transformer.data import tokenizer
+from transformer.data.batching import Ragged
+from transformer.data.tokenizer import PAD
+from transformer.decoding import base, beam_search
+from transformer.decoding import decode as decoding
+from transformer.decoding.decode import Request
+from transformer.distributed import sharding
+from transformer.models.transformer import Cache
+from transformer.training.train_step import Model
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_siz
     def both(params):
         module = model.bind(params)
         memory, cache = module.start(source, beam_size, 12)
-        found = search.beam_search(
+        found = beam_search.beam_search(
             functools.partial(module.step, memory),
             cache,
             batch_size=8,
@@ -110,8 +113,8 @@ def test_a_cache_that_grows_holds_what_one_of_full_length_holds(parts, method, m
     keys = np.arange(16, dtype=np.uint32).reshape(8, 2) if method == "sample" else None
     found = []
     for first_room in (2, 64):
-        monkeypatch.setattr(hypotheses, "FIRST_ROOM", first_room)
-        assert hypotheses.rooms(46) == ([2, 4, 8, 16, 32, 46] if first_room == 2 else [46])
+        monkeypatch.setattr(base, "FIRST_ROOM", first_room)
+        assert base.rooms(46) == ([2, 4, 8, 16, 32, 46] if first_room == 2 else [46])
         run = jax.jit(functools.partial(decoding.decode, (model,), decode, 3))
         found.append(jax.tree.map(np.asarray, run((params,), Request(source, keys))))
     grown, whole = found

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from transformer import divergence
-from transformer.batching import PADDING_ROW, Bucket, PlannedBatch
-from transformer.errors import DivergedError, StoppedError
+from transformer.data.batching import PADDING_ROW, Bucket, PlannedBatch
+from transformer.runtime.errors import DivergedError, StoppedError
+from transformer.training import divergence
 
 
 class Plan:

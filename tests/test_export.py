@@ -15,11 +15,14 @@ import transformer
 from tests.conftest import slow
 from tests.test_translate import save
 from tests.test_translator import LINES, WORDS, eager
-from transformer import export, export_ctranslate2, export_jax, tokenizer
-from transformer.errors import UserError
-from transformer.tokenizer import BOS, EOS, PAD
-from transformer.trained import load_trained
-from transformer.translator import Translator
+from transformer.checkpoints.loading import load_trained
+from transformer.data import tokenizer
+from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.decoding.translator import Translator
+from transformer.export import __main__ as export
+from transformer.export import ctranslate2 as export_ctranslate2
+from transformer.export import jax_export
+from transformer.runtime.errors import UserError
 
 SHORT = [line for line in LINES if len(line.split()) < 4]
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "export.md"
@@ -152,7 +155,7 @@ def test_a_vocabulary_that_writes_two_ids_alike_is_refused(vocabulary):
 @pytest.mark.parametrize("form", ["ctranslate2", "jax"])
 def test_a_model_that_came_out_otherwise_is_refused_and_leaves_nothing(form, workdir, tmp_path, monkeypatch):
     pytest.importorskip(export.NEEDS[form], reason="the export extra is not installed")
-    room = export_ctranslate2 if form == "ctranslate2" else export_jax
+    room = export_ctranslate2 if form == "ctranslate2" else jax_export
     monkeypatch.setattr(room, "sinusoids", lambda length, width: np.zeros((length, width), np.float32))
     flags = ["export", f"--workdir={workdir}", f"--format={form}", f"--output={tmp_path}/out"]
     with pytest.raises(UserError, match="gives other log-probabilities: expected differences of at most"):

@@ -11,16 +11,19 @@ from flax import nnx
 
 from tests.conftest import slow, small_config
 from tests.test_model import SOURCE, TARGET, V, sentences
-from transformer import cost, decoding, sharding, step
-from transformer.batching import PADDING_ROW, Batch, Ragged
 from transformer.config import default_config
-from transformer.decoding import Request
-from transformer.errors import UserError
-from transformer.planning import hlo, program_cost
-from transformer.segments import shift_right
-from transformer.step import Model
-from transformer.tokenizer import BOS, EOS, PAD
-from transformer.validation import resolve
+from transformer.config.validation import resolve
+from transformer.data.batching import PADDING_ROW, Batch, Ragged
+from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.decoding import decode as decoding
+from transformer.decoding.decode import Request
+from transformer.distributed import sharding
+from transformer.models import flops
+from transformer.models.segments import shift_right
+from transformer.planning import hlo, hlo_cost
+from transformer.runtime.errors import UserError
+from transformer.training import train_step
+from transformer.training.train_step import Model
 
 KINDS = {
     "recurrent": {"family": "recurrent"},
@@ -248,11 +251,11 @@ def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
     for mesh in ({"data": 1}, {"data": 2, "fsdp": 4}):
         config = dataclasses.replace(family_config(family=family), mesh=small_config(mesh=mesh).mesh)
         grid, model = sharding.make_mesh(config.mesh), Model(config.model, V)
-        state = step.init_state(model, config, grid)
+        state = train_step.init_state(model, config, grid)
         batch = sharding.place_batch(grid, Batch(*rows))
-        update = step.make_train_step(model, config, grid).lower(state, batch).compile()
-        each = program_cost.flops(hlo.Program(update.as_text()))
-        assert each == cost.batch_flops(config.model, V, batch) / grid.size
+        update = train_step.make_train_step(model, config, grid).lower(state, batch).compile()
+        each = hlo_cost.flops(hlo.Program(update.as_text()))
+        assert each == flops.batch_flops(config.model, V, batch) / grid.size
         state, metrics = update(state, batch)
         found.append((float(metrics.loss.nll), jax.device_get(state.params)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
@@ -267,7 +270,7 @@ def test_it_learns_to_copy_and_beam_search_finds_the_copy(family):
     model = Model(config.model, 16)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **FAST))
     grid = sharding.make_mesh(config.mesh)
-    update, state = step.make_train_step(model, config, grid), step.init_state(model, config, grid)
+    update, state = train_step.make_train_step(model, config, grid), train_step.init_state(model, config, grid)
     rng = np.random.default_rng(0)
 
     def batch(rows):

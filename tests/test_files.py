@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from tests.conftest import ROOT
-from transformer import files
+from transformer.runtime import files
 
 
 def test_what_is_written_is_there_and_nothing_else(tmp_path):

@@ -10,9 +10,12 @@ import pytest
 
 from tests.conftest import small_config
 from tests.test_checkpoint import flip, make_parts, save, save_three
-from transformer import base_run, command_line, fine_tuning, sharding, step, tokenizer, validation, workdir
-from transformer import config as configs
-from transformer.errors import UserError, WorkdirError
+from transformer import command_line
+from transformer.config import schema, validation, warm_start
+from transformer.data import tokenizer
+from transformer.distributed import sharding
+from transformer.runtime.errors import UserError, WorkdirError
+from transformer.training import initialization, train_step, workdir
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +36,8 @@ def config_of(saved, model=None, **train):
 
 
 def first_state(config):
-    model, mesh = step.Model(config.model, config.data.vocab_size), sharding.make_mesh(config.mesh)
-    return fine_tuning.first_state(fine_tuning.find(config), model, config, mesh)
+    model, mesh = train_step.Model(config.model, config.data.vocab_size), sharding.make_mesh(config.mesh)
+    return initialization.first_state(initialization.find(config), model, config, mesh)
 
 
 @pytest.mark.slow
@@ -59,32 +62,32 @@ def test_what_is_only_for_training_may_differ_and_the_model_may_not(saved):
     other = {"dropout_rate": 0.3, "attention_dropout_rate": 0.1, "remat": "full"}
     config = config_of(saved, other)
     kept = dataclasses.replace(config, model=dataclasses.replace(config.model, max_positions=99))  # no longer possible
-    assert fine_tuning.find(kept).steps == [100]
+    assert initialization.find(kept).steps == [100]
     with pytest.raises(UserError, match=r"another one: model\.mlp_dim: 32 → 64; model\.norm: 'post' → 'pre'\. Set"):
-        fine_tuning.find(config_of(saved, {"norm": "pre", "mlp_dim": 64}))
+        initialization.find(config_of(saved, {"norm": "pre", "mlp_dim": 64}))
 
 
 def test_another_vocabulary_than_the_checkpoint_s_is_refused(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     tokenizer.train(["quite another text of no such trees"], 280, "bpe").save(tmp_path / "run" / "tokenizer")
     with pytest.raises(UserError, match="not the vocabulary that checkpoint 100 was trained with"):
-        fine_tuning.find(config_of(tmp_path / "run"))
+        initialization.find(config_of(tmp_path / "run"))
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(saved, tmp_path):
     with pytest.raises(UserError, match=r"init_checkpoint = 11: .*one of \[9, 10, 100\], got '11'"):
-        fine_tuning.find(config_of(saved, init_checkpoint="11"))
+        initialization.find(config_of(saved, init_checkpoint="11"))
     make_parts()[1].save(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="found no checkpoint"):
-        fine_tuning.find(config_of(tmp_path))
+        initialization.find(config_of(tmp_path))
     save(tmp_path, make_parts(), 5)
     flip(tmp_path / "checkpoints" / "5" / "config.json")
     with pytest.raises(WorkdirError, match=r"none of the checkpoints \[5\] is sound"):
-        fine_tuning.find(config_of(tmp_path))
+        initialization.find(config_of(tmp_path))
 
 
 def test_nothing_is_looked_for_without_it():
-    assert fine_tuning.find(small_config()) is None
+    assert initialization.find(small_config()) is None
 
 
 def test_the_vocabulary_is_that_of_the_other_run(saved, tmp_path):
@@ -105,14 +108,14 @@ def test_the_vocabulary_is_that_of_the_other_run(saved, tmp_path):
 
 def test_its_path_means_the_same_wherever_it_is_read_again(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    config = configs.with_absolute_paths(small_config(train={"init_from": "runs/base"}))
+    config = schema.with_absolute_paths(small_config(train={"init_from": "runs/base"}))
     assert config.train.init_from == str(tmp_path / "runs" / "base")
 
 
 def resolved(saved, flags=(), workdir="", **sections):
     """What train.py makes of a config file that leaves the model open."""
     sections = {"train": {"init_from": str(saved), **sections.pop("train", {})}, **sections}
-    return validation.typed(base_run.with_sizes(sections, flags, str(workdir)))
+    return validation.typed(warm_start.with_sizes(sections, flags, str(workdir)))
 
 
 @pytest.mark.reported
@@ -123,7 +126,7 @@ def test_sizes_that_the_config_leaves_open_are_those_of_the_base(saved):
         base, dropout_rate=0.3, attention_dropout_rate=0, mlp_dropout_rate=0, qkv_init_gain=1
     )
     assert config.data.vocab_size == small_config().data.vocab_size
-    assert fine_tuning.find(dataclasses.replace(config, data=config_of(saved).data)).steps == [100]
+    assert initialization.find(dataclasses.replace(config, data=config_of(saved).data)).steps == [100]
 
 
 @pytest.mark.reported
@@ -140,7 +143,7 @@ def test_a_config_file_may_leave_sizes_open_and_a_flag_does_not(saved, tmp_path)
     given, _ = command_line.parse_with_config(parser, [*flags, "--config.model.mlp_dim=2048"])
     assert (given.model.emb_dim, given.model.mlp_dim) == (16, 2048)
     with pytest.raises(UserError, match=r"another one: model\.mlp_dim: 32 → 2048\. Set these fields as there or leave"):
-        fine_tuning.find(dataclasses.replace(given, data=config_of(saved).data))
+        initialization.find(dataclasses.replace(given, data=config_of(saved).data))
 
 
 @pytest.mark.reported
@@ -163,22 +166,22 @@ def test_a_moved_base_is_no_other_base(saved, tmp_path):
     (tmp_path / "moved").symlink_to(saved)
     old, config = config_of(saved), config_of(tmp_path / "moved")
     assert workdir.config_changes(tmp_path, old, config) == [f"train.init_from: '{saved}' → '{tmp_path / 'moved'}'"]
-    fine_tuning.check_moved(old, config, "", make_parts()[1])
+    initialization.check_moved(old, config, "", make_parts()[1])
 
 
 @pytest.mark.reported
 def test_another_base_is_refused_by_its_run_id_or_vocabulary(saved, tmp_path):
     save(tmp_path / "other", make_parts(), 5, run_id="b" * 32)
     old, other = config_of(saved), config_of(tmp_path / "other")
-    fine_tuning.check_moved(old, other, "b" * 32, make_parts()[1])
+    initialization.check_moved(old, other, "b" * 32, make_parts()[1])
     with pytest.raises(UserError, match="is not the run that this one has started from"):
-        fine_tuning.check_moved(old, other, "a" * 32, make_parts()[1])
+        initialization.check_moved(old, other, "a" * 32, make_parts()[1])
     vocabulary = tokenizer.train(["quite another text of no such trees"], 280, "bpe")
     with pytest.raises(UserError, match="is not the run that this one has started from"):
-        fine_tuning.check_moved(old, other, "", vocabulary)
+        initialization.check_moved(old, other, "", vocabulary)
     with pytest.raises(UserError, match="found no checkpoint there; leave it at the old path"):
-        fine_tuning.check_moved(old, config_of(tmp_path / "gone"), "", make_parts()[1])
-    fine_tuning.check_moved(config_of(tmp_path / "gone"), config_of(tmp_path / "gone"), "", make_parts()[1])
+        initialization.check_moved(old, config_of(tmp_path / "gone"), "", make_parts()[1])
+    initialization.check_moved(config_of(tmp_path / "gone"), config_of(tmp_path / "gone"), "", make_parts()[1])
 
 
 def test_a_size_that_the_base_kept_and_nothing_reads_is_left_out(saved, tmp_path):

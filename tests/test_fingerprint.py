@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from tests.conftest import ROOT
-from transformer import fingerprint
+from transformer.runtime import fingerprint
 
 
 def of_another_process(**environment):

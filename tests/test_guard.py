@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from transformer import guard
 from transformer.config import TrainConfig
+from transformer.training import guard
 
 PARAMS = {"w": jnp.ones((2, 3))}
 

@@ -12,9 +12,9 @@ import jax
 import pytest
 
 from tests.conftest import ROOT
-from transformer import heartbeat
-from transformer.errors import UserError
-from transformer.heartbeat import Heartbeat
+from transformer.distributed import heartbeat
+from transformer.distributed.heartbeat import Heartbeat
+from transformer.runtime.errors import UserError
 
 NAMES = ["host 0 (process 7 on a)", "host 1 (process 8 on b)", "host 2 (process 9 on c)"]
 
@@ -155,7 +155,7 @@ def test_a_host_that_stood_still_itself_blames_nobody(ended, monkeypatch):
 
 def test_an_abort_ends_with_the_message():
     program = (
-        "import os\nfrom transformer.heartbeat import end_when_aborted\n"
+        "import os\nfrom transformer.distributed.heartbeat import end_when_aborted\n"
         "with end_when_aborted('host 0 has gone away', 75):\n    os.abort()"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT)
@@ -165,7 +165,7 @@ def test_an_abort_ends_with_the_message():
 
 def test_after_the_block_an_abort_is_an_abort():
     program = (
-        "import os\nfrom transformer.heartbeat import end_when_aborted\n"
+        "import os\nfrom transformer.distributed.heartbeat import end_when_aborted\n"
         "with end_when_aborted('never'):\n    pass\nos.abort()"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -signal.SIGABRT

@@ -16,9 +16,11 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.processes import TINY, Processes, data_flags, environment, on_hosts, write_data
-from transformer import command_line, hosts, loop
-from transformer.checkpoint import Checkpoints
-from transformer.errors import UserError
+from transformer import command_line
+from transformer.checkpoints.manager import Checkpoints
+from transformer.distributed import multihost
+from transformer.runtime.errors import UserError
+from transformer.training import trainer
 
 STEPS = ["--config.train.num_steps=8", "--config.train.eval_every_steps=4", "--config.train.checkpoint_every_steps=2"]
 
@@ -37,7 +39,7 @@ def config_flags(folder, flags):
 def train_here(folder, workdir, *flags):
     """In this process, on its 8 devices."""
     settings, _ = command_line.config_flags(["", *config_flags(folder, flags)])
-    loop.fit(settings, workdir)
+    trainer.fit(settings, workdir)
 
 
 def command(folder, workdir, *flags):
@@ -163,16 +165,16 @@ def test_a_host_that_never_joins_ends_the_others(folder, tmp_path):
 
 def flags(*argv):
     parser = argparse.ArgumentParser()
-    hosts.add_flags(parser)
+    multihost.add_flags(parser)
     return parser.parse_args(argv)
 
 
 def test_a_process_without_flags_or_launcher_is_alone():
-    assert not hosts.is_one_of_several(flags())
-    with hosts.joined(flags()):
-        assert (hosts.count(), hosts.is_lead()) == (1, True)
-        assert hosts.from_lead("x", lambda: "made") == "made"
-        assert hosts.gather("x", "mine") == ["mine"]
+    assert not multihost.is_one_of_several(flags())
+    with multihost.joined(flags()):
+        assert (multihost.count(), multihost.is_lead()) == (1, True)
+        assert multihost.from_lead("x", lambda: "made") == "made"
+        assert multihost.gather("x", "mine") == ["mine"]
 
 
 @pytest.mark.parametrize(
@@ -187,12 +189,12 @@ def test_a_process_without_flags_or_launcher_is_alone():
 )
 def test_flags_that_do_not_go_together_are_refused(argv, message):
     with pytest.raises(UserError, match=message):
-        hosts.is_one_of_several(flags(*argv))
+        multihost.is_one_of_several(flags(*argv))
 
 
 def test_a_process_under_open_mpi_5_needs_the_flags(monkeypatch):
     for name, value in {"SIZE": "2", "RANK": "0", "LOCAL_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
     with pytest.raises(UserError, match=r"--num_processes=\$OMPI_COMM_WORLD_SIZE"):
-        hosts.is_one_of_several(flags())
-    assert hosts.is_one_of_several(flags("--coordinator=a:1", "--num_processes=2", "--process_id=0"))
+        multihost.is_one_of_several(flags())
+    assert multihost.is_one_of_several(flags("--coordinator=a:1", "--num_processes=2", "--process_id=0"))

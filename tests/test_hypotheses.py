@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.hypotheses import IMPOSSIBLE, Coverage, is_possible, length_penalties
+from transformer.decoding.base import IMPOSSIBLE, Coverage, is_possible, length_penalties
 
 
 def test_length_penalties_are_those_of_their_formulas():

@@ -17,14 +17,19 @@ from etils import epath
 
 from tests.conftest import ROOT, small_config
 from tests.test_blockwise import B, K, draw, segments
-from transformer import attention, cost, fingerprint, hosts, kernels, layers, loop, sharding, step
-from transformer.attention import Visible
+from transformer.attention import dot_product, fused
+from transformer.attention.dot_product import Visible
 from transformer.config import MeshConfig
-from transformer.errors import UserError
-from transformer.loss import cross_entropy
-from transformer.planning import ahead, program_cost
-from transformer.planning.chips import parse_topology
+from transformer.distributed import multihost, sharding
+from transformer.models import flops as cost
+from transformer.models import layers
+from transformer.models.loss import cross_entropy
+from transformer.planning import aot, hlo_cost
+from transformer.planning.hardware import parse_topology
 from transformer.planning.hlo import Program
+from transformer.runtime import fingerprint
+from transformer.runtime.errors import UserError
+from transformer.training import train_step, trainer
 
 
 def sees(visible, queries, keys):
@@ -47,7 +52,7 @@ def compare(attend, visible, queries, keys, width=K, dtype=jnp.float32, toleranc
 
         return jax.jit(jax.grad(of, (0, 1, 2), has_aux=True))
 
-    wanted = total(lambda *qkv: attention.dot_product_attention(*qkv, mask))(q, k, v)
+    wanted = total(lambda *qkv: dot_product.dot_product_attention(*qkv, mask))(q, k, v)
     found = total(lambda *qkv: attend(*qkv, visible))(*(array.astype(dtype) for array in (q, k, v)))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one.astype(jnp.float32), other, atol=tolerance)
@@ -65,16 +70,16 @@ def compare(attend, visible, queries, keys, width=K, dtype=jnp.float32, toleranc
 )
 def test_splash_has_the_values_and_gradients_of_the_plain_path(visible, queries, keys):
     """In one block and in several, of lengths that blocks do not divide; values are wider than keys."""
-    compare(functools.partial(kernels.splash_attention, interpret=True), visible, queries, keys, K + 2)
+    compare(functools.partial(fused.splash_attention, interpret=True), visible, queries, keys, K + 2)
 
 
 def check_cudnn(dtype, tolerance):
     """With `cudnn` the real one, where a GPU is."""
-    compare(kernels.cudnn_attention, Visible(causal=True), 24, 24, K, dtype, tolerance)
-    compare(kernels.cudnn_attention, Visible(keys_BS=segments(0, 32, 9)), 24, 32, K, dtype, tolerance)
-    compare(kernels.cudnn_attention, Visible(causal=True), 25, 25, K, dtype, tolerance)
-    compare(kernels.cudnn_attention, Visible(keys_BS=segments(0, 33, 9)), 23, 33, K, dtype, tolerance)
-    compare(kernels.cudnn_attention, Visible(), 24, 33, K, dtype, tolerance)
+    compare(fused.cudnn_attention, Visible(causal=True), 24, 24, K, dtype, tolerance)
+    compare(fused.cudnn_attention, Visible(keys_BS=segments(0, 32, 9)), 24, 32, K, dtype, tolerance)
+    compare(fused.cudnn_attention, Visible(causal=True), 25, 25, K, dtype, tolerance)
+    compare(fused.cudnn_attention, Visible(keys_BS=segments(0, 33, 9)), 23, 33, K, dtype, tolerance)
+    compare(fused.cudnn_attention, Visible(), 24, 33, K, dtype, tolerance)
 
 
 def test_cudnn_is_asked_for_what_the_plain_path_computes(monkeypatch):
@@ -111,8 +116,8 @@ def test_cudnn_has_the_values_and_gradients_of_the_plain_path():
 
 def test_lengths_are_of_what_is_no_padding_and_a_row_of_padding_has_one():
     keys_BS = jnp.asarray([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], jnp.int32)
-    np.testing.assert_array_equal(kernels.key_lengths(Visible(keys_BS=keys_BS)), [3, 4, 1])
-    assert kernels.key_lengths(Visible(causal=True)) is None
+    np.testing.assert_array_equal(fused.key_lengths(Visible(keys_BS=keys_BS)), [3, 4, 1])
+    assert fused.key_lengths(Visible(causal=True)) is None
 
 
 def config_of(path, sizes=(1, 1, 1), **fields):
@@ -121,7 +126,7 @@ def config_of(path, sizes=(1, 1, 1), **fields):
 
 
 def loss_and_gradients(config):
-    mesh, model = sharding.make_mesh(config.mesh), step.Model(config.model, 300)
+    mesh, model = sharding.make_mesh(config.mesh), train_step.Model(config.model, 300)
     ids = np.random.default_rng(0).integers(4, 300, (4, 9)).astype(np.int32)
     ids[:, -2:] = [2, 0]
     params = jax.device_put(model.init(0), sharding.param_shardings(mesh, model.abstract_params))
@@ -144,8 +149,8 @@ def test_a_model_that_attends_by_splash_has_the_plain_one_s_loss_and_gradients_o
         called.append(jax.sharding.get_abstract_mesh().shape)
         return splash_attention(*arguments, interpret=True)
 
-    splash_attention = kernels.splash_attention
-    monkeypatch.setattr(kernels, "splash_attention", interpreted)
+    splash_attention = fused.splash_attention
+    monkeypatch.setattr(fused, "splash_attention", interpreted)
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     found, found_grads = loss_and_gradients(config_of("splash", (2, 2, 1)))
     assert len(called) == 3
@@ -179,9 +184,9 @@ def test_where_each_kernel_can_run(monkeypatch, platform, dtype, width, packed, 
     monkeypatch.setattr(sharding, "platform", lambda: platform)
     q = jnp.zeros((1, 8, 2, width), dtype)
     visible = Visible(jnp.ones((1, 8), jnp.int32)) if packed else Visible()
-    assert kernels.here(q, q, visible, rate) == expected
+    assert fused.here(q, q, visible, rate) == expected
     with sharding.on_mesh(sharding.make_mesh(MeshConfig(data=1, sequence=2))):
-        assert kernels.here(q, q, visible, rate) == ""
+        assert fused.here(q, q, visible, rate) == ""
 
 
 def test_the_platform_is_that_of_the_mesh():
@@ -218,22 +223,22 @@ def test_a_kernel_forced_on_another_platform_is_refused_before_anything_compiles
     config = small_config(model=fields)
     monkeypatch.setattr(jax, "jit", None)
     with pytest.raises(UserError, match=f"it runs on {platform} devices, and these are cpu devices"):
-        step.make_train_step(step.Model(config.model, 300), config, sharding.make_mesh(config.mesh))
+        train_step.make_train_step(train_step.Model(config.model, 300), config, sharding.make_mesh(config.mesh))
 
 
 def test_a_run_is_refused_before_its_data_is_prepared(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.corpora, "open_corpus", None)
+    monkeypatch.setattr(trainer.corpora, "open_corpus", None)
     with pytest.raises(UserError, match="it runs on tpu devices"):
-        loop.Run(small_config(model={"attention": "splash"}), epath.Path(tmp_path))
+        trainer.Run(small_config(model={"attention": "splash"}), epath.Path(tmp_path))
 
 
 def test_a_mesh_that_fills_up_the_length_is_refused_too():
     config = small_config(model={"attention": "splash"}, mesh={"data": 1, "sequence": -1})
     mesh = sharding.make_mesh(config.mesh)
     with pytest.raises(UserError, match=r"it runs on tpu devices"):
-        kernels.require(config, mesh)
+        fused.require(config, mesh)
     with pytest.raises(UserError, match=r"expected mesh\.sequence = 1, got 8"):
-        kernels.require(config, on_platform(mesh, "tpu"))
+        fused.require(config, on_platform(mesh, "tpu"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,23 +259,23 @@ def on_platform(mesh, platform, capability="9.0"):
 def test_a_gpu_that_is_too_old_or_of_amd_is_refused(capability):
     config = small_config(model=CUDNN)
     mesh = sharding.make_mesh(MeshConfig(data=1))
-    kernels.require(config, on_platform(mesh, "gpu"))
+    fused.require(config, on_platform(mesh, "gpu"))
     with pytest.raises(UserError, match=rf"NVIDIA GPU of compute capability 8\.0 or more, and these have {capability}"):
-        kernels.require(config, on_platform(mesh, "gpu", capability))
+        fused.require(config, on_platform(mesh, "gpu", capability))
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """As on a machine with a GPU: takes what a trial of cuDNN finds there, and returns the widths that are tried."""
-    monkeypatch.setattr(kernels, "_trials", {})
-    monkeypatch.setattr(kernels, "_in_training", {})
+    monkeypatch.setattr(fused, "_trials", {})
+    monkeypatch.setattr(fused, "_in_training", {})
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     def with_gpu(failure, capability="9.0"):
         tried = []
         monkeypatch.setattr(jax, "local_devices", lambda: [Device("gpu", capability)])
-        monkeypatch.setattr(kernels, "try_cudnn", lambda width: tried.append(width) or failure)
+        monkeypatch.setattr(fused, "try_cudnn", lambda width: tried.append(width) or failure)
         return tried
 
     return with_gpu
@@ -279,13 +284,13 @@ def machine(monkeypatch):
 def required(capability="9.0", **model):
     """What `require` makes of a config of long sentences on such a GPU."""
     config = small_config(model={**CUDNN, **model}, data={"max_length": 512}, train={"batch_tokens": 512})
-    kernels.require(config, on_platform(sharding.make_mesh(config.mesh), "gpu", capability))
+    fused.require(config, on_platform(sharding.make_mesh(config.mesh), "gpu", capability))
 
 
 def chosen(length, width=8):
     """The attention that auto takes for self-attention of this length."""
     q = jnp.zeros((1, length, 2, width), jnp.bfloat16)
-    return layers.choose_path("auto", length, length, kernels.here(q, q, Visible(), 0.0))
+    return layers.choose_path("auto", length, length, fused.here(q, q, Visible(), 0.0))
 
 
 def test_auto_takes_cudnn_after_a_trial_that_works(machine, capsys):
@@ -315,15 +320,15 @@ def test_a_forced_kernel_says_why_its_trial_failed(machine):
     with pytest.raises(UserError, match=r"model\.attention = cudnn: no execution plans; auto takes what fits"):
         required()
     machine("")
-    kernels._trials.clear()
+    fused._trials.clear()
     required()
     assert fingerprint.of_host()["cuDNN attention"] == "works"
 
 
 def test_a_trial_that_fails_on_one_process_counts_for_all(machine, monkeypatch, capsys):
     machine("")
-    monkeypatch.setattr(hosts, "gather", lambda what, text: [text, "no execution plans"])
-    monkeypatch.setattr(hosts, "name", lambda host: f"host {host}")
+    monkeypatch.setattr(multihost, "gather", lambda what, text: [text, "no execution plans"])
+    monkeypatch.setattr(multihost, "name", lambda host: f"host {host}")
     required(attention="auto")
     assert chosen(512) == "blockwise"
     assert "no execution plans on host 1; auto" in capsys.readouterr().err
@@ -340,7 +345,7 @@ def test_an_amd_gpu_takes_no_kernel_and_tries_none(machine, capsys):
 def test_nothing_is_tried_where_training_would_not_choose_it(machine):
     tried = machine("")
     config = small_config(model={**CUDNN, "attention": "auto"})
-    kernels.require(config, on_platform(sharding.make_mesh(config.mesh), "gpu"))  # of short sentences
+    fused.require(config, on_platform(sharding.make_mesh(config.mesh), "gpu"))  # of short sentences
     required(attention="blockwise")
     required(attention="auto", dtype="float32")
     assert tried == []
@@ -350,10 +355,10 @@ def test_nothing_is_tried_where_training_would_not_choose_it(machine):
 def test_a_trial_runs_forward_and_backward_on_all_devices_within_a_trace(monkeypatch):
     """Also where a transfer guard forbids to read anything back."""
     asked, found = stand_in_for_cudnn(monkeypatch), []
-    monkeypatch.setattr(kernels, "_trials", {})
+    monkeypatch.setattr(fused, "_trials", {})
 
     def traced(x):
-        found.append(kernels._trial(8))
+        found.append(fused._trial(8))
         return x + 1
 
     with jax.transfer_guard("disallow"):
@@ -368,9 +373,9 @@ def test_a_trial_notices_errors_and_wrong_numbers(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(jax.nn, "dot_product_attention", fails)
-        assert kernels.try_cudnn(8) == "a trial failed with RuntimeError: no execution plans"
+        assert fused.try_cudnn(8) == "a trial failed with RuntimeError: no execution plans"
     stand_in_for_cudnn(monkeypatch, 1.1)
-    assert re.fullmatch(r"in a trial its numbers were off by 0\.\d+ of their norm", kernels.try_cudnn(8))
+    assert re.fullmatch(r"in a trial its numbers were off by 0\.\d+ of their norm", fused.try_cudnn(8))
 
 
 def compiled(topology, **fields):
@@ -379,9 +384,9 @@ def compiled(topology, **fields):
     config = small_config(
         model=model, data={"max_length": 640}, train={"batch_tokens": 640}, mesh={"data": 2, "tensor": 2}
     )
-    mesh = sharding.make_mesh(config.mesh, ahead.devices(parse_topology(topology)))
-    text = ahead.compile_step(config, mesh, 4, 640, -1.0).text
-    return text, program_cost.flops(Program(text)) * 4, cost.training_flops(config.model, 300, 4, 640, 640)
+    mesh = sharding.make_mesh(config.mesh, aot.devices(parse_topology(topology)))
+    text = aot.compile_step(config, mesh, 4, 640, -1.0).text
+    return text, hlo_cost.flops(Program(text)) * 4, cost.training_flops(config.model, 300, 4, 640, 640)
 
 
 @pytest.mark.tpu
@@ -399,11 +404,11 @@ def test_splash_compiles_for_a_tpu_forward_and_backward():
 def test_translation_on_tpus_encodes_by_splash_too():
     """Each device on its own, where nothing is left to split."""
     config = config_of("splash")
-    mesh = sharding.make_mesh(MeshConfig(), ahead.devices(parse_topology("v5e:2x2")))
-    model = step.Model(config.model, 300)
+    mesh = sharding.make_mesh(MeshConfig(), aot.devices(parse_topology("v5e:2x2")))
+    model = train_step.Model(config.model, 300)
     encode = jax.jit(sharding.over_rows(mesh, lambda params, ids: model.bind(params).encode(ids)))
     rows = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=sharding.batch_sharding(mesh, "sentences"))
-    lowered = encode.trace(step.abstract_params(model, mesh), rows).lower(lowering_platforms=("tpu",))
+    lowered = encode.trace(train_step.abstract_params(model, mesh), rows).lower(lowering_platforms=("tpu",))
     assert "%splash_mha_fwd" in lowered.compile().as_text()
 
 

@@ -17,7 +17,7 @@ from tests import slurm
 from tests.conftest import ROOT
 from tests.processes import TINY, data_flags, environment, write_data
 from tests.test_hosts import losses, train_here
-from transformer.checkpoint import Checkpoints
+from transformer.checkpoints.manager import Checkpoints
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))

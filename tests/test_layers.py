@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from transformer import dropout, layers
-from transformer.attention import Visible
+from transformer.attention import dropout
+from transformer.attention.dot_product import Visible
+from transformer.models import layers
 
 
 def plain_layer_norm(x, scale, bias):

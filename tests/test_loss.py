@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.loss import cross_entropy
-from transformer.tokenizer import PAD
+from transformer.data.tokenizer import PAD
+from transformer.models.loss import cross_entropy
 
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 7)) * 3, jnp.float32)
 TARGET = jnp.asarray([[4, 5, 2, PAD], [6, 2, PAD, PAD], [3, 3, 3, 2]], jnp.int32)

@@ -103,7 +103,7 @@ def test_hosts_with_other_data_are_told(folder, tmp_path):
 def test_hosts_with_other_code_are_told(folder, tmp_path):
     """Host 1 has a copy of the package with one more comment."""
     shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "runs"))
-    with (tmp_path / "copy" / "transformer" / "loss.py").open("a") as file:
+    with (tmp_path / "copy" / "transformer" / "models" / "loss.py").open("a") as file:
         file.write("# another\n")
     ours = command(folder, tmp_path / "run")
     theirs = [tmp_path / "copy" / "train.py", *ours[1:]]
@@ -126,7 +126,7 @@ def test_hosts_that_do_not_share_the_workdir_are_told(folder, tmp_path):
 def test_a_workdir_that_is_held_is_refused_on_every_host(folder, tmp_path):
     from etils import epath
 
-    from transformer import workdir
+    from transformer.training import workdir
 
     with (
         workdir.lock(epath.Path(tmp_path / "run")),

@@ -12,14 +12,15 @@ import pytest
 
 from tests.conftest import small_config
 from tests.test_step import draw_batch
-from transformer import sharding, step
-from transformer.batching import Batch
 from transformer.config import MeshConfig
-from transformer.loss import cross_entropy
-from transformer.planning import ahead, program_cost
-from transformer.planning.chips import parse_topology
+from transformer.data.batching import Batch
+from transformer.data.tokenizer import EOS
+from transformer.distributed import sharding
+from transformer.models.loss import cross_entropy
+from transformer.planning import aot, hlo_cost
+from transformer.planning.hardware import parse_topology
 from transformer.planning.hlo import Program
-from transformer.tokenizer import EOS
+from transformer.training import train_step as step
 
 V = 40
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -240,12 +241,12 @@ def test_fsdp_on_tpus_scatters_the_sums_of_gradients():
     """Slices of 128 numbers, a row of the chip's registers: sums of narrower ones may reach every chip whole."""
     fields = {"num_layers": 1, "emb_dim": 512, "num_heads": 8, "mlp_dim": 512}
     config = small_config(model=fields, data={"vocab_size": 320}, mesh={"data": 1, "fsdp": 4})
-    mesh = sharding.make_mesh(config.mesh, ahead.devices(parse_topology("v5e:2x2")))
-    text = ahead.compile_step(config, mesh, 16, 32, -1.0).text
+    mesh = sharding.make_mesh(config.mesh, aot.devices(parse_topology("v5e:2x2")))
+    text = aot.compile_step(config, mesh, 16, 32, -1.0).text
     leaves = jax.tree.leaves(step.Model(config.model, 320).abstract_params)
     matrices = sum(4 * leaf.size for leaf in leaves if leaf.ndim > 1)
     vectors = sum(4 * leaf.size for leaf in leaves if leaf.ndim == 1)
-    sent = {one.kind: one.bytes for one in program_cost.collectives(Program(text), dict(mesh.shape))}
+    sent = {one.kind: one.bytes for one in hlo_cost.collectives(Program(text), dict(mesh.shape))}
     assert sent.keys() <= {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
     assert matrices - 4 * 320 * 512 <= sent["reduce-scatter"] <= matrices
     assert sent["all-reduce"] <= vectors + 1024

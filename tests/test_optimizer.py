@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from transformer.optimizer import make_optimizer, make_schedule
+from transformer.training.optimizer import make_optimizer, make_schedule
 
 
 def schedule(**fields):

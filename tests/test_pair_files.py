@@ -5,8 +5,8 @@ import lzma
 import pytest
 import zstandard
 
-from transformer.datasets import pair_files
-from transformer.errors import UserError
+from transformer.data import parallel_formats
+from transformer.runtime.errors import UserError
 
 LANGUAGES = ("en", "de")
 TMX = """<?xml version="1.0" encoding="UTF-8"?>
@@ -22,7 +22,7 @@ msgstr "Content-Type: text/plain; charset=UTF-8\\n"
 
 def pairs_of(path, content, columns=""):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return list(pair_files.read_pairs(path, LANGUAGES, columns))
+    return list(parallel_formats.read_pairs(path, LANGUAGES, columns))
 
 
 def refusal_of(path, content, columns=""):
@@ -187,7 +187,7 @@ def test_tmx_in_an_encoding_that_expat_lacks_is_refused(tmp_path, encoding):
     ],
 )
 def test_no_text_of_a_tmx_unit_is_its_own_translation(languages, codes, pair):
-    assert pair_files._tmx_pair({code.lower(): code for code in codes}, languages) == pair
+    assert parallel_formats._tmx_pair({code.lower(): code for code in codes}, languages) == pair
 
 
 def test_tmx_of_no_units_is_empty(tmp_path):

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import zstandard
 
-from transformer import progress
 from transformer.config import DataConfig
-from transformer.datasets import pair_shards, parallel_text, prepared
-from transformer.datasets.split import Split
-from transformer.errors import UserError
+from transformer.data import local_text, pair_shards, prepared
+from transformer.data.split import Split
+from transformer.runtime import progress
+from transformer.runtime.errors import UserError
 
 LANGUAGES = ("en", "de")
 NASTY = [
@@ -51,7 +51,7 @@ def names_of(splits):
 
 def refusal_of(data):
     with pytest.raises(UserError) as error:
-        parallel_text.find_splits(data)
+        local_text.find_splits(data)
     return str(error.value)
 
 
@@ -75,8 +75,8 @@ def test_a_pipe_is_refused_as_data_before_it_blocks(tmp_path, field):
 
 
 def build(data, data_dir):
-    files = parallel_text.find_splits(data)
-    return prepared.prepare(lambda: parallel_text.ParallelText(files, data_dir), own=True)
+    files = local_text.find_splits(data)
+    return prepared.prepare(lambda: local_text.ParallelText(files, data_dir), own=True)
 
 
 def pairs_of(opened, split):
@@ -90,7 +90,7 @@ def test_a_folder_names_its_splits(tmp_path, stem):
     write(
         tmp_path, test_2016_flickr__fr=["z"], bpe__codes=["e n"], mono__en=["x"], __hidden__en=["x"], __hidden__de=["x"]
     )
-    splits = parallel_text.find_splits(config(dir=tmp_path))
+    splits = local_text.find_splits(config(dir=tmp_path))
     assert names_of(splits) == {
         "train": ["train.en", "train.de"],
         "validation": [f"{stem}.en", f"{stem}.de"],
@@ -103,7 +103,7 @@ def test_a_folder_may_be_compressed_and_serves_both_directions(tmp_path):
     (tmp_path / "train.en.gz").write_bytes(gzip.compress(b"x\n"))
     (tmp_path / "train.de.zst").write_bytes(zstandard.ZstdCompressor().compress(b"y\n"))
     data = config(dir=tmp_path, source_language="de", target_language="en")
-    splits = parallel_text.find_splits(data)
+    splits = local_text.find_splits(data)
     assert names_of(splits) == {"train": ["train.de.zst", "train.en.gz"]}
     assert list(splits["train"].pairs()) == [("y", "x")]
 
@@ -144,7 +144,7 @@ def test_columns_without_tsv_are_refused(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"")
     assert "picks columns of .tsv files" in refusal_of(config(train=tmp_path / "a.jsonl", columns="1,2"))
     assert "expected two columns" in refusal_of(config(train=tmp_path / "a.tsv", columns="1"))
-    assert parallel_text.find_splits(config(train=tmp_path / "a.tsv", columns="2,1"))["train"].columns == "2,1"
+    assert local_text.find_splits(config(train=tmp_path / "a.tsv", columns="2,1"))["train"].columns == "2,1"
 
 
 def test_sentences_and_their_order_come_back_as_they_were(tmp_path):
@@ -218,8 +218,8 @@ def test_columns_and_formats_are_part_of_the_folder_but_names_are_not(tmp_path):
     for name in ("a.tsv", "b.tsv", "a.jsonl"):
         (tmp_path / name).write_bytes(content)
     folders = [
-        parallel_text.ParallelText(
-            parallel_text.find_splits(config(train=tmp_path / name, columns=columns)), tmp_path
+        local_text.ParallelText(
+            local_text.find_splits(config(train=tmp_path / name, columns=columns)), tmp_path
         ).data_path
         for name, columns in [("a.tsv", ""), ("b.tsv", ""), ("a.tsv", "1,2"), ("a.tsv", "2,1"), ("a.jsonl", "")]
     ]
@@ -241,13 +241,13 @@ def test_bad_text_leaves_nothing_behind(tmp_path, train, says):
 
 def test_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch):
     write(tmp_path / "text", train__en=["a"], train__de=["b"])
-    examples = parallel_text.ParallelText._examples
+    examples = local_text.ParallelText._examples
 
     def change(self, *args):
         write(tmp_path / "text", train__de=["c"])
         yield from examples(self, *args)
 
-    monkeypatch.setattr(parallel_text.ParallelText, "_examples", change)
+    monkeypatch.setattr(local_text.ParallelText, "_examples", change)
     with pytest.raises(UserError, match="changed while they were being read"):
         build(config(dir=tmp_path / "text"), tmp_path / "data")
     assert not list((tmp_path / "data").glob("**/*record*"))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks import one_layer, parallelism, plots
-from transformer import sharding
-from transformer.errors import UserError
-from transformer.reporting.charts import Series
+from transformer.distributed import sharding
+from transformer.evaluation.charts import Series
+from transformer.runtime.errors import UserError
 
 LENGTHS = (32, 64, 128)
 WIDTH = 32

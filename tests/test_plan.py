@@ -8,10 +8,13 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, small_config
-from transformer import cost, plan, sharding, step
-from transformer.errors import UserError
-from transformer.planning import ahead
-from transformer.planning.chips import parse_topology
+from transformer import plan
+from transformer.distributed import sharding
+from transformer.models import flops
+from transformer.planning import aot
+from transformer.planning.hardware import parse_topology
+from transformer.runtime.errors import UserError
+from transformer.training import train_step
 
 KEYS = ["topology", "chips", "bytes_per_chip", "bytes_available", "fits", "flops_per_step", "collectives"]
 SMALL = [
@@ -56,7 +59,7 @@ def test_the_command_prints_a_table_and_its_last_line_is_json():
 def test_flops_are_those_of_the_closed_form():
     row = planned(train={"batch_tokens": 1024})
     assert row["rows"] == 32
-    expected = cost.training_flops(small_config(model={"num_layers": 1}).model, 300, 32, 32, 32)
+    expected = flops.training_flops(small_config(model={"num_layers": 1}).model, 300, 32, 32, 32)
     assert row["flops_per_step"] == row["flops_closed_form"] == expected
 
 
@@ -69,7 +72,7 @@ def test_the_parts_of_a_step_are_a_loop_that_is_counted_by_its_trips():
 @pytest.mark.slow
 def test_arguments_are_the_state_and_the_batch_and_results_take_their_place():
     row = planned(train={"batch_tokens": 1024, "ema_decay": 0.9})
-    params = step.Model(small_config(model={"num_layers": 1}).model, 300).num_params()
+    params = train_step.Model(small_config(model={"num_layers": 1}).model, 300).num_params()
     batch = 2 * 4 * 32 * 32 // 8
     assert 0 <= row["arguments_bytes"] - (4 * 4 * params + batch) < 100
     assert row["outputs_bytes"] < 10_000
@@ -79,7 +82,7 @@ def test_arguments_are_the_state_and_the_batch_and_results_take_their_place():
 @pytest.mark.slow
 def test_a_data_parallel_step_sends_its_gradients_and_nothing_else():
     row = planned(train={"batch_tokens": 1024})
-    params = step.Model(small_config(model={"num_layers": 1}).model, 300).num_params()
+    params = train_step.Model(small_config(model={"num_layers": 1}).model, 300).num_params()
     assert list(row["collectives"]) == ["all-reduce"]
     assert list(row["collectives"]["all-reduce"]["axes"]) == ["data"]
     # Embedding, its two uses and the logits may each send their own part of its gradient.
@@ -111,8 +114,8 @@ def test_the_largest_batch_that_fits_does_and_a_larger_one_does_not():
     assert row["fit_tokens_per_chip"] * 8 == row["fit_batch_tokens"] > 1024
 
     def needed(tokens):
-        mesh = sharding.make_mesh(config.mesh, ahead.devices(tight))
-        return ahead.compile_step(config, mesh, tokens // 32, 32).needed
+        mesh = sharding.make_mesh(config.mesh, aot.devices(tight))
+        return aot.compile_step(config, mesh, tokens // 32, 32).needed
 
     found = row["fit_batch_tokens"]
     assert needed(found) <= tight.chip.memory < needed(max(found + 256, int(1.05 * found)))
@@ -145,11 +148,11 @@ def test_mistakes_are_told_before_jax_is_imported():
 
 
 def test_without_the_tpu_compiler_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"TPU compiler: run `make plan`, or pip install 'jax\[tpu\]=="):
-        ahead.devices(parse_topology("v5e:4x4"))
+        aot.devices(parse_topology("v5e:4x4"))
     with pytest.raises(UserError, match=r"GPU compiler: pip install 'jax\[cuda13\]=="):
-        ahead.devices(parse_topology("h100:8"))
+        aot.devices(parse_topology("h100:8"))
 
 
 @pytest.mark.parametrize(
@@ -172,16 +175,16 @@ def test_without_the_tpu_compiler_it_says_what_to_install(monkeypatch):
     ],
 )
 def test_what_a_program_too_large_would_need_is_read_from_the_compiler_s_message(message, gib):
-    assert ahead.needed_bytes(message) == int(gib * 2**30)
+    assert aot.needed_bytes(message) == int(gib * 2**30)
 
 
 def test_other_errors_of_the_compiler_stay_errors():
     with pytest.raises(RuntimeError, match="INTERNAL"):
-        ahead.needed_bytes("INTERNAL: something else")
+        aot.needed_bytes("INTERNAL: something else")
 
 
 def test_a_program_too_large_has_a_row_all_the_same(monkeypatch):
-    monkeypatch.setattr(ahead, "compile_step", lambda *_: ahead.Compiled(0, 0, 0, 0, 0, 2**40, ""))
+    monkeypatch.setattr(aot, "compile_step", lambda *_: aot.Compiled(0, 0, 0, 0, 0, 2**40, ""))
     row = planned()
     assert (row["fits"], row["bytes_per_chip"], row["tokens_per_s_bound"]) == (False, 2**40, None)
     assert "does not fit" in "\n".join(plan.described(row))
@@ -207,8 +210,8 @@ def test_the_tpu_compiler_says_how_much_too_large_a_program_is():
     model = {"num_layers": 1, "emb_dim": 128, "mlp_dim": 256}
     config = small_config(model=model, data={"vocab_size": 32000, "max_length": 256}, mesh={"data": -1})
     topology = parse_topology("v5e:2x2")
-    mesh = sharding.make_mesh(config.mesh, ahead.devices(topology))
-    found = ahead.compile_step(config, mesh, 2000, 256, -1.0)
+    mesh = sharding.make_mesh(config.mesh, aot.devices(topology))
+    found = aot.compile_step(config, mesh, 2000, 256, -1.0)
     assert not found.text
     assert topology.chip.memory < found.needed < 1.2 * topology.chip.memory
 

@@ -13,9 +13,10 @@ import pytest
 
 from tests import wmt_archives
 from tests.conftest import ROOT
-from transformer import command_line, pipeline, prepare, tokenizer
-from transformer.datasets import corpus as corpora
-from transformer.errors import UserError
+from transformer import command_line, prepare
+from transformer.data import corpus as corpora
+from transformer.data import input_pipeline, tokenizer
+from transformer.runtime.errors import UserError
 
 
 def flags(config, **fields):
@@ -32,10 +33,10 @@ def assert_nothing_is_left_to_do(config, monkeypatch, workdir, capfd):
         patch.setattr(tokenizer, "train", lambda *_: pytest.fail("trains a vocabulary"))
         patch.setattr(tokenizer.Tokenizer, "encode", lambda *_: pytest.fail("tokenizes"))
         corpus = corpora.open_corpus(config.data)
-        trained = pipeline.get_tokenizer(config.data, corpus, workdir)
-        ids = pipeline.token_ids(config.data, corpus, "train", trained)
-    plan = pipeline.make_plan(config, ids)
-    batch = next(pipeline.train_iterator(plan, ids, start=0, num_steps=1))
+        trained = input_pipeline.get_tokenizer(config.data, corpus, workdir)
+        ids = input_pipeline.token_ids(config.data, corpus, "train", trained)
+    plan = input_pipeline.make_plan(config, ids)
+    batch = next(input_pipeline.train_iterator(plan, ids, start=0, num_steps=1))
     assert batch.target_BT.shape[0] >= 1
     assert "preparing" not in capfd.readouterr().err
     return corpus, trained

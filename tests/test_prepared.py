@@ -10,8 +10,8 @@ import time
 import pytest
 import tensorflow_datasets as tfds
 
-from transformer.datasets import prepared
-from transformer.errors import UserError
+from transformer.data import prepared
+from transformer.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 SLOW = """
 import sys, time
 import tensorflow_datasets as tfds
-from transformer.datasets import prepared
+from transformer.data import prepared
 
 class SlowPairs(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")

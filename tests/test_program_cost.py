@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from transformer.planning import program_cost
+from transformer.planning import hlo_cost
 from transformer.planning.hlo import Program
-from transformer.planning.program_cost import Collective
+from transformer.planning.hlo_cost import Collective
 
 MESH = {"data": 2, "fsdp": 4}
 
@@ -33,12 +33,12 @@ def test_matrix_products_of_a_scan_are_counted_by_its_trips():
     def function(x, w):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
-    assert program_cost.flops(program_of(function, (8, 16), (5, 16, 16))) == 5 * 2 * 8 * 16 * 16
+    assert hlo_cost.flops(program_of(function, (8, 16), (5, 16, 16))) == 5 * 2 * 8 * 16 * 16
 
 
 def test_batched_products():
     product = program_of(lambda x, y: jnp.einsum("bth,bsh->bts", x, y), (3, 5, 7), (3, 11, 7))
-    assert program_cost.flops(product) == 2 * 3 * 5 * 11 * 7
+    assert hlo_cost.flops(product) == 2 * 3 * 5 * 11 * 7
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_convolutions_count_real_products_alone(padding, stride, expected):
     def function(x, w):
         return jax.lax.conv_general_dilated(x, w, (stride,), padding, dimension_numbers=("NWC", "WIO", "NWC"))
 
-    assert program_cost.flops(program_of(function, (4, 10, 2), (3, 2, 3))) == expected
+    assert hlo_cost.flops(program_of(function, (4, 10, 2), (3, 2, 3))) == expected
 
 
 def test_a_batched_product_as_the_tpu_compiler_writes_it():
@@ -65,7 +65,7 @@ def test_a_batched_product_as_the_tpu_compiler_writes_it():
         "  ROOT %c = f32[16,16,256,256]{2,3,1,0:T(8,128)} convolution(%x, %y), window={size=16x16 stride=15x15 "
         "lhs_dilate=16x16}, dim_labels=0b1f_0o1i->01bf",
     )
-    assert program_cost.flops(program) == 2 * 16 * 16 * 256 * 256 * 64
+    assert hlo_cost.flops(program) == 2 * 16 * 16 * 256 * 256 * 64
 
 
 @pytest.mark.parametrize("target", ["__cublas$gemm", "__cublas$lt$matmul"])
@@ -79,8 +79,8 @@ def test_products_that_xla_leaves_to_cublas(target):
         f'backend_config={{"gemm_backend_config":{{"beta":0,"dot_dimension_numbers":{{{dimensions}}}}}}}',
         "  ROOT %product = bf16[3,5,11]{2,1,0} get-tuple-element(%both), index=0",
     )
-    assert program_cost.flops(program) == 2 * 3 * 5 * 11 * 7
-    assert program_cost.memory_bytes(program) == 2 * 3 * (7 * 5 + 7 * 11 + 5 * 11)
+    assert hlo_cost.flops(program) == 2 * 3 * 5 * 11 * 7
+    assert hlo_cost.memory_bytes(program) == 2 * 3 * (7 * 5 + 7 * 11 + 5 * 11)
 
 
 def test_traffic_is_operands_and_results_of_main_memory():
@@ -91,14 +91,14 @@ def test_traffic_is_operands_and_results_of_main_memory():
         "  %done = f32[2,4]{1,0:S(1)} slice-done(%start)",
         "  ROOT %sum = f32[8,4]{1,0} add(%x, %near)",
     )
-    assert program_cost.memory_bytes(program) == 2 * 4 * 4 + 2 * 8 * 4 * 4
+    assert hlo_cost.memory_bytes(program) == 2 * 4 * 4 + 2 * 8 * 4 * 4
 
 
 def test_a_loop_reads_the_slices_of_its_stack_and_not_the_stack():
     def function(x, w):
         return jax.lax.scan(lambda x, w: (jnp.sin(x) * w, w * 2), x, w)
 
-    moved = program_cost.memory_bytes(program_of(function, (1024,), (64, 1024)))
+    moved = hlo_cost.memory_bytes(program_of(function, (1024,), (64, 1024)))
     row = 1024 * 4
     assert 4 * 64 * row <= moved <= 9 * 64 * row  # x and w in, x and 2w out; the stack each time would be 64 times that
 
@@ -108,7 +108,7 @@ def test_a_gradient_over_the_data_axes_is_one_reduction():
         return jax.grad(lambda w: (x @ w).sum())(w)
 
     rows, whole = on_mesh(("data", "fsdp")), on_mesh()
-    found = program_cost.collectives(program_of(gradient, (16, 32), (64, 16), shardings=(whole, rows), out=whole), MESH)
+    found = hlo_cost.collectives(program_of(gradient, (16, 32), (64, 16), shardings=(whole, rows), out=whole), MESH)
     # w's gradient is the same in every column, which XLA knows.
     assert [(one.kind, one.axes, one.chips, one.number) for one in found] == [("all-reduce", ("data", "fsdp"), 8, 1)]
     assert found[0].bytes in (16 * 4, 16 * 32 * 4)
@@ -117,7 +117,7 @@ def test_a_gradient_over_the_data_axes_is_one_reduction():
 @pytest.mark.parametrize(("axis", "chips"), [("data", 2), ("fsdp", 4)])
 def test_gathering_along_one_axis(axis, chips):
     program = program_of(lambda x: x * 2, (16, 32), shardings=(on_mesh(axis),), out=on_mesh())
-    assert program_cost.collectives(program, MESH) == [Collective("all-gather", (axis,), chips, 1, 16 * 32 * 4)]
+    assert hlo_cost.collectives(program, MESH) == [Collective("all-gather", (axis,), chips, 1, 16 * 32 * 4)]
 
 
 def test_permutations_in_a_loop_count_by_its_trips():
@@ -128,7 +128,7 @@ def test_permutations_in_a_loop_count_by_its_trips():
 
     where = on_mesh(None, "fsdp")
     mapped = jax.shard_map(function, mesh=where.mesh, in_specs=where.spec, out_specs=where.spec)
-    (found,) = program_cost.collectives(program_of(mapped, (8, 16), shardings=(where,), out=where), MESH)
+    (found,) = hlo_cost.collectives(program_of(mapped, (8, 16), shardings=(where,), out=where), MESH)
     assert found[:4] == ("collective-permute", ("fsdp",), 2, 3)
     assert found.bytes == 3 * 8 * 16 * 4 // 4
 
@@ -156,14 +156,14 @@ def test_groups_of_devices_in_every_notation_are_axes_of_the_mesh(groups, axes):
         f"  ROOT %r = f32[16]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, use_global_device_ids=true, "
         "to_apply=%add",
     )
-    (found,) = program_cost.collectives(program, MESH)
+    (found,) = hlo_cost.collectives(program, MESH)
     assert (found.axes, found.bytes) == (axes, 64)
 
 
 def test_groups_that_cannot_be_read_are_an_error():
     program = entry("  %x = f32[16]{0} parameter(0)", "  ROOT %r = f32[16]{0} all-reduce(%x), replica_groups=mesh[?")
     with pytest.raises(ValueError, match="cannot read"):
-        program_cost.collectives(program, MESH)
+        hlo_cost.collectives(program, MESH)
 
 
 SCATTER = """%sum-and-slice (p: f32[16], q: f32[8,8]) -> (f32[2], f32[1,8]) {
@@ -188,13 +188,13 @@ ENTRY %main (a: f32[16], b: f32[8,8]) -> f32[2] {
 
 
 def test_sums_of_which_slices_are_kept_are_a_reduce_scatter_and_share_a_channel():
-    found = program_cost.collectives(Program(SCATTER), MESH)
+    found = hlo_cost.collectives(Program(SCATTER), MESH)
     assert found == [Collective("reduce-scatter", ("data", "fsdp"), 8, 2, 2 * (64 + 256))]
 
 
 def test_a_sum_that_is_kept_whole_is_none():
     whole = SCATTER.replace("tuple(%mine, %row)", "tuple(%one, %row)").replace("dynamic-slice(%one", "negate(%id")
-    (found,) = program_cost.collectives(Program(whole), MESH)
+    (found,) = hlo_cost.collectives(Program(whole), MESH)
     assert found.kind == "all-reduce"
 
 
@@ -220,4 +220,4 @@ ENTRY %main (a: f32[2], b: f32[4]) -> f32[4] {
 
 
 def test_a_transfer_that_goes_on_during_several_fusions_counts_once():
-    assert program_cost.collectives(Program(GATHER), MESH) == [Collective("all-gather", ("data", "fsdp"), 8, 1, 64)]
+    assert hlo_cost.collectives(Program(GATHER), MESH) == [Collective("all-gather", ("data", "fsdp"), 8, 1, 64)]

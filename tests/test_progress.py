@@ -2,7 +2,7 @@
 
 import pytest
 
-from transformer import progress
+from transformer.runtime import progress
 
 
 @pytest.mark.parametrize(("seconds", "lines"), [(10, []), (0, ["0 done", "1 done", "2 done"]), (1.5, ["1 done"])])

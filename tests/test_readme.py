@@ -9,9 +9,10 @@ import subprocess
 import pytest
 
 from tests.conftest import ROOT
-from transformer import command_line, tokenizer, translate, validation
-from transformer import config as configs
-from transformer.datasets import cldr
+from transformer import command_line, translate
+from transformer.config import schema, validation
+from transformer.data import tokenizer
+from transformer.data.cldr import generator
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -33,11 +34,11 @@ def test_every_link_into_the_repository_leads_somewhere():
 def test_every_field_it_names_exists():
     for text in PAGES.values():
         for argument in re.findall(r"--config\.\w+\.\w+", text):
-            configs.field_type(*argument.removeprefix("--config.").split("."))
+            schema.field_type(*argument.removeprefix("--config.").split("."))
         for field in re.findall(r"--decode\.([a-z]\w*)", text):
-            configs.field_type("decode", field)
+            schema.field_type("decode", field)
         for section, field in re.findall(r"`(data|model|train|mesh|decode|optimizer)\.(\w{3,})`", text):
-            configs.field_type(section, field)
+            schema.field_type(section, field)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_its_python_is_a_config(tmp_path):
     (tmp_path / "mine.py").write_text(body)
     config, _ = command_line.config_flags(["train.py", f"--config={tmp_path}/mine.py"])
     assert (config.data.target_language, config.model.dropout_rate) == ("fr", 0.3)
-    sentences = [sentence for pair in cldr.generate("fr", {"train": 5000})["train"] for sentence in pair]
+    sentences = [sentence for pair in generator.generate("fr", {"train": 5000})["train"] for sentence in pair]
     assert tokenizer.train(sentences, config.data.vocab_size, config.data.tokenizer).vocab_size == 2000
 
 
@@ -78,7 +79,7 @@ def test_its_python_translates(monkeypatch):
     monkeypatch.setattr(translate, "load", lambda workdir, checkpoint, ensemble: Model())
     exec(compile(body, "README.md", "exec"), {})
     for options in calls:
-        decode = {name: value for name, value in options.items() if name in configs.field_names("decode")}
+        decode = {name: value for name, value in options.items() if name in schema.field_names("decode")}
         assert options.keys() - decode.keys() <= {"n_best", "prefixes", "constraints"}
         validation.resolve({"decode": decode})
     assert len(calls) == 4

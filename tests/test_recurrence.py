@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import slow
-from transformer import recurrence
-from transformer.recurrence import LstmState, Weights
+from transformer.models import recurrence
+from transformer.models.recurrence import LstmState, Weights
 
 B, T, D, H = 2, 5, 3, 4
 KEEP = jnp.asarray([[0, 1, 1, 0, 1], [1, 1, 0, 0, 1]], bool)

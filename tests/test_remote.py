@@ -15,11 +15,12 @@ from tests import storage
 from tests.conftest import ROOT, small_config
 from tests.processes import TINY, environment, on_hosts, write_data
 from tests.test_hosts import losses, train_here
-from transformer import remote, workdir
-from transformer.checkpoint import MANIFEST, Checkpoints
-from transformer.datasets import corpus as corpora
-from transformer.errors import UserError, WorkdirError
-from transformer.files import append, growing, reported, write_whole
+from transformer.checkpoints.manager import MANIFEST, Checkpoints
+from transformer.data import corpus as corpora
+from transformer.runtime import object_storage
+from transformer.runtime.errors import UserError, WorkdirError
+from transformer.runtime.files import append, growing, reported, write_whole
+from transformer.training import workdir
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the clients' own making
 
@@ -47,9 +48,9 @@ def bucket(request, tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """Locks that are given up soon."""
-    monkeypatch.setattr(remote, "BEAT", 0.3)
-    monkeypatch.setattr(remote, "STALE", 2.0)
-    monkeypatch.setattr(remote, "SETTLE", 0.2)
+    monkeypatch.setattr(object_storage, "BEAT", 0.3)
+    monkeypatch.setattr(object_storage, "STALE", 2.0)
+    monkeypatch.setattr(object_storage, "SETTLE", 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +59,10 @@ def folder(tmp_path_factory):
 
 
 def test_paths_and_addresses():
-    assert remote.is_remote("gs://b/x")
-    assert not remote.is_remote("/b/x")
-    assert remote.missing("/b/x") is None
-    assert "expected a local path, gs://BUCKET" in remote.missing("ftp://b/x")
+    assert object_storage.is_remote("gs://b/x")
+    assert not object_storage.is_remote("/b/x")
+    assert object_storage.missing("/b/x") is None
+    assert "expected a local path, gs://BUCKET" in object_storage.missing("ftp://b/x")
 
 
 def test_data_at_an_address_that_cannot_be_used_is_refused(monkeypatch):
@@ -75,14 +76,16 @@ def test_data_at_an_address_that_cannot_be_used_is_refused(monkeypatch):
 
 
 def test_an_address_whose_package_is_missing_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(remote.importlib.util, "find_spec", lambda name: None)
-    for kind, package in remote.PACKAGES.items():
-        assert remote.missing(f"{kind}://b/x") == f"{kind}:// needs the package {package}: pip install {package}"
+    monkeypatch.setattr(object_storage.importlib.util, "find_spec", lambda name: None)
+    for kind, package in object_storage.PACKAGES.items():
+        assert (
+            object_storage.missing(f"{kind}://b/x") == f"{kind}:// needs the package {package}: pip install {package}"
+        )
         assert f"{package}==" in (ROOT / "requirements-dev.txt").read_text()
 
 
 def test_a_log_of_a_local_folder_is_that_folder(tmp_path):
-    log = remote.Log(epath.Path(tmp_path), "a.txt")
+    log = object_storage.Log(epath.Path(tmp_path), "a.txt")
     log.close()
     assert log.folder == epath.Path(tmp_path)
     assert tmp_path.exists()
@@ -115,7 +118,7 @@ def test_what_storage_refuses_is_a_message():
 def test_a_log_is_copied_as_it_grows(bucket, monkeypatch):
     address = epath.Path(bucket) / "log"
     for lines in ("1\n", "1\n2\n"):
-        log = remote.Log(address, "a.txt")
+        log = object_storage.Log(address, "a.txt")
         append(log.folder / "a.txt", lines[-2:].encode())
         log.copy()
         log.copy(now=True)
@@ -126,12 +129,12 @@ def test_a_log_is_copied_as_it_grows(bucket, monkeypatch):
 
 def test_one_process_at_a_time_holds_a_folder(bucket, quick):
     path, losers = epath.Path(bucket) / "held" / "lock", []
-    with remote.Lock(path, "process 1 on a", losers.append):
-        with pytest.raises(remote.Held, match="process 1 on a"):
-            remote.Lock(path, "process 2 on b", losers.append)
+    with object_storage.Lock(path, "process 1 on a", losers.append):
+        with pytest.raises(object_storage.Held, match="process 1 on a"):
+            object_storage.Lock(path, "process 2 on b", losers.append)
         with pytest.raises(WorkdirError, match=r"held: held by process 1 on a; wait for it"):
             workdir.lock(path.parent)
-    remote.Lock(path, "process 2 on b", losers.append).close()
+    object_storage.Lock(path, "process 2 on b", losers.append).close()
     assert not path.exists()
     assert not losers
 
@@ -140,17 +143,17 @@ def test_one_process_at_a_time_holds_a_folder(bucket, quick):
 def test_the_lock_of_a_dead_process_is_taken_and_it_learns_so_if_it_lives(bucket, quick, monkeypatch):
     path, losers = epath.Path(bucket) / "dead" / "lock", []
     silent = threading.Event()
-    kept = remote.Lock._keep
+    kept = object_storage.Lock._keep
 
     def keep(self):
         silent.wait(20) if self._who == "first" else None
         kept(self)
 
-    monkeypatch.setattr(remote.Lock, "_keep", keep)
-    first = remote.Lock(path, "first", losers.append)
+    monkeypatch.setattr(object_storage.Lock, "_keep", keep)
+    first = object_storage.Lock(path, "first", losers.append)
     since = time.monotonic()
-    with remote.Lock(path, "second", losers.append):
-        assert time.monotonic() - since > remote.STALE
+    with object_storage.Lock(path, "second", losers.append):
+        assert time.monotonic() - since > object_storage.STALE
         silent.set()
         deadline = time.monotonic() + 10
         while not losers and time.monotonic() < deadline:
@@ -187,7 +190,7 @@ def test_a_run_is_kept_damaged_and_resumed_there(folder, bucket, tmp_path, quick
     (run / "checkpoints" / "4" / "config.json").write_text("{}")
     (run / "checkpoints" / "6" / "params").mkdir(parents=True)
     (run / "checkpoints" / "6" / "params" / "half").write_bytes(b"cut short")
-    remote._copies.clear()
+    object_storage._copies.clear()
     os.rename(os.environ["XDG_CACHE_HOME"], f"{os.environ['XDG_CACHE_HOME']}.{time.monotonic_ns()}")  # another machine
     train_here(folder, run, *flags(folder, bucket, 8))
     said = capsys.readouterr().err
@@ -204,11 +207,11 @@ def test_a_run_is_kept_damaged_and_resumed_there(folder, bucket, tmp_path, quick
 
 def test_text_files_are_read_there(folder, bucket):
     from transformer.config import DataConfig
-    from transformer.datasets import parallel_text
+    from transformer.data import local_text
 
-    remote.upload(folder, f"{bucket}/text")
+    object_storage.upload(folder, f"{bucket}/text")
     wanted, found = (
-        parallel_text.find_splits(DataConfig(name="text", dir=str(where))) for where in (folder, f"{bucket}/text")
+        local_text.find_splits(DataConfig(name="text", dir=str(where))) for where in (folder, f"{bucket}/text")
     )
     assert found.keys() == wanted.keys()
     for split in wanted:
@@ -268,7 +271,7 @@ def test_train_kill_resume_eval_and_translate(folder, bucket, tmp_path):
 
 
 def test_several_hosts_are_refused_on_s3(monkeypatch):
-    monkeypatch.setattr("transformer.hosts.count", lambda: 2)
+    monkeypatch.setattr("transformer.distributed.multihost.count", lambda: 2)
     with pytest.raises(UserError, match="several hosts cannot keep checkpoints on s3://"):
         Checkpoints("s3://bucket/run")
     Checkpoints("gs://bucket/run")

@@ -10,11 +10,12 @@ import jax
 import pytest
 
 from tests.conftest import small_config
-from transformer import scoring, sharding, significance, tokenizer, watch
-from transformer.reporting import report
-from transformer.scoring import EvaluationSet
-from transformer.step import Model
-from transformer.trained import Trained
+from transformer.checkpoints.loading import Trained
+from transformer.data import tokenizer
+from transformer.distributed import sharding
+from transformer.evaluation import continuous, report, scoring, significance
+from transformer.evaluation.scoring import EvaluationSet
+from transformer.training.train_step import Model
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
 EVIL = "</script><script>document.title = 'broken'</script> & <b>bold</b> cat sees house"
@@ -44,7 +45,7 @@ def workdir(evaluation, tmp_path_factory):
     lines += [{"step": 10, "valid/loss": 3.0, "valid/bleu": 11.0}, {"step": 20, "valid/loss": 2.0, "valid/bleu": 17.5}]
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 3')
     for step, bleu in ((20, 16.0), (10, 12.25)):
-        watch.append(workdir, {"step": step, "name": "mine", "bleu": bleu, "loss": 2.5})
+        continuous.append(workdir, {"step": step, "name": "mine", "bleu": bleu, "loss": 2.5})
     theirs = [*CHOSEN.references[0][:9], *evaluation.report.translations[9:]]
     versus = significance.against("the other", theirs, evaluation.report.translations, CHOSEN.references, samples=50)
     report.write(workdir, evaluation, versus)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import CHRF
 
-from transformer.reranking import expected_chrf, pairwise_chrf
+from transformer.decoding.mbr import expected_chrf, pairwise_chrf
 
 TEXTS = [
     "",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.chains import EOS, PAD, chain_step, every_hypothesis, log_softmax, penalty, random_chains, search_with, texts
-from transformer.restrictions import Restrictions, repeats
+from transformer.decoding.logits_processors import Restrictions, repeats
 
 SYMBOLS, LENGTH, WIDE = [3, 4, 5], 6, 487
 CHAINS = random_chains(0, 20, LENGTH, vocab_size=6, eos_logit=1.0)

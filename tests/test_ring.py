@@ -9,10 +9,12 @@ import pytest
 
 from tests.conftest import slow
 from tests.test_blockwise import B, K, cases, draw, segments
-from transformer import attention, layers, sharding
-from transformer.attention import Visible
+from transformer.attention import dot_product
+from transformer.attention.dot_product import Visible
+from transformer.attention.ring import ring_attention
 from transformer.config import MeshConfig
-from transformer.ring import ring_attention
+from transformer.distributed import sharding
+from transformer.models import layers
 
 HEADS = ("batch", "length", "heads", "kv")
 
@@ -59,7 +61,7 @@ def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
     sees = (mask.any(-1)[:, 0] & (real != 0))[..., None, None]
     compare(
         lambda *qkv: ring_attention(*qkv, visible, block=3),
-        lambda *qkv: attention.dot_product_attention(*qkv, mask),
+        lambda *qkv: dot_product.dot_product_attention(*qkv, mask),
         *(draw(3, queries), draw(4, keys), draw(5, keys, K + 2)),
         sees,
         mesh_of(tensor=2, sequence=4),
@@ -73,7 +75,7 @@ def test_dropout_draws_the_same_bits_on_any_path_and_mesh(sizes):
     mask = visible.mask(16, 16)
     compare(
         lambda *qkv: ring_attention(*qkv, visible, 0.4, key, block=3),
-        lambda *qkv: attention.dot_product_attention(*qkv, mask, 0.4, key),
+        lambda *qkv: dot_product.dot_product_attention(*qkv, mask, 0.4, key),
         *(draw(seed, 16) for seed in range(3)),
         True,
         mesh_of(**sizes),

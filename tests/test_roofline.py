@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from transformer.planning import roofline
-from transformer.planning.chips import CHIPS
-from transformer.planning.program_cost import Collective
+from transformer.planning.hardware import CHIPS
+from transformer.planning.hlo_cost import Collective
 from transformer.planning.roofline import Times
 
 CHIP = CHIPS["v5e"]._replace(

@@ -13,11 +13,11 @@ from etils import epath
 from tensorboardX.proto import event_pb2
 
 from tests.conftest import ROOT
-from transformer.cost import Spent
-from transformer.errors import DivergedError, UserError
-from transformer.loss import LossSums
-from transformer.run_log import Meter, RunLog, peak_memory_mb
-from transformer.step import StepMetrics
+from transformer.models.flops import Spent
+from transformer.models.loss import LossSums
+from transformer.runtime.errors import DivergedError, UserError
+from transformer.training.metrics import Meter, RunLog, peak_memory_mb
+from transformer.training.train_step import StepMetrics
 
 
 def metrics(nll=10.0, tokens=5.0, objective=12.0, norm=2.0):
@@ -114,7 +114,7 @@ def test_lines_are_json_and_resume_appends(tmp_path, capsys):
 def test_a_reader_of_the_lines_that_goes_away_ends_nothing(tmp_path):
     program = (
         "import sys\nfrom etils import epath\nfrom transformer.command_line import say\n"
-        "from transformer.run_log import RunLog\n"
+        "from transformer.training.metrics import RunLog\n"
         "with RunLog(epath.Path(sys.argv[1]), 0, 9) as log:\n"
         "  sys.stdin.read()\n"
         "  say('stopping')\n"

@@ -19,9 +19,9 @@ from tests.chains import (
     random_chains,
     texts,
 )
-from transformer.hypotheses import IMPOSSIBLE
-from transformer.restrictions import Restrictions
-from transformer.sampling import Shape, nucleus, reshaped, sample
+from transformer.decoding.base import IMPOSSIBLE
+from transformer.decoding.logits_processors import Restrictions
+from transformer.decoding.sampling import Shape, nucleus, reshaped, sample
 
 
 @functools.partial(jax.jit, static_argnames=("num_samples", "shape", "restrict"))

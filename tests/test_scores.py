@@ -6,9 +6,9 @@ import types
 
 import pytest
 
-from transformer import scores, significance
-from transformer.bleu_tokenizer import PUBLISHED
-from transformer.errors import UserError
+from transformer.evaluation import metrics, significance
+from transformer.evaluation.bleu_tokenizer import PUBLISHED
+from transformer.runtime.errors import UserError
 
 HYPOTHESES = ["the cat sat on the mat", "Hello , World !", "it is 3 . 5 km away", "no match at all here"]
 REFERENCES = ["the cat sat on a mat", "Hello, World!", "it is 3.5 km away", "something else entirely, really"]
@@ -16,7 +16,7 @@ SACREBLEU_FLAGS = {"chrfpp": ["-m", "chrf", "--chrf-word-order", "2"]}
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("metric", scores.METRICS)
+@pytest.mark.parametrize("metric", metrics.METRICS)
 def test_scores_equal_the_sacrebleu_command_on_the_files(tmp_path, metric, count):
     references = [REFERENCES, REFERENCES[1:] + REFERENCES[:1]][:count]
     for name, lines in (("hyp", HYPOTHESES), *((f"ref{i}", lines) for i, lines in enumerate(references))):
@@ -25,49 +25,49 @@ def test_scores_equal_the_sacrebleu_command_on_the_files(tmp_path, metric, count
     command = [sys.executable, "-m", "sacrebleu", *map(str, paths), "-i", str(tmp_path / "hyp")]
     flags = SACREBLEU_FLAGS.get(metric, ["-m", metric])
     result = subprocess.run([*command, *flags, "-b", "-w", "12"], capture_output=True, text=True, check=True)
-    got = scores.score(HYPOTHESES, references, [metric])
+    got = metrics.score(HYPOTHESES, references, [metric])
     assert got[metric] == pytest.approx(float(result.stdout), abs=1e-9)
     assert f"nrefs:{count}" in got[f"{metric}_signature"]
 
 
 def test_signatures_name_tokenizer_case_and_version():
-    found = scores.score(HYPOTHESES, [REFERENCES], list(scores.METRICS))
+    found = metrics.score(HYPOTHESES, [REFERENCES], list(metrics.METRICS))
     assert "case:mixed" in found["bleu_signature"]
     assert "tok:13a" in found["bleu_signature"]
     assert "nw:0" in found["chrf_signature"]
     assert "nw:2" in found["chrfpp_signature"]
-    assert all("version:" in found[f"{name}_signature"] for name in scores.METRICS)
+    assert all("version:" in found[f"{name}_signature"] for name in metrics.METRICS)
 
 
 def test_length_ratio_is_of_words():
-    assert scores.score(["a b c"], [["a b c d e f"]], [])["length_ratio"] == 0.5
+    assert metrics.score(["a b c"], [["a b c d e f"]], [])["length_ratio"] == 0.5
 
 
 def test_several_references_can_only_help():
-    one = scores.score(HYPOTHESES, [REFERENCES], ["bleu"])["bleu"]
-    two = scores.score(HYPOTHESES, [REFERENCES, HYPOTHESES], ["bleu"])["bleu"]
+    one = metrics.score(HYPOTHESES, [REFERENCES], ["bleu"])["bleu"]
+    two = metrics.score(HYPOTHESES, [REFERENCES, HYPOTHESES], ["bleu"])["bleu"]
     assert one < two == pytest.approx(100)
 
 
 @pytest.mark.parametrize("references", [[REFERENCES[:3]], [[*REFERENCES, "one more"]], [REFERENCES, REFERENCES[1:]]])
 def test_unequal_counts_are_an_error(references):
     with pytest.raises(UserError, match=r"expected one reference for each sentence, got 4 sentences and \d lines"):
-        scores.score(HYPOTHESES, references, ["bleu"])
+        metrics.score(HYPOTHESES, references, ["bleu"])
 
 
 def test_no_sentences_score_zero():
-    found = scores.score([], [[]], ["bleu", "chrf", "ter"])
+    found = metrics.score([], [[]], ["bleu", "chrf", "ter"])
     assert (found["bleu"], found["chrf"], found["length_ratio"]) == (0.0, 0.0, 0.0)
-    further = scores.further([], [], [[]], "de")
+    further = metrics.further([], [], [[]], "de")
     assert (further["chrfpp"], further["legacy_tokenized_bleu"], further["bleu_by_source_length"]) == (0.0, 0.0, {})
 
 
 def test_bleu_by_length_is_that_of_each_group_alone():
     sources = ["w " * 10, "w " * 11, "w " * 51, ""]
-    groups = scores.by_source_length(sources, HYPOTHESES, [REFERENCES])
+    groups = metrics.by_source_length(sources, HYPOTHESES, [REFERENCES])
     assert {words: group["sentences"] for words, group in groups.items()} == {"0-10": 2, "11-20": 1, "over 50": 1}
     assert list(groups) == ["0-10", "11-20", "over 50"]
-    short = scores.score([HYPOTHESES[0], HYPOTHESES[3]], [[REFERENCES[0], REFERENCES[3]]], ["bleu"])["bleu"]
+    short = metrics.score([HYPOTHESES[0], HYPOTHESES[3]], [[REFERENCES[0], REFERENCES[3]]], ["bleu"])["bleu"]
     assert groups["0-10"]["bleu"] == pytest.approx(short)
 
 
@@ -82,36 +82,36 @@ MOSES = {
 
 @pytest.mark.parametrize("line", MOSES)
 def test_tokens_are_those_of_moses(line):
-    assert scores.moses("de")[0](line) == MOSES[line]
+    assert metrics.moses("de")[0](line) == MOSES[line]
 
 
 def test_prefixes_that_keep_their_full_stop_are_those_of_the_language():
-    assert scores.moses("en")[0]("Mr. Smith isn't here.") == "Mr. Smith isn &apos;t here ."
-    assert scores.moses("de")[0]("Mr. Smith isn't here.") == "Mr. Smith isn &apos; t here ."
-    assert scores.moses("tlh")[0]("Mr. Worf yes.") == "Mr. Worf yes ."  # no list of its own: that of English
+    assert metrics.moses("en")[0]("Mr. Smith isn't here.") == "Mr. Smith isn &apos;t here ."
+    assert metrics.moses("de")[0]("Mr. Smith isn't here.") == "Mr. Smith isn &apos; t here ."
+    assert metrics.moses("tlh")[0]("Mr. Worf yes.") == "Mr. Worf yes ."  # no list of its own: that of English
 
 
 def test_compounds_are_split_as_perl_does_it():
     """perl -ple 's{(\\S)-(\\S)}{$1 ##AT##-##AT## $2}g': matches do not overlap."""
-    assert scores.split_compounds("E-Mail - 5-6") == "E ##AT##-##AT## Mail - 5 ##AT##-##AT## 6"
-    assert scores.split_compounds("a-b-c") == "a ##AT##-##AT## b-c"
-    assert scores.split_compounds("aa-bb-cc") == "aa ##AT##-##AT## bb ##AT##-##AT## cc"
+    assert metrics.split_compounds("E-Mail - 5-6") == "E ##AT##-##AT## Mail - 5 ##AT##-##AT## 6"
+    assert metrics.split_compounds("a-b-c") == "a ##AT##-##AT## b-c"
+    assert metrics.split_compounds("aa-bb-cc") == "aa ##AT##-##AT## bb ##AT##-##AT## cc"
 
 
 def test_legacy_bleu_is_multi_bleu_on_those_tokens():
     """Counted by hand: of "der rot-grüne Hund bellt ." against "der rot-blaue Hund bellt ." ."""
-    found = scores.legacy(["der rot-grüne Hund bellt."], [["der rot-blaue Hund bellt."]], "de")
+    found = metrics.legacy(["der rot-grüne Hund bellt."], [["der rot-blaue Hund bellt."]], "de")
     # Split: der rot ##AT##-##AT## grüne Hund bellt . against the same with blaue.
     assert found["legacy_compound_split_bleu"] == pytest.approx(100 * (6 / 7 * 4 / 6 * 2 / 5 * 0 / 4) ** 0.25)
     longer = [["der rot-blaue Hund bellt laut und oft."], ["der rot-grüne Hund bellt laut und oft."]]
-    found = scores.legacy(longer[0], [longer[1]], "de")
+    found = metrics.legacy(longer[0], [longer[1]], "de")
     assert found["legacy_tokenized_bleu"] == pytest.approx(100 * (7 / 8 * 5 / 7 * 4 / 6 * 3 / 5) ** 0.25)
     assert found["legacy_compound_split_bleu"] == pytest.approx(100 * (9 / 10 * 7 / 9 * 5 / 8 * 3 / 7) ** 0.25)
     assert found["legacy_signature"].startswith("multi-bleu|moses:de|sacremoses:")
 
 
 def test_legacy_bleu_takes_several_references():
-    found = scores.legacy(HYPOTHESES, [REFERENCES, HYPOTHESES], "en")
+    found = metrics.legacy(HYPOTHESES, [REFERENCES, HYPOTHESES], "en")
     assert found["legacy_tokenized_bleu"] == pytest.approx(100)
 
 
@@ -122,11 +122,11 @@ def test_bleu_of_tokenized_text_is_the_sacrebleu_command_with_its_options(tmp_pa
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     command = [sys.executable, "-m", "sacrebleu", str(tmp_path / "ref"), "-i", str(tmp_path / "hyp"), "-b", "-w", "6"]
     done = subprocess.run([*command, *"-tok none -lc -s none".split()], capture_output=True, text=True, check=True)
-    found = scores.score(hypotheses, [references], ["bleu", "chrf"], PUBLISHED)
+    found = metrics.score(hypotheses, [references], ["bleu", "chrf"], PUBLISHED)
     assert found["bleu"] == pytest.approx(float(done.stdout), abs=1e-6)
     assert found["bleu_signature"].startswith("nrefs:1|case:lc|eff:no|tok:none|smooth:none|")
-    assert found["bleu"] != pytest.approx(scores.score(hypotheses, [references], ["bleu"])["bleu"], abs=0.1)
-    assert found["chrf"] == scores.score(hypotheses, [references], ["chrf"])["chrf"]
+    assert found["bleu"] != pytest.approx(metrics.score(hypotheses, [references], ["bleu"])["bleu"], abs=0.1)
+    assert found["chrf"] == metrics.score(hypotheses, [references], ["chrf"])["chrf"]
 
 
 # Two sentences that are nearly right, of one word each to 13a.
@@ -138,12 +138,12 @@ CHINESE = (
 
 @pytest.mark.parametrize("tokenizer", ["zh", "char", "intl", "13a"])
 def test_bleu_is_of_the_tokenizer_that_is_named(tokenizer):
-    found = scores.score(*CHINESE, ["bleu", "chrf", "ter"], tokenizer)
-    wanted = scores.BLEU(tokenize=tokenizer)
+    found = metrics.score(*CHINESE, ["bleu", "chrf", "ter"], tokenizer)
+    wanted = metrics.BLEU(tokenize=tokenizer)
     assert found["bleu"] == wanted.corpus_score(*CHINESE).score
     assert found["bleu_signature"] == str(wanted.get_signature())
     assert (found["bleu"] > 60) == (tokenizer in ("zh", "char"))
-    further = scores.further(CHINESE[0], *CHINESE, "zh", tokenizer)
+    further = metrics.further(CHINESE[0], *CHINESE, "zh", tokenizer)
     assert further["bleu_by_source_length"]["0-10"]["bleu"] == pytest.approx(found["bleu"])
     (versus,) = significance.compare(CHINESE[0], CHINESE[0], CHINESE[1], tokenizer, ["bleu"], samples=9)
     assert versus.ours == found["bleu"]
@@ -151,15 +151,15 @@ def test_bleu_is_of_the_tokenizer_that_is_named(tokenizer):
 
 def test_tokenized_text_is_not_tokenized_again():
     lines = (["er sagt &apos; ja &apos; ."], [["er sagt &apos; ja &apos; !"]])
-    found = scores.further(lines[0], *lines, "de", PUBLISHED)
-    assert found["legacy_tokenized_bleu"] == scores.score(*lines, ["bleu"], PUBLISHED)["bleu"]
+    found = metrics.further(lines[0], *lines, "de", PUBLISHED)
+    assert found["legacy_tokenized_bleu"] == metrics.score(*lines, ["bleu"], PUBLISHED)["bleu"]
     assert found["bleu_by_source_length"]["0-10"]["bleu"] == found["legacy_tokenized_bleu"]
     assert found["legacy_signature"] == "multi-bleu|as it is"
 
 
 def test_without_comet_there_is_no_comet(monkeypatch):
-    monkeypatch.setattr(scores.importlib.util, "find_spec", lambda name: None)
-    assert scores.comet(["a"], ["b"], [["c"]]) == {}
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    assert metrics.comet(["a"], ["b"], [["c"]]) == {}
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def comet(monkeypatch):
     hub.cached = None
     monkeypatch.setitem(sys.modules, "comet", package)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setattr(scores.importlib.util, "find_spec", lambda name: package)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: package)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.delenv("COMET_CHECKPOINT", raising=False)
     return types.SimpleNamespace(hub=hub, loaded=loaded)
@@ -187,9 +187,9 @@ def comet(monkeypatch):
 def test_comet_is_read_from_the_cache_and_never_fetched(comet):
     import os
 
-    assert scores.comet(["a", "b"], ["x", "y"], [["x", "z"]]) == {}
+    assert metrics.comet(["a", "b"], ["x", "y"], [["x", "z"]]) == {}
     comet.hub.cached = "/cache/model.ckpt"
-    assert scores.comet(["a", "b"], ["x", "y"], [["x", "z"]]) == {"comet": 0.5, "comet_signature": "comet|model.ckpt"}
+    assert metrics.comet(["a", "b"], ["x", "y"], [["x", "z"]]) == {"comet": 0.5, "comet_signature": "comet|model.ckpt"}
     assert comet.loaded == ["/cache/model.ckpt"]
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
@@ -197,6 +197,6 @@ def test_comet_is_read_from_the_cache_and_never_fetched(comet):
 def test_comet_s_weights_may_be_a_file(comet, monkeypatch, tmp_path):
     monkeypatch.setenv("COMET_CHECKPOINT", str(tmp_path / "mine.ckpt"))
     with pytest.raises(UserError, match=r"COMET_CHECKPOINT=.*mine\.ckpt: expected a file"):
-        scores.comet(["a"], ["b"], [["c"]])
+        metrics.comet(["a"], ["b"], [["c"]])
     (tmp_path / "mine.ckpt").write_bytes(b"")
-    assert scores.comet(["a"], ["b"], [["c"]])["comet_signature"] == "comet|mine.ckpt"
+    assert metrics.comet(["a"], ["b"], [["c"]])["comet_signature"] == "comet|mine.ckpt"

@@ -8,11 +8,12 @@ import jax
 import pytest
 
 from tests.test_checkpoint import make_parts, save
-from transformer import scoring, sharding
-from transformer.errors import DivergedError, UserError
-from transformer.evaluate import HeldOutLoss
-from transformer.scoring import EvaluationSet
-from transformer.trained import Trained
+from transformer.checkpoints.loading import Trained
+from transformer.distributed import sharding
+from transformer.evaluation import scoring
+from transformer.evaluation.evaluator import HeldOutLoss
+from transformer.evaluation.scoring import EvaluationSet
+from transformer.runtime.errors import DivergedError, UserError
 
 SOURCES = ["the old house", "a new tree", ""]
 CHOSEN = EvaluationSet("mine", SOURCES, [["das alte Haus", "ein neuer Baum", ""]])

@@ -27,7 +27,7 @@ from tests.chains import (
     texts,
 )
 from tests.conftest import slow
-from transformer.hypotheses import IMPOSSIBLE, Coverage, Hypotheses
+from transformer.decoding.base import IMPOSSIBLE, Coverage, Hypotheses
 
 
 @functools.partial(jax.jit, static_argnames=("beam_size", "form"))

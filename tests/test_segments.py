@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import segments
-from transformer.tokenizer import BOS, EOS, PAD
+from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.models import segments
 
 ROWS = jnp.asarray([[5, 6, EOS, 7, EOS, EOS, PAD], [5, 6, 7, 8, 9, 10, EOS], [PAD] * 7], jnp.int32)
 NUMBERS = jnp.asarray([[1, 1, 1, 2, 2, 3, 0], [1] * 7, [0] * 7], jnp.int32)

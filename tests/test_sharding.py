@@ -10,11 +10,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from tests.conftest import small_config
-from transformer import sharding, step
-from transformer.batching import Batch, BucketPlan
-from transformer.compilation import CompileCounter
 from transformer.config import MeshConfig
-from transformer.errors import UserError
+from transformer.data.batching import Batch, BucketPlan
+from transformer.distributed import sharding
+from transformer.runtime.compilation import CompileCounter
+from transformer.runtime.errors import UserError
+from transformer.training import train_step
 
 
 @pytest.mark.parametrize(
@@ -103,9 +104,9 @@ def test_a_param_that_the_table_does_not_match_is_an_error(axes):
 )
 def test_a_model_that_the_mesh_does_not_divide_is_an_error_before_anything_compiles(mesh, message):
     config = small_config(model={"emb_dim": 20, "qkv_dim": 20, "value_dim": 20}, mesh=mesh)
-    model = step.Model(config.model, 300)
+    model = train_step.Model(config.model, 300)
     with pytest.raises(UserError, match=message):
-        step.init_state(model, config, sharding.make_mesh(config.mesh))
+        train_step.init_state(model, config, sharding.make_mesh(config.mesh))
 
 
 def test_without_a_mesh_or_with_one_device_nothing_is_constrained():

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from transformer import significance
-from transformer.errors import UserError
+from transformer.evaluation import significance
+from transformer.runtime.errors import UserError
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has", "the", "a", "runs"]
 RNG = np.random.default_rng(0)

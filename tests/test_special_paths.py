@@ -11,10 +11,13 @@ from etils import epath
 from tests.conftest import small_config
 from tests.faults.world import write_pairs
 from tests.test_checkpoint import make_parts, save
-from transformer import files, loop, pipeline, remote, trained
-from transformer.checkpoint import Checkpoints
-from transformer.datasets import corpus as corpora
-from transformer.errors import UserError
+from transformer.checkpoints import loading
+from transformer.checkpoints.manager import Checkpoints
+from transformer.data import corpus as corpora
+from transformer.data import input_pipeline
+from transformer.runtime import files, object_storage
+from transformer.runtime.errors import UserError
+from transformer.training import trainer
 
 reported = pytest.mark.reported
 NAMES = [*(pytest.param(name, marks=reported) for name in ("[a]", "[!a]", "**")), "a*", "a?", "a]", "a b", "ä"]
@@ -22,7 +25,7 @@ NAMES = [*(pytest.param(name, marks=reported) for name in ("[a]", "[!a]", "**"))
 
 def assert_restores(workdir, done):
     """The params of `save` come back from the checkpoint."""
-    restored = trained.load_trained(workdir, "latest")
+    restored = loading.load_trained(workdir, "latest")
     wanted = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(done), make_parts()[4].params)
     assert restored.step == done
     jax.tree.map(np.testing.assert_array_equal, restored.params, wanted)
@@ -54,7 +57,7 @@ def test_a_vocabulary_is_trained_once_whatever_the_data_folder_is_called(name, t
             data = {"name": "text", "dir": str(tmp_path / "text"), "vocab_size": 285}
             config = small_config(data={**data, "data_dir": str(tmp_path / name / "prepared")})
             corpus = corpora.open_corpus(config.data)
-            tokenizers.append(pipeline.vocabulary(config.data, corpus).digest)
+            tokenizers.append(input_pipeline.vocabulary(config.data, corpus).digest)
     assert len(set(tokenizers)) == 1
     assert "training a bpe vocabulary" not in said.getvalue()
     assert "preparing" not in said.getvalue()
@@ -69,7 +72,7 @@ def test_a_vocabulary_of_a_folder_that_the_name_matches_is_not_taken(tmp_path):
         data = {"name": "text", "dir": str(tmp_path / "text"), "vocab_size": size, "data_dir": str(tmp_path / name)}
         config = small_config(data=data)
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            pipeline.vocabulary(config.data, corpora.open_corpus(config.data))
+            input_pipeline.vocabulary(config.data, corpora.open_corpus(config.data))
         found[name] = said.getvalue().count("training a bpe vocabulary")
     assert found == {"a1": 1, "a?": 1}
 
@@ -78,7 +81,7 @@ def test_a_vocabulary_of_a_folder_that_the_name_matches_is_not_taken(tmp_path):
 @pytest.mark.parametrize("name", ["a\\b", "a\\[", "b\udcff"])
 def test_a_path_that_no_checkpoint_can_be_written_to_is_refused_before_anything_is_done(name, tmp_path):
     with pytest.raises(UserError, match="checkpoints need a path in UTF-8 without backslashes"):
-        loop.fit(small_config(), tmp_path / name)
+        trainer.fit(small_config(), tmp_path / name)
     with pytest.raises(UserError, match="checkpoints need a path in UTF-8"):
         save(tmp_path / name, make_parts(), 5)
     assert list(tmp_path.iterdir()) == []
@@ -87,7 +90,7 @@ def test_a_path_that_no_checkpoint_can_be_written_to_is_refused_before_anything_
 @reported
 @pytest.mark.parametrize("address", ["gs://bucket/[a]/run", "s3://bucket/a*", "gs://bucket/a?"])
 def test_an_address_with_wildcards_is_refused(address):
-    assert "without the wildcards" in remote.missing(address)
+    assert "without the wildcards" in object_storage.missing(address)
 
 
 @reported
@@ -105,12 +108,12 @@ def test_a_checkpoint_that_its_reader_cannot_open_is_not_acknowledged(tmp_path, 
 
 @reported
 def test_a_manifest_that_reads_otherwise_is_not_acknowledged(tmp_path, monkeypatch):
-    from transformer import checkpoint
+    from transformer.checkpoints import manager
 
     def emptied(path, content):
-        files.write_whole(path, "" if path.name == checkpoint.MANIFEST else content)
+        files.write_whole(path, "" if path.name == manager.MANIFEST else content)
 
-    monkeypatch.setattr(checkpoint, "write_whole", emptied)
+    monkeypatch.setattr(manager, "write_whole", emptied)
     with pytest.raises(UserError, match=r"does not count: manifest\.json cannot be read"):
         save(tmp_path, make_parts(), 5)
     assert Checkpoints(tmp_path).steps() == []

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from tensorflow_datasets.proto import tf_example_pb2
 
-from transformer.datasets import split as split_room
-from transformer.datasets.prepared import Records
-from transformer.datasets.split import Split
-from transformer.errors import UserError
+from transformer.data import split as split_room
+from transformer.data.prepared import Records
+from transformer.data.split import Split
+from transformer.runtime.errors import UserError
 
 
 class ListRecords(Records):

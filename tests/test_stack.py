@@ -10,8 +10,8 @@ from flax import nnx
 
 from tests.conftest import slow, small_config
 from tests.test_model import SOURCE, TARGET, V
-from transformer.errors import UserError
-from transformer.step import Model
+from transformer.runtime.errors import UserError
+from transformer.training.train_step import Model
 
 LAYERS = 3
 
@@ -112,7 +112,7 @@ def test_a_scanned_program_is_as_long_for_any_number_of_layers():
 
 @pytest.mark.slow
 def test_decay_spares_stacked_vectors():
-    from transformer.optimizer import make_optimizer
+    from transformer.training.optimizer import make_optimizer
 
     config = small_config(
         model={"num_layers": LAYERS, "scan_layers": True}, optimizer={"name": "adamw", "weight_decay": 0.5}
@@ -131,7 +131,7 @@ def test_decay_spares_stacked_vectors():
 def test_a_run_of_scanned_layers_is_not_resumed_written_out(tmp_path):
     from etils import epath
 
-    from transformer import workdir
+    from transformer.training import workdir
 
     folder, old = epath.Path(tmp_path), small_config()
     assert workdir.config_changes(folder, old, small_config(model={"remat": "full", "attention": "ring"}))

@@ -10,11 +10,12 @@ import optax
 import pytest
 
 from tests.conftest import slow, small_config
-from transformer import sharding, step
-from transformer.batching import Batch
-from transformer.compilation import CompileCounter
 from transformer.config import MeshConfig
-from transformer.tokenizer import EOS, PAD
+from transformer.data.batching import Batch
+from transformer.data.tokenizer import EOS, PAD
+from transformer.distributed import sharding
+from transformer.runtime.compilation import CompileCounter
+from transformer.training import train_step as step
 
 V = 40
 

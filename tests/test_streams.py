@@ -156,7 +156,7 @@ def test_control_characters_of_data_are_escaped_on_a_terminal(monkeypatch):
 
 
 def test_the_streams_of_a_caller_are_left_to_it(capsys):
-    from transformer import streams
+    from transformer.runtime import streams
 
     streams.prepare()
     print("a result")

@@ -7,11 +7,12 @@ import pytest
 from etils import epath
 
 from tests.conftest import ROOT
-from transformer import command_line, subword_codes, tokenizer
+from transformer import command_line
 from transformer.config import DataConfig
-from transformer.errors import UserError
-from transformer.step import Model
-from transformer.tokenizer import EOS, UNK
+from transformer.data import subword_nmt, tokenizer
+from transformer.data.tokenizer import EOS, UNK
+from transformer.runtime.errors import UserError
+from transformer.training.train_step import Model
 
 # Of `subword-nmt learn-bpe -s 10` (0.3.8) on "low low low low low lower lower newest × 6 widest × 3", a line each.
 CODES = """#version: 0.2
@@ -41,7 +42,7 @@ def small():
 
 
 def make(lines, codes=CODES):
-    return tokenizer.Tokenizer(subword_codes.learn_vocabulary(subword_codes.parse(codes, "x.codes"), lines))
+    return tokenizer.Tokenizer(subword_nmt.learn_vocabulary(subword_nmt.parse(codes, "x.codes"), lines))
 
 
 def config(path, size) -> DataConfig:
@@ -50,12 +51,12 @@ def config(path, size) -> DataConfig:
 
 @pytest.mark.parametrize("line", CUT)
 def test_words_are_cut_as_subword_nmt_does(line):
-    assert " ".join(subword_codes.Segmenter(subword_codes.parse(CODES, "")).segment(line)) == CUT[line]
+    assert " ".join(subword_nmt.Segmenter(subword_nmt.parse(CODES, "")).segment(line)) == CUT[line]
 
 
 def test_a_pair_that_overlaps_itself_is_joined_from_the_left():
-    codes = subword_codes.parse("#version: 0.2\na a\n", "")
-    assert subword_codes.Segmenter(codes).segment("aaaab") == ["aa@@", "aa@@", "b"]
+    codes = subword_nmt.parse("#version: 0.2\na a\n", "")
+    assert subword_nmt.Segmenter(codes).segment("aaaab") == ["aa@@", "aa@@", "b"]
 
 
 def test_ids_come_back_as_text_and_what_training_lacked_is_unknown(small):
@@ -148,9 +149,9 @@ def test_a_damaged_vocabulary_is_refused(tmp_path, model):
 
 @pytest.mark.skipif(not FOLDER.exists(), reason=f"no {FOLDER}")
 def test_multi30k_has_the_published_number_of_pieces():
-    merges = subword_codes.parse((FOLDER / "bpe.codes").read_text("utf-8"), "bpe.codes")
+    merges = subword_nmt.parse((FOLDER / "bpe.codes").read_text("utf-8"), "bpe.codes")
     lines = [(FOLDER / f"train.{code}").read_text("utf-8").split("\n") for code in ("en", "de")]
-    assert tokenizer.Tokenizer(subword_codes.learn_vocabulary(merges, lines[0] + lines[1])).vocab_size == 9708 + 4
+    assert tokenizer.Tokenizer(subword_nmt.learn_vocabulary(merges, lines[0] + lines[1])).vocab_size == 9708 + 4
 
 
 @pytest.mark.skipif(not FOLDER.exists(), reason=f"no {FOLDER}")

@@ -9,7 +9,7 @@ from benchmarks import sweep
 from configs.paper import ROWS, Row
 from tests.conftest import small_config
 from transformer.config import Config
-from transformer.errors import DivergedError, UserError
+from transformer.runtime.errors import DivergedError, UserError
 
 UNREAD = {name: getattr(Config().model, name) for name in ("num_heads", "mlp_dim")}  # by other families
 BASE = {"num_layers": 3, "emb_dim": 32, "num_heads": 8, "mlp_dim": 64}

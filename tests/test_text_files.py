@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import zstandard
 
-from transformer.datasets import text_files
-from transformer.errors import UserError
+from transformer.data import text_files
+from transformer.runtime.errors import UserError
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,

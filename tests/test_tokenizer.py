@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from transformer import tokenizer
-from transformer.errors import UserError
-from transformer.tokenizer import BOS, EOS, PAD, UNK
+from transformer.data import tokenizer
+from transformer.data.tokenizer import BOS, EOS, PAD, UNK
+from transformer.runtime.errors import UserError
 
 LINES = [f"the {a} {b} sees a {c}" for a in ("old", "new") for b in ("house", "tree", "river") for c in ("dog", "cat")]
 

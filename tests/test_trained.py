@@ -11,9 +11,10 @@ import pytest
 
 from tests.conftest import slow
 from tests.test_checkpoint import files, flip, make_parts, save, save_three
-from transformer import checkpoint, manifest, tokenizer, trained
-from transformer.checkpoint import Checkpoints
-from transformer.errors import UserError, WorkdirError
+from transformer.checkpoints import loading, manager, manifest
+from transformer.checkpoints.manager import Checkpoints
+from transformer.data import tokenizer
+from transformer.runtime.errors import UserError, WorkdirError
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def table_of(params):
 
 
 def select(workdir, which):
-    return trained.select(Checkpoints(workdir), which)
+    return loading.select(Checkpoints(workdir), which)
 
 
 BAD_AVERAGES = [
@@ -53,7 +54,7 @@ BAD_AVERAGES = [
 
 
 def test_the_model_comes_back_from_the_workdir_alone(parts, saved):
-    got = trained.load_trained(saved, "latest")
+    got = loading.load_trained(saved, "latest")
     assert (got.step, got.config, got.tokenizer.digest) == (100, parts[0], parts[1].digest)
     assert (got.title, got.file_stem) == ("checkpoint 100", "100")
     np.testing.assert_array_equal(table_of(got.params), table_of(parts[4].params) + 100)
@@ -86,14 +87,14 @@ def test_a_workdir_without_checkpoints_is_an_error(tmp_path):
     with pytest.raises(UserError, match="found no checkpoint; train first"):
         select(tmp_path, "latest")
     with pytest.raises(UserError, match="expected a folder that train"):
-        trained.load_trained(tmp_path / "none", "latest")
+        loading.load_trained(tmp_path / "none", "latest")
     assert Checkpoints(tmp_path).newest_sound() is None
 
 
 def test_if_the_one_with_a_score_is_damaged_the_newest_sound_is_taken(parts, tmp_path, capsys):
     for done in (3, 5):
         save(tmp_path, parts, done)
-    Checkpoints(tmp_path).record(3, {checkpoint.SCORE: 30.0})
+    Checkpoints(tmp_path).record(3, {manager.SCORE: 30.0})
     flip(tmp_path / "checkpoints" / "3" / "config.json")
     assert select(tmp_path, "best") == [5]
     assert "checkpoint 3 is damaged" in capsys.readouterr().err
@@ -116,12 +117,12 @@ def test_a_damaged_one_gives_way_but_not_one_asked_for_by_number(workdir, capsys
 def test_a_relative_workdir_will_do(parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("runs/here", parts, 3)
-    assert trained.load_trained("runs/here", "latest").step == 3
+    assert loading.load_trained("runs/here", "latest").step == 3
 
 
 def test_of_equal_scores_the_newest_is_the_best(workdir):
     for done in (9, 10):
-        Checkpoints(workdir).record(done, {checkpoint.SCORE: 30.0})
+        Checkpoints(workdir).record(done, {manager.SCORE: 30.0})
     assert select(workdir, "best") == [10]
 
 
@@ -135,7 +136,7 @@ def test_scores_of_another_search_are_not_compared(parts, tmp_path):
         if done == 2:  # not validated yet
             checkpoints.prune(1, 1)
             assert select(tmp_path, "best") == [1]
-        checkpoints.record(done, {checkpoint.SCORE: bleu})
+        checkpoints.record(done, {manager.SCORE: bleu})
         assert select(tmp_path, "best") == [best]
     with pytest.raises(UserError, match="with a validation score, found 3 of 4"):
         select(tmp_path, "best-average:4")
@@ -148,14 +149,14 @@ def test_scores_of_other_batches_of_the_same_search_are_compared(parts, tmp_path
     for done, rows, bleu in ((1, 16, 30.0), (2, 128, 29.0)):
         decode = dataclasses.replace(config.decode, batch_rows=rows)
         save(tmp_path, (dataclasses.replace(config, decode=decode), *others), done)
-        Checkpoints(tmp_path).record(done, {checkpoint.SCORE: bleu})
+        Checkpoints(tmp_path).record(done, {manager.SCORE: bleu})
     assert select(tmp_path, "best") == [1]
 
 
 def test_of_a_config_that_is_not_as_written_no_search_is_taken(parts, tmp_path, capsys):
     for done, bleu in ((3, 30.0), (5, 20.0)):
         save(tmp_path, parts, done)
-        Checkpoints(tmp_path).record(done, {checkpoint.SCORE: bleu})
+        Checkpoints(tmp_path).record(done, {manager.SCORE: bleu})
     path = tmp_path / "checkpoints" / "5" / "config.json"
     before = path.read_text()
     path.write_text(before.replace('"beam_size": 2', '"beam_size": 3'))
@@ -202,28 +203,28 @@ def test_of_those_that_are_not_asked_for_a_lost_file_is_reported(workdir, capsys
 def test_a_model_is_used_on_whatever_devices_there_are(parts, tmp_path, monkeypatch):
     """Trained on two devices of a mesh that the config fixed, opened on all eight, or on one."""
     save(tmp_path, parts, 3)
-    assert trained.load_trained(tmp_path, "latest").mesh.size == 8
+    assert loading.load_trained(tmp_path, "latest").mesh.size == 8
     monkeypatch.setattr(jax, "devices", lambda: [jax.local_devices()[0]])
-    assert trained.load_trained(tmp_path, "latest").mesh.size == 1
+    assert loading.load_trained(tmp_path, "latest").mesh.size == 1
 
 
 @pytest.mark.parametrize(("which", "mean"), [("average:2", 55), ("average:3", 119 / 3), ("best-average:2", 9.5)])
 def test_an_average_is_the_mean_of_the_params(parts, saved, which, mean):
-    got = trained.load_trained(saved, which)
+    got = loading.load_trained(saved, which)
     wanted = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(mean), parts[4].params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got.params, wanted)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(got.params))
 
 
 def test_an_average_lies_where_the_params_of_one_do(parts, saved):
-    got, one = (trained.load_trained(saved, which) for which in ("average:3", "latest"))
+    got, one = (loading.load_trained(saved, which) for which in ("average:3", "latest"))
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding, b.sharding), got.params, one.params)
 
 
 def test_an_average_says_of_which(saved):
-    got = trained.load_trained(saved, "average:2")
+    got = loading.load_trained(saved, "average:2")
     assert (got.step, got.title, got.file_stem) == (100, "average of 2: 10, 100", "100-average-2")
-    got = trained.load_trained(saved, "best-average:2")
+    got = loading.load_trained(saved, "best-average:2")
     assert (got.step, got.title, got.file_stem) == (10, "average of best 2: 9, 10", "10-best-average-2")
 
 
@@ -265,10 +266,10 @@ def test_one_that_training_deletes_meanwhile_is_a_message(workdir, monkeypatch, 
 
     monkeypatch.setattr(Checkpoints, call, prune_first)
     if which == "best" and call != "restore_params":
-        assert trained.load_trained(workdir, which).step == 10
+        assert loading.load_trained(workdir, which).step == 10
     else:
         with pytest.raises(UserError, match="checkpoint 9 was deleted while it was read; run again"):
-            trained.load_trained(workdir, which)
+            loading.load_trained(workdir, which)
     assert "damaged" not in capsys.readouterr().err
 
 
@@ -285,7 +286,7 @@ def test_one_that_was_replaced_by_the_next_meanwhile_is_a_message(parts, tmp_pat
     save(tmp_path, parts, 3)
     monkeypatch.setattr(Checkpoints, "verify", prune_first)
     with pytest.raises(UserError, match="checkpoint 3 was deleted while it was read; run again"):
-        trained.load_trained(tmp_path, "latest")
+        loading.load_trained(tmp_path, "latest")
 
 
 @pytest.mark.slow
@@ -303,7 +304,7 @@ def test_averaging_holds_two_copies_at_most(parts, saved, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "restore_params", counted)
     before = sum(array.nbytes for array in jax.live_arrays())
-    trained.mean_params(Checkpoints(saved), [9, 10, 100], model, mesh)
+    loading.mean_params(Checkpoints(saved), [9, 10, 100], model, mesh)
     assert max(held) <= 2 * 4 * model.num_params()
     assert all(leaf.is_deleted() for leaf in first)
 
@@ -314,7 +315,7 @@ def copied_in(workdir, other_parts, ids, tmp_path):
     for folder, parts, run_id in ((workdir, make_parts(), ids[0]), (tmp_path / "other", other_parts, ids[1])):
         for done in (9, 10, 100):
             save(folder, parts, done, **({"run_id": run_id} if run_id else {}))
-            Checkpoints(folder).record(done, {checkpoint.SCORE: 30.0})
+            Checkpoints(folder).record(done, {manager.SCORE: 30.0})
     shutil.rmtree(workdir / "checkpoints" / "100")
     shutil.copytree(tmp_path / "other" / "checkpoints" / "100", workdir / "checkpoints" / "100")
 
@@ -335,8 +336,8 @@ def test_checkpoints_of_another_run_are_not_averaged(workdir, tmp_path, which):
     copied_in(workdir, make_parts(), ("a" * 32, "b" * 32), tmp_path)
     steps = r"\[10, 100\]" if which == "average:2" else r"\[9, 10, 100\]"
     with pytest.raises(UserError, match=rf"checkpoints {steps} are not of one run.*10 \(run id aaaaaaaa, expected bb"):
-        trained.load_trained(workdir, which)
-    assert trained.load_trained(workdir, "100").step == 100
+        loading.load_trained(workdir, which)
+    assert loading.load_trained(workdir, "100").step == 100
 
 
 @pytest.mark.reported
@@ -351,14 +352,14 @@ def test_checkpoints_of_another_run_are_not_averaged(workdir, tmp_path, which):
 def test_without_ids_of_both_vocabulary_and_model_must_be_the_same(workdir, tmp_path, other, ids, why):
     copied_in(workdir, other(), ids, tmp_path)
     with pytest.raises(UserError, match=rf"run than 100: 9 \({why}.*; 10 \({why}"):
-        trained.select(Checkpoints(workdir), "average:3")
-    assert trained.select(Checkpoints(workdir), "average:1") == [100]
+        loading.select(Checkpoints(workdir), "average:3")
+    assert loading.select(Checkpoints(workdir), "average:1") == [100]
 
 
 def test_checkpoints_that_an_earlier_version_saved_are_averaged_with_those_of_this_one(workdir, parts):
     """Their manifests have no id."""
     for done in (9, 10, 100):
-        path = workdir / "checkpoints" / str(done) / checkpoint.MANIFEST
+        path = workdir / "checkpoints" / str(done) / manager.MANIFEST
         values = json.loads(path.read_text())
         del values["run_id"], values["base_run_id"]
         values["sha256"] = manifest._digest_of_values({key: values[key] for key in values if key != "sha256"})

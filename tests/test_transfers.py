@@ -14,11 +14,16 @@ from tests.conftest import small_config
 from tests.test_kernels import stand_in_for_cudnn
 from tests.test_loop import config_of, data  # noqa: F401 (a fixture)
 from tests.test_step import V, draw_batch
-from transformer import consensus, export, hosts, kernels, loop, sharding, step, trained
-from transformer.alignments import Aligner
+from transformer.attention import fused
+from transformer.checkpoints import loading
 from transformer.config import MeshConfig
-from transformer.cost import Spent
-from transformer.translator import Translator
+from transformer.decoding.alignment import Aligner
+from transformer.decoding.translator import Translator
+from transformer.distributed import consensus, multihost, sharding
+from transformer.export import __main__ as export
+from transformer.models.flops import Spent
+from transformer.training import train_step as step
+from transformer.training import trainer
 
 READS = {
     "_value": lambda x: x._value,
@@ -91,7 +96,7 @@ def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, em
     model = step.Model(config.model, V)
     train_step, state = step.make_train_step(model, config, mesh), step.init_state(model, config, mesh)
     place = functools.partial(sharding.place_batch, mesh, parts=parts)
-    updates = loop.Updates(train_step, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, Spent())
+    updates = trainer.Updates(train_step, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, Spent())
     for _ in range(3):
         updates.dispatch()
     updates.drain()
@@ -109,8 +114,8 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
     """Such an array lies on the device, and lowering reads it back; nor do the programs' calls read anything."""
     with transfers.recorded_jits() as found:
         train = {"num_steps": 2, "eval_every_steps": 2, "checkpoint_every_steps": 1, "ema_decay": 0.5}
-        loop.fit(config_of(data, train=train), tmp_path / "run")
-        loaded = trained.load_trained(tmp_path / "run", "average:2")
+        trainer.fit(config_of(data, train=train), tmp_path / "run")
+        loaded = loading.load_trained(tmp_path / "run", "average:2")
         (tmp_path / "exported").mkdir()
         export.write(loaded, tmp_path / "exported", "jax")
         for fields in ({"beam_size": 2, "coverage_penalty": 0.1}, {"method": "sample"}, {"method": "mbr"}):
@@ -118,18 +123,18 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
             Translator(loaded.model, loaded.tokenizer, decode, loaded.mesh).translate(loaded.params, ["red cat"])
         aligner = Aligner(loaded.model, loaded.tokenizer, 1, loaded.config.decode, loaded.mesh)
         aligner.align(loaded.params, ["red cat"], ["tac der"])
-        found["transformer.step.all_finite"] = transfers.array_constants(
+        found["transformer.training.train_step.all_finite"] = transfers.array_constants(
             step.all_finite.trace(loaded.params).jaxpr  # was compiled when the module was read
         )
         with monkeypatch.context() as one_device:
             one_device.setattr(jax, "local_devices", lambda: [jax.devices()[0]])
             stand_in_for_cudnn(one_device, 1.0)
-            assert kernels.try_cudnn(8) == ""
+            assert fused.try_cudnn(8) == ""
         mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
         with monkeypatch.context() as several:
             several.setattr(sharding, "gather", sharding.gather.__wrapped__)  # another test may have made it
-            several.setattr(hosts, "count", lambda: 2)
-            several.setattr(hosts, "wait", lambda name: None)
+            several.setattr(multihost, "count", lambda: 2)
+            several.setattr(multihost, "wait", lambda name: None)
             consensus.connect(mesh)
             consensus.of_every_device(mesh, np.zeros(1, np.int32))
             several.setattr(jax, "process_count", lambda: 2)

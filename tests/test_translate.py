@@ -13,10 +13,13 @@ import pytest
 import transformer
 from tests.conftest import small_config
 from tests.test_translator import LINES
-from transformer import sharding, step, tokenizer, translate
-from transformer.checkpoint import Checkpoints
-from transformer.compilation import CompileCounter
-from transformer.errors import UserError
+from transformer import translate
+from transformer.checkpoints.manager import Checkpoints
+from transformer.data import tokenizer
+from transformer.distributed import sharding
+from transformer.runtime.compilation import CompileCounter
+from transformer.runtime.errors import UserError
+from transformer.training import train_step
 
 SHORT = [line for line in LINES if len(line.split()) < 4]  # of one width: one program
 
@@ -24,8 +27,8 @@ SHORT = [line for line in LINES if len(line.split()) < 4]  # of one width: one p
 def save(workdir, vocabulary, seed=3, target="de", **model):
     """A workdir of an untrained model."""
     config = small_config(model={"num_layers": 1, **model}, data={"target_language": target})
-    fresh = step.Model(config.model, vocabulary.vocab_size)
-    state = step.init_state(fresh, config, sharding.make_mesh(config.mesh))
+    fresh = train_step.Model(config.model, vocabulary.vocab_size)
+    state = train_step.init_state(fresh, config, sharding.make_mesh(config.mesh))
     state = state._replace(
         params=jax.tree.map(lambda one, like: jax.device_put(one, like.sharding), fresh.init(seed), state.params)
     )

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from tests.conftest import slow, small_config
-from transformer import batching, sharding, tokenizer
-from transformer.compilation import CompileCounter
-from transformer.errors import UserError
-from transformer.hypotheses import Hypotheses
-from transformer.reranking import expected_chrf
-from transformer.step import Model
-from transformer.translator import Translator
+from transformer.data import batching, tokenizer
+from transformer.decoding.base import Hypotheses
+from transformer.decoding.mbr import expected_chrf
+from transformer.decoding.translator import Translator
+from transformer.distributed import sharding
+from transformer.runtime.compilation import CompileCounter
+from transformer.runtime.errors import UserError
+from transformer.training.train_step import Model
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
 LINES = [" ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 9)) for i in range(40)]

@@ -10,12 +10,13 @@ import threading
 import pytest
 
 from tests.test_checkpoint import flip, make_parts, save
-from transformer import checkpoint, manifest, trained, watch
-from transformer.checkpoint import Checkpoints
-from transformer.errors import DivergedError, StoppedError
-from transformer.evaluate import HeldOutLoss, Report
-from transformer.scores import further, score
-from transformer.scoring import Evaluation, EvaluationSet
+from transformer.checkpoints import loading, manager, manifest
+from transformer.checkpoints.manager import Checkpoints
+from transformer.evaluation import continuous
+from transformer.evaluation.evaluator import HeldOutLoss, Report
+from transformer.evaluation.metrics import further, score
+from transformer.evaluation.scoring import Evaluation, EvaluationSet
+from transformer.runtime.errors import DivergedError, StoppedError
 
 CHOSEN = EvaluationSet("mine", ["the old house"], [["das alte Haus"]])
 
@@ -37,7 +38,7 @@ class QuickScorer:
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "Scorer", QuickScorer)
+    monkeypatch.setattr(continuous, "Scorer", QuickScorer)
     for step in (2, 10):
         save(tmp_path, make_parts(), step)
     return tmp_path
@@ -46,7 +47,7 @@ def workdir(tmp_path, monkeypatch):
 def look(workdir):
     """All that there is to do; the steps it scored."""
     found = []
-    watching = watch.Watch(workdir, lambda config: CHOSEN, lambda entry: found.append(entry["step"]))
+    watching = continuous.Watch(workdir, lambda config: CHOSEN, lambda entry: found.append(entry["step"]))
     while watching.look():
         pass
     return found
@@ -58,7 +59,7 @@ def test_every_checkpoint_is_scored_once_the_oldest_first(workdir):
     assert look(workdir) == []
     save(workdir, make_parts(), 12)
     assert look(workdir) == [12]
-    entries = watch.read_evaluations(workdir)
+    entries = continuous.read_evaluations(workdir)
     assert [(entry["step"], entry["name"], entry["loss"]) for entry in entries] == [
         (step, "mine", 1.5) for step in (2, 10, 12)
     ]
@@ -75,7 +76,7 @@ def test_another_set_is_scored_too(workdir, change):
     look(workdir)
     other = CHOSEN._replace(**change)
     found = []
-    watching = watch.Watch(workdir, lambda config: other, lambda entry: found.append(entry["step"]))
+    watching = continuous.Watch(workdir, lambda config: other, lambda entry: found.append(entry["step"]))
     assert watching.look()
     assert found == [2]
 
@@ -98,19 +99,19 @@ def test_a_line_that_a_kill_cut_short_is_scored_again(workdir):
     path = workdir / "evaluations.jsonl"
     path.write_bytes(path.read_bytes()[:-40])
     assert look(workdir) == [10]
-    assert [entry["step"] for entry in watch.read_evaluations(workdir)] == [2, 10]
+    assert [entry["step"] for entry in continuous.read_evaluations(workdir)] == [2, 10]
     assert json.loads(path.read_bytes().splitlines()[-1])["step"] == 10
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_left_out(workdir, monkeypatch, capsys):
-    load = trained.load_trained
+    load = loading.load_trained
 
     def prune_first(folder, which):
         if which == "2":
             Checkpoints(workdir).remove(2)
         return load(folder, which)
 
-    monkeypatch.setattr(watch, "load_trained", prune_first)
+    monkeypatch.setattr(continuous, "load_trained", prune_first)
     assert look(workdir) == [10]
     assert "checkpoint 2 was deleted while it was read" in capsys.readouterr().err
 
@@ -154,7 +155,7 @@ def test_one_that_goes_between_its_files_is_left_out_too(workdir, monkeypatch, c
     assert "was deleted while it was read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("room", "name"), [(checkpoint, "files_below"), (manifest, "sha256")])
+@pytest.mark.parametrize(("room", "name"), [(manager, "files_below"), (manifest, "sha256")])
 def test_one_that_goes_while_it_is_verified_is_left_out_and_not_called_damaged(
     workdir, monkeypatch, capsys, room, name
 ):
@@ -198,7 +199,7 @@ def test_it_waits_for_more_until_a_signal(workdir, number):
         raise AssertionError("nobody stopped for the signal")
 
     original = signal.signal(number, not_heeded)
-    watching = watch.Watch(workdir, lambda config: CHOSEN, one_more_then_stop)
+    watching = continuous.Watch(workdir, lambda config: CHOSEN, one_more_then_stop)
     with pytest.raises(StoppedError, match="3 checkpoints scored; run again to go on") as stopped:
         watching.until_stopped(seconds=0.05)
     assert stopped.value.exit_code == 128 + number
@@ -207,15 +208,15 @@ def test_it_waits_for_more_until_a_signal(workdir, number):
 
 
 def test_it_may_begin_before_training_does(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(watch, "Scorer", QuickScorer)
+    monkeypatch.setattr(continuous, "Scorer", QuickScorer)
 
     def first_look(seconds):
         if not (tmp_path / "checkpoints").exists():
             save(tmp_path, make_parts(), 4)
-        elif watch.read_evaluations(tmp_path):
+        elif continuous.read_evaluations(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(watch.time, "sleep", first_look)
+    monkeypatch.setattr(continuous.time, "sleep", first_look)
     with pytest.raises(StoppedError, match="1 checkpoints scored"):
-        watch.Watch(tmp_path, lambda config: CHOSEN).until_stopped()
+        continuous.Watch(tmp_path, lambda config: CHOSEN).until_stopped()
     assert "waiting for the first checkpoint" in capsys.readouterr().err

@@ -13,10 +13,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests import wmt_archives
-from transformer import validation
-from transformer.config import DataConfig
-from transformer.datasets import corpus, pair_shards, prepared
-from transformer.errors import UserError
+from transformer.config import DataConfig, validation
+from transformer.data import corpus, pair_shards, prepared
+from transformer.runtime.errors import UserError
 
 SETS = ["wmt_t2t_translate/de-en", *(f"wmt14_translate/{language}-en" for language in wmt_archives.LANGUAGES)]
 DEV = "http://data.statmt.org/wmt19/translation-task/dev.tgz"

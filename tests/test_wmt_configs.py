@@ -6,8 +6,8 @@ import pytest
 
 from tests.conftest import ROOT
 from transformer import command_line
-from transformer.datasets import corpus as corpora
-from transformer.step import Model
+from transformer.data import corpus as corpora
+from transformer.training.train_step import Model
 
 # name: target, dropout, updates, checkpoints averaged, vocabulary, BLEU
 RUNS = {

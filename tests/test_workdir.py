@@ -7,8 +7,9 @@ import pytest
 from etils import epath
 
 from tests.conftest import small_config
-from transformer import validation, workdir
-from transformer.errors import UserError, WorkdirError
+from transformer.config import validation
+from transformer.runtime.errors import UserError, WorkdirError
+from transformer.training import workdir
 
 
 @pytest.fixture

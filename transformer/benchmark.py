@@ -17,16 +17,20 @@ import jax
 import numpy as np
 from etils import epath
 
-from transformer import command_line, compilation, cost, pipeline, sharding, step
-from transformer import config as configs
-from transformer import tokenizer as tokenizers
-from transformer.batching import Batch, TrainPlan
+from transformer import command_line
 from transformer.command_line import positive_int, say
-from transformer.config import Config
-from transformer.datasets import corpus as corpora
-from transformer.pipeline import TokenIds
-from transformer.run_log import peak_memory_mb
-from transformer.tokenizer import PAD
+from transformer.config import Config, schema
+from transformer.data import corpus as corpora
+from transformer.data import input_pipeline
+from transformer.data import tokenizer as tokenizers
+from transformer.data.batching import Batch, TrainPlan
+from transformer.data.input_pipeline import TokenIds
+from transformer.data.tokenizer import PAD
+from transformer.distributed import sharding
+from transformer.models import flops as cost
+from transformer.runtime import compilation
+from transformer.training import train_step as step
+from transformer.training.metrics import peak_memory_mb
 
 ROUNDS = 5  # timed apart, so that the median passes over a busy moment of the machine
 
@@ -39,14 +43,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--input", action="store_true", help="measure the data path alone")
     parser.add_argument("--num_steps", type=positive_int, default=50, help="updates to time (default: 50)")
     config, args = command_line.parse_with_config(parser, argv)
-    config = configs.with_absolute_paths(config)
+    config = schema.with_absolute_paths(config)
     corpora.check(config.data)
     compilation.enable_cache()
     with tempfile.TemporaryDirectory() as folder:
         corpus = corpora.open_corpus(config.data)
-        tokenizer = pipeline.get_tokenizer(tokenizers.with_origin(config), corpus, epath.Path(folder))
-    ids = pipeline.token_ids(config.data, corpus, "train", tokenizer)
-    plan = pipeline.make_plan(config, ids)
+        tokenizer = input_pipeline.get_tokenizer(tokenizers.with_origin(config), corpus, epath.Path(folder))
+    ids = input_pipeline.token_ids(config.data, corpus, "train", tokenizer)
+    plan = input_pipeline.make_plan(config, ids)
     row = measure_input(plan, ids, args.num_steps) if args.input else measure(config, plan, ids, args.num_steps)
     print(json.dumps({**row, **sizes(config, tokenizer.vocab_size)}))
 
@@ -71,7 +75,7 @@ def measure_input(plan: TrainPlan, ids: TokenIds, num_steps: int) -> Row:
     """Real target tokens per second that the data path delivers, median of rounds."""
     rates = []
     for start in range(0, ROUNDS * num_steps, num_steps):
-        batches = pipeline.train_iterator(plan, ids, start=start, num_steps=start + num_steps)
+        batches = input_pipeline.train_iterator(plan, ids, start=start, num_steps=start + num_steps)
         since = time.perf_counter()
         tokens = sum(real_tokens(batch) for batch in batches)
         rates.append(tokens / (time.perf_counter() - since))
@@ -92,7 +96,7 @@ def measure(config: Config, plan: TrainPlan, ids: TokenIds, num_steps: int) -> R
     compile_s = time.perf_counter() - compile_since
     say(f"{len(plan.buckets)} shapes compiled or found in the cache, and run once: {compile_s:.1f} s")
     each = max(num_steps // ROUNDS, 1)
-    batches = pipeline.train_iterator(plan, ids, start=0, num_steps=ROUNDS * each)
+    batches = input_pipeline.train_iterator(plan, ids, start=0, num_steps=ROUNDS * each)
     rounds = []
     for number in range(1, ROUNDS + 1):
         tokens, flops, since = 0, 0, time.perf_counter()
@@ -124,7 +128,7 @@ def one_of_each_shape(plan: TrainPlan, ids: TokenIds) -> Iterator[Batch]:
         bucket = plan.batch(number).bucket
         if bucket not in seen:
             seen.add(bucket)
-            yield next(pipeline.train_iterator(plan, ids, start=number, num_steps=number + 1))
+            yield next(input_pipeline.train_iterator(plan, ids, start=number, num_steps=number + 1))
         if len(seen) == len(plan.buckets):
             return
 

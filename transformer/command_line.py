@@ -19,9 +19,9 @@ from collections.abc import Callable
 
 from ml_collections import config_dict
 
-from transformer import base_run, remote, streams, validation
-from transformer import config as configs
-from transformer.errors import StoppedError, UserError
+from transformer.config import schema, validation, warm_start
+from transformer.runtime import object_storage, streams
+from transformer.runtime.errors import StoppedError, UserError
 
 
 def run(command: Callable[[list[str]], object]) -> None:
@@ -89,7 +89,7 @@ def config_parser(prog: str, doc: str | None, required: str = "") -> argparse.Ar
         prog=prog,
         usage=" ".join(filter(None, (prog, "--config=FILE", required, "[--config.SECTION.FIELD=VALUE ...] [options]"))),
         description=(doc or "").split("\n")[0],
-        epilog="Fields of the config are documented in transformer/config.py.",
+        epilog="Fields of the config are documented in transformer/config/schema.py.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="config file, or FILE:NAME; it is Python and runs")
@@ -98,7 +98,7 @@ def config_parser(prog: str, doc: str | None, required: str = "") -> argparse.Ar
 
 def parse_with_config(
     parser: argparse.ArgumentParser, argv: list[str], needs_data: bool = True
-) -> tuple[configs.Config, argparse.Namespace]:
+) -> tuple[schema.Config, argparse.Namespace]:
     """The config and the other flags; ends with code 0 where help is asked for.
 
     Raises:
@@ -120,7 +120,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") -> tuple[configs.Config, list[str]]:
+def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") -> tuple[schema.Config, list[str]]:
     """Reads --config=FILE and its --config.SECTION.FIELD=VALUE overrides; returns the rest of the arguments too.
 
     The order of the flags does not matter. FILE may end in :NAME, which its `get_config` then receives. JAX
@@ -142,7 +142,7 @@ def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") ->
             config[section][field] = value
     flags = [(section, field) for section, field, _ in overrides]
     names = {f"{section}.{field}" for section, field in flags}
-    values = base_run.with_sizes(validation.sections(config), flags, workdir)
+    values = warm_start.with_sizes(validation.sections(config), flags, workdir)
     checked, left_out = validation.without_unread(validation.typed(values), names)
     validation.check(checked, needs_data, given=names)
     if left_out:
@@ -172,7 +172,7 @@ def _load(path: str) -> config_dict.ConfigDict:
     if isinstance(config, (config_dict.FrozenConfigDict, dict)):
         config = config_dict.ConfigDict(config, type_safe=False)
     config.unlock()
-    for section in configs.SECTIONS:
+    for section in schema.SECTIONS:
         if section not in given:
             config[section] = config_dict.ConfigDict()
     return config
@@ -188,7 +188,7 @@ def _inside(path: str, error: Exception) -> str:
     where = f"line {lines[-1]}: " if lines else ""
     unknown = re.search(r'Key "(\w+)" does not exist', str(error))
     if unknown:
-        known = [name for section in configs.SECTIONS for name in (section, *configs.field_names(section))]
+        known = [name for section in schema.SECTIONS for name in (section, *schema.field_names(section))]
         close = difflib.get_close_matches(unknown[1], known, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"--config={path}: {where}unknown field {unknown[1]!r}{hint}"
@@ -234,7 +234,7 @@ def _override(argument: str) -> tuple[str, str, int | float | bool | str]:
     """Section, field and value of one --config.SECTION.FIELD=VALUE."""
     name, _, text = argument.partition("=")
     parts = name.removeprefix("--config.").split(".")
-    validation.refuse_unknown("config", parts[:1], list(configs.SECTIONS))
+    validation.refuse_unknown("config", parts[:1], list(schema.SECTIONS))
     if len(parts) != 2:
         raise UserError(f"{argument}: expected --config.SECTION.FIELD=VALUE")
     section, field = parts
@@ -243,8 +243,8 @@ def _override(argument: str) -> tuple[str, str, int | float | bool | str]:
 
 def _parse(flag: str, section: str, field: str, text: str) -> int | float | bool | str:
     """The value of a flag in the type of its field."""
-    validation.refuse_unknown(f"config.{section}", [field], configs.field_names(section))
-    kind = configs.field_type(section, field)
+    validation.refuse_unknown(f"config.{section}", [field], schema.field_names(section))
+    kind = schema.field_type(section, field)
     try:
         return PARSERS[kind](text)
     except (ValueError, KeyError, OverflowError) as error:
@@ -269,9 +269,9 @@ def full_path(text: str) -> str:
     """The argparse type of every path: made absolute, ~ expanded, or an address such as gs://bucket/run."""
     if not text.strip():
         raise argparse.ArgumentTypeError("expected a path, got an empty name")
-    if reason := remote.missing(text):
+    if reason := object_storage.missing(text):
         raise argparse.ArgumentTypeError(reason)
-    return text if remote.is_remote(text) else os.path.abspath(os.path.expanduser(text))
+    return text if object_storage.is_remote(text) else os.path.abspath(os.path.expanduser(text))
 
 
 def full_paths(text: str) -> list[str]:
@@ -284,7 +284,7 @@ def _existing_paths(parts: list[str]) -> list[str]:
     """The parts, with commas put back so that each path exists, as few as possible; nothing where that fails."""
     for count in range(1, len(parts) + 1):
         path, rest = ",".join(parts[:count]), parts[count:]
-        if remote.is_remote(path) or os.path.exists(os.path.expanduser(path)):
+        if object_storage.is_remote(path) or os.path.exists(os.path.expanduser(path)):
             others = _existing_paths(rest)
             if others or not rest:
                 return [path, *others]

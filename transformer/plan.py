@@ -15,17 +15,18 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from transformer import command_line, cost
-from transformer.batching import rows_for
+from transformer import command_line
 from transformer.command_line import positive_int, say
 from transformer.config import Config
-from transformer.errors import UserError
-from transformer.planning import fit, program_cost, roofline
-from transformer.planning.chips import GIB, Topology, parse_topology
+from transformer.data.batching import rows_for
+from transformer.models import flops as cost
+from transformer.planning import fit, hlo_cost, roofline
+from transformer.planning.hardware import GIB, Topology, parse_topology
 from transformer.planning.hlo import Program
+from transformer.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from transformer.planning import ahead
+    from transformer.planning import aot
 
 Row = dict[str, Any]
 
@@ -105,13 +106,13 @@ def set_environment(topologies: list[Topology]) -> None:
 
 def plan(config: Config, topology: Topology, length: int, effort: float, *, find_largest: bool) -> Row:
     """Compiles the training step and says what it needs, for one chip unless the key says otherwise."""
-    from transformer import sharding
-    from transformer.planning import ahead
+    from transformer.distributed import sharding
+    from transformer.planning import aot
 
-    mesh = sharding.make_mesh(config.mesh, ahead.devices(topology))
-    rows = ahead.batch_rows(config, mesh, length)
+    mesh = sharding.make_mesh(config.mesh, aot.devices(topology))
+    rows = aot.batch_rows(config, mesh, length)
     since = time.perf_counter()
-    compiled = ahead.compile_step(config, mesh, rows, length, effort)
+    compiled = aot.compile_step(config, mesh, rows, length, effort)
     row: Row = {
         "topology": topology.name,
         "chips": mesh.size,
@@ -133,7 +134,7 @@ def plan(config: Config, topology: Topology, length: int, effort: float, *, find
         def needed(units: int) -> int:
             if units * unit == rows:
                 return compiled.needed
-            found = ahead.compile_step(config, mesh, units * unit, length, effort).needed
+            found = aot.compile_step(config, mesh, units * unit, length, effort).needed
             say(f"{units * unit * length:,} tokens: {found / GIB:.2f} GiB a chip")
             return found
 
@@ -143,16 +144,16 @@ def plan(config: Config, topology: Topology, length: int, effort: float, *, find
     return row
 
 
-def speed(config: Config, topology: Topology, compiled: "ahead.Compiled", mesh: Any, rows: int, length: int) -> Row:
+def speed(config: Config, topology: Topology, compiled: "aot.Compiled", mesh: Any, rows: int, length: int) -> Row:
     """FLOPs, traffic and bounds read from a program; of one too large to compile, its FLOPs by the closed form."""
     closed = cost.training_flops(config.model, config.data.vocab_size, rows, length, length)
     if not compiled.text:
         return {"flops_per_step": closed, "flops_closed_form": closed, "collectives": {}, "tokens_per_s_bound": None}
     program = Program(compiled.text)
-    flops, moved = program_cost.flops(program), program_cost.memory_bytes(program)
+    flops, moved = hlo_cost.flops(program), hlo_cost.memory_bytes(program)
     if program.unknown_loops:
         say(f"the trips of these loops could not be read, they count as one: {', '.join(program.unknown_loops)}")
-    sent = program_cost.collectives(program, dict(mesh.shape))
+    sent = hlo_cost.collectives(program, dict(mesh.shape))
     times = roofline.times(topology.chip, flops, moved, sent)
     # However well it is compiled, a step reads its arguments and writes its results.
     least = compiled.arguments + compiled.outputs + compiled.aliased
@@ -174,7 +175,7 @@ def speed(config: Config, topology: Topology, compiled: "ahead.Compiled", mesh: 
     }
 
 
-def _by_kind(found: list[program_cost.Collective]) -> Row:
+def _by_kind(found: list[hlo_cost.Collective]) -> Row:
     """Name → count, bytes, and bytes for each set of axes."""
     kinds: Row = {}
     for one in found:
@@ -255,7 +256,7 @@ def summary(rows: list[Row]) -> list[str]:
 
 def check_data_parallel(config: Config, topology: Topology) -> None:
     """Refuses a mesh that --scaling cannot predict from, before anything is compiled."""
-    from transformer import sharding
+    from transformer.distributed import sharding
 
     shape = zip(sharding.MESH_AXES, sharding.mesh_shape(config.mesh, topology.chips), strict=True)
     if split := [f"mesh.{name} = {size}" for name, size in shape if name != "data" and size > 1]:
@@ -269,9 +270,9 @@ def scaling(config: Config, topology: Topology, row: Row) -> list[Row]:
     """Predicted efficiency of a chip as their number grows; nothing of a program too large to compile."""
     if "memory_traffic_bytes" not in row:
         return []
-    from transformer import step
+    from transformer.training import train_step
 
-    params = step.Model(config.model, config.data.vocab_size).num_params()
+    params = train_step.Model(config.model, config.data.vocab_size).num_params()
     flops, moved = row["flops_per_step"] // row["chips"], row["memory_traffic_bytes"]
     gradients = row["collectives"].get("all-reduce", {"bytes": 4 * params})["bytes"]
     width = 2 if config.model.dtype == "bfloat16" else 4

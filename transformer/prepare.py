@@ -7,11 +7,12 @@ fetched; run it again to go on where it stopped. `--report` prints on stdout wha
 not imported.
 """
 
-from transformer import command_line, data_report, pipeline
-from transformer import config as configs
-from transformer import tokenizer as tokenizers
+from transformer import command_line
 from transformer.command_line import say
-from transformer.datasets import corpus as corpora
+from transformer.config import schema
+from transformer.data import corpus as corpora
+from transformer.data import input_pipeline, statistics
+from transformer.data import tokenizer as tokenizers
 
 
 def main(argv: list[str]) -> None:
@@ -19,10 +20,10 @@ def main(argv: list[str]) -> None:
     parser = command_line.config_parser("python -m transformer.prepare", __doc__)
     parser.add_argument("--report", action="store_true", help="print counts, lengths, duplicates and overlaps")
     config, args = command_line.parse_with_config(parser, argv)
-    prepare(configs.with_absolute_paths(config), report=args.report)
+    prepare(schema.with_absolute_paths(config), report=args.report)
 
 
-def prepare(config: configs.Config, *, report: bool) -> None:
+def prepare(config: schema.Config, *, report: bool) -> None:
     """Does what is not done yet, and says on stderr what is there.
 
     Raises:
@@ -30,9 +31,9 @@ def prepare(config: configs.Config, *, report: bool) -> None:
     """
     data = tokenizers.with_origin(config)
     corpus = corpora.open_corpus(data)
-    tokenizer = pipeline.vocabulary(data, corpus)
-    ids = {"train": pipeline.token_ids(data, corpus, "train", tokenizer)}
-    plan = pipeline.make_plan(config, ids["train"])
+    tokenizer = input_pipeline.vocabulary(data, corpus)
+    ids = {"train": input_pipeline.token_ids(data, corpus, "train", tokenizer)}
+    plan = input_pipeline.make_plan(config, ids["train"])
     say(
         f"ready in {corpora.data_dir(data)}: {plan.kept:,} training pairs, without {plan.dropped:,} longer than "
         f"data.max_length = {data.max_length}; {tokenizer.vocab_size:,} pieces; {plan.steps_per_epoch:,} steps an epoch"
@@ -40,8 +41,8 @@ def prepare(config: configs.Config, *, report: bool) -> None:
     if report:
         splits = {name: corpus.split(name) for name in corpus.names}
         for name in splits:
-            ids.setdefault(name, pipeline.token_ids(data, corpus, name, tokenizer))
-        data_report.show(config, splits, ids, plan, corpus.dropped, tokenizer)
+            ids.setdefault(name, input_pipeline.token_ids(data, corpus, name, tokenizer))
+        statistics.show(config, splits, ids, plan, corpus.dropped, tokenizer)
 
 
 if __name__ == "__main__":

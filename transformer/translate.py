@@ -15,11 +15,14 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
 
 from etils import epath
 
-from transformer import alignments, command_line, compilation, streams, texts, validation
-from transformer.datasets import text_files
-from transformer.errors import UserError
-from transformer.trained import Trained, load_trained
-from transformer.translator import Hypothesis, Translator, best_text
+from transformer import command_line
+from transformer.checkpoints.loading import Trained, load_trained
+from transformer.config import validation
+from transformer.data import text_files, texts
+from transformer.decoding import alignment
+from transformer.decoding.translator import Hypothesis, Translator, best_text
+from transformer.runtime import compilation, streams
+from transformer.runtime.errors import UserError
 
 Item = TypeVar("Item")
 PROGRAMS = 32  # ways of decoding whose compiled programs are kept
@@ -239,7 +242,7 @@ def main(argv: list[str]) -> None:
     # Alignments cut a long source where decoding does.
     first = dataclasses.replace(loaded.first, config=validation.with_decode(loaded.first.config, fields))
 
-    def translate(group: list[Line], note: alignments.Note) -> list[str]:
+    def translate(group: list[Line], note: alignment.Note) -> list[str]:
         found = translator.hypotheses(
             loaded.params,
             [line.source for line in group],
@@ -261,7 +264,7 @@ def main(argv: list[str]) -> None:
 
     lines = read_together(text_files.decode_lines(sys.stdin.buffer, "stdin"), args.prefix_file, args.constraint_file)
     try:
-        with alignments.recorded(args, first) as note:
+        with alignment.recorded(args, first) as note:
             translate_stream(functools.partial(translate, note=note), lines, sys.stdout.buffer, args.batch_size)
     finally:
         translator.say_counts()
@@ -272,7 +275,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m transformer.translate",
         description=main.__doc__,
-        epilog="--decode.FIELD=VALUE sets any field of the decode section of transformer/config.py.",
+        epilog="--decode.FIELD=VALUE sets any field of the decode section of transformer/config/schema.py.",
         allow_abbrev=False,
     )
     positive, path = command_line.positive_int, command_line.full_path
@@ -295,9 +298,9 @@ def _parse(rest: list[str]) -> argparse.Namespace:
         help="more workdirs of the same tokenizer, commas between: the models' probabilities are averaged",
     )
     parser.add_argument("--mbr", type=positive, help="of so many samples, the one most like the others by chrF")
-    alignments.add_flags(parser)
+    alignment.add_flags(parser)
     args = parser.parse_args(rest)
-    alignments.check_flags(args)
+    alignment.check_flags(args)
     if args.n_best and (args.alignments or args.attention):
         raise UserError("--alignments and --attention are of one translation a line; leave out --n_best")
     return args

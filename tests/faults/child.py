@@ -19,9 +19,13 @@ with warnings.catch_warnings():
     from etils import epath
 
     import train
-    from transformer import checkpoint, command_line, compilation, files, loop, pipeline
-    from transformer.batching import Batch
-    from transformer.checkpoint import Checkpoints
+    from transformer import command_line
+    from transformer.checkpoints import manager
+    from transformer.checkpoints.manager import Checkpoints
+    from transformer.data import input_pipeline
+    from transformer.data.batching import Batch
+    from transformer.runtime import compilation, files
+    from transformer.training import trainer
 
 # The server that forks children has imported JAX and never used it, so that a fork is safe.
 warnings.filterwarnings("ignore", message=".*os.fork.*", category=RuntimeWarning)
@@ -45,13 +49,13 @@ def main(argv: list[str], log: str, trace: str, plant: str) -> None:
 
 def read_each(workdirs: list[str], log: str) -> None:
     """What eval.py and translate do first, for each workdir; stdout and stderr go to `log`."""
-    from transformer import trained
+    from transformer.checkpoints import loading
 
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     for workdir in workdirs:
         try:
-            found = trained.load_trained(workdir, "latest")
+            found = loading.load_trained(workdir, "latest")
             print(f"{workdir}: read step {found.step}", flush=True)
         except Exception as error:  # whatever the libraries make of such files
             print(f"{workdir}: {type(error).__name__}", flush=True)
@@ -71,7 +75,7 @@ def note_examples(trace: int) -> None:
     """Notes step and example ids of each batch as the loop takes it."""
     global _trace
     _trace = trace
-    assemble, begin = pipeline.assemble, loop.Updates.__init__
+    assemble, begin = input_pipeline.assemble, trainer.Updates.__init__
 
     def named(planned, *ids):
         batch = Named(*assemble(planned, *ids))
@@ -91,7 +95,7 @@ def note_examples(trace: int) -> None:
     def begin_noted(self, train_step, state, batches, *rest, **options):
         begin(self, train_step, state, noted(int(jax.device_get(state.step)), batches), *rest, **options)
 
-    pipeline.assemble, loop.Updates.__init__ = named, begin_noted
+    input_pipeline.assemble, trainer.Updates.__init__ = named, begin_noted
 
 
 def cache_everything() -> None:
@@ -159,20 +163,20 @@ def saving(*parts):
 def kill_during(name):
     """A SIGKILL while Orbax writes, from another thread."""
     before = lambda: threading.Timer(0.002, kill).start()  # noqa: E731
-    return lambda: around(checkpoint.ocp, "save", before, when=saving(name))
+    return lambda: around(manager.ocp, "save", before, when=saving(name))
 
 
 def manifest_cut_short():
     """Half of a manifest under its own name, as a file system without rename would leave it."""
-    write_whole = checkpoint.write_whole
+    write_whole = manager.write_whole
 
     def cut(path, content):
-        if saving(checkpoint.MANIFEST)(path):
+        if saving(manager.MANIFEST)(path):
             epath.Path(path).write_text(content[: len(content) // 2])
             kill()
         write_whole(path, content)
 
-    checkpoint.write_whole = cut
+    manager.write_whole = cut
 
 
 def rmtree_cut_short():
@@ -193,7 +197,7 @@ def rmtree_cut_short():
 def pause_in_saving(seconds):
     """Marks the place where checkpoint AT lacks its manifest alone, and waits there."""
     before = lambda: (mark("saving"), time.sleep(seconds))  # noqa: E731
-    return lambda: around(checkpoint, "write_whole", before, when=saving(checkpoint.MANIFEST))
+    return lambda: around(manager, "write_whole", before, when=saving(manager.MANIFEST))
 
 
 def commit(when):
@@ -207,12 +211,12 @@ def disk_error(name):
     def fail():
         raise OSError(5, "Input/output error")
 
-    return lambda: around(checkpoint, name, fail, when=saving(checkpoint.MANIFEST, "config.json"))
+    return lambda: around(manager, name, fail, when=saving(manager.MANIFEST, "config.json"))
 
 
 def hold():
     """Stops at step 3, for ever."""
-    around(loop.Updates, "dispatch", lambda: (mark("held"), time.sleep(600)), when=lambda self: self._done == 2)
+    around(trainer.Updates, "dispatch", lambda: (mark("held"), time.sleep(600)), when=lambda self: self._done == 2)
 
 
 def step_is(at):
@@ -224,9 +228,9 @@ KILLS = {
     "before the folder": lambda: around(type(epath.Path("/")), "mkdir", kill, when=saving(".partial")),
     "after the folder": lambda: around(type(epath.Path("/")), "mkdir", None, kill, when=saving(".partial")),
     "in the params": kill_during("params"),
-    "after the params": lambda: around(checkpoint.ocp, "save", None, kill, when=saving("params")),
+    "after the params": lambda: around(manager.ocp, "save", None, kill, when=saving("params")),
     "in the optimizer": kill_during("optimizer"),
-    "before the manifest": lambda: around(checkpoint, "write_whole", kill, when=saving(checkpoint.MANIFEST)),
+    "before the manifest": lambda: around(manager, "write_whole", kill, when=saving(manager.MANIFEST)),
     "in the manifest": manifest_cut_short,
     "before the commit": commit("before"),
     "after the commit": commit("after"),
@@ -238,10 +242,12 @@ PLANTS = {
     **{f"kill {name}": plant for name, plant in KILLS.items()},
     "kill in restoring": lambda: around(Checkpoints, "restore_params", None, kill),
     "kill after restoring": lambda: around(Checkpoints, "restore", None, kill),
-    "pause in evaluating": lambda: around(loop.Evaluator, "held_out_loss", lambda: (mark("evaluating"), time.sleep(1))),
+    "pause in evaluating": lambda: around(
+        trainer.Evaluator, "held_out_loss", lambda: (mark("evaluating"), time.sleep(1))
+    ),
     "pause in saving": pause_in_saving(1.0),
     "pause in compiling": lambda: around(
-        loop.Updates, "dispatch", lambda: mark("compiling"), when=lambda self: self._unread is None
+        trainer.Updates, "dispatch", lambda: mark("compiling"), when=lambda self: self._unread is None
     ),
     "long save": pause_in_saving(60.0),
     "disk error": disk_error("write_whole"),

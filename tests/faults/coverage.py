@@ -8,12 +8,14 @@ import sacrebleu
 
 from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World
-from transformer import scores, sharding, trained
-from transformer.batching import PlannedBatch, Ragged, assemble, eval_plan, only_rows
+from transformer.checkpoints import loading
 from transformer.config import MeshConfig
-from transformer.evaluate import Evaluator
-from transformer.tokenizer import EOS
-from transformer.translator import Translator
+from transformer.data.batching import PlannedBatch, Ragged, assemble, eval_plan, only_rows
+from transformer.data.tokenizer import EOS
+from transformer.decoding.translator import Translator
+from transformer.distributed import sharding
+from transformer.evaluation import metrics
+from transformer.evaluation.evaluator import Evaluator
 
 COUNTS = (0, 1, 7, 12, 13, 14, 15, 16, 100, 101)
 BATCHES = (1, 3, 4, 8)
@@ -64,7 +66,7 @@ def sources_of(world: World) -> list[str]:
     quick=4,
 )
 def scores_of_written_files(world: World, tally: Tally) -> None:
-    run = trained.load_trained(world.talker(), "latest")
+    run = loading.load_trained(world.talker(), "latest")
     sources = sources_of(world)
     folder = world.new_folder()
     folder.mkdir()
@@ -86,7 +88,7 @@ def scores_of_written_files(world: World, tally: Tally) -> None:
             assert found == whole
     command = ["-m", "sacrebleu", folder / "reference", "-i", folder / "written", "-b", "-w", "12"]
     with tally.one("BLEU"):
-        ours = scores.score(whole, [references], ("bleu",))["bleu"]
+        ours = metrics.score(whole, [references], ("bleu",))["bleu"]
         theirs = float(Command(*command).expect(0).stdout)
         assert 0 < theirs < 100, f"{theirs} of {whole[:5]}"
         assert abs(float(ours) - theirs) <= 1e-9, f"{ours} against {theirs}"
@@ -104,7 +106,7 @@ def scores_of_written_files(world: World, tally: Tally) -> None:
 
 @row("E3", "no end of sentence, empty output, references beyond every limit", full=3, quick=3)
 def nothing_is_cut(world: World, tally: Tally) -> None:
-    run = trained.load_trained(world.talker(), "latest")
+    run = loading.load_trained(world.talker(), "latest")
     sources = sources_of(world)
     with tally.one("no end of sentence"):
         translator = Translator(run.model, run.tokenizer, run.config.decode, run.mesh)

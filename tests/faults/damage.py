@@ -18,10 +18,12 @@ from etils import epath
 from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World, files_of
 from tests.test_checkpoint import make_parts, save, save_three
-from transformer import checkpoint, command_line, files, manifest, remote, trained
-from transformer.checkpoint import Checkpoints
-from transformer.errors import UserError, WorkdirError
-from transformer.manifest import MANIFEST
+from transformer import command_line
+from transformer.checkpoints import loading, manager, manifest
+from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manifest import MANIFEST
+from transformer.runtime import files, object_storage
+from transformer.runtime.errors import UserError, WorkdirError
 
 NEWEST = 15
 
@@ -33,16 +35,16 @@ def assert_noticed(run: pathlib.Path, name: str) -> None:
     number) may pass, if what is read is the same.
     """
     checkpoints = Checkpoints(run)
-    for ask in (checkpoints.newest_sound, lambda: trained.select(checkpoints, "latest")[0]):
+    for ask in (checkpoints.newest_sound, lambda: loading.select(checkpoints, "latest")[0]):
         with Heard() as heard:
             found = ask()
         assert found == 10, f"{name}: took {found}"
         assert f"checkpoint {NEWEST} is damaged" in heard.getvalue(), f"{name}: not said"
     with Heard() as heard:
-        assert trained.select(checkpoints, "average:2") == [5, 10], name
-        assert NEWEST not in trained.select(checkpoints, "best"), name
+        assert loading.select(checkpoints, "average:2") == [5, 10], name
+        assert NEWEST not in loading.select(checkpoints, "best"), name
         with pytest.raises(WorkdirError):
-            trained.select(checkpoints, str(NEWEST))
+            loading.select(checkpoints, str(NEWEST))
     assert heard.getvalue().count(f"checkpoint {NEWEST} is damaged") == 3, f"{name}: not said"
 
 
@@ -70,8 +72,8 @@ def flip(path: pathlib.Path, rng: np.random.Generator) -> int:
 def assert_reads_the_one_before(run: pathlib.Path, world: World) -> None:
     """What eval.py and translate would compute with are the params of step 10."""
     with Heard():
-        params = trained.load_trained(run, "latest").params
-    wanted = trained.load_trained(world.whole().workdir, "10").params
+        params = loading.load_trained(run, "latest").params
+    wanted = loading.load_trained(world.whole().workdir, "10").params
     leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in (params, wanted)]
     assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
 
@@ -171,7 +173,7 @@ def none_is_sound(world: World, tally: Tally) -> None:
         for which in ("latest", "best"):
             if tally.quick:
                 with tally.one(f"{which}, {name}"), Heard() as heard, pytest.raises(WorkdirError) as refused:
-                    trained.load_trained(run, which)
+                    loading.load_trained(run, which)
                 assert (refused.value.exit_code, heard.getvalue().count("damaged")) == (4, 3)
         for command in () if tally.quick else (["eval.py"], ["-m", "transformer.translate"]):
             with tally.one(f"{command}, {name}"):
@@ -309,11 +311,11 @@ def failing_at(count: int, owner, name: str):
 
 
 FAILURES = {
-    "the params fail": failing_at(0, checkpoint.ocp, "save"),
-    "the optimizer fails": failing_at(1, checkpoint.ocp, "save"),
-    "the config fails": failing_at(0, checkpoint, "write_whole"),
+    "the params fail": failing_at(0, manager.ocp, "save"),
+    "the optimizer fails": failing_at(1, manager.ocp, "save"),
+    "the config fails": failing_at(0, manager, "write_whole"),
     "the digests fail": failing_at(0, manifest, "sha256"),
-    "the manifest fails": failing_at(1, checkpoint, "write_whole"),
+    "the manifest fails": failing_at(1, manager, "write_whole"),
 }
 
 
@@ -328,7 +330,7 @@ def saves_that_cannot_be_read(world: World, tally: Tally) -> None:
         with tally.one(f"{name} works"):
             run = world.new_folder() / name
             save(run, make_parts(), 5)
-            assert trained.load_trained(run, "latest").step == 5
+            assert loading.load_trained(run, "latest").step == 5
     with tally.one("a backslash"), pytest.raises(UserError, match="without backslashes"):
         save(world.new_folder() / "a\\b", make_parts(), 5)
     base = save_three(world.new_folder())
@@ -364,7 +366,7 @@ def assert_survives_a_full_temp_folder(
     """A save that needs the temp folder fails with a message and the exit code of a full disk; another works."""
     with disk(world.new_folder(), "size=64k") as temp:
         patch.setattr(tempfile, "tempdir", str(temp))
-        patch.setattr(remote, "needs_staging", lambda folder: staged)
+        patch.setattr(object_storage, "needs_staging", lambda folder: staged)
         if staged:
             with pytest.raises(Exception, match="space") as failed:
                 save(run, make_parts(), 200)
@@ -377,16 +379,14 @@ def assert_survives_a_full_temp_folder(
 
 
 def manifest_emptied(patch: pytest.MonkeyPatch) -> None:
-    write_whole = checkpoint.write_whole
-    patch.setattr(
-        checkpoint, "write_whole", lambda path, text: write_whole(path, "" if path.name == MANIFEST else text)
-    )
+    write_whole = manager.write_whole
+    patch.setattr(manager, "write_whole", lambda path, text: write_whole(path, "" if path.name == MANIFEST else text))
 
 
 def one_moment_lost(patch: pytest.MonkeyPatch) -> None:
-    write = checkpoint.ocp.save
+    write = manager.ocp.save
     lost = lambda path, tree: write(path, jax.tree.leaves(tree)[1:] if path.name == "optimizer" else tree)  # noqa: E731
-    patch.setattr(checkpoint.ocp, "save", lost)
+    patch.setattr(manager.ocp, "save", lost)
 
 
 UNREADABLE = {

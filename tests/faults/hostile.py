@@ -18,14 +18,13 @@ import pytest
 from tests import test_imports
 from tests.faults.table import Tally, row
 from tests.faults.world import Heard, World, files_of, write_pairs
-from transformer import pipeline
-from transformer.checkpoint import Checkpoints
+from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manifest import MANIFEST, Manifest
 from transformer.config import DataConfig
-from transformer.datasets import corpus as corpora
-from transformer.datasets import members, text_files
-from transformer.errors import UserError
-from transformer.files import sha256
-from transformer.manifest import MANIFEST, Manifest
+from transformer.data import corpus as corpora
+from transformer.data import input_pipeline, members, text_files
+from transformer.runtime.errors import UserError
+from transformer.runtime.files import sha256
 
 
 class Evil:
@@ -124,13 +123,13 @@ def assert_no_token_ids_of_objects(world: World, array: bytes) -> None:
     words = Checkpoints(world.whole().workdir).tokenizer(15)
     with Heard() as heard:
         corpus = corpora.open_corpus(data)
-        wanted = pipeline.token_ids(data, corpus, "train", words)
+        wanted = input_pipeline.token_ids(data, corpus, "train", words)
         (path,) = (path for path in files_of(folder / "prepared") if path.name == "source.offsets.npy")
         path.write_bytes(array)
-        about = json.loads((path.parent / pipeline.ABOUT).read_text())
+        about = json.loads((path.parent / input_pipeline.ABOUT).read_text())
         about["sha256"][path.name] = sha256(path)
-        (path.parent / pipeline.ABOUT).write_text(json.dumps(about))
-        found = pipeline.token_ids(data, corpus, "train", words)
+        (path.parent / input_pipeline.ABOUT).write_text(json.dumps(about))
+        found = input_pipeline.token_ids(data, corpus, "train", words)
     assert "damaged" in heard.getvalue()
     assert np.array_equal(found.source.offsets, wanted.source.offsets)
 

@@ -9,7 +9,7 @@ import numpy as np
 from tests.faults import child
 from tests.faults.table import Tally, row
 from tests.faults.world import KILLED, SAVE, STEPS, Child, World
-from transformer.checkpoint import Checkpoints
+from transformer.checkpoints.manager import Checkpoints
 
 COMMITTED = ("after the commit", "before deleting", "in deleting", "after deleting")  # the checkpoint was one by then
 

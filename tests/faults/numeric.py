@@ -14,13 +14,17 @@ from tests import test_step
 from tests.faults.coverage import shares
 from tests.faults.table import Tally, row
 from tests.faults.world import Heard, World
-from transformer import divergence, loop, pipeline, sharding, step, trained
-from transformer.batching import Batch, assemble
-from transformer.checkpoint import Checkpoints
+from transformer.checkpoints import loading
+from transformer.checkpoints.manager import Checkpoints
 from transformer.config import MeshConfig
-from transformer.datasets import corpus as corpora
-from transformer.errors import DivergedError
-from transformer.evaluate import HeldOutLoss
+from transformer.data import corpus as corpora
+from transformer.data import input_pipeline
+from transformer.data.batching import Batch, assemble
+from transformer.distributed import sharding
+from transformer.evaluation.evaluator import HeldOutLoss
+from transformer.runtime.errors import DivergedError
+from transformer.training import divergence, trainer
+from transformer.training import train_step as step
 
 AT = 8  # the update that is disturbed
 
@@ -70,13 +74,13 @@ def no_numbers(world: World, tally: Tally) -> None:
             assert_run_stops(world)
     for value in values:
         with tally.one(f"{value} in validation"), Heard(), pytest.MonkeyPatch.context() as patch:
-            held_out, losses = loop.Evaluator.held_out_loss, iter([None, HeldOutLoss(value, 1, 1)])
-            patch.setattr(loop.Evaluator, "held_out_loss", lambda *args: next(losses) or held_out(*args))  # noqa: B023
+            held_out, losses = trainer.Evaluator.held_out_loss, iter([None, HeldOutLoss(value, 1, 1)])
+            patch.setattr(trainer.Evaluator, "held_out_loss", lambda *args: next(losses) or held_out(*args))  # noqa: B023
             run = world.new_folder()
             with pytest.raises(DivergedError, match="the validation loss is"):
-                loop.fit(short(world), run)
+                trainer.fit(short(world), run)
             assert Checkpoints(run).newest_sound() == 9
-            assert trained.select(Checkpoints(run), "best") == [6]
+            assert loading.select(Checkpoints(run), "best") == [6]
 
 
 def assert_not_applied(world: World) -> None:
@@ -101,14 +105,14 @@ def assert_run_stops(world: World) -> None:
     """At that update, with the pairs of its batch in a file, and the checkpoint of before left."""
     run, config = world.new_folder(), short(world)
     with pytest.raises(DivergedError, match=f"at update {AT} ") as diverged:
-        loop.fit(config, run)
+        trainer.fit(config, run)
     assert diverged.value.exit_code == 3
     assert Checkpoints(run).newest_sound() == 6
-    assert trained.select(Checkpoints(run), "best") == [6]
+    assert loading.select(Checkpoints(run), "best") == [6]
     found = json.loads((run / divergence.FILE).read_text())
     corpus = corpora.open_corpus(config.data)
-    ids = pipeline.token_ids(config.data, corpus, "train", Checkpoints(run).tokenizer(6))
-    wanted = pipeline.make_plan(config, ids).batch(AT - 1).examples_B
+    ids = input_pipeline.token_ids(config.data, corpus, "train", Checkpoints(run).tokenizer(6))
+    wanted = input_pipeline.make_plan(config, ids).batch(AT - 1).examples_B
     assert [pair["number"] for pair in found["pairs"]] == wanted[wanted >= 0].tolist()
     pairs = [(pair["source"], pair["target"]) for pair in found["pairs"]]
     assert pairs == [corpus.split("train")[pair["number"]] for pair in found["pairs"]]
@@ -119,7 +123,7 @@ def spikes(world: World, tally: Tally) -> None:
     config = short(world, spike_factor=3.0, max_skipped_updates=2, log_every_steps=1)
     run, spike = world.new_folder(), range(7, 11)  # longer than K
     with poisoned("scale", 50.0, spike), Heard() as heard:
-        loop.fit(config, run)
+        trainer.fit(config, run)
         with tally.one("at most K are skipped"):
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             skipped = [line["train/skipped_updates"] for line in lines if "train/loss" in line]
@@ -130,24 +134,24 @@ def spikes(world: World, tally: Tally) -> None:
             states = [world.state(run, done) for done in (6, 9, 12)]
             assert not all(np.array_equal(a, b) for a, b in zip(states[0], states[1], strict=True))
             stopped = world.new_folder()
-            loop.fit(short(world, spike_factor=3.0, max_skipped_updates=2, log_every_steps=1, num_steps=8), stopped)
+            trainer.fit(short(world, spike_factor=3.0, max_skipped_updates=2, log_every_steps=1, num_steps=8), stopped)
             moved = [
                 i for i, (a, b) in enumerate(zip(states[0], world.state(stopped, 8), strict=True)) if (a != b).any()
             ]
             assert len(moved) == 3, "more than the counters of steps, of the spike and of skipped updates have changed"
         with tally.one("resumed in the midst of a spike"):
-            loop.fit(config, stopped)
+            trainer.fit(config, stopped)
             assert all(np.array_equal(a, b) for a, b in zip(world.state(stopped, 12), states[2], strict=True))
 
 
 @row("F3", "hosts 1 to 2 to 4 to 1 in a run: the same global batches, the same loss", full=24, quick=24)
 def hosts_change(world: World, tally: Tally) -> None:
     config = world.config()
-    run = trained.load_trained(world.whole().workdir, "latest")
+    run = loading.load_trained(world.whole().workdir, "latest")
     with Heard():
         corpus = corpora.open_corpus(config.data)
-        ids = pipeline.token_ids(config.data, corpus, "train", run.tokenizer)
-    plan = pipeline.make_plan(config, ids)
+        ids = input_pipeline.token_ids(config.data, corpus, "train", run.tokenizer)
+    plan = input_pipeline.make_plan(config, ids)
     mesh = sharding.make_mesh(MeshConfig())
     eval_step = step.make_eval_step(run.model, mesh)
     params = sharding.on_every_device(mesh, run.params)

@@ -15,12 +15,10 @@ from tests import test_config
 from tests.conftest import ROOT
 from tests.faults.table import Tally, row
 from tests.faults.world import KILLED, Command, World, data_fields
-from transformer import config as configs
-from transformer import validation
-from transformer import workdir as workdirs
-from transformer.config import Config
-from transformer.errors import UserError
-from transformer.validation import resolve
+from transformer.config import Config, schema, validation
+from transformer.config.validation import resolve
+from transformer.runtime.errors import UserError
+from transformer.training import workdir as workdirs
 
 
 @row("C1", "two trainers in one workdir; a lock left by SIGKILL", full=6, quick=2)
@@ -61,14 +59,14 @@ def config_that_reads(name: str) -> Config:
     for reader in validation.READERS.get(name, ()):
         section, selector = reader.selector.split(".")
         sections[section][selector] = reader.values[0] if reader.values else type(sections[section][selector])(1)
-    return Config(**{section: kind(**sections[section]) for section, kind in configs.SECTIONS.items()})
+    return Config(**{section: kind(**sections[section]) for section, kind in schema.SECTIONS.items()})
 
 
 @row("C2", "config, vocabulary or data changed under a run: each field of the config, and the data", full=70, quick=60)
 def run_resumed_as_another(world: World, tally: Tally) -> None:
     harmless = 0
     documented = (ROOT / "docs" / "workdir.md").read_text()
-    for section, kind in configs.SECTIONS.items():
+    for section, kind in schema.SECTIONS.items():
         for field in dataclasses.fields(kind):
             with tally.one(f"{section}.{field.name}"):
                 old = config_that_reads(f"{section}.{field.name}")
@@ -78,7 +76,7 @@ def run_resumed_as_another(world: World, tally: Tally) -> None:
                 change = f"{section}.{field.name}: {before!r} → {after!r}"
                 if field.name in workdirs.HARMLESS.get(section, ()) or field.name == "num_steps":
                     assert workdirs.config_changes(pathlib.Path("run"), old, config) == [change]
-                    named = (f"`{section}.{field.name}`", f"`{section}.*`", field.name in configs.PATHS)
+                    named = (f"`{section}.{field.name}`", f"`{section}.*`", field.name in schema.PATHS)
                     assert any(name is True or (name and name in documented) for name in named), "undocumented"
                     harmless += 1
                 else:

@@ -12,12 +12,14 @@ import pytest
 from tests.faults.damage import flip
 from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World, data_fields, files_of, write_pairs
-from transformer import pipeline, scoring, subword_codes, tokenizer, trained, translate
+from transformer import translate
+from transformer.checkpoints import loading
 from transformer.config import DataConfig
-from transformer.datasets import corpus as corpora
-from transformer.datasets import pair_files, text_files
-from transformer.errors import UserError
-from transformer.evaluate import Evaluator
+from transformer.data import corpus as corpora
+from transformer.data import input_pipeline, parallel_formats, subword_nmt, text_files, tokenizer
+from transformer.evaluation import scoring
+from transformer.evaluation.evaluator import Evaluator
+from transformer.runtime.errors import UserError
 
 ERROR, CONTENT, BLANK = "an error", "content", "a blank line"
 BYTES = {
@@ -144,7 +146,7 @@ sys.exit(code)
 
 @row("D3", "lines of no tokens and of over 100,000", full=4, quick=2)
 def lines_of_any_length(world: World, tally: Tally) -> None:
-    run = trained.load_trained(world.talker(), "latest")
+    run = loading.load_trained(world.talker(), "latest")
     assert len(run.tokenizer.encode([LONG])[0]) > 100_000
     with tally.one("training: dropped and counted"):
         folder = world.new_folder()
@@ -153,8 +155,8 @@ def lines_of_any_length(world: World, tally: Tally) -> None:
         config = world.config(data=data_fields(folder, folder / "prepared"))
         with Heard():
             corpus = open_corpus(folder)
-            ids = pipeline.token_ids(config.data, corpus, "train", run.tokenizer)
-        plan = pipeline.make_plan(config, ids)
+            ids = input_pipeline.token_ids(config.data, corpus, "train", run.tokenizer)
+        plan = input_pipeline.make_plan(config, ids)
         assert (plan.kept, plan.dropped) == (39, 1)
         used = {example for done in range(plan.steps_per_epoch) for example in plan.batch(done).examples_B.tolist()}
         assert LINE - 1 not in used
@@ -230,12 +232,12 @@ def data_damaged(world: World, tally: Tally) -> None:
     data = DataConfig(**data_fields(folder, folder / "prepared"))
     words = tokenizer.load(world.whole().workdir / "tokenizer")
     with Heard():
-        wanted = pipeline.token_ids(data, corpus, "train", words)
+        wanted = input_pipeline.token_ids(data, corpus, "train", words)
     for (name, harm), file in itertools.product(harms.items(), ("source.ids", "target.offsets.npy")):
         with tally.one(f"token ids, {file} {name}"), Heard() as heard:
             (path,) = (path for path in files_of(folder / "prepared" / "token_ids") if path.name == file)
             harm(path)
-            found = pipeline.token_ids(data, corpus, "train", words)
+            found = input_pipeline.token_ids(data, corpus, "train", words)
             assert "damaged" in heard.getvalue()
             for ours, theirs in zip(found, wanted, strict=True):
                 assert np.array_equal(ours.flat, theirs.flat)
@@ -290,13 +292,13 @@ def cr_lf_everywhere(world: World, tally: Tally) -> None:
 
 def one_file_formats(folder: pathlib.Path, tally: Tally) -> None:
     """TSV, JSONL, TMX and PO with CR LF hold the pairs that they hold with LF."""
-    for extension in pair_files.PAIR_FORMATS:
+    for extension in parallel_formats.PAIR_FORMATS:
         with tally.one(extension):
             path = folder / f"pairs{extension}"
             found = []
             for end in (b"\n", b"\r\n"):
                 path.write_bytes(one_file(extension).encode().replace(b"\n", end))
-                found.append(list(pair_files.read_pairs(path, ("en", "de"))))
+                found.append(list(parallel_formats.read_pairs(path, ("en", "de"))))
             assert found[0] == found[1]
             assert [source.removesuffix(" more") for source, _ in found[1]] == ["red house", "old\rtree", "new cat"]
             assert [target for _, target in found[1]] == ["rot haus", "alt baum", "neu katze"]
@@ -304,7 +306,8 @@ def one_file_formats(folder: pathlib.Path, tally: Tally) -> None:
         path = folder / "within.jsonl"
         path.write_text(json.dumps({"en": "a", "de": "b"}) + "\n" + json.dumps({"en": "a\r\nb", "de": "b"}) + "\n")
         refused(
-            lambda: list(pair_files.read_pairs(path, ("en", "de"))), "line 2: the text under 'en' holds a line break"
+            lambda: list(parallel_formats.read_pairs(path, ("en", "de"))),
+            "line 2: the text under 'en' holds a line break",
         )
 
 
@@ -329,7 +332,7 @@ def command_and_api(world: World, folder: pathlib.Path, tally: Tally) -> None:
         assert [one.phrases for one in read] == [["red", "house"], [], [], ["cat"]]
     with tally.one("codes of subword-nmt"):
         codes = "#version: 0.2\nr e\nre d</w>\n"
-        assert subword_codes.parse(codes.replace("\n", "\r\n"), "") == subword_codes.parse(codes, "")
+        assert subword_nmt.parse(codes.replace("\n", "\r\n"), "") == subword_nmt.parse(codes, "")
     model = translate.load(world.talker())
     plain = model.translate(LINES, prefixes=["red", "", "", "old"])
     for name, sentences, prefixes in (

@@ -19,8 +19,10 @@ import numpy as np
 
 from tests.conftest import ROOT, small_config
 from tests.faults import child
-from transformer import sharding, step, trained
-from transformer.checkpoint import Checkpoints
+from transformer.checkpoints import loading
+from transformer.checkpoints.manager import Checkpoints
+from transformer.distributed import sharding
+from transformer.training import train_step
 
 STEPS, SAVE, EVALUATE = 60, 5, 25
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "big", "small"]
@@ -97,8 +99,8 @@ class World:
     def talker(self) -> pathlib.Path:
         """A workdir whose model says a lot: params as they are drawn rarely come to the end of a sentence."""
         if self._talker is None:
-            run = trained.load_trained(self.whole().workdir, "latest")
-            state = step.init_state(run.model, run.config, run.mesh)
+            run = loading.load_trained(self.whole().workdir, "latest")
+            state = train_step.init_state(run.model, run.config, run.mesh)
             louder = jax.tree.map(lambda leaf: 2 * leaf, state.params)
             self._talker = self.new_folder()
             Checkpoints(self._talker).save(state._replace(params=louder), run.config, run.tokenizer, {}, {})
@@ -118,7 +120,7 @@ class World:
         done = checkpoints.newest_sound() if done is None else done
         assert done is not None, "there is no checkpoint"
         config = checkpoints.config(done)
-        model = step.Model(config.model, checkpoints.tokenizer(done).vocab_size)
+        model = train_step.Model(config.model, checkpoints.tokenizer(done).vocab_size)
         state = checkpoints.restore(done, model, config, sharding.make_mesh(config.mesh))
         return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 

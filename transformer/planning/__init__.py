@@ -1,1 +1,1 @@
-"""The compiled training step of chips that are not here: what it needs, costs and could reach."""
+"""A training step compiled for chips that are not here."""

@@ -6,8 +6,8 @@ A chip can do no better than its published peaks, all three at once. So these ar
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from transformer.planning.chips import Chip
-from transformer.planning.program_cost import Collective
+from transformer.planning.hardware import Chip
+from transformer.planning.hlo_cost import Collective
 
 SCALES = (8, 16, 32, 64, 128, 256, 512, 1024)
 STATE_TRAFFIC = 24  # bytes a parameter: Adam reads and writes the parameter and two moments, float32

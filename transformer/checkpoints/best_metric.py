@@ -1,0 +1,45 @@
+"""Which validation figure makes a checkpoint the best: BLEU, chrF or the loss, decided once for a run.
+
+Early stopping, `train.keep_best` and the checkpoints `best` and `best-average:N` go by it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from transformer.config import Config
+from transformer.evaluation import bleu_tokenizer
+
+FIGURES = {"bleu": "valid/bleu", "chrf": "valid/chrf", "loss": "valid/loss"}
+TITLES = {"bleu": "BLEU", "chrf": "chrF2", "loss": "validation loss"}
+
+
+def of(config: Config) -> str:
+    """The metric of a run; runs that were begun before there was a choice go by BLEU."""
+    return "bleu" if config.train.best_metric == "auto" else config.train.best_metric
+
+
+def settled(config: Config, metric: str) -> Config:
+    """The config with its metric decided; one that it names itself stays."""
+    if config.train.best_metric != "auto":
+        return config
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, best_metric=metric))
+
+
+def decide(references: Sequence[str], tokenizer: str) -> tuple[str, str]:
+    """The metric that suits these references, and a line that says why if it is not BLEU."""
+    count = bleu_tokenizer.short(references, tokenizer)
+    if 2 * count <= len(references):
+        return "bleu", ""
+    why = f"{count:,} of {len(references):,} validation references have under four tokens, of which BLEU finds nothing"
+    return "chrf", f"the best checkpoint is that of the highest chrF2, as {why}; train.best_metric sets another"
+
+
+def merit(metric: str, metrics: Mapping[str, float]) -> float | None:
+    """How good a checkpoint is: higher is better; None where it was not validated."""
+    value = metrics.get(FIGURES[metric])
+    return -value if metric == "loss" and value is not None else value
+
+
+def shown(metric: str, merit: float) -> str:
+    """The figure itself, for people."""
+    return f"{-merit:.3f}" if metric == "loss" else f"{merit:.2f}"

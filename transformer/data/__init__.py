@@ -1,0 +1,1 @@
+"""Parallel text from its source to host batches of token ids."""

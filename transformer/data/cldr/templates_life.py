@@ -1,0 +1,252 @@
+"""Sentence frames of the `cldr` data set: money, measures, languages and lives.
+
+`cldr_slots` says what a slot holds, `cldr_grammar.Filler` what the words after its colon choose. Articles that
+contract stand apart here ("de le", "a el", "zu der"): `cldr_grammar.contract` joins them in the filled sentence.
+"""
+
+from transformer.data.cldr.grammar import Frame
+
+FRAMES = (
+    # Money
+    Frame(
+        "{who} bought {things} for {price} in {city}.",
+        "{who} {who:#hat|haben} in {city} für {price} {things} gekauft.",
+        "{who} {who:#a|ont} acheté {things} à {city} pour {price}.",
+        "{who} {who:#compró|compraron} {things} en {city} por {price}.",
+    ),
+    Frame(
+        "{thing:the} costs {price} more than {thing2:the}.",
+        "{thing:the} kostet {price} mehr als {thing2:the}.",
+        "{thing:the} coûte {price} de plus que {thing2:the}.",
+        "{thing:the} cuesta {price} más que {thing2:the}.",
+    ),
+    Frame(
+        "How much does {thing:the} cost in {country}?",
+        "Wie viel kostet {thing:the} {country:in}?",
+        "Combien coûte {thing:the} {country:in} ?",
+        "¿Cuánto cuesta {thing:the} en {country}?",
+    ),
+    Frame(
+        "{one} gave {one2} {thing:a} that had cost {price}.",
+        "{one} hat {one2:dat} {thing:a.acc} geschenkt, {thing:rel} {price} gekostet hatte.",
+        "{one} a offert à {one2} {thing:a} qui avait coûté {price}.",
+        "{one} le regaló a {one2} {thing:a} que había costado {price}.",
+    ),
+    Frame(
+        "Prices in {country} rose by {percent} in {year}.",
+        "{country:in} sind die Preise im Jahr {year} um {percent} gestiegen.",
+        "{country:in}, les prix ont augmenté de {percent} en {year}.",
+        "En {year}, los precios subieron un {percent} en {country}.",
+    ),
+    Frame(
+        "{one} lent {one2} {sum} and wants the money back before {coming}.",
+        "{one} hat {one2:dat} {sum} geliehen und will das Geld vor dem {coming} zurückhaben.",
+        "{one} a prêté {sum} à {one2} et veut récupérer l'argent avant le {coming}.",
+        "{one} le prestó {sum} a {one2} y quiere recuperar el dinero antes del {coming}.",
+    ),
+    Frame(
+        "At the market you can get {mass} of {food} for {price}.",
+        "Auf dem Markt bekommt man {mass} {food} für {price}.",
+        "Au marché, on peut avoir {mass} de {food} pour {price}.",
+        "En el mercado dan {mass} de {food} por {price}.",
+    ),
+    Frame(
+        "The hotel in {city} charges {price} per night for a room with {small} beds.",
+        "Das Hotel in {city} verlangt für ein Zimmer mit {small} Betten {price} pro Nacht.",
+        "L'hôtel de {city} demande {price} par nuit pour une chambre à {small} lits.",
+        "El hotel de {city} cobra {price} por noche por una habitación de {small} camas.",
+    ),
+    Frame(
+        "{who} had to pay {sum} because {who:he} had lost {thing:the}.",
+        "{who} {who:#musste|mussten} {sum} bezahlen, weil {who:he} {thing:the.acc} verloren {who:#hatte|hatten}.",
+        "{who} {who:#a|ont} dû payer {sum} parce que {who:he} {who:#avait|avaient} perdu {thing:the}.",
+        "{who} {who:#tuvo|tuvieron} que pagar {sum} porque {who:#había|habían} perdido {thing:the}.",
+    ),
+    Frame(
+        "Do you have {thing:a} for less than {price}?",
+        "Haben Sie {thing:a.acc} für weniger als {price}?",
+        "Avez-vous {thing:a} à moins de {price} ?",
+        "¿Tiene usted {thing:a} por menos de {price}?",
+    ),
+    Frame(
+        "Would you rather have {thing:a} or {thing2:a}?",
+        "Möchten Sie lieber {thing:a.acc} oder {thing2:a.acc}?",
+        "Préférez-vous {thing:a} ou {thing2:a} ?",
+        "¿Prefiere usted {thing:a} o {thing2:a}?",
+    ),
+    # Measures
+    Frame(
+        "For this recipe you need {mass} of {food}, {volume} of {drink} and {small} eggs.",
+        "Für dieses Rezept braucht man {mass} {food}, {volume} {drink} und {small} Eier.",
+        "Pour cette recette, il faut {mass} de {food}, {volume} de {drink} et {small} œufs.",
+        "Para esta receta se necesitan {mass} de {food}, {volume} de {drink} y {small} huevos.",
+    ),
+    Frame(
+        "The bridge in {city} is {meters:high} long and {meters:low} wide.",
+        "Die Brücke in {city} ist {meters:high} lang und {meters:low} breit.",
+        "Le pont de {city} fait {meters:high} de long sur {meters:low} de large.",
+        "El puente de {city} mide {meters:high} de largo y {meters:low} de ancho.",
+    ),
+    Frame(
+        "The tower in {city} is {meters:high} high and thus taller than the one in {city2}, "
+        "which is only {meters:low} high.",
+        "Der Turm in {city} ist {meters:high} hoch und damit höher als der in {city2}, der nur {meters:low} hoch ist.",
+        "La tour de {city} mesure {meters:high} de haut et est donc plus haute que celle de {city2}, "
+        "qui mesure seulement {meters:low}.",
+        "La torre de {city} mide {meters:high} de alto y por tanto es más alta que la de {city2}, "
+        "que solo mide {meters:low}.",
+    ),
+    Frame(
+        "{thing:the} weighs {weight}, so {who} cannot carry it.",
+        "{thing:the} wiegt {weight}, deshalb {who:#kann|können} {who} {thing:it.acc} nicht tragen.",
+        "{thing:the} pèse {weight}, donc {who} ne {who:#peut|peuvent} pas {thing:@le|la} porter.",
+        "{thing:the} pesa {weight}, así que {who} no {who:#puede|pueden} {thing:@llevarlo|llevarla}.",
+    ),
+    Frame(
+        "On {weekday} it was {degrees:high} in {city}, but only {degrees:low} in {city2}.",
+        "Am {weekday} waren es in {city} {degrees:high}, in {city2} aber nur {degrees:low}.",
+        "{weekday}, il faisait {degrees:high} à {city}, mais seulement {degrees:low} à {city2}.",
+        "El {weekday} hubo {degrees:high} en {city}, pero solo {degrees:low} en {city2}.",
+    ),
+    Frame(
+        "The police stopped {one} near {city} because {one:he} was driving at {speed}.",
+        "{one} wurde in der Nähe von {city} von der Polizei angehalten, weil {one:he} {speed} fuhr.",
+        "La police a arrêté {one} près de {city} parce que {one:he} roulait à {speed}.",
+        "La policía detuvo a {one} cerca de {city} porque conducía a {speed}.",
+    ),
+    Frame(
+        "{who} {who:#is|are} renting an apartment of {area} in {city}.",
+        "{who} {who:#mietet|mieten} in {city} eine {area} große Wohnung.",
+        "{who} {who:#loue|louent} un appartement de {area} à {city}.",
+        "{who} {who:#alquila|alquilan} un piso de {area} en {city}.",
+    ),
+    Frame(
+        "On {weekday}, {who} downloaded {count} pictures, {data} in all.",
+        "Am {weekday} {who:#hat|haben} {who} {count} Bilder heruntergeladen, insgesamt {data}.",
+        "{weekday}, {who} {who:#a|ont} téléchargé {count:f} images, soit {data} au total.",
+        "El {weekday}, {who} {who:#descargó|descargaron} {count:f} imágenes, {data} en total.",
+    ),
+    Frame(
+        "There are {things} {place:in}.",
+        "{place:in} gibt es {things}.",
+        "Il y a {things} {place:in}.",
+        "Hay {things} {place:in}.",
+    ),
+    Frame(
+        "In {country}, {shares:high} of students speak {language}, but only {shares:low} understand {language2}.",
+        "{country:in} sprechen {shares:high} der Studenten {language}, aber nur {shares:low} verstehen {language2}.",
+        "{country:in}, {shares:high} des étudiants parlent {language}, "
+        "mais seulement {shares:low} comprennent {language2:the}.",
+        "En {country}, el {shares:high} de los estudiantes habla {language}, "
+        "pero solo el {shares:low} entiende {language2:the}.",
+    ),
+    Frame(
+        "In {year}, {city} had {inhabitants} inhabitants.",
+        "Im Jahr {year} hatte {city} {inhabitants} Einwohner.",
+        "En {year}, {city} comptait {inhabitants} habitants.",
+        "En {year}, {city} tenía {inhabitants} habitantes.",
+    ),
+    Frame(
+        "{one} is {years} years older than {one2} but {centimeters} shorter.",
+        "{one} ist {years} Jahre älter als {one2}, aber {centimeters} kleiner.",
+        "{one} a {years} ans de plus que {one2}, mais mesure {centimeters} de moins.",
+        "{one} tiene {years} años más que {one2}, pero mide {centimeters} menos.",
+    ),
+    # Languages and books
+    Frame(
+        "{who} {who:#speaks|speak} {language} and {language2} but {who:#does|do} not understand {language3}.",
+        "{who} {who:#spricht|sprechen} {language} und {language2}, {who:#versteht|verstehen} aber kein {language3}.",
+        "{who} {who:#parle|parlent} {language} et {language2}, "
+        "mais ne {who:#comprend|comprennent} pas {language3:the}.",
+        "{who} {who:#habla|hablan} {language} y {language2}, pero no {who:#entiende|entienden} {language3:the}.",
+    ),
+    Frame(
+        "{who} {who:#has|have} been learning {language} for {years} years because {who:he} "
+        "{who:#wants|want} to work in {country}.",
+        "{who} {who:#lernt|lernen} seit {years} Jahren {language}, weil {who:he} {country:in} "
+        "arbeiten {who:#will|wollen}.",
+        "{who} {who:#apprend|apprennent} {language:the} depuis {years} ans "
+        "parce que {who:he} {who:#veut|veulent} travailler {country:in}.",
+        "{who} {who:#estudia|estudian} {language} desde hace {years} años "
+        "porque {who:#quiere|quieren} trabajar en {country}.",
+    ),
+    Frame(
+        "{who} translated the letter from {language} into {language2} in {hours}.",
+        "{who} {who:#hat|haben} den Brief in {hours} {language:from} {language2:into} übersetzt.",
+        "{who} {who:#a|ont} traduit la lettre de {language:the} en {language2} en {hours}.",
+        "{who} {who:#tradujo|tradujeron} la carta de {language:the} a {language2:the} en {hours}.",
+    ),
+    Frame(
+        "This book was published in {country} in {year} and has been translated into {count} languages.",
+        "Dieses Buch ist im Jahr {year} {country:in} erschienen und in {count} Sprachen übersetzt worden.",
+        "Ce livre a été publié {country:in} en {year} et a été traduit en {count:f} langues.",
+        "Este libro se publicó en {country} en {year} y se ha traducido a {count} idiomas.",
+    ),
+    Frame(
+        "{who} asked me whether {language} is spoken in {country}.",
+        "{who} {who:#hat|haben} mich gefragt, ob man {country:in} {language} spricht.",
+        "{who} {who:#m'a|m'ont} demandé si on parle {language} {country:in}.",
+        "{who} me {who:#preguntó|preguntaron} si en {country} se habla {language}.",
+    ),
+    # Lives
+    Frame(
+        "{one} was born in {city} on {past}.",
+        "{one} wurde am {past} in {city} geboren.",
+        "{one} {one:@est né|est née} à {city} le {past}.",
+        "{one} nació en {city} el {past}.",
+    ),
+    Frame(
+        "{one} will turn {count} on {coming}.",
+        "{one} wird am {coming} {count} Jahre alt.",
+        "{one} aura {count} ans le {coming}.",
+        "{one} cumplirá {count} años el {coming}.",
+    ),
+    Frame(
+        "On {past}, {one} celebrated {one:@his|her} {ordinal} wedding anniversary in {city}.",
+        "Am {past} hat {one} in {city} {one:@seinen|ihren} {ordinal:dat} Hochzeitstag gefeiert.",
+        "Le {past}, {one} a fêté son {ordinal} anniversaire de mariage à {city}.",
+        "El {past}, {one} celebró en {city} su {ordinal} aniversario de boda.",
+    ),
+    Frame(
+        "{who} bought seats in the {ordinal} row for {event:the} on {weekday}.",
+        "Für {event:the.acc} am {weekday} {who:#hat|haben} {who} Plätze in der {ordinal:dat} Reihe gekauft.",
+        "Pour {event:the} de {weekday}, {who} {who:#a|ont} acheté des places au {ordinal} rang.",
+        "Para {event:the} del {weekday}, {who} {who:#compró|compraron} entradas en la {ordinal:f} fila.",
+    ),
+    Frame(
+        "It was not until the {ordinal} attempt that {who} passed the exam.",
+        "Erst beim {ordinal:dat} Versuch {who:#hat|haben} {who} die Prüfung bestanden.",
+        "Ce n'est qu'à la {ordinal:f} tentative que {who} {who:#a|ont} réussi l'examen.",
+        "{who} no {who:#aprobó|aprobaron} el examen hasta el {ordinal} intento.",
+    ),
+    Frame(
+        "The king died on {past}, after he had ruled for {years} years.",
+        "Der König starb am {past}, nachdem er {years} Jahre lang regiert hatte.",
+        "Le roi est mort le {past} après avoir régné pendant {years} ans.",
+        "El rey murió el {past} después de haber reinado durante {years} años.",
+    ),
+    Frame(
+        "{who} visited {one} in {city} {lapse:ago}.",
+        "{who} {who:#hat|haben} {one:acc} {lapse:ago} in {city} besucht.",
+        "{who} {who:#a|ont} rendu visite à {one} à {city} {lapse:ago}.",
+        "{who} {who:#visitó|visitaron} a {one} en {city} {lapse:ago}.",
+    ),
+    Frame(
+        "I did not know that {who} had been living in {country} since {month}.",
+        "Ich wusste nicht, dass {who} seit {month} {country:in} {who:#wohnt|wohnen}.",
+        "Je ne savais pas que {who} {who:#vivait|vivaient} {country:in} depuis {month}.",
+        "No sabía que {who} {who:#vivía|vivían} en {country} desde {month}.",
+    ),
+    Frame(
+        "{who} {who:#says|say} that {thing:the} was made in {country}.",
+        "{who} {who:#sagt|sagen}, dass {thing:the} {country:in} hergestellt wurde.",
+        "{who} {who:#dit|disent} que {thing:the} {thing:@a été fabriqué|a été fabriquée} {country:in}.",
+        "{who} {who:#dice|dicen} que {thing:the} se fabricó en {country}.",
+    ),
+    Frame(
+        "Yesterday {who} left {thing:the} {place:at}.",
+        "Gestern {who:#hat|haben} {who} {thing:the.acc} {place:in} vergessen.",
+        "Hier, {who} {who:#a|ont} oublié {thing:the} {place:in}.",
+        "Ayer {who} {who:#olvidó|olvidaron} {thing:the} {place:in}.",
+    ),
+)

@@ -1,0 +1,137 @@
+"""The user's own text files as a TFDS data set.
+
+The prepared folder is named by a digest of the files' content, so changed files are prepared anew
+beside the old ones and unchanged files are never prepared twice. Sentences and their order are kept
+exactly as in the files.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from transformer.config import DataConfig
+from transformer.data import parallel_formats, text_files
+from transformer.data.pair_shards import Pair, PairShards
+from transformer.runtime.errors import UserError
+
+VALIDATION_STEMS = ("val", "valid", "validation", "dev")
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitFiles:
+    """The files of one split: source and target in plain text, or one file with both languages."""
+
+    paths: tuple[str, ...]
+    languages: tuple[str, str]
+    columns: str = ""
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Yields (source, target) in the files' order; raises as the readers do."""
+        if len(self.paths) == 2:
+            return text_files.read_parallel(*self.paths)
+        return parallel_formats.read_pairs(self.paths[0], self.languages, self.columns)
+
+    def digest(self) -> list[str]:
+        """What the pairs depend on: formats, columns and the content of the files, not their names."""
+        plain = [text_files.without_compression(path) for path in self.paths]
+        packed = [path[len(stem) :].lower() for path, stem in zip(self.paths, plain, strict=True)]
+        kinds = ["lines"] * 2 if len(self.paths) == 2 else [parallel_formats.pair_format(self.paths[0])]
+        return [*kinds, *packed, self.columns, *map(text_files.file_digest, self.paths)]
+
+
+def find_splits(data: DataConfig) -> dict[str, SplitFiles]:
+    """The files of each split that the config names; opens every file, reads none.
+
+    Raises:
+      UserError: a file is missing or cannot be opened, its format is unknown, or files are ambiguous.
+    """
+    languages = (data.source_language, data.target_language)
+    if data.dir:
+        paths = _find_in_folder(data.dir, languages)
+    else:
+        named = {
+            "train": (data.train_source, data.train_target, data.train),
+            "validation": (data.valid_source, data.valid_target, data.valid),
+        }
+        paths = {split: tuple(filter(None, group)) for split, group in named.items() if any(group)}
+    for path in itertools.chain.from_iterable(paths.values()):
+        text_files.check_readable(path)
+    formats = {parallel_formats.pair_format(group[0]) for group in paths.values() if len(group) == 1}
+    parallel_formats.parse_columns(data.columns)
+    if data.columns and ".tsv" not in formats:
+        raise UserError(
+            "config.data.columns: picks columns of .tsv files, and neither data.train nor data.valid is one"
+        )
+    return {split: SplitFiles(group, languages, data.columns) for split, group in paths.items()}
+
+
+def _find_in_folder(folder: str, languages: tuple[str, str]) -> dict[str, tuple[str, ...]]:
+    """Split → source and target file of `data.dir`; a stem outside train and validation names its split."""
+    stems = _stems(folder, languages)
+    whole = {stem: tuple(files) for stem, files in stems.items() if all(files)}
+    for stem in ("train", *VALIDATION_STEMS):
+        if stem not in whole and (stem in stems or stem == "train"):
+            found = ", ".join(filter(None, stems.get(stem, ()))) or "neither"
+            raise UserError(
+                f"{folder}: expected {stem}.{languages[0]} and {stem}.{languages[1]}, each perhaps with one of "
+                f"{', '.join(text_files.COMPRESSIONS)}; found {found}"
+            )
+    validation = [stem for stem in VALIDATION_STEMS if stem in whole]
+    if len(validation) > 1:
+        raise UserError(f"{folder}: several sets of validation files, {', '.join(validation)}; keep one of them there")
+    return {"validation" if stem in validation else stem: files for stem, files in sorted(whole.items())}
+
+
+def _stems(folder: str, languages: tuple[str, str]) -> dict[str, list[str]]:
+    """Stem → paths of STEM.SOURCE and STEM.TARGET, "" where there is none."""
+    try:
+        names = sorted(entry.name for entry in epath.Path(folder).expanduser().iterdir())
+    except (OSError, ImportError) as error:
+        raise UserError(f"config.data.dir: cannot list the folder {folder}: {error}") from error
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, language = text_files.without_compression(name).rpartition(".")
+        if language not in languages or not stem or stem.startswith("."):
+            continue
+        files = stems.setdefault(stem, ["", ""])
+        side = languages.index(language)
+        if files[side]:
+            raise UserError(f"{folder}: has both {os.path.basename(files[side])} and {name}; keep one of them there")
+        files[side] = os.path.join(folder, name)
+    return stems
+
+
+class ParallelText(PairShards):
+    """Text files as ArrayRecord."""
+
+    VERSION = tfds.core.Version("1.1.0")  # goes up whenever the same files come to give other pairs
+
+    def __init__(self, files: Mapping[str, SplitFiles], data_dir: epath.PathLike):
+        self._files = dict(files)
+        self.languages = self._files["train"].languages
+        self.origin = " and ".join(self._files["train"].paths)
+        self._digest = _digest(self._files)
+        name = f"{'-'.join(self.languages)}-{self._digest[:16]}"
+        config = tfds.core.BuilderConfig(name=name, description="Parallel text from the user's files")
+        super().__init__(config=config, data_dir=data_dir, file_format="array_record")
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        super()._download_and_prepare(dl_manager, download_config)
+        if _digest(self._files) != self._digest:
+            raise UserError("the text files changed while they were being read; run again when they are complete")
+
+    def _pairs_by_split(self) -> dict[str, Callable[[], Iterator[Pair]]]:
+        return {split: files.pairs for split, files in self._files.items()}
+
+
+def _digest(files: Mapping[str, SplitFiles]) -> str:
+    """A digest of all that the prepared folder depends on."""
+    parts = [str(ParallelText.VERSION), {split: files[split].digest() for split in sorted(files)}]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

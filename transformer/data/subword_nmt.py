@@ -1,0 +1,128 @@
+"""Merges of subword-nmt, learnt elsewhere: words → pieces, and pieces → text (Sennrich et al. 2016).
+
+A file of codes holds one merge a line, the first learnt first; version 0.2 marks the end of a word by `</w>`.
+Within a written sentence, a piece that another of the same word follows ends in `@@`.
+"""
+
+import collections
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+from transformer.runtime.errors import UserError
+
+VERSION = "#version: 0.2"
+END = "</w>"
+JOINER = "@@"
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
+Merges = tuple[tuple[str, str], ...]
+
+
+def parse(text: str, path: str) -> Merges:
+    """The merges of a file of codes; `path` is named in errors.
+
+    Raises:
+      UserError: it is not of version 0.2, or a line is no pair.
+    """
+    first, *lines = text.rstrip("\n").split("\n")
+    if first.rstrip("\r ") != VERSION:
+        raise UserError(f"{path}: expected codes of subword-nmt, whose first line is {VERSION!r}, got {first[:60]!r}")
+    merges = []
+    for number, line in enumerate(lines, 2):
+        pair = line.strip("\r ").split(" ")
+        if len(pair) != 2:
+            raise UserError(f"{path}, line {number}: expected two pieces with a space between, got {line[:60]!r}")
+        merges.append((pair[0], pair[1]))
+    return tuple(merges)
+
+
+class Segmenter:
+    """Cuts words by merges; those it has seen are remembered."""
+
+    def __init__(self, merges: Merges):
+        self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
+        self._pieces = functools.cache(self._cut)
+
+    def segment(self, line: str) -> list[str]:
+        """The pieces of a line, whose words are what single spaces separate."""
+        return [piece for word in line.split(" ") if word for piece in self._pieces(word)]
+
+    def _cut(self, word: str) -> tuple[str, ...]:
+        """Again and again joins the pair that was learnt first, wherever it stands."""
+        parts = [*word[:-1], word[-1] + END]
+        while len(parts) > 1:
+            best = min(itertools.pairwise(parts), key=lambda pair: self._ranks.get(pair, len(self._ranks)))
+            if best not in self._ranks:
+                break
+            parts = _join(parts, best)
+        parts[-1] = parts[-1].removesuffix(END)
+        return tuple(part + JOINER for part in parts[:-1] if part) + tuple(parts[-1:] if parts[-1] else ())
+
+
+def _join(parts: Sequence[str], pair: tuple[str, str]) -> list[str]:
+    joined: list[str] = []
+    i = 0
+    while i < len(parts):
+        together = tuple(parts[i : i + 2]) == pair
+        joined.append("".join(pair) if together else parts[i])
+        i += 2 if together else 1
+    return joined
+
+
+class SubwordProcessor:
+    """Codes with a vocabulary, behind the methods of a SentencePieceProcessor that `tokenizer` calls."""
+
+    def __init__(self, merges: Merges, pieces: Sequence[str]):
+        self._segmenter, self._pieces = Segmenter(merges), [*SPECIALS, *pieces]
+        self._ids = {piece: number for number, piece in enumerate(self._pieces) if number >= len(SPECIALS)}
+
+    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+        """Ids of each line, that of `<unk>` for a piece that the training text did not have."""
+        return [[self._ids.get(piece, self.unk_id()) for piece in self._segmenter.segment(line)] for line in lines]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text: pieces with spaces between, but none after a joiner."""
+        return re.sub(f"{JOINER}( |$)", "", " ".join(self._pieces[number] for number in ids))
+
+    def id_to_piece(self, number: int) -> str:
+        return self._pieces[number]
+
+    def vocab_size(self) -> int:
+        return len(self._pieces)
+
+    def pad_id(self) -> int:
+        return 0
+
+    def bos_id(self) -> int:
+        return 1
+
+    def eos_id(self) -> int:
+        return 2
+
+    def unk_id(self) -> int:
+        return 3
+
+
+def learn_vocabulary(merges: Merges, lines: Iterable[str]) -> bytes:
+    """The codes with every piece of these lines, the most frequent first: a file that `load` reads."""
+    segmenter = Segmenter(merges)
+    counts = collections.Counter(piece for line in lines for piece in segmenter.segment(line))
+    pieces = sorted(counts.keys() - set(SPECIALS), key=lambda piece: (-counts[piece], piece))
+    text = json.dumps({"format": "subword-nmt 0.2", "pieces": pieces, "merges": merges}, ensure_ascii=False)
+    return text.encode()
+
+
+def load(model: bytes, path: str) -> SubwordProcessor:
+    """Reads what `learn_vocabulary` wrote.
+
+    Raises:
+      UserError: it is something else.
+    """
+    try:
+        fields = json.loads(model)
+        merges = tuple((str(one), str(other)) for one, other in fields["merges"])
+        return SubwordProcessor(merges, [str(piece) for piece in fields["pieces"]])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: expected a vocabulary of subword-nmt codes, got something else: {error}") from error

@@ -1,0 +1,193 @@
+"""Reads text files, compressed or not, as lines.
+
+Lines end in b"\\n" and nothing else splits them; one b"\\r" right before it belongs to the line's end. Any
+other CR and U+2028 are content. UTF-8 is strict and NUL is refused. A BOM that opens a file is the mark of its
+encoding and is dropped; anywhere else it is content. Files stream: none is held in memory whole.
+"""
+
+import contextlib
+import gzip
+import io
+import itertools
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import zstandard
+from etils import epath
+
+from transformer.runtime.errors import UserError
+from transformer.runtime.files import refuse_pipe, sha256
+
+COMPRESSIONS = (".gz", ".xz", ".zst")
+LONGEST_LINE = 64 << 20  # bytes
+
+_CHUNK = 1 << 16
+_ZSTD_CHUNK = 1 << 12  # small, as so many packed bytes may unpack to 30,000 times as many
+_ENDED_EARLY = "the archive ends before its data does"
+
+
+def read_lines(path: epath.PathLike) -> Iterator[str]:
+    """Yields the lines of a plain text file, compressed or not, without their line ends.
+
+    A last line without b"\\n" counts; a file of no bytes has no lines.
+
+    Raises:
+      UserError: the file cannot be read, its archive is damaged, or a line is not UTF-8 or holds NUL;
+        names the file and the line, counted from 1.
+    """
+    with open_bytes(path) as stream:
+        yield from decode_lines(stream, path)
+
+
+def decode_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[str]:
+    """The same of a stream of bytes that is open already, such as stdin; `path` is named in errors."""
+    with _reported(path):
+        for number, raw in enumerate(bounded_lines(stream, path), 1):
+            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            yield without_line_end(_decoded(line, path, number))
+
+
+def without_line_end(text: str) -> str:
+    """Text without the line end, LF or CR LF, that it ends in, if any: one alone is taken off."""
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+
+
+def one_line(text: str) -> str:
+    """Text whose line breaks are layout: each becomes a space, with the blanks around it; none stands at an end."""
+    return re.sub("[ \t\r]*\n[ \t\r\n]*", " ", text).strip(" \t\r") if "\n" in text else text
+
+
+def bounded_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[bytes]:
+    """The lines of a stream, each with its b"\\n", but none that would fill the memory: an archive of a few kB may."""
+    number = 0
+    while raw := stream.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(raw) > LONGEST_LINE:
+            raise UserError(
+                f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MiB, which no sentence is; cut it"
+            )
+        yield raw
+
+
+def read_parallel(source: epath.PathLike, target: epath.PathLike) -> Iterator[tuple[str, str]]:
+    """Yields (source, target) of two plain files whose lines belong together.
+
+    Raises:
+      UserError: as `read_lines`, or the files have different counts of lines.
+    """
+    yield from in_step((read_lines(source), read_lines(target)), (source, target))
+
+
+def in_step(lines: tuple[Iterator[str], Iterator[str]], names: tuple[epath.PathLike, epath.PathLike]) -> Iterator[Any]:
+    """Yields pairs of what two iterators yield, which must be as much; `names` are named in errors."""
+    for number, (one, other) in enumerate(itertools.zip_longest(*lines)):
+        if one is None or other is None:
+            more = number + 1 + sum(1 for _ in lines[one is None])
+            counts = (number, more) if one is None else (more, number)
+            raise UserError(
+                f"{names[0]} has {counts[0]:,} lines and {names[1]} has {counts[1]:,}: expected as many, line by line "
+                "translations of each other"
+            )
+        yield one, other
+
+
+def without_compression(name: str) -> str:
+    """A file name without its compression extension, if it has one."""
+    stem, extension = os.path.splitext(name)
+    return stem if extension.lower() in COMPRESSIONS else name
+
+
+def check_readable(path: epath.PathLike) -> None:
+    """Raises a UserError unless the file is there and may be read again and again; reads none of it."""
+    refuse_pipe(epath.Path(path).expanduser())
+    with _reported(path):
+        epath.Path(path).expanduser().open("rb").close()
+
+
+def file_digest(path: epath.PathLike) -> str:
+    """SHA-256 of the bytes of a file, in hexadecimal."""
+    with _reported(path):
+        return sha256(epath.Path(path).expanduser())
+
+
+@contextlib.contextmanager
+def _reported(path: epath.PathLike) -> Iterator[None]:
+    """Turns what goes wrong when a file is opened and read into a UserError that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file; check the path") from error
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(f"{path}: expected a file, but it is or lies under something else; check the path") from error
+    except PermissionError as error:
+        raise UserError(f"{path}: no permission to read it; change its mode or copy it") from error
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: damaged or truncated archive ({error}); make or fetch it again") from error
+    except (OSError, ImportError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def open_bytes(path: epath.PathLike) -> Iterator[io.BufferedIOBase]:
+    """The bytes of a file, decompressed as its extension says."""
+    extension = os.path.splitext(os.fspath(path))[1].lower()
+    with _reported(path), epath.Path(path).expanduser().open("rb") as raw:
+        if extension not in COMPRESSIONS:
+            yield raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)  # objects have no lines
+            return
+        start = io.BufferedReader(raw)
+        if not start.peek(1):  # gzip would take an archive of no bytes for an empty file
+            raise EOFError(_ENDED_EARLY)
+        with contextlib.closing(_decompressed(start, extension)) as stream:
+            yield stream
+
+
+def _decompressed(raw: io.BufferedReader, extension: str) -> io.BufferedIOBase:
+    if extension == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    return lzma.LZMAFile(raw) if extension == ".xz" else io.BufferedReader(_ZstdReader(raw), _CHUNK)
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompresses frame after frame; zstandard's own stream takes a truncated one for complete."""
+
+    def __init__(self, raw: io.BufferedReader):
+        self._raw = raw
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._packed = b""
+        self._text = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            self._packed = self._packed or self._raw.read(_ZSTD_CHUNK)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError(_ENDED_EARLY)
+                return 0
+            frame = self._frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            self._text = memoryview(frame.decompress(self._packed))
+            self._packed, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        count = min(len(buffer), len(self._text))
+        buffer[:count] = self._text[:count]
+        self._text = self._text[count:]
+        return count
+
+
+def _decoded(line: bytes, path: epath.PathLike, number: int) -> str:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, line {number}: not UTF-8 (byte {error.start + 1} of the line, 0x{line[error.start]:02x}); "
+            "convert the file, for example with iconv"
+        ) from error
+    if "\0" in text:
+        raise UserError(f"{path}, line {number}: holds a NUL character; remove it")
+    return text

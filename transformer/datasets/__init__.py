@@ -1,1 +1,0 @@
-"""Data sets: from files and TFDS to splits of sentence pairs."""

@@ -1,0 +1,1 @@
+"""Search over any step function, and what is asked of one translation."""

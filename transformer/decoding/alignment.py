@@ -1,0 +1,218 @@
+"""Which source words a translation comes from, read off the decoder's attention to the source.
+
+Source and translation are run through the model once more, teacher-forced, so that decoding is neither
+slowed nor changed by it, and any translation can be aligned, whoever made it. Words are what spaces
+separate, in both languages.
+
+L layers, H heads, T target tokens, S source tokens; EOS is the last token of both.
+"""
+
+import argparse
+import contextlib
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO, NamedTuple
+
+import jax
+import numpy as np
+
+from transformer.checkpoints.loading import Trained
+from transformer.command_line import full_path, positive_int
+from transformer.config import DecodeConfig
+from transformer.data.batching import PADDING_ROW, Batch, Ragged, assemble, eval_plan, only_rows
+from transformer.data.tokenizer import Tokenizer, cut
+from transformer.decoding.decode import batch_rows
+from transformer.distributed import sharding
+from transformer.runtime.errors import UserError
+from transformer.runtime.files import growing, reported
+from transformer.training.train_step import Model, Params
+
+Links = list[tuple[int, int]]
+Note = Callable[[Sequence[str], Sequence[str]], None]
+CELLS = 1 << 16  # of one head's weights over all rows of a batch, so that long sentences fit in memory
+
+
+class Attention(NamedTuple):
+    """How the decoder weighs a source while it predicts each token of its translation.
+
+    Attributes:
+      weights_LHTS: float32; each row of it sums to 1.
+      source, target: the ids of the S and T tokens.
+    """
+
+    weights_LHTS: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+
+
+class Aligner:
+    """Reads the attention of one model with any params of its shape; each shape is compiled once.
+
+    Args:
+      layer: of the decoder, counted from 1, which alignments come from. Default: `default_layer`.
+
+    Raises:
+      UserError: the model has no such layer.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        num_layers: int,
+        config: DecodeConfig,
+        mesh: jax.sharding.Mesh,
+        layer: int | None = None,
+    ):
+        self.layer = default_layer(num_layers) if layer is None else layer
+        if not 1 <= self.layer <= num_layers:
+            raise UserError(f"expected an alignment layer from 1 to {num_layers}, got {layer}")
+        self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
+
+        def weights(params: Params, batch: Batch) -> jax.Array:
+            return model.bind(params).cross_attention(batch.source_BS, batch.target_BT)
+
+        self._weights = sharding.over_rows(mesh, weights)
+
+    def attention(
+        self, params: Params, sources: Sequence[str], translations: Sequence[str]
+    ) -> Iterator[tuple[int, Attention]]:
+        """The place and attention of each pair of which neither side is blank, in the order of the batches.
+
+        What decoding cuts of a long source is cut here too.
+        """
+        params = sharding.on_every_device(self._mesh, params)
+        filled = [i for i, pair in enumerate(zip(sources, translations, strict=True)) if all(map(str.strip, pair))]
+        longest = self._config.max_source_tokens
+        source = self._encode([sources[i] for i in filled], longest)
+        target = self._encode([translations[i] for i in filled], longest + self._config.max_extra_length)
+        for planned in eval_plan(source.lengths, target.lengths, self._rows):
+            batch = assemble(planned, source, target)
+            numbers = sharding.rows_here(self._mesh, len(planned.examples_B), rows="sentences")
+            here = assemble(only_rows(planned, numbers), source, target)
+            placed = sharding.place_batch(self._mesh, here, rows="sentences")
+            found_BLHTS = jax.device_get(self._weights(params, placed))
+            for row, example in enumerate(planned.examples_B[planned.examples_B != PADDING_ROW]):
+                S, T = source.lengths[example], target.lengths[example]
+                ids = batch.source_BS[row, :S], batch.target_BT[row, :T]
+                yield filled[example], Attention(found_BLHTS[row, :, :, :T, :S], *ids)
+
+    def align(self, params: Params, sources: Sequence[str], translations: Sequence[str]) -> list[Links]:
+        """For each pair, (source word, target word), counted from 0; a blank side has no links."""
+        links: list[Links] = [[] for _ in sources]
+        for place, attention in self.attention(params, sources, translations):
+            links[place] = self.links(attention)
+        return links
+
+    def links(self, attention: Attention) -> Links:
+        """Each target word with the source word that it attends to most.
+
+        Weights are averaged over the heads of the layer and over the pieces of a target word, and
+        summed over those of a source word.
+        """
+        weights_TS = attention.weights_LHTS[self.layer - 1].mean(0)
+        source_words = np.array(self._tokenizer.words(attention.source.tolist()))
+        target_words = np.array(self._tokenizer.words(attention.target.tolist()))
+        if source_words.max() < 0 or target_words.max() < 0:  # of a line that the tokenizer takes for spaces alone
+            return []
+        onto_SW = source_words[:, None] == np.arange(source_words.max() + 1)
+        from_WT = np.arange(target_words.max() + 1)[:, None] == target_words
+        words_WW = from_WT.astype(np.float32) @ weights_TS @ onto_SW.astype(np.float32)
+        return sorted((int(best), word) for word, best in enumerate(words_WW.argmax(1)))
+
+    def _encode(self, lines: Sequence[str], longest: int) -> Ragged:
+        return Ragged.from_sequences([cut(ids, longest) for ids in self._tokenizer.encode(lines)])
+
+    def _rows(self, width: int) -> int:
+        fitting = sharding.filled_rows(self._mesh, max(CELLS // width**2, 1), rows="sentences")
+        return min(batch_rows(self._config, self._mesh), fitting)
+
+
+def default_layer(num_layers: int) -> int:
+    """The decoder layer, counted from 1, whose attention averaged over heads aligns best.
+
+    Of six layers that is the last but one (Garg et al. 2019, section 4.1). Of up to three it is the last: in a model of
+    two, the first layer's attention is noise.
+    """
+    return num_layers if num_layers <= 3 else num_layers - 1
+
+
+def pharaoh(links: Links) -> str:
+    """`0-0 1-2`: source word, hyphen, target word."""
+    return " ".join(f"{source}-{target}" for source, target in links)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What `recorded` reads."""
+    parser.add_argument(
+        "--alignments", type=full_path, help="write word alignments there, 0-0 1-2 ..., a line for each translation"
+    )
+    parser.add_argument(
+        "--attention", type=full_path, help="write the attention to the source there, an .npz of arrays"
+    )
+    parser.add_argument(
+        "--alignment_layer",
+        type=positive_int,
+        help="of the decoder, from 1 (default: the last of up to three layers, else the last but one)",
+    )
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises a UserError for flags that do not go together."""
+    if args.alignment_layer and not args.alignments:
+        raise UserError("--alignment_layer goes with --alignments=FILE, got none; --attention has all layers")
+    if args.alignments and args.attention and os.path.realpath(args.alignments) == os.path.realpath(args.attention):
+        raise UserError(f"--alignments and --attention are both {args.alignments}; name two files")
+
+
+@contextlib.contextmanager
+def recorded(args: argparse.Namespace, trained: Trained) -> Iterator[Note]:
+    """What to call with sources and their translations, to note them in the files that the flags name.
+
+    The files take their place when the block ends, and never if it fails. The .npz holds, for line n from 0,
+    `weights_n` float32 [L, H, T, S] and the pieces `source_n` and `target_n`; blank lines are left out.
+    """
+    config = trained.config
+    if not (args.alignments or args.attention):
+        yield lambda sources, translations: None
+        return
+    layers = config.model.looking_layers
+    aligner = Aligner(trained.model, trained.tokenizer, layers, config.decode, trained.mesh, args.alignment_layer)
+    done = 0
+    with contextlib.ExitStack() as stack:
+        lines = _open(stack, args.alignments)
+        arrays = _open(stack, args.attention)
+        archive = arrays and stack.enter_context(zipfile.ZipFile(arrays, "w", zipfile.ZIP_DEFLATED))
+
+        def note(sources: Sequence[str], translations: Sequence[str]) -> None:
+            nonlocal done
+            links: list[Links] = [[] for _ in sources]
+            for place, attention in aligner.attention(trained.params, sources, translations):
+                if lines:
+                    links[place] = aligner.links(attention)
+                if archive:
+                    _store(archive, done + place, attention, trained.tokenizer)
+            if lines:
+                lines.write("".join(f"{pharaoh(each)}\n" for each in links).encode())
+            done += len(sources)
+
+        yield note
+
+
+def _open(stack: contextlib.ExitStack, path: str | None) -> BinaryIO | None:
+    if not path:
+        return None
+    stack.enter_context(reported(path))
+    return stack.enter_context(growing(path))
+
+
+def _store(archive: zipfile.ZipFile, number: int, attention: Attention, tokenizer: Tokenizer) -> None:
+    arrays = {
+        "weights": attention.weights_LHTS,
+        "source": np.array(tokenizer.pieces(attention.source)),
+        "target": np.array(tokenizer.pieces(attention.target)),
+    }
+    for name, array in arrays.items():
+        with archive.open(f"{name}_{number}.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array(file, array, allow_pickle=False)

@@ -1,0 +1,338 @@
+"""The mesh, and the one table from logical axes to mesh axes; no other room names a mesh axis.
+
+The model calls the axes of its params and activations `vocab`, `batch`, `heads` and so on; this table says
+which of them a mesh splits. An axis that the table lacks is an error, never silently replicated. Everything
+runs under `jax.jit` with these shardings; XLA derives what is sent from device to device.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from transformer.config import MeshConfig
+from transformer.config.device_limits import does_not_divide
+from transformer.data.batching import TrainPlan
+from transformer.distributed import device_grid
+from transformer.runtime.errors import UserError
+
+Axes = tuple[str | None, ...]
+
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
+# A mesh axis splits the first axis of an array that asks for it: in an activation the rows have `fsdp`, so its
+# width stays whole, while a param is split by its width.
+LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "sentences": MESH_AXES,  # of decoding: every device searches for its own
+    "length": ("sequence",),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv": (),
+    "mlp": ("tensor",),
+    "gates": ("fsdp",),  # of recurrent and convolutional layers: a multiple of emb_dim
+    "hidden": (),
+    "taps": (),
+    "norm": (),  # vectors: not worth a gather
+    "positions": (),
+    "layers": (),
+}
+STORAGE = "fsdp"  # splits params where they are stored, not where they are used
+FIELDS = {
+    "vocab": "data.vocab_size",
+    "embed": "model.emb_dim",
+    "heads": "model.num_heads",
+    "mlp": "model.mlp_dim",
+    "gates": "model.emb_dim",
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The devices of all hosts, arranged by the config; its -1 takes all that are left.
+
+    Args:
+      devices: others instead, such as those of a topology that is not here.
+
+    Raises:
+      UserError: JAX finds no device, or the sizes ask for more devices than there are, or with several hosts for
+        fewer, or would share anything but the data among slices of TPUs.
+    """
+    available = _all_devices() if devices is None else list(devices)
+    shape = mesh_shape(config, len(available))
+    count = math.prod(shape)
+    if count < len(available) and jax.process_count() > 1:
+        raise UserError(f"config.mesh asks for {count} devices: with several hosts all {len(available)} must be used")
+    # Neighbours in the mesh are neighbours in the machine, where that is known.
+    grid = (
+        device_grid.neighbours(shape, available)
+        if count == len(available)
+        else np.array(available[:count]).reshape(shape)
+    )
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _all_devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where no plugin for such devices is installed
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).partition("\n")[0] or "no such devices, or no plugin of jax for them"
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: expected devices of that platform, found none: {reason}; install its driver "
+            "and plugin, or set JAX_PLATFORMS=cpu"
+        ) from error
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Sizes of the mesh's axes over so many devices.
+
+    Raises:
+      UserError: more devices are asked for than there are, or -1 cannot be filled.
+    """
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    asked = math.prod(size for size in sizes if size != -1)
+    named = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size != 1)
+    if asked > devices:
+        raise UserError(f"config: {named} asks for {asked} devices: found only {devices} devices; set smaller sizes")
+    if -1 in sizes and devices % asked:
+        filling = MESH_AXES[sizes.index(-1)]
+        raise UserError(
+            f"config: {named}: the {devices} devices cannot be divided by {asked} to fill mesh.{filling}; set "
+            f"mesh.{filling} to {devices // asked} to use {devices // asked * asked} of them, or other sizes"
+        )
+    return tuple(devices // asked if size == -1 else size for size in sizes)
+
+
+def spec(axes: Axes) -> PartitionSpec:
+    """Mesh axes of an array whose axes have these logical names; None is an axis that nothing splits."""
+    return PartitionSpec(*_mesh_axes(axes))
+
+
+def _mesh_axes(axes: Axes) -> list[tuple[str, ...] | None]:
+    unknown = [axis for axis in axes if axis is not None and axis not in LOGICAL_AXES]
+    if unknown:
+        raise ValueError(f"no rule for the logical axis {unknown[0]!r}; add it to sharding.LOGICAL_AXES")
+    taken: set[str] = set()
+    parts: list[tuple[str, ...] | None] = []
+    for axis in axes:
+        free = tuple(name for name in LOGICAL_AXES[axis] if name not in taken) if axis else ()
+        taken.update(free)
+        parts.append(free or None)
+    return parts
+
+
+def param_shardings(mesh: Mesh, abstract_params: nnx.State) -> dict:
+    """A sharding for each param, as a nested dict like `nnx.to_pure_dict(abstract_params)`.
+
+    Raises:
+      ValueError: a param whose axes have no names, or fewer names than axes.
+      UserError: the mesh does not divide one of its dimensions.
+    """
+
+    def of(path: tuple, param: nnx.Variable) -> NamedSharding:
+        axes, shape = param.get_metadata().get("axes"), param.get_value().shape
+        if axes is None or len(axes) != len(shape):
+            raise ValueError(f"param {'/'.join(map(str, path))}: expected a name for each axis, got {axes}")
+        for axis, names, size in zip(axes, _mesh_axes(axes), shape, strict=True):
+            for name in names or ():  # one at most: no param is split by more
+                if size % mesh.shape[name]:
+                    raise UserError(does_not_divide(f"mesh.{name}", mesh.shape[name], FIELDS[axis], size))
+        return NamedSharding(mesh, spec(axes))
+
+    flat = {path: of(path, param) for path, param in nnx.to_flat_state(abstract_params)}
+    return nnx.to_pure_dict(nnx.from_flat_state(flat))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, rows: str = "batch") -> NamedSharding:
+    """Ids [B, T] split by rows; whole rows, so that sentences are told apart without asking other devices."""
+    return NamedSharding(mesh, spec((rows,)))
+
+
+@contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """Inside a function that is traced: what follows may be split over this mesh, and runs on its devices."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+def platform() -> str:
+    """What runs the program that is traced: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _current() -> AbstractMesh | None:
+    """The mesh that XLA may split arrays over: none outside `on_mesh`, on one device, and inside `per_device`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types else mesh
+
+
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+    """Splits an activation by its logical axes; `x` itself where there is no mesh."""
+    mesh = _current()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
+
+
+def gathered(param: jax.Array, axes: Axes) -> jax.Array:
+    """A param to compute with: whole along what only its storage is split by, and its gradient split again."""
+    mesh = _current()
+    if mesh is None or mesh.shape[STORAGE] == 1:
+        return param
+    kept = [tuple(name for name in names or () if name != STORAGE) for names in _mesh_axes(axes)]
+    return _gather(param, NamedSharding(mesh, PartitionSpec(*kept)), NamedSharding(mesh, spec(axes)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(param: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(param, used)
+
+
+_gather.defvjp(
+    lambda param, used, stored: (_gather(param, used, stored), None),
+    lambda used, stored, _, grad: (jax.lax.with_sharding_constraint(grad, stored),),
+)
+
+
+def all_but_gathered(*_: Any, **params: Any) -> bool:
+    """A policy for `jax.checkpoint`: the backward pass gathers params again, and keeps everything else."""
+    called = params.get("call_jaxpr")
+    return called is None or [equation.primitive.name for equation in called.eqns] != ["sharding_constraint"]
+
+
+def shards(axis: str) -> int:
+    """Into how many parts the current mesh splits a logical axis."""
+    mesh = _current()
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in LOGICAL_AXES[axis])
+
+
+def per_device(function: Callable, arguments: tuple[Axes, ...], result: Axes) -> Callable:
+    """The function run by each device of the current mesh on its own part of the arguments; itself without a mesh.
+
+    Args:
+      arguments: the logical axes of each argument's arrays, or of their first axes.
+      result: those of what it returns.
+    """
+    if _current() is None:
+        return function
+    return jax.shard_map(
+        function, in_specs=tuple(spec(axes) for axes in arguments), out_specs=spec(result), check_vma=False
+    )
+
+
+def shard_index(axis: str) -> jax.Array:
+    """Inside `per_device`: which part of a logical axis this device has, int32."""
+    return jax.lax.axis_index(LOGICAL_AXES[axis])
+
+
+def pass_on(axis: str, values: Any, count: int) -> Any:
+    """Inside `per_device`: gives arrays to the next of the `count` devices that split an axis, in a ring."""
+    (name,) = LOGICAL_AXES[axis]
+    ring = [(i, (i + 1) % count) for i in range(count)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, name, ring), values)
+
+
+def over_rows(mesh: Mesh, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """function(params, sentences) → sentences, compiled, run by each device on its own, with nothing sent meanwhile.
+
+    Where there are several hosts, each of them gets all sentences in the end.
+    """
+    rows = spec(("sentences",))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
+    return jax.jit(mapped) if jax.process_count() == 1 else jax.jit(mapped, out_shardings=replicated(mesh))
+
+
+def on_every_device(mesh: Mesh, params: Any) -> Any:
+    """The params whole on every device, as `over_rows` needs them."""
+    if jax.process_count() == 1:
+        return jax.device_put(params, replicated(mesh))
+    return gather(mesh)(params)
+
+
+@functools.cache
+def gather(mesh: Mesh) -> Callable[[Any], Any]:
+    """A compiled function that gives the same arrays, whole on every device; one for each mesh, traced once."""
+    return jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))
+
+
+def row_multiple(mesh: Mesh, rows: str = "batch") -> int:
+    """Rows of a batch, or of `sentences`, must divide by this."""
+    return math.prod(mesh.shape[name] for name in LOGICAL_AXES[rows])
+
+
+def filled_rows(mesh: Mesh, count: int, parts: int = 1, rows: str = "batch") -> int:
+    """How many rows `place_batch` makes of so many."""
+    return count + -count % (row_multiple(mesh, rows) * parts)
+
+
+def waste(mesh: Mesh, plan: TrainPlan, parts: int) -> str:
+    """What filling up the rows of training batches costs, for people; empty where it is little."""
+    more = plan.slots(lambda rows: filled_rows(mesh, rows, parts)) / plan.slots()
+    message = (
+        f"mesh.data x mesh.fsdp = {row_multiple(mesh)} times train.accumulation_steps = {parts} must divide the rows: "
+        f"padding makes them {more:.1f} times as many; lower one of these, or raise train.batch_tokens"
+    )
+    return message if more > 1.25 else ""
+
+
+def rows_here(
+    mesh: Mesh, count: int, parts: int = 1, rows: str = "batch", devices: Iterable[jax.Device] | None = None
+) -> np.ndarray:
+    """The numbers of the rows of a global batch that the devices of this process hold, ascending.
+
+    Args:
+      count: rows of the batch. Where they do not divide, numbers past its end stand for rows of padding.
+      parts, rows: as in `place_batch`.
+      devices: others than those of this process.
+    """
+    total = filled_rows(mesh, count, parts, rows)
+    places = batch_sharding(mesh, rows).devices_indices_map((total,))
+    held = mesh.local_devices if devices is None else devices
+    return np.unique(np.concatenate([np.arange(total)[places[device]] for device in held]))
+
+
+def place_batch(mesh: Mesh, batch: Any, parts: int = 1, rows: str = "batch") -> Any:
+    """A batch → global arrays, filled up with zeros, which are padding, to divide.
+
+    Rows divide by the devices that split them and by `parts`, the width of a training batch by those that
+    split its length. Only here a batch depends on the mesh: its plan does not.
+
+    Args:
+      batch: all rows, or of several processes those that `rows_here` names.
+      parts: into how many each device's rows must divide further.
+      rows: logical axis of the rows: `batch`, or `sentences` to translate.
+    """
+    multiple = row_multiple(mesh, rows)
+    width = row_multiple(mesh, "length") if rows == "batch" else 1
+    where = batch_sharding(mesh, rows)
+
+    def filled(array: np.ndarray, height: int) -> np.ndarray:
+        missing = [(0, -array.shape[0] % height), (0, -array.shape[1] % width)]
+        return np.pad(array, missing) if any(end for _, end in missing) else array
+
+    def place(array: np.ndarray) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(filled(array, multiple * parts), where)
+        array = filled(array, 1)
+        count = len(array) * multiple // len(rows_here(mesh, multiple, rows=rows))
+        numbers = rows_here(mesh, count, rows=rows)
+
+        def part(index: Any) -> np.ndarray:
+            return array[np.searchsorted(numbers, np.arange(count)[index[0]])]
+
+        with jax.transfer_guard_host_to_device("allow"):
+            return jax.make_array_from_callback((count, *array.shape[1:]), where, part)
+
+    return jax.tree.map(place, batch)

@@ -1,0 +1,1 @@
+"""BLEU and other metrics, significance, reports."""

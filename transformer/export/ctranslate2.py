@@ -1,0 +1,216 @@
+"""A trained model as one that CTranslate2 runs (https://opennmt.net/CTranslate2), its tokenizer beside it.
+
+D model width, V vocabulary, T positions.
+"""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+
+from transformer.checkpoints.loading import Trained
+from transformer.command_line import say
+from transformer.config import DecodeConfig, ModelConfig
+from transformer.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
+from transformer.export.jax_export import Score, longest
+from transformer.models.layers import EPSILON, FeedForward, LayerNorm, MultiHeadAttention, sinusoids
+from transformer.models.stack import layers_of
+from transformer.models.transformer import Transformer
+from transformer.runtime.errors import UserError
+
+QUANTIZATIONS = ("float32", "int8")
+SPECIALS = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", UNK: "<unk>"}
+
+
+def check(config: ModelConfig) -> None:
+    """Refuses what CTranslate2 cannot compute.
+
+    Raises:
+      UserError: widths of keys or values other than the model's.
+    """
+    for name in ("qkv_dim", "value_dim"):
+        width = getattr(config, name)
+        if width != config.emb_dim:
+            raise UserError(
+                f"model.{name} = {width}: CTranslate2 knows keys and values of the model's width alone, model.emb_dim "
+                f"= {config.emb_dim}; use --format=jax, or train with {name} = emb_dim"
+            )
+
+
+def write(trained: Trained, folder: pathlib.Path, quantization: str) -> Score:
+    """Writes model.bin, config.json and shared_vocabulary.json; returns what scores with the files themselves.
+
+    Raises:
+      UserError: see `check` and `vocabulary`.
+    """
+    from ctranslate2 import specs
+
+    config = trained.config
+    check(config.model)
+    module = cast(Transformer, trained.model.bind(jax.device_get(trained.params)))
+    spec = specs.TransformerSpec.from_config(
+        config.model.num_layers,
+        config.model.num_heads,
+        pre_norm=config.model.norm == "pre",
+        activation=specs.Activation.RELU,
+    )
+    _set_stack(spec.encoder, module, "source", longest(config))
+    _set_stack(spec.decoder, module, "target", longest(config))
+    spec.decoder.projection.weight = _table(module, "output")
+    words = vocabulary(trained.tokenizer)
+    spec.register_source_vocabulary(words)
+    spec.register_target_vocabulary(words)
+    spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = (SPECIALS[i] for i in (BOS, EOS, UNK))
+    spec.config.decoder_start_token = SPECIALS[BOS]
+    spec.config.add_source_eos = True
+    spec.config.layer_norm_epsilon = EPSILON
+    spec.validate()
+    spec.optimize(quantization=quantization)
+    spec.save(str(folder))
+    return functools.partial(score_with, folder, words, quantization)
+
+
+def score_with(
+    folder: pathlib.Path,
+    words: Sequence[str],
+    precision: str,
+    sources: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """Log-probabilities of the tokens of each target, EOS included, by CTranslate2 on the CPU."""
+    import ctranslate2
+
+    program = ctranslate2.Translator(str(folder), device="cpu", compute_type=precision)
+    written = [[[words[i] for i in ids[:-1]] for ids in side] for side in (sources, targets)]
+    return [np.array(found.log_probs, np.float32) for found in program.score_batch(*written)]
+
+
+def options(decode: DecodeConfig) -> dict[str, Any]:
+    """What `translate_batch` is to be given to search as this config does, as far as it can.
+
+    It ends a search once `patience` times as many hypotheses as beams have ended, as ours with `early_stopping` does
+    with a patience of 1; else ours ends when none could be better, and a patience of 3 finds nearly always the same.
+    It counts the end of a sentence in the length only where it returns it, and lets none be empty unless told.
+    """
+    if unlike := differences(decode):
+        say(f"warning: CTranslate2 will not search as the config says: {'; '.join(unlike)}")
+    return {
+        "beam_size": decode.beam_size,
+        "length_penalty": decode.length_penalty,
+        "patience": 1 if decode.early_stopping else 3,
+        "no_repeat_ngram_size": decode.no_repeat_ngram,
+        "return_end_token": True,
+        "max_input_length": decode.max_source_tokens,
+        "min_decoding_length": decode.min_length,
+        "max_decoding_length": decode.max_source_tokens + decode.max_extra_length,
+    }
+
+
+def differences(decode: DecodeConfig) -> list[str]:
+    """The fields that CTranslate2 cannot follow, each with what it does instead; a beam of one ranks nothing."""
+    if decode.method != "beam":
+        return [f"decode.method = {decode.method}: these options search by beam"]
+    if decode.beam_size == 1:
+        return []
+    found = []
+    if decode.length_penalty and decode.length_penalty_form != "length":
+        found.append(
+            f"decode.length_penalty_form = {decode.length_penalty_form}: it divides by length^alpha alone, as "
+            "--decode.length_penalty_form=length does here"
+        )
+    if decode.coverage_penalty:
+        found.append(f"decode.coverage_penalty = {decode.coverage_penalty}: these options set none")
+    for name in ("min_length", "no_repeat_ngram"):
+        if value := getattr(decode, name):
+            found.append(f"decode.{name} = {value}: what is ruled out leaves its probability to the rest there")
+    return found
+
+
+def vocabulary(tokenizer: Tokenizer) -> list[str]:
+    """The written form of each id, all different."""
+    words = tokenizer.pieces(range(tokenizer.vocab_size))
+    for special, word in SPECIALS.items():
+        words[special] = word
+    twice = {word for word in words if words.count(word) > 1} if len(set(words)) < len(words) else set()
+    if twice:
+        raise UserError(
+            f"the vocabulary writes several ids as {sorted(twice)}, and CTranslate2 tells ids apart by how they are "
+            "written; use --format=jax"
+        )
+    return words
+
+
+def _set_stack(spec: Any, module: Transformer, side: str, positions: int) -> None:
+    """Encoder or decoder."""
+    config = module.config
+    embeddings = spec.embeddings[0] if side == "source" else spec.embeddings
+    embeddings.weight = _table(module, side)
+    if config.positions == "sinusoidal":
+        spec.position_encodings.encodings = sinusoids(positions, config.emb_dim)
+    else:
+        table = module.source_positions if side == "source" else module.target_positions
+        spec.position_encodings.encodings = _array(table)
+    stack = module.encoder if side == "source" else module.decoder
+    for layer_spec, layer in zip(spec.layer, layers_of(stack, config.num_layers), strict=True):
+        _set_self_attention(layer_spec.self_attention, layer.attention)
+        _set_norm(layer_spec.self_attention.layer_norm, layer.attention_residual.norm)
+        if side == "target":
+            _set_cross_attention(layer_spec.attention, layer.cross)
+            _set_norm(layer_spec.attention.layer_norm, layer.cross_residual.norm)
+        _set_mlp(layer_spec.ffn, layer.mlp)
+        _set_norm(layer_spec.ffn.layer_norm, layer.mlp_residual.norm)
+    if config.norm == "pre":
+        _set_norm(spec.layer_norm, module.encoder_norm if side == "source" else module.decoder_norm)
+
+
+def _set_self_attention(spec: Any, attention: MultiHeadAttention) -> None:
+    """Queries, keys and values in one product, as CTranslate2 wants them: [3 D, D]."""
+    parts = (attention.query, attention.key, attention.value)
+    _set_linear(spec.linear[0], np.concatenate([_heads(part) for part in parts]))
+    _set_linear(spec.linear[1], _output(attention))
+
+
+def _set_cross_attention(spec: Any, attention: MultiHeadAttention) -> None:
+    _set_linear(spec.linear[0], _heads(attention.query))
+    _set_linear(spec.linear[1], np.concatenate([_heads(attention.key), _heads(attention.value)]))
+    _set_linear(spec.linear[2], _output(attention))
+
+
+def _set_mlp(spec: Any, mlp: FeedForward) -> None:
+    _set_linear(spec.linear_0, _array(mlp.kernel_in).T, _array(mlp.bias_in))
+    _set_linear(spec.linear_1, _array(mlp.kernel_out).T, _array(mlp.bias_out))
+
+
+def _set_linear(spec: Any, weight: np.ndarray, bias: np.ndarray | None = None) -> None:
+    """`weight` is [out, in]."""
+    spec.weight = np.ascontiguousarray(weight)
+    if bias is not None:
+        spec.bias = bias
+
+
+def _set_norm(spec: Any, norm: LayerNorm) -> None:
+    spec.gamma, spec.beta = _array(norm.scale), _array(norm.bias)
+
+
+def _heads(param: Any) -> np.ndarray:
+    """[D, H, K] → [H K, D]."""
+    kernel = _array(param)
+    return kernel.reshape(len(kernel), -1).T
+
+
+def _output(attention: MultiHeadAttention) -> np.ndarray:
+    """[H, K, D] → [D, H K]."""
+    kernel = _array(attention.out)
+    return kernel.reshape(-1, kernel.shape[-1]).T
+
+
+def _table(module: Transformer, name: str) -> np.ndarray:
+    """[V, D]."""
+    return _array(module.embeddings["shared" if module.config.share_embeddings else name].table)
+
+
+def _array(param: Any) -> np.ndarray:
+    return np.array(param[...], np.float32)  # a copy, which CTranslate2 may change

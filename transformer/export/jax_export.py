@@ -1,0 +1,111 @@
+"""A trained model as two functions that JAX runs without this package: `translate` and `score` (jax.export).
+
+Both take the params as a dict of arrays, which lie beside them, and ids of any number of rows and any width; one
+file holds the program for CPU, CUDA and TPU.
+
+B rows, S source length, T target length or longest translation, N beams, V vocabulary, D model width.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from transformer.checkpoints.loading import Trained
+from transformer.config import Config
+from transformer.data.batching import Ragged
+from transformer.decoding.decode import Request, decode
+from transformer.models.layers import sinusoids
+from transformer.models.loss import pick
+from transformer.runtime.errors import UserError
+from transformer.runtime.files import write_whole
+from transformer.training.train_step import Model, Params
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+POSITIONS = 2048  # rows of a table of sinusoids, at least; CTranslate2 itself cuts sources at 1,024 by default
+PARAMS_FILE, PIECES_FILE = "params.npz", "pieces.json"
+
+Score = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], list[np.ndarray]]
+
+
+def write(trained: Trained, folder: pathlib.Path) -> Score:
+    """Writes translate.jax, score.jax, params.npz and pieces.json; returns what scores with the files themselves.
+
+    Raises:
+      UserError: decoding draws samples, for which the artifact would need a random key of each sentence.
+    """
+    config = trained.config
+    if config.decode.method != "beam":
+        raise UserError(
+            f"decode.method = {config.decode.method}: the exported program searches by beam; add --decode.method=beam"
+        )
+    model, params = with_table(config, trained.tokenizer.vocab_size, jax.device_get(trained.params))
+    flat = {"/".join(map(str, path)): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
+    np.savez(folder / PARAMS_FILE, **flat)
+    rows, width, length = jax.export.symbolic_shape("rows, width, length")
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
+    source_BS, target_BT = (jax.ShapeDtypeStruct((rows, size), np.int32) for size in (width, length))
+
+    def translate(flat: dict[str, Any], source_BS: jax.Array) -> dict[str, jax.Array]:
+        beams = config.decode.beam_size
+        return decode((model,), config.decode, beams, (nested(flat),), Request(source_BS))._asdict()
+
+    def score(flat: dict[str, Any], source_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
+        return target_log_probs(model, nested(flat), source_BS, target_BT)
+
+    for function, arguments in ((translate, (source_BS,)), (score, (source_BS, target_BT))):
+        exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shapes, *arguments)
+        write_whole(folder / f"{function.__name__}.jax", bytes(exported.serialize()))
+    pieces = trained.tokenizer.pieces(range(trained.tokenizer.vocab_size))
+    write_whole(folder / PIECES_FILE, json.dumps(pieces, ensure_ascii=False) + "\n")
+    return functools.partial(score_with, folder)
+
+
+def longest(config: Config) -> int:
+    """The most tokens that a sentence of an exported model may have: it looks positions up in a table."""
+    if config.model.positions == "learned":
+        return config.model.max_positions
+    return max(POSITIONS, config.decode.max_source_tokens + config.decode.max_extra_length)
+
+
+def with_table(config: Config, vocab_size: int, params: Params) -> tuple[Model, Params]:
+    """The model in a form whose shapes may be symbols: plain attention, positions looked up in a table."""
+    fields: dict[str, Any] = {"attention": "plain"}
+    if config.model.positions == "sinusoidal":
+        rows = longest(config)
+        table_TD = sinusoids(rows, config.model.emb_dim)
+        params = {**params, "source_positions": table_TD, "target_positions": table_TD}
+        fields |= {"positions": "learned", "max_positions": rows}
+    return Model(dataclasses.replace(config.model, **fields), vocab_size), params
+
+
+def nested(flat: dict[str, Any]) -> Params:
+    """Params by path, as the model wants them; numbers in a path count layers."""
+    paths = {tuple(int(part) if part.isdecimal() else part for part in name.split("/")): name for name in flat}
+    return traverse_util.unflatten_dict({path: flat[name] for path, name in paths.items()})
+
+
+def target_log_probs(model: Model, params: Params, source_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
+    """Of each target token given its source and the tokens before it, float32 [B, T]."""
+    return pick(jax.nn.log_softmax(model.bind(params)(source_BS, target_BT)), target_BT)
+
+
+def score_with(folder: pathlib.Path, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Log-probabilities of the tokens of each target, by the files alone."""
+    with np.load(folder / PARAMS_FILE) as arrays:
+        params = dict(arrays)
+    program = jax.export.deserialize(bytearray((folder / "score.jax").read_bytes()))
+    found_BT = np.asarray(program.call(params, rectangle(sources), rectangle(targets)))
+    return [row[: len(target)] for row, target in zip(found_BT, targets, strict=True)]
+
+
+def rectangle(sentences: Sequence[np.ndarray]) -> np.ndarray:
+    """int32 [B, T], PAD after each."""
+    ragged = Ragged.from_sequences(sentences)
+    return ragged.rectangle(np.arange(len(ragged)), int(ragged.lengths.max()))

@@ -1,0 +1,1 @@
+"""Layers, the Transformer, LSTM and convolutional baselines, loss and FLOPs."""

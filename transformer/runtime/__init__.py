@@ -1,0 +1,1 @@
+"""What every part stands on: errors, logging, files, object storage, standard streams, environment."""

@@ -1,0 +1,135 @@
+"""Files that appear whole or not at all, their digests, and what the file system refuses."""
+
+import contextlib
+import errno
+import glob
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from etils import epath
+
+from transformer.runtime import object_storage
+from transformer.runtime.errors import UserError
+
+
+def write_whole(path: epath.PathLike, content: bytes | str) -> None:
+    """Writes a file beside its place and moves it there, so that nobody ever reads half of it."""
+    with growing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def growing(path: epath.PathLike) -> Iterator[BinaryIO]:
+    """The same piece by piece: the file takes its place at the end of the block, and never if that fails.
+
+    A link is followed, and what is there and no regular file, such as a pipe or a device, stays and is sent it all;
+    so does the file that standard output goes to.
+    """
+    path = epath.Path(path)
+    _refuse_folder(path)
+    own = _own_output(path)
+    is_sent = own is not None or (os.path.exists(path) and not os.path.isfile(path))  # epath takes a pipe for a file
+    if is_sent or object_storage.is_remote(path):  # where an object appears whole anyway, once it is sent
+        with tempfile.TemporaryFile() as buffer:
+            yield buffer
+            buffer.seek(0)
+            if own is not None:
+                sys.stdout.flush()
+            with path.open("wb") if own is None else open(os.dup(own), "wb") as sent:
+                shutil.copyfileobj(buffer, sent)
+        return
+    path = epath.Path(os.path.realpath(path))  # epath's own resolve follows no links
+    partial = path.parent / f"{path.name}.{uuid.uuid4().hex}.partial"  # containers share process numbers
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            with contextlib.suppress(OSError):
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(path: epath.PathLike) -> None:
+    """Raises an OSError where `growing` could not begin, before work is spent on what goes there; makes the folder.
+
+    Addresses, pipes and devices are not asked: they tell when something is sent to them.
+    """
+    path = epath.Path(path)
+    _refuse_folder(path)
+    if not object_storage.is_remote(path) and (os.path.isfile(path) or not os.path.exists(path)):
+        folder = os.path.dirname(os.path.realpath(path))
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def _refuse_folder(path: epath.Path) -> None:
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+
+def refuse_pipe(path: epath.PathLike) -> None:
+    """Raises a UserError for a pipe, a socket or a device in place of a file that is read more than once."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # epath takes a pipe for a file
+        raise UserError(
+            f"{path}: expected a file, which can be read more than once, got a pipe or device; write it to a file first"
+        )
+
+
+def _own_output(path: epath.Path) -> int | None:
+    """The number of standard output or error where the path names what it goes to, such as /dev/stdout does."""
+    with contextlib.suppress(OSError):
+        named = os.stat(path)
+        return next((number for number in (1, 2) if os.path.samestat(named, os.fstat(number))), None)
+    return None
+
+
+@contextlib.contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Turns what the file system refuses into a UserError; `what` names the path and where it comes from."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not object_storage.is_refusal(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{what}: {reason}; check the path, its mode and the space left") from error
+
+
+def append(path: epath.PathLike, content: bytes) -> None:
+    """Adds to the end of a file; an object in storage is written anew."""
+    path = epath.Path(path)
+    if object_storage.is_remote(path):
+        write_whole(path, (path.read_bytes() if path.exists() else b"") + content)
+        return
+    with path.open("ab") as file:
+        file.write(content)
+
+
+def sha256(path: epath.PathLike) -> str:
+    """SHA-256 of the bytes of a file, in hexadecimal."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _glob_literally(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
+    """Finds the paths below a folder that match a pattern, whatever characters the folder's own name has.
+
+    epath joins the two unescaped, so that Orbax and TFDS, which search with it, find nothing below `runs/[a]`.
+    """
+    if object_storage.is_remote(folder):
+        return _glob_unescaped(folder, pattern)
+    return (folder / name for name in glob.glob(pattern, root_dir=folder))
+
+
+_LocalPath = type(epath.Path())
+_glob_unescaped = _LocalPath.glob
+_LocalPath.glob = _glob_literally

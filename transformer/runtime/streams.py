@@ -1,0 +1,88 @@
+"""Standard streams of a command: what happens where one is closed, full, or read by nobody.
+
+Results go to stdout and messages to stderr, and neither ever to the other. A result that cannot be written is an
+error; a message that cannot be written is lost, and the command goes on.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import re
+import signal
+import sys
+from typing import IO, Any, TextIO
+
+from transformer.runtime.errors import StoppedError, UserError
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
+
+
+class _Results(io.FileIO):
+    """Standard output, whose errors end the command.
+
+    Raises:
+      UserError: what is written cannot be, as the stream is closed or its disk full.
+      StoppedError: whoever read it has gone; the exit code is that of a process that SIGPIPE ends.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError as error:
+            raise StoppedError(signal.SIGPIPE, "") from error
+        except OSError as error:
+            reason = "it is closed" if error.errno == errno.EBADF else error.strerror
+            raise UserError(f"the result could not be written to stdout: {reason}; send it elsewhere") from error
+
+
+class _Messages(io.FileIO):
+    """Standard error, which loses what cannot be written: training and saving must go on."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(data) or len(data)
+        return len(data)
+
+
+def prepare() -> None:
+    """Makes the standard streams of this process keep their promises; starts it anew if one of them is closed."""
+    closed = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
+    if closed:
+        for number in closed:
+            # Whatever was opened meanwhile may have this number. To write to stdout and to read from stdin
+            # stay errors.
+            _send_to_null(number, os.O_RDONLY if number == 1 else os.O_WRONLY)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    # Not those of a caller that has put its own there.
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _as_text(_Results(1, "w", closefd=False), sys.stdout)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _as_text(_Messages(2, "w", closefd=False), sys.stderr)
+
+
+def _as_text(raw: io.FileIO, before: Any) -> TextIO:
+    """A stream of text in the encoding of the one before it; characters that it has not are escaped."""
+    before.flush()
+    flushes = before.line_buffering or before.write_through
+    buffer = io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, encoding=before.encoding, errors="backslashreplace", line_buffering=flushes)
+
+
+def discard_results() -> None:
+    """Drops what stdout could not write: Python would complain once more when it closes it."""
+    if sys.stdout is not None and sys.stdout.fileno() == 1:
+        _send_to_null(1, os.O_WRONLY)
+
+
+def _send_to_null(number: int, flags: int) -> None:
+    null = os.open(os.devnull, flags)
+    os.dup2(null, number)
+    os.set_inheritable(number, True)
+    if null != number:
+        os.close(null)
+
+
+def printable(text: str, stream: IO[Any]) -> str:
+    """Text for a stream: on a terminal, which would obey them, control characters but tab and line feed are escaped."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text) if stream.isatty() else text

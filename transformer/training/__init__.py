@@ -1,0 +1,1 @@
+"""The train step, the optimizer, the trainer, metrics and preemption."""

@@ -1,0 +1,254 @@
+"""What the devices do: initialise, update, evaluate. Pure functions, compiled once for each batch shape.
+
+Params are a plain nested dict; the Flax module is split from them once and merged inside the step.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from transformer.attention import fused
+from transformer.config import Config, ModelConfig
+from transformer.data.batching import Batch
+from transformer.data.tokenizer import PAD
+from transformer.distributed import sharding
+from transformer.models.base import TextModel
+from transformer.models.layers import dtype_in_use
+from transformer.models.loss import LossSums, cross_entropy
+from transformer.models.registry import make_model
+from transformer.training import guard
+from transformer.training.optimizer import make_optimizer, make_schedule
+
+Params = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """All that an update changes.
+
+    Attributes:
+      step: the number of updates done, int32.
+      ema: moving average of the params, float32; None where `train.ema_decay` is 0.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    ema: Params | None = None
+
+    @property
+    def eval_params(self) -> Params:
+        """What validation uses: the average where one is kept."""
+        return self.params if self.ema is None else self.ema
+
+
+class StepMetrics(NamedTuple):
+    """Of one update, float32 scalars, over the global batch.
+
+    Attributes:
+      loss: sums over target tokens.
+      grad_norm: of the mean gradient, before clipping.
+      learning_rate: of this update.
+      source_tokens: real ones, EOS included.
+      skipped: updates of the whole run that were skipped for their loss, this one included; int32.
+    """
+
+    loss: LossSums
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    source_tokens: jax.Array
+    skipped: Any = 0
+
+
+class Model:
+    """The model's definition without its params.
+
+    Attributes:
+      abstract_params: shapes, dtypes and logical axes of the params.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        self._make = lambda rngs: make_model(config, vocab_size, rngs)
+        module = nnx.eval_shape(lambda: self._make(nnx.Rngs(params=0)))
+        self._graphdef, self.abstract_params = nnx.split(module, nnx.Param)
+        self._dtype = jnp.dtype(config.dtype)
+
+    def init(self, seed: int) -> Params:
+        """Fresh params, float32."""
+        return nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(params=jax.random.key(seed))), nnx.Param))
+
+    def bind(self, params: Params) -> TextModel:
+        """The module with these params, for use inside one traced function."""
+        return nnx.merge(self._graphdef, nnx.State(params))
+
+    def in_compute_dtype(self, params: Params) -> Params:
+        """The params, those that the model multiplies with or looks up in its compute dtype; float32: as they are.
+
+        For a loop, inside which XLA would convert them at every step.
+        """
+        if self._dtype == jnp.float32:
+            return params
+        flat = nnx.to_flat_state(self.abstract_params)
+        dtypes = {path: dtype_in_use(param, self._dtype) for path, param in flat}
+        return jax.tree.map(
+            lambda leaf, dtype: leaf.astype(dtype), params, nnx.to_pure_dict(nnx.from_flat_state(dtypes))
+        )
+
+    def num_params(self) -> int:
+        """How many numbers the params hold."""
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.abstract_params))
+
+
+def state_shardings(model: Model, config: Config, mesh: Mesh) -> TrainState:
+    """A sharding in place of each array of the state: the optimizer's moments beside the params they belong to."""
+    params = sharding.param_shardings(mesh, model.abstract_params)
+    shapes = nnx.to_pure_dict(model.abstract_params)
+    optimizer = make_optimizer(config)
+    everywhere = sharding.replicated(mesh)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, param_sharding: param_sharding,
+        jax.eval_shape(optimizer.init, shapes),
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(cast(Any, everywhere), params, opt_state, params if config.train.ema_decay else None)
+
+
+def init_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
+    """The state before the first update, made in place on the devices that hold it."""
+
+    def init() -> TrainState:
+        params = model.init(config.train.seed)
+        ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params), ema)
+
+    return jax.jit(init, out_shardings=state_shardings(model, config, mesh))()
+
+
+def abstract_params(model: Model, mesh: Mesh) -> Params:
+    """Shapes, dtypes and shardings of the params, for restoring them."""
+    shardings = sharding.param_shardings(mesh, model.abstract_params)
+    return _with_shardings(nnx.to_pure_dict(model.abstract_params), shardings)
+
+
+def abstract_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, for restoring one."""
+    shapes = nnx.to_pure_dict(model.abstract_params)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(make_optimizer(config).init, shapes)
+    state = TrainState(step, shapes, opt_state, shapes if config.train.ema_decay else None)
+    return _with_shardings(state, state_shardings(model, config, mesh))
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+
+
+def make_train_step(
+    model: Model, config: Config, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The compiled update. Its state argument is donated: use what it returns.
+
+    Where loss or gradient are no finite numbers the state stays as it was.
+
+    Raises:
+      UserError: the config forces a kernel that cannot run on the mesh's devices.
+    """
+    fused.require(config, mesh)
+    optimizer, schedule = make_optimizer(config), make_schedule(config)
+    packed = config.data.batching == "pack"
+
+    def objective(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
+        with sharding.on_mesh(mesh):
+            logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key, packed)
+            sums = cross_entropy(logits_BTV, batch.target_BT, config.optimizer.label_smoothing)
+        return sums.objective, sums
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        # Made here: a key made outside would be a constant, read back from an accelerator while the step is lowered.
+        dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+        key = jax.random.fold_in(dropout_key, state.step)
+        total, sums = sum_gradients(objective, state.params, batch, key, config.train.accumulation_steps)
+        # The sums run over all rows of all devices, so these are gradients of the mean over the global batch's tokens.
+        tokens = jnp.maximum(sums.tokens, 1.0)
+        grads = jax.tree.map(lambda grad: grad / tokens, total)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=sums.objective / tokens)
+        params = optax.apply_updates(state.params, updates)
+        source_tokens, skipped = (batch.source_BS != PAD).sum(dtype=jnp.float32), guard.skipped(opt_state)
+        rate = schedule(state.step - guard.skipped(state.opt_state))
+        metrics = StepMetrics(sums, optax.tree.norm(grads), rate, source_tokens, skipped)
+        ema = None if state.ema is None else moving_average(state.ema, params, state.step, config.train.ema_decay)
+        is_bad = ~(jnp.isfinite(sums.objective) & jnp.isfinite(metrics.grad_norm))
+        return guard.keep(state, TrainState(state.step + 1, params, opt_state, ema), is_bad), metrics
+
+    states, everywhere = state_shardings(model, config, mesh), sharding.replicated(mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(states, sharding.batch_sharding(mesh)),
+        out_shardings=(states, everywhere),
+        donate_argnums=0,
+    )
+
+
+def moving_average(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
+    """decay · ema + (1 - decay) · params, where a decay of (1 + step) / (10 + step) at most soon forgets the start."""
+    done = step.astype(jnp.float32)
+    weight = 1.0 - jnp.minimum(decay, (1.0 + done) / (10.0 + done))
+    return jax.tree.map(lambda old, new: old + weight * (new - old), ema, params)
+
+
+def sum_gradients(
+    objective: Callable[[Params, Batch, jax.Array], tuple[jax.Array, LossSums]],
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    parts: int,
+) -> tuple[Params, LossSums]:
+    """Gradient of a sum over a batch, and its sums, one of `parts` of the rows after the other.
+
+    Only one part's activations are in memory at a time. The parts' own token counts do not matter: sums
+    are added, and divided once.
+    """
+    gradient = jax.grad(objective, has_aux=True)
+    if parts == 1:
+        return gradient(params, batch, key)
+
+    def split(array: jax.Array) -> jax.Array:
+        # Part i takes every parts-th row from i: each device then has its share of every part.
+        rows = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
+        return jnp.moveaxis(rows, 1, 0)
+
+    def add(total: tuple[Params, LossSums], part: tuple[Batch, jax.Array]) -> tuple[tuple[Params, LossSums], None]:
+        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+    zero = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros(()) for _ in LossSums._fields)))
+    return jax.lax.scan(add, zero, (jax.tree.map(split, batch), jax.random.split(key, parts)))[0]
+
+
+@jax.jit
+def all_finite(params: Params) -> jax.Array:
+    """Whether every param is a finite number; bool []."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
+
+
+def make_eval_step(model: Model, mesh: Mesh) -> Callable[[Params, Batch], LossSums]:
+    """The compiled loss without dropout or smoothing."""
+
+    def eval_step(params: Params, batch: Batch) -> LossSums:
+        with sharding.on_mesh(mesh):
+            logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT)
+            return cross_entropy(logits_BTV, batch.target_BT, 0.0)
+
+    params = sharding.param_shardings(mesh, model.abstract_params)
+    return jax.jit(
+        eval_step,
+        in_shardings=(params, sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )

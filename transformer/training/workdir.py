@@ -1,0 +1,159 @@
+"""The folder of a run: whose it is, and which config it was made with."""
+
+import datetime
+import fcntl
+import json
+import os
+import uuid
+from typing import IO
+
+from etils import epath
+
+from transformer.command_line import complain, say
+from transformer.config import schema
+from transformer.config.schema import RUN_ID, Config
+from transformer.config.validation import ENDING, unread
+from transformer.distributed import multihost
+from transformer.runtime import object_storage
+from transformer.runtime.errors import UserError, WorkdirError
+from transformer.runtime.files import reported, write_whole
+
+CONFIG_FILE = "config.json"
+LOCK_FILE = "lock"
+
+# What may change between two sittings of one run, as it changes no update that is still to come. Files of data
+# and vocabulary may have moved: whether they are the same is seen by their digests.
+HARMLESS = {
+    "train": {
+        "log_every_steps",
+        "eval_every_steps",
+        "checkpoint_every_steps",
+        "early_stopping_patience",
+        "keep_last",
+        "keep_best",
+    },
+    "data": {*schema.PATHS},
+    "decode": {*schema.field_names("decode")},
+    "model": {"attention", "remat"},  # to rounding
+    "mesh": {*schema.field_names("mesh")},
+}
+
+
+def lock(workdir: epath.Path) -> IO[str] | object_storage.Lock:
+    """Takes the workdir for this process until what it returns is closed or the process ends, however it ends.
+
+    Raises:
+      WorkdirError: another run has it.
+      UserError: it is no folder or cannot be written.
+    """
+    if object_storage.is_remote(workdir):
+        return _lock_object(workdir)
+    with reported(f"--workdir={workdir}"):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK_FILE).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        holder = (workdir / LOCK_FILE).read_text().strip() or "another process"
+        raise WorkdirError(f"{workdir}: held by {holder}; wait for it, stop it, or choose another --workdir") from error
+    except OSError as error:
+        say(f"warning: {workdir} cannot be locked ({error}); see to it that no other run uses it")
+    file.truncate(0)
+    since = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    file.write(f"{multihost.who()} since {since}\n")
+    file.flush()
+    return file
+
+
+def _lock_object(workdir: epath.Path) -> object_storage.Lock:
+    def lost(holder: str) -> None:
+        complain(
+            f"{workdir}: taken over by {holder}, as its lock had not been touched for {object_storage.STALE:.0f} s"
+        )
+        os._exit(WorkdirError.exit_code)
+
+    try:
+        with reported(f"--workdir={workdir}"):
+            return object_storage.Lock(workdir / LOCK_FILE, multihost.who(), lost)
+    except object_storage.Held as held:
+        raise WorkdirError(f"{workdir}: held by {held}; wait for it, stop it, or choose another --workdir") from held
+
+
+def config_changes(workdir: epath.Path, old: Config, config: Config) -> list[str]:
+    """How a config differs, harmlessly, from the one that the workdir's run was made with.
+
+    Args:
+      old: of the checkpoint that the run goes on from, whose digest was right.
+
+    Returns:
+      The differences, as 'section.field: old → new'.
+
+    Raises:
+      UserError: others than harmless ones; every field of them is named.
+    """
+    changes = schema.differences(old, config)
+    never_read = unread(old).keys() & unread(config).keys()
+    serious = [
+        change
+        for change in changes
+        if not _harmless(change, config) and f"{change.section}.{change.field}" not in never_read
+    ]
+    if serious:
+        raise UserError(
+            f"{workdir}: holds a run with another config: {'; '.join(map(str, serious))}. Resume it with its own "
+            "config, or choose another --workdir"
+        )
+    return [str(change) for change in changes]
+
+
+def run_id(workdir: epath.Path, checkpoint: str, id_of_checkpoint: str | None) -> str:
+    """The id of the run in a workdir: that of its checkpoint and config.json, or a new one for a run that begins.
+
+    Args:
+      checkpoint: that the run goes on from, for messages.
+      id_of_checkpoint: None where there is none; empty where an earlier version saved it.
+
+    Raises:
+      UserError: the checkpoint is of another run than config.json.
+    """
+    kept = _kept_run_id(workdir) if id_of_checkpoint is not None else ""
+    if kept and id_of_checkpoint and kept != id_of_checkpoint:
+        raise UserError(
+            f"{checkpoint} is of another run (id {id_of_checkpoint[:8]}) than {workdir / CONFIG_FILE} ({kept[:8]}). "
+            "Move it elsewhere to go on with this run; to start from it, name its workdir as train.init_from in a new "
+            "--workdir"
+        )
+    return id_of_checkpoint or kept or uuid.uuid4().hex
+
+
+def _kept_run_id(workdir: epath.Path) -> str:
+    """What `keep_config` wrote; empty where there is nothing, as of an earlier version."""
+    try:
+        return str(json.loads((workdir / CONFIG_FILE).read_text())[RUN_ID])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+@multihost.lead_only
+def keep_config(workdir: epath.Path, config: Config, run_id: str = "") -> None:
+    """Makes a config the workdir's own, and the id of its run."""
+    path, text = workdir / CONFIG_FILE, config.to_json(**({RUN_ID: run_id} if run_id else {}))
+    with reported(f"--workdir={workdir}"):
+        if not path.exists() or path.read_bytes() != text.encode():
+            write_whole(path, text)
+
+
+def ends_with_its_steps(config: Config) -> bool:
+    """Whether the learning rate reaches 0 at train.num_steps, so that a run of more steps is another run."""
+    return config.optimizer.schedule in ENDING
+
+
+def _harmless(change: schema.Change, config: Config) -> bool:
+    if (change.section, change.field) == ("train", "num_steps"):
+        return not ends_with_its_steps(config)
+    if (change.section, change.field) == ("data", "tokenizer"):
+        return not {change.old, change.new} & set(schema.TRAINED_TOKENIZERS)
+    if (change.section, change.field) == ("train", "init_from"):
+        return bool(change.old and change.new)  # whether it is the same run is seen by its id
+    return change.field in HARMLESS.get(change.section, ())
