@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from transformer import command_line
-from transformer.command_line import say
 from transformer.distributed import multihost
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import check_writable, reported
+from transformer.runtime.logging import say
 
 if TYPE_CHECKING:
     from transformer.checkpoints.loading import Trained
@@ -42,9 +42,9 @@ def main(argv: list[str]) -> None:
     if args.watch and multihost.is_one_of_several(args):
         raise UserError("--watch runs in one process; start it on one host alone")
     with multihost.joined(args):
-        from transformer.runtime import compilation
+        from transformer.runtime import environment
 
-        compilation.enable_cache()
+        environment.enable_cache()
         if args.watch:
             watch(args)
         else:
@@ -153,7 +153,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--versus_checkpoint", help="of that workdir (default: as --checkpoint; latest for a step)")
     parser.add_argument("--watch", action="store_true", help="score every checkpoint as it lands, until a signal")
-    multihost.add_flags(parser)
+    command_line.add_process_flags(parser)
     args = parser.parse_args(rest)
     if bool(args.source) != bool(args.reference):
         raise UserError("--source and --reference go together")

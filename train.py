@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--workdir", required=True, type=command_line.full_path, help="folder of the run; made if it is missing"
     )
-    multihost.add_flags(parser)
+    command_line.add_process_flags(parser)
     settings, args = command_line.parse_with_config(parser, argv)
     settings = schema.with_absolute_paths(settings)
 

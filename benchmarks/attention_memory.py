@@ -15,13 +15,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformer.command_line import full_path, run, say
+from transformer.command_line import full_path, run
 from transformer.config import Config, validation
 from transformer.evaluation.charts import Axis
 from transformer.plan import set_environment
 from transformer.planning.hardware import Topology, parse_topology
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_whole
+from transformer.runtime.logging import say
 
 VOCAB = 256
 EFFORT = -1.0  # of the compiler, as in `plan`

@@ -18,14 +18,15 @@ import time
 from collections.abc import Callable
 
 from transformer.checkpoints.loading import Trained, load_trained
-from transformer.command_line import add_model_flags, decode_flags, full_path, positive_int, run, say
+from transformer.command_line import add_model_flags, decode_flags, full_path, positive_int, run
 from transformer.config import validation
 from transformer.data import text_files
 from transformer.decoding.translator import Translator
 from transformer.export import __main__ as export
 from transformer.export import ctranslate2 as export_ctranslate2
-from transformer.runtime.compilation import enable_cache
+from transformer.runtime.environment import enable_cache
 from transformer.runtime.errors import UserError
+from transformer.runtime.logging import say
 
 Translate = Callable[[list[str]], list[str]]
 

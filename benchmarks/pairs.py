@@ -14,8 +14,9 @@ import shlex
 import statistics
 import subprocess
 
-from transformer.command_line import positive_int, run, say
+from transformer.command_line import positive_int, run
 from transformer.runtime.errors import UserError
+from transformer.runtime.logging import say
 
 
 def main(argv: list[str]) -> None:

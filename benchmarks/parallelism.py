@@ -28,14 +28,17 @@ from benchmarks import one_layer, plots
 from benchmarks.attention_memory import two_or_more
 from benchmarks.one_layer import FAMILIES
 from transformer import command_line
-from transformer.command_line import positive_int, say
+from transformer.command_line import positive_int
 from transformer.config import Config, validation
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS, UNK
 from transformer.distributed import sharding
 from transformer.evaluation.charts import Series
+from transformer.models import registry
+from transformer.runtime import errors
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_whole
+from transformer.runtime.logging import say
 from transformer.training import train_step
 
 RESULT = "parallelism.json"
@@ -148,7 +151,7 @@ def family_config(family: str, width: int, dtype: str = "float32", attention: st
 
 def params(config: Config) -> int:
     """How many numbers the model holds."""
-    return train_step.Model(config.model, VOCAB).num_params()
+    return registry.Model(config.model, VOCAB).num_params()
 
 
 def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
@@ -161,7 +164,7 @@ def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
         try:
             figures = measure(config, tokens // length, length)
         except jax.errors.JaxRuntimeError as error:
-            if not command_line.is_out_of_memory(error):
+            if not errors.is_out_of_memory(error):
                 raise
             say("out of memory: left out")
             continue
@@ -172,7 +175,7 @@ def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
 def measure(config: Config, rows: int, length: int) -> Row:
     """Compiles one update for a batch of full sentences, and times it."""
     mesh = sharding.make_mesh(config.mesh)
-    model = train_step.Model(config.model, VOCAB)
+    model = registry.Model(config.model, VOCAB)
     update = train_step.make_train_step(model, config, mesh)
     ids = np.random.default_rng(0).integers(UNK + 1, VOCAB, (rows, length), np.int32)
     ids[:, -1] = EOS

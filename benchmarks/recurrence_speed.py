@@ -15,8 +15,9 @@ import subprocess
 import sys
 import time
 
-from transformer.command_line import positive_int, run, say, use_huge_pages
+from transformer.command_line import positive_int, run, use_huge_pages
 from transformer.runtime.errors import UserError
+from transformer.runtime.logging import say
 
 TORCH = """
 import statistics, sys, time, torch

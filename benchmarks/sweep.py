@@ -24,11 +24,11 @@ from etils import epath
 from benchmarks import plots
 from configs.paper import ROWS
 from transformer import command_line
-from transformer.command_line import say
 from transformer.config import Config, schema, validation
 from transformer.evaluation.charts import Series
 from transformer.runtime.errors import DivergedError, UserError
 from transformer.runtime.files import write_whole
+from transformer.runtime.logging import say
 
 GROUPS = {"a": "A heads", "b": "B keys", "c": "C sizes", "d": "D rates", "e": "E places", "big": "big"}
 Found = dict[str, Any]

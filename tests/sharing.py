@@ -12,10 +12,12 @@ import jax
 import pytest
 from flax import nnx
 
+from transformer.config import validation
 from transformer.decoding import decode
 from transformer.distributed import sharding
 from transformer.evaluation import evaluator
-from transformer.training import train_step, workdir
+from transformer.models import registry
+from transformer.training import train_step
 
 # Fields that the compiled programs do not see.
 HOST_FIELDS = (
@@ -38,7 +40,7 @@ def share_programs(patch: pytest.MonkeyPatch) -> None:
     drawn = _once(_drawn, _training_key)
     init_state = train_step.init_state
 
-    def draw(model: train_step.Model, config: Any, mesh: jax.sharding.Mesh) -> train_step.TrainState:
+    def draw(model: registry.Model, config: Any, mesh: jax.sharding.Mesh) -> train_step.TrainState:
         state, shardings = drawn(init_state, model, config, mesh)
         return jax.device_put(state, shardings)
 
@@ -66,7 +68,7 @@ def _drawn(init_state: Callable, *args: Any) -> tuple[Any, Any]:
     return jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def _key(model: train_step.Model) -> Any:
+def _key(model: registry.Model) -> Any:
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.to_pure_dict(model.abstract_params))
     return model._graphdef, str(shapes)
 
@@ -74,7 +76,7 @@ def _key(model: train_step.Model) -> Any:
 def _training_key(*args: Any) -> Any:
     model, config, mesh = args[-3:]
     train = {name: value for name, value in dataclasses.asdict(config.train).items() if name not in HOST_FIELDS}
-    if not workdir.ends_with_its_steps(config):
+    if not validation.ends_with_its_steps(config):
         del train["num_steps"]
     return _key(model), str(train), config.optimizer, config.model, config.data.batching, mesh
 

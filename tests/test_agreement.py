@@ -7,6 +7,7 @@ from etils import epath
 
 from tests.conftest import small_config
 from transformer.distributed import consistency, multihost
+from transformer.runtime import environment
 from transformer.runtime.errors import UserError
 
 
@@ -55,7 +56,7 @@ def test_other_code_data_or_vocabulary_is_refused(others):
 
 def test_the_version_of_the_code_is_that_of_its_files(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("one")
-    monkeypatch.setattr(consistency, "__file__", str(tmp_path / "distributed" / "consistency.py"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "runtime" / "environment.py"))
     before = consistency.code_version()
     assert "jax " in before
     assert before == consistency.code_version()

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
+from transformer import translate
 from transformer.data import tokenizer
 from transformer.data.batching import Batch, Ragged
 from transformer.data.tokenizer import EOS
 from transformer.decoding import alignment
 from transformer.decoding.alignment import Aligner, Attention
 from transformer.distributed import sharding
+from transformer.models.registry import Model
 from transformer.runtime.errors import UserError
 from transformer.training import train_step as step
-from transformer.training.train_step import Model
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
 LINES = [" ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 9)) for i in range(20)]
@@ -102,14 +103,14 @@ def test_long_sentences_are_cut_as_decoding_cuts_them(parts):
 
 def flags(*arguments):
     parser = argparse.ArgumentParser()
-    alignment.add_flags(parser)
+    translate.add_flags(parser)
     return parser.parse_args(list(map(str, arguments)))
 
 
 def test_what_is_recorded_beside_translation(parts, tmp_path):
     args = flags(f"--alignments={tmp_path}/a", f"--attention={tmp_path}/b.npz", "--alignment_layer=2")
     upper = {line: line[::-1] for line in LINES}
-    with alignment.recorded(args, parts) as note:
+    with translate.recorded(args, parts) as note:
         note(LINES[:3], [upper[line] for line in LINES[:3]])
         note(["", LINES[4]], ["", upper[LINES[4]]])
         assert not (tmp_path / "a").exists()
@@ -127,7 +128,7 @@ def test_what_is_recorded_beside_translation(parts, tmp_path):
 
 def test_what_fails_leaves_no_file(parts, tmp_path):
     args = flags(f"--alignments={tmp_path}/a", f"--attention={tmp_path}/b.npz")
-    with pytest.raises(UserError, match="bad line"), alignment.recorded(args, parts) as note:  # noqa: PT012
+    with pytest.raises(UserError, match="bad line"), translate.recorded(args, parts) as note:  # noqa: PT012
         note(LINES[:3], LINES[:3])
         raise UserError("bad line")
     assert list(tmp_path.iterdir()) == []
@@ -135,14 +136,14 @@ def test_what_fails_leaves_no_file(parts, tmp_path):
 
 def test_links_are_made_if_they_are_wanted(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(Aligner, "links", lambda *args: pytest.fail("nobody asked"))
-    with alignment.recorded(flags(f"--attention={tmp_path}/b.npz"), parts) as note:
+    with translate.recorded(flags(f"--attention={tmp_path}/b.npz"), parts) as note:
         note(LINES[:3], LINES[:3])
     with np.load(tmp_path / "b.npz") as arrays:
         assert len(arrays.files) == 9
 
 
 def test_without_flags_nothing_is_noted(parts):
-    with alignment.recorded(flags(), parts) as note:
+    with translate.recorded(flags(), parts) as note:
         note(LINES[:3], ["no", "such", "count", "of", "lines"])
 
 
@@ -153,13 +154,13 @@ def test_bad_flags_are_refused(parts, tmp_path):
         ([f"--alignments={tmp_path}/a", f"--attention={tmp_path}/../{tmp_path.name}/a"], "are both .*; name two files"),
     ):
         with pytest.raises(UserError, match=message):
-            alignment.check_flags(flags(*given))
+            translate.check_flags(flags(*given))
     for path, message in ((f"{tmp_path}/none/a", "none/a"), (tmp_path, "Is a directory")):
-        with pytest.raises(UserError, match=message), alignment.recorded(flags(f"--alignments={path}"), parts):
+        with pytest.raises(UserError, match=message), translate.recorded(flags(f"--alignments={path}"), parts):
             pass
     with (
         pytest.raises(UserError, match="from 1 to 2, got 9"),
-        alignment.recorded(flags(f"--alignments={tmp_path}/a", "--alignment_layer=9"), parts),
+        translate.recorded(flags(f"--alignments={tmp_path}/a", "--alignment_layer=9"), parts),
     ):
         pass
 
@@ -203,4 +204,4 @@ def test_alignments_of_a_model_of_two_layers_are_right():
 @pytest.mark.reported
 def test_alignments_that_cannot_be_written_are_a_message():
     with pytest.raises(UserError, match="/dev/full: No space left on device"), contextlib.ExitStack() as stack:
-        alignment._open(stack, "/dev/full").write(b"0-0\n")
+        translate._open(stack, "/dev/full").write(b"0-0\n")

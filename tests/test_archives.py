@@ -11,7 +11,7 @@ import pytest
 
 from transformer.data import download
 from transformer.data.download import Archive, Store
-from transformer.runtime import progress
+from transformer.runtime import logging
 from transformer.runtime.errors import UserError
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
@@ -191,7 +191,7 @@ def test_without_a_recorded_checksum_the_digest_is_told(tmp_path, address, capfd
 
 
 def test_progress_is_told(tmp_path, address, capfd, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(logging, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(download, "BLOCK", 100_000)
     get(tmp_path, archive(address))
     assert "data: a.tgz: 2 of 3 MB\n" in capfd.readouterr().err

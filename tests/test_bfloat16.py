@@ -15,6 +15,7 @@ from transformer.attention.dot_product import float32_product
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS
 from transformer.distributed import sharding
+from transformer.models import registry
 from transformer.models.loss import cross_entropy
 from transformer.training import train_step
 
@@ -41,7 +42,7 @@ FEW = {"num_layers": 1, "dtype": "bfloat16"}
     ids=["plain", "blockwise", "recurrent", "additive", "convolutional"],
 )
 def test_a_bfloat16_training_step_multiplies_nothing_in_float32_and_sums_nothing_in_bfloat16(config):
-    mesh, model = sharding.make_mesh(config.mesh), train_step.Model(config.model, V)
+    mesh, model = sharding.make_mesh(config.mesh), registry.Model(config.model, V)
     where = sharding.batch_sharding(mesh)
     batch = jax.tree.map(lambda ids: jax.ShapeDtypeStruct(ids.shape, ids.dtype, sharding=where), draw_batch())
     state = train_step.abstract_state(model, config, mesh)
@@ -112,9 +113,9 @@ def test_every_gradient_of_a_full_batch_is_that_of_float32(fields, packed):
     ids[:, :, [15, 31] if packed else [31]] = EOS
     fields = {"num_layers": 1, "dropout_rate": 0.0, **fields}
     config = (family_config(**fields) if "family" in fields else small_config(model=fields)).model
-    params, found = train_step.Model(config, V).init(0), {}
+    params, found = registry.Model(config, V).init(0), {}
     for dtype in ("float32", "bfloat16"):
-        model = train_step.Model(dataclasses.replace(config, dtype=dtype), V)
+        model = registry.Model(dataclasses.replace(config, dtype=dtype), V)
 
         def objective(params, batch, model=model):
             return cross_entropy(model.bind(params)(*batch, None, packed), batch.target_BT, 0.1).objective

@@ -79,14 +79,14 @@ def test_another_tokenizer_is_refused_before_anything_runs(data, match):
 
 def test_what_cannot_have_four_tokens_is_told_by_chrf():
     words = ["Haus", "rotes Haus", "ein Haus hier", "ein Haus steht hier"]
-    assert best_metric.decide(words, "13a") == (
+    assert bleu_tokenizer.decide(words, "13a") == (
         "chrf",
         "the best checkpoint is that of the highest chrF2, as 3 of 4 validation references have under four tokens, of "
         "which BLEU finds nothing; train.best_metric sets another",
     )
-    assert best_metric.decide(words[2:], "13a") == ("bleu", "")
-    assert best_metric.decide(["我们今天", "他昨天"], "13a")[0] == "chrf"
-    assert best_metric.decide(["我们今天", "他昨天"], "zh")[0] == "bleu"
+    assert bleu_tokenizer.decide(words[2:], "13a") == ("bleu", "")
+    assert bleu_tokenizer.decide(["我们今天", "他昨天"], "13a")[0] == "chrf"
+    assert bleu_tokenizer.decide(["我们今天", "他昨天"], "zh")[0] == "bleu"
 
 
 RECORDED = {  # step → BLEU, chrF, loss: each figure has another best

@@ -12,6 +12,7 @@ import pytest
 
 from tests import commands
 from transformer import command_line
+from transformer.runtime import logging
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
 
 DEMO = "--config=configs/demo.py"
@@ -175,16 +176,16 @@ def test_want_of_memory_is_a_message_with_advice(capsys):
 def test_a_full_disk_is_one_too(capsys):
     with pytest.raises(OSError, match="No space left on device") as error, open("/dev/full", "wb", buffering=0) as full:
         full.write(b"x")
-    assert command_line.exit_code(error.value) == 2
+    assert logging.exit_code(error.value) == 2
     assert "out of memory or disk: [Errno 28] No space left on device; " in capsys.readouterr().err
 
 
 def test_want_of_the_host_s_memory_is_one_too(capsys):
-    assert command_line.exit_code(MemoryError()) == 2
+    assert logging.exit_code(MemoryError()) == 2
     assert "out of memory or disk: MemoryError; lower train.batch_tokens" in capsys.readouterr().err
     with pytest.raises(MemoryError) as error:
         np.zeros(1 << 60, np.int8)
-    assert command_line.exit_code(error.value) == 2
+    assert logging.exit_code(error.value) == 2
     assert "Unable to allocate 1.00 EiB" in capsys.readouterr().err
 
 
@@ -307,7 +308,7 @@ def test_mistakes_cost_one_message_and_no_jax(mistakes, number):
 @pytest.mark.reported
 def test_a_platform_that_is_not_here_is_a_message(root):
     program = (
-        "from transformer import command_line, config, sharding\n"
+        "from transformer import command_line, config\nfrom transformer.distributed import sharding\n"
         "command_line.run(lambda argv: sharding.make_mesh(config.MeshConfig()))"
     )
     result = run("-c", program, env={**os.environ, "JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""})

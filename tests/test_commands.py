@@ -13,7 +13,11 @@ def run(root, *arguments):
 @pytest.mark.reported
 @pytest.mark.parametrize(
     ("module", "what"),
-    [("training.train_step", "a module, and no command"), ("data.corpus", "a module, and no command"), ("trnslate", "no command")],
+    [
+        ("training.train_step", "a module, and no command"),
+        ("data.corpus", "a module, and no command"),
+        ("trnslate", "no command"),
+    ],
 )
 def test_a_module_that_is_no_command_says_so(root, module, what):
     done = run(root, "-m", f"transformer.{module}")

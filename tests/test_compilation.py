@@ -8,12 +8,12 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from transformer.runtime import compilation, fingerprint
+from transformer.runtime import environment as fingerprint
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from transformer import compilation
-compilation.enable_cache()
+from transformer.runtime import environment
+environment.enable_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).block_until_ready()
 print(jax.config.jax_compilation_cache_dir)
@@ -40,7 +40,7 @@ def test_a_folder_of_the_user_s_own_is_kept_to(tmp_path):
 
 def test_programs_are_counted_while_it_is_entered():
     function = jax.jit(lambda x: x * 3.0)
-    counter = compilation.CompileCounter()
+    counter = fingerprint.CompileCounter()
     inputs = [jnp.ones(n) for n in (3, 3, 4, 5)]
     with counter:
         function(inputs[0])

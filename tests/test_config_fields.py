@@ -18,6 +18,7 @@ from transformer.data import tokenizer
 from transformer.data.batching import Batch
 from transformer.decoding.translator import Translator
 from transformer.distributed import sharding
+from transformer.models import registry
 from transformer.runtime.errors import UserError
 from transformer.training import train_step, workdir
 
@@ -174,7 +175,7 @@ def reads_of_training(family, **model):
     reads = set()
     config = recorded(config_of(family, "beam", **model), reads)
     mesh = sharding.make_mesh(config.mesh)
-    trained = train_step.Model(config.model, 300)
+    trained = registry.Model(config.model, 300)
     batch = Batch(*(jax.ShapeDtypeStruct((8, width), np.int32) for width in (6, 7)))
     train_step.make_train_step(trained, config, mesh).trace(train_step.abstract_state(trained, config, mesh), batch)
     return reads
@@ -185,7 +186,7 @@ def reads_of_decoding(method):
     reads = set()
     config = recorded(config_of("recurrent", method), reads)
     vocabulary = tokenizer.train(["a few words to translate"], 275, "bpe")
-    model = train_step.Model(config.model, vocabulary.vocab_size)
+    model = registry.Model(config.model, vocabulary.vocab_size)
     mesh = sharding.make_mesh(config.mesh)
     state = train_step.init_state(model, config, mesh)
     Translator(model, vocabulary, config.decode, mesh).translate(state.params, ["a few"])

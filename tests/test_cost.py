@@ -13,6 +13,7 @@ from transformer.config import ModelConfig
 from transformer.data.batching import Batch
 from transformer.distributed import sharding
 from transformer.models import flops as cost
+from transformer.models import registry
 from transformer.models.flops import Spent
 from transformer.training import train_step as step
 
@@ -39,7 +40,7 @@ def traced(rows, source, target, vocab_size, **sections):
     """The training step of a config, traced for one batch shape."""
     config = small_config(**sections)
     mesh = sharding.make_mesh(config.mesh)
-    model = step.Model(config.model, vocab_size)
+    model = registry.Model(config.model, vocab_size)
     batch = Batch(*(jax.ShapeDtypeStruct((rows, width), np.int32) for width in (source, target)))
     train_step = step.make_train_step(model, config, mesh)
     return config, train_step.trace(step.abstract_state(model, config, mesh), batch)
@@ -84,7 +85,7 @@ def test_the_closed_form_is_every_product_for_every_combination_of_sizes(family)
     for values in itertools.product(*SIZES[family].values()):
         sizes = dict(zip(SIZES[family], values, strict=True))
         config = small_config(model={**unread, "family": family, **sizes}).model
-        model = step.Model(config, V)
+        model = registry.Model(config, V)
         params = nnx.to_pure_dict(model.abstract_params)
         program = jax.make_jaxpr(lambda params, *ids, model=model: model.bind(params)(*ids))(params, *ids)
         assert cost.forward_flops(config, V, 4, 6, 9) == dot_flops(program.jaxpr), sizes
@@ -99,7 +100,7 @@ def test_parts_one_after_the_other_cost_as_much_as_at_once(parts):
 
 def test_the_forward_pass_is_a_third():
     config = small_config()
-    model = step.Model(config.model, V)
+    model = registry.Model(config.model, V)
     ids = [jax.ShapeDtypeStruct((8, width), np.int32) for width in (6, 7)]
     forward = jax.make_jaxpr(lambda params, *ids: model.bind(params)(*ids))(model.init(0), *ids)
     assert cost.forward_flops(config.model, V, 8, 6, 7) == dot_flops(forward.jaxpr)

@@ -22,8 +22,8 @@ from transformer.decoding import base, beam_search
 from transformer.decoding import decode as decoding
 from transformer.decoding.decode import Request
 from transformer.distributed import sharding
+from transformer.models.registry import Model
 from transformer.models.transformer import Cache
-from transformer.training.train_step import Model
 
 
 @pytest.fixture(scope="module")

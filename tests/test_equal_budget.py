@@ -7,8 +7,8 @@ import pytest
 from benchmarks import equal_budget, sweep
 from tests.conftest import ROOT
 from transformer import command_line
+from transformer.models.registry import Model
 from transformer.runtime.errors import UserError
-from transformer.training.train_step import Model
 
 CONFIG = f"{ROOT}/configs/multi30k_families.py"
 LINES = [

@@ -10,8 +10,8 @@ from tests.conftest import small_config
 from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.evaluation import evaluator as evaluate
+from transformer.models.registry import Model
 from transformer.runtime.errors import UserError
-from transformer.training.train_step import Model
 
 HYPOTHESES = ["the cat sat on the mat", "Hello , World !", "it is 3 . 5 km away", "no match at all here"]
 REFERENCES = ["the cat sat on a mat", "Hello, World!", "it is 3.5 km away", "something else entirely, really"]

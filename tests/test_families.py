@@ -19,11 +19,11 @@ from transformer.decoding import decode as decoding
 from transformer.decoding.decode import Request
 from transformer.distributed import sharding
 from transformer.models import flops
+from transformer.models.registry import Model
 from transformer.models.segments import shift_right
 from transformer.planning import hlo, hlo_cost
 from transformer.runtime.errors import UserError
 from transformer.training import train_step
-from transformer.training.train_step import Model
 
 KINDS = {
     "recurrent": {"family": "recurrent"},

@@ -58,7 +58,8 @@ def test_a_link_and_what_is_no_file_stay_what_they_are(tmp_path):
 
 def test_what_standard_output_goes_to_is_written_on(tmp_path):
     program = (
-        "from transformer import files; print('before'); files.write_whole('/dev/stdout', 'ours\\n'); print('after')"
+        "from transformer.runtime import files; print('before'); "
+        "files.write_whole('/dev/stdout', 'ours\\n'); print('after')"
     )
     with (tmp_path / "out").open("wb") as out:
         subprocess.run([sys.executable, "-c", program], stdout=out, check=True, cwd=ROOT)

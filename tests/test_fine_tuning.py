@@ -14,8 +14,9 @@ from transformer import command_line
 from transformer.config import schema, validation, warm_start
 from transformer.data import tokenizer
 from transformer.distributed import sharding
+from transformer.models import registry
 from transformer.runtime.errors import UserError, WorkdirError
-from transformer.training import initialization, train_step, workdir
+from transformer.training import initialization, workdir
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def config_of(saved, model=None, **train):
 
 
 def first_state(config):
-    model, mesh = train_step.Model(config.model, config.data.vocab_size), sharding.make_mesh(config.mesh)
+    model, mesh = registry.Model(config.model, config.data.vocab_size), sharding.make_mesh(config.mesh)
     return initialization.first_state(initialization.find(config), model, config, mesh)
 
 

@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 from tests.conftest import ROOT
-from transformer.runtime import fingerprint
+from transformer.runtime import environment as fingerprint
 
 
 def of_another_process(**environment):
-    program = "import json; from transformer import fingerprint; print(json.dumps(fingerprint.of_host()))"
+    program = "import json; from transformer.runtime import environment; print(json.dumps(environment.of_host()))"
     command = [sys.executable, "-c", program]
     if cores := environment.pop("cores", None):
         command = ["taskset", "-c", cores, *command]

@@ -165,7 +165,7 @@ def test_a_host_that_never_joins_ends_the_others(folder, tmp_path):
 
 def flags(*argv):
     parser = argparse.ArgumentParser()
-    multihost.add_flags(parser)
+    command_line.add_process_flags(parser)
     return parser.parse_args(argv)
 
 

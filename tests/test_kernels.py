@@ -22,12 +22,12 @@ from transformer.attention.dot_product import Visible
 from transformer.config import MeshConfig
 from transformer.distributed import multihost, sharding
 from transformer.models import flops as cost
-from transformer.models import layers
+from transformer.models import layers, registry
 from transformer.models.loss import cross_entropy
 from transformer.planning import aot, hlo_cost
 from transformer.planning.hardware import parse_topology
 from transformer.planning.hlo import Program
-from transformer.runtime import fingerprint
+from transformer.runtime import environment as fingerprint
 from transformer.runtime.errors import UserError
 from transformer.training import train_step, trainer
 
@@ -109,7 +109,7 @@ def stand_in_for_cudnn(monkeypatch, factor=1.0):
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU here")
 def test_cudnn_has_the_values_and_gradients_of_the_plain_path():
     program = "import jax.numpy as jnp; from tests import test_kernels; test_kernels.check_cudnn(jnp.bfloat16, 0.05)\n"
-    program += "from transformer import kernels; assert not (failure := kernels.try_cudnn(64)), failure"
+    program += "from transformer.attention import fused; assert not (failure := fused.try_cudnn(64)), failure"
     environment = {**os.environ, "JAX_PLATFORMS": "cuda", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
 
@@ -126,7 +126,7 @@ def config_of(path, sizes=(1, 1, 1), **fields):
 
 
 def loss_and_gradients(config):
-    mesh, model = sharding.make_mesh(config.mesh), train_step.Model(config.model, 300)
+    mesh, model = sharding.make_mesh(config.mesh), registry.Model(config.model, 300)
     ids = np.random.default_rng(0).integers(4, 300, (4, 9)).astype(np.int32)
     ids[:, -2:] = [2, 0]
     params = jax.device_put(model.init(0), sharding.param_shardings(mesh, model.abstract_params))
@@ -223,7 +223,7 @@ def test_a_kernel_forced_on_another_platform_is_refused_before_anything_compiles
     config = small_config(model=fields)
     monkeypatch.setattr(jax, "jit", None)
     with pytest.raises(UserError, match=f"it runs on {platform} devices, and these are cpu devices"):
-        train_step.make_train_step(train_step.Model(config.model, 300), config, sharding.make_mesh(config.mesh))
+        train_step.make_train_step(registry.Model(config.model, 300), config, sharding.make_mesh(config.mesh))
 
 
 def test_a_run_is_refused_before_its_data_is_prepared(tmp_path, monkeypatch):
@@ -268,7 +268,7 @@ def test_a_gpu_that_is_too_old_or_of_amd_is_refused(capability):
 def machine(monkeypatch):
     """As on a machine with a GPU: takes what a trial of cuDNN finds there, and returns the widths that are tried."""
     monkeypatch.setattr(fused, "_trials", {})
-    monkeypatch.setattr(fused, "_in_training", {})
+    monkeypatch.setattr(fingerprint, "_trials", {})
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
@@ -405,10 +405,10 @@ def test_translation_on_tpus_encodes_by_splash_too():
     """Each device on its own, where nothing is left to split."""
     config = config_of("splash")
     mesh = sharding.make_mesh(MeshConfig(), aot.devices(parse_topology("v5e:2x2")))
-    model = train_step.Model(config.model, 300)
+    model = registry.Model(config.model, 300)
     encode = jax.jit(sharding.over_rows(mesh, lambda params, ids: model.bind(params).encode(ids)))
     rows = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=sharding.batch_sharding(mesh, "sentences"))
-    lowered = encode.trace(train_step.abstract_params(model, mesh), rows).lower(lowering_platforms=("tpu",))
+    lowered = encode.trace(registry.abstract_params(model, mesh), rows).lower(lowering_platforms=("tpu",))
     assert "%splash_mha_fwd" in lowered.compile().as_text()
 
 

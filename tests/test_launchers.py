@@ -19,6 +19,7 @@ from tests import slurm
 from tests.conftest import ROOT
 from transformer import command_line
 from transformer.distributed import launchers, multihost
+from transformer.runtime import logging
 from transformer.runtime.errors import UserError
 
 ALL = "0,1,2,3,4,5,6,7"
@@ -238,11 +239,11 @@ def test_jax_is_given_the_device_ids(monkeypatch, capsys):
     monkeypatch.setattr(launchers, "count_gpus", lambda: 8)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: given.update(kwargs))
     monkeypatch.setattr(multihost, "_Together", lambda *_: None)
-    monkeypatch.setattr(command_line, "speak_as", lambda *_: None)
+    monkeypatch.setattr(logging, "speak_as", lambda *_: None)
     for name, value in {**open_mpi(1, 3), "JAX_PLATFORMS": "cuda"}.items():
         monkeypatch.setenv(name, value)
     parser = argparse.ArgumentParser()
-    multihost.add_flags(parser)
+    command_line.add_process_flags(parser)
     multihost._join(parser.parse_args(["--coordinator=a:1", "--num_processes=6", "--process_id=1"]))
     assert given["local_device_ids"] == [2, 3]
     assert given["cluster_detection_method"] == "deactivate"

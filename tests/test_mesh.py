@@ -16,6 +16,7 @@ from transformer.config import MeshConfig
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS
 from transformer.distributed import sharding
+from transformer.models import registry
 from transformer.models.loss import cross_entropy
 from transformer.planning import aot, hlo_cost
 from transformer.planning.hardware import parse_topology
@@ -48,7 +49,7 @@ def batches():
 
 def gradient_of(config):
     """(params, batch) → loss and gradients of its mean, with dropout, on a mesh."""
-    mesh, model = sharding.make_mesh(config.mesh), step.Model(config.model, V)
+    mesh, model = sharding.make_mesh(config.mesh), registry.Model(config.model, V)
 
     def objective(params, batch):
         with sharding.on_mesh(mesh):
@@ -56,7 +57,7 @@ def gradient_of(config):
             sums = cross_entropy(logits, batch.target_BT, 0.1)
             return sums.objective / sums.tokens
 
-    params = step.abstract_params(model, mesh)
+    params = registry.abstract_params(model, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     everywhere = sharding.replicated(mesh)
     return jax.jit(
@@ -68,7 +69,7 @@ def gradient_of(config):
 
 def results(config):
     """Loss and gradients at the start, and the losses of some updates."""
-    mesh, model = sharding.make_mesh(config.mesh), step.Model(config.model, V)
+    mesh, model = sharding.make_mesh(config.mesh), registry.Model(config.model, V)
     state = step.init_state(model, config, mesh)
     first = sharding.place_batch(mesh, batches()[0])
     loss, grads = jax.device_get(gradient_of(config)(state.params, first))
@@ -134,7 +135,7 @@ def bytes_by_device(tree):
 def test_fsdp_stores_an_eighth_on_each_device(scan):
     """Params, both moments and the moving average, when made and after an update."""
     config = config_of((1, 8, 1, 1), {"ema_decay": 0.9}, **WIDE, scan_layers=scan, num_layers=2)
-    mesh, model = sharding.make_mesh(config.mesh), step.Model(config.model, V)
+    mesh, model = sharding.make_mesh(config.mesh), registry.Model(config.model, V)
     state = step.init_state(model, config, mesh)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert whole > 4 * 4 * model.num_params()
@@ -154,7 +155,7 @@ COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-a
 
 def collectives(config):
     """(what, shape, bytes) of each array that devices exchange in a compiled update of a config."""
-    mesh, model = sharding.make_mesh(config.mesh), step.Model(config.model, V)
+    mesh, model = sharding.make_mesh(config.mesh), registry.Model(config.model, V)
     state = step.abstract_state(model, config, mesh)
     return exchanged(step.make_train_step(model, config, mesh).lower(state, place(mesh)).compile().as_text())
 
@@ -173,7 +174,7 @@ def exchanged(text):
 
 def param_sizes(config):
     """Numbers in each param, and in all params of one layer with the embedding."""
-    params = step.Model(config.model, V).init(0)
+    params = registry.Model(config.model, V).init(0)
     layer = sum(leaf.size for leaf in jax.tree.leaves(params["decoder"][0]))
     return {leaf.size for leaf in jax.tree.leaves(params)}, layer + params["embeddings"]["shared"]["table"].size
 
@@ -198,7 +199,7 @@ def test_fsdp_devices_gather_params_and_exchange_gradients(scan):
     gathers = [size for what, _, size in large if what == "all-gather"]
     assert max(gathers) <= 4 * most
     if not scan:  # where a layer's params are used, and again in its backward pass
-        params = step.Model(config.model, V).init(0)
+        params = registry.Model(config.model, V).init(0)
         matrices = [leaf for leaf in jax.tree.leaves((params["encoder"], params["decoder"])) if leaf.ndim > 1]
         assert len(gathers) >= 2 * len(matrices)
 
@@ -229,7 +230,7 @@ def test_packed_rows_are_told_apart_on_a_mesh():
         config = config_of(sizes)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, batching="pack"))
         mesh = sharding.make_mesh(config.mesh)
-        params = step.init_state(step.Model(config.model, V), config, mesh).params
+        params = step.init_state(registry.Model(config.model, V), config, mesh).params
         grads.append(jax.device_get(gradient_of(config)(params, sharding.place_batch(mesh, Batch(side, side)))))
     np.testing.assert_allclose(grads[1][0], grads[0][0], rtol=1e-5)
     difference = jax.tree.map(np.subtract, grads[1][1], grads[0][1])
@@ -243,7 +244,7 @@ def test_fsdp_on_tpus_scatters_the_sums_of_gradients():
     config = small_config(model=fields, data={"vocab_size": 320}, mesh={"data": 1, "fsdp": 4})
     mesh = sharding.make_mesh(config.mesh, aot.devices(parse_topology("v5e:2x2")))
     text = aot.compile_step(config, mesh, 16, 32, -1.0).text
-    leaves = jax.tree.leaves(step.Model(config.model, 320).abstract_params)
+    leaves = jax.tree.leaves(registry.Model(config.model, 320).abstract_params)
     matrices = sum(4 * leaf.size for leaf in leaves if leaf.ndim > 1)
     vectors = sum(4 * leaf.size for leaf in leaves if leaf.ndim == 1)
     sent = {one.kind: one.bytes for one in hlo_cost.collectives(Program(text), dict(mesh.shape))}
@@ -253,5 +254,5 @@ def test_fsdp_on_tpus_scatters_the_sums_of_gradients():
     # The gradient of looked-up embeddings: states change places, and each chip then adds up its part of the width.
     assert sent.get("all-to-all", 0) <= 2 * 4 * 16 * 32 * 512 // 4
     gathers = [size for what, _, size in exchanged(text) if what == "all-gather"]
-    layer = sum(4 * leaf.size for leaf in jax.tree.leaves(step.Model(config.model, 320).init(0)["decoder"][0]))
+    layer = sum(4 * leaf.size for leaf in jax.tree.leaves(registry.Model(config.model, 320).init(0)["decoder"][0]))
     assert max(gathers) <= layer + 4 * 320 * 512

@@ -14,9 +14,9 @@ from transformer.config import ModelConfig, default_config
 from transformer.config.validation import resolve
 from transformer.data.batching import PADDING_ROW, Ragged
 from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.models.registry import Model
 from transformer.models.segments import shift_right
 from transformer.models.transformer import Transformer
-from transformer.training.train_step import Model
 
 V = 50
 SOURCE = jnp.asarray([[5, 6, 7, 8, EOS], [9, 10, EOS, PAD, PAD]], jnp.int32)

@@ -13,6 +13,7 @@ from transformer.data.batching import PADDING_ROW, BucketPlan, Ragged
 from transformer.data.packing import PackedPlan
 from transformer.data.tokenizer import EOS
 from transformer.distributed import sharding
+from transformer.models import registry
 from transformer.models.loss import cross_entropy
 from transformer.training import train_step
 
@@ -158,7 +159,7 @@ def corpus(n=60):
 
 def total_gradient(plan, ids, packed):
     """Loss sums and summed gradient over one epoch, without dropout."""
-    model = train_step.Model(small_config().model, 40)
+    model = registry.Model(small_config().model, 40)
     params = model.init(0)
 
     def objective(params, batch):
@@ -199,11 +200,11 @@ def test_the_field_packs_the_training_step():
             data={"batching": batching_mode, "num_buckets": 8}, model={"dropout_rate": 0.0, "num_layers": 1}
         )
         mesh = sharding.make_mesh(config.mesh)
-        model = train_step.Model(config.model, 40)
+        model = registry.Model(config.model, 40)
         update = train_step.make_train_step(model, config, mesh)
         _, metrics = update(train_step.init_state(model, config, mesh), sharding.place_batch(mesh, batch))
         losses[batching_mode] = float(metrics.loss.nll / metrics.loss.tokens)
-    model = train_step.Model(small_config(model={"num_layers": 1}).model, 40)
+    model = registry.Model(small_config(model={"num_layers": 1}).model, 40)
     examples = batch_examples(plan)
     source, target = (side.rectangle(examples, 48) for side in ids)
     sums = cross_entropy(model.bind(model.init(0))(jnp.asarray(source), jnp.asarray(target)), jnp.asarray(target), 0.0)

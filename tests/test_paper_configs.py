@@ -8,7 +8,7 @@ from configs.paper import ROWS
 from tests.conftest import ROOT, slow
 from transformer import command_line
 from transformer.config import Config
-from transformer.training.train_step import Model
+from transformer.models.registry import Model
 
 VOCABULARY = 40_900
 

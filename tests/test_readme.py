@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from tests.conftest import ROOT
-from transformer import command_line, translate
+from transformer import command_line, inference, translate
 from transformer.config import schema, validation
 from transformer.data import tokenizer
 from transformer.data.cldr import generator
@@ -72,11 +72,11 @@ def test_its_python_translates(monkeypatch):
 
     class Model:
         def translate(self, sentences, **options):
-            inspect.signature(translate.LoadedModel.translate).bind(self, sentences, **options)
+            inspect.signature(inference.LoadedModel.translate).bind(self, sentences, **options)
             calls.append(options)
             return [[translate.Hypothesis("", 0.0, True)]] if "n_best" in options else [""]
 
-    monkeypatch.setattr(translate, "load", lambda workdir, checkpoint, ensemble: Model())
+    monkeypatch.setattr(inference, "load", lambda workdir, checkpoint, ensemble: Model())
     exec(compile(body, "README.md", "exec"), {})
     for options in calls:
         decode = {name: value for name, value in options.items() if name in schema.field_names("decode")}

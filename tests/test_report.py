@@ -15,7 +15,7 @@ from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.evaluation import continuous, report, scoring, significance
 from transformer.evaluation.scoring import EvaluationSet
-from transformer.training.train_step import Model
+from transformer.models.registry import Model
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
 EVIL = "</script><script>document.title = 'broken'</script> & <b>bold</b> cat sees house"

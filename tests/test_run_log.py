@@ -113,7 +113,7 @@ def test_lines_are_json_and_resume_appends(tmp_path, capsys):
 
 def test_a_reader_of_the_lines_that_goes_away_ends_nothing(tmp_path):
     program = (
-        "import sys\nfrom etils import epath\nfrom transformer.command_line import say\n"
+        "import sys\nfrom etils import epath\nfrom transformer.runtime.logging import say\n"
         "from transformer.training.metrics import RunLog\n"
         "with RunLog(epath.Path(sys.argv[1]), 0, 9) as log:\n"
         "  sys.stdin.read()\n"

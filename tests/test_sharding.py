@@ -13,7 +13,8 @@ from tests.conftest import small_config
 from transformer.config import MeshConfig
 from transformer.data.batching import Batch, BucketPlan
 from transformer.distributed import sharding
-from transformer.runtime.compilation import CompileCounter
+from transformer.models import registry
+from transformer.runtime.environment import CompileCounter
 from transformer.runtime.errors import UserError
 from transformer.training import train_step
 
@@ -104,7 +105,7 @@ def test_a_param_that_the_table_does_not_match_is_an_error(axes):
 )
 def test_a_model_that_the_mesh_does_not_divide_is_an_error_before_anything_compiles(mesh, message):
     config = small_config(model={"emb_dim": 20, "qkv_dim": 20, "value_dim": 20}, mesh=mesh)
-    model = train_step.Model(config.model, 300)
+    model = registry.Model(config.model, 300)
     with pytest.raises(UserError, match=message):
         train_step.init_state(model, config, sharding.make_mesh(config.mesh))
 

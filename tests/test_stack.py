@@ -10,8 +10,8 @@ from flax import nnx
 
 from tests.conftest import slow, small_config
 from tests.test_model import SOURCE, TARGET, V
+from transformer.models.registry import Model
 from transformer.runtime.errors import UserError
-from transformer.training.train_step import Model
 
 LAYERS = 3
 

@@ -14,7 +14,9 @@ from transformer.config import MeshConfig
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS, PAD
 from transformer.distributed import sharding
-from transformer.runtime.compilation import CompileCounter
+from transformer.evaluation import evaluator
+from transformer.models import registry
+from transformer.runtime.environment import CompileCounter
 from transformer.training import train_step as step
 
 V = 40
@@ -38,7 +40,7 @@ def draw_batch(rows=8, source=6, target=7, seed=0) -> Batch:
 def setup(data: int = 1, **model):
     config = small_config(model={"num_layers": 1, "dropout_rate": 0.0, **model}, mesh={"data": data})
     mesh = sharding.make_mesh(config.mesh)
-    built = step.Model(config.model, V)
+    built = registry.Model(config.model, V)
     return config, mesh, built, step.make_train_step(built, config, mesh)
 
 
@@ -276,9 +278,9 @@ def test_evaluation_has_neither_dropout_nor_smoothing():
     config, mesh, built, _ = setup(dropout_rate=0.5)
     batch = sharding.place_batch(mesh, draw_batch())
     params = step.init_state(built, config, mesh).params
-    sums = step.make_eval_step(built, mesh)(params, batch)
+    sums = evaluator.make_eval_step(built, mesh)(params, batch)
     assert sums.objective == sums.nll
-    again = step.make_eval_step(built, mesh)(params, batch)
+    again = evaluator.make_eval_step(built, mesh)(params, batch)
     assert sums.nll == again.nll
 
 

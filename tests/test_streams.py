@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from transformer import command_line, translate
+from transformer import translate
+from transformer.runtime import logging
 
 PROGRAM = """
 import sys
@@ -79,7 +80,10 @@ def test_a_reader_that_has_gone_ends_a_command_as_sigpipe_does(sent, when):
 
 @pytest.mark.reported
 def test_a_command_that_prints_no_result_needs_no_stdout(root):
-    program = "from transformer import command_line\ncommand_line.run(lambda argv: command_line.say('trained'))"
+    program = (
+        "from transformer import command_line\nfrom transformer.runtime.logging import say\n"
+        "command_line.run(lambda argv: say('trained'))"
+    )
     done = shell(f'{sys.executable} -c "{program}" >&-', root)
     assert (done.returncode, done.stderr) == (0, "trained\n")
 
@@ -105,7 +109,7 @@ command_line.run(command)
 @pytest.mark.reported
 def test_a_library_without_stderr_is_silent(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", None)
-    command_line.say("a warning")
+    logging.say("a warning")
     assert capsys.readouterr().out == ""
 
 
@@ -151,7 +155,7 @@ def test_control_characters_of_data_are_escaped_on_a_terminal(monkeypatch):
         assert out.getvalue().decode() == f"{expected}\ng\n"
     for out, expected in ((Terminal(), escaped), (io.BytesIO(), data)):
         monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(out, encoding="utf-8", newline="\n"))
-        command_line.say(data)
+        logging.say(data)
         assert out.getvalue().decode() == f"{expected}\n"
 
 

@@ -11,8 +11,8 @@ from transformer import command_line
 from transformer.config import DataConfig
 from transformer.data import subword_nmt, tokenizer
 from transformer.data.tokenizer import EOS, UNK
+from transformer.models.registry import Model
 from transformer.runtime.errors import UserError
-from transformer.training.train_step import Model
 
 # Of `subword-nmt learn-bpe -s 10` (0.3.8) on "low low low low low lower lower newest × 6 widest × 3", a line each.
 CODES = """#version: 0.2

@@ -21,6 +21,7 @@ from transformer.decoding.alignment import Aligner
 from transformer.decoding.translator import Translator
 from transformer.distributed import consensus, multihost, sharding
 from transformer.export import __main__ as export
+from transformer.models import registry
 from transformer.models.flops import Spent
 from transformer.training import train_step as step
 from transformer.training import trainer
@@ -93,7 +94,7 @@ def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, em
         train={"ema_decay": ema, "accumulation_steps": parts},
     )
     mesh = sharding.make_mesh(config.mesh)
-    model = step.Model(config.model, V)
+    model = registry.Model(config.model, V)
     train_step, state = step.make_train_step(model, config, mesh), step.init_state(model, config, mesh)
     place = functools.partial(sharding.place_batch, mesh, parts=parts)
     updates = trainer.Updates(train_step, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, Spent())

@@ -17,7 +17,8 @@ from transformer import translate
 from transformer.checkpoints.manager import Checkpoints
 from transformer.data import tokenizer
 from transformer.distributed import sharding
-from transformer.runtime.compilation import CompileCounter
+from transformer.models import registry
+from transformer.runtime.environment import CompileCounter
 from transformer.runtime.errors import UserError
 from transformer.training import train_step
 
@@ -27,7 +28,7 @@ SHORT = [line for line in LINES if len(line.split()) < 4]  # of one width: one p
 def save(workdir, vocabulary, seed=3, target="de", **model):
     """A workdir of an untrained model."""
     config = small_config(model={"num_layers": 1, **model}, data={"target_language": target})
-    fresh = train_step.Model(config.model, vocabulary.vocab_size)
+    fresh = registry.Model(config.model, vocabulary.vocab_size)
     state = train_step.init_state(fresh, config, sharding.make_mesh(config.mesh))
     state = state._replace(
         params=jax.tree.map(lambda one, like: jax.device_put(one, like.sharding), fresh.init(seed), state.params)

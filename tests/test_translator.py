@@ -13,9 +13,9 @@ from transformer.decoding.base import Hypotheses
 from transformer.decoding.mbr import expected_chrf
 from transformer.decoding.translator import Translator
 from transformer.distributed import sharding
-from transformer.runtime.compilation import CompileCounter
+from transformer.models.registry import Model
+from transformer.runtime.environment import CompileCounter
 from transformer.runtime.errors import UserError
-from transformer.training.train_step import Model
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
 LINES = [" ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 9)) for i in range(40)]

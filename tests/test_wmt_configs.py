@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT
 from transformer import command_line
 from transformer.data import corpus as corpora
-from transformer.training.train_step import Model
+from transformer.models.registry import Model
 
 # name: target, dropout, updates, checkpoints averaged, vocabulary, BLEU
 RUNS = {

@@ -28,7 +28,7 @@ def test_one_run_at_a_time(folder):
 
 def test_a_lock_dies_with_its_process(folder):
     program = (
-        "import os, sys\nfrom etils import epath\nfrom transformer import workdir\n"
+        "import os, sys\nfrom etils import epath\nfrom transformer.training import workdir\n"
         "held = workdir.lock(epath.Path(sys.argv[1]))\nprint('held', flush=True)\nsys.stdin.read()"
     )
     child = subprocess.Popen(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformer.translate import LoadedModel
+    from transformer.inference import LoadedModel
 
 if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python -m transformer.NAME`
     from transformer import commands
@@ -25,7 +25,7 @@ if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python 
 def load(
     workdir: str | os.PathLike, checkpoint: str | int = "latest", ensemble: Sequence[str | os.PathLike] = ()
 ) -> "LoadedModel":
-    """Reads the trained model of a workdir once, to translate often: see `transformer.translate.load`."""
-    from transformer import translate
+    """Reads the trained model of a workdir once, to translate often: see `transformer.inference.load`."""
+    from transformer import inference
 
-    return translate.load(workdir, checkpoint, ensemble)
+    return inference.load(workdir, checkpoint, ensemble)

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from transformer import command_line
-from transformer.command_line import positive_int, say
+from transformer.command_line import positive_int
 from transformer.config import Config, schema
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline
@@ -28,7 +28,9 @@ from transformer.data.input_pipeline import TokenIds
 from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
 from transformer.models import flops as cost
-from transformer.runtime import compilation
+from transformer.models import registry
+from transformer.runtime import environment
+from transformer.runtime.logging import say
 from transformer.training import train_step as step
 from transformer.training.metrics import peak_memory_mb
 
@@ -45,7 +47,7 @@ def main(argv: list[str]) -> None:
     config, args = command_line.parse_with_config(parser, argv)
     config = schema.with_absolute_paths(config)
     corpora.check(config.data)
-    compilation.enable_cache()
+    environment.enable_cache()
     with tempfile.TemporaryDirectory() as folder:
         corpus = corpora.open_corpus(config.data)
         tokenizer = input_pipeline.get_tokenizer(tokenizers.with_origin(config), corpus, epath.Path(folder))
@@ -85,7 +87,7 @@ def measure_input(plan: TrainPlan, ids: TokenIds, num_steps: int) -> Row:
 def measure(config: Config, plan: TrainPlan, ids: TokenIds, num_steps: int) -> Row:
     """Speed of the training step as the loop runs it, median of rounds."""
     mesh = sharding.make_mesh(config.mesh)
-    model = step.Model(config.model, config.data.vocab_size)
+    model = registry.Model(config.model, config.data.vocab_size)
     train_step = step.make_train_step(model, config, mesh)
     state = step.init_state(model, config, mesh)
     parts = config.train.accumulation_steps

@@ -6,9 +6,7 @@ on SIGTERM / SIGINT / SIGHUP, 141 whoever read the results has gone, as `head` d
 """
 
 import argparse
-import contextlib
 import difflib
-import errno
 import os
 import re
 import runpy
@@ -22,6 +20,7 @@ from ml_collections import config_dict
 from transformer.config import schema, validation, warm_start
 from transformer.runtime import object_storage, streams
 from transformer.runtime.errors import StoppedError, UserError
+from transformer.runtime.logging import exit_code, say
 
 
 def run(command: Callable[[list[str]], object]) -> None:
@@ -42,33 +41,6 @@ def run(command: Callable[[list[str]], object]) -> None:
         code = code or exit_code(error)
     if code:
         sys.exit(code)
-
-
-def exit_code(error: BaseException) -> int:
-    """Prints an error, as one message if a person can mend it, and returns the exit code of its kind."""
-    if isinstance(error, (UserError, StoppedError)):
-        if str(error):
-            complain(str(error))
-        return error.exit_code
-    if is_out_of_memory(error):
-        advice = "lower train.batch_tokens, decode.beam_size or decode.batch_rows, or free space on the disk"
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        complain(f"out of memory or disk: {reason}; {advice}")
-        return UserError.exit_code
-    traceback.print_exception(error)
-    return 1
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, of devices or of the host, or the disk ran out; XLA and TensorStore have no class for this."""
-    is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return is_disk or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-
-
-def complain(message: str) -> None:
-    """The last words of a command, on stderr, under its name and that of the host if there are several."""
-    name = " ".join(filter(None, (os.path.basename(sys.argv[0]), _host)))
-    _tell(f"{name}: {message}")
 
 
 def use_huge_pages() -> None:
@@ -299,24 +271,22 @@ def positive_int(text: str) -> int:
     return value
 
 
-_host = ""  # of several, which one this is
-
-
-def speak_as(index: int, count: int) -> None:
-    """From here on this process is one of several: it says which in its last words, and only host 0 tells the rest."""
-    global _host
-    _host = f"(host {index} of {count})" if count > 1 else ""
-
-
-def say(message: str) -> None:
-    """Tells the person at the terminal, on stderr, what one host tells for all; stdout is for results."""
-    if not _host or _host.startswith("(host 0 "):
-        _tell(message)
-
-
-def _tell(message: str) -> None:
-    if sys.stderr is None:  # closed; print would take stdout instead
-        return
-    # Whoever read it may be gone: Ctrl-C ends `2>&1 | tee log` too, and saving must go on.
-    with contextlib.suppress(OSError):
-        print(streams.printable(message, sys.stderr), file=sys.stderr, flush=True)
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags by which a process learns of the others."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where the others reach process 0 of several")
+    parser.add_argument("--num_processes", type=positive_int, help="how many processes there are")
+    parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
+    parser.add_argument(
+        "--host_timeout",
+        type=positive_int,
+        default=300,
+        metavar="SECONDS",
+        help="a process that does not join in this time, or is silent for so long, ends the run (default: 300)",
+    )
+    parser.add_argument(
+        "--lost_host_exit_code",
+        type=positive_int,
+        default=1,
+        metavar="CODE",
+        help="exit code of the others then, by which a scheduler can tell it from a failure inside (default: 1)",
+    )

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from transformer import command_line
-from transformer.command_line import positive_int, say
+from transformer.command_line import positive_int
 from transformer.config import Config
 from transformer.data.batching import rows_for
 from transformer.models import flops as cost
@@ -24,6 +24,7 @@ from transformer.planning import fit, hlo_cost, roofline
 from transformer.planning.hardware import GIB, Topology, parse_topology
 from transformer.planning.hlo import Program
 from transformer.runtime.errors import UserError
+from transformer.runtime.logging import say
 
 if TYPE_CHECKING:
     from transformer.planning import aot
@@ -270,9 +271,9 @@ def scaling(config: Config, topology: Topology, row: Row) -> list[Row]:
     """Predicted efficiency of a chip as their number grows; nothing of a program too large to compile."""
     if "memory_traffic_bytes" not in row:
         return []
-    from transformer.training import train_step
+    from transformer.models import registry
 
-    params = train_step.Model(config.model, config.data.vocab_size).num_params()
+    params = registry.Model(config.model, config.data.vocab_size).num_params()
     flops, moved = row["flops_per_step"] // row["chips"], row["memory_traffic_bytes"]
     gradients = row["collectives"].get("all-reduce", {"bytes": 4 * params})["bytes"]
     width = 2 if config.model.dtype == "bfloat16" else 4

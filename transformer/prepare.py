@@ -8,11 +8,11 @@ not imported.
 """
 
 from transformer import command_line
-from transformer.command_line import say
 from transformer.config import schema
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline, statistics
 from transformer.data import tokenizer as tokenizers
+from transformer.runtime.logging import say
 
 
 def main(argv: list[str]) -> None:

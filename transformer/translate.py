@@ -4,164 +4,33 @@ python -m transformer.translate --workdir=DIR < source.txt > translations.txt
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
 import os
 import sys
-import threading
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple, TypeVar, overload
+from typing import BinaryIO, NamedTuple, TypeVar
 
+import numpy as np
 from etils import epath
 
 from transformer import command_line
-from transformer.checkpoints.loading import Trained, load_trained
+from transformer.checkpoints.loading import Trained
+from transformer.command_line import full_path, positive_int
 from transformer.config import validation
-from transformer.data import text_files, texts
-from transformer.decoding import alignment
-from transformer.decoding.translator import Hypothesis, Translator, best_text
-from transformer.runtime import compilation, streams
+from transformer.data import text_files
+from transformer.data.tokenizer import Tokenizer
+from transformer.decoding.alignment import Aligner, Attention, Links, pharaoh
+from transformer.decoding.translator import best_text
+from transformer.inference import load
+from transformer.runtime import environment, streams
 from transformer.runtime.errors import UserError
+from transformer.runtime.files import growing, reported
 
 Item = TypeVar("Item")
-PROGRAMS = 32  # ways of decoding whose compiled programs are kept
-
-
-class LoadedModel:
-    """A model, or several as an ensemble, read from workdirs; threads may share it.
-
-    Each way of decoding is compiled once for each width of sentences, at first use, and kept.
-    """
-
-    def __init__(self, members: Sequence[Trained]):
-        self._members = members
-        model = members[0].model if len(members) == 1 else [member.model for member in members]
-        self._params: Any = members[0].params if len(members) == 1 else tuple(member.params for member in members)
-        self._translators = functools.lru_cache(PROGRAMS)(
-            lambda decode: Translator(model, members[0].tokenizer, decode, members[0].mesh)
-        )
-        self._lock = threading.Lock()
-        self._process = os.getpid()
-
-    @overload
-    def translate(
-        self,
-        sentences: Iterable[str],
-        *,
-        n_best: None = None,
-        prefixes: Iterable[str | None] | None = None,
-        constraints: Iterable[Iterable[str] | None] | None = None,
-        **decode: int | float | str,
-    ) -> list[str]: ...
-
-    @overload
-    def translate(
-        self,
-        sentences: Iterable[str],
-        *,
-        n_best: int,
-        prefixes: Iterable[str | None] | None = None,
-        constraints: Iterable[Iterable[str] | None] | None = None,
-        **decode: int | float | str,
-    ) -> list[list[Hypothesis]]: ...
-
-    def translate(
-        self,
-        sentences: Iterable[str],
-        *,
-        n_best: int | None = None,
-        prefixes: Iterable[str | None] | None = None,
-        constraints: Iterable[Iterable[str] | None] | None = None,
-        **decode: int | float | str,
-    ) -> list[str] | list[list[Hypothesis]]:
-        """One translation for each sentence, in order; a blank sentence gives an empty one.
-
-        Where a list is meant, any iterable will do, in its own order: a Series, an array, a generator, a file. A line
-        end at the end of a text is left out. Warnings on stderr count long sources and translations cut at their limit.
-
-        Args:
-          sentences: one line of text each; of a long one only the first `max_source_tokens` tokens count.
-          n_best: gives at most so many hypotheses (text, score, finished) of each sentence instead, best first; those
-            of beam search are all different.
-          prefixes: a text for each sentence that its translation begins with; blank or None for none.
-          constraints: a list of phrases for each sentence that its translation holds, or None.
-          decode: fields of the config's decode section, such as `beam_size=8`, in place of the model's own; with
-            another `method` those of the model's own that it does not read are left out.
-
-        Raises:
-          UserError: what is no text, an unknown field, an impossible value, or a prefix or constraint that cannot be
-            met; or the model was loaded before this process was forked.
-        """
-        if os.getpid() != self._process:  # where the threads of JAX are missing, and locks may never open
-            raise UserError(
-                f"this model was loaded in process {self._process}, of which process {os.getpid()} is a fork, in which "
-                'JAX hangs: load it in each process, and start them with multiprocessing.get_context("spawn")'
-            )
-        translator, seed = self.translator(decode)
-        found = translator.hypotheses(
-            self._params,
-            sentences,
-            n_best=1 if n_best is None else n_best,
-            prefixes=prefixes,
-            constraints=constraints,
-            seed=seed,
-        )
-        translator.say_counts()
-        return [best_text(one) for one in found] if n_best is None else found
-
-    def translator(self, fields: dict[str, Any]) -> tuple[Translator, int]:
-        """The translator that these decode fields ask for, the same one each time, and the seed."""
-        decode = validation.with_decode(self.first.config, fields).decode
-        for member in self._members[1:]:  # whose learned positions may cover less than this decoding asks for
-            validation.resolve(dataclasses.asdict(dataclasses.replace(member.config, decode=decode)), is_new=False)
-        with self._lock:
-            return self._translators(dataclasses.replace(decode, seed=0)), decode.seed
-
-    @property
-    def first(self) -> Trained:
-        """The model whose tokenizer and decoding are those of all."""
-        return self._members[0]
-
-    @property
-    def params(self) -> Any:
-        """What `Translator.translate` takes."""
-        return self._params
-
-
-def load(
-    workdir: epath.PathLike, checkpoint: str | int = "latest", ensemble: Iterable[epath.PathLike] = ()
-) -> LoadedModel:
-    """Reads the model of a workdir.
-
-    Args:
-      workdir: a folder that train.py wrote.
-      checkpoint: latest, best, a step, average:N or best-average:N; of each workdir.
-      ensemble: more workdirs, whose models' probabilities are averaged with those of the first. They must have
-        been trained with the same tokenizer; decoding is configured by the first.
-
-    Raises:
-      UserError: there is no such checkpoint, or a tokenizer is another.
-    """
-    if isinstance(ensemble, str | os.PathLike):
-        raise UserError(f"ensemble: expected a list of workdirs, got one, {os.fspath(ensemble)!r}; put it into a list")
-    ensemble = texts.items(ensemble, "ensemble: expected a list of workdirs")
-    members = [load_trained(folder, checkpoint) for folder in (workdir, *ensemble)]
-    for folder, member in zip(ensemble, members[1:], strict=True):
-        if member.tokenizer.digest != members[0].tokenizer.digest:
-            raise UserError(
-                f"{folder}: expected the tokenizer of {workdir}, {members[0].tokenizer.digest[:12]}, got "
-                f"{member.tokenizer.digest[:12]}; an ensemble shares one: train with data.tokenizer = its .model file"
-            )
-        ours, theirs = (
-            (one.source_language, one.target_language) for one in (members[0].config.data, member.config.data)
-        )
-        if ours != theirs:
-            raise UserError(
-                f"{folder}: translates {theirs[0]} to {theirs[1]}, expected {ours[0]} to {ours[1]} as {workdir} does; "
-                "an ensemble has one direction"
-            )
-    return LoadedModel(members)
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -236,13 +105,13 @@ def main(argv: list[str]) -> None:
             if twice:
                 raise UserError(f"{flag} and --decode.{twice[0]} set the same; give one of them")
             fields.update(values)
-    compilation.enable_cache()
+    environment.enable_cache()
     loaded = load(args.workdir, args.checkpoint, args.ensemble)
     translator, seed = loaded.translator(fields)
     # Alignments cut a long source where decoding does.
     first = dataclasses.replace(loaded.first, config=validation.with_decode(loaded.first.config, fields))
 
-    def translate(group: list[Line], note: alignment.Note) -> list[str]:
+    def translate(group: list[Line], note: Note) -> list[str]:
         found = translator.hypotheses(
             loaded.params,
             [line.source for line in group],
@@ -264,7 +133,7 @@ def main(argv: list[str]) -> None:
 
     lines = read_together(text_files.decode_lines(sys.stdin.buffer, "stdin"), args.prefix_file, args.constraint_file)
     try:
-        with alignment.recorded(args, first) as note:
+        with recorded(args, first) as note:
             translate_stream(functools.partial(translate, note=note), lines, sys.stdout.buffer, args.batch_size)
     finally:
         translator.say_counts()
@@ -298,9 +167,9 @@ def _parse(rest: list[str]) -> argparse.Namespace:
         help="more workdirs of the same tokenizer, commas between: the models' probabilities are averaged",
     )
     parser.add_argument("--mbr", type=positive, help="of so many samples, the one most like the others by chrF")
-    alignment.add_flags(parser)
+    add_flags(parser)
     args = parser.parse_args(rest)
-    alignment.check_flags(args)
+    check_flags(args)
     if args.n_best and (args.alignments or args.attention):
         raise UserError("--alignments and --attention are of one translation a line; leave out --n_best")
     return args
@@ -308,3 +177,80 @@ def _parse(rest: list[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":
     command_line.run(main)
+
+Note = Callable[[Sequence[str], Sequence[str]], None]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What `recorded` reads."""
+    parser.add_argument(
+        "--alignments", type=full_path, help="write word alignments there, 0-0 1-2 ..., a line for each translation"
+    )
+    parser.add_argument(
+        "--attention", type=full_path, help="write the attention to the source there, an .npz of arrays"
+    )
+    parser.add_argument(
+        "--alignment_layer",
+        type=positive_int,
+        help="of the decoder, from 1 (default: the last of up to three layers, else the last but one)",
+    )
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises a UserError for flags that do not go together."""
+    if args.alignment_layer and not args.alignments:
+        raise UserError("--alignment_layer goes with --alignments=FILE, got none; --attention has all layers")
+    if args.alignments and args.attention and os.path.realpath(args.alignments) == os.path.realpath(args.attention):
+        raise UserError(f"--alignments and --attention are both {args.alignments}; name two files")
+
+
+@contextlib.contextmanager
+def recorded(args: argparse.Namespace, trained: Trained) -> Iterator[Note]:
+    """What to call with sources and their translations, to note them in the files that the flags name.
+
+    The files take their place when the block ends, and never if it fails. The .npz holds, for line n from 0,
+    `weights_n` float32 [L, H, T, S] and the pieces `source_n` and `target_n`; blank lines are left out.
+    """
+    config = trained.config
+    if not (args.alignments or args.attention):
+        yield lambda sources, translations: None
+        return
+    layers = config.model.looking_layers
+    aligner = Aligner(trained.model, trained.tokenizer, layers, config.decode, trained.mesh, args.alignment_layer)
+    done = 0
+    with contextlib.ExitStack() as stack:
+        lines = _open(stack, args.alignments)
+        arrays = _open(stack, args.attention)
+        archive = arrays and stack.enter_context(zipfile.ZipFile(arrays, "w", zipfile.ZIP_DEFLATED))
+
+        def note(sources: Sequence[str], translations: Sequence[str]) -> None:
+            nonlocal done
+            links: list[Links] = [[] for _ in sources]
+            for place, attention in aligner.attention(trained.params, sources, translations):
+                if lines:
+                    links[place] = aligner.links(attention)
+                if archive:
+                    _store(archive, done + place, attention, trained.tokenizer)
+            if lines:
+                lines.write("".join(f"{pharaoh(each)}\n" for each in links).encode())
+            done += len(sources)
+
+        yield note
+
+
+def _open(stack: contextlib.ExitStack, path: str | None) -> BinaryIO | None:
+    if not path:
+        return None
+    stack.enter_context(reported(path))
+    return stack.enter_context(growing(path))
+
+
+def _store(archive: zipfile.ZipFile, number: int, attention: Attention, tokenizer: Tokenizer) -> None:
+    arrays = {
+        "weights": attention.weights_LHTS,
+        "source": np.array(tokenizer.pieces(attention.source)),
+        "target": np.array(tokenizer.pieces(attention.target)),
+    }
+    for name, array in arrays.items():
+        with archive.open(f"{name}_{number}.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array(file, array, allow_pickle=False)

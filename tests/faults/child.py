@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     from transformer.checkpoints.manager import Checkpoints
     from transformer.data import input_pipeline
     from transformer.data.batching import Batch
-    from transformer.runtime import compilation, files
+    from transformer.runtime import environment, files
     from transformer.training import trainer
 
 # The server that forks children has imported JAX and never used it, so that a fork is safe.
@@ -100,13 +100,13 @@ def note_examples(trace: int) -> None:
 
 def cache_everything() -> None:
     """Keeps the smallest programs too, as each restart would compile them again."""
-    enable = compilation.enable_cache
+    enable = environment.enable_cache
 
     def enabled():
         enable()
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-    compilation.enable_cache = enabled
+    environment.enable_cache = enabled
 
 
 def signal_at(number: str, step: str, seconds: str) -> None:
@@ -240,7 +240,7 @@ KILLS = {
 }
 PLANTS = {
     **{f"kill {name}": plant for name, plant in KILLS.items()},
-    "kill in restoring": lambda: around(Checkpoints, "restore_params", None, kill),
+    "kill in restoring": lambda: around(manager, "_load", None, kill),
     "kill after restoring": lambda: around(Checkpoints, "restore", None, kill),
     "pause in evaluating": lambda: around(
         trainer.Evaluator, "held_out_loss", lambda: (mark("evaluating"), time.sleep(1))

@@ -18,11 +18,10 @@ from etils import epath
 from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World, files_of
 from tests.test_checkpoint import make_parts, save, save_three
-from transformer import command_line
 from transformer.checkpoints import loading, manager, manifest
 from transformer.checkpoints.manager import Checkpoints
 from transformer.checkpoints.manifest import MANIFEST
-from transformer.runtime import files, object_storage
+from transformer.runtime import files, logging, object_storage
 from transformer.runtime.errors import UserError, WorkdirError
 
 NEWEST = 15
@@ -371,7 +370,7 @@ def assert_survives_a_full_temp_folder(
             with pytest.raises(Exception, match="space") as failed:
                 save(run, make_parts(), 200)
             with Heard() as heard:
-                assert command_line.exit_code(failed.value) == 2
+                assert logging.exit_code(failed.value) == 2
             assert "space" in heard.getvalue(), heard.getvalue()
         else:
             save(run, make_parts(), 200)

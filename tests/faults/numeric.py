@@ -21,6 +21,7 @@ from transformer.data import corpus as corpora
 from transformer.data import input_pipeline
 from transformer.data.batching import Batch, assemble
 from transformer.distributed import sharding
+from transformer.evaluation import evaluator
 from transformer.evaluation.evaluator import HeldOutLoss
 from transformer.runtime.errors import DivergedError
 from transformer.training import divergence, trainer
@@ -153,7 +154,7 @@ def hosts_change(world: World, tally: Tally) -> None:
         ids = input_pipeline.token_ids(config.data, corpus, "train", run.tokenizer)
     plan = input_pipeline.make_plan(config, ids)
     mesh = sharding.make_mesh(MeshConfig())
-    eval_step = step.make_eval_step(run.model, mesh)
+    eval_step = evaluator.make_eval_step(run.model, mesh)
     params = sharding.on_every_device(mesh, run.params)
     wanted = {done: seen.split(",") for done, seen in world.whole().ids.items()}
     largest = 0.0

@@ -74,7 +74,7 @@ def run_resumed_as_another(world: World, tally: Tally) -> None:
                 changed = dataclasses.replace(getattr(old, section), **{field.name: after})
                 config = dataclasses.replace(old, **{section: changed})
                 change = f"{section}.{field.name}: {before!r} → {after!r}"
-                if field.name in workdirs.HARMLESS.get(section, ()) or field.name == "num_steps":
+                if field.name in validation.HARMLESS.get(section, ()) or field.name == "num_steps":
                     assert workdirs.config_changes(pathlib.Path("run"), old, config) == [change]
                     named = (f"`{section}.{field.name}`", f"`{section}.*`", field.name in schema.PATHS)
                     assert any(name is True or (name and name in documented) for name in named), "undocumented"

@@ -12,7 +12,7 @@ import pytest
 from tests.faults.damage import flip
 from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World, data_fields, files_of, write_pairs
-from transformer import translate
+from transformer import inference, translate
 from transformer.checkpoints import loading
 from transformer.config import DataConfig
 from transformer.data import corpus as corpora
@@ -333,7 +333,7 @@ def command_and_api(world: World, folder: pathlib.Path, tally: Tally) -> None:
     with tally.one("codes of subword-nmt"):
         codes = "#version: 0.2\nr e\nre d</w>\n"
         assert subword_nmt.parse(codes.replace("\n", "\r\n"), "") == subword_nmt.parse(codes, "")
-    model = translate.load(world.talker())
+    model = inference.load(world.talker())
     plain = model.translate(LINES, prefixes=["red", "", "", "old"])
     for name, sentences, prefixes in (
         ("sentences", [f"{line}\r\n" for line in LINES], ["red", "", "", "old"]),

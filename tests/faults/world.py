@@ -22,6 +22,7 @@ from tests.faults import child
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import Checkpoints
 from transformer.distributed import sharding
+from transformer.models import registry
 from transformer.training import train_step
 
 STEPS, SAVE, EVALUATE = 60, 5, 25
@@ -120,8 +121,8 @@ class World:
         done = checkpoints.newest_sound() if done is None else done
         assert done is not None, "there is no checkpoint"
         config = checkpoints.config(done)
-        model = train_step.Model(config.model, checkpoints.tokenizer(done).vocab_size)
-        state = checkpoints.restore(done, model, config, sharding.make_mesh(config.mesh))
+        model = registry.Model(config.model, checkpoints.tokenizer(done).vocab_size)
+        state = checkpoints.restore(done, train_step.abstract_state(model, config, sharding.make_mesh(config.mesh)))
         return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
     def assert_as_whole(self, workdir: pathlib.Path, done: int = STEPS, seed: int = 0) -> None:

@@ -20,11 +20,12 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 
 from transformer.attention.dot_product import Visible, dot_product_attention
-from transformer.command_line import say
 from transformer.config import Config, MeshConfig
 from transformer.config.device_limits import BLOCKWISE_FROM, KERNELS, AttentionUse, kernel_misfit
 from transformer.distributed import multihost, sharding
+from transformer.runtime import environment
 from transformer.runtime.errors import UserError
+from transformer.runtime.logging import say
 
 Array = jax.Array
 
@@ -37,7 +38,6 @@ TRIAL_ERROR = 0.05  # of bfloat16 against float32, relative to the norm: ten tim
 
 # What trials of cuDNN found, by the width of a head: why it failed, empty where it works.
 _trials: dict[int, str] = {}
-_in_training: dict[str, str] = {}
 
 
 def require(config: Config, mesh: Mesh) -> None:
@@ -57,9 +57,8 @@ def require(config: Config, mesh: Mesh) -> None:
     tries = not misfit and _is_here(mesh) and (path == "cudnn" or (path == "auto" and is_long))
     if path in KERNELS and (misfit := misfit or (_trial(use.key_width) if tries else "")):
         raise UserError(f"config.model.attention = {path}: {misfit}; auto takes what fits")
-    _in_training.clear()
-    if tries:
-        _in_training["cuDNN attention"] = "works" if cudnn_works(use.key_width) else "fails"
+    found = ("works" if cudnn_works(use.key_width) else "fails") if tries else ""
+    environment.set_trials({"cuDNN attention": found} if found else {})
 
 
 def _misfit(path: str, device: Any, use: AttentionUse) -> str:
@@ -68,11 +67,6 @@ def _misfit(path: str, device: Any, use: AttentionUse) -> str:
         kind = f"{device.platform} devices ({device.device_kind})"
         return f"it runs on {KERNELS[path]} devices, and these are {kind}"
     return (unfit_gpu(device) if path == "cudnn" else "") or kernel_misfit(path, use)
-
-
-def in_training() -> dict[str, str]:
-    """Whether cuDNN's attention works, as text under its name; empty where training does not depend on it."""
-    return dict(_in_training)
 
 
 def unfit_gpu(device: Any) -> str:

@@ -4,10 +4,9 @@ Early stopping, `train.keep_best` and the checkpoints `best` and `best-average:N
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from transformer.config import Config
-from transformer.evaluation import bleu_tokenizer
 
 FIGURES = {"bleu": "valid/bleu", "chrf": "valid/chrf", "loss": "valid/loss"}
 TITLES = {"bleu": "BLEU", "chrf": "chrF2", "loss": "validation loss"}
@@ -23,15 +22,6 @@ def settled(config: Config, metric: str) -> Config:
     if config.train.best_metric != "auto":
         return config
     return dataclasses.replace(config, train=dataclasses.replace(config.train, best_metric=metric))
-
-
-def decide(references: Sequence[str], tokenizer: str) -> tuple[str, str]:
-    """The metric that suits these references, and a line that says why if it is not BLEU."""
-    count = bleu_tokenizer.short(references, tokenizer)
-    if 2 * count <= len(references):
-        return "bleu", ""
-    why = f"{count:,} of {len(references):,} validation references have under four tokens, of which BLEU finds nothing"
-    return "chrf", f"the best checkpoint is that of the highest chrF2, as {why}; train.best_metric sets another"
 
 
 def merit(metric: str, metrics: Mapping[str, float]) -> float | None:

@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 
 from transformer.checkpoints.manager import Checkpoints, Metrics
 from transformer.config import Config, MeshConfig, schema
+from transformer.config.validation import HARMLESS
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed import consensus, sharding
+from transformer.models.registry import Model, Params
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError, WorkdirError
-from transformer.training.train_step import Model, Params
-from transformer.training.workdir import HARMLESS
 
 AVERAGE = re.compile(r"(best-)?average:([1-9][0-9]{0,5})")
 

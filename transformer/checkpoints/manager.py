@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -23,19 +23,42 @@ from orbax.checkpoint import v1 as ocp
 
 from transformer.checkpoints import best_metric
 from transformer.checkpoints.manifest import MANIFEST, Digests, Manifest, Metrics, files_below
-from transformer.command_line import say
 from transformer.config import Config, DecodeConfig, validation
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed import multihost
-from transformer.runtime import fingerprint, object_storage
+from transformer.models.registry import Model, Params, abstract_params
+from transformer.runtime import environment, object_storage
 from transformer.runtime.errors import UserError, WorkdirError
 from transformer.runtime.files import reported, sha256, write_whole
-from transformer.training.train_step import Model, Params, TrainState, abstract_params, abstract_state
+from transformer.runtime.logging import say
 
 SCORE = "valid/bleu"  # recorded with every checkpoint that was validated
+PARTS = {"params": "params", "optimizer": "opt_state", "ema": "ema"}  # folder of arrays → part of the state
 UNFINISHED = (".partial", ".removed")
 DAMAGED = "manifest.damaged.json"  # in object storage: the manifest of one that was put aside
+
+
+class State(Protocol):
+    """What is kept of training: `training.train_step.TrainState`, a named tuple."""
+
+    @property
+    def step(self) -> Any:
+        """The number of updates done."""
+
+    @property
+    def params(self) -> Params: ...
+
+    @property
+    def opt_state(self) -> Any: ...
+
+    @property
+    def ema(self) -> Params | None: ...
+
+    def _replace(self, *, step: Any = ..., params: Any = ..., opt_state: Any = ..., ema: Any = ...) -> Any: ...
+
+
+S = TypeVar("S", bound=State)
 
 
 class Damaged(Exception):
@@ -69,7 +92,7 @@ class Checkpoints:
 
     def save(
         self,
-        state: TrainState,
+        state: State,
         config: Config,
         tokenizer: Tokenizer,
         data: dict[str, str],
@@ -104,7 +127,7 @@ class Checkpoints:
                         check_arrays(target, state)  # while the digests are taken
                     files = digests.below(target)
             if multihost.is_lead():
-                manifest = Manifest(metrics, data, fingerprint.of_host(), files, run_id, base_run_id)
+                manifest = Manifest(metrics, data, environment.of_host(), files, run_id, base_run_id)
                 write_whole(folder / MANIFEST, manifest.to_json())
                 with _acknowledged(place):
                     if _manifest_in(folder) != manifest:
@@ -260,14 +283,12 @@ class Checkpoints:
         """The params alone, on the devices of `mesh`; with kind `ema` their moving average."""
         return _load(self.folder / str(step) / kind, abstract_params(model, mesh))
 
-    def restore(self, step: int, model: Model, config: Config, mesh: Mesh) -> TrainState:
-        """The whole state, on the devices of `mesh`, whatever mesh it was saved from."""
-        abstract = abstract_state(model, config, mesh)
-        opt_state = _load(self.folder / str(step) / "optimizer", abstract.opt_state)
-        counter = jax.device_put(np.asarray(step, np.int32), abstract.step.sharding)
-        params = self.restore_params(step, model, mesh)
-        ema = self.restore_params(step, model, mesh, "ema") if config.train.ema_decay else None
-        return TrainState(counter, params, opt_state, ema)
+    def restore(self, step: int, abstract_state: S) -> S:
+        """The whole state, as `abstract_state` has its shapes, dtypes and shardings: on any mesh."""
+        folder = self.folder / str(step)
+        arrays = {PARTS[name]: _load(folder / name, tree) for name, tree in _trees(abstract_state).items()}
+        counter = jax.device_put(np.asarray(step, np.int32), abstract_state.step.sharding)
+        return abstract_state._replace(step=counter, **arrays)
 
     def config(self, step: int) -> Config:
         """The config that a checkpoint was trained with."""
@@ -302,13 +323,13 @@ def _check_name(path: epath.Path) -> None:
         raise UserError(f"{name!r}: checkpoints need a path in UTF-8 without backslashes; rename the folder")
 
 
-def _trees(state: TrainState) -> dict[str, Any]:
+def _trees(state: State) -> dict[str, Any]:
     """The parts of a state that have arrays, by the name of their folder."""
-    trees = {"params": state.params, "optimizer": state.opt_state, "ema": state.ema}
+    trees = {name: getattr(state, part) for name, part in PARTS.items()}
     return {name: tree for name, tree in trees.items() if tree is not None}
 
 
-def _save_arrays(folder: epath.Path, state: TrainState, then: Callable[[epath.Path], None]) -> None:
+def _save_arrays(folder: epath.Path, state: State, then: Callable[[epath.Path], None]) -> None:
     """Writes the arrays of a state, each host its shards.
 
     Args:
@@ -319,7 +340,7 @@ def _save_arrays(folder: epath.Path, state: TrainState, then: Callable[[epath.Pa
         then(folder / name)
 
 
-def check_arrays(folder: epath.Path, state: TrainState) -> None:
+def check_arrays(folder: epath.Path, state: State) -> None:
     """Reads the metadata of all arrays of a checkpoint from the store that restoring opens, and none of their data.
 
     On local disks it asks TensorStore itself: Orbax's own `metadata` takes 100 times as long.

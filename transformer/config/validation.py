@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
-from transformer.config import device_limits, warm_start
+from transformer.config import device_limits, schema, warm_start
 from transformer.config.schema import (
     FOLLOW_EMB_DIM,
     RUN_ID,
@@ -353,3 +353,26 @@ def _check_data(data: DataConfig, needs_data: bool) -> None:
         raise UserError("config.data: set valid or valid_source with valid_target, not both")
     if data.dir and (data.valid or data.valid_source):
         raise UserError("config.data: data.dir brings its own val files; leave the valid fields empty")
+
+
+# What may change between two sittings of one run, as it changes no update that is still to come. Files of data
+# and vocabulary may have moved: whether they are the same is seen by their digests.
+HARMLESS = {
+    "train": {
+        "log_every_steps",
+        "eval_every_steps",
+        "checkpoint_every_steps",
+        "early_stopping_patience",
+        "keep_last",
+        "keep_best",
+    },
+    "data": {*schema.PATHS},
+    "decode": {*schema.field_names("decode")},
+    "model": {"attention", "remat"},  # to rounding
+    "mesh": {*schema.field_names("mesh")},
+}
+
+
+def ends_with_its_steps(config: Config) -> bool:
+    """Whether the learning rate reaches 0 at train.num_steps, so that a run of more steps is another run."""
+    return config.optimizer.schedule in ENDING

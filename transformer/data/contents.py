@@ -15,7 +15,7 @@ from etils import epath
 from transformer.data import prepared
 from transformer.data.split import Split
 from transformer.runtime.errors import UserError
-from transformer.runtime.progress import told
+from transformer.runtime.logging import told
 
 SHARE = 100  # where there is no validation split, one pair in so many is held out of training
 MOST = 2000  # pairs held out

@@ -19,12 +19,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from transformer.command_line import say
 from transformer.config.schema import PATHS, TRAINED_TOKENIZERS, WMT_NAMES, DataConfig
 from transformer.data import contents, local_text, prepared, wmt
 from transformer.data.split import Split
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
+from transformer.runtime.logging import say
 
 
 class Corpus:

@@ -14,11 +14,10 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from transformer.command_line import say
 from transformer.data.prepared import locked
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import reported, sha256
-from transformer.runtime.progress import told
+from transformer.runtime.logging import say, told
 
 BLOCK = 1 << 20
 SECONDS = 60  # without a byte, after which a server is given up

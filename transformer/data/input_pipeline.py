@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from transformer.command_line import say
 from transformer.config import Config, DataConfig
 from transformer.data import corpus as corpora
 from transformer.data import tokenizer as tokenizers
@@ -27,7 +26,7 @@ from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import reported, sha256
-from transformer.runtime.progress import told
+from transformer.runtime.logging import say, told
 
 CHUNK = 10_000  # pairs tokenized at a time
 ABOUT = "about.json"

@@ -8,9 +8,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from transformer.command_line import say
 from transformer.runtime.errors import UserError
-from transformer.runtime.progress import told
+from transformer.runtime.logging import say, told
 
 Pair = tuple[str, str]
 

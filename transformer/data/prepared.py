@@ -22,11 +22,11 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
-from transformer.command_line import say
 from transformer.data import text_files
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import reported, write_whole
+from transformer.runtime.logging import say
 
 _RECORD = "digests.json"
 

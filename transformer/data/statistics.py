@@ -14,7 +14,7 @@ from transformer.data.contents import hash64
 from transformer.data.input_pipeline import TokenIds
 from transformer.data.split import Split
 from transformer.data.tokenizer import UNK, Tokenizer
-from transformer.runtime.progress import told
+from transformer.runtime.logging import told
 
 PERCENTILES = (50, 95, 99, 100)
 WIDTH = 110  # of the tables where the terminal does not say

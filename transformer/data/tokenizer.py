@@ -17,12 +17,12 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from transformer.command_line import say
 from transformer.config.schema import TRAINED_TOKENIZERS, Config, DataConfig
 from transformer.data import subword_nmt
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import refuse_pipe, reported, write_whole
+from transformer.runtime.logging import say
 
 PAD, BOS, EOS, UNK = range(4)
 SPACE = "\u2581"  # how SentencePiece writes a space

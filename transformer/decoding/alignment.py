@@ -7,29 +7,21 @@ separate, in both languages.
 L layers, H heads, T target tokens, S source tokens; EOS is the last token of both.
 """
 
-import argparse
-import contextlib
-import os
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from transformer.checkpoints.loading import Trained
-from transformer.command_line import full_path, positive_int
 from transformer.config import DecodeConfig
 from transformer.data.batching import PADDING_ROW, Batch, Ragged, assemble, eval_plan, only_rows
 from transformer.data.tokenizer import Tokenizer, cut
 from transformer.decoding.decode import batch_rows
 from transformer.distributed import sharding
+from transformer.models.registry import Model, Params
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import growing, reported
-from transformer.training.train_step import Model, Params
 
 Links = list[tuple[int, int]]
-Note = Callable[[Sequence[str], Sequence[str]], None]
 CELLS = 1 << 16  # of one head's weights over all rows of a batch, so that long sentences fit in memory
 
 
@@ -141,78 +133,3 @@ def default_layer(num_layers: int) -> int:
 def pharaoh(links: Links) -> str:
     """`0-0 1-2`: source word, hyphen, target word."""
     return " ".join(f"{source}-{target}" for source, target in links)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What `recorded` reads."""
-    parser.add_argument(
-        "--alignments", type=full_path, help="write word alignments there, 0-0 1-2 ..., a line for each translation"
-    )
-    parser.add_argument(
-        "--attention", type=full_path, help="write the attention to the source there, an .npz of arrays"
-    )
-    parser.add_argument(
-        "--alignment_layer",
-        type=positive_int,
-        help="of the decoder, from 1 (default: the last of up to three layers, else the last but one)",
-    )
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raises a UserError for flags that do not go together."""
-    if args.alignment_layer and not args.alignments:
-        raise UserError("--alignment_layer goes with --alignments=FILE, got none; --attention has all layers")
-    if args.alignments and args.attention and os.path.realpath(args.alignments) == os.path.realpath(args.attention):
-        raise UserError(f"--alignments and --attention are both {args.alignments}; name two files")
-
-
-@contextlib.contextmanager
-def recorded(args: argparse.Namespace, trained: Trained) -> Iterator[Note]:
-    """What to call with sources and their translations, to note them in the files that the flags name.
-
-    The files take their place when the block ends, and never if it fails. The .npz holds, for line n from 0,
-    `weights_n` float32 [L, H, T, S] and the pieces `source_n` and `target_n`; blank lines are left out.
-    """
-    config = trained.config
-    if not (args.alignments or args.attention):
-        yield lambda sources, translations: None
-        return
-    layers = config.model.looking_layers
-    aligner = Aligner(trained.model, trained.tokenizer, layers, config.decode, trained.mesh, args.alignment_layer)
-    done = 0
-    with contextlib.ExitStack() as stack:
-        lines = _open(stack, args.alignments)
-        arrays = _open(stack, args.attention)
-        archive = arrays and stack.enter_context(zipfile.ZipFile(arrays, "w", zipfile.ZIP_DEFLATED))
-
-        def note(sources: Sequence[str], translations: Sequence[str]) -> None:
-            nonlocal done
-            links: list[Links] = [[] for _ in sources]
-            for place, attention in aligner.attention(trained.params, sources, translations):
-                if lines:
-                    links[place] = aligner.links(attention)
-                if archive:
-                    _store(archive, done + place, attention, trained.tokenizer)
-            if lines:
-                lines.write("".join(f"{pharaoh(each)}\n" for each in links).encode())
-            done += len(sources)
-
-        yield note
-
-
-def _open(stack: contextlib.ExitStack, path: str | None) -> BinaryIO | None:
-    if not path:
-        return None
-    stack.enter_context(reported(path))
-    return stack.enter_context(growing(path))
-
-
-def _store(archive: zipfile.ZipFile, number: int, attention: Attention, tokenizer: Tokenizer) -> None:
-    arrays = {
-        "weights": attention.weights_LHTS,
-        "source": np.array(tokenizer.pieces(attention.source)),
-        "target": np.array(tokenizer.pieces(attention.target)),
-    }
-    for name, array in arrays.items():
-        with archive.open(f"{name}_{number}.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array(file, array, allow_pickle=False)

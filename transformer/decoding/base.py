@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Cache = Any
-"""Any pytree of arrays: what the step function remembers of each hypothesis."""
+from transformer.models.base import Cache
 
 StepFn = Callable[[Cache, jax.Array, jax.Array], tuple[Any, ...]]
 """(cache, the last token of each hypothesis: int32 [B, N], its position from 0, BOS being at 0: int32 [])
@@ -144,14 +143,3 @@ def is_possible(log_probs: jax.Array) -> jax.Array:
 def join(first: jax.Array, second: jax.Array) -> jax.Array:
     """[B, M, ...] and [B, N, ...] → [B, M + N, ...]."""
     return jnp.concatenate([first, second], axis=1)
-
-
-def take_beams(values: jax.Array, beams: jax.Array) -> jax.Array:
-    """values [B, M, ...], beams int32 [B, N] within 0..M-1 → [B, N, ...]; batched, so a sharded B stays put."""
-    indices = beams.reshape(beams.shape + (1,) * (values.ndim - 2))
-    return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
-
-
-def move_beams(cache: Cache, parents_BN: jax.Array) -> Cache:
-    """Each leaf [B, N, ...] with the beams that `parents_BN`, int32 [B, N], names."""
-    return jax.tree.map(lambda leaf: take_beams(leaf, parents_BN), cache)

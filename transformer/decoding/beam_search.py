@@ -29,7 +29,6 @@ import numpy as np
 from transformer.decoding import continuations, lexical_constraints
 from transformer.decoding.base import (
     IMPOSSIBLE,
-    Cache,
     Coverage,
     Grow,
     Hypotheses,
@@ -39,11 +38,10 @@ from transformer.decoding.base import (
     is_possible,
     join,
     length_penalties,
-    move_beams,
     run_stages,
-    take_beams,
 )
 from transformer.decoding.logits_processors import Restrictions, allowed_next
+from transformer.models.base import Cache, move_beams, take_beams
 
 
 class _Rules(NamedTuple):

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.decoding.base import IMPOSSIBLE, is_possible, take_beams
+from transformer.decoding.base import IMPOSSIBLE, is_possible
+from transformer.models.base import take_beams
 
 BLOCK = 32  # tokens of which `best` looks at the likeliest first
 BLOCKS = 4  # it does so where there are so many times as many blocks as continuations are asked for

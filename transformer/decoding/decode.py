@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 
 from transformer.config import DecodeConfig
 from transformer.data.tokenizer import BOS, EOS, PAD
-from transformer.decoding.base import Cache, Coverage, Hypotheses, StepFn, rooms
+from transformer.decoding.base import Coverage, Hypotheses, StepFn, rooms
 from transformer.decoding.beam_search import beam_search
 from transformer.decoding.logits_processors import Restrictions
 from transformer.decoding.sampling import Shape, sample
 from transformer.distributed import sharding
-from transformer.training.train_step import Model, Params
+from transformer.models.base import Cache
+from transformer.models.registry import Model, Params
 
 
 class Request(NamedTuple):

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.decoding.base import IMPOSSIBLE, is_possible, join, take_beams
+from transformer.decoding.base import IMPOSSIBLE, is_possible, join
+from transformer.models.base import take_beams
 
 
 class Phrases(NamedTuple):

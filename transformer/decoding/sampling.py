@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from transformer.decoding.base import (
     IMPOSSIBLE,
-    Cache,
     Grow,
     Hypotheses,
     SpecialIds,
@@ -23,6 +22,7 @@ from transformer.decoding.base import (
     run_stages,
 )
 from transformer.decoding.logits_processors import Restrictions, allowed_next
+from transformer.models.base import Cache
 
 
 class Shape(NamedTuple):

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from transformer.command_line import say
 from transformer.config import DecodeConfig
 from transformer.data import texts
 from transformer.data.batching import PADDING_ROW, Ragged, eval_plan
@@ -30,8 +29,9 @@ from transformer.decoding.base import Hypotheses
 from transformer.decoding.decode import Request, batch_rows, decode
 from transformer.decoding.requests import Wish
 from transformer.distributed import sharding
+from transformer.models.registry import Model, Params
 from transformer.runtime.errors import UserError
-from transformer.training.train_step import Model, Params
+from transformer.runtime.logging import say
 
 # Taken to compile a program and, where there are several devices, to start one, so that threads start theirs one by
 # one, in the same order on all devices.

@@ -101,6 +101,6 @@ class Slowest:
             return ""
         waited = found[f"hosts/{slowest}/input_wait"]
         return (
-            f"the others wait for {multihost.name(slowest)}: {most:,.0f} ms of its own an update, usual are {usual:,.0f}; it "
-            f"waits for its data {waited:.0%} of the time"
+            f"the others wait for {multihost.name(slowest)}: {most:,.0f} ms of its own an update, usual are "
+            f"{usual:,.0f}; it waits for its data {waited:.0%} of the time"
         )

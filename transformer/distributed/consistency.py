@@ -3,11 +3,7 @@
 A difference would not show by itself: every host would train on, each on rows of another batch.
 """
 
-import hashlib
-import importlib.metadata
 import os
-import pathlib
-import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -16,10 +12,10 @@ from etils import epath
 
 from transformer.config import Config, schema, validation
 from transformer.distributed import multihost
+from transformer.runtime.environment import code_digest, versions
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_whole
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "sentencepiece", "sacrebleu")
 PATIENCE = 15.0  # seconds until what one host wrote must be seen by all: a network file system may take some
 SIGN = "hosts"  # the file by which hosts see that they share a workdir
 
@@ -46,27 +42,6 @@ def same_code() -> None:
 def code_version() -> str:
     """The digest of the code, and the versions of what it computes with."""
     return f"{code_digest()} with {', '.join(f'{name} {version}' for name, version in versions().items())}"
-
-
-def code_digest() -> str:
-    """Of the package's own files."""
-    digest = hashlib.sha256()
-    folder = pathlib.Path(__file__).parent.parent
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that the code computes with."""
-    return {"Python": f"{sys.version_info.major}.{sys.version_info.minor}", **{p: _version(p) for p in PACKAGES}}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def same_config(config: Config) -> None:

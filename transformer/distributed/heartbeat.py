@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from transformer import command_line
+from transformer.runtime import logging
 from transformer.runtime.errors import StoppedError
 
 GRACE = 3.0  # seconds for a host to find out by itself what another failed of
@@ -58,7 +58,7 @@ class Heartbeat:
                 self._look(time.monotonic())
                 time.sleep(0.1)
         with self._ending:
-            code = command_line.exit_code(error)
+            code = logging.exit_code(error)
             self._end(code, f"{type(error).__name__}: {error}" if code == 1 else str(error))
 
     def _hear_all(self) -> None:
@@ -117,7 +117,7 @@ class Heartbeat:
     def _give_up(self, code: int, message: str) -> None:
         with self._ending:
             if not self._over.is_set():
-                command_line.complain(message)
+                logging.complain(message)
                 self._end(code, message)
 
     def _end(self, code: int, message: str) -> None:
@@ -159,7 +159,7 @@ def end_when_aborted(message: str, exit_code: int = 1) -> Iterator[None]:
     """
 
     def ended(_: int) -> None:
-        command_line.complain(message)
+        logging.complain(message)
         os._exit(exit_code)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(ended)

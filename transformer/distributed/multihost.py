@@ -13,9 +13,9 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec
 
-from transformer import command_line
 from transformer.distributed import launchers
 from transformer.distributed.heartbeat import Heartbeat, end_when_aborted
+from transformer.runtime import logging
 from transformer.runtime.errors import StoppedError, UserError
 
 LONG_MS = 7 * 24 * 3600 * 1000  # waiting has no end of its own: a host that falls silent ends it
@@ -51,27 +51,6 @@ class _Together:
 
 
 _here: _Alone | _Together = _Alone()
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags by which a process learns of the others."""
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where the others reach process 0 of several")
-    parser.add_argument("--num_processes", type=command_line.positive_int, help="how many processes there are")
-    parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
-    parser.add_argument(
-        "--host_timeout",
-        type=command_line.positive_int,
-        default=300,
-        metavar="SECONDS",
-        help="a process that does not join in this time, or is silent for so long, ends the run (default: 300)",
-    )
-    parser.add_argument(
-        "--lost_host_exit_code",
-        type=command_line.positive_int,
-        default=1,
-        metavar="CODE",
-        help="exit code of the others then, by which a scheduler can tell it from a failure inside (default: 1)",
-    )
 
 
 def is_one_of_several(args: argparse.Namespace) -> bool:
@@ -147,9 +126,9 @@ def _join(args: argparse.Namespace) -> _Together:
             shutdown_timeout_seconds=args.host_timeout,
         )
         state = distributed.global_state
-        command_line.speak_as(state.process_id, state.num_processes)
+        logging.speak_as(state.process_id, state.num_processes)
         if gpus.idle:
-            command_line.say(
+            logging.say(
                 f"warning: {gpus.idle} of this machine's GPUs stay idle; start as many processes on it as divide their "
                 "number, or one, which takes them all"
             )

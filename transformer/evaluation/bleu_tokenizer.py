@@ -101,3 +101,12 @@ def _by_letters(references: Sequence[str]) -> str:
         return "char"
     del letters[""]
     return BY_NAME[letters.most_common(1)[0][0]]
+
+
+def decide(references: Sequence[str], tokenizer: str) -> tuple[str, str]:
+    """The metric that suits these references, and a line that says why if it is not BLEU."""
+    count = short(references, tokenizer)
+    if 2 * count <= len(references):
+        return "bleu", ""
+    why = f"{count:,} of {len(references):,} validation references have under four tokens, of which BLEU finds nothing"
+    return "chrf", f"the best checkpoint is that of the highest chrF2, as {why}; train.best_metric sets another"

@@ -17,13 +17,13 @@ from etils import epath
 
 from transformer.checkpoints.loading import Trained, load_trained
 from transformer.checkpoints.manager import Checkpoints, Damaged
-from transformer.command_line import say
 from transformer.config import Config
 from transformer.evaluation import summary
 from transformer.evaluation.scoring import EvaluationSet, Scorer, translations_path, write_translations
 from transformer.runtime import files, signals
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
 from transformer.runtime.files import reported
+from transformer.runtime.logging import say
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 SECONDS = 5.0  # between two looks

@@ -10,15 +10,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from transformer.command_line import say
 from transformer.config import Config
-from transformer.data.batching import Ragged, assemble, eval_plan, only_rows
+from transformer.data.batching import Batch, Ragged, assemble, eval_plan, only_rows
 from transformer.data.tokenizer import Tokenizer, cut
 from transformer.decoding.translator import Translator
 from transformer.distributed import sharding
 from transformer.evaluation import bleu_tokenizer
 from transformer.evaluation.metrics import HEADLINE, Scores, check_counts, score
-from transformer.training.train_step import Model, Params, make_eval_step
+from transformer.models.loss import LossSums, cross_entropy
+from transformer.models.registry import Model, Params
+from transformer.runtime.logging import say
 
 
 class HeldOutLoss(NamedTuple):
@@ -123,3 +124,19 @@ class Evaluator:
         """As many as go through the model at once in training, whose memory has room for them."""
         multiple, train = sharding.row_multiple(self._mesh), self._config.train
         return max(train.batch_tokens // train.accumulation_steps // width // multiple, 1) * multiple
+
+
+def make_eval_step(model: Model, mesh: Mesh) -> Callable[[Params, Batch], LossSums]:
+    """The compiled loss without dropout or smoothing."""
+
+    def eval_step(params: Params, batch: Batch) -> LossSums:
+        with sharding.on_mesh(mesh):
+            logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT)
+            return cross_entropy(logits_BTV, batch.target_BT, 0.0)
+
+    params = sharding.param_shardings(mesh, model.abstract_params)
+    return jax.jit(
+        eval_step,
+        in_shardings=(params, sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )

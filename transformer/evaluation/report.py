@@ -14,7 +14,6 @@ from typing import Any
 
 from etils import epath
 
-from transformer.command_line import say
 from transformer.decoding.alignment import Aligner
 from transformer.distributed import multihost
 from transformer.evaluation import summary
@@ -26,8 +25,8 @@ from transformer.evaluation.report_html import Cell, page, section, sentence, ta
 from transformer.evaluation.scoring import Evaluation, result_name
 from transformer.evaluation.significance import LEVEL, Versus, sentence_score
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import reported, write_whole
-from transformer.training.metrics import METRICS_FILE
+from transformer.runtime.files import METRICS_FILE, reported, write_whole
+from transformer.runtime.logging import say
 
 REPORT_FILE = "report.html"
 SENTENCES = 8  # shown as worst, and as best

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from transformer.checkpoints.loading import Trained, load_trained
-from transformer.command_line import say
 from transformer.config import Config, DataConfig, validation
 from transformer.data import corpus, text_files
 from transformer.decoding.translator import Translator
@@ -21,6 +20,7 @@ from transformer.evaluation.evaluator import Evaluator, Report
 from transformer.evaluation.metrics import Scores, check_counts, further
 from transformer.runtime.errors import DivergedError, UserError
 from transformer.runtime.files import reported, write_whole
+from transformer.runtime.logging import say
 
 SETS_FILE = "sets.json"  # name → digest of the first set of that name
 

@@ -23,16 +23,16 @@ import numpy as np
 
 from transformer import command_line
 from transformer.checkpoints.loading import Trained, load_trained
-from transformer.command_line import say
 from transformer.config import validation
 from transformer.data.tokenizer import EOS, UNK
 from transformer.export import ctranslate2, jax_export
 from transformer.export.ctranslate2 import QUANTIZATIONS
 from transformer.export.jax_export import Score, rectangle
+from transformer.models.registry import Model
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import reported, write_whole
-from transformer.training.train_step import Model
+from transformer.runtime.logging import say
 
 PAIRS, LONGEST = 24, 40  # random sentences that are scored, and their tokens
 NEEDS = {"ctranslate2": "ctranslate2", "jax": "flatbuffers"}

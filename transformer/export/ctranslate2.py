@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from transformer.checkpoints.loading import Trained
-from transformer.command_line import say
 from transformer.config import DecodeConfig, ModelConfig
 from transformer.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
 from transformer.export.jax_export import Score, longest
@@ -20,6 +19,7 @@ from transformer.models.layers import EPSILON, FeedForward, LayerNorm, MultiHead
 from transformer.models.stack import layers_of
 from transformer.models.transformer import Transformer
 from transformer.runtime.errors import UserError
+from transformer.runtime.logging import say
 
 QUANTIZATIONS = ("float32", "int8")
 SPECIALS = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", UNK: "<unk>"}

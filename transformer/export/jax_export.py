@@ -23,9 +23,9 @@ from transformer.data.batching import Ragged
 from transformer.decoding.decode import Request, decode
 from transformer.models.layers import sinusoids
 from transformer.models.loss import pick
+from transformer.models.registry import Model, Params
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_whole
-from transformer.training.train_step import Model, Params
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 POSITIONS = 2048  # rows of a table of sinusoids, at least; CTranslate2 itself cuts sources at 1,024 by default

@@ -21,6 +21,9 @@ from transformer.models.layers import STATES, Embedding, make_param, sinusoids, 
 Array = jax.Array
 Key = Array | None
 
+Cache = Any
+"""Any pytree of arrays: what the step function remembers of each hypothesis."""
+
 
 class TextModel(nnx.Module):
     """Embeddings and positions.
@@ -120,3 +123,14 @@ class TextModel(nnx.Module):
 
     def _logits(self, x: Array) -> Array:
         return self._table("output").logits(x)
+
+
+def take_beams(values: jax.Array, beams: jax.Array) -> jax.Array:
+    """values [B, M, ...], beams int32 [B, N] within 0..M-1 → [B, N, ...]; batched, so a sharded B stays put."""
+    indices = beams.reshape(beams.shape + (1,) * (values.ndim - 2))
+    return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
+
+
+def move_beams(cache: Cache, parents_BN: jax.Array) -> Cache:
+    """Each leaf [B, N, ...] with the beams that `parents_BN`, int32 [B, N], names."""
+    return jax.tree.map(lambda leaf: take_beams(leaf, parents_BN), cache)

@@ -18,8 +18,7 @@ from flax import nnx
 from transformer.attention.dot_product import Visible
 from transformer.attention.dropout import dropout
 from transformer.config import ModelConfig
-from transformer.decoding.base import move_beams
-from transformer.models.base import TextModel
+from transformer.models.base import TextModel, move_beams
 from transformer.models.layers import add_bias, glorot, make_param, use
 from transformer.models.segments import positions, segments, shift_right
 from transformer.models.source_attention import SourceAttention, weighted

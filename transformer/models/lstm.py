@@ -17,9 +17,8 @@ from flax import nnx
 from transformer.attention.dot_product import Visible
 from transformer.attention.dropout import dropout
 from transformer.config import ModelConfig
-from transformer.decoding.base import move_beams
 from transformer.distributed import sharding
-from transformer.models.base import TextModel
+from transformer.models.base import TextModel, move_beams
 from transformer.models.layers import STATES, glorot, make_param, use
 from transformer.models.recurrence import LstmState, Weights, cell, lstm
 from transformer.models.segments import segments, shift_right

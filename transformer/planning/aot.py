@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from transformer.config import Config
 from transformer.data.batching import Batch, rows_for
 from transformer.distributed import sharding
+from transformer.models import registry
 from transformer.planning.hardware import GPU_TARGETS, Topology
 from transformer.runtime.errors import UserError
 from transformer.training import train_step as step
@@ -82,7 +83,7 @@ def compile_step(config: Config, mesh: Mesh, rows: int, length: int, effort: flo
     Args:
       effort: how hard XLA tries for speed of the program, from -1 to 0, which is its default.
     """
-    model = step.Model(config.model, config.data.vocab_size)
+    model = registry.Model(config.model, config.data.vocab_size)
     ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding.batch_sharding(mesh))
     train_step: Any = step.make_train_step(model, config, mesh)
     platform = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)

@@ -1,5 +1,7 @@
 """Errors that a person can mend, each with the exit code of its kind (see `command_line`)."""
 
+import errno
+
 
 class UserError(Exception):
     """Bad usage, config or input: says what was expected, what was got, and what to do."""
@@ -29,3 +31,9 @@ class StoppedError(BaseException):
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of devices or of the host, or the disk ran out; XLA and TensorStore have no class for this."""
+    is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return is_disk or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -133,3 +133,5 @@ def _glob_literally(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
 _LocalPath = type(epath.Path())
 _glob_unescaped = _LocalPath.glob
 _LocalPath.glob = _glob_literally
+
+METRICS_FILE = "metrics.jsonl"

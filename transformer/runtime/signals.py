@@ -6,8 +6,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-from transformer.command_line import say
 from transformer.runtime.errors import StoppedError
+from transformer.runtime.logging import say
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

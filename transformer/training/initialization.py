@@ -9,16 +9,17 @@ from jax.sharding import Mesh
 
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import Checkpoints
-from transformer.command_line import say
 from transformer.config import Config, schema
 from transformer.config.warm_start import FREE
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed import multihost
+from transformer.models.registry import Model
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
+from transformer.runtime.logging import say
 from transformer.training import train_step
-from transformer.training.train_step import Model, TrainState
+from transformer.training.train_step import TrainState
 
 
 class Origin(NamedTuple):

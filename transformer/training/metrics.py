@@ -15,15 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from transformer.command_line import say
 from transformer.distributed import multihost
 from transformer.models.flops import Spent
 from transformer.runtime import object_storage
 from transformer.runtime.errors import DivergedError
-from transformer.runtime.files import reported, write_whole
+from transformer.runtime.files import METRICS_FILE, reported, write_whole
+from transformer.runtime.logging import say
 from transformer.training.train_step import StepMetrics
 
-METRICS_FILE = "metrics.jsonl"
 WHAT_HELPS = (
     "no checkpoint was made of that. Lower optimizer.learning_rate, raise optimizer.warmup_steps or set "
     "optimizer.clip_norm, and start in a new workdir"

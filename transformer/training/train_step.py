@@ -8,24 +8,19 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from transformer.attention import fused
-from transformer.config import Config, ModelConfig
+from transformer.config import Config
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
-from transformer.models.base import TextModel
-from transformer.models.layers import dtype_in_use
 from transformer.models.loss import LossSums, cross_entropy
-from transformer.models.registry import make_model
+from transformer.models.registry import Model, Params, _with_shardings
 from transformer.training import guard
 from transformer.training.optimizer import make_optimizer, make_schedule
-
-Params = dict[str, Any]
 
 
 class TrainState(NamedTuple):
@@ -65,45 +60,6 @@ class StepMetrics(NamedTuple):
     skipped: Any = 0
 
 
-class Model:
-    """The model's definition without its params.
-
-    Attributes:
-      abstract_params: shapes, dtypes and logical axes of the params.
-    """
-
-    def __init__(self, config: ModelConfig, vocab_size: int):
-        self._make = lambda rngs: make_model(config, vocab_size, rngs)
-        module = nnx.eval_shape(lambda: self._make(nnx.Rngs(params=0)))
-        self._graphdef, self.abstract_params = nnx.split(module, nnx.Param)
-        self._dtype = jnp.dtype(config.dtype)
-
-    def init(self, seed: int) -> Params:
-        """Fresh params, float32."""
-        return nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(params=jax.random.key(seed))), nnx.Param))
-
-    def bind(self, params: Params) -> TextModel:
-        """The module with these params, for use inside one traced function."""
-        return nnx.merge(self._graphdef, nnx.State(params))
-
-    def in_compute_dtype(self, params: Params) -> Params:
-        """The params, those that the model multiplies with or looks up in its compute dtype; float32: as they are.
-
-        For a loop, inside which XLA would convert them at every step.
-        """
-        if self._dtype == jnp.float32:
-            return params
-        flat = nnx.to_flat_state(self.abstract_params)
-        dtypes = {path: dtype_in_use(param, self._dtype) for path, param in flat}
-        return jax.tree.map(
-            lambda leaf, dtype: leaf.astype(dtype), params, nnx.to_pure_dict(nnx.from_flat_state(dtypes))
-        )
-
-    def num_params(self) -> int:
-        """How many numbers the params hold."""
-        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.abstract_params))
-
-
 def state_shardings(model: Model, config: Config, mesh: Mesh) -> TrainState:
     """A sharding in place of each array of the state: the optimizer's moments beside the params they belong to."""
     params = sharding.param_shardings(mesh, model.abstract_params)
@@ -131,12 +87,6 @@ def init_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
     return jax.jit(init, out_shardings=state_shardings(model, config, mesh))()
 
 
-def abstract_params(model: Model, mesh: Mesh) -> Params:
-    """Shapes, dtypes and shardings of the params, for restoring them."""
-    shardings = sharding.param_shardings(mesh, model.abstract_params)
-    return _with_shardings(nnx.to_pure_dict(model.abstract_params), shardings)
-
-
 def abstract_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, for restoring one."""
     shapes = nnx.to_pure_dict(model.abstract_params)
@@ -144,10 +94,6 @@ def abstract_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
     opt_state = jax.eval_shape(make_optimizer(config).init, shapes)
     state = TrainState(step, shapes, opt_state, shapes if config.train.ema_decay else None)
     return _with_shardings(state, state_shardings(model, config, mesh))
-
-
-def _with_shardings(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 
 
 def make_train_step(
@@ -236,19 +182,3 @@ def sum_gradients(
 def all_finite(params: Params) -> jax.Array:
     """Whether every param is a finite number; bool []."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
-
-
-def make_eval_step(model: Model, mesh: Mesh) -> Callable[[Params, Batch], LossSums]:
-    """The compiled loss without dropout or smoothing."""
-
-    def eval_step(params: Params, batch: Batch) -> LossSums:
-        with sharding.on_mesh(mesh):
-            logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT)
-            return cross_entropy(logits_BTV, batch.target_BT, 0.0)
-
-    params = sharding.param_shardings(mesh, model.abstract_params)
-    return jax.jit(
-        eval_step,
-        in_shardings=(params, sharding.batch_sharding(mesh)),
-        out_shardings=sharding.replicated(mesh),
-    )

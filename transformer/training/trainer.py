@@ -18,8 +18,7 @@ from etils import epath
 from transformer.attention import fused
 from transformer.checkpoints import best_metric
 from transformer.checkpoints.manager import SCORE, Checkpoints, Metrics, score_kind
-from transformer.command_line import say
-from transformer.config import Config
+from transformer.config import Config, validation
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline
 from transformer.data import tokenizer as tokenizers
@@ -29,9 +28,10 @@ from transformer.distributed import consensus, consistency, multihost, sharding
 from transformer.distributed.consensus import Slowest, StopVote, of_each_host
 from transformer.evaluation import bleu_tokenizer
 from transformer.evaluation.evaluator import Evaluator
-from transformer.models import flops
-from transformer.runtime import compilation, fingerprint, signals
+from transformer.models import flops, registry
+from transformer.runtime import environment, signals
 from transformer.runtime.errors import DivergedError, UserError
+from transformer.runtime.logging import say
 from transformer.training import divergence, guard, initialization, workdir
 from transformer.training import train_step as step
 from transformer.training.metrics import WHAT_HELPS, Meter, NoLog, RunLog, open_log, peak_memory_mb
@@ -47,7 +47,7 @@ def fit(config: Config, folder: epath.PathLike) -> None:
     """
     path = epath.Path(folder)
     Checkpoints(path)  # refuses a path that has no room for them before anything is done
-    compilation.enable_cache()
+    environment.enable_cache()
     consistency.same_code()
     consistency.same_config(config)
     with workdir.lock(path) if multihost.is_lead() else contextlib.nullcontext():  # the lead holds it for all
@@ -71,7 +71,7 @@ class Updates:
         spent: flops.Spent,
     ):
         skipped = int(jax.device_get(guard.skipped(state.opt_state)))
-        self.state, self.meter, self.compiles = state, Meter(spent, skipped=skipped), compilation.CompileCounter()
+        self.state, self.meter, self.compiles = state, Meter(spent, skipped=skipped), environment.CompileCounter()
         self._train_step, self._batches, self._place, self._flops_of = train_step, batches, place, flops_of
         self._done = int(jax.device_get(state.step))
         self._unread: tuple[StepMetrics, int, dict[str, Any]] | None = None
@@ -151,7 +151,7 @@ class Run:
             self.ids = input_pipeline.token_ids(config.data, corpus, "train", self.tokenizer)
         consistency.same_data(corpus.digest, self.tokenizer.digest)
         self.plan = input_pipeline.make_plan(config, self.ids)
-        model = step.Model(config.model, self.tokenizer.vocab_size)
+        model = registry.Model(config.model, self.tokenizer.vocab_size)
         self.evaluator = Evaluator(model, self.tokenizer, config, self.mesh)
         self.train_step = step.make_train_step(model, config, self.mesh)
         self.checkpoints.prepare(newest)
@@ -159,7 +159,7 @@ class Run:
         if newest is None:
             self.state = initialization.first_state(origin, model, config, self.mesh)
         else:
-            self.state = self.checkpoints.restore(newest, model, config, self.mesh)
+            self.state = self.checkpoints.restore(newest, step.abstract_state(model, config, self.mesh))
             self.progress, self.spent = Progress.of(before), flops.Spent.of(before) or self.spent
             if self.searches_anew:
                 self.progress = Progress()  # a score of another search is another figure
@@ -235,7 +235,7 @@ class Run:
             say(f"step {done:,}: {stale:,} validations without a better {what}, so the run ends here")
             return True
         if done == self.start >= train.num_steps:
-            ends = workdir.ends_with_its_steps(self.config)
+            ends = validation.ends_with_its_steps(self.config)
             advice = "longer runs of its schedule need another workdir" if ends else "raise train.num_steps to go on"
             say(f"{self.path}: trained for {done:,} steps; {advice}")
         return done >= train.num_steps
@@ -267,12 +267,12 @@ class Run:
         say(str(tokenizer))
         if self.config.train.best_metric != "auto":
             return self.config
-        metric, line = best_metric.decide(references, tokenizer.name)
+        metric, line = bleu_tokenizer.decide(references, tokenizer.name)
         if line:
             say(line)
         return best_metric.settled(self.config, metric)
 
-    def _describe(self, model: step.Model) -> None:
+    def _describe(self, model: registry.Model) -> None:
         plan, data = self.plan, self.config.data
         say(
             f"{model.num_params():,} params · {self.tokenizer.vocab_size:,} pieces · {plan.kept:,} pairs, dropped "
@@ -287,7 +287,7 @@ class Run:
             say(f"warning: config.mesh uses {self.mesh.size} of {jax.device_count()} devices; mesh.data=-1 takes all")
         if self.start:
             say(f"resuming after step {self.start:,}")
-            others = fingerprint.differences(self.checkpoints.manifest(self.start).host, fingerprint.of_host())
+            others = environment.differences(self.checkpoints.manifest(self.start).host, environment.of_host())
             if others:
                 say(f"warning: another host than before, so the last bits may differ: {'; '.join(others)}")
 
@@ -298,7 +298,7 @@ class Run:
         metrics = {**self.progress.metrics(), **self.spent.metrics()}
         self.checkpoints.save(state, self.config, self.tokenizer, self.data, metrics, **self.run_ids._asdict())
 
-    def _evaluate(self, params: step.Params, done: int, log: RunLog | NoLog) -> None:
+    def _evaluate(self, params: registry.Params, done: int, log: RunLog | NoLog) -> None:
         """Scores the validation split, and records the scores with the checkpoint of this step.
 
         It may take longer than the time a stop signal leaves; what it leaves undone the next sitting makes up for.

@@ -9,34 +9,17 @@ from typing import IO
 
 from etils import epath
 
-from transformer.command_line import complain, say
 from transformer.config import schema
 from transformer.config.schema import RUN_ID, Config
-from transformer.config.validation import ENDING, unread
+from transformer.config.validation import HARMLESS, ends_with_its_steps, unread
 from transformer.distributed import multihost
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError, WorkdirError
 from transformer.runtime.files import reported, write_whole
+from transformer.runtime.logging import complain, say
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
-
-# What may change between two sittings of one run, as it changes no update that is still to come. Files of data
-# and vocabulary may have moved: whether they are the same is seen by their digests.
-HARMLESS = {
-    "train": {
-        "log_every_steps",
-        "eval_every_steps",
-        "checkpoint_every_steps",
-        "early_stopping_patience",
-        "keep_last",
-        "keep_best",
-    },
-    "data": {*schema.PATHS},
-    "decode": {*schema.field_names("decode")},
-    "model": {"attention", "remat"},  # to rounding
-    "mesh": {*schema.field_names("mesh")},
-}
 
 
 def lock(workdir: epath.Path) -> IO[str] | object_storage.Lock:
@@ -142,11 +125,6 @@ def keep_config(workdir: epath.Path, config: Config, run_id: str = "") -> None:
     with reported(f"--workdir={workdir}"):
         if not path.exists() or path.read_bytes() != text.encode():
             write_whole(path, text)
-
-
-def ends_with_its_steps(config: Config) -> bool:
-    """Whether the learning rate reaches 0 at train.num_steps, so that a run of more steps is another run."""
-    return config.optimizer.schedule in ENDING
 
 
 def _harmless(change: schema.Change, config: Config) -> bool:

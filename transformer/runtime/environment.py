@@ -1,0 +1,135 @@
+"""The host that a run computes on: what must stay the same for a run resumed on a CPU to be exact to the last bit.
+
+On a GPU last bits may differ even so: it adds up the gradients of embeddings in no fixed order, and may choose other
+kernels each time it compiles.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import sys
+from collections.abc import Mapping
+
+SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_disable_most_optimizations",
+    "jax_enable_x64",
+    "jax_threefry_partitionable",
+)
+
+
+_trials: dict[str, str] = {}
+
+
+def of_host() -> dict[str, str]:
+    """Code, versions, compiler flags, devices, cores and kernels that were tried, each as text under its name."""
+    return {**_unchanging(), **_trials}
+
+
+def set_trials(trials: Mapping[str, str]) -> None:
+    """What trials of kernels found, on which the programs of this process depend: name → result."""
+    _trials.clear()
+    _trials.update(trials)
+
+
+@functools.cache
+def _unchanging() -> dict[str, str]:
+    import jax
+
+    devices = jax.devices()
+    settings = (f"{name.removeprefix('jax_')}={getattr(jax.config, name, None)}" for name in SETTINGS)
+    return {
+        "code": code_digest(),
+        **versions(),
+        "XLA_FLAGS": " ".join(os.environ.get("XLA_FLAGS", "").split()),
+        "JAX settings": " ".join(settings),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": str(jax.process_count()),
+        "CPU": cpu(),
+        "cores": str(_cores()),
+    }
+
+
+def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """What of one host is not so on the other, as 'name: old → new'; nothing where the old one is not known."""
+    names = [*old, *(name for name in new if name not in old)] if old else []
+    pairs = [(name, old.get(name, "none"), new.get(name, "none")) for name in names]
+    return [f"{name}: {before or 'none'} → {after or 'none'}" for name, before, after in pairs if before != after]
+
+
+def cpu() -> str:
+    """The kind of CPU: its architecture, and a digest of the instructions that it has."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+def _cores() -> int:
+    """Those that this process may use: XLA splits its sums by their number."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_COMPILED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+
+
+def enable_cache() -> None:
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/transformer-jax."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "transformer-jax" / cpu()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class CompileCounter:
+    """Counts the programs lowered while it is entered, whether compiled or found in the cache on disk."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> "CompileCounter":
+        import jax
+
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import jax
+
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == _COMPILED:
+            self.count += 1
+
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "sentencepiece", "sacrebleu")
+
+
+def code_digest() -> str:
+    """Of the package's own files."""
+    digest = hashlib.sha256()
+    folder = pathlib.Path(__file__).parent.parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that the code computes with."""
+    return {"Python": f"{sys.version_info.major}.{sys.version_info.minor}", **{p: _version(p) for p in PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
