@@ -11,7 +11,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 from transformer.data.cldr import generator, grammar, lexicon
-from transformer.data.cldr import slots as cldr_slots
 from transformer.runtime.errors import UserError
 
 SMALL = {"train": 300, "validation": 30, "test": 60}
@@ -79,7 +78,7 @@ def test_one_english_sentence_has_one_translation(language, monkeypatch):
         return options[int(rng.random() * (len(options) if wide else min(3, len(options))))]
 
     # With three choices for everything but the frame, many sentences come again, in every way that they can.
-    monkeypatch.setattr(cldr_slots, "pick", pick)
+    monkeypatch.setattr(generator, "pick", pick)
     translations: dict[str, str] = {}
     for english, translation in itertools.islice(generator.candidates(language, seed=3), 5_000):
         assert translations.setdefault(english, translation) == translation
@@ -127,7 +126,7 @@ def test_text_is_clean(language):
 def test_no_two_slots_of_a_sentence_name_the_same():
     rng = random.Random("distinct")
     for _ in range(500):
-        values = cldr_slots.draw(["who", "one", "city", "city2", "city3", "weekday", "weekday2"], rng)
+        values = generator.draw(["who", "one", "city", "city2", "city3", "weekday", "weekday2"], rng)
         assert len({values["city"], values["city2"], values["city3"]}) == 3
         assert values["weekday"] != values["weekday2"]
         assert not {*values["who"][1:]} & {*values["one"][1:]} - set(grammar.POSSESSORS)

@@ -9,8 +9,8 @@ import pytest
 import zstandard
 
 from transformer.config import DataConfig
-from transformer.data import local_text, pair_shards, prepared
-from transformer.data.split import Split
+from transformer.data import local_text, prepared
+from transformer.data.corpus import Split
 from transformer.runtime import logging
 from transformer.runtime.errors import UserError
 
@@ -164,7 +164,7 @@ def test_one_file_formats_are_prepared(tmp_path):
 
 
 def test_many_shards_keep_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(pair_shards, "_SHARD_BYTES", 100)
+    monkeypatch.setattr(prepared, "_SHARD_BYTES", 100)
     lines = [f"line {number}" for number in range(99)]
     write(tmp_path / "text", train__en=lines, train__de=lines)
     opened = build(config(dir=tmp_path / "text"), tmp_path / "data")

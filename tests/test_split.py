@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from tensorflow_datasets.proto import tf_example_pb2
 
-from transformer.data import split as split_room
+from transformer.data import corpus
+from transformer.data.corpus import Split
 from transformer.data.prepared import Records
-from transformer.data.split import Split
 from transformer.runtime.errors import UserError
 
 
@@ -38,7 +38,7 @@ def make(count=10, rows=None, languages=("en", "de")):
 
 @pytest.mark.parametrize("rows", [None, [0, 1, 2, 3], [2, 5, 9], [9], list(range(0, 10, 2))])
 def test_pairs_by_number_and_in_turn_are_the_same(monkeypatch, rows):
-    monkeypatch.setattr(split_room, "_BLOCK", 4)
+    monkeypatch.setattr(corpus, "_BLOCK", 4)
     split = make(rows=rows)
     expected = [(f"e{i}", f"d{i}") for i in (range(10) if rows is None else rows)]
     assert len(split) == len(expected)

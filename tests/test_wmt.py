@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from tests import wmt_archives
 from transformer.config import DataConfig, validation
-from transformer.data import corpus, pair_shards, prepared
+from transformer.data import corpus, prepared
 from transformer.runtime.errors import UserError
 
 SETS = ["wmt_t2t_translate/de-en", *(f"wmt14_translate/{language}-en" for language in wmt_archives.LANGUAGES)]
@@ -145,7 +145,7 @@ def test_the_data_set_says_which_archives_it_was_made_of(tmp_path, filled):
 
 
 def test_many_shards_keep_the_order(tmp_path, filled, monkeypatch):
-    monkeypatch.setattr(pair_shards, "_SHARD_BYTES", 300)
+    monkeypatch.setattr(prepared, "_SHARD_BYTES", 300)
     opened = corpus.open_corpus(filled("wmt14_translate/fr-en"))
     shards = list((tmp_path / "data").glob("**/*-train.array_record*"))
     assert len(shards) > 10

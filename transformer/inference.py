@@ -11,7 +11,7 @@ from etils import epath
 
 from transformer.checkpoints.loading import Trained, load_trained
 from transformer.config import validation
-from transformer.data import texts
+from transformer.data import text_inputs
 from transformer.decoding.translator import Hypothesis, Translator, best_text
 from transformer.runtime.errors import UserError
 
@@ -135,7 +135,7 @@ def load(
     """
     if isinstance(ensemble, str | os.PathLike):
         raise UserError(f"ensemble: expected a list of workdirs, got one, {os.fspath(ensemble)!r}; put it into a list")
-    ensemble = texts.items(ensemble, "ensemble: expected a list of workdirs")
+    ensemble = text_inputs.items(ensemble, "ensemble: expected a list of workdirs")
     members = [load_trained(folder, checkpoint) for folder in (workdir, *ensemble)]
     for folder, member in zip(ensemble, members[1:], strict=True):
         if member.tokenizer.digest != members[0].tokenizer.digest:

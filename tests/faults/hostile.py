@@ -22,7 +22,7 @@ from transformer.checkpoints.manager import Checkpoints
 from transformer.checkpoints.manifest import MANIFEST, Manifest
 from transformer.config import DataConfig
 from transformer.data import corpus as corpora
-from transformer.data import input_pipeline, members, text_files
+from transformer.data import input_pipeline, text_files, wmt
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import sha256
 
@@ -191,14 +191,14 @@ def nothing_is_written_outside(world: World, tally: Tally) -> None:
     for file, name in itertools.product(archives, asked):
         with tally.one(f"{file}: {name}"):
             try:
-                lines = list(members.sentences(inside / file, name))
+                lines = list(wmt.sentences(inside / file, name))
                 assert lines == ["x"]
                 assert name not in NO_FILES
             except UserError:
                 assert name != "good"
             assert sorted(folder.rglob("*")) == before
             assert not list(outside.iterdir())
-    bombs = {"bomb.txt.gz": text_files.read_lines, "bomb.gz": lambda path: members.sentences(path, "")}
+    bombs = {"bomb.txt.gz": text_files.read_lines, "bomb.gz": lambda path: wmt.sentences(path, "")}
     for file, read in bombs.items():
         with tally.one(f"{file}: a line of 1 GB"):
             with gzip.open(folder / file, "wb", compresslevel=1) as bomb:

@@ -4,27 +4,233 @@ Training leaves out pairs with a blank side; every other split keeps all. Where 
 `validation`, a part of training is held out by a hash of the source sentence.
 """
 
+import array
+import contextlib
+import dataclasses
 import difflib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import json
+import operator
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.proto import tf_example_pb2
 
 from transformer.config.schema import PATHS, TRAINED_TOKENIZERS, WMT_NAMES, DataConfig
-from transformer.data import contents, local_text, prepared, wmt
-from transformer.data.split import Split
+from transformer.data import local_text, prepared, text_files, wmt
+from transformer.data.prepared import Records
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import say
+from transformer.runtime.logging import say, told
+
+Pair = tuple[str, str]
+
+_BLOCK = 4096
+
+
+class Split:
+    """Sentence pairs by number; can be pickled, and is read by several threads at once.
+
+    A sentence is one line: a line break within one, which data sets of TFDS may have, is read as a space.
+
+    Attributes:
+      name: as the data set calls it.
+      digest: changes when any pair or the order changes; in hexadecimal.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        digest: str,
+        languages: tuple[str, str],
+        records: Records,
+        rows: np.ndarray | None,
+        keeps_cr: bool = False,
+    ):
+        """Reads serialized examples.
+
+        Args:
+          records: the examples.
+          rows: which of them, [N] int64 ascending, or None for all.
+          keeps_cr: the records are lines of text split at b"\\n" alone, so a CR that ends one is its line end's.
+        """
+        self.name, self.digest = name, digest
+        self._languages, self._records, self._rows, self._keeps_cr = languages, records, rows, keeps_cr
+
+    def __len__(self) -> int:
+        return len(self._records) if self._rows is None else len(self._rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        """The pair (source, target) of number `index`, 0 ≤ index < len."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: expected 0 ≤ index < {len(self)}, got {index}")
+        row = index if self._rows is None else int(self._rows[index])
+        (pair,) = self._parsed(row, row + 1)
+        return self.lines(pair)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return map(self.lines, self.stored())
+
+    def lines(self, stored: Pair) -> Pair:
+        """The two lines of text that a stored pair is read as."""
+        source, target = stored
+        if self._keeps_cr:
+            source, target = source.removesuffix("\r"), target.removesuffix("\r")
+        return text_files.one_line(source), text_files.one_line(target)
+
+    def stored(self) -> Iterator[Pair]:
+        """All pairs as they stand in the data, with any line breaks."""
+        for start in range(0, len(self), _BLOCK):
+            end = min(start + _BLOCK, len(self))
+            chosen = list(range(start, end)) if self._rows is None else self._rows[start:end].tolist()
+            first, last = chosen[0], chosen[-1] + 1
+            if last - first > 2 * len(chosen) + 1:  # far apart: one by one costs less than all between
+                for row in chosen:
+                    yield from self._parsed(row, row + 1)
+            else:
+                pairs = self._parsed(first, last)
+                yield from (pairs[row - first] for row in chosen)
+
+    def _parsed(self, first: int, last: int) -> list[Pair]:
+        with self._reported():
+            return [_parse(record, self._languages) for record in self._records.read(first, last)]
+
+    def sources(self) -> list[str]:
+        """All source sentences in order."""
+        return [source for source, _ in self]
+
+    def targets(self) -> list[str]:
+        """All target sentences in order."""
+        return [target for _, target in self]
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # ArrayRecord and protobuf raise kinds of their own
+            raise UserError(f"the prepared data of split {self.name!r} cannot be read: {error}") from error
+
+
+def _parse(record: bytes, languages: tuple[str, str]) -> Pair:
+    """The pair of a serialized example; TFDS's own way goes through NumPy and takes three times as long."""
+    features = tf_example_pb2.Example.FromString(record).features.feature
+    source, target = (features[code].bytes_list.value[0].decode() for code in languages)
+    return source, target
+
+
+SHARE = 100  # where there is no validation split, one pair in so many is held out of training
+
+MOST = 2000  # pairs held out
+
+RECIPE = 1  # goes up whenever `find` comes to find something else in the same data
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Per prepared split: digest, number of pairs, pairs with a line break; of training: rows, ascending."""
+
+    digests: dict[str, str]
+    pairs: dict[str, int]
+    line_breaks: dict[str, int]
+    blank: list[int]
+    held_out: list[int]
+
+
+def find(data: prepared.Prepared, languages: tuple[str, str], keeps_cr: bool = False) -> Facts:
+    """Reads a data set in one direction of translation, or what was found in it before and kept beside it.
+
+    `keeps_cr` is as `Split` has it.
+
+    Raises:
+      UserError: there is nothing to train on.
+    """
+    if "train" not in data.names:
+        raise UserError(f"{data.folder}: expected a split 'train', got {', '.join(data.names) or 'none'}")
+    path = data.folder / f"contents.{'-'.join(languages)}.json"
+    if facts := _kept(path, data.digest()):
+        return facts
+    splits = {name: Split(name, "", languages, data.records(name), None, keeps_cr) for name in data.names}
+    keys: dict[str, np.ndarray] = {}
+    blank: dict[str, np.ndarray] = {}
+    digests, line_breaks = {}, {}
+    for name, split in splits.items():
+        digests[name], keys[name], blank[name], line_breaks[name] = _read(split)
+    rows = np.flatnonzero(~blank["train"])
+    if not len(rows):
+        raise UserError(f"all {len(splits['train']):,} training pairs have a blank side: nothing is left to train on")
+    held_out = [] if "validation" in splits else rows[_lowest(keys["train"][rows])].tolist()
+    pairs = {name: len(split) for name, split in splits.items()}
+    facts = Facts(digests, pairs, line_breaks, np.flatnonzero(blank["train"]).tolist(), held_out)
+    _keep(path, data.digest(), facts)
+    return facts
+
+
+def _read(split: Split) -> tuple[str, np.ndarray, np.ndarray, int]:
+    """Reads all pairs of a split once.
+
+    Returns:
+      The digest of the pairs; a hash of each source sentence, [N] uint64; which pairs are blank, [N] bool: a side has
+      nothing but whitespace; and how many are stored with a line break.
+    """
+    digest, keys, blank, line_breaks = hashlib.sha256(), array.array("Q"), array.array("b"), 0
+    for stored in told(split.stored(), lambda count: f"data: looked at {count:,} pairs"):
+        line_breaks += any("\n" in text for text in stored)
+        source, target = split.lines(stored)
+        texts = (source.encode(), target.encode())
+        digest.update(b"%d %d " % (len(texts[0]), len(texts[1])) + texts[0] + texts[1])
+        keys.append(hash64(texts[0]))
+        blank.append(not (source.strip() and target.strip()))
+    return digest.hexdigest(), np.array(keys, np.uint64), np.array(blank, bool), line_breaks
+
+
+def hash64(text: bytes) -> int:
+    """A hash of 64 bits, the same everywhere; two of 40 million sentences share one by a chance of 1 in 20,000."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _lowest(keys: np.ndarray) -> np.ndarray:
+    """Which of the sentences with these hashes, [N] uint64, to hold out: [N] bool.
+
+    Takes hashes from the lowest up, all rows of one together so that equal sentences fall on the same
+    side, while they fit in 1 / SHARE of all rows and in MOST; the rarest sentence if none fits.
+    """
+    hashes, counts = np.unique(keys, return_counts=True)
+    if len(hashes) == 1:
+        raise UserError("training has one distinct source sentence: none can be held out; bring validation files")
+    room = min(max(len(keys) // SHARE, 1), MOST)
+    taken = []
+    for key, count in zip(hashes, counts, strict=True):
+        if count <= room:
+            taken.append(key)
+            room -= count
+        if not room:
+            break
+    return np.isin(keys, taken or hashes[np.argmin(counts)])
+
+
+def _keep(path: epath.Path, files: str, facts: Facts) -> None:
+    text = json.dumps([RECIPE, files, dataclasses.asdict(facts)])
+    prepared.write_beside(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode())
+
+
+def _kept(path: epath.Path, files: str) -> Facts | None:
+    """What `_keep` wrote for the same files by the same recipe, or None."""
+    if not path.exists():
+        return None
+    digest, _, text = path.read_bytes().rstrip(b"\n").partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        return None
+    *made_of, facts = json.loads(text)
+    return Facts(**facts) if made_of == [RECIPE, files] else None
 
 
 class Corpus:
@@ -41,7 +247,7 @@ class Corpus:
         """`keeps_cr` is as `Split` has it."""
         self.source_language, self.target_language = self._languages = languages
         self._data, self._keeps_cr = data, keeps_cr
-        facts = contents.find(data, languages, keeps_cr)
+        facts = find(data, languages, keeps_cr)
         self.dropped = len(facts.blank)
         # Split → the prepared split that it is read from, and which rows of that.
         self._views: dict[str, tuple[str, np.ndarray | None]] = {name: (name, None) for name in data.names}
@@ -55,11 +261,11 @@ class Corpus:
         self.digest = hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()
         self._report(facts)
 
-    def _digest(self, facts: contents.Facts, part: str, rows: np.ndarray | None) -> str:
+    def _digest(self, facts: Facts, part: str, rows: np.ndarray | None) -> str:
         chosen = b"all" if rows is None else rows.astype("<i8").tobytes()
         return hashlib.sha256(facts.digests[part].encode() + chosen).hexdigest()
 
-    def _report(self, facts: contents.Facts) -> None:
+    def _report(self, facts: Facts) -> None:
         count = facts.pairs["train"]
         if facts.blank:
             say(f"data: {self.dropped:,} of {count:,} training pairs have a blank side: left out")

@@ -20,8 +20,8 @@ from transformer.config import Config, DataConfig
 from transformer.data import corpus as corpora
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import Batch, BucketPlan, Ragged, TrainPlan, assemble, only_rows
+from transformer.data.corpus import Split
 from transformer.data.packing import PackedPlan
-from transformer.data.split import Split
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError

@@ -18,7 +18,7 @@ from etils import epath
 
 from transformer.config import DataConfig
 from transformer.data import parallel_formats, text_files
-from transformer.data.pair_shards import Pair, PairShards
+from transformer.data.prepared import Pair, PairShards
 from transformer.runtime.errors import UserError
 
 VALIDATION_STEMS = ("val", "valid", "validation", "dev")

@@ -10,9 +10,8 @@ from rich.table import Table
 
 from transformer.config import Config
 from transformer.data.batching import Ragged, TrainPlan
-from transformer.data.contents import hash64
+from transformer.data.corpus import Split, hash64
 from transformer.data.input_pipeline import TokenIds
-from transformer.data.split import Split
 from transformer.data.tokenizer import UNK, Tokenizer
 from transformer.runtime.logging import told
 

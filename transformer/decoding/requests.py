@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from transformer.data import texts
+from transformer.data import text_inputs
 from transformer.data.batching import PADDING_ROW, Ragged, ladder
 from transformer.data.tokenizer import UNK, Tokenizer
 from transformer.runtime.errors import UserError
@@ -83,18 +83,18 @@ def _items(given: Iterable[Any] | None, name: str, limits: Sequence[int]) -> lis
     """One for each sentence, None where nothing is asked."""
     if given is None:
         return [None] * len(limits)
-    found = texts.items(given, f"{name}: expected a list with an item for each sentence")
+    found = text_inputs.items(given, f"{name}: expected a list with an item for each sentence")
     if len(found) != len(limits):
         raise UserError(f"{name}: expected one for each of {len(limits):,} sentences, got {len(found):,}")
     return found
 
 
 def _encode(tokenizer: Tokenizer, prefix: str | None, phrases: Iterable[str] | None, where: str) -> Wish:
-    begins = "" if prefix is None else texts.line(prefix, f"{where}, its prefix")
-    asked = [] if phrases is None else texts.items(phrases, f"{where}: expected a list of phrases")
+    begins = "" if prefix is None else text_inputs.line(prefix, f"{where}, its prefix")
+    asked = [] if phrases is None else text_inputs.items(phrases, f"{where}: expected a list of phrases")
     if not all(isinstance(phrase, str) and phrase.strip() for phrase in asked):
         raise UserError(f"{where}: expected phrases that are not empty, got {asked!r}")
-    lines = [texts.line(phrase, f"{where}, a phrase") for phrase in asked]
+    lines = [text_inputs.line(phrase, f"{where}, a phrase") for phrase in asked]
     wanted = [begins if begins.strip() else "", *dict.fromkeys(lines)]
     ids = [one[:-1] for one in tokenizer.encode(wanted)]
     for text, one in zip(wanted, ids, strict=True):

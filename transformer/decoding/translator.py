@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from transformer.config import DecodeConfig
-from transformer.data import texts
+from transformer.data import text_inputs
 from transformer.data.batching import PADDING_ROW, Ragged, eval_plan
 from transformer.data.text_files import one_line
 from transformer.data.tokenizer import UNK, Tokenizer, cut
@@ -172,8 +172,8 @@ class Translator:
                 say(f"warning: {counts[name]:,} {message}")
 
     def _lines(self, sentences: Iterable[str], first: int) -> list[str]:
-        given = texts.items(sentences, "sentences: expected a list of sentences")
-        lines = [texts.line(text, f"sentence {number}") for number, text in enumerate(given, first)]
+        given = text_inputs.items(sentences, "sentences: expected a list of sentences")
+        lines = [text_inputs.line(text, f"sentence {number}") for number, text in enumerate(given, first)]
         self._add("line break", sum("\n" in line for line in lines))
         return [one_line(line) for line in lines]
 

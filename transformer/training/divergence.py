@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from transformer.data.batching import PADDING_ROW, TrainPlan
-from transformer.data.split import Split
+from transformer.data.corpus import Split
 from transformer.distributed import multihost
 from transformer.runtime.errors import DivergedError
 from transformer.runtime.files import reported, write_whole

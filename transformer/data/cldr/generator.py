@@ -5,23 +5,268 @@ without TFDS. Nothing is downloaded, and neither JAX nor TensorFlow is imported.
 """
 
 import bisect
+import datetime
 import hashlib
 import itertools
 import random
 import string
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import tensorflow_datasets as tfds
 
-from transformer.data.cldr import slots as cldr_slots
-from transformer.data.cldr import templates_life, templates_time
-from transformer.data.cldr.grammar import Frame, contract
+from transformer.data.cldr import grammar, locale, templates
+from transformer.data.cldr import lexicon as words
+from transformer.data.cldr.grammar import Filler, Frame, contract
 from transformer.runtime.errors import UserError
+
+_T = TypeVar("_T")
+
+Value = tuple[Any, ...]
+
+Draw = Callable[[random.Random], Value]
+
+Fill = Callable[[Value, str], Filler]
+
+_PRONOUNS = {
+    "en": ("he", "she", "they", "they"),
+    "de": ("er", "sie", "sie", "sie"),
+    "fr": ("il", "elle", "ils", "elles"),
+    "es": ("él", "ella", "ellos", "ellas"),
+}
+
+_AND = {"en": "and", "de": "und", "fr": "et", "es": "y"}
+
+_NAMES = words.NAMES["m"] + words.NAMES["f"]
+
+_RELATIVES = words.KIN | words.FAMILIES
+
+_CENTS = (0, 0, 25, 50, 75, 90, 95, 99)
+
+_HALVES = tuple(Decimal(n) / 2 for n in range(2, 41))
+
+_LAPSES = (("day", 1, 20), ("week", 7, 15), ("month", 30, 11), ("year", 365, 30))
+
+_MINUTES = range(24 * 60)
+
+
+class Kind(NamedTuple):
+    """A kind of slot. Two slots of one family never share an identity within a sentence."""
+
+    draw: Draw
+    fill: Fill
+    family: str = ""
+    identity: Callable[[Value], frozenset[Any]] = frozenset
+
+
+def pick(rng: random.Random, options: Sequence[_T]) -> _T:
+    """One option, by random() alone: the only draw that Python promises to keep the same in all versions."""
+    return options[int(rng.random() * len(options))]
+
+
+def _one_of(options: Sequence[Any]) -> Draw:
+    return lambda rng: (pick(rng, options),)
+
+
+def _two_of(options: Sequence[Any]) -> Draw:
+    """Two different options, the earlier one first."""
+
+    def draw(rng: random.Random) -> Value:
+        first, second = (int(rng.random() * size) for size in (len(options), len(options) - 1))
+        second += second >= first
+        return (options[min(first, second)], options[max(first, second)])
+
+    return draw
+
+
+def _all_of(*groups: Sequence[Any]) -> Draw:
+    """One option of each group."""
+    return lambda rng: tuple(pick(rng, group) for group in groups)
+
+
+def _draw_kin(rng: random.Random, nouns: Sequence[str]) -> Value:
+    return ("kin", pick(rng, grammar.POSSESSORS), pick(rng, nouns))
+
+
+def _draw_one(rng: random.Random) -> Value:
+    return ("name", pick(rng, _NAMES)) if rng.random() < 0.6 else _draw_kin(rng, tuple(words.KIN))
+
+
+def _draw_who(rng: random.Random) -> Value:
+    chance = rng.random()
+    if chance < 0.2:
+        return _draw_kin(rng, tuple(words.FAMILIES))
+    if chance < 0.4:
+        return ("pair", *_two_of(_NAMES)(rng))
+    return _draw_one(rng)
+
+
+def _draw_price(rng: random.Random) -> Value:
+    whole = pick(rng, (range(2, 100), range(100, 1000, 5), range(1000, 10000, 50)))
+    return (pick(rng, ("EUR", "USD", "GBP")), pick(rng, whole) + Decimal(pick(rng, _CENTS)) / 100)
+
+
+def _draw_sum(rng: random.Random) -> Value:
+    whole = pick(rng, (range(2, 100), range(100, 1000, 10), range(1000, 20000, 500)))
+    return (pick(rng, ("EUR", "USD", "GBP", "CHF")), pick(rng, whole))
+
+
+def _draw_lapse(rng: random.Random) -> Value:
+    unit, days, most = pick(rng, _LAPSES)
+    return (unit, days, pick(rng, range(2, most + 1)))
+
+
+def _draw_quantity(*options: tuple[str, Sequence[Decimal | int]]) -> Draw:
+    def draw(rng: random.Random) -> Value:
+        unit, amounts = pick(rng, options)
+        return (unit, pick(rng, amounts))
+
+    return draw
+
+
+def _days(first_year: int, last_year: int) -> range:
+    return range(datetime.date(first_year, 1, 1).toordinal(), datetime.date(last_year, 12, 31).toordinal())
+
+
+def _person(value: Value, language: str) -> Filler:
+    sort, *who = value
+    if sort == "kin":
+        possessor, noun = who
+        agreement = grammar.AGREEMENT[_RELATIVES[noun]["fr"].gender]
+        forms = grammar.possessed(possessor, _RELATIVES[noun][language], language)
+    else:
+        all_women = all(name in words.NAMES["f"] for name in who)
+        agreement = (grammar.FS if all_women else grammar.MS) + (grammar.MP if sort == "pair" else 0)
+        forms = dict.fromkeys(("", "acc", "dat"), f" {_AND[language]} ".join(who))
+    return Filler(forms | {"he": _PRONOUNS[language][agreement]}, agreement)
+
+
+def _person_identity(value: Value) -> frozenset[Any]:
+    return frozenset(value[2:] if value[0] == "kin" else value[1:])
+
+
+def _thing(value: Value, language: str) -> Filler:
+    noun, adjective = value
+    return grammar.thing(words.THINGS[noun][language], words.ADJECTIVES[adjective][language], language)
+
+
+def _things(value: Value, language: str) -> Filler:
+    count, noun, adjective = value
+    word = words.THINGS[noun][language]
+    numeral = format(locale.cardinal(count, language), "f" if word.gender == "f" else "")
+    return Filler({"": grammar.counted(word, words.ADJECTIVES[adjective][language], numeral, language)})
+
+
+def _definite(nouns: dict[str, dict[str, words.Noun]]) -> Kind:
+    return Kind(
+        _one_of(tuple(nouns)),
+        lambda value, language: grammar.definite(value[0], nouns[value[0]][language], language),
+    )
+
+
+def _bare(nouns: dict[str, dict[str, words.Noun]]) -> Kind:
+    return Kind(_one_of(tuple(nouns)), lambda value, language: Filler({"": nouns[value[0]][language].singular}))
+
+
+def _written(draw: Draw, write: Callable[..., str]) -> Kind:
+    """A kind with the one form that `write` gives."""
+    return Kind(draw, lambda value, language: Filler({"": write(*value, language)}))
+
+
+def _inflected(draw: Draw, write: Callable[..., Filler]) -> Kind:
+    return Kind(draw, lambda value, language: write(*value, language))
+
+
+def _compared(unit: str, amounts: Sequence[Decimal | int]) -> Kind:
+    """Two amounts of one unit, with the forms `low` and `high`."""
+
+    def fill(value: Value, language: str) -> Filler:
+        low, high = (locale.quantity(unit, amount, language) for amount in value)
+        return Filler({"low": low, "high": high})
+
+    return Kind(_two_of(amounts), fill)
+
+
+def _span(value: Value, language: str) -> Filler:
+    start, end = (locale.time_of_day(minute, language) for minute in value)
+    return Filler({"start": start, "end": end, "bare": locale.clock(value[0], language)})
+
+
+def _measured(*options: tuple[str, Sequence[Decimal | int]]) -> Kind:
+    return _written(_draw_quantity(*options), locale.quantity)
+
+
+KINDS = {
+    "who": Kind(_draw_who, _person, "person", _person_identity),
+    "one": Kind(_draw_one, _person, "person", _person_identity),
+    "thing": Kind(_all_of(tuple(words.THINGS), tuple(words.ADJECTIVES)), _thing),
+    "things": Kind(_all_of(range(2, 100), tuple(words.THINGS), tuple(words.ADJECTIVES)), _things),
+    "event": _definite(words.EVENTS),
+    "place": _definite(words.PLACES),
+    "food": _bare(words.FOODS),
+    "drink": _bare(words.DRINKS),
+    "country": _inflected(_one_of(tuple(words.TERRITORIES)), locale.country),
+    "city": _written(_one_of(words.CITY_ZONES), locale.city),
+    "language": _inflected(_one_of(words.SPOKEN), locale.language_name),
+    "time": _written(_one_of(_MINUTES), locale.time_of_day),
+    "span": Kind(_two_of(_MINUTES), _span),
+    "weekday": _inflected(_one_of(range(7)), locale.weekday),
+    "past": _inflected(_one_of(_days(1960, 2019)), locale.date),
+    "coming": _inflected(_one_of(_days(2027, 2035)), locale.date),
+    "month": _written(_all_of(range(1990, 2020), range(1, 13)), locale.month),
+    "soon": _written(_all_of(range(2027, 2036), range(1, 13)), locale.month),
+    "year": _written(_one_of(range(1950, 2020)), lambda year, language: str(year)),
+    "lapse": _inflected(_draw_lapse, locale.lapse),
+    "price": _written(_draw_price, locale.price),
+    "sum": _written(_draw_sum, locale.sum_of_money),
+    "percent": _measured(("percent", [Decimal(n) / 200 for n in range(3, 80)])),
+    "hours": _measured(("duration-hour", _HALVES)),
+    "minutes": _measured(("duration-minute", range(2, 60))),
+    "distance": _measured(("length-kilometer", (*_HALVES, *range(25, 100, 5), *range(100, 1500, 10)))),
+    "centimeters": _measured(("length-centimeter", range(2, 30))),
+    "speed": _measured(("speed-kilometer-per-hour", range(45, 240))),
+    "area": _measured(("area-square-meter", range(20, 250))),
+    "data": _measured(("digital-gigabyte", _HALVES), ("digital-megabyte", range(20, 1000, 10))),
+    "mass": _measured(("mass-gram", range(50, 1000, 25)), ("mass-kilogram", _HALVES)),
+    "weight": _measured(("mass-kilogram", (*_HALVES, *range(21, 80)))),
+    "volume": _measured(("volume-liter", _HALVES), ("volume-milliliter", range(50, 1000, 25))),
+    "meters": _compared("length-meter", (*_HALVES, *range(21, 100), *range(100, 1200, 10))),
+    "degrees": _compared("temperature-celsius", range(2, 41)),
+    "shares": _compared("percent", [Decimal(n) / 200 for n in range(4, 180)]),
+    "small": _inflected(_one_of(range(2, 13)), locale.cardinal),
+    "years": _inflected(_one_of(range(2, 61)), locale.cardinal),
+    "count": _inflected(_one_of(range(2, 100)), locale.cardinal),
+    "many": _inflected(_one_of(range(100, 1000)), locale.cardinal),
+    "ordinal": _inflected(_one_of(range(2, 21)), locale.ordinal),
+    "inhabitants": _written(_one_of(range(115_000, 4_000_000, 10_000)), locale.number),
+}
+
+
+def draw(slots: Sequence[str], rng: random.Random) -> dict[str, Value]:
+    """A value for each slot; no two slots of one family name the same person, city, thing and so on."""
+    values: dict[str, Value] = {}
+    taken: dict[str, frozenset[Any]] = {}
+    for slot in slots:
+        name = slot.rstrip("0123456789")
+        kind = KINDS[name]
+        family = kind.family or name
+        value = kind.draw(rng)
+        while not taken.get(family, frozenset()).isdisjoint(kind.identity(value)):
+            value = kind.draw(rng)
+        values[slot] = value
+        taken[family] = taken.get(family, frozenset()) | kind.identity(value)
+    return values
+
+
+def fill(values: Mapping[str, Value], language: str) -> dict[str, Filler]:
+    """The same values in one language, ready for `str.format_map`."""
+    return {slot: KINDS[slot.rstrip("0123456789")].fill(value, language) for slot, value in values.items()}
+
 
 Pair = tuple[str, str]
 
-FRAMES = templates_time.FRAMES + templates_life.FRAMES
+FRAMES = templates.TIME + templates.LIFE
 TARGETS = ("de", "fr", "es")
 SPLIT_SIZES = {"train": 60_000, "validation": 500, "test": 1_000}
 
@@ -49,9 +294,9 @@ def _slots(frame: Frame) -> list[str]:
 _SLOTS = [(frame, _slots(frame)) for frame in FRAMES]
 
 
-def render(frame: Frame, values: Mapping[str, cldr_slots.Value], language: str) -> str:
+def render(frame: Frame, values: Mapping[str, Value], language: str) -> str:
     """The frame's sentence in one language, with the slots filled, words contracted, the first letter large."""
-    text = getattr(frame, language).format_map(cldr_slots.fill(values, language))
+    text = getattr(frame, language).format_map(fill(values, language))
     text = contract(text, language)
     return text[0].upper() + text[1:]
 
@@ -61,8 +306,8 @@ def candidates(language: str, seed: int) -> Iterator[Pair]:
     # A string seeds random.Random by SHA-512, the same in every Python version.
     rng = random.Random(f"cldr {seed}")
     while True:
-        frame, slots = cldr_slots.pick(rng, _SLOTS)
-        values = cldr_slots.draw(slots, rng)
+        frame, slots = pick(rng, _SLOTS)
+        values = draw(slots, rng)
         yield render(frame, values, "en"), render(frame, values, language)
 
 
