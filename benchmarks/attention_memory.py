@@ -65,11 +65,11 @@ def two_or_more(text: str) -> list[int]:
 
 def temporary_mb(path: str, length: int, topology: Topology) -> float:
     """MiB of temporary arrays of one update on each device; all that it needs, where a chip has not so much."""
-    from transformer.distributed import sharding
+    from transformer.distributed.mesh import make_mesh
     from transformer.planning import aot
 
     config = small_model(path)
-    mesh = sharding.make_mesh(config.mesh, aot.devices(topology))
+    mesh = make_mesh(config.mesh, aot.devices(topology))
     compiled = aot.compile_step(config, mesh, 1, length, EFFORT)
     found = round((compiled.temporaries if compiled.text else compiled.needed) / 2**20, 1)
     say(f"{path}, {length:,} tokens: {found:,} MiB")

@@ -33,6 +33,7 @@ from transformer.config import Config, validation
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS, UNK
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.evaluation.charts import Series
 from transformer.models import registry
 from transformer.runtime import errors
@@ -174,7 +175,7 @@ def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
 
 def measure(config: Config, rows: int, length: int) -> Row:
     """Compiles one update for a batch of full sentences, and times it."""
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     model = registry.Model(config.model, VOCAB)
     update = train_step.make_train_step(model, config, mesh)
     ids = np.random.default_rng(0).integers(UNK + 1, VOCAB, (rows, length), np.int32)

@@ -69,7 +69,7 @@ def fresh_programs(_shared_programs):
 def one_device():
     """A mesh of one device: most tests need no more."""
     from transformer.config import MeshConfig
-    from transformer.distributed.sharding import make_mesh
+    from transformer.distributed.mesh import make_mesh
 
     return make_mesh(MeshConfig(data=1))
 

@@ -9,7 +9,7 @@ import pytest
 
 from configs import wmt14_big
 from transformer.config.validation import resolve
-from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
 from transformer.planning import aot, hlo_cost
 from transformer.planning.hardware import parse_topology
@@ -24,7 +24,7 @@ def compiled(topology, attention, width):
     fields.model.update({"num_layers": 1, "dtype": "bfloat16", "attention": attention})
     fields.data.max_length = max(width, fields.data.max_length)
     config = resolve(fields)
-    mesh = sharding.make_mesh(config.mesh, aot.devices(parse_topology(topology)))
+    mesh = make_mesh(config.mesh, aot.devices(parse_topology(topology)))
     rows = aot.batch_rows(config, mesh, width)
     text = aot.compile_step(config, mesh, rows, width, -1.0).text
     closed = cost.training_flops(config.model, config.data.vocab_size, rows, width, width)

@@ -16,6 +16,7 @@ from transformer.data.tokenizer import EOS
 from transformer.decoding import alignment
 from transformer.decoding.alignment import Aligner, Attention
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models.registry import Model
 from transformer.runtime.errors import UserError
 from transformer.training import train_step as step
@@ -29,7 +30,7 @@ def parts():
     config = small_config()
     vocabulary = tokenizer.train(LINES, 290, "bpe")
     model = Model(config.model, vocabulary.vocab_size)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     params = jax.device_put(model.init(1), sharding.replicated(mesh))
     return types.SimpleNamespace(config=config, tokenizer=vocabulary, model=model, mesh=mesh, params=params)
 
@@ -188,7 +189,7 @@ def test_alignments_of_a_model_of_two_layers_are_right():
         optimizer={"learning_rate": 0.004, "schedule": "linear", "warmup_steps": 30},
         train={"num_steps": steps},
     )
-    mesh, model = sharding.make_mesh(config.mesh), Model(config.model, vocabulary.vocab_size)
+    mesh, model = make_mesh(config.mesh), Model(config.model, vocabulary.vocab_size)
     state, train_step = step.init_state(model, config, mesh), step.make_train_step(model, config, mesh)
     for _ in range(steps):
         pairs = [backwards(rng) for _ in range(rows)]

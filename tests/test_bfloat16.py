@@ -15,6 +15,7 @@ from transformer.attention.dot_product import float32_product
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import registry
 from transformer.models.loss import cross_entropy
 from transformer.training import train_step
@@ -42,7 +43,7 @@ FEW = {"num_layers": 1, "dtype": "bfloat16"}
     ids=["plain", "blockwise", "recurrent", "additive", "convolutional"],
 )
 def test_a_bfloat16_training_step_multiplies_nothing_in_float32_and_sums_nothing_in_bfloat16(config):
-    mesh, model = sharding.make_mesh(config.mesh), registry.Model(config.model, V)
+    mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
     where = sharding.batch_sharding(mesh)
     batch = jax.tree.map(lambda ids: jax.ShapeDtypeStruct(ids.shape, ids.dtype, sharding=where), draw_batch())
     state = train_step.abstract_state(model, config, mesh)

@@ -14,6 +14,7 @@ from transformer.checkpoints import manager
 from transformer.checkpoints.manager import Checkpoints
 from transformer.data import tokenizer
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import registry
 from transformer.runtime import environment
 from transformer.runtime.errors import UserError, WorkdirError
@@ -28,7 +29,7 @@ def make_parts(seed=0):
     config = small_config(model={"num_layers": 1}, mesh={"data": 2}, train={"seed": seed})
     vocabulary = tokenizer.train(LINES, 280, "bpe")
     model = registry.Model(config.model, vocabulary.vocab_size)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     return config, vocabulary, model, mesh, train_step.init_state(model, config, mesh)
 
 
@@ -72,7 +73,7 @@ def test_steps_are_in_order_of_number(workdir):
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_the_state_comes_back_to_the_last_bit_on_any_mesh(parts, saved, devices):
     config, _, model, _, state = parts
-    mesh = sharding.make_mesh(small_config(mesh={"data": devices}).mesh)
+    mesh = make_mesh(small_config(mesh={"data": devices}).mesh)
     restored = Checkpoints(saved).restore(10, train_step.abstract_state(model, config, mesh))
     assert int(restored.step) == 10
     wanted = state._replace(params=jax.tree.map(lambda leaf: leaf + 10, state.params))
@@ -84,11 +85,11 @@ def test_the_state_comes_back_to_the_last_bit_on_any_mesh(parts, saved, devices)
 def test_what_fsdp_saved_comes_back_on_other_meshes(tmp_path):
     config = small_config(model={"num_layers": 1}, mesh={"fsdp": 8}, train={"ema_decay": 0.9})
     _, vocabulary, model, *_ = make_parts()
-    state = train_step.init_state(model, config, sharding.make_mesh(config.mesh))
+    state = train_step.init_state(model, config, make_mesh(config.mesh))
     assert not state.params["encoder"][0]["mlp"]["kernel_in"].is_fully_replicated
     Checkpoints(tmp_path).save(state, config, vocabulary, {}, {})
     for sizes in ({"data": 8}, {"data": 2, "tensor": 2, "sequence": 2}, {"data": 1}):
-        mesh = sharding.make_mesh(small_config(mesh=sizes).mesh)
+        mesh = make_mesh(small_config(mesh=sizes).mesh)
         restored = Checkpoints(tmp_path).restore(0, train_step.abstract_state(model, config, mesh))
         jax.tree.map(np.testing.assert_array_equal, restored, state)
         wanted = train_step.state_shardings(model, config, mesh)
@@ -101,7 +102,7 @@ def test_a_moving_average_comes_back_too(parts, saved, tmp_path, devices):
     config = small_config(model={"num_layers": 1}, mesh={"data": devices}, train={"ema_decay": 0.9})
     state = state._replace(ema=jax.tree.map(lambda leaf: leaf + np.float32(3), state.params))
     Checkpoints(tmp_path).save(state, config, vocabulary, {}, {})
-    abstract = train_step.abstract_state(model, config, sharding.make_mesh(config.mesh))
+    abstract = train_step.abstract_state(model, config, make_mesh(config.mesh))
     restored = Checkpoints(tmp_path).restore(0, abstract)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert any(name.startswith("ema/") for name in Checkpoints(tmp_path).manifest(0).files)

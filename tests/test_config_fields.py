@@ -17,7 +17,7 @@ from transformer.config import schema, validation
 from transformer.data import tokenizer
 from transformer.data.batching import Batch
 from transformer.decoding.translator import Translator
-from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import registry
 from transformer.runtime.errors import UserError
 from transformer.training import train_step, workdir
@@ -174,7 +174,7 @@ def config_of(family, method, **model):
 def reads_of_training(family, **model):
     reads = set()
     config = recorded(config_of(family, "beam", **model), reads)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     trained = registry.Model(config.model, 300)
     batch = Batch(*(jax.ShapeDtypeStruct((8, width), np.int32) for width in (6, 7)))
     train_step.make_train_step(trained, config, mesh).trace(train_step.abstract_state(trained, config, mesh), batch)
@@ -187,7 +187,7 @@ def reads_of_decoding(method):
     config = recorded(config_of("recurrent", method), reads)
     vocabulary = tokenizer.train(["a few words to translate"], 275, "bpe")
     model = registry.Model(config.model, vocabulary.vocab_size)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     state = train_step.init_state(model, config, mesh)
     Translator(model, vocabulary, config.decode, mesh).translate(state.params, ["a few"])
     return reads

@@ -11,7 +11,7 @@ from flax import nnx
 from tests.conftest import slow, small_config
 from transformer.config import ModelConfig
 from transformer.data.batching import Batch
-from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
 from transformer.models import registry
 from transformer.models.flops import Spent
@@ -39,7 +39,7 @@ def dot_flops(jaxpr):
 def traced(rows, source, target, vocab_size, **sections):
     """The training step of a config, traced for one batch shape."""
     config = small_config(**sections)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     model = registry.Model(config.model, vocab_size)
     batch = Batch(*(jax.ShapeDtypeStruct((rows, width), np.int32) for width in (source, target)))
     train_step = step.make_train_step(model, config, mesh)

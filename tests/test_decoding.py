@@ -21,7 +21,7 @@ from transformer.data.tokenizer import PAD
 from transformer.decoding import base, beam_search
 from transformer.decoding import decode as decoding
 from transformer.decoding.decode import Request
-from transformer.distributed import sharding
+from transformer.distributed.mesh import MESH_AXES
 from transformer.models.registry import Model
 from transformer.models.transformer import Cache
 
@@ -213,7 +213,7 @@ def test_the_platform_says_how_many_rows_unless_the_config_does(platform, rows):
     device = types.SimpleNamespace(platform=platform)
 
     def mesh(devices):
-        shape = dict.fromkeys(sharding.MESH_AXES, 1) | {"data": devices}
+        shape = dict.fromkeys(MESH_AXES, 1) | {"data": devices}
         return types.SimpleNamespace(devices=np.array([device] * devices), shape=shape)
 
     assert decoding.batch_rows(DecodeConfig(), mesh(1)) == rows

@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import small_config
 from transformer.data import tokenizer
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator as evaluate
 from transformer.models.registry import Model
 from transformer.runtime.errors import UserError
@@ -22,7 +23,7 @@ def evaluator():
     config = small_config(model={"num_layers": 1}, train={"batch_tokens": 64})
     vocabulary = tokenizer.train(HYPOTHESES + REFERENCES, 300, "bpe")
     model = Model(config.model, vocabulary.vocab_size)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     params = jax.device_put(model.init(0), sharding.replicated(mesh))
     return evaluate.Evaluator(model, vocabulary, config, mesh), params, model, vocabulary
 
@@ -54,7 +55,7 @@ def test_a_mesh_changes_nothing_but_rounding(evaluator):
     config = small_config(
         model={"num_layers": 1}, train={"batch_tokens": 64}, mesh={"fsdp": 2, "tensor": 2, "sequence": 2}
     )
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     many = evaluate.Evaluator(model, vocabulary, config, mesh)
     split = jax.device_put(params, sharding.param_shardings(mesh, model.abstract_params))
     ours, theirs = (room.evaluate(held, HYPOTHESES, [REFERENCES]) for room, held in ((many, split), (one, params)))
@@ -65,7 +66,7 @@ def test_a_mesh_changes_nothing_but_rounding(evaluator):
 def test_no_more_goes_through_the_model_at_once_than_in_training(evaluator, monkeypatch):
     one, params, model, vocabulary = evaluator
     config = small_config(model={"num_layers": 1}, train={"batch_tokens": 256, "accumulation_steps": 4})
-    parts, slots = evaluate.Evaluator(model, vocabulary, config, sharding.make_mesh(config.mesh)), []
+    parts, slots = evaluate.Evaluator(model, vocabulary, config, make_mesh(config.mesh)), []
     run = parts._eval_step
     monkeypatch.setattr(parts, "_eval_step", lambda p, batch: (slots.append(batch.target_BT.size), run(p, batch))[1])
     lines = HYPOTHESES * 2, REFERENCES * 2

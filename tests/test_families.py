@@ -18,6 +18,7 @@ from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.decoding import decode as decoding
 from transformer.decoding.decode import Request
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import flops
 from transformer.models.registry import Model
 from transformer.models.segments import shift_right
@@ -250,7 +251,7 @@ def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
     found = []
     for mesh in ({"data": 1}, {"data": 2, "fsdp": 4}):
         config = dataclasses.replace(family_config(family=family), mesh=small_config(mesh=mesh).mesh)
-        grid, model = sharding.make_mesh(config.mesh), Model(config.model, V)
+        grid, model = make_mesh(config.mesh), Model(config.model, V)
         state = train_step.init_state(model, config, grid)
         batch = sharding.place_batch(grid, Batch(*rows))
         update = train_step.make_train_step(model, config, grid).lower(state, batch).compile()
@@ -269,7 +270,7 @@ def test_it_learns_to_copy_and_beam_search_finds_the_copy(family):
     config = family_config(family=family, emb_dim=32, dropout_rate=0.0)
     model = Model(config.model, 16)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **FAST))
-    grid = sharding.make_mesh(config.mesh)
+    grid = make_mesh(config.mesh)
     update, state = train_step.make_train_step(model, config, grid), train_step.init_state(model, config, grid)
     rng = np.random.default_rng(0)
 

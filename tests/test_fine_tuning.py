@@ -13,7 +13,7 @@ from tests.test_checkpoint import flip, make_parts, save, save_three
 from transformer import command_line
 from transformer.config import schema, validation, warm_start
 from transformer.data import tokenizer
-from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import registry
 from transformer.runtime.errors import UserError, WorkdirError
 from transformer.training import initialization, workdir
@@ -37,7 +37,7 @@ def config_of(saved, model=None, **train):
 
 
 def first_state(config):
-    model, mesh = registry.Model(config.model, config.data.vocab_size), sharding.make_mesh(config.mesh)
+    model, mesh = registry.Model(config.model, config.data.vocab_size), make_mesh(config.mesh)
     return initialization.first_state(initialization.find(config), model, config, mesh)
 
 

@@ -21,6 +21,7 @@ from transformer.attention import dot_product, fused
 from transformer.attention.dot_product import Visible
 from transformer.config import MeshConfig
 from transformer.distributed import multihost, sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
 from transformer.models import layers, registry
 from transformer.models.loss import cross_entropy
@@ -126,7 +127,7 @@ def config_of(path, sizes=(1, 1, 1), **fields):
 
 
 def loss_and_gradients(config):
-    mesh, model = sharding.make_mesh(config.mesh), registry.Model(config.model, 300)
+    mesh, model = make_mesh(config.mesh), registry.Model(config.model, 300)
     ids = np.random.default_rng(0).integers(4, 300, (4, 9)).astype(np.int32)
     ids[:, -2:] = [2, 0]
     params = jax.device_put(model.init(0), sharding.param_shardings(mesh, model.abstract_params))
@@ -185,12 +186,12 @@ def test_where_each_kernel_can_run(monkeypatch, platform, dtype, width, packed, 
     q = jnp.zeros((1, 8, 2, width), dtype)
     visible = Visible(jnp.ones((1, 8), jnp.int32)) if packed else Visible()
     assert fused.here(q, q, visible, rate) == expected
-    with sharding.on_mesh(sharding.make_mesh(MeshConfig(data=1, sequence=2))):
+    with sharding.on_mesh(make_mesh(MeshConfig(data=1, sequence=2))):
         assert fused.here(q, q, visible, rate) == ""
 
 
 def test_the_platform_is_that_of_the_mesh():
-    with sharding.on_mesh(sharding.make_mesh(MeshConfig(data=1))):
+    with sharding.on_mesh(make_mesh(MeshConfig(data=1))):
         assert sharding.platform() == "cpu"
     assert sharding.platform() == jax.default_backend()
 
@@ -223,7 +224,7 @@ def test_a_kernel_forced_on_another_platform_is_refused_before_anything_compiles
     config = small_config(model=fields)
     monkeypatch.setattr(jax, "jit", None)
     with pytest.raises(UserError, match=f"it runs on {platform} devices, and these are cpu devices"):
-        train_step.make_train_step(registry.Model(config.model, 300), config, sharding.make_mesh(config.mesh))
+        train_step.make_train_step(registry.Model(config.model, 300), config, make_mesh(config.mesh))
 
 
 def test_a_run_is_refused_before_its_data_is_prepared(tmp_path, monkeypatch):
@@ -234,7 +235,7 @@ def test_a_run_is_refused_before_its_data_is_prepared(tmp_path, monkeypatch):
 
 def test_a_mesh_that_fills_up_the_length_is_refused_too():
     config = small_config(model={"attention": "splash"}, mesh={"data": 1, "sequence": -1})
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     with pytest.raises(UserError, match=r"it runs on tpu devices"):
         fused.require(config, mesh)
     with pytest.raises(UserError, match=r"expected mesh\.sequence = 1, got 8"):
@@ -258,7 +259,7 @@ def on_platform(mesh, platform, capability="9.0"):
 @pytest.mark.parametrize("capability", ["7.5", "gfx942"])
 def test_a_gpu_that_is_too_old_or_of_amd_is_refused(capability):
     config = small_config(model=CUDNN)
-    mesh = sharding.make_mesh(MeshConfig(data=1))
+    mesh = make_mesh(MeshConfig(data=1))
     fused.require(config, on_platform(mesh, "gpu"))
     with pytest.raises(UserError, match=rf"NVIDIA GPU of compute capability 8\.0 or more, and these have {capability}"):
         fused.require(config, on_platform(mesh, "gpu", capability))
@@ -284,7 +285,7 @@ def machine(monkeypatch):
 def required(capability="9.0", **model):
     """What `require` makes of a config of long sentences on such a GPU."""
     config = small_config(model={**CUDNN, **model}, data={"max_length": 512}, train={"batch_tokens": 512})
-    fused.require(config, on_platform(sharding.make_mesh(config.mesh), "gpu", capability))
+    fused.require(config, on_platform(make_mesh(config.mesh), "gpu", capability))
 
 
 def chosen(length, width=8):
@@ -345,7 +346,7 @@ def test_an_amd_gpu_takes_no_kernel_and_tries_none(machine, capsys):
 def test_nothing_is_tried_where_training_would_not_choose_it(machine):
     tried = machine("")
     config = small_config(model={**CUDNN, "attention": "auto"})
-    fused.require(config, on_platform(sharding.make_mesh(config.mesh), "gpu"))  # of short sentences
+    fused.require(config, on_platform(make_mesh(config.mesh), "gpu"))  # of short sentences
     required(attention="blockwise")
     required(attention="auto", dtype="float32")
     assert tried == []
@@ -384,7 +385,7 @@ def compiled(topology, **fields):
     config = small_config(
         model=model, data={"max_length": 640}, train={"batch_tokens": 640}, mesh={"data": 2, "tensor": 2}
     )
-    mesh = sharding.make_mesh(config.mesh, aot.devices(parse_topology(topology)))
+    mesh = make_mesh(config.mesh, aot.devices(parse_topology(topology)))
     text = aot.compile_step(config, mesh, 4, 640, -1.0).text
     return text, hlo_cost.flops(Program(text)) * 4, cost.training_flops(config.model, 300, 4, 640, 640)
 
@@ -404,7 +405,7 @@ def test_splash_compiles_for_a_tpu_forward_and_backward():
 def test_translation_on_tpus_encodes_by_splash_too():
     """Each device on its own, where nothing is left to split."""
     config = config_of("splash")
-    mesh = sharding.make_mesh(MeshConfig(), aot.devices(parse_topology("v5e:2x2")))
+    mesh = make_mesh(MeshConfig(), aot.devices(parse_topology("v5e:2x2")))
     model = registry.Model(config.model, 300)
     encode = jax.jit(sharding.over_rows(mesh, lambda params, ids: model.bind(params).encode(ids)))
     rows = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=sharding.batch_sharding(mesh, "sentences"))

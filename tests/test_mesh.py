@@ -16,6 +16,7 @@ from transformer.config import MeshConfig
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import registry
 from transformer.models.loss import cross_entropy
 from transformer.planning import aot, hlo_cost
@@ -49,7 +50,7 @@ def batches():
 
 def gradient_of(config):
     """(params, batch) → loss and gradients of its mean, with dropout, on a mesh."""
-    mesh, model = sharding.make_mesh(config.mesh), registry.Model(config.model, V)
+    mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
 
     def objective(params, batch):
         with sharding.on_mesh(mesh):
@@ -69,7 +70,7 @@ def gradient_of(config):
 
 def results(config):
     """Loss and gradients at the start, and the losses of some updates."""
-    mesh, model = sharding.make_mesh(config.mesh), registry.Model(config.model, V)
+    mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
     state = step.init_state(model, config, mesh)
     first = sharding.place_batch(mesh, batches()[0])
     loss, grads = jax.device_get(gradient_of(config)(state.params, first))
@@ -135,7 +136,7 @@ def bytes_by_device(tree):
 def test_fsdp_stores_an_eighth_on_each_device(scan):
     """Params, both moments and the moving average, when made and after an update."""
     config = config_of((1, 8, 1, 1), {"ema_decay": 0.9}, **WIDE, scan_layers=scan, num_layers=2)
-    mesh, model = sharding.make_mesh(config.mesh), registry.Model(config.model, V)
+    mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
     state = step.init_state(model, config, mesh)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert whole > 4 * 4 * model.num_params()
@@ -155,7 +156,7 @@ COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-a
 
 def collectives(config):
     """(what, shape, bytes) of each array that devices exchange in a compiled update of a config."""
-    mesh, model = sharding.make_mesh(config.mesh), registry.Model(config.model, V)
+    mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
     state = step.abstract_state(model, config, mesh)
     return exchanged(step.make_train_step(model, config, mesh).lower(state, place(mesh)).compile().as_text())
 
@@ -229,7 +230,7 @@ def test_packed_rows_are_told_apart_on_a_mesh():
     for sizes in ((1, 1, 1, 1), (2, 1, 1, 4)):
         config = config_of(sizes)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, batching="pack"))
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = make_mesh(config.mesh)
         params = step.init_state(registry.Model(config.model, V), config, mesh).params
         grads.append(jax.device_get(gradient_of(config)(params, sharding.place_batch(mesh, Batch(side, side)))))
     np.testing.assert_allclose(grads[1][0], grads[0][0], rtol=1e-5)
@@ -242,7 +243,7 @@ def test_fsdp_on_tpus_scatters_the_sums_of_gradients():
     """Slices of 128 numbers, a row of the chip's registers: sums of narrower ones may reach every chip whole."""
     fields = {"num_layers": 1, "emb_dim": 512, "num_heads": 8, "mlp_dim": 512}
     config = small_config(model=fields, data={"vocab_size": 320}, mesh={"data": 1, "fsdp": 4})
-    mesh = sharding.make_mesh(config.mesh, aot.devices(parse_topology("v5e:2x2")))
+    mesh = make_mesh(config.mesh, aot.devices(parse_topology("v5e:2x2")))
     text = aot.compile_step(config, mesh, 16, 32, -1.0).text
     leaves = jax.tree.leaves(registry.Model(config.model, 320).abstract_params)
     matrices = sum(4 * leaf.size for leaf in leaves if leaf.ndim > 1)

@@ -13,6 +13,7 @@ from transformer.data.batching import PADDING_ROW, BucketPlan, Ragged
 from transformer.data.packing import PackedPlan
 from transformer.data.tokenizer import EOS
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import registry
 from transformer.models.loss import cross_entropy
 from transformer.training import train_step
@@ -199,7 +200,7 @@ def test_the_field_packs_the_training_step():
         config = small_config(
             data={"batching": batching_mode, "num_buckets": 8}, model={"dropout_rate": 0.0, "num_layers": 1}
         )
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = make_mesh(config.mesh)
         model = registry.Model(config.model, 40)
         update = train_step.make_train_step(model, config, mesh)
         _, metrics = update(train_step.init_state(model, config, mesh), sharding.place_batch(mesh, batch))

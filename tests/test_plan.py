@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT, small_config
 from transformer import plan
-from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import flops, registry
 from transformer.planning import aot
 from transformer.planning.hardware import parse_topology
@@ -113,7 +113,7 @@ def test_the_largest_batch_that_fits_does_and_a_larger_one_does_not():
     assert row["fit_tokens_per_chip"] * 8 == row["fit_batch_tokens"] > 1024
 
     def needed(tokens):
-        mesh = sharding.make_mesh(config.mesh, aot.devices(tight))
+        mesh = make_mesh(config.mesh, aot.devices(tight))
         return aot.compile_step(config, mesh, tokens // 32, 32).needed
 
     found = row["fit_batch_tokens"]
@@ -209,7 +209,7 @@ def test_the_tpu_compiler_says_how_much_too_large_a_program_is():
     model = {"num_layers": 1, "emb_dim": 128, "mlp_dim": 256}
     config = small_config(model=model, data={"vocab_size": 32000, "max_length": 256}, mesh={"data": -1})
     topology = parse_topology("v5e:2x2")
-    mesh = sharding.make_mesh(config.mesh, aot.devices(topology))
+    mesh = make_mesh(config.mesh, aot.devices(topology))
     found = aot.compile_step(config, mesh, 2000, 256, -1.0)
     assert not found.text
     assert topology.chip.memory < found.needed < 1.2 * topology.chip.memory

@@ -13,6 +13,7 @@ from tests.conftest import small_config
 from transformer.checkpoints.loading import Trained
 from transformer.data import tokenizer
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import continuous, report, scoring, significance
 from transformer.evaluation.scoring import EvaluationSet
 from transformer.models.registry import Model
@@ -30,7 +31,7 @@ def evaluation():
     config = small_config()
     vocabulary = tokenizer.train([*SOURCES[1:-1], EVIL], 290, "bpe")
     model = Model(config.model, vocabulary.vocab_size)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     params = jax.device_put(model.init(5), sharding.replicated(mesh))
     trained = Trained("latest", [20], {}, config, vocabulary, model, params, mesh)
     return scoring.Scorer(CHOSEN).evaluate(trained)

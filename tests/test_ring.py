@@ -14,13 +14,14 @@ from transformer.attention.dot_product import Visible
 from transformer.attention.ring import ring_attention
 from transformer.config import MeshConfig
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import layers
 
 HEADS = ("batch", "length", "heads", "kv")
 
 
 def mesh_of(**sizes):
-    return sharding.make_mesh(MeshConfig(**{"data": 1, **sizes}))
+    return make_mesh(MeshConfig(**{"data": 1, **sizes}))
 
 
 def on(mesh, function):

@@ -13,6 +13,7 @@ from tests.conftest import small_config
 from transformer.config import MeshConfig
 from transformer.data.batching import Batch, BucketPlan
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh, mesh_shape
 from transformer.models import registry
 from transformer.runtime.environment import CompileCounter
 from transformer.runtime.errors import UserError
@@ -31,7 +32,7 @@ from transformer.training import train_step
     ],
 )
 def test_sizes_of_a_mesh(fields, devices, shape):
-    assert sharding.mesh_shape(MeshConfig(**fields), devices) == shape
+    assert mesh_shape(MeshConfig(**fields), devices) == shape
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_sizes_of_a_mesh(fields, devices, shape):
 )
 def test_a_mesh_that_cannot_be_is_an_error(fields, message):
     with pytest.raises(UserError, match=message):
-        sharding.make_mesh(MeshConfig(**fields))
+        make_mesh(MeshConfig(**fields))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ TWO_SLICES = [Chip(16 * k + 4 * y + x, (x, y, 0), k, 4 * k + y) for k in (0, 1) 
     ("fields", "shape"), [({}, (32, 1, 1, 1)), ({"fsdp": 4, "tensor": 2}, (4, 4, 2, 1)), ({"fsdp": 16}, (2, 16, 1, 1))]
 )
 def test_data_alone_goes_across_slices_of_tpus(fields, shape):
-    devices = sharding.make_mesh(MeshConfig(**fields), TWO_SLICES[::-1]).devices
+    devices = make_mesh(MeshConfig(**fields), TWO_SLICES[::-1]).devices
     assert devices.shape == shape
     assert [{chip.slice_index for chip in half.flat} for half in np.split(devices, 2)] == [{0}, {1}]
     assert len({chip.id for chip in devices.flat}) == 32
@@ -79,7 +80,7 @@ def test_data_alone_goes_across_slices_of_tpus(fields, shape):
 def test_a_model_that_would_be_shared_among_slices_is_refused():
     message = r"mesh\.data = 1: the 32 TPUs are 2 slices, .* to a multiple of 2, or to -1 .* to a divisor of 16"
     with pytest.raises(UserError, match=message):
-        sharding.make_mesh(MeshConfig(fsdp=32), TWO_SLICES)
+        make_mesh(MeshConfig(fsdp=32), TWO_SLICES)
 
 
 def test_the_rows_of_an_activation_keep_its_width_whole():
@@ -93,7 +94,7 @@ def test_the_rows_of_an_activation_keep_its_width_whole():
 def test_a_param_that_the_table_does_not_match_is_an_error(axes):
     abstract = nnx.State({"kernel": nnx.Param(jax.ShapeDtypeStruct((4, 4), jnp.float32), axes=axes)})
     with pytest.raises(ValueError, match=r"expected a name for each axis|no rule for the logical axis"):
-        sharding.param_shardings(sharding.make_mesh(MeshConfig()), abstract)
+        sharding.param_shardings(make_mesh(MeshConfig()), abstract)
 
 
 @pytest.mark.parametrize(
@@ -107,23 +108,23 @@ def test_a_model_that_the_mesh_does_not_divide_is_an_error_before_anything_compi
     config = small_config(model={"emb_dim": 20, "qkv_dim": 20, "value_dim": 20}, mesh=mesh)
     model = registry.Model(config.model, 300)
     with pytest.raises(UserError, match=message):
-        train_step.init_state(model, config, sharding.make_mesh(config.mesh))
+        train_step.init_state(model, config, make_mesh(config.mesh))
 
 
 def test_without_a_mesh_or_with_one_device_nothing_is_constrained():
     x = jnp.ones((2, 3, 4))
     axes = ("batch", "length", "embed")
     assert sharding.constrain(x, axes) is x
-    with sharding.on_mesh(sharding.make_mesh(MeshConfig(data=1))):
+    with sharding.on_mesh(make_mesh(MeshConfig(data=1))):
         assert sharding.constrain(x, axes) is x
         assert sharding.gathered(x, axes) is x
         assert sharding.shards("batch") == 1
-    with sharding.on_mesh(sharding.make_mesh(MeshConfig(data=2, sequence=4))):
+    with sharding.on_mesh(make_mesh(MeshConfig(data=2, sequence=4))):
         assert (sharding.shards("batch"), sharding.shards("length"), sharding.shards("vocab")) == (2, 4, 1)
 
 
 def test_a_param_is_whole_where_it_is_used_and_its_gradient_is_split():
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     axes = ("embed", "mlp")
     stored = jax.sharding.NamedSharding(mesh, sharding.spec(axes))
 
@@ -142,7 +143,7 @@ def test_padding_that_devices_and_many_parts_cost_is_said(parts, times):
     """Batches of 96 rows become 112, 128 or 512 on 8 devices."""
     lengths = np.full(960, 20)
     plan = BucketPlan(lengths, lengths, num_buckets=2, batch_tokens=20 * 96, max_length=20, seed=0)
-    said = sharding.waste(sharding.make_mesh(MeshConfig()), plan, parts)
+    said = sharding.waste(make_mesh(MeshConfig()), plan, parts)
     assert (f"steps = {parts} must divide the rows: padding makes them {times} times" in said) if times else said == ""
 
 
@@ -150,12 +151,12 @@ def test_padding_of_rare_batches_is_little():
     lengths = np.append(np.full(960, 20), 480)
     plan = BucketPlan(lengths, lengths, num_buckets=2, batch_tokens=20 * 96, max_length=480, seed=0)
     assert [bucket.rows for bucket in plan.buckets] == [96, 4]
-    assert sharding.waste(sharding.make_mesh(MeshConfig()), plan, 1) == ""
+    assert sharding.waste(make_mesh(MeshConfig()), plan, 1) == ""
 
 
 def test_rows_and_widths_are_filled_up_to_divide():
     """So the plan of batches need not know the mesh."""
-    mesh = sharding.make_mesh(MeshConfig(data=2, sequence=4))
+    mesh = make_mesh(MeshConfig(data=2, sequence=4))
     batch = Batch(np.ones((5, 7), np.int32), np.ones((5, 8), np.int32))
     placed = sharding.place_batch(mesh, batch, parts=2)
     assert (placed.source_BS.shape, placed.target_BT.shape) == ((8, 8), (8, 8))
@@ -167,7 +168,7 @@ def test_rows_and_widths_are_filled_up_to_divide():
 
 def test_several_hosts_trace_the_gathering_of_params_once(monkeypatch):
     """Every validation gathers them."""
-    mesh = sharding.make_mesh(MeshConfig(fsdp=8))
+    mesh = make_mesh(MeshConfig(fsdp=8))
     split = jax.device_put(np.arange(16.0, dtype=np.float32), sharding.NamedSharding(mesh, P("fsdp")))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with CompileCounter() as counter:

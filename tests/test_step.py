@@ -14,6 +14,7 @@ from transformer.config import MeshConfig
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS, PAD
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
 from transformer.models import registry
 from transformer.runtime.environment import CompileCounter
@@ -39,7 +40,7 @@ def draw_batch(rows=8, source=6, target=7, seed=0) -> Batch:
 @functools.cache
 def setup(data: int = 1, **model):
     config = small_config(model={"num_layers": 1, "dropout_rate": 0.0, **model}, mesh={"data": data})
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     built = registry.Model(config.model, V)
     return config, mesh, built, step.make_train_step(built, config, mesh)
 
@@ -300,4 +301,4 @@ def test_a_logical_axis_without_a_rule_is_an_error():
 
 def test_more_devices_than_there_are_is_an_error():
     with pytest.raises(Exception, match=r"mesh\.data = 9 asks for 9 devices: found only 8 devices"):
-        sharding.make_mesh(MeshConfig(data=9))
+        make_mesh(MeshConfig(data=9))

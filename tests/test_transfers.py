@@ -19,7 +19,8 @@ from transformer.checkpoints import loading
 from transformer.config import MeshConfig
 from transformer.decoding.alignment import Aligner
 from transformer.decoding.translator import Translator
-from transformer.distributed import consensus, multihost, sharding
+from transformer.distributed import multihost, sharding
+from transformer.distributed.mesh import connect, make_mesh
 from transformer.export import __main__ as export
 from transformer.models import registry
 from transformer.models.flops import Spent
@@ -93,7 +94,7 @@ def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, em
         data={"batching": batching, "num_buckets": 8},
         train={"ema_decay": ema, "accumulation_steps": parts},
     )
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     model = registry.Model(config.model, V)
     train_step, state = step.make_train_step(model, config, mesh), step.init_state(model, config, mesh)
     place = functools.partial(sharding.place_batch, mesh, parts=parts)
@@ -131,13 +132,13 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
             one_device.setattr(jax, "local_devices", lambda: [jax.devices()[0]])
             stand_in_for_cudnn(one_device, 1.0)
             assert fused.try_cudnn(8) == ""
-        mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
+        mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
         with monkeypatch.context() as several:
             several.setattr(sharding, "gather", sharding.gather.__wrapped__)  # another test may have made it
             several.setattr(multihost, "count", lambda: 2)
             several.setattr(multihost, "wait", lambda name: None)
-            consensus.connect(mesh)
-            consensus.of_every_device(mesh, np.zeros(1, np.int32))
+            connect(mesh)
+            sharding.of_every_device(mesh, np.zeros(1, np.int32))
             several.setattr(jax, "process_count", lambda: 2)
             sharding.on_every_device(loaded.mesh, loaded.params)
     assert set(found) == transfers.jit_uses(root), "a use of jax.jit that this test does not run"

@@ -16,7 +16,7 @@ from tests.test_translator import LINES
 from transformer import translate
 from transformer.checkpoints.manager import Checkpoints
 from transformer.data import tokenizer
-from transformer.distributed import sharding
+from transformer.distributed import mesh
 from transformer.models import registry
 from transformer.runtime.environment import CompileCounter
 from transformer.runtime.errors import UserError
@@ -29,7 +29,7 @@ def save(workdir, vocabulary, seed=3, target="de", **model):
     """A workdir of an untrained model."""
     config = small_config(model={"num_layers": 1, **model}, data={"target_language": target})
     fresh = registry.Model(config.model, vocabulary.vocab_size)
-    state = train_step.init_state(fresh, config, sharding.make_mesh(config.mesh))
+    state = train_step.init_state(fresh, config, mesh.make_mesh(config.mesh))
     state = state._replace(
         params=jax.tree.map(lambda one, like: jax.device_put(one, like.sharding), fresh.init(seed), state.params)
     )

@@ -13,6 +13,7 @@ from transformer.decoding.base import Hypotheses
 from transformer.decoding.mbr import expected_chrf
 from transformer.decoding.translator import Translator
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models.registry import Model
 from transformer.runtime.environment import CompileCounter
 from transformer.runtime.errors import UserError
@@ -32,7 +33,7 @@ def parts():
 
 def make(parts, devices=1, **fields):
     config, vocabulary, model, params = parts
-    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=devices))
+    mesh = make_mesh(dataclasses.replace(config.mesh, data=devices))
     decode = dataclasses.replace(config.decode, **fields)
     translator = Translator(model, vocabulary, decode, mesh)
     return translator, jax.device_put(params, sharding.replicated(mesh))
@@ -85,7 +86,7 @@ def test_devices_change_nothing(parts, usual):
 @pytest.mark.slow
 def test_a_mesh_that_splits_params_changes_nothing(parts, usual):
     config, vocabulary, model, params = parts
-    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, fsdp=2, tensor=2, sequence=2))
+    mesh = make_mesh(dataclasses.replace(config.mesh, fsdp=2, tensor=2, sequence=2))
     split = jax.device_put(params, sharding.param_shardings(mesh, model.abstract_params))
     assert Translator(model, vocabulary, config.decode, mesh).translate(split, LINES) == usual
 
@@ -307,7 +308,7 @@ def test_nothing_can_be_asked_of_a_blank_source(parts):
 @pytest.mark.slow
 def test_models_of_an_ensemble_decide_together(parts):
     config, vocabulary, model, params = parts
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     other_config = small_config(model={"num_layers": 2, "emb_dim": 24, "norm": "pre"})
     other = Model(other_config.model, vocabulary.vocab_size)
     everything = (params, other.init(4))
@@ -325,7 +326,7 @@ def test_models_of_an_ensemble_decide_together(parts):
 @pytest.mark.slow
 def test_a_model_and_itself_are_the_model(parts, usual):
     config, vocabulary, model, params = parts
-    twice = Translator((model, model), vocabulary, config.decode, sharding.make_mesh(config.mesh))
+    twice = Translator((model, model), vocabulary, config.decode, make_mesh(config.mesh))
     assert twice.translate((params, params), LINES) == usual
 
 

@@ -27,6 +27,7 @@ from transformer.data.batching import Batch, TrainPlan
 from transformer.data.input_pipeline import TokenIds
 from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
 from transformer.models import registry
 from transformer.runtime import environment
@@ -86,7 +87,7 @@ def measure_input(plan: TrainPlan, ids: TokenIds, num_steps: int) -> Row:
 
 def measure(config: Config, plan: TrainPlan, ids: TokenIds, num_steps: int) -> Row:
     """Speed of the training step as the loop runs it, median of rounds."""
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     model = registry.Model(config.model, config.data.vocab_size)
     train_step = step.make_train_step(model, config, mesh)
     state = step.init_state(model, config, mesh)

@@ -108,9 +108,10 @@ def set_environment(topologies: list[Topology]) -> None:
 def plan(config: Config, topology: Topology, length: int, effort: float, *, find_largest: bool) -> Row:
     """Compiles the training step and says what it needs, for one chip unless the key says otherwise."""
     from transformer.distributed import sharding
+    from transformer.distributed.mesh import make_mesh
     from transformer.planning import aot
 
-    mesh = sharding.make_mesh(config.mesh, aot.devices(topology))
+    mesh = make_mesh(config.mesh, aot.devices(topology))
     rows = aot.batch_rows(config, mesh, length)
     since = time.perf_counter()
     compiled = aot.compile_step(config, mesh, rows, length, effort)
@@ -257,9 +258,9 @@ def summary(rows: list[Row]) -> list[str]:
 
 def check_data_parallel(config: Config, topology: Topology) -> None:
     """Refuses a mesh that --scaling cannot predict from, before anything is compiled."""
-    from transformer.distributed import sharding
+    from transformer.distributed.mesh import MESH_AXES, mesh_shape
 
-    shape = zip(sharding.MESH_AXES, sharding.mesh_shape(config.mesh, topology.chips), strict=True)
+    shape = zip(MESH_AXES, mesh_shape(config.mesh, topology.chips), strict=True)
     if split := [f"mesh.{name} = {size}" for name, size in shape if name != "data" and size > 1]:
         raise UserError(
             f"--scaling predicts from a data-parallel plan: expected mesh.data alone, got {', '.join(split)}; leave "

@@ -14,6 +14,7 @@ from transformer.data.batching import PlannedBatch, Ragged, assemble, eval_plan,
 from transformer.data.tokenizer import EOS
 from transformer.decoding.translator import Translator
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import metrics
 from transformer.evaluation.evaluator import Evaluator
 
@@ -31,7 +32,7 @@ def shares(planned: PlannedBatch, mesh, hosts: int, rows: str = "batch") -> list
 
 @row("E1", "coverage of evaluation: 10 counts of sentences x 1 to 8 hosts x batches of 1, 3, 4, 8", full=320, quick=320)
 def coverage(world: World, tally: Tally) -> None:
-    mesh, rng = sharding.make_mesh(MeshConfig()), np.random.default_rng(0)
+    mesh, rng = make_mesh(MeshConfig()), np.random.default_rng(0)
     assert mesh.size == 8
     for count, hosts, batch in itertools.product(COUNTS, range(1, 9), BATCHES):
         with tally.one(f"{count} sentences, {hosts} hosts, batches of {batch}"):

@@ -21,6 +21,7 @@ from transformer.data import corpus as corpora
 from transformer.data import input_pipeline
 from transformer.data.batching import Batch, assemble
 from transformer.distributed import sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
 from transformer.evaluation.evaluator import HeldOutLoss
 from transformer.runtime.errors import DivergedError
@@ -153,7 +154,7 @@ def hosts_change(world: World, tally: Tally) -> None:
         corpus = corpora.open_corpus(config.data)
         ids = input_pipeline.token_ids(config.data, corpus, "train", run.tokenizer)
     plan = input_pipeline.make_plan(config, ids)
-    mesh = sharding.make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig())
     eval_step = evaluator.make_eval_step(run.model, mesh)
     params = sharding.on_every_device(mesh, run.params)
     wanted = {done: seen.split(",") for done, seen in world.whole().ids.items()}

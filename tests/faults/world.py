@@ -21,7 +21,7 @@ from tests.conftest import ROOT, small_config
 from tests.faults import child
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import Checkpoints
-from transformer.distributed import sharding
+from transformer.distributed import mesh
 from transformer.models import registry
 from transformer.training import train_step
 
@@ -122,7 +122,7 @@ class World:
         assert done is not None, "there is no checkpoint"
         config = checkpoints.config(done)
         model = registry.Model(config.model, checkpoints.tokenizer(done).vocab_size)
-        state = checkpoints.restore(done, train_step.abstract_state(model, config, sharding.make_mesh(config.mesh)))
+        state = checkpoints.restore(done, train_step.abstract_state(model, config, mesh.make_mesh(config.mesh)))
         return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
     def assert_as_whole(self, workdir: pathlib.Path, done: int = STEPS, seed: int = 0) -> None:

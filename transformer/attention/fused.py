@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 
 from transformer.attention.dot_product import Visible, dot_product_attention
 from transformer.config import Config, MeshConfig
-from transformer.config.device_limits import BLOCKWISE_FROM, KERNELS, AttentionUse, kernel_misfit
+from transformer.config.validation import BLOCKWISE_FROM, KERNELS, AttentionUse, kernel_misfit
 from transformer.distributed import multihost, sharding
+from transformer.distributed.mesh import make_mesh
 from transformer.runtime import environment
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import say
@@ -137,7 +138,7 @@ def try_cudnn(width: int) -> str:
       What went wrong, for people; empty where nothing did.
     """
     devices = jax.local_devices()
-    mesh = sharding.make_mesh(MeshConfig(data=len(devices)), devices)
+    mesh = make_mesh(MeshConfig(data=len(devices)), devices)
     rng, shape = np.random.default_rng(0), (2 * len(devices), TRIAL_LENGTH, 2, width)
     qkvg = [rng.standard_normal(shape).astype(jnp.bfloat16) for _ in "qkvg"]
     lengths_B1 = rng.integers(1, TRIAL_LENGTH, (shape[0], 1))

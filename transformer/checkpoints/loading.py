@@ -17,7 +17,7 @@ from transformer.checkpoints.manager import Checkpoints, Metrics
 from transformer.config import Config, MeshConfig, schema
 from transformer.config.validation import HARMLESS
 from transformer.data.tokenizer import Tokenizer
-from transformer.distributed import consensus, sharding
+from transformer.distributed.mesh import connect, make_mesh
 from transformer.models.registry import Model, Params
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError, WorkdirError
@@ -99,7 +99,7 @@ def load_trained(workdir: epath.PathLike, which: str | int) -> Trained:
 def _read(checkpoints: Checkpoints, which: str, steps: list[int]) -> Trained:
     config = checkpoints.config(steps[-1])
     tokenizer = checkpoints.tokenizer(steps[-1])
-    mesh = consensus.connect(sharding.make_mesh(MeshConfig()))
+    mesh = connect(make_mesh(MeshConfig()))
     model = Model(config.model, tokenizer.vocab_size)
     params = read_params(checkpoints, which, steps, config, model, mesh)
     metrics = checkpoints.metrics(steps[-1])

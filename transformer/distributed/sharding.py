@@ -7,8 +7,7 @@ runs under `jax.jit` with these shardings; XLA derives what is sent from device 
 
 import functools
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,15 +16,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from transformer.config import MeshConfig
-from transformer.config.device_limits import does_not_divide
+from transformer.config.validation import does_not_divide
 from transformer.data.batching import TrainPlan
-from transformer.distributed import device_grid
+from transformer.distributed.mesh import MESH_AXES
 from transformer.runtime.errors import UserError
 
 Axes = tuple[str | None, ...]
 
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 # A mesh axis splits the first axis of an array that asks for it: in an activation the rows have `fsdp`, so its
 # width stays whole, while a param is split by its width.
@@ -53,62 +50,6 @@ FIELDS = {
     "mlp": "model.mlp_dim",
     "gates": "model.emb_dim",
 }
-
-
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The devices of all hosts, arranged by the config; its -1 takes all that are left.
-
-    Args:
-      devices: others instead, such as those of a topology that is not here.
-
-    Raises:
-      UserError: JAX finds no device, or the sizes ask for more devices than there are, or with several hosts for
-        fewer, or would share anything but the data among slices of TPUs.
-    """
-    available = _all_devices() if devices is None else list(devices)
-    shape = mesh_shape(config, len(available))
-    count = math.prod(shape)
-    if count < len(available) and jax.process_count() > 1:
-        raise UserError(f"config.mesh asks for {count} devices: with several hosts all {len(available)} must be used")
-    # Neighbours in the mesh are neighbours in the machine, where that is known.
-    grid = (
-        device_grid.neighbours(shape, available)
-        if count == len(available)
-        else np.array(available[:count]).reshape(shape)
-    )
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-
-
-def _all_devices() -> list[jax.Device]:
-    try:
-        return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter where no plugin for such devices is installed
-        platforms = os.environ.get("JAX_PLATFORMS", "")
-        reason = str(error).partition("\n")[0] or "no such devices, or no plugin of jax for them"
-        raise UserError(
-            f"JAX_PLATFORMS={platforms}: expected devices of that platform, found none: {reason}; install its driver "
-            "and plugin, or set JAX_PLATFORMS=cpu"
-        ) from error
-
-
-def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
-    """Sizes of the mesh's axes over so many devices.
-
-    Raises:
-      UserError: more devices are asked for than there are, or -1 cannot be filled.
-    """
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    asked = math.prod(size for size in sizes if size != -1)
-    named = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size != 1)
-    if asked > devices:
-        raise UserError(f"config: {named} asks for {asked} devices: found only {devices} devices; set smaller sizes")
-    if -1 in sizes and devices % asked:
-        filling = MESH_AXES[sizes.index(-1)]
-        raise UserError(
-            f"config: {named}: the {devices} devices cannot be divided by {asked} to fill mesh.{filling}; set "
-            f"mesh.{filling} to {devices // asked} to use {devices // asked * asked} of them, or other sizes"
-        )
-    return tuple(devices // asked if size == -1 else size for size in sizes)
 
 
 def spec(axes: Axes) -> PartitionSpec:
@@ -336,3 +277,9 @@ def place_batch(mesh: Mesh, batch: Any, parts: int = 1, rows: str = "batch") -> 
             return jax.make_array_from_callback((count, *array.shape[1:]), where, part)
 
     return jax.tree.map(place, batch)
+
+
+def of_every_device(mesh: Mesh, values_K: np.ndarray) -> jax.Array:
+    """What each process gives, on every device: [devices, K], in the order of the mesh. Dispatched, not waited for."""
+    shape, where = (mesh.size, *values_K.shape), batch_sharding(mesh, "sentences")
+    return gather(mesh)(jax.make_array_from_callback(shape, where, lambda _: values_K[None]))

@@ -21,7 +21,7 @@ from transformer.attention.blockwise import blockwise_attention
 from transformer.attention.dot_product import Visible
 from transformer.attention.dropout import dropout
 from transformer.attention.ring import ring_attention
-from transformer.config.device_limits import BLOCKWISE_FROM, KERNELS
+from transformer.config.validation import BLOCKWISE_FROM, KERNELS
 from transformer.distributed import sharding
 
 Array = jax.Array

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from transformer.distributed import multihost
+from transformer.distributed.sharding import of_every_device
 from transformer.models.flops import Spent
 from transformer.runtime import object_storage
 from transformer.runtime.errors import DivergedError
@@ -248,3 +251,48 @@ def _forget_after(path: epath.Path, step: int) -> None:
                 kept.append(line + b"\n")
     if b"".join(kept) != path.read_bytes():
         write_whole(path, b"".join(kept))
+
+
+SLOWEST = "hosts/slowest"
+
+OWN_TIME = "host_ms"  # of an update, not spent with the devices: data, mostly; the others wait for it
+
+CONSPICUOUS = 1.5  # times what is usual among the hosts
+
+
+def of_each_host(mesh: Mesh, values: Mapping[str, float]) -> dict[str, float]:
+    """What each host measured, under hosts/INDEX/NAME, and which is slowest; nothing where there is one host."""
+    if multihost.count() == 1:
+        return {}
+    table = jax.device_get(of_every_device(mesh, np.array(list(values.values()), np.float32)))
+    of_host = {device.process_index: row for device, row in zip(mesh.devices.flat, table.tolist(), strict=True)}
+    found = {
+        f"hosts/{host}/{name}": value
+        for host in sorted(of_host)
+        for name, value in zip(values, of_host[host], strict=True)
+    }
+    return {**found, SLOWEST: max(of_host, key=lambda host: found[f"hosts/{host}/{OWN_TIME}"])}
+
+
+class Slowest:
+    """Names a host that takes conspicuously more time than the others, twice in a row."""
+
+    def __init__(self) -> None:
+        self._suspect = -1
+
+    def look(self, found: Mapping[str, float]) -> str:
+        """What there is to say of the measurements of `of_each_host`; mostly nothing."""
+        if SLOWEST not in found:
+            return ""
+        slowest, times = int(found[SLOWEST]), [found[f"hosts/{host}/{OWN_TIME}"] for host in range(multihost.count())]
+        most, usual = times.pop(slowest), statistics.median(times)
+        before = self._suspect
+        is_slow = most > CONSPICUOUS * usual and most > 0.1 * found[f"hosts/{slowest}/step_ms"]
+        self._suspect = slowest if is_slow else -1
+        if not is_slow or before != slowest:
+            return ""
+        waited = found[f"hosts/{slowest}/input_wait"]
+        return (
+            f"the others wait for {multihost.name(slowest)}: {most:,.0f} ms of its own an update, usual are "
+            f"{usual:,.0f}; it waits for its data {waited:.0%} of the time"
+        )

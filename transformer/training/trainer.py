@@ -24,8 +24,7 @@ from transformer.data import input_pipeline
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import Tokenizer
-from transformer.distributed import consensus, consistency, multihost, sharding
-from transformer.distributed.consensus import Slowest, StopVote, of_each_host
+from transformer.distributed import consistency, mesh, multihost, sharding
 from transformer.evaluation import bleu_tokenizer
 from transformer.evaluation.evaluator import Evaluator
 from transformer.models import flops, registry
@@ -34,7 +33,17 @@ from transformer.runtime.errors import DivergedError, UserError
 from transformer.runtime.logging import say
 from transformer.training import divergence, guard, initialization, workdir
 from transformer.training import train_step as step
-from transformer.training.metrics import WHAT_HELPS, Meter, NoLog, RunLog, open_log, peak_memory_mb
+from transformer.training.metrics import (
+    WHAT_HELPS,
+    Meter,
+    NoLog,
+    RunLog,
+    Slowest,
+    of_each_host,
+    open_log,
+    peak_memory_mb,
+)
+from transformer.training.preemption import StopVote
 from transformer.training.train_step import StepMetrics, TrainState
 
 
@@ -124,7 +133,7 @@ class Run:
 
     def __init__(self, config: Config, path: epath.Path):
         self.config, self.path = config, path
-        self.mesh = consensus.connect(sharding.make_mesh(config.mesh))
+        self.mesh = mesh.connect(mesh.make_mesh(config.mesh))
         fused.require(config, self.mesh)
         self.checkpoints = Checkpoints(path)
         newest, before, self.run_ids = _resume_point(self.checkpoints, path)
