@@ -27,7 +27,7 @@ from transformer.runtime.logging import say
 
 if TYPE_CHECKING:
     from transformer.checkpoints.loading import Trained
-    from transformer.evaluation.scoring import Evaluation, Scorer
+    from transformer.evaluation.evaluator import Evaluation, Scorer
 
 SAMPLES = 5
 
@@ -56,7 +56,7 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     from transformer.checkpoints.loading import load_trained
     from transformer.config import validation
     from transformer.distributed import consistency
-    from transformer.evaluation import bleu_tokenizer, report, scoring, significance, summary
+    from transformer.evaluation import bleu_tokenizer, evaluator, report, significance, summary
 
     if args.output:
         check_output(args.output)
@@ -66,16 +66,16 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
     data = trained.config.data
     with multihost.lead_first("evaluation set"):
-        chosen = scoring.open_set(data, args.split, args.source, args.reference)
-    scoring.check_hosts(trained, chosen)
+        chosen = evaluator.open_set(data, args.split, args.source, args.reference)
+    evaluator.check_hosts(trained, chosen)
     other = None
     if args.versus:
         which = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
-        other = scoring.translations_of_other(args.versus, which, chosen, data.target_language, fields)
-    evaluation = with_bar(scoring.Scorer(chosen), trained)
+        other = evaluator.translations_of_other(args.versus, which, chosen, data.target_language, fields)
+    evaluation = with_bar(evaluator.Scorer(chosen), trained)
     show_samples(evaluation)
     say(summary.table(evaluation))
-    save_translations(evaluation, args.output, scoring.translations_path(args.workdir, trained, chosen, changed))
+    save_translations(evaluation, args.output, evaluator.translations_path(args.workdir, trained, chosen, changed))
     versus = None
     if other:
         ours = evaluation.report.translations
@@ -98,10 +98,10 @@ def check_output(path: str) -> None:
 @multihost.lead_only
 def save_translations(evaluation: "Evaluation", asked: str | None, usual: epath.Path) -> None:
     """Where it was asked for, or in the workdir: if that cannot be written it costs the file, not the scores."""
-    from transformer.evaluation import scoring
+    from transformer.evaluation import evaluator
 
     try:
-        scoring.write_translations(evaluation, asked or usual)
+        evaluator.write_translations(evaluation, asked or usual)
     except UserError as error:
         if asked:
             raise
@@ -112,11 +112,11 @@ def save_translations(evaluation: "Evaluation", asked: str | None, usual: epath.
 
 def watch(args: argparse.Namespace) -> None:
     """Every checkpoint as it lands; a JSON object a line on stdout."""
-    from transformer.evaluation import continuous, scoring
+    from transformer.evaluation import continuous, evaluator
 
     continuous.Watch(
         args.workdir,
-        lambda config: scoring.open_set(config.data, args.split, args.source, args.reference),
+        lambda config: evaluator.open_set(config.data, args.split, args.source, args.reference),
         lambda entry: print(json.dumps(entry), flush=True),
     ).until_stopped()
 

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
-from transformer.attention.dot_product import Visible, dot_product_attention
+from transformer.attention.dot_product import dot_product_attention
+from transformer.attention.mask import Visible
 from transformer.config import ModelConfig, validation
-from transformer.models import convolutional, recurrence, transformer
-from transformer.models.lstm import Lstm
+from transformer.models import convolutional, transformer
+from transformer.models.lstm import Lstm, LstmState, recur
 from transformer.planning import hlo, hlo_cost
 
-Array = jax.Array
 Layer = Callable[[Array], Array]
 
 FAMILIES = ("attention", "recurrent", "convolutional")
@@ -65,7 +66,7 @@ def core_program(family: str, width: int, length: int) -> hlo.Program:
         return layer_program(family, width, length)
     shapes = (length, 1, 4 * width), (width, 4 * width), (4 * width,)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return compiled(lambda *arrays: recurrence.recur(*arrays, None, False), *arrays)
+    return compiled(lambda *arrays: recur(*arrays, None, False), *arrays)
 
 
 def compiled(function: Callable, *shapes: Any) -> hlo.Program:
@@ -110,7 +111,7 @@ def one_operation(family: str, width: int, length: int) -> Callable[[Array], Arr
     inputs_TD = jax.random.normal(jax.random.key(1), (length, width))
 
     def step(h_TD: Array) -> Array:
-        before = recurrence.LstmState(jnp.pad(h_TD[:-1], ((1, 0), (0, 0))), jnp.zeros_like(h_TD))
+        before = LstmState(jnp.pad(h_TD[:-1], ((1, 0), (0, 0))), jnp.zeros_like(h_TD))
         return lstm.step(inputs_TD, before).h
 
     return step

@@ -58,7 +58,7 @@ def ours_ms(batch: int, length: int, width: int) -> float:
     """Median time of one forward and backward pass."""
     import jax
 
-    from transformer.models.recurrence import Weights, lstm
+    from transformer.models.lstm import Weights, lstm
 
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (batch, length, width))

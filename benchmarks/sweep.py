@@ -140,13 +140,13 @@ def result(config: Config, workdir: epath.Path, split: str) -> Found:
     say(f"row {workdir.name}")
 
     from transformer.checkpoints.loading import load_trained
-    from transformer.evaluation import scoring
+    from transformer.evaluation import evaluator
     from transformer.training import trainer
 
     trainer.fit(config, workdir)
     trained = load_trained(workdir, "latest")
-    chosen = scoring.open_set(config.data, split, None, None)
-    report = scoring.Scorer(chosen).evaluate(trained).report
+    chosen = evaluator.open_set(config.data, split, None, None)
+    report = evaluator.Scorer(chosen).evaluate(trained).report
     found = {
         "params": trained.model.num_params(),
         "perplexity": report.held_out.perplexity,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from transformer.attention import dot_product, dropout
-from transformer.attention.dot_product import Visible
+from transformer.attention.mask import Visible
 
 
 def reference(q, k, v, mask):

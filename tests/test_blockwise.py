@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import slow
 from transformer.attention import dot_product
 from transformer.attention.blockwise import blockwise_attention
-from transformer.attention.dot_product import Visible
+from transformer.attention.mask import Visible
 
 B, H, K = 2, 2, 8
 

@@ -42,20 +42,20 @@ def test_the_package_lists_its_commands(root):
 
 
 def test_every_command_that_is_listed_may_run():
-    from transformer import commands
+    from transformer import command_line
 
-    for name in commands.descriptions():
-        commands.refuse_others(["python", *name.split(), "--workdir=x"])
+    for name in command_line.descriptions():
+        command_line.refuse_others(["python", *name.split(), "--workdir=x"])
 
 
 def test_other_packages_may_import_this_one_while_they_are_run():
-    from transformer import commands
+    from transformer import command_line
 
     for argv in (
         ["python", "-m", "other.module", "transformer.training.train_step"],
         ["python", "-m", "transformer"],
         ["python"],
     ):
-        commands.refuse_others(argv)
+        command_line.refuse_others(argv)
     with pytest.raises(SystemExit, match="2"):
-        commands.refuse_others(["python", "-X", "utf8", "-m", "transformer.training.train_step"])
+        command_line.refuse_others(["python", "-X", "utf8", "-m", "transformer.training.train_step"])

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from tests.conftest import slow
-from transformer.decoding import continuations
+from transformer.decoding import beam_search
 from transformer.decoding.base import IMPOSSIBLE
 
 B, N = 6, 3
 
 
 def plain(logits, allowed, alive, count):
-    everything = continuations.log_probs(logits, allowed, alive)
+    everything = beam_search.log_probs(logits, allowed, alive)
     return jax.lax.top_k(everything.reshape(B, -1), count)
 
 
@@ -40,8 +40,8 @@ def test_blocks_find_what_top_k_finds(kind, vocab_size, by_sentence):
     if by_sentence:
         allowed = jnp.asarray(allowed & (rng.random((B, N, vocab_size)) < 0.01))
     for count in (1, 2 * N - 1):
-        assert N * vocab_size >= continuations.BLOCKS * continuations.BLOCK * count
-        got = jax.jit(lambda *given, n=count: continuations.best(*given[:1], allowed, *given[1:], n))(logits, alive)
+        assert N * vocab_size >= beam_search.BLOCKS * beam_search.BLOCK * count
+        got = jax.jit(lambda *given, n=count: beam_search.best(*given[:1], allowed, *given[1:], n))(logits, alive)
         want = jax.jit(lambda *given, n=count: plain(*given[:1], allowed, *given[1:], n))(logits, alive)
         np.testing.assert_array_equal(got[1], want[1])
         assert np.asarray(got[0]).tobytes() == np.asarray(want[0]).tobytes()
@@ -49,5 +49,5 @@ def test_blocks_find_what_top_k_finds(kind, vocab_size, by_sentence):
 
 def test_few_tokens_are_looked_at_all():
     logits, alive, allowed = logits_of("plain", 64), jnp.zeros((B, N), jnp.float32), np.ones((1, 1, 64), bool)
-    got, want = (find(logits, allowed, alive, 5) for find in (continuations.best, plain))
+    got, want = (find(logits, allowed, alive, 5) for find in (beam_search.best, plain))
     np.testing.assert_array_equal(got[1], want[1])

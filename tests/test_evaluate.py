@@ -10,7 +10,7 @@ from tests.conftest import small_config
 from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
-from transformer.evaluation import evaluator as evaluate
+from transformer.evaluation import evaluator as scoring
 from transformer.models.registry import Model
 from transformer.runtime.errors import UserError
 
@@ -25,7 +25,7 @@ def evaluator():
     model = Model(config.model, vocabulary.vocab_size)
     mesh = make_mesh(config.mesh)
     params = jax.device_put(model.init(0), sharding.replicated(mesh))
-    return evaluate.Evaluator(model, vocabulary, config, mesh), params, model, vocabulary
+    return scoring.Evaluator(model, vocabulary, config, mesh), params, model, vocabulary
 
 
 def test_the_loss_is_the_mean_over_all_tokens(evaluator):
@@ -56,7 +56,7 @@ def test_a_mesh_changes_nothing_but_rounding(evaluator):
         model={"num_layers": 1}, train={"batch_tokens": 64}, mesh={"fsdp": 2, "tensor": 2, "sequence": 2}
     )
     mesh = make_mesh(config.mesh)
-    many = evaluate.Evaluator(model, vocabulary, config, mesh)
+    many = scoring.Evaluator(model, vocabulary, config, mesh)
     split = jax.device_put(params, sharding.param_shardings(mesh, model.abstract_params))
     ours, theirs = (room.evaluate(held, HYPOTHESES, [REFERENCES]) for room, held in ((many, split), (one, params)))
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
@@ -66,7 +66,7 @@ def test_a_mesh_changes_nothing_but_rounding(evaluator):
 def test_no_more_goes_through_the_model_at_once_than_in_training(evaluator, monkeypatch):
     one, params, model, vocabulary = evaluator
     config = small_config(model={"num_layers": 1}, train={"batch_tokens": 256, "accumulation_steps": 4})
-    parts, slots = evaluate.Evaluator(model, vocabulary, config, make_mesh(config.mesh)), []
+    parts, slots = scoring.Evaluator(model, vocabulary, config, make_mesh(config.mesh)), []
     run = parts._eval_step
     monkeypatch.setattr(parts, "_eval_step", lambda p, batch: (slots.append(batch.target_BT.size), run(p, batch))[1])
     lines = HYPOTHESES * 2, REFERENCES * 2
@@ -107,5 +107,5 @@ def test_a_very_long_line_is_cut_not_dropped(evaluator):
 
 
 def test_a_loss_beyond_all_bounds_is_an_infinite_perplexity():
-    assert evaluate.HeldOutLoss(1000.0, 10, 5).perplexity == math.inf
-    assert math.isnan(evaluate.HeldOutLoss(math.nan, 10, 5).word_perplexity)
+    assert scoring.HeldOutLoss(1000.0, 10, 5).perplexity == math.inf
+    assert math.isnan(scoring.HeldOutLoss(math.nan, 10, 5).word_perplexity)

@@ -20,8 +20,8 @@ from transformer.decoding.decode import Request
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.models import flops
+from transformer.models.base import shift_right
 from transformer.models.registry import Model
-from transformer.models.segments import shift_right
 from transformer.planning import hlo, hlo_cost
 from transformer.runtime.errors import UserError
 from transformer.training import train_step

@@ -7,14 +7,14 @@ import optax
 import pytest
 
 from transformer.config import TrainConfig
-from transformer.training import guard
+from transformer.training import optimizer as optimizer_lib
 
 PARAMS = {"w": jnp.ones((2, 3))}
 
 
 def follow(losses, factor=2.0, most=2):
     """Which updates were made, and the last state."""
-    optimizer = guard.skip_spikes(optax.adam(0.1), TrainConfig(spike_factor=factor, max_skipped_updates=most))
+    optimizer = optimizer_lib.skip_spikes(optax.adam(0.1), TrainConfig(spike_factor=factor, max_skipped_updates=most))
     state, made = optimizer.init(PARAMS), []
     update = jax.jit(lambda grads, state, value: optimizer.update(grads, state, PARAMS, value=value))
     with jax.numpy_dtype_promotion("standard"):
@@ -41,13 +41,13 @@ def follow(losses, factor=2.0, most=2):
 def test_the_first_updates_of_a_spike_are_skipped(losses, made, skipped):
     found, state = follow(losses)
     assert found == [bool(each) for each in made]
-    assert int(state.skipped) == int(guard.skipped(state)) == skipped
+    assert int(state.skipped) == int(optimizer_lib.skipped(state)) == skipped
 
 
 def test_the_mean_follows_the_updates_that_are_made():
     assert float(follow([4])[1].mean) == 4
     assert float(follow([4, 9])[1].mean) == 4
-    assert float(follow([4, 6])[1].mean) == pytest.approx(guard.MEMORY * 4 + (1 - guard.MEMORY) * 6)
+    assert float(follow([4, 6])[1].mean) == pytest.approx(optimizer_lib.MEMORY * 4 + (1 - optimizer_lib.MEMORY) * 6)
     assert all(follow([4] + [9] * 80)[0][3:])  # no longer a spike once the mean has followed
     assert int(follow([4] + [9] * 80)[1].length) == 0
 
@@ -58,8 +58,8 @@ def test_a_skipped_update_leaves_params_moments_and_count_as_they_were():
 
 
 def test_without_a_factor_nothing_is_kept_or_skipped():
-    optimizer = guard.skip_spikes(optax.sgd(0.1), TrainConfig())
+    optimizer = optimizer_lib.skip_spikes(optax.sgd(0.1), TrainConfig())
     state = optimizer.init(PARAMS)
     assert jax.tree.structure(state) == jax.tree.structure(optax.sgd(0.1).init(PARAMS))
-    assert guard.skipped(state) == 0
+    assert optimizer_lib.skipped(state) == 0
     assert (optimizer.update(PARAMS, state, PARAMS, value=jnp.float32(1e9))[0]["w"] != 0).all()

@@ -18,7 +18,7 @@ from etils import epath
 from tests.conftest import ROOT, small_config
 from tests.test_blockwise import B, K, draw, segments
 from transformer.attention import dot_product, fused
-from transformer.attention.dot_product import Visible
+from transformer.attention.mask import Visible
 from transformer.config import MeshConfig
 from transformer.distributed import multihost, sharding
 from transformer.distributed.mesh import make_mesh

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from transformer.attention import dropout
-from transformer.attention.dot_product import Visible
+from transformer.attention.mask import Visible
 from transformer.models import layers
 
 

@@ -14,8 +14,8 @@ from transformer.config import ModelConfig, default_config
 from transformer.config.validation import resolve
 from transformer.data.batching import PADDING_ROW, Ragged
 from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.models.base import shift_right
 from transformer.models.registry import Model
-from transformer.models.segments import shift_right
 from transformer.models.transformer import Transformer
 
 V = 50

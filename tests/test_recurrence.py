@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import slow
-from transformer.models import recurrence
-from transformer.models.recurrence import LstmState, Weights
+from transformer.models import lstm
+from transformer.models.lstm import LstmState, Weights
 
 B, T, D, H = 2, 5, 3, 4
 KEEP = jnp.asarray([[0, 1, 1, 0, 1], [1, 1, 0, 0, 1]], bool)
@@ -44,7 +44,7 @@ def test_states_and_gradients_are_those_of_the_equations(reverse, keep_BT):
         return jax.jit(jax.value_and_grad(lambda x, w: (function(x, w, keep_BT, reverse) * weigh).sum(), (0, 1)))
 
     for got, want in zip(
-        jax.tree.leaves(value(recurrence.lstm)(*arguments)), jax.tree.leaves(value(plain)(*arguments)), strict=True
+        jax.tree.leaves(value(lstm.lstm)(*arguments)), jax.tree.leaves(value(plain)(*arguments)), strict=True
     ):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
@@ -54,8 +54,8 @@ def test_steps_one_by_one_are_the_same():
     state = LstmState(jnp.zeros((B, H)), jnp.zeros((B, H)))
     for t in range(T):
         gates = x_BTD[:, t] @ weights.input_DG + state.h @ weights.state_HG + weights.bias_G[None]
-        state, _ = recurrence.cell(gates, state)
-    np.testing.assert_allclose(state.h, recurrence.lstm(x_BTD, weights)[:, -1], rtol=1e-5, atol=1e-6)
+        state, _ = lstm.cell(gates, state)
+    np.testing.assert_allclose(state.h, lstm.lstm(x_BTD, weights)[:, -1], rtol=1e-5, atol=1e-6)
 
 
 def test_each_loop_holds_one_product_and_the_rest_is_outside():
@@ -73,14 +73,14 @@ def test_each_loop_holds_one_product_and_the_rest_is_outside():
                     inner = getattr(value, "jaxpr", value)
                     yield from loops(inner) if hasattr(inner, "eqns") else ()
 
-    traced = jax.make_jaxpr(jax.grad(lambda x, w: recurrence.lstm(x, w).sum(), (0, 1)))(*made())
+    traced = jax.make_jaxpr(jax.grad(lambda x, w: lstm.lstm(x, w).sum(), (0, 1)))(*made())
     assert [products(body) for body in loops(traced.jaxpr)] == [1, 1]
 
 
 def test_bfloat16_keeps_its_memory_in_float32():
     x_BTD, weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), made())
-    got = recurrence.lstm(x_BTD, weights)
+    got = lstm.lstm(x_BTD, weights)
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(got.astype(jnp.float32), recurrence.lstm(*made()), atol=0.05)
+    np.testing.assert_allclose(got.astype(jnp.float32), lstm.lstm(*made()), atol=0.05)
     state = LstmState(got[:, 0], jnp.zeros((B, H)))
-    assert recurrence.cell(x_BTD[:, 0] @ weights.input_DG, state)[0].c.dtype == jnp.float32
+    assert lstm.cell(x_BTD[:, 0] @ weights.input_DG, state)[0].c.dtype == jnp.float32

@@ -14,8 +14,8 @@ from transformer.checkpoints.loading import Trained
 from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
-from transformer.evaluation import continuous, report, scoring, significance
-from transformer.evaluation.scoring import EvaluationSet
+from transformer.evaluation import continuous, evaluator, report, significance
+from transformer.evaluation.evaluator import EvaluationSet
 from transformer.models.registry import Model
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
@@ -34,7 +34,7 @@ def evaluation():
     mesh = make_mesh(config.mesh)
     params = jax.device_put(model.init(5), sharding.replicated(mesh))
     trained = Trained("latest", [20], {}, config, vocabulary, model, params, mesh)
-    return scoring.Scorer(CHOSEN).evaluate(trained)
+    return evaluator.Scorer(CHOSEN).evaluate(trained)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_the_other_system_is_compared(workdir):
 
 
 def test_an_empty_set_and_a_bare_workdir_make_a_page(evaluation, tmp_path):
-    empty = scoring.Scorer(EvaluationSet("empty", [], [[]])).evaluate(evaluation.trained)
+    empty = evaluator.Scorer(EvaluationSet("empty", [], [[]])).evaluate(evaluation.trained)
     page = report.build(tmp_path, empty)
     assert "empty, 0 sentences" in page
     assert 'id="attention"' not in page

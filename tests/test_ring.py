@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import slow
 from tests.test_blockwise import B, K, cases, draw, segments
 from transformer.attention import dot_product
-from transformer.attention.dot_product import Visible
+from transformer.attention.mask import Visible
 from transformer.attention.ring import ring_attention
 from transformer.config import MeshConfig
 from transformer.distributed import sharding

@@ -10,9 +10,8 @@ import pytest
 from tests.test_checkpoint import make_parts, save
 from transformer.checkpoints.loading import Trained
 from transformer.distributed import sharding
-from transformer.evaluation import scoring
-from transformer.evaluation.evaluator import HeldOutLoss
-from transformer.evaluation.scoring import EvaluationSet
+from transformer.evaluation import evaluator as scoring
+from transformer.evaluation.evaluator import EvaluationSet, HeldOutLoss
 from transformer.runtime.errors import DivergedError, UserError
 
 SOURCES = ["the old house", "a new tree", ""]

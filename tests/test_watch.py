@@ -13,9 +13,8 @@ from tests.test_checkpoint import flip, make_parts, save
 from transformer.checkpoints import loading, manager, manifest
 from transformer.checkpoints.manager import Checkpoints
 from transformer.evaluation import continuous
-from transformer.evaluation.evaluator import HeldOutLoss, Report
+from transformer.evaluation.evaluator import Evaluation, EvaluationSet, HeldOutLoss, Report
 from transformer.evaluation.metrics import further, score
-from transformer.evaluation.scoring import Evaluation, EvaluationSet
 from transformer.runtime.errors import DivergedError, StoppedError
 
 CHOSEN = EvaluationSet("mine", ["the old house"], [["das alte Haus"]])

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from transformer.inference import LoadedModel
 
 if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python -m transformer.NAME`
-    from transformer import commands
+    from transformer import command_line
 
-    commands.refuse_others(sys.orig_argv)
+    command_line.refuse_others(sys.orig_argv)
 
 
 def load(

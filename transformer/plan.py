@@ -20,7 +20,7 @@ from transformer.command_line import positive_int
 from transformer.config import Config
 from transformer.data.batching import rows_for
 from transformer.models import flops as cost
-from transformer.planning import fit, hlo_cost, roofline
+from transformer.planning import hlo_cost, roofline
 from transformer.planning.hardware import GIB, Topology, parse_topology
 from transformer.planning.hlo import Program
 from transformer.runtime.errors import UserError
@@ -140,7 +140,7 @@ def plan(config: Config, topology: Topology, length: int, effort: float, *, find
             say(f"{units * unit * length:,} tokens: {found / GIB:.2f} GiB a chip")
             return found
 
-        units = fit.largest(needed, topology.chip.memory, rows // unit)
+        units = aot.largest(needed, topology.chip.memory, rows // unit)
         row["fit_batch_tokens"] = units * unit * length
         row["fit_tokens_per_chip"] = units * unit * length // mesh.size
     return row

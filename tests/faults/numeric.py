@@ -25,8 +25,8 @@ from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
 from transformer.evaluation.evaluator import HeldOutLoss
 from transformer.runtime.errors import DivergedError
-from transformer.training import divergence, trainer
 from transformer.training import train_step as step
+from transformer.training import trainer, workdir
 
 AT = 8  # the update that is disturbed
 
@@ -111,7 +111,7 @@ def assert_run_stops(world: World) -> None:
     assert diverged.value.exit_code == 3
     assert Checkpoints(run).newest_sound() == 6
     assert loading.select(Checkpoints(run), "best") == [6]
-    found = json.loads((run / divergence.FILE).read_text())
+    found = json.loads((run / workdir.FILE).read_text())
     corpus = corpora.open_corpus(config.data)
     ids = input_pipeline.token_ids(config.data, corpus, "train", Checkpoints(run).tokenizer(6))
     wanted = input_pipeline.make_plan(config, ids).batch(AT - 1).examples_B

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-from transformer.attention.dot_product import LOWEST, Visible
 from transformer.attention.dropout import Words, drop, head_words, kept_weights
-
-Array = jax.Array
+from transformer.attention.mask import LOWEST, Visible
 
 BLOCK = 128  # queries and keys of a block; larger ones are slower on a CPU (docs/log.md)
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.extend.random import threefry2x32_p
 
-Array = jax.Array
 Words = tuple[Array, Array]
 
 BYTES = 8  # of one hash

@@ -16,10 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 
-from transformer.attention.dot_product import Visible, dot_product_attention
+from transformer.attention.dot_product import dot_product_attention
+from transformer.attention.mask import Visible
 from transformer.config import Config, MeshConfig
 from transformer.config.validation import BLOCKWISE_FROM, KERNELS, AttentionUse, kernel_misfit
 from transformer.distributed import multihost, sharding
@@ -27,8 +29,6 @@ from transformer.distributed.mesh import make_mesh
 from transformer.runtime import environment
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import say
-
-Array = jax.Array
 
 HEADS, ROWS = ("batch", "length", "heads", "kv"), ("batch", "length")
 LANES = 128  # splash counts keys by these

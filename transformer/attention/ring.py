@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from transformer.attention.blockwise import (
     BLOCK,
@@ -30,11 +31,9 @@ from transformer.attention.blockwise import (
     reopened,
     settle,
 )
-from transformer.attention.dot_product import Visible
 from transformer.attention.dropout import Words, head_words
+from transformer.attention.mask import Visible
 from transformer.distributed import sharding
-
-Array = jax.Array
 
 
 def ring_attention(

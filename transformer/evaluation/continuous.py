@@ -19,7 +19,7 @@ from transformer.checkpoints.loading import Trained, load_trained
 from transformer.checkpoints.manager import Checkpoints, Damaged
 from transformer.config import Config
 from transformer.evaluation import summary
-from transformer.evaluation.scoring import EvaluationSet, Scorer, translations_path, write_translations
+from transformer.evaluation.evaluator import EvaluationSet, Scorer, translations_path, write_translations
 from transformer.runtime import files, signals
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
 from transformer.runtime.files import reported

@@ -1,24 +1,32 @@
-"""Held-out loss and translation scores; validation during training and eval.py share all of it."""
+"""A model and a set of sentences → translations and all scores: what eval.py does, once or for many checkpoints."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
-from transformer.config import Config
+from transformer.checkpoints.loading import Trained, load_trained
+from transformer.config import Config, DataConfig, validation
+from transformer.data import corpus, text_files
 from transformer.data.batching import Batch, Ragged, assemble, eval_plan, only_rows
 from transformer.data.tokenizer import Tokenizer, cut
 from transformer.decoding.translator import Translator
-from transformer.distributed import sharding
+from transformer.distributed import consistency, multihost, sharding
 from transformer.evaluation import bleu_tokenizer
-from transformer.evaluation.metrics import HEADLINE, Scores, check_counts, score
+from transformer.evaluation.metrics import HEADLINE, Scores, check_counts, further, score
 from transformer.models.loss import LossSums, cross_entropy
 from transformer.models.registry import Model, Params
+from transformer.runtime.errors import DivergedError, UserError
+from transformer.runtime.files import reported, write_whole
 from transformer.runtime.logging import say
 
 
@@ -140,3 +148,185 @@ def make_eval_step(model: Model, mesh: Mesh) -> Callable[[Params, Batch], LossSu
         in_shardings=(params, sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
     )
+
+
+SETS_FILE = "sets.json"  # name → digest of the first set of that name
+
+
+class EvaluationSet(NamedTuple):
+    """What is translated and what it is held against.
+
+    Attributes:
+      name: of the split or the file of sources.
+      references: one list or several, each as long as the sources.
+    """
+
+    name: str
+    sources: list[str]
+    references: list[list[str]]
+
+    @property
+    def digest(self) -> str:
+        """Changes when any sentence does."""
+        return hashlib.sha256(json.dumps([self.sources, self.references]).encode()).hexdigest()[:16]
+
+
+def open_set(
+    data: DataConfig, split: str | None, source: str | None, references: Sequence[str] | None
+) -> EvaluationSet:
+    """The sentences of files, or of a split of the config's data.
+
+    Args:
+      split: its name; None is "test".
+      source: a file of sentences, in place of a split.
+      references: the files of its references.
+
+    Raises:
+      UserError: there is no such split or file, or counts differ.
+    """
+    if source and references:
+        lines = [list(text_files.read_lines(path)) for path in references]
+        chosen = EvaluationSet(epath.Path(source).name, list(text_files.read_lines(source)), lines)
+        check_counts(len(chosen.sources), chosen.references)
+        return chosen
+    try:
+        found = corpus.open_corpus(data).split(split or "test")
+    except UserError as error:
+        raise UserError(f"{error}. Or name another --split, or score files with --source and --reference") from error
+    return EvaluationSet(found.name, found.sources(), [found.targets()])
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One model on one set: what `evaluate` and `scores.further` found."""
+
+    trained: Trained
+    chosen: EvaluationSet
+    report: Report
+    further: Scores
+
+
+class Scorer:
+    """Evaluates model after model on one set; compiled shapes are kept as long as config and vocabulary stay."""
+
+    def __init__(self, chosen: EvaluationSet):
+        self.chosen = chosen
+        self._evaluator: Evaluator | None = None
+        self._of: tuple[Config, str] | None = None
+
+    def evaluate(self, trained: Trained, progress: Callable[[int], None] = lambda done: None) -> Evaluation:
+        """Translates and scores every sentence once.
+
+        Raises:
+          DivergedError: the loss is not a finite number.
+        """
+        of = trained.config, trained.tokenizer.digest
+        data, (_, sources, references) = trained.config.data, self.chosen
+        tokenizer = bleu_tokenizer.choose(data, references[0])
+        if self._evaluator is None or of != self._of:
+            say(str(tokenizer))
+            short = bleu_tokenizer.short(references[0], tokenizer.name)
+            if 2 * short > len(references[0]):
+                say(
+                    f"warning: {short:,} of {len(references[0]):,} references have under four tokens, of which BLEU "
+                    "finds nothing; go by chrF2"
+                )
+            self._evaluator = Evaluator(trained.model, trained.tokenizer, trained.config, trained.mesh)
+            self._of = of
+        report = self._evaluator.evaluate(trained.params, sources, references, progress=progress)
+        if not math.isfinite(report.loss):
+            raise DivergedError(f"{trained.title}: its loss is {report.loss}; evaluate another")
+        found = further(sources, report.translations, references, data.target_language, tokenizer.name)
+        return Evaluation(trained, self.chosen, report, found)
+
+
+def check_hosts(trained: Trained, chosen: EvaluationSet) -> None:
+    """Raises a UserError on every host unless all have the same checkpoint and sentences."""
+    what = f"{trained.title}, {len(chosen.sources):,} sentences, digest {chosen.digest}"
+    consistency.same("what is evaluated", what, "give every host the same flags, workdir and data")
+
+
+@multihost.lead_only
+def write_translations(evaluation: Evaluation, path: epath.PathLike) -> None:
+    """One translation a line; the file appears whole or not at all."""
+    path = epath.Path(path)
+    with reported(f"{path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, "".join(f"{line}\n" for line in evaluation.report.translations))
+
+
+def result_name(
+    workdir: epath.PathLike, trained: Trained, chosen: EvaluationSet, fields: Mapping[str, Any] | None = None
+) -> str:
+    """STEP.SET, which names the files of an evaluation.
+
+    SET is the name of the split or file. Where the workdir has results of another set of that name, a digest of its
+    sentences is added to it.
+
+    Args:
+      fields: of decoding, other than the checkpoint's own; they are part of the name, so that a file is never taken
+        for one decoded as the config says.
+    """
+    name, others = chosen.name, "".join(f".{name}={value}" for name, value in sorted((fields or {}).items()))
+    if _first_of_name(workdir, chosen) != chosen.digest:
+        name += f"-{chosen.digest[:8]}"
+    return f"{trained.file_stem}.{name}{others}"
+
+
+def _first_of_name(workdir: epath.PathLike, chosen: EvaluationSet) -> str:
+    """The digest of the set that was the first of its name in this workdir; of this one, if none was."""
+    path = epath.Path(workdir) / "translations" / SETS_FILE
+    try:
+        digests = {**json.loads(path.read_text())}
+    except (OSError, ValueError, TypeError):
+        digests = {}
+    if chosen.name not in digests and multihost.is_lead():
+        # A workdir that cannot be written costs the name, as it costs the files.
+        with contextlib.suppress(UserError), reported(f"{path}"):
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, json.dumps({**digests, chosen.name: chosen.digest}, indent=1) + "\n")
+    return digests.get(chosen.name, chosen.digest)
+
+
+def translations_path(
+    workdir: epath.PathLike, trained: Trained, chosen: EvaluationSet, fields: Mapping[str, Any] | None = None
+) -> epath.Path:
+    """WORKDIR/translations/NAME.txt, with the name of `result_name`."""
+    return epath.Path(workdir) / "translations" / f"{result_name(workdir, trained, chosen, fields)}.txt"
+
+
+def translations_of_other(
+    path: epath.PathLike, which: str, chosen: EvaluationSet, language: str, fields: Mapping[str, Any] | None = None
+) -> tuple[str, Sequence[str]]:
+    """What another system makes of the same sources, with a name for it.
+
+    Args:
+      path: a workdir, whose checkpoint `which` translates them now, or a file that holds translations.
+      language: code of the language that ours are in.
+      fields: of decoding, in place of the workdir's own.
+
+    Raises:
+      UserError: it is neither, holds another number of lines, or translates into another language.
+    """
+    path = epath.Path(path)
+    if not path.is_dir():
+        lines = list(text_files.read_lines(path))
+        if len(lines) != len(chosen.sources):
+            raise UserError(
+                f"--versus={path}: expected a translation of each of the {len(chosen.sources):,} sentences of "
+                f"{chosen.name}, got {len(lines):,} lines; name translations of the same set"
+            )
+        return path.name, lines
+    if not (path / "checkpoints").is_dir():
+        raise UserError(f"--versus={path}: expected a workdir of train.py or a file of translations, found neither")
+    other = load_trained(path, which)
+    if other.config.data.target_language != language:
+        raise UserError(
+            f"--versus={path}: translates into {other.config.data.target_language!r}, expected {language!r}; "
+            "name a model of the same direction"
+        )
+    decode = validation.with_decode(other.config, dict(fields or {})).decode
+    translator = Translator(other.model, other.tokenizer, decode, other.mesh)
+    translations = translator.translate(other.params, chosen.sources)
+    translator.say_counts()
+    return f"{path.name}, {other.title}", translations

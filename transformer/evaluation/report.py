@@ -19,10 +19,10 @@ from transformer.distributed import multihost
 from transformer.evaluation import summary
 from transformer.evaluation.charts import Series, bar_chart, line_chart
 from transformer.evaluation.continuous import read_evaluations
+from transformer.evaluation.evaluator import Evaluation, result_name
 from transformer.evaluation.heatmaps import sentence_maps
 from transformer.evaluation.metrics import TITLES
 from transformer.evaluation.report_html import Cell, page, section, sentence, table, tiles
-from transformer.evaluation.scoring import Evaluation, result_name
 from transformer.evaluation.significance import LEVEL, Versus, sentence_score
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import METRICS_FILE, reported, write_whole

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from transformer.evaluation import significance
+from transformer.evaluation.evaluator import Evaluation
 from transformer.evaluation.metrics import HEADLINE, TITLES
-from transformer.evaluation.scoring import Evaluation
 from transformer.evaluation.significance import Versus
 from transformer.models.flops import Spent
 

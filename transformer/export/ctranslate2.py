@@ -15,8 +15,7 @@ from transformer.checkpoints.loading import Trained
 from transformer.config import DecodeConfig, ModelConfig
 from transformer.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
 from transformer.export.jax_export import Score, longest
-from transformer.models.layers import EPSILON, FeedForward, LayerNorm, MultiHeadAttention, sinusoids
-from transformer.models.stack import layers_of
+from transformer.models.layers import EPSILON, FeedForward, LayerNorm, MultiHeadAttention, layers_of, sinusoids
 from transformer.models.transformer import Transformer
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import say

@@ -14,17 +14,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
-from transformer.attention.dot_product import Visible
 from transformer.attention.dropout import dropout
+from transformer.attention.mask import Visible
 from transformer.config import ModelConfig
-from transformer.models.base import TextModel, move_beams
-from transformer.models.layers import add_bias, glorot, make_param, use
-from transformer.models.segments import positions, segments, shift_right
-from transformer.models.source_attention import SourceAttention, weighted
-from transformer.models.stack import layers_of, make_stack, run_stack
+from transformer.models.base import TextModel, move_beams, positions, segments, shift_right
+from transformer.models.layers import (
+    SourceAttention,
+    add_bias,
+    glorot,
+    layers_of,
+    make_param,
+    make_stack,
+    run_stack,
+    use,
+    weighted,
+)
 
-Array = jax.Array
 Key = Array | None
 
 

@@ -9,23 +9,77 @@ Params are float32, and carry the logical names of their axes, as activations ar
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from transformer.attention import dot_product, fused
 from transformer.attention.blockwise import blockwise_attention
-from transformer.attention.dot_product import Visible
+from transformer.attention.dot_product import float32_product
 from transformer.attention.dropout import dropout
+from transformer.attention.mask import LOWEST, Visible
 from transformer.attention.ring import ring_attention
 from transformer.config.validation import BLOCKWISE_FROM, KERNELS
 from transformer.distributed import sharding
 
-Array = jax.Array
 Key = Array | None
+
+POLICIES: dict[str, Callable] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def make_stack(layers: Sequence[nnx.Module], scan: bool) -> nnx.Module:
+    """The layers as a list, or with `scan` as one whose params have a first axis `layers`, of the same values."""
+    if not scan:
+        return nnx.List(layers)
+    states = [nnx.state(layer) for layer in layers]
+    stacked = nnx.merge(nnx.graphdef(layers[0]), jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+    for _, param in nnx.to_flat_state(nnx.state(stacked, nnx.Param)):
+        param.set_metadata(axes=("layers", *param.get_metadata()["axes"]))
+    return stacked
+
+
+def layers_of(stack: nnx.Module, count: int) -> list[Any]:
+    """The layers, one by one, however they are kept."""
+    if isinstance(stack, nnx.List):
+        return list(stack)
+    graphdef, params = nnx.split(stack)
+    return [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], params)) for i in range(count)]
+
+
+def run_stack(
+    stack: nnx.Module, x_BTD: Array, keys_L: Key, remat: str, call: Callable[[Any, Array, Key], Array]
+) -> Array:
+    """`call(layer, x_BTD, key)` of one layer after the other.
+
+    Args:
+      keys_L: of dropout, one a layer; None: nothing is dropped.
+      remat: what the backward pass computes again, `none` or one of POLICIES (Chen et al. 2016). Params that were
+        gathered to be used are gathered again in any case, else each device would keep those of all layers.
+    """
+
+    def kept(function: Callable) -> Callable:
+        if remat == "none":
+            gathers = sharding.shards("embed") > 1
+            return jax.checkpoint(function, policy=sharding.all_but_gathered) if gathers else function
+        return jax.checkpoint(function, policy=POLICIES[remat])
+
+    if isinstance(stack, nnx.List):
+        for i, layer in enumerate(stack):
+            key = None if keys_L is None else keys_L[i]
+            x_BTD = kept(lambda x, key, layer=layer: call(layer, x, key))(x_BTD, key)
+        return x_BTD
+    graphdef, params = nnx.split(stack)
+    body = kept(lambda x, layer: (call(nnx.merge(graphdef, layer[0]), x, layer[1]), None))
+    return jax.lax.scan(body, x_BTD, (params, keys_L))[0]
+
 
 EPSILON = 1e-6
 STATES = ("batch", "length", "embed")  # axes of what passes from layer to layer
@@ -261,3 +315,45 @@ class Residual(nnx.Module):
         out = sharding.constrain(sublayer(x if self.post else self.norm(x)), STATES)
         out = dropout(out, self.dropout_rate, key)
         return self.norm(x + out) if self.post else x + out
+
+
+class SourceAttention(nnx.Module):
+    """softmax of a score of every pair of target and source states.
+
+    dot: (W q) · (U k) / √D (Luong et al. 2015, with the paper's scale); additive: v · tanh(W q + U k)
+    (Bahdanau et al. 2015), whose memory grows with T · S · D.
+    """
+
+    def __init__(self, width: int, score: str, rngs: nnx.Rngs):
+        self.score = score
+        self.query = make_param(rngs, glorot(), (width, width), ("embed", "hidden"))
+        self.key = make_param(rngs, glorot(), (width, width), ("embed", "hidden"))
+        if score == "additive":
+            self.weigh = make_param(rngs, jax.nn.initializers.normal(width**-0.5), (width,), ("norm",))
+
+    def keys(self, encoded_BSD: Array) -> Array:
+        """What scores need of the source, [B, S, D]."""
+        return jnp.einsum("bsd,de->bse", encoded_BSD, use(self.key, encoded_BSD.dtype))
+
+    def weights(self, x_BTD: Array, keys_BSD: Array, visible: Visible) -> Array:
+        """Of each source state for each target state, float32 [B, T, S], of sum 1 over what is visible."""
+        q_BTD = jnp.einsum("btd,de->bte", x_BTD, use(self.query, x_BTD.dtype))
+        scores_BTS = (self._dot if self.score == "dot" else self._additive)(q_BTD, keys_BSD)
+        mask = visible.mask(scores_BTS.shape[1], scores_BTS.shape[2])[:, 0]
+        return jax.nn.softmax(jnp.where(mask, scores_BTS, LOWEST), axis=-1)
+
+    def _dot(self, q_BTD: Array, k_BSD: Array) -> Array:
+        scores_BTS = float32_product("btd,bsd->bts", q_BTD, k_BSD)
+        return scores_BTS * q_BTD.shape[-1] ** -0.5
+
+    def _additive(self, q_BTD: Array, k_BSD: Array) -> Array:
+        # In float32, as are then the sums over S and T that are the gradients of q and k.
+        q_BT1D, k_B1SD = q_BTD.astype(jnp.float32)[:, :, None, :], k_BSD.astype(jnp.float32)[:, None, :, :]
+        joined_BTSD = jnp.tanh((q_BT1D + k_B1SD).astype(q_BTD.dtype))
+        weigh_D = self.weigh[...].astype(q_BTD.dtype)
+        return float32_product("btsd,d->bts", joined_BTSD, weigh_D)
+
+
+def weighted(weights_BTS: Array, values_BSD: Array) -> Array:
+    """The mean of the values by these weights, [B, T, D]."""
+    return jnp.einsum("bts,bsd->btd", weights_BTS.astype(values_BSD.dtype), values_BSD)

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
-
-Array = jax.Array
 
 
 class LossSums(NamedTuple):

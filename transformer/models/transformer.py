@@ -9,16 +9,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from transformer.attention import dot_product
-from transformer.attention.dot_product import Visible
+from transformer.attention.mask import Visible
 from transformer.config import ModelConfig
-from transformer.models.base import TextModel
-from transformer.models.layers import FeedForward, LayerNorm, MultiHeadAttention, Residual, split_key
-from transformer.models.segments import positions, segments, shift_right
-from transformer.models.stack import layers_of, make_stack, run_stack
+from transformer.models.base import TextModel, positions, segments, shift_right
+from transformer.models.layers import (
+    FeedForward,
+    LayerNorm,
+    MultiHeadAttention,
+    Residual,
+    layers_of,
+    make_stack,
+    run_stack,
+    split_key,
+)
 
-Array = jax.Array
 Key = Array | None
 
 

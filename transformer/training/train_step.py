@@ -19,7 +19,7 @@ from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
 from transformer.models.loss import LossSums, cross_entropy
 from transformer.models.registry import Model, Params, _with_shardings
-from transformer.training import guard
+from transformer.training import optimizer as optimizer_lib
 from transformer.training.optimizer import make_optimizer, make_schedule
 
 
@@ -127,12 +127,12 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=sums.objective / tokens)
         params = optax.apply_updates(state.params, updates)
-        source_tokens, skipped = (batch.source_BS != PAD).sum(dtype=jnp.float32), guard.skipped(opt_state)
-        rate = schedule(state.step - guard.skipped(state.opt_state))
+        source_tokens, skipped = (batch.source_BS != PAD).sum(dtype=jnp.float32), optimizer_lib.skipped(opt_state)
+        rate = schedule(state.step - optimizer_lib.skipped(state.opt_state))
         metrics = StepMetrics(sums, optax.tree.norm(grads), rate, source_tokens, skipped)
         ema = None if state.ema is None else moving_average(state.ema, params, state.step, config.train.ema_decay)
         is_bad = ~(jnp.isfinite(sums.objective) & jnp.isfinite(metrics.grad_norm))
-        return guard.keep(state, TrainState(state.step + 1, params, opt_state, ema), is_bad), metrics
+        return optimizer_lib.keep(state, TrainState(state.step + 1, params, opt_state, ema), is_bad), metrics
 
     states, everywhere = state_shardings(model, config, mesh), sharding.replicated(mesh)
     return jax.jit(

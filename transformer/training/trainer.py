@@ -31,7 +31,7 @@ from transformer.models import flops, registry
 from transformer.runtime import environment, signals
 from transformer.runtime.errors import DivergedError, UserError
 from transformer.runtime.logging import say
-from transformer.training import divergence, guard, initialization, workdir
+from transformer.training import initialization, optimizer, workdir
 from transformer.training import train_step as step
 from transformer.training.metrics import (
     WHAT_HELPS,
@@ -79,7 +79,7 @@ class Updates:
         flops_of: Callable[[Batch], float],
         spent: flops.Spent,
     ):
-        skipped = int(jax.device_get(guard.skipped(state.opt_state)))
+        skipped = int(jax.device_get(optimizer.skipped(state.opt_state)))
         self.state, self.meter, self.compiles = state, Meter(spent, skipped=skipped), environment.CompileCounter()
         self._train_step, self._batches, self._place, self._flops_of = train_step, batches, place, flops_of
         self._done = int(jax.device_get(state.step))
@@ -184,7 +184,7 @@ class Run:
         owes = self._is_due(self.start, train.eval_every_steps) and not self.is_scored
         if not owes and self._is_over(self.start):
             return
-        dumped = divergence.dumped(self.path, self.plan, self.pairs)
+        dumped = workdir.dumped(self.path, self.plan, self.pairs)
         with dumped, open_log(self.path, self.start, train.num_steps) as log:
             if owes:
                 self._evaluate(self.state.eval_params, self.start, log)

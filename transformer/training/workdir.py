@@ -1,20 +1,24 @@
 """The folder of a run: whose it is, and which config it was made with."""
 
+import contextlib
 import datetime
 import fcntl
 import json
 import os
 import uuid
-from typing import IO
+from collections.abc import Iterator
+from typing import IO, Any
 
 from etils import epath
 
 from transformer.config import schema
 from transformer.config.schema import RUN_ID, Config
 from transformer.config.validation import HARMLESS, ends_with_its_steps, unread
+from transformer.data.batching import PADDING_ROW, TrainPlan
+from transformer.data.corpus import Split
 from transformer.distributed import multihost
 from transformer.runtime import object_storage
-from transformer.runtime.errors import UserError, WorkdirError
+from transformer.runtime.errors import DivergedError, UserError, WorkdirError
 from transformer.runtime.files import reported, write_whole
 from transformer.runtime.logging import complain, say
 
@@ -135,3 +139,33 @@ def _harmless(change: schema.Change, config: Config) -> bool:
     if (change.section, change.field) == ("train", "init_from"):
         return bool(change.old and change.new)  # whether it is the same run is seen by its id
     return change.field in HARMLESS.get(change.section, ())
+
+
+FILE = "diverged.json"
+
+
+@contextlib.contextmanager
+def dumped(workdir: epath.Path, plan: TrainPlan, split: Split) -> Iterator[None]:
+    """Writes the batch of the update that a DivergedError names to WORKDIR/diverged.json, and passes the error on."""
+    try:
+        yield
+    except DivergedError as error:
+        if error.update is None:
+            raise
+        path = workdir / FILE
+        _write(path, contents(plan, split, error))
+        raise DivergedError(f"{error}. The sentence pairs of its batch are in {path}", error.update) from error
+
+
+@multihost.lead_only
+def _write(path: epath.Path, values: dict[str, Any]) -> None:
+    with reported(f"{path}"):
+        write_whole(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+
+
+def contents(plan: TrainPlan, split: Split, error: DivergedError) -> dict[str, Any]:
+    """The update, why, and the number in the training split and the text of each sentence pair of its batch."""
+    examples = plan.batch((error.update or 1) - 1).examples_B
+    numbers = examples[examples != PADDING_ROW].tolist()
+    pairs = [{"number": number, "source": split[number][0], "target": split[number][1]} for number in numbers]
+    return {"update": error.update, "why": str(error), "pairs": pairs}
