@@ -22,8 +22,8 @@ from transformer.command_line import add_model_flags, decode_flags, full_path, p
 from transformer.config import validation
 from transformer.data import text_files
 from transformer.decoding.translator import Translator
-from transformer.export import __main__ as export
 from transformer.export import ctranslate2 as export_ctranslate2
+from transformer.export import verify
 from transformer.runtime.environment import enable_cache
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import say
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     if args.engine == "ours" and (args.quantization, args.patience) != ("float32", 1):
         raise UserError("--quantization and --patience are of --engine=ctranslate2; leave them out")
     if args.engine == "ctranslate2":
-        export.check_installed("ctranslate2", "--engine=ctranslate2")
+        verify.check_installed("ctranslate2", "--engine=ctranslate2")
     enable_cache()
     lines = list(text_files.read_lines(args.source))
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +85,7 @@ def ctranslate2(trained: Trained, folder: pathlib.Path, quantization: str, patie
     """CTranslate2, a worker for each core, on batches of 32 sentences sorted by length."""
     import ctranslate2
 
-    summary = export.write(trained, folder, "ctranslate2", quantization)
+    summary = verify.write(trained, folder, "ctranslate2", quantization)
     options = {**summary["translate_batch"], "patience": patience, "max_batch_size": 32}
     tokenizer = trained.tokenizer
     words = export_ctranslate2.vocabulary(tokenizer)

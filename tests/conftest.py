@@ -48,7 +48,7 @@ def root() -> pathlib.Path:
 @pytest.fixture(autouse=True, scope="session")
 def _shared_programs():
     """Equal configs share their compiled programs; `fresh_programs` is for tests that change what is compiled."""
-    from tests.sharing import share_programs
+    from tests.helpers.sharing import share_programs
 
     with pytest.MonkeyPatch.context() as patch:
         share_programs(patch)
@@ -58,7 +58,7 @@ def _shared_programs():
 @pytest.fixture
 def fresh_programs(_shared_programs):
     """Programs of this test's own, for one that patches what is traced, or counts how often it is."""
-    from tests.sharing import share_programs
+    from tests.helpers.sharing import share_programs
 
     _shared_programs.undo()
     yield

@@ -175,9 +175,6 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
-    command_line.run(main)
-
 Note = Callable[[Sequence[str], Sequence[str]], None]
 
 
@@ -254,3 +251,7 @@ def _store(archive: zipfile.ZipFile, number: int, attention: Attention, tokenize
     for name, array in arrays.items():
         with archive.open(f"{name}_{number}.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

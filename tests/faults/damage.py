@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests.checkpoints.test_manager import make_parts, save, save_three
 from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World, files_of
-from tests.test_checkpoint import make_parts, save, save_three
 from transformer.checkpoints import loading, manager, manifest
 from transformer.checkpoints.manager import Checkpoints
 from transformer.checkpoints.manifest import MANIFEST

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import test_step
 from tests.faults.coverage import shares
 from tests.faults.table import Tally, row
 from tests.faults.world import Heard, World
+from tests.training import test_train_step
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import Checkpoints
 from transformer.config import MeshConfig
@@ -87,12 +87,12 @@ def no_numbers(world: World, tally: Tally) -> None:
 
 def assert_not_applied(world: World) -> None:
     """Update AT leaves the whole state as it was, and the one before does not."""
-    config, mesh, built, _ = test_step.setup()
+    config, mesh, built, _ = test_train_step.setup()
     train_step = step.make_train_step(built, config, mesh)
     state = step.init_state(built, config, mesh)._replace(
         step=jax.device_put(np.int32(AT - 2), sharding.replicated(mesh))
     )
-    batch = sharding.place_batch(mesh, test_step.draw_batch())
+    batch = sharding.place_batch(mesh, test_train_step.draw_batch())
     states = [jax.device_get(state)]
     for _ in range(2):
         state, metrics = train_step(state, batch)
@@ -179,8 +179,8 @@ def hosts_change(world: World, tally: Tally) -> None:
 def parts_of_a_batch(world: World, tally: Tally) -> None:
     for parts, rows in ((2, 7), (4, 8)) if tally.quick else itertools.product((2, 4, 8), (7, 16)):
         with tally.one(f"{parts} parts of {rows} rows"):
-            _, mesh, built, _ = test_step.setup()
-            batch = test_step.draw_batch(rows=rows)
+            _, mesh, built, _ = test_train_step.setup()
+            batch = test_train_step.draw_batch(rows=rows)
 
             def objective(params, batch, key):
                 logits = built.bind(params)(batch.source_BS, batch.target_BT, key)  # noqa: B023

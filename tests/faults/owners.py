@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests import test_config
+from tests.config import test_schema
 from tests.conftest import ROOT
 from tests.faults.table import Tally, row
 from tests.faults.world import KILLED, Command, World, data_fields
@@ -117,10 +117,10 @@ DATA_CHANGES = {
 
 def bad_configs() -> list[tuple[str, dict]]:
     """What the message must match, and the sections: those of test_config."""
-    cases = list(test_config.IMPOSSIBLE)
+    cases = list(test_schema.IMPOSSIBLE)
     for fields, values in (
-        (test_config.FLOATS, [float("nan"), float("inf"), -1.0, "0.1", True, None]),
-        (test_config.INTS, [-2, 2**31, 1.5, "2", True, None]),
+        (test_schema.FLOATS, [float("nan"), float("inf"), -1.0, "0.1", True, None]),
+        (test_schema.INTS, [-2, 2**31, 1.5, "2", True, None]),
     ):
         for (section, name), value in itertools.product(fields, values):
             cases.append((rf"config\.{section}\.{name}: expected", {section: {name: value}}))

@@ -1,0 +1,175 @@
+"""The measuring commands: that they measure what they say, not what comes out."""
+
+import json
+import statistics
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import attention_memory, checkpoint_digest, decode, pairs, recurrence_speed
+from tests.commands.test_translate import save
+from tests.decoding.test_translator import LINES
+from transformer.checkpoints import manifest
+from transformer.data import subword_nmt, tokenizer
+from transformer.export import verify
+from transformer.planning.hardware import parse_topology
+from transformer.runtime.errors import UserError
+
+
+def test_pairs_quote_the_median_of_ratios(capsys, monkeypatch):
+    figures = iter([30, 10, 90, 10, 40, 10])
+    monkeypatch.setattr(pairs, "figure", lambda command, key: next(figures))
+    pairs.main(["pairs", "--ours=a", "--other=b", "--key=speed", "--pairs=3"])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row == {"key": "speed", "ours": [30, 90, 40], "other": [10, 10, 10], "median_ratio": 4.0}
+
+
+def test_a_figure_is_read_from_the_last_line(tmp_path):
+    script = tmp_path / "speak.py"
+    script.write_text("print('warming up')\nprint('{\"speed\": 12.5}')\n")
+    assert pairs.figure(f"{sys.executable} {script}", "speed") == 12.5
+
+
+@pytest.mark.parametrize("body", ["print('no json')", "print('{}')", "raise SystemExit(3)", ""])
+def test_a_command_without_a_figure_is_refused(tmp_path, body):
+    script = tmp_path / "speak.py"
+    script.write_text(body)
+    with pytest.raises(UserError, match="expected a JSON object"):
+        pairs.figure(f"{sys.executable} {script}", "speed")
+
+
+@pytest.mark.parametrize("command", ["there-is-no-such-program", "'no end", ""])
+def test_a_command_that_cannot_be_run_is_refused(command):
+    with pytest.raises(UserError, match="cannot be run"):
+        pairs.figure(command, "speed")
+
+
+def test_a_figure_that_cannot_be_compared_is_refused(tmp_path):
+    script = tmp_path / "speak.py"
+    script.write_text("print('{\"speed\": 0}')")
+    with pytest.raises(UserError, match="expected speed above 0, got 0"):
+        pairs.figure(f"{sys.executable} {script}", "speed")
+
+
+@pytest.mark.parametrize("lengths", ["512", "512,512", "a,b", "512,", "0,512", "-1,512"])
+def test_lengths_without_growth_are_refused(lengths):
+    with pytest.raises(UserError, match="at least two different numbers"):
+        attention_memory.two_or_more(lengths)
+
+
+@pytest.mark.slow
+def test_the_compiled_step_grows_with_the_length_by_blocks_and_with_its_square_without():
+    used = {
+        (path, length): attention_memory.temporary_mb(path, length, parse_topology("cpu:8"))
+        for path, length in [
+            ("plain", 1024),
+            ("plain", 4096),
+            ("blockwise", 4096),
+            ("blockwise", 16384),
+            ("ring:4", 16384),
+        ]
+    }
+    assert attention_memory.growth([1024, 4096], [used["plain", 1024], used["plain", 4096]]) > 1.9
+    assert attention_memory.growth([4096, 16384], [used["blockwise", 4096], used["blockwise", 16384]]) < 1.1
+    assert used["blockwise", 4096] < used["plain", 4096] / 20
+    assert used["ring:4", 16384] == pytest.approx(used["blockwise", 4096], rel=0.3)
+
+
+@pytest.mark.tpu
+def test_the_compiled_step_of_a_tpu_grows_with_the_length_by_splash():
+    topology = parse_topology("v5e:2x2")
+    used = [attention_memory.temporary_mb("splash", length, topology) for length in (1024, 4096)]
+    assert attention_memory.growth([1024, 4096], used) < 1.1
+
+
+@pytest.mark.parametrize("path", ["ring:0", "ring:two", "plain:2", "fast"])
+def test_a_way_to_attend_that_is_none_is_refused(path):
+    with pytest.raises(UserError, match=r"ring:2, say|expected one of auto, plain"):
+        attention_memory.small_model(path)
+
+
+def test_the_drawing_has_a_line_for_each_way_its_slope_the_exponent():
+    sizes = {"plain": [1.0, 16.0, 256.0], "blockwise": [1.0, 4.0, 16.0]}
+    root = ElementTree.fromstring(attention_memory.drawing([1024, 4096, 16384], sizes))
+    lines = {}
+    for line in root.iter("{http://www.w3.org/2000/svg}polyline"):
+        points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+        lines[len(lines)] = [points[i][1] - points[i + 1][1] for i in range(2)]
+    assert lines[0] == pytest.approx([2 * rise for rise in lines[1]], abs=0.2)
+
+
+@pytest.mark.slow
+def test_a_save_is_held_against_one_without_digests(capsys, monkeypatch):
+    digested = []
+    sha256 = manifest.sha256
+    monkeypatch.setattr(manifest, "sha256", lambda path: (digested.append(path.name), sha256(path))[1])
+    checkpoint_digest.main(["checkpoint_digest", "--megabytes=60", "--rounds=2"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["megabytes"] == pytest.approx(50, abs=11)
+    assert found["share"] == 1 - found["without_s"] / found["save_s"]
+    assert digested.count("config.json") == 2  # of four saves
+
+    with pytest.raises(SystemExit):
+        checkpoint_digest.main(["checkpoint_digest", "--rounds=0"])
+
+
+def test_a_python_without_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(recurrence_speed, "TORCH", "import there_is_no_torch")
+    with pytest.raises(UserError, match="expected a Python that has PyTorch, got: ModuleNotFoundError"):
+        recurrence_speed.torch_ms(sys.executable, [2, 2, 2])
+
+
+def test_both_layers_are_timed_in_turn(monkeypatch, capsys):
+    monkeypatch.setattr(recurrence_speed, "torch_ms", lambda python, sizes: 1000.0)
+    recurrence_speed.main(["recurrence_speed", "--batch=2", "--length=3", "--width=4"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(found["ours_ms"]) == len(found["torch_ms"]) == 3
+    assert found["speed"] == round(statistics.median(1000.0 / ours for ours in found["ours_ms"]), 2) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("attention_memory", "checkpoint_digest", "decode", "pairs", "recurrence_speed", "sweep", "parallelism"),
+        "equal_budget",
+    ],
+)
+def test_each_command_explains_itself(name):
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert f"benchmarks.{name}" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ours", "ctranslate2"])
+def test_decoding_is_measured_in_tokens_of_the_translations(engine, tmp_path, capsys):
+    if engine == "ctranslate2":
+        pytest.importorskip("ctranslate2", reason="the export extra is not installed")
+    codes = subword_nmt.learn_vocabulary((("c", "a"), ("o", "g</w>")), LINES)
+    words = tokenizer.train(LINES, 300, "bpe") if engine == "ours" else tokenizer.Tokenizer(codes)
+    workdir = save(tmp_path / "run", words)
+    source = tmp_path / "source"
+    source.write_text("a cat\n\na dog\n")
+    decode.main(
+        [
+            "decode",
+            f"--workdir={workdir}",
+            f"--source={source}",
+            f"--engine={engine}",
+            "--repeats=2",
+            "--decode.beam_size=3",
+        ]
+    )
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (row["engine"], row["sentences"], row["decode"], len(row["seconds"])) == (engine, 3, {"beam_size": 3}, 2)
+    assert row["output_tokens"] >= 3
+    assert row["output_tokens_per_s"] == pytest.approx(row["output_tokens"] / (sum(row["seconds"]) / 2), rel=0.3)
+
+
+def test_decoding_by_a_package_that_is_missing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "NEEDS", {"ctranslate2": "no_such_package"})
+    with pytest.raises(UserError, match="--engine=ctranslate2 needs the package no_such_package: pip install"):
+        decode.main(["decode", f"--workdir={tmp_path}", "--source=x", "--engine=ctranslate2"])

@@ -1,0 +1,374 @@
+"""Flags into a checked config, and commands that end with one message and the documented exit code."""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.helpers import commands
+from transformer import command_line
+from transformer.runtime import logging
+from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
+
+DEMO = "--config=configs/demo.py"
+
+
+@pytest.fixture(autouse=True)
+def _in_root(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+def parse(*arguments):
+    return command_line.config_flags(["train.py", *arguments])
+
+
+def test_overrides_change_fields_whatever_their_order():
+    for arguments in (
+        [DEMO, "--config.train.seed=5"],
+        ["--config.train.seed=5", DEMO],
+        [DEMO, "--config.train.seed", "5"],
+    ):
+        config, rest = parse(*arguments, "--workdir=x")
+        assert config.train.seed == 5
+        assert rest == ["--workdir=x"]
+
+
+def test_decode_flags_are_fields_of_their_section_alone():
+    arguments = ["eval.py", "--decode.beam_size=1e1", "--workdir=x", "--decode.top_p", "0.5", "--decode.method=sample"]
+    fields, rest = command_line.decode_flags(arguments)
+    assert fields == {"beam_size": 10, "top_p": 0.5, "method": "sample"}
+    assert rest == ["--workdir=x"]
+    for argument, match in (
+        ("--decode.bean_size=3", "config.decode: unknown field 'bean_size'; did you mean 'beam_size'"),
+        ("--decode.beam_size=x", "--decode.beam_size: expected int, got 'x'"),
+        ("--decode.beam_size", "expected a value"),
+        ("--decode=x", "expected --decode.FIELD=VALUE"),
+    ):
+        with pytest.raises(UserError, match=match):
+            command_line.decode_flags(["eval.py", argument])
+
+
+def test_widths_follow_an_override_of_the_model_width(tmp_path):
+    """A field that follows another in the config file goes on following it on the command line."""
+    (tmp_path / "plain.py").write_text("def get_config():\n    return {'model': {'num_layers': 2}}\n")
+    for path in ("configs/demo.py", tmp_path / "plain.py"):
+        model = parse(f"--config={path}", "--config.model.emb_dim=64")[0].model
+        assert (model.emb_dim, model.qkv_dim, model.value_dim, model.num_layers) == (64, 64, 64, 2)
+
+
+def test_a_whole_number_of_a_config_file_may_become_a_part(tmp_path):
+    (tmp_path / "plain.py").write_text("def get_config():\n    return {'optimizer': {'clip_norm': 1}}\n")
+    (tmp_path / "own.py").write_text(
+        "from ml_collections import config_dict\n"
+        "def get_config():\n    return config_dict.ConfigDict({'optimizer': {'clip_norm': 1}})\n"
+    )
+    (tmp_path / "frozen.py").write_text((tmp_path / "own.py").read_text().replace(".ConfigDict", ".FrozenConfigDict"))
+    for name in ("plain", "own", "frozen"):
+        config = parse(f"--config={tmp_path}/{name}.py", "--config.optimizer.clip_norm=0.5")[0]
+        assert config.optimizer.clip_norm == 0.5
+
+
+def test_whole_numbers_may_be_written_as_people_do():
+    assert parse(DEMO, "--config.train.num_steps=1e5")[0].train.num_steps == 100_000
+
+
+def test_a_config_file_may_take_a_name(tmp_path):
+    path = tmp_path / "named.py"
+    path.write_text(
+        "from transformer.config import default_config\ndef get_config(name='a'):\n    c = default_config()\n"
+        "    c.train.seed = {'a': 1, 'b': 2}[name]\n    return c\n"
+    )
+    assert [parse(f"--config={path}{name}")[0].train.seed for name in ("", ":a", ":b")] == [1, 1, 2]
+    with pytest.raises(UserError, match="line 4: KeyError: 'c'"):
+        parse(f"--config={path}:c")
+
+
+def test_a_path_is_made_absolute_and_never_empty(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert command_line.full_path("~/run") == "/home/me/run"
+    assert command_line.full_path("run") == os.path.join(os.getcwd(), "run")
+    assert command_line.full_path("gs://bucket/run") == "gs://bucket/run"
+    with pytest.raises(argparse.ArgumentTypeError, match="empty"):
+        command_line.full_path(" ")
+
+
+PATH_FLAGS = {
+    "eval": ["workdir", "source", "reference", "output", "versus"],
+    "transformer.translate": ["workdir", "ensemble", "prefix_file", "constraint_file", "alignments", "attention"],
+    "transformer.export": ["workdir", "output"],
+}
+
+
+@pytest.mark.parametrize("command", PATH_FLAGS)
+def test_every_flag_that_is_a_path_is_read_as_one(command, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    module = importlib.import_module(command + ".__main__" * (command == "transformer.export"))
+    parse = module.parse if command == "eval" else module._parse
+    others = ["--format=jax"] if command == "transformer.export" else []
+    flags = {name: f"--{name}=~/{name}" for name in PATH_FLAGS[command]}
+    args = parse([*flags.values(), *others])
+    for name in flags:
+        given = getattr(args, name)
+        assert (given[0] if name in ("ensemble", "reference") else given) == f"/home/me/{name}"
+    monkeypatch.setattr(command_line.object_storage.importlib.util, "find_spec", lambda name: None)
+    for name in set(flags) - {"output" if others else ""}:
+        with pytest.raises(SystemExit, match="2"):
+            parse([*{**flags, name: f"--{name}=gs://b/x"}.values(), *others])
+        assert f"--{name}: gs:// needs the package gcsfs: pip install gcsfs" in capsys.readouterr().err
+
+
+@pytest.mark.reported
+def test_commas_in_paths_stay_where_only_so_there_are_files(tmp_path):
+    for name in ("a,b", "a,b.txt", "c", "d"):
+        (tmp_path / name).touch()
+    (tmp_path / "a").mkdir()
+    for names in (["a,b.txt"], ["c", "a,b", "d"], ["c", "d"], ["c", "none"]):
+        paths = [f"{tmp_path}/{name}" for name in names]
+        assert command_line.full_paths(",".join(paths)) == paths
+    args = importlib.import_module("eval").parse(
+        ["--workdir=x", f"--source={tmp_path}/c", f"--reference={tmp_path}/a,b.txt,{tmp_path}/d"]
+    )
+    assert args.reference == [f"{tmp_path}/a,b.txt", f"{tmp_path}/d"]
+    assert command_line.full_paths("gs://b/x,gs://b/y") == ["gs://b/x", "gs://b/y"]
+
+
+def test_a_link_to_what_is_read_is_no_output(tmp_path):
+    (tmp_path / "link").symlink_to("theirs")
+    with pytest.raises(UserError, match="would overwrite what is read"):
+        importlib.import_module("eval").parse(
+            ["--workdir=x", f"--versus={tmp_path}/theirs", f"--output={tmp_path}/link"]
+        )
+
+
+def test_a_config_may_be_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "plain.py").write_text("def get_config():\n    return {'model': {'num_layers': 2}}\n")
+    assert parse("--config=~/plain.py")[0].model.num_layers == 2
+
+
+@pytest.mark.parametrize("command", [["train.py", DEMO], ["eval.py"], ["-m", "transformer.translate"]])
+def test_an_empty_workdir_is_refused(command):
+    assert b"got an empty name" in commands.run(*command, "--workdir=", code=2).stderr
+
+
+def failing(error):
+    """A command that raises it."""
+
+    def command(argv):
+        raise error
+
+    return command
+
+
+def test_want_of_memory_is_a_message_with_advice(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command_line.run(failing(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "lower train.batch_tokens, decode.beam_size" in line
+
+
+@pytest.mark.reported
+def test_a_full_disk_is_one_too(capsys):
+    with pytest.raises(OSError, match="No space left on device") as error, open("/dev/full", "wb", buffering=0) as full:
+        full.write(b"x")
+    assert logging.exit_code(error.value) == 2
+    assert "out of memory or disk: [Errno 28] No space left on device; " in capsys.readouterr().err
+
+
+def test_want_of_the_host_s_memory_is_one_too(capsys):
+    assert logging.exit_code(MemoryError()) == 2
+    assert "out of memory or disk: MemoryError; lower train.batch_tokens" in capsys.readouterr().err
+    with pytest.raises(MemoryError) as error:
+        np.zeros(1 << 60, np.int8)
+    assert logging.exit_code(error.value) == 2
+    assert "Unable to allocate 1.00 EiB" in capsys.readouterr().err
+
+
+def test_a_boolean_and_a_float_and_a_string():
+    config, _ = parse(
+        DEMO, "--config.model.share_embeddings=false", "--config.optimizer.clip_norm=2", "--config.model.norm=pre"
+    )
+    assert (config.model.share_embeddings, config.optimizer.clip_norm, config.model.norm) == (False, 2.0, "pre")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ([], r"expected one --config=FILE"),
+        ([DEMO, DEMO], r"expected one --config=FILE.*got 2"),
+        (["--config=configs/none.py"], r"configs/none\.py: no such file"),
+        ([DEMO, "--config.model.num_layer=3"], r"config\.model: unknown field 'num_layer'; did you mean 'num_layers'"),
+        ([DEMO, "--config.modle.num_layers=3"], r"config: unknown field 'modle'; did you mean 'model'"),
+        ([DEMO, "--config.model=3"], r"expected --config\.SECTION\.FIELD=VALUE"),
+        ([DEMO, "--config.model.num_layers.x=3"], r"expected --config\.SECTION\.FIELD=VALUE"),
+        ([DEMO, "--config.model.num_layers=two"], r"num_layers: expected int, got 'two'"),
+        ([DEMO, "--config.model.num_layers=1.5"], r"num_layers: expected int, got '1\.5'"),
+        ([DEMO, "--config.model.num_layers=inf"], r"num_layers: expected int, got 'inf'"),
+        ([DEMO, "--config.model.num_layers"], r"expected a value"),
+        ([DEMO, "--config.model.num_layers=0"], r"num_layers: expected at least 1, got 0"),
+        ([DEMO, "--config.model.dropout_rate=nan"], r"dropout_rate: expected a finite number, got nan"),
+        ([DEMO, "--config.model.share_embeddings=3"], r"share_embeddings: expected bool, got '3'"),
+    ],
+)
+def test_bad_flags_are_refused_with_a_message(arguments, match):
+    with pytest.raises(UserError, match=match):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+        ("x = \n", "SyntaxError"),
+        ("x = 3\n", "get_config"),
+        (
+            "from transformer.config import default_config\ndef get_config():\n    c = default_config()\n"
+            "    c.model.layers = 3\n    return c\n",
+            "line 4: unknown field 'layers'; did you mean 'num_layers'",
+        ),
+        ("def get_config():\n    return 3\n", "expected get_config to return a ConfigDict, got int"),
+        ("def get_config():\n    raise KeyError('boo')\n", "line 2: KeyError: 'boo'"),
+        ("def get_config():\n    return {'modle': {}}\n", "unknown field 'modle'; did you mean 'model'"),
+        (
+            "from transformer.config import default_config\ndef get_config():\n    c = default_config()\n"
+            "    c.model.dropout_rate = 'high'\n    return c\n",
+            "line 4: TypeError",
+        ),
+    ],
+)
+def test_an_error_inside_a_config_file_says_where(tmp_path, body, match):
+    path = tmp_path / "odd.py"
+    path.write_text(body)
+    with pytest.raises(UserError, match=match):
+        parse(f"--config={path}")
+
+
+def run(*command, **options):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=60, **options)
+
+
+NO_JAX = """
+import contextlib, io, json, os, runpy, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jax", "flax", "optax", "orbax"):
+            raise AssertionError(f"{name} was imported")
+
+sys.meta_path.insert(0, Refuse())
+for sys.argv in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, said.getvalue(), os.path.exists("x")]))
+"""
+MISTAKES = [
+    (["train.py"], "expected one --config=FILE"),
+    (["train.py", DEMO, "--workdir=x", "--config.train.seed=-1"], "config.train.seed: expected at least 0, got -1"),
+    (["train.py", DEMO, "--workdir=x", "--config.model.num_heads=3"], "num_heads = 3 does not divide"),
+    (["train.py", DEMO, "--workdir=x", "--config.data.name=no_such_set"], "no_such_set"),
+    (["train.py", DEMO], "--workdir"),
+    (["train.py", DEMO, "--workdir=x", "--wrokdir=y"], "--wrokdir"),
+    (["train.py", DEMO, "--workdir=x", "--config.data.tokenizer=no.model"], "no.model: expected a SentencePiece"),
+    (["eval.py"], "--workdir"),
+    (["eval.py", "--workdir=x", "--source=a"], "--source and --reference go together"),
+    (["eval.py", "--workdir=x", "--decode.bean_size=3"], "unknown field 'bean_size'; did you mean 'beam_size'"),
+]
+
+
+@pytest.fixture(scope="module")
+def mistakes(root):
+    """What became of each of MISTAKES, all made in one process that cannot import JAX."""
+    arguments = json.dumps([argv for argv, _ in MISTAKES])
+    # Set, so that training does not start itself anew.
+    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    result = run("-c", NO_JAX, arguments, cwd=root, env=environment)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=lambda i: " ".join(MISTAKES[i][0]))
+def test_mistakes_cost_one_message_and_no_jax(mistakes, number):
+    code, said, wrote = mistakes[number]
+    assert code == 2, said
+    assert MISTAKES[number][1] in said
+    assert "Traceback" not in said
+    assert not wrote
+
+
+@pytest.mark.reported
+def test_a_platform_that_is_not_here_is_a_message(root):
+    program = (
+        "from transformer import command_line, config\nfrom transformer.distributed import sharding\n"
+        "command_line.run(lambda argv: sharding.make_mesh(config.MeshConfig()))"
+    )
+    result = run("-c", program, env={**os.environ, "JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "JAX_PLATFORMS=cuda: expected devices of that platform, found none" in result.stderr
+    assert "set JAX_PLATFORMS=cpu" in result.stderr
+
+
+@pytest.mark.reported
+def test_a_config_in_a_pipe_is_told_from_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(UserError, match=r"pipe\.py: expected a file that ends in \.py, got a folder, pipe or device"):
+        parse(f"--config={tmp_path}/pipe.py")
+
+
+def test_a_failure_inside_is_exit_code_1_with_a_traceback(capsys):
+    with pytest.raises(SystemExit, match="1"):
+        command_line.run(lambda argv: 1 / 0)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError("no"), 2), (DivergedError("no"), 3), (WorkdirError("no"), 4), (StoppedError(15, "no"), 143)],
+)
+def test_exit_codes_are_those_documented(error, code, capsys):
+    with pytest.raises(SystemExit) as end:
+        command_line.run(failing(error))
+    assert end.value.code == code
+    assert capsys.readouterr().err.strip().endswith(": no")
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    program = "from transformer import command_line\ndef f(a):\n  for i in range(100000): print(i)\ncommand_line.run(f)"
+    result = subprocess.run(f"{sys.executable} -c '{program}' | head -1", shell=True, capture_output=True, text=True)
+    assert result.stdout == "0\n"
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["eval.py"], ["-m", "transformer.translate"]])
+def test_help_is_to_be_had(command):
+    assert b"--workdir" in commands.run(*command, "--help").stdout
+
+
+def test_help_of_a_command_that_takes_a_config_needs_none(capsys):
+    parser = command_line.config_parser("make.py", "Makes it.\n\nMore.", "--workdir=DIR")
+    with pytest.raises(SystemExit, match="0"):
+        command_line.parse_with_config(parser, ["make.py", "--help"])
+    shown = capsys.readouterr().out
+    assert "make.py --config=FILE --workdir=DIR" in shown
+    assert "Makes it." in shown
+    assert "More." not in shown
+
+
+def test_huge_pages_are_asked_for_once():
+    program = (
+        "import os\nfrom transformer import command_line\ncommand_line.use_huge_pages()\n"
+        "print(os.environ['GLIBC_TUNABLES'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    assert run("-c", program, env=environment).stdout == "glibc.malloc.hugetlb=1\n"
+    assert run("-c", program, env={**environment, "GLIBC_TUNABLES": "mine"}).stdout == "mine\n"

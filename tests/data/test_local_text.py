@@ -1,0 +1,282 @@
+import gzip
+import json
+import lzma
+import os
+import pathlib
+from typing import Any
+
+import pytest
+import zstandard
+
+from transformer.config import DataConfig
+from transformer.data import local_text, prepared
+from transformer.data.corpus import Split
+from transformer.runtime import logging
+from transformer.runtime.errors import UserError
+
+LANGUAGES = ("en", "de")
+NASTY = [
+    "a\rb",
+    "a\u2028b",
+    "a\u0085b",
+    "\ufeffb",
+    "a\ufffdb",
+    "",
+    " \u3000",
+    "x" * 100_000,
+    "\rCR",
+    "a\tb",
+    '"😀é',
+    "a",
+]
+MULTI30K = pathlib.Path(__file__).parents[2] / "../shared/data/multi30k"
+TATOEBA = pathlib.Path(__file__).parents[2] / "../shared/data/tatoeba"
+
+
+def write(folder, **texts):
+    """Writes files named after the keyword, its "__" a dot, with one line an item."""
+    folder.mkdir(exist_ok=True)
+    for name, lines in texts.items():
+        (folder / name.replace("__", ".")).write_bytes("".join(f"{line}\n" for line in lines).encode())
+
+
+def config(**fields):
+    texts: dict[str, Any] = {key: str(value) for key, value in fields.items()}
+    return DataConfig(name="text", **texts)
+
+
+def names_of(splits):
+    return {split: [pathlib.Path(path).name for path in files.paths] for split, files in splits.items()}
+
+
+def refusal_of(data):
+    with pytest.raises(UserError) as error:
+        local_text.find_splits(data)
+    return str(error.value)
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("field", ["train_source", "train", "dir"])
+def test_a_pipe_is_refused_as_data_before_it_blocks(tmp_path, field):
+    write(tmp_path / "data", train__en=["a"], train__de=["b"])
+    pipe = tmp_path / "data" / {"train_source": "pipe", "train": "pipe.tsv", "dir": "val.en"}[field]
+    os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR)  # so that opening it does not wait for one
+    if field == "dir":
+        write(tmp_path / "data", val__de=["b"])
+        data = config(dir=tmp_path / "data")
+    elif field == "train":
+        data = config(train=pipe)
+    else:
+        data = config(train_source=pipe, train_target=tmp_path / "data" / "train.de")
+    message = refusal_of(data)
+    os.close(writer)
+    assert message.startswith(f"{pipe}: expected a file, which can be read more than once, got a pipe or device")
+
+
+def build(data, data_dir):
+    files = local_text.find_splits(data)
+    return prepared.prepare(lambda: local_text.ParallelText(files, data_dir), own=True)
+
+
+def pairs_of(opened, split):
+    return list(Split(split, "", LANGUAGES, opened.records(split), None))
+
+
+@pytest.mark.parametrize("stem", ["val", "valid", "validation", "dev"])
+def test_a_folder_names_its_splits(tmp_path, stem):
+    for name in ("train", stem, "test_2016_flickr", "a.b-c"):
+        write(tmp_path, **{f"{name}__en": ["x"], f"{name}__de": ["y"]})
+    write(
+        tmp_path, test_2016_flickr__fr=["z"], bpe__codes=["e n"], mono__en=["x"], __hidden__en=["x"], __hidden__de=["x"]
+    )
+    splits = local_text.find_splits(config(dir=tmp_path))
+    assert names_of(splits) == {
+        "train": ["train.en", "train.de"],
+        "validation": [f"{stem}.en", f"{stem}.de"],
+        "test_2016_flickr": ["test_2016_flickr.en", "test_2016_flickr.de"],
+        "a.b-c": ["a.b-c.en", "a.b-c.de"],
+    }
+
+
+def test_a_folder_may_be_compressed_and_serves_both_directions(tmp_path):
+    (tmp_path / "train.en.gz").write_bytes(gzip.compress(b"x\n"))
+    (tmp_path / "train.de.zst").write_bytes(zstandard.ZstdCompressor().compress(b"y\n"))
+    data = config(dir=tmp_path, source_language="de", target_language="en")
+    splits = local_text.find_splits(data)
+    assert names_of(splits) == {"train": ["train.de.zst", "train.en.gz"]}
+    assert list(splits["train"].pairs()) == [("y", "x")]
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ([], "expected train.en and train.de"),
+        (["train.en", "test.en", "test.de"], "expected train.en and train.de"),
+        (["train.en", "train.de", "val.de"], "expected val.en and val.de"),
+        (
+            ["train.en", "train.de", "val.en", "val.de", "dev.en", "dev.de"],
+            "several sets of validation files, val, dev",
+        ),
+        (["train.en", "train.de", "train.de.xz"], "has both train.de and train.de.xz"),
+    ],
+)
+def test_a_folder_that_lacks_files_or_has_too_many_is_refused(tmp_path, names, says):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    assert says in refusal_of(config(dir=tmp_path))
+
+
+def test_missing_files_are_refused(tmp_path):
+    write(tmp_path, train__en=["x"], train__de=["y"])
+    pair = {"train_source": tmp_path / "train.en", "train_target": tmp_path / "train.de"}
+    assert "cannot list the folder" in refusal_of(config(dir=tmp_path / "none"))
+    assert "cannot list the folder" in refusal_of(config(dir=tmp_path / "train.en"))
+    assert "no such file" in refusal_of(config(**{**pair, "train_target": tmp_path / "none"}))
+    assert "expected a file" in refusal_of(config(**{**pair, "train_target": tmp_path}))
+    assert "no such file" in refusal_of(config(**pair, valid_source=tmp_path / "a", valid_target=tmp_path / "b"))
+    assert "no such file" in refusal_of(config(train=tmp_path / "a.tsv"))
+    assert "unknown format '.en'" in refusal_of(config(train=tmp_path / "train.en"))
+
+
+def test_columns_without_tsv_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    (tmp_path / "a.tsv").write_bytes(b"")
+    assert "picks columns of .tsv files" in refusal_of(config(train=tmp_path / "a.jsonl", columns="1,2"))
+    assert "expected two columns" in refusal_of(config(train=tmp_path / "a.tsv", columns="1"))
+    assert local_text.find_splits(config(train=tmp_path / "a.tsv", columns="2,1"))["train"].columns == "2,1"
+
+
+def test_sentences_and_their_order_come_back_as_they_were(tmp_path):
+    write(tmp_path / "text", train__en=NASTY, train__de=NASTY[::-1], val__en=["", "x"], val__de=["y", " "])
+    opened = build(config(dir=tmp_path / "text"), tmp_path / "data")
+    assert pairs_of(opened, "train") == list(zip(NASTY, NASTY[::-1], strict=True))
+    assert pairs_of(opened, "validation") == [("", "y"), ("x", " ")]
+
+
+def test_one_file_formats_are_prepared(tmp_path):
+    (tmp_path / "train.tsv.xz").write_bytes(lzma.compress(b"n\ty\tx\n" * 3))
+    (tmp_path / "valid.jsonl").write_text(json.dumps({"en": "x", "de": "y"}))
+    data = config(train=tmp_path / "train.tsv.xz", valid=tmp_path / "valid.jsonl", columns="3,2")
+    opened = build(data, tmp_path / "data")
+    assert pairs_of(opened, "train") == [("x", "y")] * 3
+    assert pairs_of(opened, "validation") == [("x", "y")]
+
+
+def test_many_shards_keep_the_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepared, "_SHARD_BYTES", 100)
+    lines = [f"line {number}" for number in range(99)]
+    write(tmp_path / "text", train__en=lines, train__de=lines)
+    opened = build(config(dir=tmp_path / "text"), tmp_path / "data")
+    assert len(list(opened.folder.glob("*array_record*"))) > 10
+    assert pairs_of(opened, "train") == [(line, line) for line in lines]
+
+
+@pytest.mark.parametrize("stem", ["a-b", "x.y", "all", "train[1]", "sp ace", "ünï%", "a,b=3", "x+y", "a{SPLIT}b"])
+def test_a_stem_may_look_like_a_slice(tmp_path, stem):
+    for name in ("train", stem):
+        write(tmp_path / "text", **{f"{name}__en": [name], f"{name}__de": ["x"]})
+    assert pairs_of(build(config(dir=tmp_path / "text"), tmp_path / "data"), stem) == [(stem, "x")]
+
+
+def test_an_empty_split_has_no_pairs_but_training_must_have_some(tmp_path):
+    write(tmp_path / "text", train__en=["x"], train__de=["y"], test__en=[], test__de=[])
+    for _ in range(2):
+        opened = build(config(dir=tmp_path / "text"), tmp_path / "data")
+        assert opened.names == ["train", "test"]
+        assert pairs_of(opened, "test") == []
+    write(tmp_path / "text", train__en=[], train__de=[])
+    with pytest.raises(UserError, match=r"train\.en and .*train\.de: no pairs of sentences to train on"):
+        build(config(dir=tmp_path / "text"), tmp_path / "data")
+
+
+def test_changed_files_are_prepared_anew_and_unchanged_ones_are_not(tmp_path, capfd):
+    def prepare(**fields):
+        opened = build(config(dir=tmp_path / "text", **fields), tmp_path / "data")
+        return opened.folder, "preparing" in capfd.readouterr().err
+
+    write(tmp_path / "text", train__en=["a"], train__de=["b"])
+    first, made = prepare()
+    assert made
+    assert prepare() == (first, False)
+    write(tmp_path / "text", train__de=["c"])
+    second, made = prepare()
+    assert made
+    write(tmp_path / "text", test__en=["a"], test__de=["c"])
+    third, made = prepare()
+    assert made
+    fourth, made = prepare(source_language="de", target_language="en")
+    assert made
+    assert len({first, second, third, fourth}) == 4
+    write(tmp_path / "text", train__de=["b"])
+    (tmp_path / "text" / "test.en").unlink()
+    assert prepare() == (first, False)
+
+
+def test_columns_and_formats_are_part_of_the_folder_but_names_are_not(tmp_path):
+    content = b'{"en": "a", "de": "b"}\t{"en": "c", "de": "d"}\n'
+    for name in ("a.tsv", "b.tsv", "a.jsonl"):
+        (tmp_path / name).write_bytes(content)
+    folders = [
+        local_text.ParallelText(
+            local_text.find_splits(config(train=tmp_path / name, columns=columns)), tmp_path
+        ).data_path
+        for name, columns in [("a.tsv", ""), ("b.tsv", ""), ("a.tsv", "1,2"), ("a.tsv", "2,1"), ("a.jsonl", "")]
+    ]
+    assert folders[0] == folders[1]
+    assert len(set(folders)) == 4
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [({"en": ["a", "b"], "de": ["c"]}, "has 2 lines"), ({"en": ["a\0"], "de": ["b"]}, "line 1: holds a NUL")],
+)
+def test_bad_text_leaves_nothing_behind(tmp_path, train, says):
+    write(tmp_path / "text", train__en=train["en"], train__de=train["de"])
+    with pytest.raises(UserError, match=says):
+        build(config(dir=tmp_path / "text"), tmp_path / "data")
+    assert not list((tmp_path / "data").glob("**/*record*"))
+    assert not list((tmp_path / "data").glob("**/incomplete*"))
+
+
+def test_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch):
+    write(tmp_path / "text", train__en=["a"], train__de=["b"])
+    examples = local_text.ParallelText._examples
+
+    def change(self, *args):
+        write(tmp_path / "text", train__de=["c"])
+        yield from examples(self, *args)
+
+    monkeypatch.setattr(local_text.ParallelText, "_examples", change)
+    with pytest.raises(UserError, match="changed while they were being read"):
+        build(config(dir=tmp_path / "text"), tmp_path / "data")
+    assert not list((tmp_path / "data").glob("**/*record*"))
+
+
+def test_long_work_reports_its_progress(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(logging, "SECONDS_BETWEEN_LINES", 0.0)
+    write(tmp_path / "text", train__en=["a"] * 1234, train__de=["b"] * 1234)
+    build(config(dir=tmp_path / "text"), tmp_path / "data")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "data: sentence pairs: train 1,234\n" in err
+    assert " of 1,234 pairs of train\n" in err
+
+
+@pytest.mark.skipif(not MULTI30K.is_dir(), reason="needs Multi30k in ../shared/data/multi30k")
+def test_multi30k_comes_back_as_it_was(tmp_path):
+    opened = build(config(dir=MULTI30K), tmp_path)
+    assert set(opened.names) == {"train", "validation", "test_2016_flickr"}
+    for split, stem in {"train": "train", "validation": "val", "test_2016_flickr": "test_2016_flickr"}.items():
+        sides = [(MULTI30K / f"{stem}.{language}").read_bytes().decode() for language in LANGUAGES]
+        pairs = pairs_of(opened, split)
+        assert ["".join(f"{pair[side]}\n" for pair in pairs) for side in (0, 1)] == sides
+
+
+@pytest.mark.skipif(not TATOEBA.is_dir(), reason="needs Tatoeba in ../shared/data/tatoeba")
+def test_tatoeba_is_read(tmp_path):
+    data = config(train=TATOEBA / "valid.en-de.tsv.xz", valid=TATOEBA / "valid.en-nl.tsv.xz")
+    opened = build(data, tmp_path)
+    lines = lzma.decompress((TATOEBA / "valid.en-de.tsv.xz").read_bytes()).decode().split("\n")[:-1]
+    assert ["\t".join(pair) for pair in pairs_of(opened, "train")] == lines
+    assert len(lines) == 2658

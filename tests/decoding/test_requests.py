@@ -1,0 +1,68 @@
+"""Prefixes and phrases as people write them: into ids of a fixed shape, or refused."""
+
+import io
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from tests.decoding.test_translator import LINES
+from transformer.data import tokenizer
+from transformer.data.batching import PADDING_ROW
+from transformer.data.tokenizer import EOS, PAD
+from transformer.decoding import requests
+from transformer.decoding.requests import Shape
+from transformer.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return tokenizer.train(LINES, 300, "bpe")
+
+
+def test_nothing_asked_is_nothing(vocabulary):
+    for prefixes, constraints in ((None, None), (["", " "], None), (None, [[], []]), ([" ", ""], [[], ()])):
+        assert [wish.length() for wish in requests.make(vocabulary, prefixes, constraints, [9, 0])] == [0, 0]
+        assert requests.make(vocabulary, prefixes, constraints, [9, 0])[0].shape() == Shape(0, 0, 0)
+
+
+def test_ids_have_no_end_and_a_phrase_counts_once(vocabulary):
+    (wish,) = requests.make(vocabulary, ["the old"], [["red house", "cat", "red house", "red  house"]], [99])
+    assert vocabulary.decode(wish.prefix) == "the old"
+    assert [vocabulary.decode(phrase) for phrase in wish.phrases] == ["red house", "cat"]
+    assert EOS not in np.concatenate([wish.prefix, *wish.phrases])
+
+
+def test_what_fits_to_the_last_token_is_taken(vocabulary):
+    ids = vocabulary.encode(["cat sees"])[0]
+    assert len(requests.make(vocabulary, None, [["cat sees"]], [len(ids)])) == 1
+    with pytest.raises(UserError, match=f"sentence 7: its prefix and phrases take {len(ids) - 1} tokens"):
+        requests.make(vocabulary, None, [["cat sees"]], [len(ids) - 1], first=7)
+
+
+def test_text_without_a_spelling_is_refused():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES), model_writer=model, vocab_size=40, model_type="bpe", minloglevel=2
+    )
+    plain = tokenizer.Tokenizer(model.getvalue())
+    assert requests.make(plain, ["red"], None, [9])[0].length() > 0
+    for prefixes, constraints in ((["漢"], None), (None, [["red", "漢"]])):
+        with pytest.raises(UserError, match="sentence 1: the vocabulary cannot write '漢'"):
+            requests.make(plain, prefixes, constraints, [99])
+
+
+def test_shapes_are_on_a_ladder_and_rectangles_fill_them(vocabulary):
+    asked = requests.make(vocabulary, ["red", "", "x" * 20], [["cat"], [], ["a", "a", "z" * 10]], [99] * 3)
+    assert [wish.shape() for wish in asked] == [Shape(16, 4, 8), Shape(0, 0, 0), Shape(32, 4, 16)]
+    rows_B = np.array([2, 0, PADDING_ROW])
+    prefix_BP, phrases_BKL = requests.rectangles(asked, rows_B, Shape(32, 4, 16))
+    assert (prefix_BP.shape, phrases_BKL.shape) == ((3, 32), (3, 4, 16))
+    assert prefix_BP.dtype == phrases_BKL.dtype == np.int32
+    for row, index in enumerate(rows_B[:2]):
+        assert prefix_BP[row][prefix_BP[row] != PAD].tolist() == asked[index].prefix.tolist()
+        held = [phrase[phrase != PAD].tolist() for phrase in phrases_BKL[row]]
+        assert [phrase for phrase in held if phrase] == [phrase.tolist() for phrase in asked[index].phrases]
+    assert not prefix_BP[2].any()
+    assert not phrases_BKL[2].any()
+    assert requests.rectangles(asked, np.array([1]), Shape(0, 0, 0)) == (None, None)

@@ -1,0 +1,159 @@
+"""A set is opened with all its references, a model is scored on it, and others are fit to be compared with."""
+
+import dataclasses
+import os
+import types
+
+import jax
+import pytest
+
+from tests.checkpoints.test_manager import make_parts, save
+from transformer.checkpoints.loading import Trained
+from transformer.distributed import sharding
+from transformer.evaluation import evaluator as scoring
+from transformer.evaluation.evaluator import EvaluationSet, HeldOutLoss
+from transformer.runtime.errors import DivergedError, UserError
+
+SOURCES = ["the old house", "a new tree", ""]
+CHOSEN = EvaluationSet("mine", SOURCES, [["das alte Haus", "ein neuer Baum", ""]])
+
+
+def make_trained():
+    config, vocabulary, model, mesh, state = make_parts()
+    params = jax.device_put(state.params, sharding.replicated(mesh))
+    return Trained("latest", [7], {}, config, vocabulary, model, params, mesh)
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    return scoring.Scorer(CHOSEN).evaluate(make_trained())
+
+
+def write(path, lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return str(path)
+
+
+def test_files_are_a_set_of_their_own_with_several_references(tmp_path):
+    source = write(tmp_path / "in.en", SOURCES)
+    references = [write(tmp_path / f"r{i}", [f"{line} {i}" for line in SOURCES]) for i in range(2)]
+    found = scoring.open_set(make_parts()[0].data, None, source, references)
+    assert (found.name, found.sources) == ("in.en", SOURCES)
+    assert found.references == [[f"{line} {i}" for line in SOURCES] for i in range(2)]
+
+
+def test_missing_references_and_unequal_counts_are_refused(tmp_path):
+    source, short = write(tmp_path / "in.en", SOURCES), write(tmp_path / "short", SOURCES[1:])
+    data = make_parts()[0].data
+    with pytest.raises(UserError, match="none: there is no such file"):
+        scoring.open_set(data, None, source, [f"{tmp_path}/none"])
+    with pytest.raises(UserError, match="3 sentences and 2 lines in reference 2"):
+        scoring.open_set(data, None, source, [source, short])
+
+
+def test_a_model_is_scored_and_its_translations_written(evaluation, tmp_path):
+    report = evaluation.report
+    assert (report.sentences, report.translations[2]) == (3, "")
+    assert {"bleu", "chrf", "ter", "length_ratio"} < report.scores.keys()
+    assert {"chrfpp", "bleu_by_source_length", "legacy_tokenized_bleu"} < evaluation.further.keys()
+    assert "moses:de" in evaluation.further["legacy_signature"]
+    path = scoring.translations_path(tmp_path, evaluation.trained, CHOSEN)
+    other = scoring.translations_path(tmp_path, evaluation.trained, CHOSEN, {"top_k": 3, "method": "sample"})
+    assert other.name == path.name.removesuffix(".txt") + ".method=sample.top_k=3.txt"
+    scoring.write_translations(evaluation, path)
+    assert path == tmp_path / "translations" / "7.mine.txt"
+    assert path.read_text() == "".join(f"{line}\n" for line in report.translations)
+    assert {each.name for each in path.parent.iterdir()} == {path.name, scoring.SETS_FILE}
+
+
+@pytest.mark.reported
+def test_two_sets_of_one_name_have_files_of_their_own(evaluation, tmp_path):
+    """The first has the plain name, others their digest in it, whatever is evaluated in between."""
+    other = CHOSEN._replace(references=[["the", "second", "set"]])
+    third = EvaluationSet("another", *CHOSEN[1:])
+    for _ in range(2):
+        names = [scoring.translations_path(tmp_path, evaluation.trained, each).name for each in (CHOSEN, other, third)]
+        assert names == ["7.mine.txt", f"7.mine-{other.digest[:8]}.txt", "7.another.txt"]
+    (tmp_path / "translations" / scoring.SETS_FILE).write_text("[damaged")
+    assert scoring.translations_path(tmp_path, evaluation.trained, CHOSEN).name == "7.mine.txt"
+
+
+def test_a_set_may_come_from_pipes_which_are_read_once(tmp_path):
+    pipes = [os.pipe() for _ in range(2)]
+    for _, sender in pipes:
+        os.write(sender, "".join(f"{line}\n" for line in SOURCES).encode())
+        os.close(sender)
+    source, reference = (f"/dev/fd/{reader}" for reader, _ in pipes)
+    found = scoring.open_set(make_parts()[0].data, None, source, [reference])
+    assert (found.sources, found.references) == (SOURCES, [SOURCES])
+
+
+@pytest.mark.parametrize(
+    ("change", "signature", "legacy"),
+    [
+        ({"tokenized": True}, "case:lc|eff:no|tok:none|smooth:none", "multi-bleu|as it is"),
+        ({"target_language": "zh-CN"}, "case:mixed|eff:no|tok:zh|smooth:exp", "multi-bleu|moses:zh-CN"),
+    ],
+)
+def test_text_is_scored_as_the_config_says_it_is(evaluation, change, signature, legacy):
+    trained = evaluation.trained
+    data = dataclasses.replace(trained.config.data, **change)
+    other = dataclasses.replace(trained, config=dataclasses.replace(trained.config, data=data))
+    found = scoring.Scorer(CHOSEN).evaluate(other)
+    assert signature in found.report.scores["bleu_signature"]
+    assert found.further["legacy_signature"].startswith(legacy)
+
+
+def test_compiled_shapes_are_kept_while_config_and_vocabulary_stay(monkeypatch):
+    made = []
+
+    def evaluator(*args):
+        made.append(args)
+        report = types.SimpleNamespace(loss=1.0, translations=["", "", ""])
+        return types.SimpleNamespace(evaluate=lambda *args, progress: report)
+
+    monkeypatch.setattr(scoring, "Evaluator", evaluator)
+    scorer, trained = scoring.Scorer(CHOSEN), make_trained()
+    scorer.evaluate(trained)
+    scorer.evaluate(trained)
+    assert len(made) == 1
+    other = dataclasses.replace(trained.config, decode=dataclasses.replace(trained.config.decode, beam_size=3))
+    scorer.evaluate(dataclasses.replace(trained, config=other))
+    assert len(made) == 2
+
+
+def test_a_loss_that_is_no_number_is_no_result(monkeypatch):
+    monkeypatch.setattr(scoring.Evaluator, "held_out_loss", lambda *args: HeldOutLoss(float("nan"), 1, 1))
+    with pytest.raises(DivergedError, match="checkpoint 7: its loss is nan"):
+        scoring.Scorer(CHOSEN).evaluate(make_trained())
+
+
+@pytest.mark.slow
+def test_another_workdir_translates_the_same_sources(evaluation, tmp_path):
+    save(tmp_path / "other", make_parts(), 0)
+    name, translations = scoring.translations_of_other(tmp_path / "other", "latest", CHOSEN, "de")
+    assert name == "other, checkpoint 0"
+    assert translations == evaluation.report.translations
+
+
+def test_a_file_of_translations_needs_no_model(tmp_path):
+    path = write(tmp_path / "theirs.txt", ["x", "y", "z"])
+    assert scoring.translations_of_other(path, "latest", CHOSEN, "de") == ("theirs.txt", ["x", "y", "z"])
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    other = make_parts()
+    save(tmp_path / "other", other, 0)
+    (tmp_path / "empty").mkdir()
+    cases = {
+        write(tmp_path / "short", ["x"]): r"each of the 3 sentences of mine, got 1 lines",
+        str(tmp_path / "empty"): "expected a workdir of train.py or a file of translations",
+        str(tmp_path / "none"): "there is no such file",
+    }
+    for path, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            scoring.translations_of_other(path, "latest", CHOSEN, "de")
+    with pytest.raises(UserError, match="translates into 'de', expected 'fr'"):
+        scoring.translations_of_other(tmp_path / "other", "latest", CHOSEN, "fr")
+    with pytest.raises(UserError, match="expected latest, best"):
+        scoring.translations_of_other(tmp_path / "other", "99", CHOSEN, "de")

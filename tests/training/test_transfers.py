@@ -1,0 +1,145 @@
+"""Nothing is read back from an accelerator but by `jax.device_get`: neither while it trains nor by a compilation."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.attention.test_fused import stand_in_for_cudnn
+from tests.conftest import small_config
+from tests.helpers import transfers
+from tests.training.test_train_step import V, draw_batch
+from tests.training.test_trainer import config_of, data  # noqa: F401 (a fixture)
+from transformer.attention import fused
+from transformer.checkpoints import loading
+from transformer.config import MeshConfig
+from transformer.decoding.alignment import Aligner
+from transformer.decoding.translator import Translator
+from transformer.distributed import multihost, sharding
+from transformer.distributed.mesh import connect, make_mesh
+from transformer.export import verify
+from transformer.models import registry
+from transformer.models.flops import Spent
+from transformer.training import train_step as step
+from transformer.training import trainer
+
+READS = {
+    "_value": lambda x: x._value,
+    "float": float,
+    "bool": bool,
+    "asarray": lambda x: np.asarray(x),
+    "array": lambda x: np.array(x),
+}
+
+
+@pytest.fixture
+def guarded(fresh_programs):
+    with transfers.guarded_reads():
+        yield
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_the_guard_refuses_implicit_reads_alone(guarded, read):
+    x = jax.device_put(np.float32(1))
+    assert read(x) == 1
+    with jax.transfer_guard("disallow"):
+        with pytest.raises(RuntimeError, match="Disallowed device-to-host transfer"):
+            read(x)
+        assert jax.device_get(jax.device_put(np.float32(1))) == 1
+    assert read(x) == 1
+
+
+def test_a_constant_is_found_however_deep_it_is():
+    constant = jnp.arange(3.0)
+
+    @jax.custom_vjp
+    def inner(x):
+        return x + constant
+
+    inner.defvjp(lambda x: (inner(x), None), lambda _, grad: (grad,))
+    uses = {
+        "top": lambda x: x * constant,
+        "jit": jax.jit(lambda x: x * constant),
+        "scan": lambda x: jax.lax.scan(lambda x, _: (x * constant, None), x, length=2)[0],
+        "cond": lambda x: jax.lax.cond(x[0] > 0, lambda: x * constant, lambda: x),
+        "custom_vjp": jax.jit(jax.checkpoint(inner)),
+    }
+    for name, function in uses.items():
+        jaxpr = jax.jit(function).trace(jax.ShapeDtypeStruct((3,), jnp.float32)).jaxpr
+        assert [value is constant for value in transfers.array_constants(jaxpr)] == [True], name
+    assert not transfers.array_constants(jax.jit(lambda x: x * np.arange(3.0, dtype=np.float32)).trace(constant).jaxpr)
+
+
+def options():
+    """For each family: model.remat, data.batching, train.ema_decay and train.accumulation_steps."""
+    for family in ("attention", "recurrent", "convolutional"):
+        remats = ["none"] if family == "recurrent" else ["none", "dots", "full"]
+        for chosen in itertools.product(remats, ["bucket", "pack"], [0.0, 0.9], [1, 2]):
+            yield family, *chosen
+
+
+FEW = [("attention", "dots", "bucket", 0.9, 2)]
+ALL = [pytest.param(*one, marks=() if one in FEW else pytest.mark.slow) for one in options()]
+
+
+@pytest.mark.parametrize(("family", "remat", "batching", "ema", "parts"), ALL)
+def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, ema, parts):
+    sizes = {"num_heads": 2, "mlp_dim": 32} if family == "attention" else {"num_heads": 8, "mlp_dim": 2048}
+    config = small_config(
+        model={"family": family, "num_layers": 1, "remat": remat, **sizes},
+        data={"batching": batching, "num_buckets": 8},
+        train={"ema_decay": ema, "accumulation_steps": parts},
+    )
+    mesh = make_mesh(config.mesh)
+    model = registry.Model(config.model, V)
+    train_step, state = step.make_train_step(model, config, mesh), step.init_state(model, config, mesh)
+    place = functools.partial(sharding.place_batch, mesh, parts=parts)
+    updates = trainer.Updates(train_step, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, Spent())
+    for _ in range(3):
+        updates.dispatch()
+    updates.drain()
+    assert int(jax.device_get(updates.state.step)) == updates.meter.updates == 3
+
+
+@pytest.mark.slow
+def test_no_program_of_the_package_has_an_array_among_its_constants(
+    root,
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    fresh_programs,
+):
+    """Such an array lies on the device, and lowering reads it back; nor do the programs' calls read anything."""
+    with transfers.recorded_jits() as found:
+        train = {"num_steps": 2, "eval_every_steps": 2, "checkpoint_every_steps": 1, "ema_decay": 0.5}
+        trainer.fit(config_of(data, train=train), tmp_path / "run")
+        loaded = loading.load_trained(tmp_path / "run", "average:2")
+        (tmp_path / "exported").mkdir()
+        verify.write(loaded, tmp_path / "exported", "jax")
+        for fields in ({"beam_size": 2, "coverage_penalty": 0.1}, {"method": "sample"}, {"method": "mbr"}):
+            decode = dataclasses.replace(loaded.config.decode, **fields)
+            Translator(loaded.model, loaded.tokenizer, decode, loaded.mesh).translate(loaded.params, ["red cat"])
+        aligner = Aligner(loaded.model, loaded.tokenizer, 1, loaded.config.decode, loaded.mesh)
+        aligner.align(loaded.params, ["red cat"], ["tac der"])
+        found["transformer.training.train_step.all_finite"] = transfers.array_constants(
+            step.all_finite.trace(loaded.params).jaxpr  # was compiled when the module was read
+        )
+        with monkeypatch.context() as one_device:
+            one_device.setattr(jax, "local_devices", lambda: [jax.devices()[0]])
+            stand_in_for_cudnn(one_device, 1.0)
+            assert fused.try_cudnn(8) == ""
+        mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+        with monkeypatch.context() as several:
+            several.setattr(sharding, "gather", sharding.gather.__wrapped__)  # another test may have made it
+            several.setattr(multihost, "count", lambda: 2)
+            several.setattr(multihost, "wait", lambda name: None)
+            connect(mesh)
+            sharding.of_every_device(mesh, np.zeros(1, np.int32))
+            several.setattr(jax, "process_count", lambda: 2)
+            sharding.on_every_device(loaded.mesh, loaded.params)
+    assert set(found) == transfers.jit_uses(root), "a use of jax.jit that this test does not run"
+    assert not {where: values for where, values in found.items() if values}
