@@ -44,12 +44,12 @@ PRIVATE_PHRASES = {
     r"\bmatrix of faults\b": "fault-injection suite",
     r"\btries of\b": "trials of",
     r"\bgo(es)? on\b": "resumes, continues",
-    r"\bis no number\b|\b(what|that|which) (is|are) no\b": "non-finite, invalid",
+    r"\bis no number\b|\b(what|that|which) (is|are) no (?!longer)": "non-finite, invalid",
     r"\blook(s|ed|ing)? at the source\b": "attends to the source",
     r"\bfalls? silent\b|\bin silence\b": "stops responding, silently",
     r"\bheed(s|ed)?\b|\bmend(s|ed)?\b": "handled, fixed",
     r"\bcome home\b|\bmeetings?\b": "rotate",
-    r"\bby itself alone\b|\bundisturbed\b|\bthat nothing disturbed\b": "uninterrupted",
+    r"\bundisturbed\b|\bnothing disturbed\b": "uninterrupted",
 }
 
 
@@ -70,6 +70,13 @@ def anchors(text: str) -> set[str]:
     """What `#…` may name in a page: its headings, as GitHub spells them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@new_layout
+def test_folder_order_lists_every_folder():
+    section = PAGES["CONTRIBUTING.md"].split("\n## Folder order\n")[1].split("\n## ")[0]
+    folders = {path.parent.name for path in (ROOT / "transformer").glob("*/__init__.py")}
+    assert set(re.findall(r"`(\w+)/`", "\n".join(re.findall(r"^\| (.*?) \|", section, re.MULTILINE)))) == folders
 
 
 def test_readme_is_short():
