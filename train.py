@@ -3,7 +3,7 @@
     python train.py --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE …]
 
 The same command on every host of a Slurm job, an Open MPI job or a TPU slice trains one model; elsewhere each
-process is told of the others by --coordinator=HOST:PORT --num_processes=N --process_id=I. See docs/pods.md.
+process is told of the others by --coordinator=HOST:PORT --num_processes=N --process_id=I. See docs/multihost.md.
 
 A config file is Python and runs. Exit codes are listed in transformer/command_line.py.
 """

@@ -1,44 +1,159 @@
-"""What the README and the pages of docs say of files, commands and fields is so."""
+"""Checks of README.md, docs/ and CONTRIBUTING.md: links, fields, commands, examples and plain English."""
 
+import importlib.util
 import inspect
 import os
 import re
 import shutil
 import subprocess
+import tomllib
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 from transformer import command_line, inference
 from transformer.config import schema, validation
 from transformer.data import tokenizer
 from transformer.data.cldr import generator
+from transformer.decoding.translator import Hypothesis
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-PAGES = {path: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *(ROOT / "docs").glob("*.md")]
+}
+every_page = pytest.mark.parametrize("page", PAGES)
+# Pages name files by their places in the new layout.
+# Private words that pages used to have, as patterns over prose, each with the term of the field.
+PRIVATE_PHRASES = {
+    r"\brooms?\b": "module, space",
+    r"\bsittings?\b": "session",
+    r"\bwish(es)?\b": "constraint",
+    r"\blead (process|host)\b|\bhost 0\b": "primary process",
+    r"\bpieces?\b": "subword token",
+    r"\bslots?\b": "token position",
+    r"\bsubword-nmt codes\b": "BPE merges",
+    r"\bplain path\b": "reference implementation, plain attention",
+    r"\b(is|are|newest) sound\b|\bsound (checkpoint|one)s?\b": "valid",
+    r"\bput aside\b": "quarantined",
+    r"\b(held|holds?) [^.]{0,40}\bagainst\b": "compared with",
+    r"\btests? (holds?|held)\b|\bheld by (a )?tests?\b": "a test checks",
+    r"\b(is|are) told\b|\bsays so\b|\ba line says\b": "is logged",
+    r"\banew\b": "restarts, resets",
+    r"\bgiv(es?|ing) way to\b": "falls back to",
+    r"\bmatrix of faults\b": "fault-injection suite",
+    r"\btries of\b": "trials of",
+    r"\bgo(es)? on\b": "resumes, continues",
+    r"\bis no number\b|\b(what|that|which) (is|are) no (?!longer)": "non-finite, invalid",
+    r"\blook(s|ed|ing)? at the source\b": "attends to the source",
+    r"\bfalls? silent\b|\bin silence\b": "stops responding, silently",
+    r"\bheed(s|ed)?\b|\bmend(s|ed)?\b": "handled, fixed",
+    r"\bcome home\b|\bmeetings?\b": "rotate",
+    r"\bundisturbed\b|\bnothing disturbed\b": "uninterrupted",
+}
 
 
-def test_the_file_tree_is_the_real_one():
-    (tree,) = [body for _, body in BLOCKS if body.startswith("train.py ")]
-    for line in tree.splitlines():
-        assert (ROOT / line.split()[0]).exists(), line
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
 
 
-def test_every_link_into_the_repository_leads_somewhere():
-    for path, text in PAGES.items():
-        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
-            assert (path.parent / target).exists(), (path.name, target)
+def prose(text: str) -> str:
+    """The text without code blocks, code spans and targets of links, each paragraph on one line."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    text = re.sub(r"`[^`\n]*`", "`code`", text)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", text)
 
 
-def test_every_field_it_names_exists():
-    for text in PAGES.values():
-        for argument in re.findall(r"--config\.\w+\.\w+", text):
-            schema.field_type(*argument.removeprefix("--config.").split("."))
-        for field in re.findall(r"--decode\.([a-z]\w*)", text):
-            schema.field_type("decode", field)
-        for section, field in re.findall(r"`(data|model|train|mesh|decode|optimizer)\.(\w{3,})`", text):
-            schema.field_type(section, field)
+def anchors(text: str) -> set[str]:
+    """What `#…` may name in a page: its headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_folder_order_lists_every_folder():
+    section = PAGES["CONTRIBUTING.md"].split("\n## Folder order\n")[1].split("\n## ")[0]
+    folders = {path.parent.name for path in (ROOT / "transformer").glob("*/__init__.py")}
+    assert set(re.findall(r"`(\w+)/`", "\n".join(re.findall(r"^\| (.*?) \|", section, re.MULTILINE)))) == folders
+
+
+def test_readme_is_short():
+    assert len(PAGES["README.md"].split()) <= 900
+
+
+def test_index_lists_every_page():
+    listed = set(re.findall(r"\]\((\w+\.md)\)", PAGES["docs/index.md"]))
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
+@every_page
+def test_internal_links_and_anchors_exist(page):
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)(?:#([^)]*))?\)", PAGES[page]):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text()), f"{target}#{anchor}"
+
+
+@every_page
+def test_pages_have_no_private_phrases(page):
+    text = prose(PAGES[page])
+    for pattern, term in PRIVATE_PHRASES.items():
+        found = re.search(rf"(?i).{{0,40}}(?:{pattern}).{{0,40}}", text)
+        assert found is None, f"{found and found[0]!r}: say {term}"
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("A room of its own.", r"\brooms?\b"),
+        ("A value that is\nheld\nagainst another.", r"\b(held|holds?) [^.]{0,40}\bagainst\b"),
+    ],
+)
+def test_private_phrases_are_found_across_lines(text, pattern):
+    assert pattern in PRIVATE_PHRASES
+    assert re.search(pattern, prose(text))
+
+
+def test_private_phrases_in_code_are_not_prose():
+    assert not re.search(r"room|sitting", prose("Run `room`:\n\n```sh\nsitting\n```\n"))
+
+
+@every_page
+def test_table_cells_are_short(page):
+    for line in re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL).splitlines():
+        for cell in re.split(r"(?<!\\)\|", line) if line.startswith("|") else []:
+            assert len(cell.split()) <= 20, cell
+
+
+@every_page
+def test_modules_of_commands_exist(page):
+    for module in re.findall(r"-m ((?:transformer|benchmarks)(?:\.\w+)*)", PAGES[page]):
+        assert module == "transformer.NAME" or importlib.util.find_spec(module), module
+
+
+@every_page
+def test_configs_exist(page):
+    for config in re.findall(r"\bconfigs/\w+\.py", PAGES[page]):
+        assert config == "configs/mine.py" or (ROOT / config).exists(), config
+
+
+@pytest.mark.parametrize("page", ["docs/extending.md", "CONTRIBUTING.md"])
+def test_source_files_exist(page):
+    for path in re.findall(r"`((?:transformer|tests|docs)/[\w/.]+)`", PAGES[page]):
+        assert path.endswith("/NAME.py") or (ROOT / path).exists(), path
+
+
+@every_page
+def test_config_fields_exist(page):
+    text = PAGES[page]
+    for argument in re.findall(r"--config\.\w+\.\w+", text):
+        schema.field_type(*argument.removeprefix("--config.").split("."))
+    for field in re.findall(r"--decode\.([a-z]\w*)", text):
+        schema.field_type("decode", field)
+    for section, field in re.findall(r"`(data|model|train|mesh|decode|optimizer)\.(\w{3,})\b", text):
+        schema.field_type(section, field)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +166,13 @@ def test_every_field_it_names_exists():
         ["--config.data.name=cldr", "--config.data.target_language=fr"],
     ],
 )
-def test_every_layout_it_names_can_be_asked_for_with_the_text_config(flags, monkeypatch):
+def test_text_config_accepts_every_layout(flags, monkeypatch):
     monkeypatch.chdir(ROOT)
     command_line.config_flags(["train.py", "--config=configs/text.py", *flags])
 
 
-def test_its_python_is_a_config(tmp_path):
-    _, body = [body for language, body in BLOCKS if language == "python"]
+def test_config_example_is_a_config(tmp_path):
+    (body,) = blocks("docs/configuration.md", "python")
     (tmp_path / "mine.py").write_text(body)
     config, _ = command_line.config_flags(["train.py", f"--config={tmp_path}/mine.py"])
     assert (config.data.target_language, config.model.dropout_rate) == ("fr", 0.3)
@@ -65,16 +180,16 @@ def test_its_python_is_a_config(tmp_path):
     assert tokenizer.train(sentences, config.data.vocab_size, config.data.tokenizer).vocab_size == 2000
 
 
-def test_its_python_translates(monkeypatch):
-    """The calls of its example, to a model that knows what the API takes."""
-    body, _ = [body for language, body in BLOCKS if language == "python"]
+def test_readme_example_translates(monkeypatch):
+    """Runs the calls of the example with a model that checks their arguments."""
+    (body,) = blocks("README.md", "python")
     calls = []
 
     class Model:
         def translate(self, sentences, **options):
             inspect.signature(inference.LoadedModel.translate).bind(self, sentences, **options)
             calls.append(options)
-            return [[translator.Hypothesis("", 0.0, True)]] if "n_best" in options else [""]
+            return [[Hypothesis("", 0.0, True)]] if "n_best" in options else [""]
 
     monkeypatch.setattr(inference, "load", lambda workdir, checkpoint, ensemble: Model())
     exec(compile(body, "README.md", "exec"), {})
@@ -85,9 +200,28 @@ def test_its_python_translates(monkeypatch):
     assert len(calls) == 4
 
 
-def test_make_targets_it_names_exist():
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(re.findall(r"`?make ([a-z][a-z-]*)", README)) <= set(targets)
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@every_page
+def test_make_targets_exist(page):
+    code = " ".join([*re.findall(r"`([^`\n]+)`", PAGES[page]), *blocks(page, "sh")])
+    assert set(re.findall(r"\bmake ([a-z][a-z-]*)", code)) <= TARGETS
+
+
+def test_ci_workflow_calls_make_targets():
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["make"]
+    matrix = job["strategy"]["matrix"]
+    assert set(matrix["target"]) == {"lint", "test", "test-all"} <= TARGETS
+    assert job["steps"][-1]["run"] == "make ${{ matrix.target }}"
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert oldest == f">={matrix['python'][0]}"
+
+
+def test_citation_and_changelog_have_the_version_of_the_package():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert re.search(r"^## \[([\d.]+)\]", PAGES["CHANGELOG.md"], re.MULTILINE)[1] == version
 
 
 def test_make_clean_leaves_what_was_trained(tmp_path):

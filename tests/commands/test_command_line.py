@@ -308,8 +308,8 @@ def test_mistakes_cost_one_message_and_no_jax(mistakes, number):
 @pytest.mark.reported
 def test_a_platform_that_is_not_here_is_a_message(root):
     program = (
-        "from transformer import command_line, config\nfrom transformer.distributed import sharding\n"
-        "command_line.run(lambda argv: sharding.make_mesh(config.MeshConfig()))"
+        "from transformer import command_line, config\nfrom transformer.distributed import mesh\n"
+        "command_line.run(lambda argv: mesh.make_mesh(config.MeshConfig()))"
     )
     result = run("-c", program, env={**os.environ, "JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == 2, result.stderr

@@ -65,7 +65,7 @@ def config_that_reads(name: str) -> Config:
 @row("C2", "config, vocabulary or data changed under a run: each field of the config, and the data", full=70, quick=60)
 def run_resumed_as_another(world: World, tally: Tally) -> None:
     harmless = 0
-    documented = (ROOT / "docs" / "workdir.md").read_text()
+    documented = (ROOT / "docs" / "run_directory.md").read_text()
     for section, kind in schema.SECTIONS.items():
         for field in dataclasses.fields(kind):
             with tally.one(f"{section}.{field.name}"):
