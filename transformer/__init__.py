@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformer.translate import LoadedModel
 
+__version__ = "0.1.0"
+
 if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python -m transformer.NAME`
     from transformer import commands
 

@@ -94,10 +94,9 @@ def config_parser(prog: str, doc: str | None, required: str = "") -> argparse.Ar
         epilog="Fields of the config are documented in transformer/config.py.",
         allow_abbrev=False,
     )
+    own = ", ".join(_shipped())
     parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help=f"config file, or FILE:NAME; it is Python and runs; or of {', '.join(_shipped())}",
+        "--config", metavar="FILE", help=f"config file, or FILE:NAME; it is Python and runs. The project's own: {own}"
     )
     return parser
 

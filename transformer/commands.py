@@ -1,8 +1,9 @@
-"""Commands of the package: the modules that `python -m transformer.NAME` runs, found in their source."""
+"""Commands of the package, found in its source: train, eval, and what `python -m transformer.NAME` runs."""
 
 import ast
 import itertools
 import pathlib
+import runpy
 import sys
 from collections.abc import Sequence
 
@@ -10,23 +11,47 @@ _PACKAGE = pathlib.Path(__file__).parent
 _RUNS = '\nif __name__ == "__main__":\n'
 
 
-def descriptions() -> dict[str, str]:
-    """What to type after `python` → the first line of that command's docstring; imports none of them."""
-    # train.py and eval.py lie beside the package, where it is not installed elsewhere.
-    paths = [*(_PACKAGE.parent / f"{name}.py" for name in ("train", "eval")), *sorted(_PACKAGE.rglob("*.py"))]
-    found = {}
-    for path in paths:
-        if path.is_file() and path != _PACKAGE / "__main__.py" and _RUNS in (text := path.read_text()):
-            found[_typed(path)] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+def find() -> dict[str, pathlib.Path]:
+    """The name of each command and its file; imports none of them.
+
+    train.py and eval.py lie beside the package in a checkout, and in it where it is installed.
+    """
+    both = [folder / f"{name}.py" for name in ("train", "eval") for folder in (_PACKAGE, _PACKAGE.parent)]
+    found: dict[str, pathlib.Path] = {}
+    for path in [*both, *sorted(_PACKAGE.rglob("*.py"))]:
+        if path.is_file() and path != _PACKAGE / "__main__.py" and _RUNS in path.read_text():
+            found.setdefault(_module(path).removeprefix(f"{_PACKAGE.name}."), path)
     return found
+
+
+def _module(path: pathlib.Path) -> str:
+    """What -m takes to run a file; train or eval for those beside the package."""
+    module = ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
+    return module.removesuffix(".__main__")
+
+
+def descriptions() -> dict[str, str]:
+    """What to type after `python` → the first line of that command's docstring."""
+    return {_typed(path): description(path) for path in find().values()}
 
 
 def _typed(path: pathlib.Path) -> str:
     """What runs a file: its name, or -m and that of its module."""
+    return path.name if path.parent == _PACKAGE.parent else f"-m {_module(path)}"
+
+
+def description(path: pathlib.Path) -> str:
+    """The first line of a command's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+
+
+def run(path: pathlib.Path, arguments: Sequence[str]) -> None:
+    """Runs a command as Python would, with these arguments."""
+    sys.argv = [str(path), *arguments]
     if path.parent == _PACKAGE.parent:
-        return path.name
-    module = ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
-    return f"-m {module.removesuffix('.__main__')}"
+        runpy.run_path(str(path), run_name="__main__")
+    else:
+        runpy.run_module(_module(path), run_name="__main__", alter_sys=True)
 
 
 def refuse_others(argv: Sequence[str]) -> None:
