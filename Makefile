@@ -8,7 +8,7 @@ TESTS ?=
 TIERS ?=
 QUICK ?=
 ROWS ?=
-PLAN_CONFIG ?= configs/wmt14_big.py
+PLAN_CONFIG ?= configs/wmt14.py:en_de_big
 PLAN_TOPOLOGY ?= v5e:4x4,v5e:16x16,v5p:4x4x8,v6e:4x4
 PLAN_FLAGS ?= --config.model.dtype=bfloat16
 RUN = $(VENV)/bin/python

@@ -10,8 +10,8 @@ last checkpoint; nothing was chosen on that set. 8,000 updates of 28.4M target t
 minutes on 2 cores of an AMD EPYC that other work shared, float32 (2026-11-20, commit e2f8182 with this file).
 
 Idle, the same cores train 13,000 target tokens/s, 36 minutes for the run, and 6.1 times what JoeyNMT 2.3.0 does
-(`python -m benchmarks.pairs`, median of three, 12,927 against 2,114; 2026-11-20, commit 3059c83); bfloat16 is no faster
-on this CPU: 12,148.
+(`python -m benchmarks.ab_compare`, median of three, 12,927 against 2,114; 2026-11-20, commit 3059c83); bfloat16 is no
+faster on this CPU: 12,148.
 """
 
 from ml_collections import config_dict

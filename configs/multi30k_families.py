@@ -11,44 +11,33 @@ from ml_collections import config_dict
 
 from transformer.config import default_config
 
-FAMILIES = ("attention", "recurrent", "convolutional")
+from . import multi30k
+
+SIZES = {
+    "attention": {},  # those of multi30k.py
+    "recurrent": {"num_layers": 2, "emb_dim": 172},
+    "convolutional": {"num_layers": 4, "emb_dim": 144},
+}
 
 
 def get_config(family: str = "attention") -> config_dict.ConfigDict:
     """Ten epochs, scored after every second one."""
-    config = default_config()
-    config.model.family = family
-    config.model.dropout_rate = 0.2
-    if family == "attention":
-        config.model.num_layers = 4
-        config.model.emb_dim = 128
-        config.model.mlp_dim = 256
-        config.model.num_heads = 4
-        config.model.norm = "pre"
-    elif family == "recurrent":
-        config.model.num_layers = 2
-        config.model.emb_dim = 172
-    else:
-        config.model.num_layers = 4
-        config.model.emb_dim = 144
+    if family not in SIZES:
+        raise ValueError(f"expected one of {', '.join(SIZES)}, got {family!r}")
+    config = multi30k.get_config()
+    if family != "attention":
+        config.model = default_config().model
+        config.model.update({"family": family, "dropout_rate": 0.2, **SIZES[family]})
 
-    config.data.name = "text"
-    config.data.source_language = "en"
-    config.data.target_language = "de"
-    config.data.vocab_size = 4000
-    config.data.max_length = 64
-
-    config.optimizer.schedule = "cosine"
-    config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 300
     config.optimizer.clip_norm = 1.0
 
     config.train.num_steps = 1450  # of 145 an epoch
-    config.train.batch_tokens = 4096
     config.train.eval_every_steps = 290
     config.train.checkpoint_every_steps = 145
     config.train.keep_last = 2
 
+    config.decode = default_config().decode
     config.decode.beam_size = 5
     config.decode.length_penalty = 1.0
     return config

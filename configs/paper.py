@@ -6,7 +6,7 @@
 ROW is base (the default), big, or one of ROWS below, named by its group and what it changes: a-h1, b-dk16, c-n2,
 d-drop0, e-learned … None has been trained at this size here.
 
-Data and updates are those of configs/wmt14_base.py (of wmt14_big.py for big). The paper scored newstest2013, which is
+Data and updates are those of configs/wmt14.py:en_de_base (en_de_big for big). The paper scored newstest2013, which is
 the validation split, by beam 4, alpha 0.6, without averaging checkpoints. Its counts of params agree with a shared
 vocabulary of 40,900 pieces for every row but big: there 36,100 would give the 213 million that it prints, and 40,900
 give 218. On its "about 37000 tokens" (section 5.1) base has 63 million, where it prints 65.

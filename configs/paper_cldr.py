@@ -10,12 +10,12 @@ after 4,800, 33 minutes. It is not trained to its end: that takes longer, and te
 
 from ml_collections import config_dict
 
-from transformer.config import default_config
+from . import paper
 
 
 def get_config() -> config_dict.ConfigDict:
     """3+3 layers of width 64, 8 heads of width 16; every row of the table is a whole number of each."""
-    config = default_config()
+    config = paper.get_config()
     config.model.num_layers = 3
     config.model.emb_dim = 64
     config.model.mlp_dim = 256
@@ -37,6 +37,4 @@ def get_config() -> config_dict.ConfigDict:
     config.train.log_every_steps = 200
     config.train.eval_every_steps = 800
     config.train.checkpoint_every_steps = 800
-
-    config.decode.max_source_tokens = 256
     return config

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One training run on all hosts of a Cloud TPU slice, from the repository's root:
-#   TPU=my-slice ZONE=us-east5-a launch/tpu_pod.sh --config=configs/wmt14_big.py --workdir=gs://BUCKET/runs/big \
+#   TPU=my-slice ZONE=us-east5-a launch/tpu_pod.sh --config=configs/wmt14.py:en_de_big --workdir=gs://BUCKET/runs/big \
 #     --config.model.dtype=bfloat16
 # It copies the last commit to each host, sets up .venv there once, and starts the same command on all of them;
 # JAX learns of the other hosts from the TPU's own metadata. DATA_DIR names the folder of prepared data, a disk that

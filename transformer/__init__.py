@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformer.inference import LoadedModel
 
-if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python -m transformer.NAME`
-    from transformer import command_line
+__version__ = "0.1.0"
 
-    command_line.refuse_others(sys.orig_argv)
+if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python -m transformer.NAME`
+    from transformer.runtime import commands
+
+    commands.refuse_others(sys.orig_argv)
 
 
 def load(

@@ -6,9 +6,8 @@ on SIGTERM / SIGINT / SIGHUP, 141 whoever read the results has gone, as `head` d
 """
 
 import argparse
-import ast
+import contextlib
 import difflib
-import itertools
 import os
 import pathlib
 import re
@@ -16,7 +15,8 @@ import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator
 
 from ml_collections import config_dict
 
@@ -67,7 +67,10 @@ def config_parser(prog: str, doc: str | None, required: str = "") -> argparse.Ar
         epilog="Fields of the config are documented in transformer/config/schema.py.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="config file, or FILE:NAME; it is Python and runs")
+    own = ", ".join(_shipped())
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"config file, or FILE:NAME; it is Python and runs. The project's own: {own}"
+    )
     return parser
 
 
@@ -128,18 +131,22 @@ def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") ->
 def _load(path: str) -> config_dict.ConfigDict:
     """What the `get_config` of a config file returns."""
     file, _, name = path.partition(":")
+    file = _find(file)
     if os.path.exists(file) and not os.path.isfile(file):
         raise UserError(f"--config={path}: expected a file that ends in .py, got a folder, pipe or device")
     if not os.path.isfile(file):
-        raise UserError(f"--config={path}: no such file; the configs that come with the project are in configs/")
+        raise UserError(
+            f"--config={path}: no such file; the configs that come with the project: {', '.join(_shipped())}"
+        )
     try:
-        config = runpy.run_path(file)["get_config"](*([name] if name else []))
+        with _neighbours(file):
+            config = runpy.run_path(file, run_name=f"{_NEIGHBOURS}.main")["get_config"](*([name] if name else []))
     except KeyError as error:
         if error.args != ("get_config",):
-            raise UserError(_inside(path, error)) from error
+            raise UserError(_inside(path, file, error)) from error
         raise UserError(f"--config={path}: expected a function get_config, found none; see configs/demo.py") from error
     except Exception as error:  # whatever the config file, which is Python, may raise
-        raise UserError(_inside(path, error)) from error
+        raise UserError(_inside(path, file, error)) from error
     if not isinstance(config, (config_dict.ConfigDict, dict)):
         raise UserError(f"--config={path}: expected get_config to return a ConfigDict, got {type(config).__name__}")
     given = validation.sections(config)
@@ -153,11 +160,41 @@ def _load(path: str) -> config_dict.ConfigDict:
     return config
 
 
-def _inside(path: str, error: Exception) -> str:
+def _shipped() -> dict[str, str]:
+    """The configs that come with the project, by name: beside the package in a checkout, inside it where installed."""
+    package = pathlib.Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "demo.py").is_file():
+            return {path.stem: str(path) for path in sorted(folder.glob("*.py"))}
+    return {}
+
+
+def _find(file: str) -> str:
+    """Finds a config file; `demo` or `configs/demo.py`, where there is no such file, is the project's own."""
+    name = re.fullmatch(r"(?:configs/)?(\w+)(?:\.py)?", file)
+    return file if os.path.isfile(file) or not name else _shipped().get(name[1], file)
+
+
+_NEIGHBOURS = "_config_files"
+
+
+@contextlib.contextmanager
+def _neighbours(file: str) -> Iterator[None]:
+    """Lets a config file say `from . import NAME` for NAME.py beside it, though it is in no package."""
+    package = types.ModuleType(_NEIGHBOURS)
+    package.__path__ = [os.path.dirname(os.path.abspath(file))]
+    sys.modules[_NEIGHBOURS] = package
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == _NEIGHBOURS]:
+            del sys.modules[name]
+
+
+def _inside(path: str, file: str, error: Exception) -> str:
     """One line on an error inside a config file."""
-    file = os.path.abspath(path.partition(":")[0])
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == file]
+    lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(file)]
     if isinstance(error, SyntaxError):
         lines = [error.lineno]
     where = f"line {lines[-1]}: " if lines else ""
@@ -293,48 +330,3 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
         metavar="CODE",
         help="exit code of the others then, by which a scheduler can tell it from a failure inside (default: 1)",
     )
-
-
-_PACKAGE = pathlib.Path(__file__).parent
-
-_RUNS = '\nif __name__ == "__main__":\n'
-
-
-def descriptions() -> dict[str, str]:
-    """What to type after `python` → the first line of that command's docstring; imports none of them."""
-    # train.py and eval.py lie beside the package, where it is not installed elsewhere.
-    paths = [*(_PACKAGE.parent / f"{name}.py" for name in ("train", "eval")), *sorted(_PACKAGE.rglob("*.py"))]
-    found = {}
-    for path in paths:
-        if path.is_file() and path != _PACKAGE / "__main__.py" and _RUNS in (text := path.read_text()):
-            found[_typed(path)] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-    return found
-
-
-def _typed(path: pathlib.Path) -> str:
-    """What runs a file: its name, or -m and that of its module."""
-    if path.parent == _PACKAGE.parent:
-        return path.name
-    module = ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
-    return f"-m {module.removesuffix('.__main__')}"
-
-
-def refuse_others(argv: Sequence[str]) -> None:
-    """Ends a process that was started as `python -m transformer.NAME` where that is no command, with exit code 2.
-
-    Python would run such a module to its end, in silence and with exit code 0.
-
-    Args:
-      argv: as `sys.orig_argv`.
-    """
-    name = next((after for flag, after in itertools.pairwise(argv) if flag == "-m"), "")
-    package, _, rest = name.partition(".")
-    if package != _PACKAGE.name or not rest:
-        return
-    path = _PACKAGE.joinpath(*rest.split("."))
-    files = [file for file in (path.with_suffix(".py"), path / "__main__.py") if file.is_file()]
-    if not any(_RUNS in file.read_text() for file in files):
-        what = "a module, and no command" if files else "no command"
-        if sys.stderr is not None:
-            print(f"python -m {name}: this is {what}; python -m {_PACKAGE.name} lists the commands", file=sys.stderr)
-        sys.exit(2)

@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import attention_memory, checkpoint_digest, decode, pairs, recurrence_speed
+from benchmarks import ab_compare, attention_memory, checkpoint_hashing, decoding, recurrence_speed
 from tests.commands.test_translate import save
+from tests.conftest import ROOT
 from tests.decoding.test_translator import LINES
 from transformer.checkpoints import manifest
 from transformer.data import subword_nmt, tokenizer
@@ -20,8 +21,8 @@ from transformer.runtime.errors import UserError
 
 def test_pairs_quote_the_median_of_ratios(capsys, monkeypatch):
     figures = iter([30, 10, 90, 10, 40, 10])
-    monkeypatch.setattr(pairs, "figure", lambda command, key: next(figures))
-    pairs.main(["pairs", "--ours=a", "--other=b", "--key=speed", "--pairs=3"])
+    monkeypatch.setattr(ab_compare, "figure", lambda command, key: next(figures))
+    ab_compare.main(["ab_compare", "--ours=a", "--other=b", "--key=speed", "--pairs=3"])
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row == {"key": "speed", "ours": [30, 90, 40], "other": [10, 10, 10], "median_ratio": 4.0}
 
@@ -29,7 +30,7 @@ def test_pairs_quote_the_median_of_ratios(capsys, monkeypatch):
 def test_a_figure_is_read_from_the_last_line(tmp_path):
     script = tmp_path / "speak.py"
     script.write_text("print('warming up')\nprint('{\"speed\": 12.5}')\n")
-    assert pairs.figure(f"{sys.executable} {script}", "speed") == 12.5
+    assert ab_compare.figure(f"{sys.executable} {script}", "speed") == 12.5
 
 
 @pytest.mark.parametrize("body", ["print('no json')", "print('{}')", "raise SystemExit(3)", ""])
@@ -37,20 +38,20 @@ def test_a_command_without_a_figure_is_refused(tmp_path, body):
     script = tmp_path / "speak.py"
     script.write_text(body)
     with pytest.raises(UserError, match="expected a JSON object"):
-        pairs.figure(f"{sys.executable} {script}", "speed")
+        ab_compare.figure(f"{sys.executable} {script}", "speed")
 
 
 @pytest.mark.parametrize("command", ["there-is-no-such-program", "'no end", ""])
 def test_a_command_that_cannot_be_run_is_refused(command):
     with pytest.raises(UserError, match="cannot be run"):
-        pairs.figure(command, "speed")
+        ab_compare.figure(command, "speed")
 
 
 def test_a_figure_that_cannot_be_compared_is_refused(tmp_path):
     script = tmp_path / "speak.py"
     script.write_text("print('{\"speed\": 0}')")
     with pytest.raises(UserError, match="expected speed above 0, got 0"):
-        pairs.figure(f"{sys.executable} {script}", "speed")
+        ab_compare.figure(f"{sys.executable} {script}", "speed")
 
 
 @pytest.mark.parametrize("lengths", ["512", "512,512", "a,b", "512,", "0,512", "-1,512"])
@@ -105,14 +106,14 @@ def test_a_save_is_held_against_one_without_digests(capsys, monkeypatch):
     digested = []
     sha256 = manifest.sha256
     monkeypatch.setattr(manifest, "sha256", lambda path: (digested.append(path.name), sha256(path))[1])
-    checkpoint_digest.main(["checkpoint_digest", "--megabytes=60", "--rounds=2"])
+    checkpoint_hashing.main(["checkpoint_hashing", "--megabytes=60", "--rounds=2"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["megabytes"] == pytest.approx(50, abs=11)
     assert found["share"] == 1 - found["without_s"] / found["save_s"]
     assert digested.count("config.json") == 2  # of four saves
 
     with pytest.raises(SystemExit):
-        checkpoint_digest.main(["checkpoint_digest", "--rounds=0"])
+        checkpoint_hashing.main(["checkpoint_hashing", "--rounds=0"])
 
 
 def test_a_python_without_torch_is_refused(monkeypatch):
@@ -129,14 +130,11 @@ def test_both_layers_are_timed_in_turn(monkeypatch, capsys):
     assert found["speed"] == round(statistics.median(1000.0 / ours for ours in found["ours_ms"]), 2) > 0
 
 
+COMMANDS = [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("attention_memory", "checkpoint_digest", "decode", "pairs", "recurrence_speed", "sweep", "parallelism"),
-        "equal_budget",
-    ],
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_explains_itself(name):
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
@@ -153,9 +151,9 @@ def test_decoding_is_measured_in_tokens_of_the_translations(engine, tmp_path, ca
     workdir = save(tmp_path / "run", words)
     source = tmp_path / "source"
     source.write_text("a cat\n\na dog\n")
-    decode.main(
+    decoding.main(
         [
-            "decode",
+            "decoding",
             f"--workdir={workdir}",
             f"--source={source}",
             f"--engine={engine}",
@@ -172,4 +170,4 @@ def test_decoding_is_measured_in_tokens_of_the_translations(engine, tmp_path, ca
 def test_decoding_by_a_package_that_is_missing_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "NEEDS", {"ctranslate2": "no_such_package"})
     with pytest.raises(UserError, match="--engine=ctranslate2 needs the package no_such_package: pip install"):
-        decode.main(["decode", f"--workdir={tmp_path}", "--source=x", "--engine=ctranslate2"])
+        decoding.main(["decoding", f"--workdir={tmp_path}", "--source=x", "--engine=ctranslate2"])

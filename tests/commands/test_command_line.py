@@ -220,6 +220,37 @@ def test_bad_flags_are_refused_with_a_message(arguments, match):
         parse(*arguments)
 
 
+@pytest.mark.parametrize("name", ["demo", "configs/demo.py", "demo.py", "paper_cldr"])
+def test_a_name_that_is_no_file_here_is_a_config_of_the_project(tmp_path, monkeypatch, name):
+    wanted, _ = parse("--config=configs/paper_cldr.py" if name == "paper_cldr" else DEMO)
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse(f"--config={name}")[0] == wanted
+    assert parse("--config=wmt14:en_fr_big", "--config.data.data_dir=x")[0].data.target_language == "fr"
+    with pytest.raises(UserError, match=r"--config=dome: no such file; .*: demo, multi30k, "):
+        parse("--config=dome")
+
+
+def test_a_file_here_comes_before_a_config_of_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.py").write_text("def get_config():\n    return {'train': {'seed': 7}}\n")
+    assert parse(DEMO)[0].train.seed == 7
+
+
+def test_a_config_may_change_fields_of_another_beside_it(tmp_path):
+    """Each its own neighbour, wherever it lies; what it imports leaves nothing behind."""
+    for number, folder in enumerate([tmp_path / "one", tmp_path / "other"], 1):
+        folder.mkdir()
+        (folder / "base.py").write_text(f"def get_config():\n    return {{'train': {{'seed': {number}}}}}\n")
+        (folder / "mine.py").write_text("def get_config():\n    from . import base\n    return base.get_config()\n")
+        assert parse(f"--config={folder}/mine.py")[0].train.seed == number
+    assert not [name for name in sys.modules if "_config_files" in name]
+    (folder / "mine.py").write_text("from . import missing\n")
+    with pytest.raises(UserError, match="line 1: ImportError: cannot import name 'missing'"):
+        parse(f"--config={folder}/mine.py")
+
+
 @pytest.mark.parametrize(
     ("body", "match"),
     [

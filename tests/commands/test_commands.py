@@ -1,9 +1,15 @@
 """`python -m transformer` and its modules: commands are listed, others refused."""
 
+import contextlib
+import re
+import signal
 import subprocess
 import sys
 
 import pytest
+
+import transformer
+from transformer import __main__ as program
 
 
 def run(root, *arguments):
@@ -39,6 +45,33 @@ def test_the_package_lists_its_commands(root):
     assert "python -m transformer" not in names
     (line,) = (line for line in lines if "transformer.prepare " in line)
     assert line.endswith("Makes the data of a config ahead of training: sentence pairs, vocabulary and token ids.")
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "out", "err"),
+    [
+        ("--version", 0, f"{transformer.__version__}\n", ""),
+        ("--help", 0, "transformer train      Trains the config's model", ""),
+        (
+            "trian",
+            2,
+            "",
+            "transformer: expected one of the commands train, eval, .*, got 'trian'; did you mean 'train'?",
+        ),
+        ("step", 2, "", "transformer: expected one of the commands train, eval, .*, got 'step'\n"),
+        ("eval", 2, "", "eval.py: error: the following arguments are required: --workdir"),
+        ("prepare", 2, "", "prepare.py: expected one --config=FILE"),
+    ],
+)
+def test_the_program_runs_the_command_that_is_named(argument, code, out, err, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bin/transformer", argument])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match=str(code)) if code else contextlib.nullcontext():
+        program.script()
+    said = capsys.readouterr()
+    assert said.out.startswith(out)
+    assert bool(said.out) == bool(out)
+    assert re.search(err, said.err)
 
 
 def test_every_command_that_is_listed_may_run():

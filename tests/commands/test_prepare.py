@@ -20,7 +20,10 @@ from transformer.runtime.errors import UserError
 
 
 def flags(config, **fields):
-    return ["prepare", f"--config={ROOT}/configs/{config}.py", *(f"--config.{key}={v}" for key, v in fields.items())]
+    """Of a config by its name, such as text or wmt14:en_de_base."""
+    file, colon, variant = config.partition(":")
+    given = f"--config={ROOT}/configs/{file}.py{colon}{variant}"
+    return ["prepare", given, *(f"--config.{key}={v}" for key, v in fields.items())]
 
 
 def resolved(arguments):
@@ -119,11 +122,11 @@ def proxied(monkeypatch):
         thread.join()
 
 
-@pytest.mark.parametrize(("name", "archives"), [("wmt14_base", 4), ("wmt14_en_fr_base", 6)])
+@pytest.mark.parametrize(("name", "archives"), [("en_de_base", 4), ("en_fr_base", 6)])
 def test_wmt_is_fetched_and_prepared_from_end_to_end(tmp_path, monkeypatch, capfd, name, archives):
     wmt_archives.record(monkeypatch, Proxy.archives)
     fields = {"data.data_dir": tmp_path, "data.vocab_size": 420, "train.batch_tokens": 512}
-    arguments = [*flags(name, **fields), "--report"]
+    arguments = [*flags(f"wmt14:{name}", **fields), "--report"]
     with proxied(monkeypatch):
         prepare.main(arguments)
     out, err = capfd.readouterr()
@@ -143,7 +146,12 @@ def test_wmt_is_fetched_and_prepared_from_end_to_end(tmp_path, monkeypatch, capf
 def test_what_cannot_be_fetched_is_one_message(tmp_path):
     """No server, no TensorFlow: exit code 2, each archive with its address, and the folder to put it into."""
     environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-    command = [sys.executable, "-m", "transformer.prepare", *flags("wmt14_base", **{"data.data_dir": tmp_path})[1:]]
+    command = [
+        sys.executable,
+        "-m",
+        "transformer.prepare",
+        *flags("wmt14:en_de_base", **{"data.data_dir": tmp_path})[1:],
+    ]
     result = subprocess.run(command, capture_output=True, cwd=ROOT, text=True, env=environment)
     assert (result.returncode, result.stdout) == (2, "")
     assert "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""The four WMT14 configs against the numbers of the paper, written down here once more."""
+"""The four variants of the WMT14 config against the numbers of the paper, written down here once more."""
 
 import re
 
@@ -8,23 +8,25 @@ from tests.conftest import ROOT
 from transformer import command_line
 from transformer.data import corpus as corpora
 from transformer.models.registry import Model
+from transformer.runtime.errors import UserError
 
 # name: target, dropout, updates, checkpoints averaged, vocabulary, BLEU
+PATH = ROOT / "configs" / "wmt14.py"
 RUNS = {
-    "wmt14_base": ("de", 0.1, 100_000, 5, 37_000, "27.3"),
-    "wmt14_big": ("de", 0.3, 300_000, 20, 37_000, "28.4"),
-    "wmt14_en_fr_base": ("fr", 0.1, 100_000, 5, 32_000, "38.1"),
-    "wmt14_en_fr_big": ("fr", 0.1, 300_000, 20, 32_000, "41.8"),
+    "en_de_base": ("de", 0.1, 100_000, 5, 37_000, "27.3"),
+    "en_de_big": ("de", 0.3, 300_000, 20, 37_000, "28.4"),
+    "en_fr_base": ("fr", 0.1, 100_000, 5, 32_000, "38.1"),
+    "en_fr_big": ("fr", 0.1, 300_000, 20, 32_000, "41.8"),
 }
 SETS = {"de": "wmt_t2t_translate/de-en", "fr": "wmt14_translate/fr-en"}
 
 
 @pytest.fixture(params=RUNS)
 def run(request, tmp_path, monkeypatch):
-    """The resolved config of a file, loaded by its path from another folder, and its numbers."""
+    """The resolved config of a variant, loaded by its path from another folder, and its numbers."""
     monkeypatch.chdir(tmp_path)
-    path = ROOT / "configs" / f"{request.param}.py"
-    config, _ = command_line.config_flags(["train.py", f"--config={path}", f"--config.data.data_dir={tmp_path}"])
+    given = f"--config={PATH}:{request.param}"
+    config, _ = command_line.config_flags(["train.py", given, f"--config.data.data_dir={tmp_path}"])
     return config, request.param, RUNS[request.param]
 
 
@@ -70,14 +72,21 @@ def test_the_model_is_the_paper_s(run):
     assert abs(params / (213e6 if "big" in name else 65e6) - 1) < 0.05
 
 
-def test_the_docstring_says_how_and_what_for(run):
-    _, name, (_, _, _, averaged, _, bleu) = run
-    text = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
+def test_the_docstring_says_how_and_what_for():
+    text = PATH.read_text().split('"""')[1]
     for command in (
-        f"python -m transformer.prepare --config=configs/{name}.py",
-        f"python train.py --config=configs/{name}.py --workdir=runs/{name}",
-        f"python eval.py --workdir=runs/{name} --checkpoint=average:{averaged}",
+        "python -m transformer.prepare --config=configs/wmt14.py:en_de_base --report",
+        "python train.py --config=configs/wmt14.py:en_de_base --workdir=runs/en_de_base",
+        "python eval.py --workdir=runs/en_de_base --checkpoint=average:5",
     ):
         assert command in text
-    assert f"BLEU on newstest2014 is {bleu}" in text
-    assert re.search("[Nn]ot trained here yet", text)
+    for name, (_, _, steps, averaged, _, bleu) in RUNS.items():
+        (line,) = re.findall(rf"^ +{name}  .*", text, re.MULTILINE)
+        assert re.search(rf" {steps:,} +average:{averaged} +{bleu} ", line)
+    assert "Not trained here yet" in text
+
+
+@pytest.mark.parametrize("given", ["", ":", ":big", ":en_de_base:2"])
+def test_another_variant_or_none_is_refused_with_the_four_names(given):
+    with pytest.raises(UserError, match=f"expected :VARIANT, one of {', '.join(RUNS)}, got '{given[1:]}'"):
+        command_line.config_flags(["train.py", f"--config={PATH}{given}"])

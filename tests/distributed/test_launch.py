@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 from tests.distributed.test_multihost import losses, train_here
 from tests.helpers import slurm
 from tests.helpers.processes import TINY, data_flags, environment, write_data
+from transformer import command_line
 from transformer.checkpoints.manager import Checkpoints
 
 LAUNCH = ROOT / "launch"
@@ -34,8 +35,8 @@ def test_scripts_are_well_formed(path):
 @pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
 def test_files_and_flags_that_recipes_name_exist(path, capsys):
     text = path.read_text()
-    for config in re.findall(r"configs/\w+\.py", text):
-        assert (ROOT / config).exists()
+    for config in re.findall(r"configs/\w+\.py[:\w]*", text):
+        command_line.config_flags(["train.py", f"--config={ROOT}/{config}"])
     for document in re.findall(r"docs/\w+\.md", text):
         assert (ROOT / document).exists()
     with pytest.raises(SystemExit, match="0"):

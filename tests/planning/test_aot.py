@@ -1,4 +1,4 @@
-"""The training step of wmt14_big, in bfloat16, compiled for accelerators that are not here.
+"""The training step of the big model of WMT14, in bfloat16, compiled for accelerators that are not here.
 
 Of one layer of six: they are alike. make test-gpu and make test-tpu compile all widths, make test-all too where it
 finds the compiler.
@@ -7,7 +7,7 @@ finds the compiler.
 import jax
 import pytest
 
-from configs import wmt14_big
+from configs import wmt14
 from transformer.config.validation import resolve
 from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
@@ -20,7 +20,7 @@ ODD_AND_EVEN = [35, *(pytest.param(width, marks=pytest.mark.slow) for width in (
 
 def compiled(topology, attention, width):
     """The program for a batch of this width, its FLOPs and those of the closed form."""
-    fields = wmt14_big.get_config()
+    fields = wmt14.get_config("en_de_big")
     fields.model.update({"num_layers": 1, "dtype": "bfloat16", "attention": attention})
     fields.data.max_length = max(width, fields.data.max_length)
     config = resolve(fields)
@@ -33,7 +33,7 @@ def compiled(topology, attention, width):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", ODD_AND_EVEN)
-def test_wmt14_big_compiles_for_an_h100(width):
+def test_the_big_model_compiles_for_an_h100(width):
     text, flops, closed = compiled("h100:1", "plain", width)
     assert '"__cublas$lt$matmul"' in text
     assert flops == pytest.approx(closed, rel=0.01)
@@ -41,7 +41,7 @@ def test_wmt14_big_compiles_for_an_h100(width):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", ODD_AND_EVEN)
-def test_wmt14_big_compiles_for_an_h100_with_cudnn(width):
+def test_the_big_model_compiles_for_an_h100_with_cudnn(width):
     text, flops, closed = compiled("h100:1", "cudnn", width)
     assert text.count('"__cudnn$fmhaSoftmax"') == text.count('"__cudnn$fmhaSoftmaxBackward"') == 3
     assert flops == pytest.approx(closed, rel=0.05)
@@ -49,14 +49,14 @@ def test_wmt14_big_compiles_for_an_h100_with_cudnn(width):
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("width", ODD_AND_EVEN)
-def test_wmt14_big_compiles_for_a_tpu(width):
+def test_the_big_model_compiles_for_a_tpu(width):
     _, flops, closed = compiled("v5e:2x2", "plain", width)
     assert flops == pytest.approx(closed, rel=0.02)
 
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("width", ODD_AND_EVEN)
-def test_wmt14_big_compiles_for_a_tpu_with_splash(width):
+def test_the_big_model_compiles_for_a_tpu_with_splash(width):
     """Which fills lengths up to 128."""
     text, flops, closed = compiled("v5e:2x2", "splash", width)
     for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):

@@ -2,13 +2,13 @@
 
 import pytest
 
-from transformer.runtime import logging, progress
+from transformer.runtime import logging
 
 
 @pytest.mark.parametrize(("seconds", "lines"), [(10, []), (0, ["0 done", "1 done", "2 done"]), (1.5, ["1 done"])])
 def test_a_line_comes_when_time_has_passed(monkeypatch, capsys, seconds, lines):
     clock = iter(range(100))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(logging.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(logging, "SECONDS_BETWEEN_LINES", seconds)
     assert list(logging.told("abc", lambda count: f"{count} done")) == ["a", "b", "c"]
     assert capsys.readouterr().err.splitlines() == lines

@@ -1,6 +1,6 @@
 """Tokens a second of translating a file, warm, by this package or by CTranslate2 on weights exported from it.
 
-    python -m benchmarks.decode --workdir=DIR --source=FILE [--engine=ours|ctranslate2] [--decode.beam_size=5]
+    python -m benchmarks.decoding --workdir=DIR --source=FILE [--engine=ours|ctranslate2] [--decode.beam_size=5]
 
 The whole file is translated once to compile and warm up, and then --repeats times; the median counts. Loading is not
 counted, tokenizing is. Tokens are pieces of the translations and the end of each. The last line of stdout is one JSON
@@ -33,7 +33,7 @@ Translate = Callable[[list[str]], list[str]]
 
 def main(argv: list[str]) -> None:
     """Reads the flags, measures, prints."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", allow_abbrev=False)
     add_model_flags(parser)
     parser.add_argument("--source", required=True, type=full_path, help="file to translate, a sentence a line")
     parser.add_argument("--engine", default="ours", choices=("ours", "ctranslate2"))

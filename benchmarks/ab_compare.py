@@ -1,6 +1,6 @@
 """Two commands in turn, so that a busy moment of the machine meets both; quotes the median of the ratios.
 
-    python -m benchmarks.pairs --key=target_tokens_per_s --pairs=3 \
+    python -m benchmarks.ab_compare --key=target_tokens_per_s --pairs=3 \
         --ours="python -m transformer.benchmark --config=configs/multi30k.py --config.data.dir=FOLDER" \
         --other="python PEER.py"
 
@@ -21,7 +21,7 @@ from transformer.runtime.logging import say
 
 def main(argv: list[str]) -> None:
     """Reads the flags, runs the pairs, prints."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pairs", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ab_compare", allow_abbrev=False)
     parser.add_argument("--ours", required=True, help="command of this project")
     parser.add_argument("--other", required=True, help="command to measure beside")
     parser.add_argument("--key", required=True, help="of the figure in the JSON object that both print last")

@@ -1,6 +1,6 @@
 """What the digests of a checkpoint cost, and the look at its arrays' metadata that follows: their shares of a save.
 
-    python -m benchmarks.checkpoint_digest [--megabytes=1000] [--rounds=5] [--folder=DIR]
+    python -m benchmarks.checkpoint_hashing [--megabytes=1000] [--rounds=5] [--folder=DIR]
 
 Params and the two moments of Adam make up the size. Each round saves them twice with `Checkpoints.save`, as training
 does, as it is and with nothing in place of SHA-256. The metadata are read again by themselves. The last line of stdout
@@ -57,7 +57,7 @@ def seconds_of_save(state: TrainState, folder: str, digests: bool) -> tuple[floa
 def main(argv: list[str]) -> None:
     """Prints a line a round, and the medians."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoint_digest", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+        prog="python -m benchmarks.checkpoint_hashing", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--megabytes", type=positive_int, default=1000)
     parser.add_argument("--rounds", type=positive_int, default=5)

@@ -1,0 +1,48 @@
+"""What a measurement has found so far, on disk after each figure: whatever ends it costs only what it was at."""
+
+import contextlib
+import json
+import pathlib
+from typing import Any
+
+from benchmarks import kernel_times
+from benchmarks.kernel_times import KernelTime
+from transformer.runtime import files
+
+Row = dict[str, Any]
+
+
+class Findings:
+    """Of one phase of `benchmarks.accelerator`.
+
+    Attributes:
+      options: its flags.
+      ceiling: FLOPs a second of a large matrix product on this machine; 0 where it has not been measured.
+      row: the figures by name.
+    """
+
+    def __init__(self, name: str, path: pathlib.Path, options: Any, ceiling: float):
+        self.options, self.smoke, self.ceiling = options, bool(options.smoke), ceiling
+        self.name, self._path = name, path
+        self.row: Row = {}
+
+    def put(self, **more: Any) -> None:
+        self.row.update(more)
+        files.write_whole(self._path, json.dumps(self.row, default=str))
+
+    def add(self, group: str, key: str, value: Any) -> None:
+        """Puts one of a group of figures."""
+        self.put(**{group: {**self.row.get(group, {}), key: value}})
+
+    def put_kernels(self, times: list[KernelTime]) -> None:
+        """A summary, and all of them in kernels.json."""
+        self.put(profile=kernel_times.summary(times))
+        path = pathlib.Path(self.options.output, "kernels.json")
+        files.write_whole(path, json.dumps({**read_json(path), self.name: times[:1500]}))
+
+
+def read_json(path: pathlib.Path) -> Row:
+    """An object from a file; empty where there is none yet."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {}
