@@ -33,9 +33,9 @@ def train(settings: schema.Config, workdir: str) -> None:
     """On this host, with the others if there are any."""
     from transformer.data import corpus, tokenizer
 
-    corpus.check(settings.data)
+    corpus.validate_source(settings.data)
     begins = settings.train.init_from and not epath.Path(workdir, "checkpoints").exists()
-    tokenizer.named_by(tokenizer.with_origin(settings) if begins else settings.data)
+    tokenizer.load_configured(tokenizer.inherit_tokenizer(settings) if begins else settings.data)
 
     from transformer.training import trainer
 

@@ -27,7 +27,7 @@ from transformer.attention.dot_product import dot_product_attention
 from transformer.attention.mask import Visible
 from transformer.config.schema import Config
 from transformer.data import input_pipeline
-from transformer.data.batching import Batch, Ragged, rows_for
+from transformer.data.batching import Batch, JaggedArray, rows_per_batch
 from transformer.data.input_pipeline import TokenIds
 from transformer.data.tokenizer import EOS
 from transformer.decoding import decode
@@ -107,7 +107,7 @@ def updates(config: Config, device: Any, count: int, guard: str = "allow") -> An
     mesh = make_mesh(config.mesh, [device])
     model = step.Model(config.model, config.data.vocab_size)
     train_step, state = step.make_train_step(model, config, mesh), step.init_state(model, config, mesh)
-    ids = random_ids(config, 16, 24).rectangle(np.arange(16), 24)
+    ids = random_ids(config, 16, 24).to_padded(np.arange(16), 24)
     with jax.transfer_guard(guard):
         for _ in range(count):
             state, metrics = train_step(state, sharding.place_batch(mesh, Batch(ids, ids)))
@@ -177,10 +177,10 @@ def training(
     fields = {"model.attention": attention, "data.num_buckets": 1, "data.length_multiple": 1}
     fields |= {"data.max_length": max(target, source), "train.batch_tokens": batch_tokens}
     config = config_of(variant, {**fields, **(TOY if found.smoke else {})})
-    rows = rows_for(config.train.batch_tokens, target)
+    rows = rows_per_batch(config.train.batch_tokens, target)
     environment.enable_cache()
     ids = TokenIds(random_ids(config, 4 * rows, source or target), random_ids(config, 4 * rows, target))
-    plan = input_pipeline.make_plan(config, ids)
+    plan = input_pipeline.make_batch_schedule(config, ids)
     (bucket,) = plan.buckets
     found.put(rows=bucket.rows, source=bucket.source, target=bucket.target, attention=attention)
     row = benchmark.measure(config, plan, ids, 5 if found.smoke else 50)
@@ -235,7 +235,7 @@ def beam_search(found: Findings) -> None:
     params = sharding.on_every_device(mesh, model.in_compute_dtype(model.init(0)))
     for rows in (2, 4) if found.smoke else (16, 256):
         run = sharding.over_rows(mesh, functools.partial(decode.decode, (model,), config.decode, 1))
-        ids = random_ids(config, rows, width).rectangle(np.arange(rows), width)
+        ids = random_ids(config, rows, width).to_padded(np.arange(rows), width)
         request = sharding.place_batch(mesh, decode.Request(ids), rows="sentences")
         since = time.perf_counter()
         lengths_B = np.asarray(jax.block_until_ready(run((params,), request)).lengths_BN)[:, 0]
@@ -256,7 +256,7 @@ def torch_training(found: Findings, variant: str) -> None:
     """The training step of the same size by PyTorch."""
     config = config_of(variant, TOY if found.smoke else {})
     model, length = config.model, 8 if found.smoke else 40
-    rows = rows_for(config.train.batch_tokens, length)
+    rows = rows_per_batch(config.train.batch_tokens, length)
     sizes = {name: getattr(model, name) for name in ("num_layers", "emb_dim", "mlp_dim", "num_heads", "dropout_rate")}
     sizes |= {"vocab_size": config.data.vocab_size, "rows": rows, "length": length}
     command = [found.options.torch, str(ROOT / "benchmarks" / "torch_transformer.py")]
@@ -319,12 +319,12 @@ def config_of(variant: str, fields: Row) -> Config:
     return command_line.config_flags(["accelerator", f"--config={ROOT}/configs/wmt14.py:{variant}", *flags])[0]
 
 
-def random_ids(config: Config, count: int, width: int) -> Ragged:
+def random_ids(config: Config, count: int, width: int) -> JaggedArray:
     """Sentences of three quarters of a width to all of it; the first has all."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(max(3 * width // 4, 2), width + 1, count)
     lengths[0] = width
-    return Ragged.from_sequences([np.append(rng.integers(4, config.data.vocab_size, n - 1), EOS) for n in lengths])
+    return JaggedArray.from_sequences([np.append(rng.integers(4, config.data.vocab_size, n - 1), EOS) for n in lengths])
 
 
 def timed(function: Callable[..., Any], *arguments: Any, about: float = 0.5, smoke: bool = False) -> float:

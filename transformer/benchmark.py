@@ -23,7 +23,7 @@ from transformer.config import Config, schema
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline
 from transformer.data import tokenizer as tokenizers
-from transformer.data.batching import Batch, TrainPlan
+from transformer.data.batching import Batch, BatchSchedule
 from transformer.data.input_pipeline import TokenIds
 from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
@@ -47,13 +47,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num_steps", type=positive_int, default=50, help="updates to time (default: 50)")
     config, args = command_line.parse_with_config(parser, argv)
     config = schema.with_absolute_paths(config)
-    corpora.check(config.data)
+    corpora.validate_source(config.data)
     environment.enable_cache()
     with tempfile.TemporaryDirectory() as folder:
         corpus = corpora.open_corpus(config.data)
-        tokenizer = input_pipeline.get_tokenizer(tokenizers.with_origin(config), corpus, epath.Path(folder))
+        tokenizer = input_pipeline.get_tokenizer(tokenizers.inherit_tokenizer(config), corpus, epath.Path(folder))
     ids = input_pipeline.token_ids(config.data, corpus, "train", tokenizer)
-    plan = input_pipeline.make_plan(config, ids)
+    plan = input_pipeline.make_batch_schedule(config, ids)
     row = measure_input(plan, ids, args.num_steps) if args.input else measure(config, plan, ids, args.num_steps)
     print(json.dumps({**row, **sizes(config, tokenizer.vocab_size)}))
 
@@ -74,7 +74,7 @@ def sizes(config: Config, vocab_size: int) -> Row:
     }
 
 
-def measure_input(plan: TrainPlan, ids: TokenIds, num_steps: int) -> Row:
+def measure_input(plan: BatchSchedule, ids: TokenIds, num_steps: int) -> Row:
     """Real target tokens per second that the data path delivers, median of rounds."""
     rates = []
     for start in range(0, ROUNDS * num_steps, num_steps):
@@ -85,7 +85,7 @@ def measure_input(plan: TrainPlan, ids: TokenIds, num_steps: int) -> Row:
     return {"input_target_tokens_per_s": round(float(np.median(rates)))}
 
 
-def measure(config: Config, plan: TrainPlan, ids: TokenIds, num_steps: int) -> Row:
+def measure(config: Config, plan: BatchSchedule, ids: TokenIds, num_steps: int) -> Row:
     """Speed of the training step as the loop runs it, median of rounds."""
     mesh = make_mesh(config.mesh)
     model = registry.Model(config.model, config.data.vocab_size)
@@ -124,7 +124,7 @@ def measure(config: Config, plan: TrainPlan, ids: TokenIds, num_steps: int) -> R
     }
 
 
-def one_of_each_shape(plan: TrainPlan, ids: TokenIds) -> Iterator[Batch]:
+def one_of_each_shape(plan: BatchSchedule, ids: TokenIds) -> Iterator[Batch]:
     """One batch of each bucket."""
     seen = set()
     for number in range(plan.steps_per_epoch):

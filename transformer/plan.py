@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from transformer import command_line
 from transformer.command_line import positive_int
 from transformer.config import Config
-from transformer.data.batching import rows_for
+from transformer.data.batching import rows_per_batch
 from transformer.models import flops as cost
 from transformer.planning import hlo_cost, roofline
 from transformer.planning.hardware import GIB, Topology, parse_topology
@@ -160,7 +160,7 @@ def speed(config: Config, topology: Topology, compiled: "aot.Compiled", mesh: An
     # However well it is compiled, a step reads its arguments and writes its results.
     least = compiled.arguments + compiled.outputs + compiled.aliased
     bound = roofline.times(topology.chip, flops, least, sent)
-    tokens = rows_for(config.train.batch_tokens, length) * length
+    tokens = rows_per_batch(config.train.batch_tokens, length) * length
     return {
         "flops_per_step": flops * mesh.size,
         "flops_closed_form": closed,

@@ -29,11 +29,11 @@ def prepare(config: schema.Config, *, report: bool) -> None:
     Raises:
       UserError: as `corpus.open_corpus`, or no training pair is short enough, or no vocabulary can be trained.
     """
-    data = tokenizers.with_origin(config)
+    data = tokenizers.inherit_tokenizer(config)
     corpus = corpora.open_corpus(data)
-    tokenizer = input_pipeline.vocabulary(data, corpus)
+    tokenizer = input_pipeline.get_or_train_tokenizer(data, corpus)
     ids = {"train": input_pipeline.token_ids(data, corpus, "train", tokenizer)}
-    plan = input_pipeline.make_plan(config, ids["train"])
+    plan = input_pipeline.make_batch_schedule(config, ids["train"])
     say(
         f"ready in {corpora.data_dir(data)}: {plan.kept:,} training pairs, without {plan.dropped:,} longer than "
         f"data.max_length = {data.max_length}; {tokenizer.vocab_size:,} pieces; {plan.steps_per_epoch:,} steps an epoch"
@@ -42,7 +42,7 @@ def prepare(config: schema.Config, *, report: bool) -> None:
         splits = {name: corpus.split(name) for name in corpus.names}
         for name in splits:
             ids.setdefault(name, input_pipeline.token_ids(data, corpus, name, tokenizer))
-        statistics.show(config, splits, ids, plan, corpus.dropped, tokenizer)
+        statistics.print_report(config, splits, ids, plan, corpus.dropped, tokenizer)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_the_batch_of_a_training_step_is_of_the_width_that_is_asked_for():
     config = phases.config_of("en_de_base", {"data.num_buckets": 1, "data.length_multiple": 1, "data.max_length": 40})
     assert config.model.dtype == "bfloat16"
     ids = TokenIds(phases.random_ids(config, 2496, 37), phases.random_ids(config, 2496, 40))
-    (bucket,) = input_pipeline.make_plan(config, ids).buckets
+    (bucket,) = input_pipeline.make_batch_schedule(config, ids).buckets
     assert bucket == (37, 40, 624)
     assert bucket.rows * bucket.target == phases.TOKENS
 

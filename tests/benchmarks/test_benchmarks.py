@@ -146,7 +146,7 @@ def test_each_command_explains_itself(name):
 def test_decoding_is_measured_in_tokens_of_the_translations(engine, tmp_path, capsys):
     if engine == "ctranslate2":
         pytest.importorskip("ctranslate2", reason="the export extra is not installed")
-    codes = subword_nmt.learn_vocabulary((("c", "a"), ("o", "g</w>")), LINES)
+    codes = subword_nmt.build_vocabulary((("c", "a"), ("o", "g</w>")), LINES)
     words = tokenizer.train(LINES, 300, "bpe") if engine == "ours" else tokenizer.Tokenizer(codes)
     workdir = save(tmp_path / "run", words)
     source = tmp_path / "source"

@@ -38,7 +38,7 @@ def assert_nothing_is_left_to_do(config, monkeypatch, workdir, capfd):
         corpus = corpora.open_corpus(config.data)
         trained = input_pipeline.get_tokenizer(config.data, corpus, workdir)
         ids = input_pipeline.token_ids(config.data, corpus, "train", trained)
-    plan = input_pipeline.make_plan(config, ids)
+    plan = input_pipeline.make_batch_schedule(config, ids)
     batch = next(input_pipeline.train_iterator(plan, ids, start=0, num_steps=1))
     assert batch.target_BT.shape[0] >= 1
     assert "preparing" not in capfd.readouterr().err

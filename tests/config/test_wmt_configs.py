@@ -34,7 +34,7 @@ def test_training_is_the_paper_s(run):
     config, _, (target, dropout, steps, averaged, vocab_size, _) = run
     assert (config.data.source_language, config.data.target_language) == ("en", target)
     assert (config.data.name, config.data.tokenizer, config.data.vocab_size) == (SETS[target], "bpe", vocab_size)
-    corpora.check(config.data)
+    corpora.validate_source(config.data)
     optimizer, train = config.optimizer, config.train
     assert (optimizer.name, optimizer.beta1, optimizer.beta2, optimizer.epsilon) == ("adam", 0.9, 0.98, 1e-9)
     assert (optimizer.schedule, optimizer.learning_rate, optimizer.warmup_steps) == ("paper", 1.0, 4000)

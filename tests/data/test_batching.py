@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from transformer.data import batching
-from transformer.data.batching import PADDING_ROW, Bucket, BucketPlan, PlannedBatch, Ragged
+from transformer.data.batching import PAD_EXAMPLE, BatchSpec, Bucket, BucketedSchedule, JaggedArray
 from transformer.data.tokenizer import PAD
 
 
@@ -17,14 +17,14 @@ def lengths(n=1000, seed=0):
 def make_plan(n=1000, seed=7, scale=1, **fields):
     source, target = lengths(n)
     fields = {"num_buckets": 4, "batch_tokens": 512, "max_length": 32, "seed": seed, **fields}
-    return BucketPlan(scale * source, scale * target, **fields)
+    return BucketedSchedule(scale * source, scale * target, **fields)
 
 
 def rows_of(plan, step, hosts):
     """The global batch as the hosts together hold it."""
     planned = plan.batch(step)
     share = -(-planned.bucket.rows // hosts)
-    parts = [batching.only_rows(planned, np.arange(host * share, (host + 1) * share)) for host in range(hosts)]
+    parts = [batching.select_rows(planned, np.arange(host * share, (host + 1) * share)) for host in range(hosts)]
     assert {part.bucket for part in parts} == {planned.bucket}
     return np.concatenate([part.examples_B for part in parts])
 
@@ -41,7 +41,7 @@ def test_hosts_that_do_not_divide_the_rows_add_padding_rows_only():
     rows = rows_of(plan, 3, 3)
     whole = plan.batch(3).examples_B
     np.testing.assert_array_equal(rows[: len(whole)], whole)
-    assert (rows[len(whole) :] == PADDING_ROW).all()
+    assert (rows[len(whole) :] == PAD_EXAMPLE).all()
 
 
 @pytest.mark.parametrize("start", [1, 5, 40, 41, 100])
@@ -58,8 +58,8 @@ def test_the_plan_never_changes():
     """A golden plan. A change here is a change of the data order of every run: bump the version if it is meant."""
     plan = make_plan(n=60, batch_tokens=128)
     assert plan.buckets == [Bucket(6, 6, 16), Bucket(16, 14, 8), Bucket(26, 23, 5), Bucket(32, 32, 4)]
-    assert plan.batch(0).examples_B.tolist() == [45, 9, 1, PADDING_ROW]
-    assert plan.batch(20).examples_B.tolist() == [51, 31, 8, 3, 20, 37, 48, PADDING_ROW]
+    assert plan.batch(0).examples_B.tolist() == [45, 9, 1, PAD_EXAMPLE]
+    assert plan.batch(20).examples_B.tolist() == [51, 31, 8, 3, 20, 37, 48, PAD_EXAMPLE]
 
 
 def test_an_epoch_holds_every_kept_pair_once_in_an_order_of_its_own():
@@ -70,7 +70,7 @@ def test_an_epoch_holds_every_kept_pair_once_in_an_order_of_its_own():
     for epoch in range(2):
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
         examples = np.concatenate([plan.batch(step).examples_B for step in steps])
-        epochs.append(examples[examples != PADDING_ROW])
+        epochs.append(examples[examples != PAD_EXAMPLE])
         np.testing.assert_array_equal(np.sort(epochs[-1]), kept)
     assert not np.array_equal(*epochs)
     assert (plan.kept, plan.dropped) == (len(kept), 1000 - len(kept))
@@ -85,7 +85,7 @@ def test_every_pair_fits_its_bucket_and_every_batch_its_budget():
     source, target = lengths()
     for step in range(plan.steps_per_epoch):
         bucket, examples = plan.batch(step)
-        real = examples[examples != PADDING_ROW]
+        real = examples[examples != PAD_EXAMPLE]
         assert len(examples) == bucket.rows
         assert bucket.rows * bucket.target <= 512
         assert bucket.rows % batching.ROW_MULTIPLE == 0
@@ -99,21 +99,21 @@ def test_fill_is_that_of_the_batches_made():
     real = slots = 0
     for step in range(plan.steps_per_epoch):
         bucket, examples = plan.batch(step)
-        real += target[examples[examples != PADDING_ROW]].sum()
+        real += target[examples[examples != PAD_EXAMPLE]].sum()
         slots += bucket.rows * bucket.target
-    assert plan.fill == pytest.approx(real / slots)
+    assert plan.token_utilization == pytest.approx(real / slots)
 
 
 @pytest.mark.parametrize("longest", [30, 700])
 def test_widths_are_multiples_of_the_length_multiple_and_the_same_pairs_are_kept(longest):
     fields = {"n": 5000, "max_length": longest, "batch_tokens": 4096}
-    if longest > batching.FINEST:
+    if longest > batching.MAX_CANDIDATE_WIDTHS:
         fields["scale"] = 20
     plain, rounded = make_plan(**fields), make_plan(length_multiple=8, **fields)
     assert all(bucket.source % 8 == bucket.target % 8 == 0 for bucket in rounded.buckets)
     assert max(max(bucket[:2]) for bucket in rounded.buckets) < longest + 8
     assert rounded.kept == plain.kept
-    assert 0.8 * plain.fill < rounded.fill <= plain.fill + 0.01
+    assert 0.8 * plain.token_utilization < rounded.token_utilization <= plain.token_utilization + 0.01
     assert make_plan(length_multiple=1, **fields).buckets == plain.buckets
 
 
@@ -128,7 +128,7 @@ def test_cuts_are_the_cheapest_of_all(num_buckets):
     cost[np.tril_indices(n + 1)] = np.inf
     ways = [(0, *inner, n) for k in range(num_buckets) for inner in itertools.combinations(range(1, n), k)]
     best = min(sum(cost[a, b] for a, b in itertools.pairwise(way)) for way in ways)
-    got = batching._cheapest_cuts(cost, num_buckets)
+    got = batching._optimal_boundaries(cost, num_buckets)
     assert sum(cost[a, b] for a, b in got) == pytest.approx(best)
     assert [got[0][0], got[-1][1]] == [0, n]
     assert all(a[1] == b[0] for a, b in itertools.pairwise(got))
@@ -136,7 +136,7 @@ def test_cuts_are_the_cheapest_of_all(num_buckets):
 
 
 def test_more_buckets_fill_better():
-    fills = [make_plan(n=5000, num_buckets=k).fill for k in (1, 2, 4, 8)]
+    fills = [make_plan(n=5000, num_buckets=k).token_utilization for k in (1, 2, 4, 8)]
     assert fills == sorted(fills)
     assert fills[-1] > 0.8 > fills[0]
 
@@ -145,11 +145,11 @@ def test_more_buckets_fill_better():
 def test_a_tiny_corpus_is_planned_too(n):
     plan = make_plan(n=n, max_length=64)
     examples = np.concatenate([plan.batch(step).examples_B for step in range(plan.steps_per_epoch)])
-    assert sorted(examples[examples != PADDING_ROW]) == list(range(n))
+    assert sorted(examples[examples != PAD_EXAMPLE]) == list(range(n))
 
 
 def test_pairs_of_one_length_make_one_bucket():
-    plan = BucketPlan(np.full(50, 5), np.full(50, 6), num_buckets=8, batch_tokens=64, max_length=10, seed=0)
+    plan = BucketedSchedule(np.full(50, 5), np.full(50, 6), num_buckets=8, batch_tokens=64, max_length=10, seed=0)
     assert plan.buckets == [Bucket(5, 6, 8)]
 
 
@@ -160,26 +160,37 @@ def test_no_pair_short_enough_gives_no_steps():
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 100, 101])
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_evaluation_covers_every_sentence_once(n, rows):
-    planned = batching.eval_plan(*lengths(n), lambda width: rows)
+    planned = batching.eval_batches(*lengths(n), lambda width: rows)
     examples = np.concatenate([p.examples_B for p in planned]) if planned else np.zeros(0, int)
-    assert sorted(examples[examples != PADDING_ROW]) == list(range(n))
+    assert sorted(examples[examples != PAD_EXAMPLE]) == list(range(n))
     assert all(len(p.examples_B) == p.bucket.rows == rows for p in planned)
 
 
 def test_evaluation_width_depends_on_the_sentence_alone():
-    assert [batching.ladder(n) for n in (1, 16, 17, 32, 33, 100_000)] == [16, 16, 32, 32, 64, 131_072]
+    assert [batching.round_up_to_power_of_two(n) for n in (1, 16, 17, 32, 33, 100_000)] == [16, 16, 32, 32, 64, 131_072]
 
 
 def test_rectangles_cut_pad_and_leave_padding_rows_empty():
-    ragged = Ragged.from_sequences([np.array([5, 6, 2]), np.array([2]), np.array([], int), np.array([7, 8, 9, 2])])
-    got = ragged.rectangle(np.array([3, 0, PADDING_ROW, 1, 2]), 3)
+    ragged = JaggedArray.from_sequences([np.array([5, 6, 2]), np.array([2]), np.array([], int), np.array([7, 8, 9, 2])])
+    got = ragged.to_padded(np.array([3, 0, PAD_EXAMPLE, 1, 2]), 3)
     np.testing.assert_array_equal(got, [[7, 8, 9], [5, 6, 2], [PAD] * 3, [2, PAD, PAD], [PAD] * 3])
     assert got.dtype == np.int32
 
 
 def test_assemble_takes_source_and_target_of_the_same_pair():
-    source = Ragged.from_sequences([np.array([10, 2]), np.array([11, 2])])
-    target = Ragged.from_sequences([np.array([20, 2]), np.array([21, 2])])
-    batch = batching.assemble(PlannedBatch(Bucket(2, 3, 2), np.array([1, 0])), source, target)
+    source = JaggedArray.from_sequences([np.array([10, 2]), np.array([11, 2])])
+    target = JaggedArray.from_sequences([np.array([20, 2]), np.array([21, 2])])
+    batch = batching.make_batch(BatchSpec(Bucket(2, 3, 2), np.array([1, 0])), source, target)
     np.testing.assert_array_equal(batch.source_BS, [[11, 2], [10, 2]])
     np.testing.assert_array_equal(batch.target_BT, [[21, 2, PAD], [20, 2, PAD]])
+
+
+def test_worked_examples_of_the_comments():
+    jagged = JaggedArray(np.array([5, 6, 2, 7, 2]), np.array([0, 3, 5]))
+    padded = jagged.to_padded(np.array([[1, 0], [0, PAD_EXAMPLE]]), 6)
+    np.testing.assert_array_equal(padded, [[7, 2, 5, 6, 2, PAD], [5, 6, 2, PAD, PAD, PAD]])
+    source, target = np.array([1, 2, 2]), np.array([1, 1, 2])
+    assert batching._choose_widths(source, target, 1) == [(2, 2)]
+    assert batching._choose_widths(source, target, 2) == [(2, 1), (2, 2)]
+    inf = np.inf
+    assert batching._optimal_boundaries(np.array([[inf, 6, 12], [inf, inf, 4], [inf] * 3]), 2) == [(0, 1), (1, 2)]

@@ -78,7 +78,7 @@ def test_one_english_sentence_has_one_translation(language, monkeypatch):
         return options[int(rng.random() * (len(options) if wide else min(3, len(options))))]
 
     # With three choices for everything but the frame, many sentences come again, in every way that they can.
-    monkeypatch.setattr(generator, "pick", pick)
+    monkeypatch.setattr(generator, "choice", pick)
     translations: dict[str, str] = {}
     for english, translation in itertools.islice(generator.candidates(language, seed=3), 5_000):
         assert translations.setdefault(english, translation) == translation
@@ -87,25 +87,25 @@ def test_one_english_sentence_has_one_translation(language, monkeypatch):
 
 @pytest.mark.parametrize("language", lexicon.LANGUAGES)
 def test_every_slot_stands_in_every_language(language):
-    for frame in generator.FRAMES:
+    for frame in generator.TEMPLATES:
         slots = set(re.findall(r"\{(\w+)", getattr(frame, language)))
         assert slots == set(re.findall(r"\{(\w+)", frame.en)), frame
 
 
 def test_frames_are_many_and_different():
-    assert len(generator.FRAMES) >= 60
-    for sentences in zip(*generator.FRAMES, strict=True):
+    assert len(generator.TEMPLATES) >= 60
+    for sentences in zip(*generator.TEMPLATES, strict=True):
         assert len(set(sentences)) == len(sentences)
 
 
 def frames_used(pairs):
-    shapes = [".+".join(map(re.escape, re.split(r"\{[^}]*\}", frame.en))) for frame in generator.FRAMES]
+    shapes = [".+".join(map(re.escape, re.split(r"\{[^}]*\}", frame.en))) for frame in generator.TEMPLATES]
     return {shape for shape in shapes for english, _ in pairs if re.fullmatch(shape, english, re.IGNORECASE)}
 
 
 def test_every_split_holds_every_frame(german):
-    assert len(frames_used(german["test"])) == len(generator.FRAMES)
-    assert len(frames_used(german["validation"])) > 0.95 * len(generator.FRAMES)
+    assert len(frames_used(german["test"])) == len(generator.TEMPLATES)
+    assert len(frames_used(german["validation"])) > 0.95 * len(generator.TEMPLATES)
 
 
 @pytest.mark.parametrize("language", generator.TARGETS)
@@ -126,7 +126,7 @@ def test_text_is_clean(language):
 def test_no_two_slots_of_a_sentence_name_the_same():
     rng = random.Random("distinct")
     for _ in range(500):
-        values = generator.draw(["who", "one", "city", "city2", "city3", "weekday", "weekday2"], rng)
+        values = generator.sample_values(["who", "one", "city", "city2", "city3", "weekday", "weekday2"], rng)
         assert len({values["city"], values["city2"], values["city3"]}) == 3
         assert values["weekday"] != values["weekday2"]
         assert not {*values["who"][1:]} & {*values["one"][1:]} - set(grammar.POSSESSORS)

@@ -9,8 +9,8 @@ import pytest
 from transformer.data.cldr import generator, grammar, lexicon, locale
 
 
-def frame_starting(english: str) -> grammar.Frame:
-    (frame,) = [frame for frame in generator.FRAMES if frame.en.startswith(english)]
+def frame_starting(english: str) -> grammar.Template:
+    (frame,) = [frame for frame in generator.TEMPLATES if frame.en.startswith(english)]
     return frame
 
 

@@ -27,7 +27,7 @@ def pairs(count):
 
 def test_blank_pairs_of_training_are_found(tmp_path):
     train = [("a", "b"), ("", "b"), ("a", ""), (" \t\r\u2028\u3000", "b"), ("\ufeff", "\ufffd"), ("", "")]
-    facts = corpus.find(open_text(tmp_path, train, val=[("", ""), ("a", "b")]), LANGUAGES)
+    facts = corpus.load_or_compute_metadata(open_text(tmp_path, train, val=[("", ""), ("a", "b")]), LANGUAGES)
     assert facts.blank == [1, 2, 3, 5]
     assert facts.held_out == []
     assert facts.pairs == {"train": 6, "validation": 2}
@@ -35,21 +35,21 @@ def test_blank_pairs_of_training_are_found(tmp_path):
 
 @pytest.mark.parametrize(("count", "held_out"), [(2, 1), (99, 1), (250, 2), (1000, 10)])
 def test_about_a_hundredth_is_held_out(tmp_path, count, held_out):
-    facts = corpus.find(open_text(tmp_path, [("", ""), *pairs(count)]), LANGUAGES)
+    facts = corpus.load_or_compute_metadata(open_text(tmp_path, [("", ""), *pairs(count)]), LANGUAGES)
     assert len(facts.held_out) == held_out
     assert facts.held_out == sorted(set(facts.held_out) - {0})
 
 
 def test_no_more_than_the_most_are_held_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "MOST", 3)
-    assert len(corpus.find(open_text(tmp_path, pairs(1000)), LANGUAGES).held_out) == 3
+    monkeypatch.setattr(corpus, "MAX_VALIDATION_PAIRS", 3)
+    assert len(corpus.load_or_compute_metadata(open_text(tmp_path, pairs(1000)), LANGUAGES).held_out) == 3
 
 
 def test_the_choice_follows_the_sentence_and_not_its_place(tmp_path):
     chosen = []
     for name, train in {"one": pairs(500), "other": [("new", "x"), *pairs(500)[::-1]]}.items():
         (tmp_path / name).mkdir()
-        facts = corpus.find(open_text(tmp_path / name, train), LANGUAGES)
+        facts = corpus.load_or_compute_metadata(open_text(tmp_path / name, train), LANGUAGES)
         chosen.append({train[row][0] for row in facts.held_out})
     assert chosen[0] == chosen[1]
     keys = [hashlib.blake2b(source.encode(), digest_size=8).digest()[::-1] for source, _ in pairs(500)]
@@ -58,16 +58,16 @@ def test_the_choice_follows_the_sentence_and_not_its_place(tmp_path):
 
 def test_equal_sources_fall_on_the_same_side(tmp_path):
     train = [(f"en {row % 100}", f"de {row}") for row in range(400)]
-    facts = corpus.find(open_text(tmp_path, train), LANGUAGES)
+    facts = corpus.load_or_compute_metadata(open_text(tmp_path, train), LANGUAGES)
     counts = collections.Counter(train[row][0] for row in facts.held_out)
     assert list(counts.values()) == [4]
 
 
 def test_a_frequent_sentence_does_not_fill_or_stop_the_choice():
     keys = np.array([1] * 50 + list(range(2, 952)), np.uint64)
-    assert np.flatnonzero(corpus._lowest(keys)).tolist() == list(range(50, 60))
+    assert np.flatnonzero(corpus._select_validation(keys)).tolist() == list(range(50, 60))
     keys = np.array([1, 1, 1, 2, 2, 3, 3, 3], np.uint64)
-    assert np.flatnonzero(corpus._lowest(keys)).tolist() == [3, 4]
+    assert np.flatnonzero(corpus._select_validation(keys)).tolist() == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_nothing_left_to_train_on_is_refused(tmp_path, train, says):
     opened = open_text(tmp_path, train)
     for _ in range(2):
         with pytest.raises(UserError, match=says):
-            corpus.find(opened, LANGUAGES)
+            corpus.load_or_compute_metadata(opened, LANGUAGES)
 
 
 def test_digests_are_of_the_pairs_and_their_order_alone(tmp_path, monkeypatch):
@@ -92,7 +92,7 @@ def test_digests_are_of_the_pairs_and_their_order_alone(tmp_path, monkeypatch):
     for number, train in enumerate([pairs(20), pairs(20), changed, shifted, pairs(20)[::-1], pairs(19)]):
         monkeypatch.setattr(prepared, "_SHARD_BYTES", 40 if number == 1 else 1 << 20)
         (tmp_path / str(number)).mkdir()
-        facts = corpus.find(open_text(tmp_path / str(number), train, test=pairs(3)), LANGUAGES)
+        facts = corpus.load_or_compute_metadata(open_text(tmp_path / str(number), train, test=pairs(3)), LANGUAGES)
         digests.append(facts.digests)
     assert digests[0] == digests[1]
     assert len({digest["train"] for digest in digests}) == 5
@@ -101,20 +101,20 @@ def test_digests_are_of_the_pairs_and_their_order_alone(tmp_path, monkeypatch):
 
 def test_each_direction_has_its_own_facts(tmp_path):
     opened = open_text(tmp_path, [(f"en {row}", f"de {row // 2}") for row in range(400)])
-    forth, back = (corpus.find(opened, languages) for languages in (LANGUAGES, LANGUAGES[::-1]))
+    forth, back = (corpus.load_or_compute_metadata(opened, languages) for languages in (LANGUAGES, LANGUAGES[::-1]))
     assert forth.digests["train"] != back.digests["train"]
     assert forth.held_out != back.held_out
-    assert corpus.find(opened, LANGUAGES) == forth
+    assert corpus.load_or_compute_metadata(opened, LANGUAGES) == forth
 
 
 def test_what_was_found_is_kept_and_read_again_unless_damaged(tmp_path, monkeypatch):
     opened = open_text(tmp_path, [("", ""), *pairs(200)])
-    facts = corpus.find(opened, LANGUAGES)
+    facts = corpus.load_or_compute_metadata(opened, LANGUAGES)
     path = opened.folder / "contents.en-de.json"
-    read = corpus._read
-    monkeypatch.setattr(corpus, "_read", lambda _: pytest.fail("read again"))
-    assert corpus.find(opened, LANGUAGES) == facts
-    monkeypatch.setattr(corpus, "_read", read)
+    read = corpus._scan_pairs
+    monkeypatch.setattr(corpus, "_scan_pairs", lambda _: pytest.fail("read again"))
+    assert corpus.load_or_compute_metadata(opened, LANGUAGES) == facts
+    monkeypatch.setattr(corpus, "_scan_pairs", read)
     content = path.read_text()
     for damaged in (
         "",
@@ -125,8 +125,8 @@ def test_what_was_found_is_kept_and_read_again_unless_damaged(tmp_path, monkeypa
         content + "é",
     ):
         path.write_bytes(damaged.encode("latin-1"))  # é alone is no UTF-8
-        assert corpus.find(opened, LANGUAGES) == facts
+        assert corpus.load_or_compute_metadata(opened, LANGUAGES) == facts
         assert path.read_text() == content
     kept_of_other_files = open_text(tmp_path, pairs(200))
     (kept_of_other_files.folder / "contents.en-de.json").write_text(content)
-    assert corpus.find(kept_of_other_files, LANGUAGES).blank == []
+    assert corpus.load_or_compute_metadata(kept_of_other_files, LANGUAGES).blank == []

@@ -176,13 +176,13 @@ def test_damaged_data_is_refused_when_its_split_is_opened(tmp_path):
 def test_check_finds_what_costs_no_reading_and_opening_finds_the_rest(tmp_path, broken):
     data = text_config(tmp_path, train=3)
     path = tmp_path / "text" / "train.de"
-    corpus.check(data)
+    corpus.validate_source(data)
     if broken == "missing":
         path.unlink()
-        assert "expected train.en and train.de" in refusal_of(corpus.check, data)
+        assert "expected train.en and train.de" in refusal_of(corpus.validate_source, data)
         return
     path.write_bytes(b"a\nb\n\xff\n" if broken == "utf8" else b"a\n")
-    corpus.check(data)
+    corpus.validate_source(data)
     says = {"unequal": "has 3 lines", "utf8": "train.de, line 3: not UTF-8"}[broken]
     assert says in refusal_of(corpus.open_corpus, data)
     assert not list(tmp_path.glob("data/**/*record*"))
@@ -216,7 +216,7 @@ def test_a_translation_set_without_training_is_refused(tmp_path):
 
 
 def test_a_prepared_folder_needs_no_code(tmp_path):
-    with prepared.quiet():
+    with prepared.silence_tfds():
         ToyTranslation(data_dir=tmp_path, config="de-en", file_format="array_record").download_and_prepare()
     (tmp_path / "toy_translation").rename(tmp_path / "unheard_of")
     path = tmp_path / "unheard_of/de-en/1.0.0"
@@ -227,7 +227,9 @@ def test_a_prepared_folder_needs_no_code(tmp_path):
     for name in ("unheard_of", "unheard_of/de-en"):
         opened = corpus.open_corpus(toy_config(tmp_path, name))
         assert ("de test 3", "en test 3") in list(opened.split("test"))
-    assert "has de, en; expected" in refusal_of(corpus.check, toy_config(tmp_path, "unheard_of/de-en", "fr", "en"))
+    assert "has de, en; expected" in refusal_of(
+        corpus.validate_source, toy_config(tmp_path, "unheard_of/de-en", "fr", "en")
+    )
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     assert "another format than array_record" in refusal_of(
         corpus.open_corpus, toy_config(tmp_path, "unheard_of/de-en")
@@ -257,7 +259,7 @@ def test_a_prepared_folder_needs_no_code(tmp_path):
 )
 def test_unknown_names_and_languages_are_refused(tmp_path, name, languages, says):
     data = toy_config(tmp_path, name, *languages)
-    assert says in refusal_of(corpus.check, data)
+    assert says in refusal_of(corpus.validate_source, data)
     assert says in refusal_of(corpus.open_corpus, data)
     assert list(tmp_path.iterdir()) == []
 
@@ -266,13 +268,13 @@ def test_unknown_names_and_languages_are_refused(tmp_path, name, languages, says
     ("name", "source", "target"), [("cldr", "en", "de"), ("cldr", "es", "en"), ("cldr/en-fr", "fr", "en")]
 )
 def test_cldr_serves_both_directions(tmp_path, name, source, target):
-    corpus.check(toy_config(tmp_path, name, source, target))
+    corpus.validate_source(toy_config(tmp_path, name, source, target))
 
 
 def test_a_set_that_needs_tensorflow_says_how_to_prepare_it(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda _: None)
     started = time.monotonic()
-    says = refusal_of(corpus.check, toy_config(tmp_path, "wmt16_translate", "en", "de"))
+    says = refusal_of(corpus.validate_source, toy_config(tmp_path, "wmt16_translate", "en", "de"))
     assert time.monotonic() - started < 2
     assert "wmt16_translate/de-en/1.0.0 is not prepared in" in says
     assert "tfds.builder('wmt16_translate/de-en', file_format='array_record'" in says
@@ -349,7 +351,7 @@ def test_data_prepared_with_its_crs_before_is_not_taken(tmp_path, monkeypatch):
     data = with_line_ends(tmp_path, b"\r\n")
     with monkeypatch.context() as before:
         before.setattr(corpus.local_text.ParallelText, "VERSION", tfds.core.Version("1.0.0"))
-        before.setattr(text_files, "without_line_end", lambda text: text.removesuffix("\n"))
+        before.setattr(text_files, "strip_line_end", lambda text: text.removesuffix("\n"))
         old = corpus.open_corpus(data)
     assert old.split("train")[0] == ("en train 0\r0\r", "de train 0\r0\r")
     new = corpus.open_corpus(data)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from transformer.data import download
-from transformer.data.download import Archive, Store
+from transformer.data.download import Download, DownloadManager
 from transformer.runtime import logging
 from transformer.runtime.errors import UserError
 
@@ -60,11 +60,11 @@ def address():
 def archive(address, path="set/a.tgz", recorded=True):
     digest = hashlib.sha256(CONTENT).hexdigest()
     facts = {"sha256": digest, "size": len(CONTENT)} if recorded else {}
-    return Archive(path.rpartition("/")[2], f"{address}/{path}", **facts)
+    return Download(path.rpartition("/")[2], f"{address}/{path}", **facts)
 
 
 def store(tmp_path):
-    return Store(str(tmp_path / "manual"), str(tmp_path / "downloads"))
+    return DownloadManager(str(tmp_path / "manual"), str(tmp_path / "downloads"))
 
 
 def get(tmp_path, wanted):
@@ -170,9 +170,9 @@ def test_a_wrong_file_put_there_by_hand_is_found_before_others_are_fetched(tmp_p
 
 
 def test_all_that_is_missing_is_named_at_once(tmp_path, address):
-    wanted = [archive(address, "gone1.tgz"), Archive("b.tar", "http://page", manual=True), archive(address, "c.tgz")]
+    wanted = [archive(address, "gone1.tgz"), Download("b.tar", "http://page", manual=True), archive(address, "c.tgz")]
     with pytest.raises(UserError) as error:
-        store(tmp_path).get([*wanted, Archive("d.tgz", "http://127.0.0.1:9/d.tgz")])
+        store(tmp_path).get([*wanted, Download("d.tgz", "http://127.0.0.1:9/d.tgz")])
     says = str(error.value)
     assert "3 of 4 archives are missing" in says
     assert f"gone1.tgz  from {address}/gone1.tgz  (the server says 404 Not Found)" in says
@@ -192,6 +192,6 @@ def test_without_a_recorded_checksum_the_digest_is_told(tmp_path, address, capfd
 
 def test_progress_is_told(tmp_path, address, capfd, monkeypatch):
     monkeypatch.setattr(logging, "SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr(download, "BLOCK", 100_000)
+    monkeypatch.setattr(download, "CHUNK_BYTES", 100_000)
     get(tmp_path, archive(address))
     assert "data: a.tgz: 2 of 3 MB\n" in capfd.readouterr().err

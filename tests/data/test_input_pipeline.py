@@ -65,7 +65,7 @@ def test_another_vocabulary_has_ids_of_its_own(config, opened):
     )
 
 
-@pytest.mark.parametrize("name", [*input_pipeline.FILES, input_pipeline.ABOUT])
+@pytest.mark.parametrize("name", [*input_pipeline.FILES, input_pipeline.METADATA_FILE])
 def test_damaged_ids_are_made_anew(config, opened, name, capsys):
     corpus, _, _ = opened
     other = tokenizer.train([" ".join(pair) for pair in corpus.split("train")], 285, "bpe")
@@ -85,7 +85,7 @@ def test_ids_of_a_kind_that_is_none_are_made_anew(config, opened, capsys):
     (folder,) = (pathlib.Path(config.data.data_dir) / "token_ids").glob(
         f"{corpus.split('train').digest[:24]}*{trained.digest[:24]}"
     )
-    path = folder / input_pipeline.ABOUT
+    path = folder / input_pipeline.METADATA_FILE
     path.write_text(path.read_text().replace("uint16", "uint17"))
     got = input_pipeline.token_ids(config.data, corpus, "train", trained)
     assert "damaged" in capsys.readouterr().err
@@ -108,7 +108,7 @@ def rows_of(host, hosts):
 @pytest.mark.parametrize(("start", "hosts"), [(0, 1), (7, 1), (7, 2), (25, 4)])
 def test_batches_depend_on_the_step_alone(config, opened, start, hosts):
     _, _, ids = opened
-    plan = input_pipeline.make_plan(config, ids)
+    plan = input_pipeline.make_batch_schedule(config, ids)
     whole = input_pipeline.train_iterator(plan, ids, start=0, num_steps=30)
     wanted = list(itertools.islice(whole, start, 30))
     parts = [
@@ -123,7 +123,7 @@ def test_batches_depend_on_the_step_alone(config, opened, start, hosts):
 
 def test_long_pairs_are_dropped_and_counted(config, opened):
     _, _, ids = opened
-    plan = input_pipeline.make_plan(config, ids)
+    plan = input_pipeline.make_batch_schedule(config, ids)
     too_long = int(((ids.source.lengths > 32) | (ids.target.lengths > 32)).sum())
     assert plan.dropped == too_long >= 2
     batch = next(input_pipeline.train_iterator(plan, ids, start=0, num_steps=1))
@@ -135,15 +135,18 @@ def test_long_pairs_are_dropped_and_counted(config, opened):
 @pytest.mark.parametrize("batching", ["bucket", "pack"])
 def test_the_config_says_what_widths_are_multiples_of(config, opened, batching):
     data = dataclasses.replace(config.data, batching=batching, length_multiple=8)
-    plan = input_pipeline.make_plan(dataclasses.replace(config, data=data), opened[2])
+    plan = input_pipeline.make_batch_schedule(dataclasses.replace(config, data=data), opened[2])
     assert all(bucket.source % 8 == bucket.target % 8 == 0 for bucket in plan.buckets)
-    assert plan.buckets != input_pipeline.make_plan(dataclasses.replace(config, data=config.data), opened[2]).buckets
+    assert (
+        plan.buckets
+        != input_pipeline.make_batch_schedule(dataclasses.replace(config, data=config.data), opened[2]).buckets
+    )
 
 
 def test_if_every_pair_is_too_long_there_is_nothing_to_train_on(config, opened):
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=2))
     with pytest.raises(UserError, match=r"max_length = 2: none of the 202 training pairs"):
-        input_pipeline.make_plan(short, opened[2])
+        input_pipeline.make_batch_schedule(short, opened[2])
 
 
 def test_a_vocabulary_is_trained_once_and_then_used_by_every_run(config, opened, tmp_path, monkeypatch):
@@ -157,7 +160,7 @@ def test_a_vocabulary_is_trained_once_and_then_used_by_every_run(config, opened,
 def test_each_corpus_direction_size_and_type_has_a_vocabulary_of_its_own(config, opened, tmp_path):
     def kept(data, corpus):
         before = set(tmp_path.glob("vocabularies/*/*.model"))
-        input_pipeline.vocabulary(dataclasses.replace(data, data_dir=str(tmp_path)), corpus)
+        input_pipeline.get_or_train_tokenizer(dataclasses.replace(data, data_dir=str(tmp_path)), corpus)
         return len(set(tmp_path.glob("vocabularies/*/*.model")) - before)
 
     corpus, data = opened[0], config.data
@@ -176,7 +179,7 @@ def test_what_could_not_be_published_the_next_run_publishes(config, opened, tmp_
     published, makers = (
         [],
         (
-            lambda: input_pipeline.vocabulary(data, corpus),
+            lambda: input_pipeline.get_or_train_tokenizer(data, corpus),
             lambda: input_pipeline.token_ids(data, corpus, "validation", opened[1]),
         ),
     )
@@ -197,7 +200,7 @@ def test_what_could_not_be_published_the_next_run_publishes(config, opened, tmp_
 def test_a_training_that_fails_leaves_no_folder_that_would_pass_for_a_vocabulary(config, opened, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "train", lambda *_: (_ for _ in ()).throw(UserError("failed")))
     with pytest.raises(UserError, match="failed"):
-        input_pipeline.vocabulary(dataclasses.replace(config.data, data_dir=str(tmp_path)), opened[0])
+        input_pipeline.get_or_train_tokenizer(dataclasses.replace(config.data, data_dir=str(tmp_path)), opened[0])
     assert not list(tmp_path.glob("vocabularies/*"))
 
 
@@ -207,7 +210,7 @@ def test_a_damaged_vocabulary_is_trained_anew(config, opened, capsys):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert input_pipeline.vocabulary(config.data, corpus).digest == trained.digest
+    assert input_pipeline.get_or_train_tokenizer(config.data, corpus).digest == trained.digest
     assert f"{path}: damaged; the vocabulary is trained anew" in capsys.readouterr().err
     assert path.read_bytes() != content
 
@@ -238,12 +241,12 @@ def test_before_the_first_checkpoint_a_vocabulary_of_another_kind_or_damaged_is_
 def test_after_it_the_vocabulary_must_be_that_of_the_checkpoints(config, opened, tmp_path):
     corpus, trained, _ = opened
     trained.save(tmp_path / "right")
-    assert input_pipeline.same_tokenizer(config.data, corpus, tmp_path / "right", trained) is trained
+    assert input_pipeline.check_same_tokenizer(config.data, corpus, tmp_path / "right", trained) is trained
     with pytest.raises(UserError, match="missing or not the one"):
-        input_pipeline.same_tokenizer(config.data, corpus, tmp_path / "none", trained)
+        input_pipeline.check_same_tokenizer(config.data, corpus, tmp_path / "none", trained)
     tokenizer.train(["a b c"] * 9, 264, "unigram").save(tmp_path / "other")
     with pytest.raises(UserError, match="missing or not the one"):
-        input_pipeline.same_tokenizer(config.data, corpus, tmp_path / "other", trained)
+        input_pipeline.check_same_tokenizer(config.data, corpus, tmp_path / "other", trained)
 
 
 def test_after_it_the_config_may_name_the_same_vocabulary_elsewhere_and_no_other(config, opened, tmp_path):
@@ -255,7 +258,7 @@ def test_after_it_the_config_may_name_the_same_vocabulary_elsewhere_and_no_other
     def go_on(folder):
         path = str(tmp_path / folder / tokenizer.FILE_NAME)
         data = dataclasses.replace(config.data, tokenizer=path, vocab_size=tokenizer.load(path).vocab_size)
-        return input_pipeline.same_tokenizer(data, corpus, tmp_path / "run" / "tokenizer", trained)
+        return input_pipeline.check_same_tokenizer(data, corpus, tmp_path / "run" / "tokenizer", trained)
 
     assert go_on("moved") is trained
     with pytest.raises(UserError, match=r"other/sentencepiece\.model: is not the vocabulary of the run in .*run: that"):
@@ -309,7 +312,7 @@ def test_the_model_type_is_the_config_s(config, opened, tmp_path, model_type):
 def test_a_line_says_if_more_than_a_tenth_is_too_long(config, opened, capsys, length, warns):
     _, _, ids = opened
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=length))
-    plan = input_pipeline.make_plan(short, ids)
+    plan = input_pipeline.make_batch_schedule(short, ids)
     total = len(ids.source)
     assert (plan.dropped > total / 10) == warns
     warning = (

@@ -9,8 +9,8 @@ import pytest
 
 from tests.conftest import small_config
 from transformer.data import batching, packing
-from transformer.data.batching import PADDING_ROW, BucketPlan, Ragged
-from transformer.data.packing import PackedPlan
+from transformer.data.batching import PAD_EXAMPLE, BucketedSchedule, JaggedArray
+from transformer.data.packing import PackedSchedule
 from transformer.data.tokenizer import EOS
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
@@ -26,7 +26,7 @@ def lengths(n=1000, seed=0):
 
 
 def make_plan(n=1000, seed=7, **fields):
-    return PackedPlan(*lengths(n), **{"batch_tokens": 512, "max_length": 48, "seed": seed, **fields})
+    return PackedSchedule(*lengths(n), **{"batch_tokens": 512, "max_length": 48, "seed": seed, **fields})
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
@@ -35,7 +35,7 @@ def test_any_number_of_hosts_sees_the_same_global_batches(hosts):
     for number in range(plan.steps_per_epoch + 2):
         planned = plan.batch(number)
         shares = np.array_split(np.arange(planned.bucket.rows), hosts)
-        parts = [batching.only_rows(planned, share).examples_B for share in shares]
+        parts = [batching.select_rows(planned, share).examples_B for share in shares]
         np.testing.assert_array_equal(np.concatenate(parts), alone.batch(number).examples_B)
 
 
@@ -73,7 +73,7 @@ def test_an_epoch_holds_every_kept_pair_once_in_an_order_of_its_own():
     orders = []
     for epoch in range(2):
         examples = np.concatenate([batch.ravel() for batch in epoch_of(plan, epoch)])
-        orders.append(examples[examples != PADDING_ROW])
+        orders.append(examples[examples != PAD_EXAMPLE])
         np.testing.assert_array_equal(np.sort(orders[-1]), kept)
     assert not np.array_equal(*orders)
     assert (plan.kept, plan.dropped) == (len(kept), 1000 - len(kept))
@@ -84,7 +84,7 @@ def test_sentences_meet_others_in_every_epoch():
     pairs = []
     for epoch in range(2):
         rows = np.concatenate(epoch_of(plan, epoch))
-        pairs.append({tuple(sorted(row[row != PADDING_ROW])) for row in rows if row[1] != PADDING_ROW})
+        pairs.append({tuple(sorted(row[row != PAD_EXAMPLE])) for row in rows if row[1] != PAD_EXAMPLE})
     assert len(pairs[0] & pairs[1]) < len(pairs[0]) / 4
 
 
@@ -94,7 +94,7 @@ def test_every_row_holds_what_it_names():
     (bucket,) = plan.buckets
     for examples_BM in epoch_of(plan, 0):
         assert examples_BM.shape[0] == bucket.rows
-        real = examples_BM != PADDING_ROW
+        real = examples_BM != PAD_EXAMPLE
         assert (np.where(real, source[examples_BM], 0).sum(1) <= bucket.source).all()
         assert (np.where(real, target[examples_BM], 0).sum(1) <= bucket.target).all()
 
@@ -103,11 +103,11 @@ def test_rows_are_filled_and_fill_is_that_of_the_batches_made():
     plan = make_plan(n=20_000)
     _, target = lengths(20_000)
     (bucket,) = plan.buckets
-    real = sum(np.where(batch != PADDING_ROW, target[batch], 0).sum() for batch in epoch_of(plan, 0))
-    assert plan.fill == pytest.approx(real / (plan.steps_per_epoch * bucket.rows * bucket.target))
-    assert plan.fill > 0.95
-    buckets = BucketPlan(*lengths(20_000), num_buckets=8, batch_tokens=512, max_length=48, seed=0)
-    assert plan.fill > buckets.fill
+    real = sum(np.where(batch != PAD_EXAMPLE, target[batch], 0).sum() for batch in epoch_of(plan, 0))
+    assert plan.token_utilization == pytest.approx(real / (plan.steps_per_epoch * bucket.rows * bucket.target))
+    assert plan.token_utilization > 0.95
+    buckets = BucketedSchedule(*lengths(20_000), num_buckets=8, batch_tokens=512, max_length=48, seed=0)
+    assert plan.token_utilization > buckets.token_utilization
 
 
 def test_an_epoch_is_held_in_memory_as_its_order_alone():
@@ -122,8 +122,8 @@ def test_an_epoch_is_held_in_memory_as_its_order_alone():
 @pytest.mark.parametrize("sizes", [(10,), (10, 12)], ids=str)
 def test_sentences_of_the_same_lengths_share_rows_too(sizes):
     lengths_N = np.resize(sizes, 1000)
-    plan = PackedPlan(lengths_N, lengths_N, batch_tokens=640, max_length=64, seed=0)
-    assert plan.fill > 0.9
+    plan = PackedSchedule(lengths_N, lengths_N, batch_tokens=640, max_length=64, seed=0)
+    assert plan.token_utilization > 0.9
 
 
 def test_the_seed_changes_the_order():
@@ -134,7 +134,7 @@ def test_the_seed_changes_the_order():
 def test_a_tiny_corpus_is_planned_too(n):
     plan = make_plan(n=n)
     examples = np.concatenate([batch.ravel() for batch in epoch_of(plan, 0)])
-    assert sorted(examples[examples != PADDING_ROW]) == list(range(n))
+    assert sorted(examples[examples != PAD_EXAMPLE]) == list(range(n))
 
 
 def test_no_pair_short_enough_gives_no_steps():
@@ -153,7 +153,7 @@ def corpus(n=60):
     rng = np.random.default_rng(1)
     source, target = lengths(n, seed=3)
     return tuple(
-        Ragged.from_sequences([np.append(rng.integers(4, 40, size - 1), EOS) for size in sizes])
+        JaggedArray.from_sequences([np.append(rng.integers(4, 40, size - 1), EOS) for size in sizes])
         for sizes in (source, target)
     )
 
@@ -170,7 +170,7 @@ def total_gradient(plan, ids, packed):
     add = jax.jit(jax.value_and_grad(objective, has_aux=True))
     parts = []
     for number in range(plan.steps_per_epoch):
-        batch = jax.tree.map(jnp.asarray, batching.assemble(plan.batch(number), *ids))
+        batch = jax.tree.map(jnp.asarray, batching.make_batch(plan.batch(number), *ids))
         (_, sums), grads = add(params, batch)
         parts.append((sums, grads))
     return jax.tree.map(lambda *leaves: sum(leaves), *parts)
@@ -180,8 +180,8 @@ def test_packed_loss_and_gradient_are_those_of_unpacked_rows():
     ids = corpus()
     sides = ids[0].lengths, ids[1].lengths
     fields = {"batch_tokens": 384, "max_length": 48, "seed": 0}
-    packed, packed_grads = total_gradient(PackedPlan(*sides, **fields), ids, packed=True)
-    alone, grads = total_gradient(BucketPlan(*sides, num_buckets=2, **fields), ids, packed=False)
+    packed, packed_grads = total_gradient(PackedSchedule(*sides, **fields), ids, packed=True)
+    alone, grads = total_gradient(BucketedSchedule(*sides, num_buckets=2, **fields), ids, packed=False)
     assert packed.tokens == alone.tokens
     np.testing.assert_allclose(packed.objective, alone.objective, rtol=1e-5)
     np.testing.assert_allclose(packed.nll, alone.nll, rtol=1e-5)
@@ -193,8 +193,8 @@ def test_packed_loss_and_gradient_are_those_of_unpacked_rows():
 def test_the_field_packs_the_training_step():
     """The compiled update of a packed config is that of its sentences, whatever the number of devices."""
     ids = corpus()
-    plan = PackedPlan(ids[0].lengths, ids[1].lengths, batch_tokens=384, max_length=48, seed=0)
-    batch = batching.assemble(plan.batch(0), *ids)
+    plan = PackedSchedule(ids[0].lengths, ids[1].lengths, batch_tokens=384, max_length=48, seed=0)
+    batch = batching.make_batch(plan.batch(0), *ids)
     losses = {}
     for batching_mode in ("pack", "bucket"):
         config = small_config(
@@ -207,7 +207,7 @@ def test_the_field_packs_the_training_step():
         losses[batching_mode] = float(metrics.loss.nll / metrics.loss.tokens)
     model = registry.Model(small_config(model={"num_layers": 1}).model, 40)
     examples = batch_examples(plan)
-    source, target = (side.rectangle(examples, 48) for side in ids)
+    source, target = (side.to_padded(examples, 48) for side in ids)
     sums = cross_entropy(model.bind(model.init(0))(jnp.asarray(source), jnp.asarray(target)), jnp.asarray(target), 0.0)
     assert losses["pack"] == pytest.approx(float(sums.nll / sums.tokens), rel=1e-5)
     assert losses["bucket"] != pytest.approx(losses["pack"], rel=1e-3)
@@ -215,4 +215,4 @@ def test_the_field_packs_the_training_step():
 
 def batch_examples(plan):
     examples = plan.batch(0).examples_B.ravel()
-    return examples[examples != PADDING_ROW]
+    return examples[examples != PAD_EXAMPLE]

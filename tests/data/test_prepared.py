@@ -88,7 +88,7 @@ def test_a_data_set_is_prepared_once_and_stdout_stays_clean(tmp_path, capfd):
 def test_records_are_read_by_range(tmp_path):
     opened = open_toy(tmp_path)
     (train, test) = (opened.records(split) for split in ("train", "test"))
-    both = prepared.Records([*train._paths, *test._paths], [3, 2])
+    both = prepared.RecordReader([*train._paths, *test._paths], [3, 2])
     assert len(both) == 5
     everything = both.read(0, 5)
     assert [b"en 0" in record for record in everything] == [True, False, False, True, False]
@@ -237,7 +237,7 @@ def test_without_locks_the_slower_process_takes_what_the_faster_made(tmp_path, m
 
     def overtaken(self, count):
         monkeypatch.setattr(PreparedPairs, "_generate_examples", generate)
-        with prepared.quiet():
+        with prepared.silence_tfds():
             PreparedPairs(data_dir=tmp_path, file_format="array_record").download_and_prepare()
         return generate(self, count)
 

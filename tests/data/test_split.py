@@ -7,11 +7,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from transformer.data import corpus
 from transformer.data.corpus import Split
-from transformer.data.prepared import Records
+from transformer.data.prepared import RecordReader
 from transformer.runtime.errors import UserError
 
 
-class ListRecords(Records):
+class ListRecords(RecordReader):
     """Records that lie in a list, with a count of how many were read."""
 
     def __init__(self, records):
@@ -73,7 +73,7 @@ def test_rows_far_apart_are_not_read_with_all_between():
 
 
 def test_a_split_of_no_pairs():
-    split = Split("test", "", ("en", "de"), Records([], []), None)
+    split = Split("test", "", ("en", "de"), RecordReader([], []), None)
     assert len(split) == 0
     assert list(split) == split.sources() == []
     with pytest.raises(IndexError):

@@ -31,7 +31,7 @@ def parts(tmp_path_factory):
     config = Config(data=data, train=TrainConfig(num_steps=100, batch_tokens=64))
     corpus = corpora.open_corpus(data)
     splits = {name: corpus.split(name) for name in corpus.names}
-    trained = input_pipeline.vocabulary(data, corpus)
+    trained = input_pipeline.get_or_train_tokenizer(data, corpus)
     ids = {name: input_pipeline.token_ids(data, corpus, name, trained) for name in splits}
     return config, corpus, splits, ids, trained
 
@@ -49,30 +49,30 @@ def test_texts_are_counted(parts):
 def test_tokens_are_counted(parts, monkeypatch):
     _, _, splits, ids, trained = parts
     for chunk in (1 << 24, 7):
-        monkeypatch.setattr(statistics, "_TOKENS", chunk)
+        monkeypatch.setattr(statistics, "_CHUNK_TOKENS", chunk)
         source, target = (statistics.count_tokens(side, trained) for side in ids["test"])
         pieces = [trained.pieces(line[:-1]) for line in trained.encode(splits["test"].sources())]
         lengths = sorted(len(line) for line in pieces)
         assert source.total == sum(lengths)
         assert source.lengths == (lengths[2], lengths[3], lengths[3], lengths[3])
         assert source.unknown == 0
-        assert source.spelled == 6 + 60  # 日本 in UTF-8, and an x that training has not
-        assert target.spelled == 2 + 1  # ß, y
+        assert source.byte_fallback == 6 + 60  # 日本 in UTF-8, and an x that training has not
+        assert target.byte_fallback == 2 + 1  # ß, y
 
 
 def test_unknown_tokens_are_counted(parts):
     trained = parts[-1]
-    from transformer.data.batching import Ragged
+    from transformer.data.batching import JaggedArray
 
-    ids = Ragged.from_sequences([[9, tokenizer.UNK, tokenizer.EOS], [tokenizer.UNK, tokenizer.EOS]])
+    ids = JaggedArray.from_sequences([[9, tokenizer.UNK, tokenizer.EOS], [tokenizer.UNK, tokenizer.EOS]])
     assert statistics.count_tokens(ids, trained).unknown == 2
     assert statistics.count_tokens(ids, trained).lengths == (2, 2, 2, 2)
 
 
 def test_a_split_of_no_pairs_is_no_trouble(parts):
-    from transformer.data.batching import Ragged
+    from transformer.data.batching import JaggedArray
 
-    assert statistics.count_tokens(Ragged.from_sequences([]), parts[-1]).lengths == (0, 0, 0, 0)
+    assert statistics.count_tokens(JaggedArray.from_sequences([]), parts[-1]).lengths == (0, 0, 0, 0)
 
 
 def rows(text):
@@ -81,8 +81,8 @@ def rows(text):
 
 def test_the_tables_say_it(parts, capsys):
     config, corpus, splits, ids, trained = parts
-    plan = input_pipeline.make_plan(config, ids["train"])
-    statistics.show(config, splits, ids, plan, corpus.dropped, trained)
+    plan = input_pipeline.make_batch_schedule(config, ids["train"])
+    statistics.print_report(config, splits, ids, plan, corpus.dropped, trained)
     out = capsys.readouterr().out
     pairs, tokens = rows(out)[:3], rows(out)[3:]
     assert pairs == [
@@ -94,14 +94,14 @@ def test_the_tables_say_it(parts, capsys):
         [name, side] for name in ("train", "validation", "test") for side in ("en", "de")
     ]
     assert all(len(row) == 10 for row in tokens)
-    assert f"{plan.steps_per_epoch} steps an epoch, {plan.fill:.1%} of their target slots filled" in out
+    assert f"{plan.steps_per_epoch} steps an epoch, {plan.token_utilization:.1%} of their target slots filled" in out
     assert f"train.num_steps = 100 are {100 / plan.steps_per_epoch:,.1f} epochs" in out
 
 
 def test_a_name_that_looks_like_markup_is_shown_as_it_is(parts, capsys):
     config, corpus, splits, ids, trained = parts
-    plan = input_pipeline.make_plan(dataclasses.replace(config), ids["train"])
+    plan = input_pipeline.make_batch_schedule(dataclasses.replace(config), ids["train"])
     renamed = {"train": splits["train"], "[b]": splits["test"]}
     both = {"train": ids["train"], "[b]": ids["test"]}
-    statistics.show(config, renamed, both, plan, corpus.dropped, trained)
+    statistics.print_report(config, renamed, both, plan, corpus.dropped, trained)
     assert "[b]" in capsys.readouterr().out

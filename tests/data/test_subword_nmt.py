@@ -42,7 +42,7 @@ def small():
 
 
 def make(lines, codes=CODES):
-    return tokenizer.Tokenizer(subword_nmt.learn_vocabulary(subword_nmt.parse(codes, "x.codes"), lines))
+    return tokenizer.Tokenizer(subword_nmt.build_vocabulary(subword_nmt.parse(codes, "x.codes"), lines))
 
 
 def config(path, size) -> DataConfig:
@@ -51,12 +51,12 @@ def config(path, size) -> DataConfig:
 
 @pytest.mark.parametrize("line", CUT)
 def test_words_are_cut_as_subword_nmt_does(line):
-    assert " ".join(subword_nmt.Segmenter(subword_nmt.parse(CODES, "")).segment(line)) == CUT[line]
+    assert " ".join(subword_nmt.BpeSegmenter(subword_nmt.parse(CODES, "")).segment(line)) == CUT[line]
 
 
 def test_a_pair_that_overlaps_itself_is_joined_from_the_left():
     codes = subword_nmt.parse("#version: 0.2\na a\n", "")
-    assert subword_nmt.Segmenter(codes).segment("aaaab") == ["aa@@", "aa@@", "b"]
+    assert subword_nmt.BpeSegmenter(codes).segment("aaaab") == ["aa@@", "aa@@", "b"]
 
 
 def test_ids_come_back_as_text_and_what_training_lacked_is_unknown(small):
@@ -76,7 +76,7 @@ def test_the_vocabulary_is_all_pieces_of_the_text_the_frequent_first():
 def test_words_are_numbered_by_pieces(small):
     (ids,) = small.encode(["low lower newest"])
     assert small.pieces(ids[:-1]) == ["low", "lo@@", "w@@", "e@@", "r", "newest"]
-    assert small.words(ids) == [0, 1, 1, 1, 1, 2, -1]
+    assert small.word_ids(ids) == [0, 1, 1, 1, 1, 2, -1]
 
 
 def test_it_survives_pickle_and_a_folder_in_place_of_another_kind(small, tmp_path):
@@ -85,22 +85,24 @@ def test_it_survives_pickle_and_a_folder_in_place_of_another_kind(small, tmp_pat
     small.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [tokenizer.CODES_FILE_NAME]
     assert tokenizer.load(tmp_path).digest == small.digest
-    assert tokenizer.named_by(config(tmp_path / tokenizer.CODES_FILE_NAME, small.vocab_size)).digest == small.digest
+    assert (
+        tokenizer.load_configured(config(tmp_path / tokenizer.CODES_FILE_NAME, small.vocab_size)).digest == small.digest
+    )
 
 
 def test_a_config_names_the_codes_and_gets_the_vocabulary_of_its_text(small, tmp_path):
     (tmp_path / "my.codes").write_text(CODES)
     data = config(tmp_path / "my.codes", small.vocab_size)
-    assert tokenizer.named_by(data) is None
-    assert tokenizer.make(data, ["low lower", "newest widest"]).digest == small.digest
+    assert tokenizer.load_configured(data) is None
+    assert tokenizer.build(data, ["low lower", "newest widest"]).digest == small.digest
     with pytest.raises(UserError, match=f"vocab_size = 300, but .*my.codes has {small.vocab_size} pieces"):
-        tokenizer.make(config(tmp_path / "my.codes", 300), ["low lower", "newest widest"])
+        tokenizer.build(config(tmp_path / "my.codes", 300), ["low lower", "newest widest"])
 
 
 def test_other_codes_are_another_recipe(tmp_path):
     for name, text in (("a", CODES), ("b", CODES), ("c", CODES + "lo w\n")):
         (tmp_path / f"{name}.codes").write_text(text)
-    one, same, other = (tokenizer.recipe(config(tmp_path / f"{name}.codes", 20)) for name in "abc")
+    one, same, other = (tokenizer.cache_key(config(tmp_path / f"{name}.codes", 20)) for name in "abc")
     assert one == same != other
 
 
@@ -110,7 +112,7 @@ def test_other_codes_are_another_recipe(tmp_path):
         ("e s\n", "whose first line is '#version: 0.2', got 'e s'"),
         ("#version: 0.2\ne s\nest\n", "line 3: expected two pieces with a space between, got 'est'"),
         (b"#version: 0.2\n\xff s\n", "in UTF-8, got other bytes"),
-        (None, "found no file"),
+        (None, "the file is missing"),
     ],
 )
 def test_what_is_no_file_of_codes_is_refused_before_training(tmp_path, text, message):
@@ -118,7 +120,7 @@ def test_what_is_no_file_of_codes_is_refused_before_training(tmp_path, text, mes
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
-        tokenizer.named_by(config(path, 20))
+        tokenizer.load_configured(config(path, 20))
 
 
 @pytest.mark.parametrize("ending", ["codes", "json"])
@@ -131,13 +133,13 @@ def test_what_the_file_system_refuses_is_a_message(tmp_path, monkeypatch, ending
 
     monkeypatch.setattr(type(epath.Path(path)), "read_bytes", refuse)
     with pytest.raises(UserError, match=rf"x\.{ending}: Permission denied; check the path"):
-        tokenizer.named_by(config(path, 20))
+        tokenizer.load_configured(config(path, 20))
 
 
 def test_a_folder_of_codes_is_a_message(tmp_path):
     (tmp_path / "x.codes").mkdir()
     with pytest.raises(UserError, match=r"config\.data\.tokenizer = .*x\.codes: Is a directory"):
-        tokenizer.named_by(config(tmp_path / "x.codes", 20))
+        tokenizer.load_configured(config(tmp_path / "x.codes", 20))
 
 
 @pytest.mark.parametrize("model", ['{"pieces": []}', "{", json.dumps({"pieces": 3, "merges": []})])
@@ -151,7 +153,7 @@ def test_a_damaged_vocabulary_is_refused(tmp_path, model):
 def test_multi30k_has_the_published_number_of_pieces():
     merges = subword_nmt.parse((FOLDER / "bpe.codes").read_text("utf-8"), "bpe.codes")
     lines = [(FOLDER / f"train.{code}").read_text("utf-8").split("\n") for code in ("en", "de")]
-    assert tokenizer.Tokenizer(subword_nmt.learn_vocabulary(merges, lines[0] + lines[1])).vocab_size == 9708 + 4
+    assert tokenizer.Tokenizer(subword_nmt.build_vocabulary(merges, lines[0] + lines[1])).vocab_size == 9708 + 4
 
 
 @pytest.mark.skipif(not FOLDER.exists(), reason=f"no {FOLDER}")
@@ -161,4 +163,4 @@ def test_the_config_of_the_published_figure_has_its_sizes():
     config = command_line.config_flags(flags)[0]
     assert Model(config.model, config.data.vocab_size).num_params() == 2_568_192 - 6_144
     assert config.data.vocab_size == 9708 + 4
-    assert tokenizer.named_by(config.data) is None
+    assert tokenizer.load_configured(config.data) is None

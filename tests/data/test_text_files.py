@@ -73,7 +73,7 @@ def test_one_cr_right_before_lf_belongs_to_the_line_end(tmp_path, extension, con
 
 @pytest.mark.parametrize("extension", ["", *PACK])
 def test_a_line_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, extension):
-    monkeypatch.setattr(text_files, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 1000)
     pack = PACK.get(extension, bytes)
     assert lines_of(tmp_path / f"a.en{extension}", pack(b"a\n" + b"x" * 999 + b"\n")) == ["a", "x" * 999]
     with pytest.raises(UserError, match="line 2: longer than"):
@@ -185,4 +185,4 @@ def test_reading_is_lazy(tmp_path):
     ("name", "stem"), [("a.en.gz", "a.en"), ("a.en.XZ", "a.en"), ("d/a.zst", "d/a"), ("a.en", "a.en"), ("gz", "gz")]
 )
 def test_the_compression_extension_comes_off(name, stem):
-    assert text_files.without_compression(name) == stem
+    assert text_files.strip_compression(name) == stem

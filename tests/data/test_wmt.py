@@ -111,7 +111,7 @@ def test_the_folder_is_the_one_that_tfds_would_make(tmp_path, filled, archives, 
             str(split): self._generate_examples(subsets, folders) for split, subsets in self.subsets.items()
         },
     )
-    with prepared.quiet():
+    with prepared.silence_tfds():
         builder.download_and_prepare()
     place = pathlib.Path("wmt14_translate/de-en/1.0.0")
     made = [tmp_path / folder / place for folder in ("data", "theirs")]
@@ -238,4 +238,6 @@ def test_a_manual_folder_that_is_not_there_or_not_asked_for_is_refused(tmp_path,
 def test_other_languages_are_refused(filled):
     data = filled("wmt14_translate/de-en")
     with pytest.raises(UserError, match="has de, en; expected"):
-        corpus.check(DataConfig(name=data.name, source_language="en", target_language="fr", data_dir=data.data_dir))
+        corpus.validate_source(
+            DataConfig(name=data.name, source_language="en", target_language="fr", data_dir=data.data_dir)
+        )

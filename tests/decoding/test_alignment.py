@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import small_config
 from transformer import translate
 from transformer.data import tokenizer
-from transformer.data.batching import Batch, Ragged
+from transformer.data.batching import Batch, JaggedArray
 from transformer.data.tokenizer import EOS
 from transformer.decoding import alignment
 from transformer.decoding.alignment import Aligner, Attention
@@ -42,7 +42,7 @@ def make(parts, layer=None):
 def attend(parts, source, target, pairs, layer=1):
     """Attention of two layers; in one of them word j looks at word i for each of the pairs, all else evenly around."""
     ids = [parts.tokenizer.encode([line])[0] for line in (source, target)]
-    words = [np.array(parts.tokenizer.words(side.tolist())) for side in ids]
+    words = [np.array(parts.tokenizer.word_ids(side.tolist())) for side in ids]
     weights = np.full((2, 2, len(ids[1]), len(ids[0])), 1e-3, np.float32)
     weights[..., -1] = 5.0  # most of it goes to EOS, which is no word
     for i, j in pairs:
@@ -193,8 +193,8 @@ def test_alignments_of_a_model_of_two_layers_are_right():
     state, train_step = step.init_state(model, config, mesh), step.make_train_step(model, config, mesh)
     for _ in range(steps):
         pairs = [backwards(rng) for _ in range(rows)]
-        sides = [Ragged.from_sequences(vocabulary.encode([pair[side] for pair in pairs])) for side in (0, 1)]
-        batch = Batch(*(side.rectangle(np.arange(rows), 8) for side in sides))
+        sides = [JaggedArray.from_sequences(vocabulary.encode([pair[side] for pair in pairs])) for side in (0, 1)]
+        batch = Batch(*(side.to_padded(np.arange(rows), 8) for side in sides))
         state, _ = train_step(state, sharding.place_batch(mesh, batch))
     sources, targets, wanted = zip(*(backwards(rng) for _ in range(50)), strict=True)
     found = Aligner(model, vocabulary, 2, config.decode, mesh).align(state.params, sources, targets)

@@ -16,7 +16,7 @@ from tests.decoding.test_translator import LINES
 from tests.models.test_families import family_config
 from transformer.config import DecodeConfig
 from transformer.data import tokenizer
-from transformer.data.batching import Ragged
+from transformer.data.batching import JaggedArray
 from transformer.data.tokenizer import PAD
 from transformer.decoding import base, beam_search
 from transformer.decoding import decode as decoding
@@ -38,11 +38,11 @@ def parts():
 def test_extra_length_bounds_the_output(parts):
     """An untrained model rarely ends by itself, so the limit shows: source tokens + extra."""
     config, vocabulary, model, params = parts
-    sources = Ragged.from_sequences(vocabulary.encode(LINES[:8]))
+    sources = JaggedArray.from_sequences(vocabulary.encode(LINES[:8]))
     for extra in (1, 10):
         decode = dataclasses.replace(config.decode, max_extra_length=extra)
         run = jax.jit(functools.partial(decoding.decode, (model,), decode, 1))
-        tokens = np.asarray(run((params,), Request(sources.rectangle(np.arange(8), 16))).tokens_BNT[:, 0])
+        tokens = np.asarray(run((params,), Request(sources.to_padded(np.arange(8), 16))).tokens_BNT[:, 0])
         assert tokens.shape == (8, 16 + extra)
         lengths = (tokens != PAD).sum(1)
         assert (lengths <= sources.lengths + extra).all()
@@ -53,7 +53,7 @@ def test_extra_length_bounds_the_output(parts):
 def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_size):
     """Beams cross and cross again; decoding at once must agree with what each then remembers."""
     _, vocabulary, model, params = parts
-    source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)
+    source = JaggedArray.from_sequences(vocabulary.encode(LINES[:8])).to_padded(np.arange(8), 16)
 
     @jax.jit
     def both(params):
@@ -88,7 +88,7 @@ def test_the_attention_of_a_step_is_that_of_decoding_at_once(parts):
     _, vocabulary, _, _ = parts
     model = Model(small_config(model={"num_layers": 2}).model, vocabulary.vocab_size)
     params = model.init(1)
-    source = jnp.asarray(Ragged.from_sequences(vocabulary.encode(LINES[:4])).rectangle(np.arange(4), 16))
+    source = jnp.asarray(JaggedArray.from_sequences(vocabulary.encode(LINES[:4])).to_padded(np.arange(4), 16))
     inputs = jnp.asarray(np.random.default_rng(0).integers(4, 300, (4, 6)), jnp.int32).at[:, 0].set(tokenizer.BOS)
     module = model.bind(params)
     memory, cache = module.start(source, 1, 6)
@@ -108,7 +108,7 @@ def test_the_attention_of_a_step_is_that_of_decoding_at_once(parts):
 @pytest.mark.parametrize("method", ["beam", "sample"])
 def test_a_cache_that_grows_holds_what_one_of_full_length_holds(parts, method, monkeypatch):
     config, vocabulary, model, params = parts
-    source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)
+    source = JaggedArray.from_sequences(vocabulary.encode(LINES[:8])).to_padded(np.arange(8), 16)
     decode = dataclasses.replace(config.decode, method=method, beam_size=3, max_extra_length=30)
     keys = np.arange(16, dtype=np.uint32).reshape(8, 2) if method == "sample" else None
     found = []
@@ -128,7 +128,7 @@ def test_an_ensemble_scores_by_the_mean_probability(parts):
     config, vocabulary, model, params = parts
     other = Model(small_config(model={"num_layers": 2, "emb_dim": 24}).model, vocabulary.vocab_size)
     models, both = (model, other), (params, other.init(4))
-    source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)
+    source = JaggedArray.from_sequences(vocabulary.encode(LINES[:8])).to_padded(np.arange(8), 16)
     decode = dataclasses.replace(config.decode, beam_size=3)
 
     @jax.jit
@@ -156,7 +156,7 @@ def test_the_mean_is_of_probabilities_and_not_of_logarithms():
 def test_default_fields_add_nothing_to_the_program(parts):
     """The four selections of a plain beam search, no more of them for n-best, and no sort but of the blocks found."""
     config, vocabulary, model, params = parts
-    source = Ragged.from_sequences(vocabulary.encode(LINES[:8])).rectangle(np.arange(8), 16)
+    source = JaggedArray.from_sequences(vocabulary.encode(LINES[:8])).to_padded(np.arange(8), 16)
     for count in (1, 2):
         run = jax.jit(functools.partial(decoding.decode, (model,), config.decode, count))
         program = run.lower((params,), Request(source)).compile().as_text()

@@ -8,7 +8,7 @@ import sentencepiece
 
 from tests.decoding.test_translator import LINES
 from transformer.data import tokenizer
-from transformer.data.batching import PADDING_ROW
+from transformer.data.batching import PAD_EXAMPLE
 from transformer.data.tokenizer import EOS, PAD
 from transformer.decoding import requests
 from transformer.decoding.requests import Shape
@@ -55,7 +55,7 @@ def test_text_without_a_spelling_is_refused():
 def test_shapes_are_on_a_ladder_and_rectangles_fill_them(vocabulary):
     asked = requests.make(vocabulary, ["red", "", "x" * 20], [["cat"], [], ["a", "a", "z" * 10]], [99] * 3)
     assert [wish.shape() for wish in asked] == [Shape(16, 4, 8), Shape(0, 0, 0), Shape(32, 4, 16)]
-    rows_B = np.array([2, 0, PADDING_ROW])
+    rows_B = np.array([2, 0, PAD_EXAMPLE])
     prefix_BP, phrases_BKL = requests.rectangles(asked, rows_B, Shape(32, 4, 16))
     assert (prefix_BP.shape, phrases_BKL.shape) == ((3, 32), (3, 4, 16))
     assert prefix_BP.dtype == phrases_BKL.dtype == np.int32

@@ -111,7 +111,7 @@ def test_by_default_a_cpu_decodes_16_rows_at_once(parts, usual, fresh_programs):
 
 def test_each_shape_is_compiled_once(parts, fresh_programs):
     translator, params = make(parts)
-    widths = {batching.ladder(len(ids)) for ids in parts[1].encode(LINES)}
+    widths = {batching.round_up_to_power_of_two(len(ids)) for ids in parts[1].encode(LINES)}
     with CompileCounter() as counter:
         for lines in (LINES, LINES[::-1], LINES[:9]):
             translator.translate(params, lines)

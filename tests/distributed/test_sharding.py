@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.conftest import small_config
 from transformer.config import MeshConfig
-from transformer.data.batching import Batch, BucketPlan
+from transformer.data.batching import Batch, BucketedSchedule
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh, mesh_shape
 from transformer.models import registry
@@ -142,14 +142,14 @@ def test_a_param_is_whole_where_it_is_used_and_its_gradient_is_split():
 def test_padding_that_devices_and_many_parts_cost_is_said(parts, times):
     """Batches of 96 rows become 112, 128 or 512 on 8 devices."""
     lengths = np.full(960, 20)
-    plan = BucketPlan(lengths, lengths, num_buckets=2, batch_tokens=20 * 96, max_length=20, seed=0)
+    plan = BucketedSchedule(lengths, lengths, num_buckets=2, batch_tokens=20 * 96, max_length=20, seed=0)
     said = sharding.waste(make_mesh(MeshConfig()), plan, parts)
     assert (f"steps = {parts} must divide the rows: padding makes them {times} times" in said) if times else said == ""
 
 
 def test_padding_of_rare_batches_is_little():
     lengths = np.append(np.full(960, 20), 480)
-    plan = BucketPlan(lengths, lengths, num_buckets=2, batch_tokens=20 * 96, max_length=480, seed=0)
+    plan = BucketedSchedule(lengths, lengths, num_buckets=2, batch_tokens=20 * 96, max_length=480, seed=0)
     assert [bucket.rows for bucket in plan.buckets] == [96, 4]
     assert sharding.waste(make_mesh(MeshConfig()), plan, 1) == ""
 

@@ -10,7 +10,7 @@ from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World
 from transformer.checkpoints import loading
 from transformer.config import MeshConfig
-from transformer.data.batching import PlannedBatch, Ragged, assemble, eval_plan, only_rows
+from transformer.data.batching import BatchSpec, JaggedArray, eval_batches, make_batch, select_rows
 from transformer.data.tokenizer import EOS
 from transformer.decoding.translator import Translator
 from transformer.distributed import sharding
@@ -23,11 +23,11 @@ BATCHES = (1, 3, 4, 8)
 FIRST = 10  # the token that stands for sentence 0
 
 
-def shares(planned: PlannedBatch, mesh, hosts: int, rows: str = "batch") -> list[PlannedBatch]:
+def shares(planned: BatchSpec, mesh, hosts: int, rows: str = "batch") -> list[BatchSpec]:
     """The rows of a global batch that each of so many hosts holds, which share the devices of the mesh."""
     count = len(planned.examples_B)
     groups = np.array_split(mesh.devices.ravel(), hosts)
-    return [only_rows(planned, sharding.rows_here(mesh, count, rows=rows, devices=group)) for group in groups]
+    return [select_rows(planned, sharding.rows_here(mesh, count, rows=rows, devices=group)) for group in groups]
 
 
 @row("E1", "coverage of evaluation: 10 counts of sentences x 1 to 8 hosts x batches of 1, 3, 4, 8", full=320, quick=320)
@@ -37,11 +37,13 @@ def coverage(world: World, tally: Tally) -> None:
     for count, hosts, batch in itertools.product(COUNTS, range(1, 9), BATCHES):
         with tally.one(f"{count} sentences, {hosts} hosts, batches of {batch}"):
             sentences = [np.array([*[FIRST + i] * rng.integers(0, 40), FIRST + i, EOS]) for i in range(count)]
-            source = Ragged.from_sequences(sentences)
+            source = JaggedArray.from_sequences(sentences)
             seen = []
-            for planned in eval_plan(source.lengths, np.zeros_like(source.lengths), lambda width, batch=batch: batch):
+            for planned in eval_batches(
+                source.lengths, np.zeros_like(source.lengths), lambda width, batch=batch: batch
+            ):
                 for share in shares(planned, mesh, hosts, "sentences"):
-                    rectangle = assemble(share, source, source).source_BS
+                    rectangle = make_batch(share, source, source).source_BS
                     real = rectangle[rectangle[:, 0] != 0]
                     whole = [np.array_equal(line[line != 0], sentences[line[0] - FIRST]) for line in real]
                     assert all(whole), "a sentence was cut"

@@ -126,9 +126,9 @@ def assert_no_token_ids_of_objects(world: World, array: bytes) -> None:
         wanted = input_pipeline.token_ids(data, corpus, "train", words)
         (path,) = (path for path in files_of(folder / "prepared") if path.name == "source.offsets.npy")
         path.write_bytes(array)
-        about = json.loads((path.parent / input_pipeline.ABOUT).read_text())
+        about = json.loads((path.parent / input_pipeline.METADATA_FILE).read_text())
         about["sha256"][path.name] = sha256(path)
-        (path.parent / input_pipeline.ABOUT).write_text(json.dumps(about))
+        (path.parent / input_pipeline.METADATA_FILE).write_text(json.dumps(about))
         found = input_pipeline.token_ids(data, corpus, "train", words)
     assert "damaged" in heard.getvalue()
     assert np.array_equal(found.source.offsets, wanted.source.offsets)
@@ -191,14 +191,14 @@ def nothing_is_written_outside(world: World, tally: Tally) -> None:
     for file, name in itertools.product(archives, asked):
         with tally.one(f"{file}: {name}"):
             try:
-                lines = list(wmt.sentences(inside / file, name))
+                lines = list(wmt.read_archive_lines(inside / file, name))
                 assert lines == ["x"]
                 assert name not in NO_FILES
             except UserError:
                 assert name != "good"
             assert sorted(folder.rglob("*")) == before
             assert not list(outside.iterdir())
-    bombs = {"bomb.txt.gz": text_files.read_lines, "bomb.gz": lambda path: wmt.sentences(path, "")}
+    bombs = {"bomb.txt.gz": text_files.read_lines, "bomb.gz": lambda path: wmt.read_archive_lines(path, "")}
     for file, read in bombs.items():
         with tally.one(f"{file}: a line of 1 GB"):
             with gzip.open(folder / file, "wb", compresslevel=1) as bomb:

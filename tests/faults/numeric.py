@@ -19,7 +19,7 @@ from transformer.checkpoints.manager import Checkpoints
 from transformer.config import MeshConfig
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline
-from transformer.data.batching import Batch, assemble
+from transformer.data.batching import Batch, make_batch
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
@@ -114,7 +114,7 @@ def assert_run_stops(world: World) -> None:
     found = json.loads((run / workdir.FILE).read_text())
     corpus = corpora.open_corpus(config.data)
     ids = input_pipeline.token_ids(config.data, corpus, "train", Checkpoints(run).tokenizer(6))
-    wanted = input_pipeline.make_plan(config, ids).batch(AT - 1).examples_B
+    wanted = input_pipeline.make_batch_schedule(config, ids).batch(AT - 1).examples_B
     assert [pair["number"] for pair in found["pairs"]] == wanted[wanted >= 0].tolist()
     pairs = [(pair["source"], pair["target"]) for pair in found["pairs"]]
     assert pairs == [corpus.split("train")[pair["number"]] for pair in found["pairs"]]
@@ -153,7 +153,7 @@ def hosts_change(world: World, tally: Tally) -> None:
     with Heard():
         corpus = corpora.open_corpus(config.data)
         ids = input_pipeline.token_ids(config.data, corpus, "train", run.tokenizer)
-    plan = input_pipeline.make_plan(config, ids)
+    plan = input_pipeline.make_batch_schedule(config, ids)
     mesh = make_mesh(MeshConfig())
     eval_step = evaluator.make_eval_step(run.model, mesh)
     params = sharding.on_every_device(mesh, run.params)
@@ -166,9 +166,11 @@ def hosts_change(world: World, tally: Tally) -> None:
             parts = shares(planned, mesh, hosts)
             together = np.concatenate([part.examples_B for part in parts])
             assert [str(example) for example in together if example >= 0] == [x for x in wanted[done + 1] if x != "-1"]
-            assembled = [assemble(part, *ids) for part in parts]
+            assembled = [make_batch(part, *ids) for part in parts]
             batch = Batch(*(np.concatenate(sides) for sides in zip(*assembled, strict=True)))
-            losses = [eval_step(params, sharding.place_batch(mesh, each)) for each in (batch, assemble(planned, *ids))]
+            losses = [
+                eval_step(params, sharding.place_batch(mesh, each)) for each in (batch, make_batch(planned, *ids))
+            ]
             ours, theirs = (float(sums.nll / sums.tokens) for sums in losses)
             largest = max(largest, abs(ours - theirs) / theirs)
             assert largest <= 1e-6

@@ -156,7 +156,7 @@ def lines_of_any_length(world: World, tally: Tally) -> None:
         with Heard():
             corpus = open_corpus(folder)
             ids = input_pipeline.token_ids(config.data, corpus, "train", run.tokenizer)
-        plan = input_pipeline.make_plan(config, ids)
+        plan = input_pipeline.make_batch_schedule(config, ids)
         assert (plan.kept, plan.dropped) == (39, 1)
         used = {example for done in range(plan.steps_per_epoch) for example in plan.batch(done).examples_B.tolist()}
         assert LINE - 1 not in used

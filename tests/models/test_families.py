@@ -13,7 +13,7 @@ from tests.conftest import slow, small_config
 from tests.models.test_transformer import SOURCE, TARGET, V, sentences
 from transformer.config import default_config
 from transformer.config.validation import resolve
-from transformer.data.batching import PADDING_ROW, Batch, Ragged
+from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.decoding import decode as decoding
 from transformer.decoding.decode import Request
@@ -136,12 +136,12 @@ def test_cached_decoding_equals_decoding_at_once(kind):
 def test_sentences_in_a_packed_row_do_not_see_each_other(kind):
     rng = np.random.default_rng(0)
     sources, targets = sentences(rng, 4, 7), sentences(rng, 4, 7)
-    rows = np.array([[0, 1, 2], [3, PADDING_ROW, PADDING_ROW]])
-    source, target = (Ragged.from_sequences(side).rectangle(rows, 24) for side in (sources, targets))
+    rows = np.array([[0, 1, 2], [3, PAD_EXAMPLE, PAD_EXAMPLE]])
+    source, target = (JaggedArray.from_sequences(side).to_padded(rows, 24) for side in (sources, targets))
     packed = np.asarray(compiled(kind, packed=True)(source, target))
     place = [0, len(targets[0]), len(targets[0]) + len(targets[1]), 0]
     for i, row in enumerate([0, 0, 0, 1]):
-        one = [Ragged.from_sequences([side[i]]).rectangle(np.array([0]), 8) for side in (sources, targets)]
+        one = [JaggedArray.from_sequences([side[i]]).to_padded(np.array([0]), 8) for side in (sources, targets)]
         alone = compiled(kind)(*one)[0, : len(targets[i])]
         np.testing.assert_allclose(packed[row, place[i] : place[i] + len(targets[i])], alone, atol=2e-5)
 
@@ -247,7 +247,7 @@ def test_what_a_family_does_not_read_is_refused(family, section, fields, message
 def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
     """One update on rows and stored params that eight devices share is that of one device."""
     rng = np.random.default_rng(0)
-    rows = [Ragged.from_sequences(sentences(rng, 8, 7)).rectangle(np.arange(8), 8) for _ in range(2)]
+    rows = [JaggedArray.from_sequences(sentences(rng, 8, 7)).to_padded(np.arange(8), 8) for _ in range(2)]
     found = []
     for mesh in ({"data": 1}, {"data": 2, "fsdp": 4}):
         config = dataclasses.replace(family_config(family=family), mesh=small_config(mesh=mesh).mesh)

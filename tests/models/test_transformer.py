@@ -12,7 +12,7 @@ from flax import nnx
 from tests.conftest import small_config
 from transformer.config import ModelConfig, default_config
 from transformer.config.validation import resolve
-from transformer.data.batching import PADDING_ROW, Ragged
+from transformer.data.batching import PAD_EXAMPLE, JaggedArray
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.models.base import shift_right
 from transformer.models.registry import Model
@@ -192,8 +192,8 @@ def test_sentences_in_a_packed_row_do_not_see_each_other(positions, path):
     rng = np.random.default_rng(0)
     model = make(positions=positions, attention=path)
     sources, targets = sentences(rng, 4, 7), sentences(rng, 4, 7)
-    rows = np.array([[0, 1, 2], [3, PADDING_ROW, PADDING_ROW]])
-    source, target = (Ragged.from_sequences(side).rectangle(rows, 24) for side in (sources, targets))
+    rows = np.array([[0, 1, 2], [3, PAD_EXAMPLE, PAD_EXAMPLE]])
+    source, target = (JaggedArray.from_sequences(side).to_padded(rows, 24) for side in (sources, targets))
     packed = np.asarray(model(jnp.asarray(source), jnp.asarray(target), packed=True))
     place = [0, len(targets[0]), len(targets[0]) + len(targets[1]), 0]
     for i, row in enumerate([0, 0, 0, 1]):

@@ -67,12 +67,12 @@ def test_paths_and_addresses():
 
 def test_data_at_an_address_that_cannot_be_used_is_refused(monkeypatch):
     with pytest.raises(UserError, match=r"config\.data\.data_dir: expected a local path, gs://BUCKET"):
-        corpora.check(small_config(data={"name": "cldr", "data_dir": "ftp://b/x"}).data)
+        corpora.validate_source(small_config(data={"name": "cldr", "data_dir": "ftp://b/x"}).data)
     with pytest.raises(UserError, match=r"config\.data\.tokenizer: expected a local path, gs://BUCKET.*got http://h/x"):
-        corpora.check(small_config(data={"name": "cldr", "tokenizer": "http://h/x.model"}).data)
+        corpora.validate_source(small_config(data={"name": "cldr", "tokenizer": "http://h/x.model"}).data)
     monkeypatch.setenv("TFDS_DATA_DIR", "ftp://b/x")
     with pytest.raises(UserError, match=r"TFDS_DATA_DIR: expected a local path"):
-        corpora.check(small_config(data={"name": "cldr"}).data)
+        corpora.validate_source(small_config(data={"name": "cldr"}).data)
 
 
 def test_an_address_whose_package_is_missing_says_how_to_get_it(monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from transformer.data.batching import PADDING_ROW, Bucket, PlannedBatch
+from transformer.data.batching import PAD_EXAMPLE, BatchSpec, Bucket
 from transformer.runtime.errors import DivergedError, StoppedError
 from transformer.training import workdir
 
@@ -15,7 +15,7 @@ class Plan:
     """Update n has the examples n, n + 1 and a row of padding."""
 
     def batch(self, step):
-        return PlannedBatch(Bucket(8, 8, 3), np.array([step + 1, step + 2, PADDING_ROW]))
+        return BatchSpec(Bucket(8, 8, 3), np.array([step + 1, step + 2, PAD_EXAMPLE]))
 
 
 PAIRS = [(f"source {i}", f"Ziel {i} ß") for i in range(20)]

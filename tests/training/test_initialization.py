@@ -92,15 +92,15 @@ def test_nothing_is_looked_for_without_it():
 
 
 def test_the_vocabulary_is_that_of_the_other_run(saved, tmp_path):
-    named = tokenizer.with_origin(config_of(saved))
-    assert tokenizer.named_by(named).digest == make_parts()[1].digest
+    named = tokenizer.inherit_tokenizer(config_of(saved))
+    assert tokenizer.load_configured(named).digest == make_parts()[1].digest
     assert dataclasses.replace(named, tokenizer="bpe") == config_of(saved).data
     with pytest.raises(UserError, match=r"vocab_size = 300, but .* has 280 pieces; set data\.vocab_size = 280"):
-        tokenizer.named_by(tokenizer.with_origin(small_config(train={"init_from": str(saved)})))
-    with pytest.raises(UserError, match=r"expected a workdir that train\.py wrote, found no tokenizer"):
-        tokenizer.with_origin(config_of(tmp_path))
+        tokenizer.load_configured(tokenizer.inherit_tokenizer(small_config(train={"init_from": str(saved)})))
+    with pytest.raises(UserError, match=r"expected a workdir that train\.py wrote, but tokenizer"):
+        tokenizer.inherit_tokenizer(config_of(tmp_path))
     with pytest.raises(UserError, match=r"train\.init_from = http://host/run: expected a local path"):
-        tokenizer.with_origin(config_of("http://host/run"))
+        tokenizer.inherit_tokenizer(config_of("http://host/run"))
     with pytest.raises(UserError, match=r"tokenizer = mine\.model: read only without train\.init_from"):
         small_config(data={"tokenizer": "mine.model"}, train={"init_from": "runs/base"})
     with pytest.raises(UserError, match="init_checkpoint = best: read only with init_from"):

@@ -244,7 +244,9 @@ def test_what_a_run_has_cost_is_counted_over_all_its_sittings(data, whole, tmp_p
     config = config_of(data)
     vocabulary = load_trained(whole, "12").tokenizer
     ids = input_pipeline.token_ids(config.data, corpora.open_corpus(config.data), "train", vocabulary)
-    batches = list(input_pipeline.train_iterator(input_pipeline.make_plan(config, ids), ids, start=0, num_steps=12))
+    batches = list(
+        input_pipeline.train_iterator(input_pipeline.make_batch_schedule(config, ids), ids, start=0, num_steps=12)
+    )
     spent = Spent.of(Checkpoints(whole).metrics(12))
     assert spent.tokens == sum(np.count_nonzero(batch.target_BT) for batch in batches)
     assert spent.source_tokens == sum(np.count_nonzero(batch.source_BS) for batch in batches)

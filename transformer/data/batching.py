@@ -1,7 +1,7 @@
-"""The plan of global batches: a pure function of (seed, step, lengths), the same on every host.
+"""Bucketing and the batch schedule: a pure function (seed, step, lengths) → global batch, the same on every host.
 
-Lengths count tokens with EOS. A plan names example ids only; hosts slice its rows and read what it
-names. Whatever the number of hosts or devices, and after any resume, step n holds the same examples.
+Lengths count tokens with EOS. A schedule names example ids only; each host slices its rows of a batch and reads
+those examples. Step n holds the same examples for any number of hosts or devices and after any resume.
 
 B rows of the global batch, S source length, T target length, N examples.
 """
@@ -17,13 +17,13 @@ from transformer.config.schema import round_up
 from transformer.data.tokenizer import PAD
 
 ROW_MULTIPLE = 8  # rows divide evenly over 1, 2, 4 and 8 devices
-FIT = 0.95  # share of a bucket's sources that its width must hold; the others go one bucket up
-FINEST = 256  # widths told apart when buckets are chosen
-PADDING_ROW = -1
+SOURCE_COVERAGE = 0.95  # share of a bucket's sources that fit its width; the rest move up to the next bucket
+MAX_CANDIDATE_WIDTHS = 256  # lengths above this are considered in coarser steps when buckets are chosen
+PAD_EXAMPLE = -1  # in place of an example id: an empty row
 
 
 class Batch(NamedTuple):
-    """Ids int32: in each row sentences that end in EOS, one or in a packed batch several, and then PAD.
+    """int32 ids. A row holds one sentence, or several if packed, each ending in EOS; the rest is PAD.
 
     NumPy arrays on the host, JAX arrays on the devices.
     """
@@ -40,8 +40,8 @@ class Bucket(NamedTuple):
     rows: int
 
 
-class PlannedBatch(NamedTuple):
-    """The shape of a global batch and the example of each row, PADDING_ROW where there is none.
+class BatchSpec(NamedTuple):
+    """The shape of a global batch and the example id of each row; PAD_EXAMPLE marks an empty row.
 
     Packed rows name several examples each: [B, M].
     """
@@ -50,7 +50,7 @@ class PlannedBatch(NamedTuple):
     examples_B: np.ndarray
 
 
-class Ragged:
+class JaggedArray:
     """Sequences of different lengths in one flat array: sequence i is flat[offsets[i] : offsets[i + 1]]."""
 
     def __init__(self, flat: np.ndarray, offsets: np.ndarray):
@@ -61,120 +61,142 @@ class Ragged:
         return len(self.lengths)
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[np.ndarray]) -> "Ragged":
+    def from_sequences(cls, sequences: Sequence[np.ndarray]) -> "JaggedArray":
         offsets = np.cumsum([0, *(len(sequence) for sequence in sequences)], dtype=np.int64)
         return cls(np.concatenate([*sequences, np.zeros(0, np.int32)]).astype(np.int32), offsets)
 
-    def rectangle(self, examples: np.ndarray, width: int) -> np.ndarray:
-        """int32 [B, width]: the sequences of each row one after another, then PAD.
+    def to_padded(self, examples: np.ndarray, width: int) -> np.ndarray:
+        """int32 [B, width]: the sequences of each row concatenated, then PAD.
 
         Args:
-          examples: [B] or [B, M]; PADDING_ROW stands for none. Those of a row must fit together, except
-            that a single one is cut.
+          examples: [B] or [B, M]; PAD_EXAMPLE adds nothing. The sequences of a row must fit together; only a
+            sequence that is alone in its row is truncated.
         """
+        # All tokens are copied by one indexed assignment. With flat = [5 6 2 | 7 2], rows [[1, 0], [0, PAD_EXAMPLE]]
+        # and width 6:
+        #   lengths       2 3 | 3 0            tokens copied from each sequence
+        #   within        0 1  0 1 2  0 1 2    index of each copied token in its sequence
+        #   from          3 4  0 1 2  0 1 2    its index in flat: offset of its sequence + within
+        #   to            0 1  2 3 4  6 7 8    its index in the raveled output: start of its sequence there + within
+        #   padded        [[7 2 5 6 2 PAD], [5 6 2 PAD PAD PAD]]
         examples_BM = examples.reshape(len(examples), -1)
-        real = examples_BM != PADDING_ROW
-        safe = np.where(real, examples_BM, 0)
-        lengths_BM = np.where(real, np.minimum(self.lengths[safe], width), 0)
-        ends = lengths_BM.cumsum()
-        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths_BM.ravel(), lengths_BM.ravel())
-        starts_BM = lengths_BM.cumsum(1) - lengths_BM + np.arange(len(examples))[:, None] * width
-        out = np.full((len(examples), width), PAD, np.int32)
-        place = np.repeat(starts_BM.ravel(), lengths_BM.ravel()) + within
-        out.ravel()[place] = self.flat[np.repeat(self.offsets[safe].ravel(), lengths_BM.ravel()) + within]
-        return out
+        is_real_BM = examples_BM != PAD_EXAMPLE
+        safe_BM = np.where(is_real_BM, examples_BM, 0)
+        lengths_BM = np.where(is_real_BM, np.minimum(self.lengths[safe_BM], width), 0)
+        lengths = lengths_BM.ravel()
+        ends = lengths.cumsum()
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+        row_start_B1 = np.arange(len(examples))[:, None] * width
+        starts_BM = row_start_B1 + lengths_BM.cumsum(1) - lengths_BM
+        from_index = np.repeat(self.offsets[safe_BM].ravel(), lengths) + within
+        to_index = np.repeat(starts_BM.ravel(), lengths) + within
+        padded = np.full((len(examples), width), PAD, np.int32)
+        padded.ravel()[to_index] = self.flat[from_index]
+        return padded
 
 
-def assemble(planned: PlannedBatch, source: Ragged, target: Ragged) -> Batch:
-    """The rectangles that a plan names."""
-    bucket, examples_B = planned
-    return Batch(source.rectangle(examples_B, bucket.source), target.rectangle(examples_B, bucket.target))
+def make_batch(spec: BatchSpec, source: JaggedArray, target: JaggedArray) -> Batch:
+    """The padded arrays of a batch."""
+    bucket, examples_B = spec
+    return Batch(source.to_padded(examples_B, bucket.source), target.to_padded(examples_B, bucket.target))
 
 
 def choose_buckets(
     source_N: np.ndarray, target_N: np.ndarray, num_buckets: int, batch_tokens: int, length_multiple: int = 1
 ) -> list[Bucket]:
-    """At most `num_buckets` shapes that waste the least padding on these lengths.
+    """At most `num_buckets` shapes with the least padding for these lengths.
 
-    Target widths are chosen by dynamic programming over all ways to cut the range of target lengths;
-    a bucket's source width holds all but the longest few of its sources, and those move up. Rows are
-    as many as `batch_tokens` target tokens allow, in multiples of 8 where there are 8. Widths are multiples of
+    Target widths are chosen by dynamic programming over all ways to divide the range of target lengths. The source
+    width of a bucket covers SOURCE_COVERAGE of its sources; longer ones move up. A batch has as many rows as
+    `batch_tokens` target tokens allow, rounded down to a multiple of 8 if that leaves any. Widths are multiples of
     `length_multiple`.
     """
     longest = int(max(target_N.max(), source_N.max()))
-    unit = round_up(-(-longest // FINEST), length_multiple)  # for long sequences, widths in larger steps
+    unit = round_up(-(-longest // MAX_CANDIDATE_WIDTHS), length_multiple)
     widths = _choose_widths(-(-source_N // unit), -(-target_N // unit), num_buckets)
-    return [Bucket(s * unit, t * unit, rows_for(batch_tokens, t * unit)) for s, t in widths]
+    return [Bucket(s * unit, t * unit, rows_per_batch(batch_tokens, t * unit)) for s, t in widths]
 
 
 def _choose_widths(source_N: np.ndarray, target_N: np.ndarray, num_buckets: int) -> list[tuple[int, int]]:
-    """Source and target widths of the buckets."""
+    """Source and target widths of the buckets.
+
+    Example: (source, target) lengths (1, 1), (2, 1), (2, 2) and 1 bucket give widths [(2, 2)] and cost 3 × (2 + 2)
+    = 12; 2 buckets give [(2, 1), (2, 2)] and cost 2 × (2 + 1) + 1 × (2 + 2) = 10, for
+      cumulative_counts[t] = [0 0 0], [0 1 2], [0 1 3]     pairs with target ≤ t and source ≤ 0, 1, 2
+      cost = [[inf 6 12], [inf inf 4], [inf inf inf]]      cost[a, b]: a bucket of all pairs with a < target ≤ b
+    """
     longest = int(target_N.max())
     counts = np.zeros((longest + 1, int(source_N.max()) + 1), np.int64)
     np.add.at(counts, (target_N, source_N), 1)
-    upto = counts.cumsum(0).cumsum(1)  # upto[t, s]: pairs with target ≤ t and source ≤ s
-    cost = np.full((longest + 1, longest + 1), np.inf)  # cost[a, b]: slots of a bucket for targets in (a, b]
-    width = np.zeros((longest + 1, longest + 1), np.int64)
+    cumulative_counts = counts.cumsum(0).cumsum(1)
+    cost = np.full((longest + 1, longest + 1), np.inf)
+    source_width = np.zeros((longest + 1, longest + 1), np.int64)
     for end in range(1, longest + 1):
-        inside = upto[end] - upto[:end]
-        total = inside[:, -1]
-        width[:end, end] = (inside >= np.ceil(FIT * total)[:, None]).argmax(1)
-        cost[:end, end] = total * (end + width[:end, end])
-    buckets, widest = [], 0
-    for start, end in _cheapest_cuts(cost, num_buckets):
-        last = end == longest
-        widest = max(widest, int(source_N.max()) if last else int(width[start, end]))
-        buckets.append((max(widest, 1), end))
-    return buckets
+        counts_by_source = cumulative_counts[end] - cumulative_counts[:end]  # row a: pairs with a < target ≤ end
+        total = counts_by_source[:, -1]
+        source_width[:end, end] = (counts_by_source >= np.ceil(SOURCE_COVERAGE * total)[:, None]).argmax(1)
+        cost[:end, end] = total * (end + source_width[:end, end])
+    widths, widest = [], 0
+    for start, end in _optimal_boundaries(cost, num_buckets):
+        is_last = end == longest
+        widest = max(widest, int(source_N.max()) if is_last else int(source_width[start, end]))
+        widths.append((max(widest, 1), end))
+    return widths
 
 
-def _cheapest_cuts(cost: np.ndarray, num_buckets: int) -> list[tuple[int, int]]:
-    """Cuts 0 … n into at most `num_buckets` intervals of least total cost."""
+def _optimal_boundaries(cost: np.ndarray, num_buckets: int) -> list[tuple[int, int]]:
+    """Divides 0 … n into at most `num_buckets` intervals (start, end] of least total cost; n + 1 = len(cost).
+
+    Example, for the cost of `_choose_widths`: with one interval best = [0 6 12]. With two, best[2] = min(12, best[1]
+    + cost[1, 2]) = 10 and starts[1][2] = 1, so from n = 2 backwards the intervals are (1, 2] and (0, 1].
+    """
     n = len(cost) - 1
-    best, back = cost[0].copy(), [np.zeros(n + 1, np.int64)]
+    best = cost[0].copy()  # best[e]: least cost of dividing 0 … e
     best[0] = 0
+    starts = [np.zeros(n + 1, np.int64)]  # starts[k][e]: where the last of k + 1 intervals begins; -1: k serve as well
     for _ in range(num_buckets - 1):
-        through = best[:, None] + cost
-        cheaper = through.min(0) < best
-        back.append(np.where(cheaper, through.argmin(0), back[0] * 0 - 1))
-        best = np.minimum(best, through.min(0))
+        total = best[:, None] + cost
+        cheaper = total.min(0) < best
+        starts.append(np.where(cheaper, total.argmin(0), np.full(n + 1, -1)))
+        best = np.minimum(best, total.min(0))
     intervals, end = [], n
-    for cut in reversed(back):
-        if end and cut[end] >= 0:
-            intervals.append((int(cut[end]), end))
-            end = int(cut[end])
+    for start in reversed(starts):
+        if end and start[end] >= 0:
+            intervals.append((int(start[end]), end))
+            end = int(start[end])
     return intervals[::-1]
 
 
-def rows_for(batch_tokens: int, width: int) -> int:
-    """Rows of a batch of `batch_tokens` slots, in multiples of 8 where there are 8."""
+def rows_per_batch(batch_tokens: int, width: int) -> int:
+    """Rows of `width` tokens in a batch of `batch_tokens`: a multiple of 8, or fewer than 8, or 1 if none fits."""
     rows = max(batch_tokens // width, 1)
     return rows if rows < ROW_MULTIPLE else rows - rows % ROW_MULTIPLE
 
 
-def assign(source_N: np.ndarray, target_N: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
-    """The first bucket that holds each pair, int [N]; -1 where none does."""
+def assign_buckets(source_N: np.ndarray, target_N: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
+    """The first bucket that holds each pair, int [N]; -1 if none does."""
     bucket_N = np.full(len(source_N), -1)
     for index in reversed(range(len(buckets))):
         bucket_N[(source_N <= buckets[index].source) & (target_N <= buckets[index].target)] = index
     return bucket_N
 
 
-def shuffled(n: int, *key: int) -> np.ndarray:
-    """A permutation of 0 … n - 1 drawn from `key`, by raw random bits, whose stream NumPy never changes."""
+def permutation(n: int, *key: int) -> np.ndarray:
+    """A random permutation of 0 … n - 1 by `key`, from raw random bits, whose stream NumPy never changes."""
     bits = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(bits, kind="stable")
 
 
-class TrainPlan(abc.ABC):
-    """Batches without end: every epoch holds each kept pair once, in an order of its own.
+class BatchSchedule(abc.ABC):
+    """Endless training batches: every epoch holds each kept pair once, in a new order.
 
     Attributes:
       buckets: the shapes, shortest first.
-      kept, dropped: how many pairs have both sides within `max_length` tokens, and how many have not.
-      batches: how many of each shape an epoch has; the same for all.
+      kept: the number of pairs with both sides within `max_length` tokens.
+      dropped: the number of all other pairs.
+      batches: the number of batches of each shape in an epoch; the same in every epoch.
       steps_per_epoch: their sum.
-      fill: real target tokens over target slots.
+      token_utilization: real target tokens divided by target token slots, padding included.
     """
 
     def __init__(self, source_N: np.ndarray, target_N: np.ndarray, max_length: int, seed: int):
@@ -182,25 +204,25 @@ class TrainPlan(abc.ABC):
         self.kept, self.dropped, self.seed = len(self._kept), len(source_N) - len(self._kept), seed
         self.buckets: list[Bucket] = []
         self.batches: list[int] = []
-        self.steps_per_epoch, self.fill = 0, 0.0
+        self.steps_per_epoch, self.token_utilization = 0, 0.0
         self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
 
-    def batch(self, step: int) -> PlannedBatch:
+    def batch(self, step: int) -> BatchSpec:
         """The global batch of update `step`, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)(index)
 
-    def slots(self, filled: Callable[[int], int] = lambda rows: rows) -> int:
-        """Target slots of an epoch, where batches of so many rows are filled up to `filled` of that."""
-        return sum(n * filled(b.rows) * b.target for n, b in zip(self.batches, self.buckets, strict=True))
+    def num_token_slots(self, padded_rows: Callable[[int], int] = lambda rows: rows) -> int:
+        """Target token slots of an epoch, with batches of `rows` rows padded to `padded_rows(rows)`."""
+        return sum(n * padded_rows(b.rows) * b.target for n, b in zip(self.batches, self.buckets, strict=True))
 
     @abc.abstractmethod
-    def _plan_epoch(self, epoch: int) -> Callable[[int], PlannedBatch]:
-        """The batches of an epoch by their number in it, a function of the seed and the lengths alone."""
+    def _plan_epoch(self, epoch: int) -> Callable[[int], BatchSpec]:
+        """Maps an index in the epoch to its batch; a pure function of the seed and the lengths."""
 
 
-class BucketPlan(TrainPlan):
-    """Batches of rows of one sentence each, in a few shapes by length."""
+class BucketedSchedule(BatchSchedule):
+    """Batches with one sentence a row, in a few shapes by length."""
 
     def __init__(
         self,
@@ -218,55 +240,55 @@ class BucketPlan(TrainPlan):
             return
         kept_source, kept_target = source_N[self._kept], target_N[self._kept]
         self.buckets = choose_buckets(kept_source, kept_target, num_buckets, batch_tokens, length_multiple)
-        bucket_N = assign(kept_source, kept_target, self.buckets)
+        bucket_N = assign_buckets(kept_source, kept_target, self.buckets)
         self._members = [self._kept[bucket_N == index] for index in range(len(self.buckets))]
         self.batches = [-(-len(m) // b.rows) for m, b in zip(self._members, self.buckets, strict=True)]
         self.steps_per_epoch = sum(self.batches)
-        self.fill = int(kept_target.sum()) / self.slots()
+        self.token_utilization = int(kept_target.sum()) / self.num_token_slots()
 
-    def _plan_epoch(self, epoch: int) -> Callable[[int], PlannedBatch]:
-        planned: list[PlannedBatch] = []
+    def _plan_epoch(self, epoch: int) -> Callable[[int], BatchSpec]:
+        specs: list[BatchSpec] = []
         for index, (bucket, members) in enumerate(zip(self.buckets, self._members, strict=True)):
-            order = members[shuffled(len(members), self.seed, epoch, index)]
-            parts = even_parts(order, self.batches[index])
-            planned += [PlannedBatch(bucket, _padded(part, bucket.rows)) for part in parts]
-        order = shuffled(len(planned), self.seed, epoch, len(self.buckets))
-        return lambda index: planned[order[index]]
+            shuffled = members[permutation(len(members), self.seed, epoch, index)]
+            parts = split_evenly(shuffled, self.batches[index])
+            specs += [BatchSpec(bucket, _pad_rows(part, bucket.rows)) for part in parts]
+        order = permutation(len(specs), self.seed, epoch, len(self.buckets))
+        return lambda index: specs[order[index]]
 
 
-def even_parts(order: np.ndarray, parts: int) -> list[np.ndarray]:
-    """An epoch's rows as batches of even size, so that none has so few tokens that they weigh far more than others."""
-    return [part for part in np.array_split(order, max(parts, 1)) if len(part)]
+def split_evenly(rows: np.ndarray, num_parts: int) -> list[np.ndarray]:
+    """Splits an epoch's rows into batches of even size, as tokens of a much smaller batch would weigh more."""
+    return [part for part in np.array_split(rows, max(num_parts, 1)) if len(part)]
 
 
-def ladder(length: int, smallest: int = 16) -> int:
-    """The width evaluation gives a sequence: the next power of two, so its shape depends on itself alone."""
+def round_up_to_power_of_two(length: int, smallest: int = 16) -> int:
+    """The next power of two. As the padded width of a sequence in evaluation it depends on that sequence alone."""
     return max(smallest, 1 << (length - 1).bit_length())
 
 
-def eval_plan(source_N: np.ndarray, target_N: np.ndarray, rows_of: Callable[[int], int]) -> list[PlannedBatch]:
-    """Every pair exactly once, in batches of `rows_of(width)`; the last of each width is filled with padding rows.
+def eval_batches(source_N: np.ndarray, target_N: np.ndarray, rows_of: Callable[[int], int]) -> list[BatchSpec]:
+    """Every pair exactly once, in batches of `rows_of(width)` rows; the last of each width ends in empty rows.
 
     Pairs of a width are sorted by length, so that those of a batch take about as long to translate.
     """
-    widths_N = np.array([ladder(int(n)) for n in np.maximum(source_N, target_N)], np.int64)
-    planned = []
+    widths_N = np.array([round_up_to_power_of_two(int(n)) for n in np.maximum(source_N, target_N)], np.int64)
+    specs = []
     for width in np.unique(widths_N):
         rows = rows_of(int(width))
         bucket = Bucket(int(width), int(width), rows)
         members = np.flatnonzero(widths_N == width)
         members = members[np.argsort(np.maximum(source_N, target_N)[members], kind="stable")]
-        planned += [PlannedBatch(bucket, _padded(members[i : i + rows], rows)) for i in range(0, len(members), rows)]
-    return planned
+        specs += [BatchSpec(bucket, _pad_rows(members[i : i + rows], rows)) for i in range(0, len(members), rows)]
+    return specs
 
 
-def _padded(examples: np.ndarray, rows: int) -> np.ndarray:
-    """Padding rows at the end, up to so many."""
-    missing = ((0, rows - len(examples)), *((0, 0),) * (examples.ndim - 1))
-    return np.pad(examples, missing, constant_values=PADDING_ROW)
+def _pad_rows(examples: np.ndarray, rows: int) -> np.ndarray:
+    """Appends empty rows up to `rows`."""
+    padding = ((0, rows - len(examples)), *((0, 0),) * (examples.ndim - 1))
+    return np.pad(examples, padding, constant_values=PAD_EXAMPLE)
 
 
-def only_rows(planned: PlannedBatch, rows: np.ndarray) -> PlannedBatch:
-    """Some rows of a global batch by their numbers, such as those of one host; numbers past its end are padding."""
-    examples_B = _padded(planned.examples_B, max(int(rows.max(initial=-1)) + 1, len(planned.examples_B)))
-    return PlannedBatch(planned.bucket, examples_B[rows])
+def select_rows(spec: BatchSpec, rows: np.ndarray) -> BatchSpec:
+    """The rows of a global batch with these indices, such as those of one host; indices past its end are empty rows."""
+    examples_B = _pad_rows(spec.examples_B, max(int(rows.max(initial=-1)) + 1, len(spec.examples_B)))
+    return BatchSpec(spec.bucket, examples_B[rows])

@@ -26,7 +26,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from transformer.config.schema import PATHS, TRAINED_TOKENIZERS, WMT_NAMES, DataConfig
 from transformer.data import local_text, prepared, text_files, wmt
-from transformer.data.prepared import Records
+from transformer.data.prepared import RecordReader
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import say, told
@@ -51,7 +51,7 @@ class Split:
         name: str,
         digest: str,
         languages: tuple[str, str],
-        records: Records,
+        records: RecordReader,
         rows: np.ndarray | None,
         keeps_cr: bool = False,
     ):
@@ -127,15 +127,15 @@ def _parse(record: bytes, languages: tuple[str, str]) -> Pair:
     return source, target
 
 
-SHARE = 100  # where there is no validation split, one pair in so many is held out of training
+VALIDATION_RATIO = 100  # where there is no validation split, one pair in so many is held out of training
 
-MOST = 2000  # pairs held out
+MAX_VALIDATION_PAIRS = 2000  # pairs held out
 
-RECIPE = 1  # goes up whenever `find` comes to find something else in the same data
+METADATA_VERSION = 1  # goes up whenever `find` comes to find something else in the same data
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class SplitMetadata:
     """Per prepared split: digest, number of pairs, pairs with a line break; of training: rows, ascending."""
 
     digests: dict[str, str]
@@ -145,7 +145,9 @@ class Facts:
     held_out: list[int]
 
 
-def find(data: prepared.Prepared, languages: tuple[str, str], keeps_cr: bool = False) -> Facts:
+def load_or_compute_metadata(
+    data: prepared.PreparedDataset, languages: tuple[str, str], keeps_cr: bool = False
+) -> SplitMetadata:
     """Reads a data set in one direction of translation, or what was found in it before and kept beside it.
 
     `keeps_cr` is as `Split` has it.
@@ -156,25 +158,25 @@ def find(data: prepared.Prepared, languages: tuple[str, str], keeps_cr: bool = F
     if "train" not in data.names:
         raise UserError(f"{data.folder}: expected a split 'train', got {', '.join(data.names) or 'none'}")
     path = data.folder / f"contents.{'-'.join(languages)}.json"
-    if facts := _kept(path, data.digest()):
+    if facts := _load_metadata(path, data.digest()):
         return facts
     splits = {name: Split(name, "", languages, data.records(name), None, keeps_cr) for name in data.names}
     keys: dict[str, np.ndarray] = {}
     blank: dict[str, np.ndarray] = {}
     digests, line_breaks = {}, {}
     for name, split in splits.items():
-        digests[name], keys[name], blank[name], line_breaks[name] = _read(split)
+        digests[name], keys[name], blank[name], line_breaks[name] = _scan_pairs(split)
     rows = np.flatnonzero(~blank["train"])
     if not len(rows):
         raise UserError(f"all {len(splits['train']):,} training pairs have a blank side: nothing is left to train on")
-    held_out = [] if "validation" in splits else rows[_lowest(keys["train"][rows])].tolist()
+    held_out = [] if "validation" in splits else rows[_select_validation(keys["train"][rows])].tolist()
     pairs = {name: len(split) for name, split in splits.items()}
-    facts = Facts(digests, pairs, line_breaks, np.flatnonzero(blank["train"]).tolist(), held_out)
-    _keep(path, data.digest(), facts)
+    facts = SplitMetadata(digests, pairs, line_breaks, np.flatnonzero(blank["train"]).tolist(), held_out)
+    _save_metadata(path, data.digest(), facts)
     return facts
 
 
-def _read(split: Split) -> tuple[str, np.ndarray, np.ndarray, int]:
+def _scan_pairs(split: Split) -> tuple[str, np.ndarray, np.ndarray, int]:
     """Reads all pairs of a split once.
 
     Returns:
@@ -197,7 +199,7 @@ def hash64(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _lowest(keys: np.ndarray) -> np.ndarray:
+def _select_validation(keys: np.ndarray) -> np.ndarray:
     """Which of the sentences with these hashes, [N] uint64, to hold out: [N] bool.
 
     Takes hashes from the lowest up, all rows of one together so that equal sentences fall on the same
@@ -206,7 +208,7 @@ def _lowest(keys: np.ndarray) -> np.ndarray:
     hashes, counts = np.unique(keys, return_counts=True)
     if len(hashes) == 1:
         raise UserError("training has one distinct source sentence: none can be held out; bring validation files")
-    room = min(max(len(keys) // SHARE, 1), MOST)
+    room = min(max(len(keys) // VALIDATION_RATIO, 1), MAX_VALIDATION_PAIRS)
     taken = []
     for key, count in zip(hashes, counts, strict=True):
         if count <= room:
@@ -217,12 +219,12 @@ def _lowest(keys: np.ndarray) -> np.ndarray:
     return np.isin(keys, taken or hashes[np.argmin(counts)])
 
 
-def _keep(path: epath.Path, files: str, facts: Facts) -> None:
-    text = json.dumps([RECIPE, files, dataclasses.asdict(facts)])
-    prepared.write_beside(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode())
+def _save_metadata(path: epath.Path, files: str, facts: SplitMetadata) -> None:
+    text = json.dumps([METADATA_VERSION, files, dataclasses.asdict(facts)])
+    prepared.write_cache(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode())
 
 
-def _kept(path: epath.Path, files: str) -> Facts | None:
+def _load_metadata(path: epath.Path, files: str) -> SplitMetadata | None:
     """What `_keep` wrote for the same files by the same recipe, or None."""
     if not path.exists():
         return None
@@ -230,7 +232,7 @@ def _kept(path: epath.Path, files: str) -> Facts | None:
     if hashlib.sha256(text).hexdigest().encode() != digest:
         return None
     *made_of, facts = json.loads(text)
-    return Facts(**facts) if made_of == [RECIPE, files] else None
+    return SplitMetadata(**facts) if made_of == [METADATA_VERSION, files] else None
 
 
 class Corpus:
@@ -243,11 +245,11 @@ class Corpus:
       digest: changes when any split does; in hexadecimal.
     """
 
-    def __init__(self, data: prepared.Prepared, languages: tuple[str, str], keeps_cr: bool = False):
+    def __init__(self, data: prepared.PreparedDataset, languages: tuple[str, str], keeps_cr: bool = False):
         """`keeps_cr` is as `Split` has it."""
         self.source_language, self.target_language = self._languages = languages
         self._data, self._keeps_cr = data, keeps_cr
-        facts = find(data, languages, keeps_cr)
+        facts = load_or_compute_metadata(data, languages, keeps_cr)
         self.dropped = len(facts.blank)
         # Split → the prepared split that it is read from, and which rows of that.
         self._views: dict[str, tuple[str, np.ndarray | None]] = {name: (name, None) for name in data.names}
@@ -261,11 +263,11 @@ class Corpus:
         self.digest = hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()
         self._report(facts)
 
-    def _digest(self, facts: Facts, part: str, rows: np.ndarray | None) -> str:
+    def _digest(self, facts: SplitMetadata, part: str, rows: np.ndarray | None) -> str:
         chosen = b"all" if rows is None else rows.astype("<i8").tobytes()
         return hashlib.sha256(facts.digests[part].encode() + chosen).hexdigest()
 
-    def _report(self, facts: Facts) -> None:
+    def _report(self, facts: SplitMetadata) -> None:
         count = facts.pairs["train"]
         if facts.blank:
             say(f"data: {self.dropped:,} of {count:,} training pairs have a blank side: left out")
@@ -292,7 +294,7 @@ class Corpus:
         return Split(name, self._digests[name], self._languages, self._data.records(part), rows, self._keeps_cr)
 
 
-def check(data: DataConfig) -> None:
+def validate_source(data: DataConfig) -> None:
     """Raises a UserError if the config names files, a data set or languages that are not there.
 
     Imports no JAX and reads no sentence; `open_corpus` may still find fault with the content.
@@ -306,7 +308,7 @@ def check(data: DataConfig) -> None:
     if data.name == "text":
         local_text.find_splits(data)
         return
-    with prepared.quiet():
+    with prepared.silence_tfds():
         builder = _tfds_builder(data)
     features = builder.info.features
     languages = {code for code in features or {} if isinstance(features[code], tfds.features.Text)}
@@ -321,7 +323,7 @@ def check(data: DataConfig) -> None:
     if built_in and not prepared.is_prepared(builder) and not importlib.util.find_spec("tensorflow"):
         raise UserError(
             f"{builder.info.full_name} is not prepared in {builder.data_path}, and TFDS prepares it with TensorFlow, "
-            f"which is not installed here; {prepared.how_to_prepare(builder)}"
+            f"which is not installed here; {prepared.preparation_instructions(builder)}"
         )
 
 
@@ -331,13 +333,13 @@ def open_corpus(data: DataConfig) -> Corpus:
     Raises:
       UserError: as `check`, or the data cannot be prepared, or is damaged, or leaves nothing to train on.
     """
-    check(data)
-    name, folder = _base(data), data_dir(data)
+    validate_source(data)
+    name, folder = _dataset_name(data), data_dir(data)
     make: Callable[[], Any] = functools.partial(_tfds_builder, data)
     if data.name == "text":
         make = functools.partial(local_text.ParallelText, local_text.find_splits(data), folder)
     elif name in WMT_NAMES:
-        make = functools.partial(wmt.Wmt, _tfds_builder(data), folder, data.manual_dir)
+        make = functools.partial(wmt.WmtBuilder, _tfds_builder(data), folder, data.manual_dir)
     own = name in ("text", "cldr", *WMT_NAMES)
     # TFDS splits the archives of WMT at LF alone, and its records are left as it makes them.
     keeps_cr = name in WMT_NAMES
@@ -352,7 +354,7 @@ def data_dir(data: DataConfig) -> str:
     return os.fspath(epath.Path(folder).expanduser())
 
 
-def _base(data: DataConfig) -> str:
+def _dataset_name(data: DataConfig) -> str:
     """The name of the data set without config and version."""
     return re.split("[/:]", data.name)[0]
 
@@ -366,10 +368,10 @@ def _tfds_builder(data: DataConfig) -> Any:
     importlib.import_module("tensorflow_datasets.translate")  # for the names that it registers
     try:
         if re.fullmatch(r"\w+", name):
-            name = "/".join(filter(None, (name, _config_of(_configs(name, options["data_dir"]), languages))))
+            name = "/".join(filter(None, (name, _match_config(_config_names(name, options["data_dir"]), languages))))
         return tfds.builder(name, **options)
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(_unknown(name, str(error), options["data_dir"])) from error
+        raise UserError(_unknown_dataset_message(name, str(error), options["data_dir"])) from error
     except Exception as error:  # TFDS and what it reads from the folder raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "File format" in reason:
@@ -384,7 +386,7 @@ def _cldr_builder(name: str, languages: tuple[str, str], options: dict[str, Any]
     from transformer.data.cldr.generator import Cldr
 
     configs = list(Cldr.builder_configs)
-    config = name.partition("/")[2] or _config_of(configs, languages)
+    config = name.partition("/")[2] or _match_config(configs, languages)
     if config not in configs:
         raise UserError(
             f"config.data: {name} is offered in {', '.join(configs)}, both directions each; got source_language = "
@@ -393,7 +395,7 @@ def _cldr_builder(name: str, languages: tuple[str, str], options: dict[str, Any]
     return Cldr(config=config, **options)
 
 
-def _configs(name: str, data_dir: str) -> list[str]:
+def _config_names(name: str, data_dir: str) -> list[str]:
     """The configs of a data set, as its code has them or else as they lie prepared in the data folder."""
     try:
         return list(tfds.builder_cls(name).builder_configs)
@@ -401,7 +403,7 @@ def _configs(name: str, data_dir: str) -> list[str]:
         return sorted({path.parent.parent.name for path in epath.Path(data_dir).glob(f"{name}/*/*/features.json")})
 
 
-def _config_of(configs: list[str], languages: tuple[str, str]) -> str:
+def _match_config(configs: list[str], languages: tuple[str, str]) -> str:
     """The config named after two languages in either order, as TFDS names them: de-en, pt_to_en, ende; or ""."""
     for one, other in (languages, languages[::-1]):
         for between in ("-", "_to_", "_", ""):
@@ -410,7 +412,7 @@ def _config_of(configs: list[str], languages: tuple[str, str]) -> str:
     return ""
 
 
-def _unknown(name: str, error: str, data_dir: str) -> str:
+def _unknown_dataset_message(name: str, error: str, data_dir: str) -> str:
     """The message for a data set that TFDS does not know; its error lists those it does."""
     known = {"text", "cldr", *re.findall(r"^\s*- (\w+)$", error, re.MULTILINE)}
     close = difflib.get_close_matches(name.split("/")[0], known, 3, 0.7)

@@ -14,17 +14,17 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from transformer.data.prepared import locked
+from transformer.data.prepared import file_lock
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import reported, sha256
 from transformer.runtime.logging import say, told
 
-BLOCK = 1 << 20
-SECONDS = 60  # without a byte, after which a server is given up
+CHUNK_BYTES = 1 << 20
+TIMEOUT_S = 60  # without a byte, after which a server is given up
 
 
 @dataclasses.dataclass(frozen=True)
-class Archive:
+class Download:
     """A published file.
 
     Attributes:
@@ -41,24 +41,24 @@ class Archive:
     manual: bool = False
 
 
-class Found(NamedTuple):
+class VerifiedFile(NamedTuple):
     """Where an archive is, and what it is."""
 
     path: pathlib.Path
     sha256: str
 
 
-class Missing(Exception):
+class DownloadError(Exception):
     """An archive that is neither there nor to be had; says why."""
 
 
-class Store:
+class DownloadManager:
     """Where archives are: `manual` is the person's folder, `downloads` ours."""
 
     def __init__(self, manual: str, downloads: str):
         self._manual, self._downloads = pathlib.Path(manual), pathlib.Path(downloads)
 
-    def get(self, archives: Iterable[Archive]) -> dict[Archive, Found]:
+    def get(self, archives: Iterable[Download]) -> dict[Download, VerifiedFile]:
         """The verified file of each archive, fetched if it is not there; what is there comes first.
 
         So a wrong file in the manual folder is found before gigabytes of others are fetched.
@@ -70,7 +70,7 @@ class Store:
         for archive in sorted(dict.fromkeys(archives), key=lambda one: not self._there(one)):
             try:
                 found[archive] = self._get(archive)
-            except Missing as error:
+            except DownloadError as error:
                 missing[archive] = str(error)
         if missing:
             files = "\n".join(f"  {archive.name}  from {archive.url}  ({why})" for archive, why in missing.items())
@@ -81,30 +81,30 @@ class Store:
             )
         return found
 
-    def _fetched(self, archive: Archive) -> pathlib.Path:
+    def _fetched(self, archive: Download) -> pathlib.Path:
         address = urllib.parse.urlparse(archive.url)
         return self._downloads / address.netloc.replace(":", "_") / address.path.lstrip("/")
 
-    def _there(self, archive: Archive) -> list[pathlib.Path]:
+    def _there(self, archive: Download) -> list[pathlib.Path]:
         """Where an archive lies already."""
         places = [self._manual / archive.name] + [self._fetched(archive)] * (not archive.manual)
         return [path for path in places if path.exists()]
 
-    def _get(self, archive: Archive) -> Found:
+    def _get(self, archive: Download) -> VerifiedFile:
         if there := self._there(archive):
-            return _verified(there[0], archive)
+            return _verify(there[0], archive)
         fetched = self._fetched(archive)
         if archive.manual:
-            raise Missing("has to be fetched by hand")
+            raise DownloadError("has to be fetched by hand")
         if ".." in fetched.parts:
             raise ValueError(f"{archive.url}: leads out of the folder of downloads")
         with reported(f"{fetched}, under config.data.data_dir"):
             fetched.parent.mkdir(parents=True, exist_ok=True)
-            with locked(fetched.parent):
-                return _verified(fetched, archive) if fetched.exists() else _fetch(archive, fetched)
+            with file_lock(fetched.parent):
+                return _verify(fetched, archive) if fetched.exists() else _download(archive, fetched)
 
 
-def _verified(path: pathlib.Path, archive: Archive) -> Found:
+def _verify(path: pathlib.Path, archive: Download) -> VerifiedFile:
     """The file, if it is whole and as recorded."""
     with reported(str(path)):
         size, digest = path.stat().st_size, sha256(path)
@@ -112,43 +112,43 @@ def _verified(path: pathlib.Path, archive: Archive) -> Found:
         say(f"data: {path}: no checksum of it is recorded, so it is taken as it is; sha256 {digest}")
     elif digest != archive.sha256:
         raise UserError(
-            f"{path}: not the archive {archive.url}, or cut short: expected {_shown(archive.size, archive.sha256)}, "
-            f"got {_shown(size, digest)}; delete it and run again, or put the right one in its place"
+            f"{path}: not the archive {archive.url}, or cut short: expected {_describe(archive.size, archive.sha256)}, "
+            f"got {_describe(size, digest)}; delete it and run again, or put the right one in its place"
         )
-    return Found(path, digest)
+    return VerifiedFile(path, digest)
 
 
-def _shown(size: int, digest: str) -> str:
+def _describe(size: int, digest: str) -> str:
     return f"{size:,} bytes with sha256 {digest}"
 
 
-def _fetch(archive: Archive, path: pathlib.Path) -> Found:
+def _download(archive: Download, path: pathlib.Path) -> VerifiedFile:
     """Downloads to `path`, which appears once the digest is right; tries again for as long as bytes come."""
     partial = path.with_name(path.name + ".partial")
     say(f"data: fetching {archive.url}{f', {_mb(archive.size)} MB' if archive.size else ''}")
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:
-            complete = _fetch_rest(archive, partial, before)
+            complete = _resume(archive, partial, before)
         except urllib.error.HTTPError as error:
             if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and before:
                 break  # nothing is left to fetch: the digest says whether it is right
-            raise Missing(f"the server says {error.code} {error.reason}") from error
+            raise DownloadError(f"the server says {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException) as error:
             if partial.exists() and partial.stat().st_size > before:
                 continue
-            raise Missing(f"{error or type(error).__name__}") from error
+            raise DownloadError(f"{error or type(error).__name__}") from error
         if complete:
             break
         if partial.stat().st_size <= before:
-            raise Missing(f"the connection ended after {partial.stat().st_size:,} bytes")
+            raise DownloadError(f"the connection ended after {partial.stat().st_size:,} bytes")
     return _finish(archive, partial, path)
 
 
-def _fetch_rest(archive: Archive, partial: pathlib.Path, start: int) -> bool:
+def _resume(archive: Download, partial: pathlib.Path, start: int) -> bool:
     """Adds what the server sends from byte `start` on; returns whether that was all that it promised."""
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={start}-"} if start else {})
-    with urllib.request.urlopen(request, timeout=SECONDS) as response:
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
         if response.status != http.client.PARTIAL_CONTENT:
             start = 0  # the server begins anew
         promised = int(response.headers.get("Content-Length") or 0)
@@ -163,24 +163,24 @@ def _fetch_rest(archive: Archive, partial: pathlib.Path, start: int) -> bool:
 
 
 def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    while block := response.read1(BLOCK):
+    while block := response.read1(CHUNK_BYTES):
         yield block
 
 
-def _finish(archive: Archive, partial: pathlib.Path, path: pathlib.Path) -> Found:
+def _finish(archive: Download, partial: pathlib.Path, path: pathlib.Path) -> VerifiedFile:
     """Gives a download its name if its digest is right, and removes it if not."""
     size, digest = partial.stat().st_size, sha256(partial)
     if archive.sha256 and digest != archive.sha256:
         partial.unlink()
         raise UserError(
-            f"{archive.url}: not the archive that it was: expected {_shown(archive.size, archive.sha256)}, got "
-            f"{_shown(size, digest)}, which is deleted again; fetch {archive.name} elsewhere and put it into "
+            f"{archive.url}: not the archive that it was: expected {_describe(archive.size, archive.sha256)}, got "
+            f"{_describe(size, digest)}, which is deleted again; fetch {archive.name} elsewhere and put it into "
             "config.data.manual_dir"
         )
     partial.replace(path)
     if not archive.sha256:
         say(f"data: {path}: no checksum of it is recorded; sha256 {digest}")
-    return Found(path, digest)
+    return VerifiedFile(path, digest)
 
 
 def _mb(size: int) -> str:

@@ -19,31 +19,31 @@ from etils import epath
 from transformer.config import Config, DataConfig
 from transformer.data import corpus as corpora
 from transformer.data import tokenizer as tokenizers
-from transformer.data.batching import Batch, BucketPlan, Ragged, TrainPlan, assemble, only_rows
+from transformer.data.batching import Batch, BatchSchedule, BucketedSchedule, JaggedArray, make_batch, select_rows
 from transformer.data.corpus import Split
-from transformer.data.packing import PackedPlan
+from transformer.data.packing import PackedSchedule
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import reported, sha256
 from transformer.runtime.logging import say, told
 
-CHUNK = 10_000  # pairs tokenized at a time
-ABOUT = "about.json"
+CHUNK_PAIRS = 10_000  # pairs tokenized at a time
+METADATA_FILE = "about.json"
 FILES = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
-PREFETCH = 16  # batches made ahead of the device
-MOST_DROPPED = 0.1  # of the training pairs, without a warning
+PREFETCH_BATCHES = 16  # batches made ahead of the device
+MAX_DROPPED_FRACTION = 0.1  # of the training pairs, without a warning
 
 
 class TokenIds(NamedTuple):
     """The two sides of a split as ids; pair i is source i and target i."""
 
-    source: Ragged
-    target: Ragged
+    source: JaggedArray
+    target: JaggedArray
 
 
 def train_iterator(
-    plan: TrainPlan,
+    plan: BatchSchedule,
     ids: TokenIds,
     *,
     start: int,
@@ -59,13 +59,13 @@ def train_iterator(
 
     def make(step: int) -> Batch:
         planned = plan.batch(step)
-        return assemble(only_rows(planned, rows(planned.bucket.rows)), *ids)
+        return make_batch(select_rows(planned, rows(planned.bucket.rows)), *ids)
 
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)
     return iter(grain.MapDataset.range(start, num_steps).map(make).to_iter_dataset(options))
 
 
-def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
+def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
     """The plan of training batches; warns where many pairs are too long for it.
 
     Raises:
@@ -78,18 +78,18 @@ def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
         "length_multiple": config.data.length_multiple,
         "seed": config.train.seed,
     }
-    plan: TrainPlan
+    plan: BatchSchedule
     if config.data.batching == "pack":
-        plan = PackedPlan(*lengths, **shared)
+        plan = PackedSchedule(*lengths, **shared)
     else:
-        plan = BucketPlan(*lengths, num_buckets=config.data.num_buckets, **shared)
+        plan = BucketedSchedule(*lengths, num_buckets=config.data.num_buckets, **shared)
     if not plan.kept:
         raise UserError(
             f"config.data.max_length = {config.data.max_length}: none of the {plan.dropped:,} training pairs is that "
             "short; raise it"
         )
     total = plan.kept + plan.dropped
-    if plan.dropped > MOST_DROPPED * total:
+    if plan.dropped > MAX_DROPPED_FRACTION * total:
         say(
             f"warning: {plan.dropped:,} of {total:,} training pairs ({plan.dropped / total:.0%}) are longer than "
             f"data.max_length = {config.data.max_length} and dropped; raise it to train on them"
@@ -99,52 +99,54 @@ def make_plan(config: Config, ids: TokenIds) -> TrainPlan:
 
 def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) -> Tokenizer:
     """The vocabulary of a run that has no checkpoint yet: what config and corpus make, whatever is stored."""
-    wanted = vocabulary(data, corpus)
+    wanted = get_or_train_tokenizer(data, corpus)
     path = stored / wanted.file_name
     if path.exists() and sha256(path) == wanted.digest:
         return wanted
-    if tokenizers.is_in(stored):
+    if tokenizers.exists(stored):
         say(f"{stored}: replacing the vocabulary, which no checkpoint uses and the config does not ask for")
     wanted.save(stored)
     return wanted
 
 
-def _given(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer | None:
+def _configured_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer | None:
     """The vocabulary that a file named by the config makes; None if the config only says how to train one."""
     # Another file of codes may give as many pieces.
-    return vocabulary(data, corpus) if data.tokenizer.endswith(".codes") else tokenizers.named_by(data)
+    return (
+        get_or_train_tokenizer(data, corpus) if data.tokenizer.endswith(".codes") else tokenizers.load_configured(data)
+    )
 
 
-def vocabulary(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
+def get_or_train_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
     """The vocabulary of a corpus: named by the config, kept beside the prepared data, or trained now and kept there."""
-    if given := tokenizers.named_by(data):
+    if given := tokenizers.load_configured(data):
         return given
     split = corpus.split("train")
     languages = f"{corpus.source_language}-{corpus.target_language}"
-    key = f"{split.digest[:24]}-{languages}-{tokenizers.recipe(data)}"
+    key = f"{split.digest[:24]}-{languages}-{tokenizers.cache_key(data)}"
     folder = epath.Path(corpora.data_dir(data)) / "vocabularies" / key
     with reported(f"{folder}, under config.data.data_dir"):
         object_storage.fetch(folder)
         for path in sorted(folder.glob("*.model")):
             if sha256(path) == path.stem:
                 object_storage.publish(folder)  # which may have failed
-                return tokenizers.of_size(tokenizers.load(path), data)
+                return tokenizers.check_vocab_size(tokenizers.load(path), data)
             say(f"{path}: damaged; the vocabulary is trained anew")
             path.unlink()
         say(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} pieces")
-        trained = tokenizers.make(data, Sentences(split))
+        trained = tokenizers.build(data, Sentences(split))
         trained.save(folder, f"{trained.digest}.model")
         object_storage.publish(folder)
     return trained
 
 
-def same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path, trained: Tokenizer) -> Tokenizer:
+def check_same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path, trained: Tokenizer) -> Tokenizer:
     """The vocabulary that the checkpoints were trained with, which must be the workdir's and the config's too.
 
     Raises:
       UserError: the workdir's is missing or another one, or the config names another.
     """
-    given = _given(data, corpus) or trained
+    given = _configured_tokenizer(data, corpus) or trained
     if given.digest != trained.digest:
         raise UserError(
             f"config.data.tokenizer = {data.tokenizer}: is not the vocabulary of the run in {stored.parent}: that has "
@@ -187,7 +189,7 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
         object_storage.fetch(folder)
         if folder.exists():
             try:
-                ids = _read(folder)
+                ids = _load_ids(folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 say(f"{folder}: damaged ({error}); made anew")
                 shutil.rmtree(folder)
@@ -195,12 +197,12 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
                 object_storage.publish(folder)  # which may have failed
                 return ids
         say(f"tokenizing {split_name}: {len(split):,} pairs")
-        _write(folder, split, tokenizer)
+        _write_ids(folder, split, tokenizer)
         object_storage.publish(folder)
-        return _read(folder)
+        return _load_ids(folder)
 
 
-def _write(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
+def _write_ids(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
     """Tokenizes into a folder that appears whole or not at all, so that two runs may do it at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
@@ -209,7 +211,7 @@ def _write(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
     try:
         lengths = {"source": array.array("q"), "target": array.array("q")}
         with (partial / "source.ids").open("wb") as source, (partial / "target.ids").open("wb") as target:
-            chunks = told(_chunks(split), lambda count: f"tokenized {count * CHUNK:,} of {len(split):,} pairs")
+            chunks = told(_chunks(split), lambda count: f"tokenized {count * CHUNK_PAIRS:,} of {len(split):,} pairs")
             for pairs in chunks:
                 for side, name, file in ((0, "source", source), (1, "target", target)):
                     sequences = tokenizer.encode([pair[side] for pair in pairs])
@@ -219,7 +221,7 @@ def _write(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
             with (partial / f"{name}.offsets.npy").open("wb") as file:
                 np.save(file, np.concatenate([[0], np.cumsum(values, dtype=np.int64)]))
         digests = {name: sha256(partial / name) for name in FILES}
-        (partial / ABOUT).write_text(json.dumps({"dtype": np.dtype(dtype).name, "sha256": digests}))
+        (partial / METADATA_FILE).write_text(json.dumps({"dtype": np.dtype(dtype).name, "sha256": digests}))
         try:
             os.rename(partial, folder)
         except OSError:
@@ -231,20 +233,20 @@ def _write(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
 
 def _chunks(split: Split) -> Iterator[list[tuple[str, str]]]:
     reader = iter(split)
-    while pairs := list(itertools.islice(reader, CHUNK)):
+    while pairs := list(itertools.islice(reader, CHUNK_PAIRS)):
         yield pairs
 
 
-def _read(folder: epath.Path) -> TokenIds:
+def _load_ids(folder: epath.Path) -> TokenIds:
     """Maps the ids into memory, once their digests are right; a ValueError if they are not."""
-    about = json.loads((folder / ABOUT).read_text())
+    about = json.loads((folder / METADATA_FILE).read_text())
     for name in FILES:
         if sha256(folder / name) != about["sha256"][name]:
             raise ValueError(f"{name} has changed since it was written")
-    return TokenIds(*(_side(folder, side, np.dtype(about["dtype"])) for side in ("source", "target")))
+    return TokenIds(*(_load_side(folder, side, np.dtype(about["dtype"])) for side in ("source", "target")))
 
 
-def _side(folder: epath.Path, side: str, dtype: np.dtype) -> Ragged:
+def _load_side(folder: epath.Path, side: str, dtype: np.dtype) -> JaggedArray:
     offsets = np.load(folder / f"{side}.offsets.npy", allow_pickle=False)
     flat = np.memmap(folder / f"{side}.ids", dtype, mode="r") if offsets[-1] else np.zeros(0, dtype)
-    return Ragged(flat, offsets)
+    return JaggedArray(flat, offsets)

@@ -18,7 +18,7 @@ from etils import epath
 
 from transformer.config import DataConfig
 from transformer.data import parallel_formats, text_files
-from transformer.data.prepared import Pair, PairShards
+from transformer.data.prepared import Pair, ParallelTextBuilder
 from transformer.runtime.errors import UserError
 
 VALIDATION_STEMS = ("val", "valid", "validation", "dev")
@@ -40,7 +40,7 @@ class SplitFiles:
 
     def digest(self) -> list[str]:
         """What the pairs depend on: formats, columns and the content of the files, not their names."""
-        plain = [text_files.without_compression(path) for path in self.paths]
+        plain = [text_files.strip_compression(path) for path in self.paths]
         packed = [path[len(stem) :].lower() for path, stem in zip(self.paths, plain, strict=True)]
         kinds = ["lines"] * 2 if len(self.paths) == 2 else [parallel_formats.pair_format(self.paths[0])]
         return [*kinds, *packed, self.columns, *map(text_files.file_digest, self.paths)]
@@ -97,7 +97,7 @@ def _stems(folder: str, languages: tuple[str, str]) -> dict[str, list[str]]:
         raise UserError(f"config.data.dir: cannot list the folder {folder}: {error}") from error
     stems: dict[str, list[str]] = {}
     for name in names:
-        stem, _, language = text_files.without_compression(name).rpartition(".")
+        stem, _, language = text_files.strip_compression(name).rpartition(".")
         if language not in languages or not stem or stem.startswith("."):
             continue
         files = stems.setdefault(stem, ["", ""])
@@ -108,7 +108,7 @@ def _stems(folder: str, languages: tuple[str, str]) -> dict[str, list[str]]:
     return stems
 
 
-class ParallelText(PairShards):
+class ParallelText(ParallelTextBuilder):
     """Text files as ArrayRecord."""
 
     VERSION = tfds.core.Version("1.1.0")  # goes up whenever the same files come to give other pairs

@@ -39,7 +39,7 @@ def read_pairs(path: epath.PathLike, languages: tuple[str, str], columns: str = 
 
 def pair_format(path: epath.PathLike) -> str:
     """The extension in PAIR_FORMATS of a file of pairs, any compression left aside, or a UserError."""
-    extension = os.path.splitext(text_files.without_compression(os.fspath(path)))[1].lower()
+    extension = os.path.splitext(text_files.strip_compression(os.fspath(path)))[1].lower()
     if extension not in PAIR_FORMATS:
         raise UserError(
             f"{path}: unknown format {extension or '(no extension)'!r} of a file with both languages; expected a name "

@@ -35,7 +35,7 @@ Pair = tuple[str, str]
 _SHARD_BYTES = 32 << 20  # of text; TFDS holds one shard in memory while it writes it
 
 
-class PairShards(tfds.core.ShardBasedBuilder):
+class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
     """A TFDS builder by shards: TFDS's GeneratorBasedBuilder needs TensorFlow above 1 GB a split.
 
     A split of no pairs, which TFDS cannot write, is listed in `info.metadata["empty_splits"]`.
@@ -99,10 +99,10 @@ def _shard_lengths(pairs: Iterator[Pair]) -> list[int]:
     return [*lengths, count] if count else lengths
 
 
-_RECORD = "digests.json"
+_DIGESTS_FILE = "digests.json"
 
 
-class Records:
+class RecordReader:
     """The serialized examples of some ArrayRecord files, by number; picklable, and safe to read in threads.
 
     ArrayRecord's own data source takes time in proportion to the file for each record: 300 µs against 7 here at
@@ -138,7 +138,7 @@ class Records:
         return self._readers[file]
 
 
-class Prepared:
+class PreparedDataset:
     """The splits of a prepared data set as ArrayRecord, checked against the record of their digests."""
 
     def __init__(self, builder: Any):
@@ -161,21 +161,21 @@ class Prepared:
         """SHA-256 over the recorded digests of all files, in hexadecimal; not the same for the same pairs."""
         return hashlib.sha256(json.dumps([self._digests, self._empty], sort_keys=True).encode()).hexdigest()
 
-    def records(self, split: str) -> Records:
+    def records(self, split: str) -> RecordReader:
         """The serialized examples of a split, in order.
 
         Raises:
           UserError: a file of it is missing or not as it was recorded.
         """
         if split in self._empty:
-            return Records([], [])
+            return RecordReader([], [])
         for name, path in self._files(split).items():
             if not path.exists():
                 raise UserError(f"{path}: missing from the prepared data; {self._remedy()}")
             if text_files.file_digest(path) != self._digests[name]:
                 raise UserError(f"{path}: changed since it was prepared (digest differs); {self._remedy()}")
         info = self._splits[split]  # not its file_instructions: they take a name such as "train[1]" for a slice
-        return Records([os.fspath(path) for path in info.filepaths], list(info.shard_lengths))
+        return RecordReader([os.fspath(path) for path in info.filepaths], list(info.shard_lengths))
 
     def _files(self, split: str) -> dict[str, epath.Path]:
         paths = [epath.Path(path) for path in self._splits[split].filepaths]
@@ -186,7 +186,7 @@ class Prepared:
 
     def _recorded(self) -> dict[str, str]:
         """File name → SHA-256, as recorded; made at the first opening, once the counts of records are right."""
-        path = self.folder / _RECORD
+        path = self.folder / _DIGESTS_FILE
         needed = {name for split in self._splits for name in self._files(split)}
         if path.exists():
             try:
@@ -199,7 +199,7 @@ class Prepared:
         for split in self._splits:
             self._count(split)
         digests = {name: text_files.file_digest(self.folder / name) for name in sorted(needed)}
-        write_beside(path, json.dumps(digests, indent=1).encode())
+        write_cache(path, json.dumps(digests, indent=1).encode())
         return digests
 
     def _count(self, split: str) -> None:
@@ -215,7 +215,7 @@ class Prepared:
                 raise UserError(f"{path}: expected {expected:,} records, got {count:,}; {self._remedy()}")
 
 
-def prepare(make: Callable[[], Any], *, own: bool) -> Prepared:
+def prepare(make: Callable[[], Any], *, own: bool) -> PreparedDataset:
     """Prepares the data set of the builder that `make` returns, unless it is prepared already; opens it.
 
     Args:
@@ -225,22 +225,22 @@ def prepare(make: Callable[[], Any], *, own: bool) -> Prepared:
     Raises:
       UserError: the preparation failed, the folder is damaged or it cannot be written.
     """
-    with quiet():
+    with silence_tfds():
         builder = make()
     folder = epath.Path(builder.data_path)
-    if _fetched(folder):
+    if _pull_from_object_storage(folder):
         builder = make()
     if not _is_complete(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with locked(folder.parent), quiet(bars=not own):
+            with file_lock(folder.parent), silence_tfds(bars=not own):
                 builder = make()
                 if not _is_complete(folder):
                     _prepare_under_lock(builder, own)
                 builder = make()
         except OSError as error:
             raise UserError(f"{folder}: cannot write data there: {error}; see config.data.data_dir") from error
-    found = Prepared(builder)
+    found = PreparedDataset(builder)
     with reported(f"{folder}, of config.data.data_dir"):
         object_storage.publish(folder)
     return found
@@ -248,17 +248,17 @@ def prepare(make: Callable[[], Any], *, own: bool) -> Prepared:
 
 def is_prepared(builder: Any) -> bool:
     """Whether a builder's data is there."""
-    _fetched(epath.Path(builder.data_path))
+    _pull_from_object_storage(epath.Path(builder.data_path))
     return _is_complete(epath.Path(builder.data_path))
 
 
-def _fetched(folder: epath.Path) -> bool:
+def _pull_from_object_storage(folder: epath.Path) -> bool:
     """Whether `remote.fetch` found it in object storage."""
     with reported(f"{folder}, of config.data.data_dir"):
         return object_storage.fetch(folder)
 
 
-def how_to_prepare(builder: Any) -> str:
+def preparation_instructions(builder: Any) -> str:
     """What a person does to prepare a data set of TFDS that cannot be prepared here."""
     name = "/".join(filter(None, (builder.name, builder.builder_config_name)))
     return (
@@ -269,14 +269,14 @@ def how_to_prepare(builder: Any) -> str:
     )
 
 
-def write_beside(path: epath.Path, content: bytes) -> None:
+def write_cache(path: epath.Path, content: bytes) -> None:
     """Writes a file of derived facts whole or not at all; does without where the folder is read-only."""
     with contextlib.suppress(OSError):
         write_whole(path, content)
 
 
 @contextlib.contextmanager
-def quiet(bars: bool = False) -> Iterator[None]:
+def silence_tfds(bars: bool = False) -> Iterator[None]:
     """Keeps TFDS from printing to stdout, which is the commands' own, and from logging its every step."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
@@ -291,7 +291,7 @@ def quiet(bars: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: epath.PathLike) -> Iterator[None]:
+def file_lock(folder: epath.PathLike) -> Iterator[None]:
     """Holds the folder for one process at a time; where files cannot be locked, TFDS's rename decides."""
     with contextlib.ExitStack() as stack:
         if "://" not in os.fspath(folder):
@@ -327,5 +327,5 @@ def _prepare_under_lock(builder: Any, own: bool) -> None:
             return  # another process was faster, on a file system without locks
         if own and not isinstance(error, (OSError, RuntimeError)):
             raise
-        remedy = "mend the cause and run again" if own else how_to_prepare(builder)
+        remedy = "mend the cause and run again" if own else preparation_instructions(builder)
         raise UserError(f"cannot prepare {builder.info.full_name} in {folder}: {error}; {remedy}") from error

@@ -1,4 +1,4 @@
-"""What is in the data: counts, lengths, duplicates, and how much of the test sentences training has seen."""
+"""Data statistics: counts, lengths, duplicates, and the overlap of other splits with training."""
 
 import array
 import dataclasses
@@ -9,22 +9,22 @@ from rich.console import Console
 from rich.table import Table
 
 from transformer.config import Config
-from transformer.data.batching import Ragged, TrainPlan
+from transformer.data.batching import BatchSchedule, JaggedArray
 from transformer.data.corpus import Split, hash64
 from transformer.data.input_pipeline import TokenIds
 from transformer.data.tokenizer import UNK, Tokenizer
 from transformer.runtime.logging import told
 
 PERCENTILES = (50, 95, 99, 100)
-WIDTH = 110  # of the tables where the terminal does not say
+TABLE_WIDTH = 110  # if stdout is not a terminal
 
-_TOKENS = 1 << 24  # counted at a time
+_CHUNK_TOKENS = 1 << 24
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclasses.dataclass(frozen=True)
-class Texts:
-    """What one reading of a split finds: words of each side, and hashes of pairs and source sentences, [N] uint64."""
+class TextStats:
+    """Word counts of each side of a split, and hashes of its pairs and source sentences, [N] uint64."""
 
     words: tuple[int, int]
     pair_hashes: np.ndarray
@@ -32,16 +32,16 @@ class Texts:
 
     @property
     def duplicates(self) -> int:
-        """Pairs that have occurred before."""
+        """The number of pairs that occur earlier in the split."""
         return len(self.pair_hashes) - len(np.unique(self.pair_hashes))
 
-    def sources_in(self, other: "Texts") -> int:
-        """How many of the source sentences occur in another split, letter for letter."""
+    def sources_in(self, other: "TextStats") -> int:
+        """The number of source sentences that occur verbatim in another split."""
         return int(np.isin(self.source_hashes, other.source_hashes).sum())
 
 
-def read_texts(split: Split) -> Texts:
-    """Reads a split; words are what stands between spaces."""
+def read_texts(split: Split) -> TextStats:
+    """Reads a split; words are separated by white space."""
     words = [0, 0]
     pair_hashes, source_hashes = array.array("Q"), array.array("Q")
     for pair in told(split, lambda count: f"report: read {count:,} of {len(split):,} pairs of {split.name}"):
@@ -50,41 +50,42 @@ def read_texts(split: Split) -> Texts:
         source, target = pair[0].encode(), pair[1].encode()
         source_hashes.append(hash64(source))
         pair_hashes.append(hash64(b"%d " % len(source) + source + target))
-    return Texts((words[0], words[1]), np.array(pair_hashes, np.uint64), np.array(source_hashes, np.uint64))
+    return TextStats((words[0], words[1]), np.array(pair_hashes, np.uint64), np.array(source_hashes, np.uint64))
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
-    """One side of a split in tokens, the end of each sentence not counted.
+class TokenStats:
+    """Token counts of one side of a split, EOS excluded.
 
     Attributes:
-      total: all of them.
-      unknown, spelled: those that stand for something unknown, and those that are one byte of it.
-      lengths: of a sentence at each of PERCENTILES.
+      total: all tokens.
+      unknown: UNK tokens.
+      byte_fallback: tokens that are a single byte of a character outside the vocabulary.
+      lengths: sentence lengths at PERCENTILES.
     """
 
     total: int
     unknown: int
-    spelled: int
+    byte_fallback: int
     lengths: tuple[int, ...]
 
 
-def count_tokens(ids: Ragged, tokenizer: Tokenizer) -> Tokens:
-    """Counts, piece by piece so that the ids may be more than memory holds."""
+def count_tokens(ids: JaggedArray, tokenizer: Tokenizer) -> TokenStats:
+    """Counts tokens, in chunks because the ids may not fit in memory."""
     kinds = np.array([2 if _BYTE.fullmatch(piece) else 0 for piece in tokenizer.pieces(range(tokenizer.vocab_size))])
     kinds[UNK] = 1
     counts = np.zeros(3, np.int64)
-    for start in range(0, len(ids.flat), _TOKENS):
-        counts += np.bincount(kinds[ids.flat[start : start + _TOKENS]], minlength=3)
+    for start in range(0, len(ids.flat), _CHUNK_TOKENS):
+        counts += np.bincount(kinds[ids.flat[start : start + _CHUNK_TOKENS]], minlength=3)
     lengths = np.percentile(ids.lengths - 1, PERCENTILES, method="higher") if len(ids) else [0] * len(PERCENTILES)
-    return Tokens(len(ids.flat) - len(ids), int(counts[1]), int(counts[2]), tuple(int(n) for n in lengths))
+    return TokenStats(len(ids.flat) - len(ids), int(counts[1]), int(counts[2]), tuple(int(n) for n in lengths))
 
 
-def show(
+def print_report(
     config: Config,
     splits: dict[str, Split],
     ids: dict[str, TokenIds],
-    plan: TrainPlan,
+    schedule: BatchSchedule,
     blank: int,
     tokenizer: Tokenizer,
 ) -> None:
@@ -92,25 +93,25 @@ def show(
 
     Args:
       config: of the run.
-      splits, ids: by name, "train" among them.
-      plan: of the training batches.
-      blank: training pairs that are left out because a side is blank.
-      tokenizer: the one that made the ids.
+      splits, ids: by name, including "train".
+      schedule: the training batches.
+      blank: the number of training pairs dropped because a side is blank.
+      tokenizer: by which the ids were made.
     """
-    console = Console(width=None if Console().is_terminal else WIDTH, markup=False, highlight=False, emoji=False)
+    console = Console(width=None if Console().is_terminal else TABLE_WIDTH, markup=False, highlight=False, emoji=False)
     order = sorted(splits, key=lambda name: (name != "train", name != "validation", name))
     texts = {name: read_texts(splits[name]) for name in order}
-    console.print(_pairs_table(config, texts, ids, plan, blank))
+    console.print(_pairs_table(config, texts, ids, schedule, blank))
     console.print(_tokens_table(config, texts, ids, tokenizer))
-    epochs = config.train.num_steps / plan.steps_per_epoch
+    epochs = config.train.num_steps / schedule.steps_per_epoch
     console.print(
-        f"{plan.steps_per_epoch:,} steps an epoch, {plan.fill:.1%} of their target slots filled; train.num_steps = "
-        f"{config.train.num_steps:,} are {epochs:,.1f} epochs"
+        f"{schedule.steps_per_epoch:,} steps an epoch, {schedule.token_utilization:.1%} of their target slots filled; "
+        f"train.num_steps = {config.train.num_steps:,} are {epochs:,.1f} epochs"
     )
 
 
 def _pairs_table(
-    config: Config, texts: dict[str, Texts], ids: dict[str, TokenIds], plan: TrainPlan, blank: int
+    config: Config, texts: dict[str, TextStats], ids: dict[str, TokenIds], schedule: BatchSchedule, blank: int
 ) -> Table:
     table = Table(title="Sentence pairs")
     table.add_column("split")
@@ -121,13 +122,13 @@ def _pairs_table(
         source, target = ids[name]
         train, count = name == "train", len(source)
         long = int(((source.lengths > config.data.max_length) | (target.lengths > config.data.max_length)).sum())
-        seen = "" if train else _share(text.sources_in(texts["train"]), count)
-        too_long = f"{plan.dropped:,} dropped" if train else f"{long:,} kept"
-        table.add_row(name, f"{count:,}", f"{blank:,}" * train, too_long, _share(text.duplicates, count), seen)
+        seen = "" if train else _percent(text.sources_in(texts["train"]), count)
+        too_long = f"{schedule.dropped:,} dropped" if train else f"{long:,} kept"
+        table.add_row(name, f"{count:,}", f"{blank:,}" * train, too_long, _percent(text.duplicates, count), seen)
     return table
 
 
-def _tokens_table(config: Config, texts: dict[str, Texts], ids: dict[str, TokenIds], tokenizer: Tokenizer) -> Table:
+def _tokens_table(config: Config, texts: dict[str, TextStats], ids: dict[str, TokenIds], tokenizer: Tokenizer) -> Table:
     table = Table(title=f"Tokens of a vocabulary of {tokenizer.vocab_size:,}, without the ends of sentences")
     for name in ("split", "side"):
         table.add_column(name)
@@ -138,11 +139,11 @@ def _tokens_table(config: Config, texts: dict[str, Texts], ids: dict[str, TokenI
         languages = (config.data.source_language, config.data.target_language)
         for language, words, side in zip(languages, text.words, ids[name], strict=True):
             tokens = count_tokens(side, tokenizer)
-            rates = [f"{n / max(tokens.total, 1):.3%}" for n in (tokens.spelled, tokens.unknown)]
+            rates = [f"{n / max(tokens.total, 1):.3%}" for n in (tokens.byte_fallback, tokens.unknown)]
             per_word = f"{tokens.total / max(words, 1):.2f}"
             table.add_row(name, language, f"{tokens.total:,}", per_word, *rates, *(f"{n:,}" for n in tokens.lengths))
     return table
 
 
-def _share(count: int, of: int) -> str:
-    return f"{count:,} ({count / max(of, 1):.1%})"
+def _percent(count: int, total: int) -> str:
+    return f"{count:,} ({count / max(total, 1):.1%})"

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from transformer.runtime.errors import UserError
 
 VERSION = "#version: 0.2"
-END = "</w>"
-JOINER = "@@"
+END_OF_WORD = "</w>"
+CONTINUATION_MARKER = "@@"
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 Merges = tuple[tuple[str, str], ...]
 
@@ -38,7 +38,7 @@ def parse(text: str, path: str) -> Merges:
     return tuple(merges)
 
 
-class Segmenter:
+class BpeSegmenter:
     """Cuts words by merges; those it has seen are remembered."""
 
     def __init__(self, merges: Merges):
@@ -51,14 +51,14 @@ class Segmenter:
 
     def _cut(self, word: str) -> tuple[str, ...]:
         """Again and again joins the pair that was learnt first, wherever it stands."""
-        parts = [*word[:-1], word[-1] + END]
+        parts = [*word[:-1], word[-1] + END_OF_WORD]
         while len(parts) > 1:
             best = min(itertools.pairwise(parts), key=lambda pair: self._ranks.get(pair, len(self._ranks)))
             if best not in self._ranks:
                 break
             parts = _join(parts, best)
-        parts[-1] = parts[-1].removesuffix(END)
-        return tuple(part + JOINER for part in parts[:-1] if part) + tuple(parts[-1:] if parts[-1] else ())
+        parts[-1] = parts[-1].removesuffix(END_OF_WORD)
+        return tuple(part + CONTINUATION_MARKER for part in parts[:-1] if part) + tuple(parts[-1:] if parts[-1] else ())
 
 
 def _join(parts: Sequence[str], pair: tuple[str, str]) -> list[str]:
@@ -75,7 +75,7 @@ class SubwordProcessor:
     """Codes with a vocabulary, behind the methods of a SentencePieceProcessor that `tokenizer` calls."""
 
     def __init__(self, merges: Merges, pieces: Sequence[str]):
-        self._segmenter, self._pieces = Segmenter(merges), [*SPECIALS, *pieces]
+        self._segmenter, self._pieces = BpeSegmenter(merges), [*SPECIALS, *pieces]
         self._ids = {piece: number for number, piece in enumerate(self._pieces) if number >= len(SPECIALS)}
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
@@ -84,7 +84,7 @@ class SubwordProcessor:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text: pieces with spaces between, but none after a joiner."""
-        return re.sub(f"{JOINER}( |$)", "", " ".join(self._pieces[number] for number in ids))
+        return re.sub(f"{CONTINUATION_MARKER}( |$)", "", " ".join(self._pieces[number] for number in ids))
 
     def id_to_piece(self, number: int) -> str:
         return self._pieces[number]
@@ -105,9 +105,9 @@ class SubwordProcessor:
         return 3
 
 
-def learn_vocabulary(merges: Merges, lines: Iterable[str]) -> bytes:
+def build_vocabulary(merges: Merges, lines: Iterable[str]) -> bytes:
     """The codes with every piece of these lines, the most frequent first: a file that `load` reads."""
-    segmenter = Segmenter(merges)
+    segmenter = BpeSegmenter(merges)
     counts = collections.Counter(piece for line in lines for piece in segmenter.segment(line))
     pieces = sorted(counts.keys() - set(SPECIALS), key=lambda piece: (-counts[piece], piece))
     text = json.dumps({"format": "subword-nmt 0.2", "pieces": pieces, "merges": merges}, ensure_ascii=False)

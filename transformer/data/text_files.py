@@ -23,7 +23,7 @@ from transformer.runtime.errors import UserError
 from transformer.runtime.files import refuse_pipe, sha256
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
-LONGEST_LINE = 64 << 20  # bytes
+MAX_LINE_BYTES = 64 << 20  # bytes
 
 _CHUNK = 1 << 16
 _ZSTD_CHUNK = 1 << 12  # small, as so many packed bytes may unpack to 30,000 times as many
@@ -45,13 +45,13 @@ def read_lines(path: epath.PathLike) -> Iterator[str]:
 
 def decode_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[str]:
     """The same of a stream of bytes that is open already, such as stdin; `path` is named in errors."""
-    with _reported(path):
-        for number, raw in enumerate(bounded_lines(stream, path), 1):
+    with _user_errors(path):
+        for number, raw in enumerate(iter_lines(stream, path), 1):
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            yield without_line_end(_decoded(line, path, number))
+            yield strip_line_end(_decode(line, path, number))
 
 
-def without_line_end(text: str) -> str:
+def strip_line_end(text: str) -> str:
     """Text without the line end, LF or CR LF, that it ends in, if any: one alone is taken off."""
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
@@ -61,14 +61,14 @@ def one_line(text: str) -> str:
     return re.sub("[ \t\r]*\n[ \t\r\n]*", " ", text).strip(" \t\r") if "\n" in text else text
 
 
-def bounded_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[bytes]:
+def iter_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[bytes]:
     """The lines of a stream, each with its b"\\n", but none that would fill the memory: an archive of a few kB may."""
     number = 0
-    while raw := stream.readline(LONGEST_LINE + 1):
+    while raw := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
-        if len(raw) > LONGEST_LINE:
+        if len(raw) > MAX_LINE_BYTES:
             raise UserError(
-                f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MiB, which no sentence is; cut it"
+                f"{path}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB, which no sentence is; cut it"
             )
         yield raw
 
@@ -79,10 +79,12 @@ def read_parallel(source: epath.PathLike, target: epath.PathLike) -> Iterator[tu
     Raises:
       UserError: as `read_lines`, or the files have different counts of lines.
     """
-    yield from in_step((read_lines(source), read_lines(target)), (source, target))
+    yield from zip_strict((read_lines(source), read_lines(target)), (source, target))
 
 
-def in_step(lines: tuple[Iterator[str], Iterator[str]], names: tuple[epath.PathLike, epath.PathLike]) -> Iterator[Any]:
+def zip_strict(
+    lines: tuple[Iterator[str], Iterator[str]], names: tuple[epath.PathLike, epath.PathLike]
+) -> Iterator[Any]:
     """Yields pairs of what two iterators yield, which must be as much; `names` are named in errors."""
     for number, (one, other) in enumerate(itertools.zip_longest(*lines)):
         if one is None or other is None:
@@ -95,7 +97,7 @@ def in_step(lines: tuple[Iterator[str], Iterator[str]], names: tuple[epath.PathL
         yield one, other
 
 
-def without_compression(name: str) -> str:
+def strip_compression(name: str) -> str:
     """A file name without its compression extension, if it has one."""
     stem, extension = os.path.splitext(name)
     return stem if extension.lower() in COMPRESSIONS else name
@@ -104,18 +106,18 @@ def without_compression(name: str) -> str:
 def check_readable(path: epath.PathLike) -> None:
     """Raises a UserError unless the file is there and may be read again and again; reads none of it."""
     refuse_pipe(epath.Path(path).expanduser())
-    with _reported(path):
+    with _user_errors(path):
         epath.Path(path).expanduser().open("rb").close()
 
 
 def file_digest(path: epath.PathLike) -> str:
     """SHA-256 of the bytes of a file, in hexadecimal."""
-    with _reported(path):
+    with _user_errors(path):
         return sha256(epath.Path(path).expanduser())
 
 
 @contextlib.contextmanager
-def _reported(path: epath.PathLike) -> Iterator[None]:
+def _user_errors(path: epath.PathLike) -> Iterator[None]:
     """Turns what goes wrong when a file is opened and read into a UserError that names it."""
     try:
         yield
@@ -135,7 +137,7 @@ def _reported(path: epath.PathLike) -> Iterator[None]:
 def open_bytes(path: epath.PathLike) -> Iterator[io.BufferedIOBase]:
     """The bytes of a file, decompressed as its extension says."""
     extension = os.path.splitext(os.fspath(path))[1].lower()
-    with _reported(path), epath.Path(path).expanduser().open("rb") as raw:
+    with _user_errors(path), epath.Path(path).expanduser().open("rb") as raw:
         if extension not in COMPRESSIONS:
             yield raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)  # objects have no lines
             return
@@ -180,7 +182,7 @@ class _ZstdReader(io.RawIOBase):
         return count
 
 
-def _decoded(line: bytes, path: epath.PathLike, number: int) -> str:
+def _decode(line: bytes, path: epath.PathLike, number: int) -> str:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
-from transformer.data.text_files import without_line_end
+from transformer.data.text_files import strip_line_end
 from transformer.runtime.errors import UserError
 
 
@@ -36,7 +36,7 @@ def line(given: Any, where: str) -> str:
     """
     if not isinstance(given, str):
         raise UserError(f"{where}: expected str, got {type(given).__name__}: {given!r:.60}")
-    text = without_line_end(str(given))  # np.str_ is a str, but no tokenizer's
+    text = strip_line_end(str(given))  # np.str_ is a str, but no tokenizer's
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -27,14 +27,14 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from transformer.data import text_files
-from transformer.data.download import Archive, Found, Store
-from transformer.data.prepared import Pair, PairShards
+from transformer.data.download import Download, DownloadManager, VerifiedFile
+from transformer.data.prepared import Pair, ParallelTextBuilder
 from transformer.runtime.errors import UserError
 
 _SEGMENT = re.compile(r"<seg id=\"\d+\">(.*)</seg>")  # some of the files are no XML
 
 
-def sentences(archive: epath.PathLike, member: str, *, any_line_end: bool = False) -> Iterator[str]:
+def read_archive_lines(archive: epath.PathLike, member: str, *, any_line_end: bool = False) -> Iterator[str]:
     """Yields the lines of a text file in an archive, or the segments of an .sgm file, as they stand.
 
     Args:
@@ -48,51 +48,51 @@ def sentences(archive: epath.PathLike, member: str, *, any_line_end: bool = Fals
     """
     where = f"{archive}: {member}" if member else os.fspath(archive)
     found = False
-    with _reported(where):
-        for stream in _streams(archive, member):
+    with _user_errors(where):
+        for stream in _open_streams(archive, member):
             found = True
             if member.endswith(".sgm"):
                 yield from _segments(stream)
             else:
-                yield from _translated(stream) if any_line_end else _lines(stream, where)
+                yield from _decode_lines(stream) if any_line_end else _decode_lf_lines(stream, where)
     if not found:
         raise UserError(f"{archive}: has no file {member}, so it is another archive than expected; get the right one")
 
 
-def _lines(stream: Any, where: str) -> Iterator[str]:
+def _decode_lf_lines(stream: Any, where: str) -> Iterator[str]:
     """Lines end in b"\\n" alone."""
-    for number, line in enumerate(text_files.bounded_lines(stream, where), 1):
+    for number, line in enumerate(text_files.iter_lines(stream, where), 1):
         try:
             yield line.removesuffix(b"\n").decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{where}, line {number:,}: not UTF-8 ({error.reason}); get the archive again") from error
 
 
-def _translated(stream: IO[bytes]) -> Iterator[str]:
+def _decode_lines(stream: IO[bytes]) -> Iterator[str]:
     """Lines end in LF, CR or CRLF."""
     return (line.removesuffix("\n") for line in io.TextIOWrapper(stream, encoding="utf-8"))
 
 
 def _segments(stream: IO[bytes]) -> Iterator[str]:
     """What is escaped stays so, as in TFDS and sacreBLEU."""
-    for line in _translated(stream):
+    for line in _decode_lines(stream):
         if match := _SEGMENT.match(line):
             yield match[1]
 
 
-def _streams(archive: epath.PathLike, member: str) -> Iterator[Any]:
+def _open_streams(archive: epath.PathLike, member: str) -> Iterator[Any]:
     """The files of that name or pattern, in the order of the archive; of one name, the first."""
     pattern = any(sign in member for sign in "*?[")
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(epath.Path(archive).open("rb"))
-        for stream in _opened(file, member):
+        for stream in _open_members(file, member):
             # Closed by no one but the archive: closing a stream in the midst of a pass costs the pass its place.
             yield gzip.GzipFile(fileobj=stream) if member.endswith(".gz") else stream
             if not pattern:
                 return
 
 
-def _opened(file: IO[bytes], member: str) -> Iterator[Any]:
+def _open_members(file: IO[bytes], member: str) -> Iterator[Any]:
     if not member:
         yield gzip.GzipFile(fileobj=file)
     elif zipfile.is_zipfile(file):
@@ -113,7 +113,7 @@ def _matches(name: str, member: str) -> bool:
 
 
 @contextlib.contextmanager
-def _reported(where: str) -> Iterator[None]:
+def _user_errors(where: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError) as error:
@@ -123,7 +123,7 @@ def _reported(where: str) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class SubCorpus:
     """One corpus of a split.
 
     Attributes:
@@ -133,11 +133,11 @@ class Part:
     """
 
     name: str
-    archives: tuple[Archive, ...]
+    archives: tuple[Download, ...]
     members: tuple[str, ...]
 
 
-class Wmt(PairShards, skip_registration=True):  # type: ignore[call-arg]  # TFDS's keyword, unseen by mypy
+class WmtBuilder(ParallelTextBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS's keyword, unseen by mypy
     """Makes the data set of one of TFDS's own WMT builders; its metadata keep the digests of the archives."""
 
     def __init__(self, theirs: Any, data_dir: str, manual_dir: str):
@@ -146,11 +146,11 @@ class Wmt(PairShards, skip_registration=True):  # type: ignore[call-arg]  # TFDS
         self.languages = theirs.builder_config.language_pair
         self.origin = theirs.info.full_name
         self._theirs = theirs.info
-        self._parts = parts(theirs)
+        self._parts = subcorpora(theirs)
         self._manual_dir = manual_dir
         downloads = os.path.join(data_dir, "downloads")
-        self._store = Store(manual_dir or os.path.join(downloads, "manual"), downloads)
-        self._found: dict[Archive, Found] = {}
+        self._store = DownloadManager(manual_dir or os.path.join(downloads, "manual"), downloads)
+        self._found: dict[Download, VerifiedFile] = {}
         config = tfds.core.BuilderConfig(
             name=theirs.builder_config.name,
             version=theirs.builder_config.version,
@@ -195,18 +195,18 @@ class Wmt(PairShards, skip_registration=True):  # type: ignore[call-arg]  # TFDS
                 names = ", ".join(archive.name for archive in part.archives)
                 raise UserError(f"{names}: expected sentences in {' and '.join(part.members)}, got none")
 
-    def _read_part(self, part: Part) -> Iterator[Pair]:
+    def _read_part(self, part: SubCorpus) -> Iterator[Pair]:
         for archive in part.archives:
             path = self._found[archive].path
             if len(part.members) == 2:
-                sides = sentences(path, part.members[0]), sentences(path, part.members[1])
+                sides = read_archive_lines(path, part.members[0]), read_archive_lines(path, part.members[1])
                 names = f"{path}: {part.members[0]}", part.members[1]
-                yield from text_files.in_step(sides, names)
+                yield from text_files.zip_strict(sides, names)
             else:
-                yield from _columns(part.name, path, part.members[0])
+                yield from _read_columns(part.name, path, part.members[0])
 
 
-class _Columns(NamedTuple):
+class ColumnFormat(NamedTuple):
     """How a file of both languages is read; lines with another number of columns are left out."""
 
     separator: str
@@ -215,24 +215,24 @@ class _Columns(NamedTuple):
     any_line_end: bool
 
 
-_COLUMNS = {
-    "wikiheadlines_hi": _Columns("|||", 2, (0, 1), True),
-    "wikiheadlines_ru": _Columns("|||", 2, (0, 1), True),
-    "hindencorp_01": _Columns("\t", 5, (4, 3), True),
-    "czeng_10": _Columns("\t", 4, (2, 3), False),
+COLUMN_FORMATS = {
+    "wikiheadlines_hi": ColumnFormat("|||", 2, (0, 1), True),
+    "wikiheadlines_ru": ColumnFormat("|||", 2, (0, 1), True),
+    "hindencorp_01": ColumnFormat("\t", 5, (4, 3), True),
+    "czeng_10": ColumnFormat("\t", 4, (2, 3), False),
 }
 
 
-def _columns(name: str, path: pathlib.Path, member: str) -> Iterator[Pair]:
-    layout = _COLUMNS[name]
+def _read_columns(name: str, path: pathlib.Path, member: str) -> Iterator[Pair]:
+    layout = COLUMN_FORMATS[name]
     one, other = layout.languages
-    for line in sentences(path, member, any_line_end=layout.any_line_end):
+    for line in read_archive_lines(path, member, any_line_end=layout.any_line_end):
         columns = line.split(layout.separator)
         if len(columns) == layout.number:
             yield columns[one].strip(), columns[other].strip()
 
 
-def parts(builder: Any) -> dict[str, list[Part]]:
+def subcorpora(builder: Any) -> dict[str, list[SubCorpus]]:
     """The corpora of each split of one of TFDS's WMT builders."""
     from tensorflow_datasets.core.download import checksums
     from tensorflow_datasets.translate import wmt
@@ -240,15 +240,15 @@ def parts(builder: Any) -> dict[str, list[Part]]:
     recorded = checksums.get_all_url_infos()
     language = builder.builder_config.language_pair[0]
 
-    def part(name: str) -> Part:
+    def part(name: str) -> SubCorpus:
         subset = wmt.DATASET_MAP[name]
         (url,) = subset.get_url(language)
         if files := subset.get_manual_dl_files(language):
-            archives = [Archive(file, url, manual=True) for file in files]
+            archives = [Download(file, url, manual=True) for file in files]
         else:
             known = recorded.get(url)
             facts = {"sha256": known.checksum, "size": int(known.size)} if known else {}
-            archives = [Archive(url.rpartition("/")[2], url, **facts)]
-        return Part(name, tuple(archives), tuple(dict.fromkeys(subset.get_path(language))))
+            archives = [Download(url.rpartition("/")[2], url, **facts)]
+        return SubCorpus(name, tuple(archives), tuple(dict.fromkeys(subset.get_path(language))))
 
     return {str(split): [part(name) for name in names] for split, names in builder.subsets.items()}

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from transformer.config import DecodeConfig
-from transformer.data.batching import PADDING_ROW, Batch, Ragged, assemble, eval_plan, only_rows
-from transformer.data.tokenizer import Tokenizer, cut
+from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray, eval_batches, make_batch, select_rows
+from transformer.data.tokenizer import Tokenizer, truncate
 from transformer.decoding.decode import batch_rows
 from transformer.distributed import sharding
 from transformer.models.registry import Model, Params
@@ -79,13 +79,13 @@ class Aligner:
         longest = self._config.max_source_tokens
         source = self._encode([sources[i] for i in filled], longest)
         target = self._encode([translations[i] for i in filled], longest + self._config.max_extra_length)
-        for planned in eval_plan(source.lengths, target.lengths, self._rows):
-            batch = assemble(planned, source, target)
+        for planned in eval_batches(source.lengths, target.lengths, self._rows):
+            batch = make_batch(planned, source, target)
             numbers = sharding.rows_here(self._mesh, len(planned.examples_B), rows="sentences")
-            here = assemble(only_rows(planned, numbers), source, target)
+            here = make_batch(select_rows(planned, numbers), source, target)
             placed = sharding.place_batch(self._mesh, here, rows="sentences")
             found_BLHTS = jax.device_get(self._weights(params, placed))
-            for row, example in enumerate(planned.examples_B[planned.examples_B != PADDING_ROW]):
+            for row, example in enumerate(planned.examples_B[planned.examples_B != PAD_EXAMPLE]):
                 S, T = source.lengths[example], target.lengths[example]
                 ids = batch.source_BS[row, :S], batch.target_BT[row, :T]
                 yield filled[example], Attention(found_BLHTS[row, :, :, :T, :S], *ids)
@@ -104,8 +104,8 @@ class Aligner:
         summed over those of a source word.
         """
         weights_TS = attention.weights_LHTS[self.layer - 1].mean(0)
-        source_words = np.array(self._tokenizer.words(attention.source.tolist()))
-        target_words = np.array(self._tokenizer.words(attention.target.tolist()))
+        source_words = np.array(self._tokenizer.word_ids(attention.source.tolist()))
+        target_words = np.array(self._tokenizer.word_ids(attention.target.tolist()))
         if source_words.max() < 0 or target_words.max() < 0:  # of a line that the tokenizer takes for spaces alone
             return []
         onto_SW = source_words[:, None] == np.arange(source_words.max() + 1)
@@ -113,8 +113,8 @@ class Aligner:
         words_WW = from_WT.astype(np.float32) @ weights_TS @ onto_SW.astype(np.float32)
         return sorted((int(best), word) for word, best in enumerate(words_WW.argmax(1)))
 
-    def _encode(self, lines: Sequence[str], longest: int) -> Ragged:
-        return Ragged.from_sequences([cut(ids, longest) for ids in self._tokenizer.encode(lines)])
+    def _encode(self, lines: Sequence[str], longest: int) -> JaggedArray:
+        return JaggedArray.from_sequences([truncate(ids, longest) for ids in self._tokenizer.encode(lines)])
 
     def _rows(self, width: int) -> int:
         fitting = sharding.filled_rows(self._mesh, max(CELLS // width**2, 1), rows="sentences")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from transformer.data import text_inputs
-from transformer.data.batching import PADDING_ROW, Ragged, ladder
+from transformer.data.batching import PAD_EXAMPLE, JaggedArray, round_up_to_power_of_two
 from transformer.data.tokenizer import UNK, Tokenizer
 from transformer.runtime.errors import UserError
 
@@ -36,9 +36,9 @@ class Wish(NamedTuple):
     def shape(self) -> Shape:
         """The rungs of the ladder that hold it."""
         return Shape(
-            ladder(len(self.prefix), SHORTEST_PREFIX) if len(self.prefix) else 0,
-            ladder(len(self.phrases), FEWEST_PHRASES) if self.phrases else 0,
-            ladder(max(map(len, self.phrases)), SHORTEST_PHRASE) if self.phrases else 0,
+            round_up_to_power_of_two(len(self.prefix), SHORTEST_PREFIX) if len(self.prefix) else 0,
+            round_up_to_power_of_two(len(self.phrases), FEWEST_PHRASES) if self.phrases else 0,
+            round_up_to_power_of_two(max(map(len, self.phrases)), SHORTEST_PHRASE) if self.phrases else 0,
         )
 
     def length(self) -> int:
@@ -122,7 +122,7 @@ def rectangles(
     wishes: Sequence[Wish], examples_B: np.ndarray, shape: Shape
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """prefix_BP and phrases_BKL, int32 with PAD after, of the wishes that rows name; None where nothing is asked."""
-    rows = [wishes[i] if i != PADDING_ROW else Wish(np.zeros(0, np.int32), []) for i in examples_B]
+    rows = [wishes[i] if i != PAD_EXAMPLE else Wish(np.zeros(0, np.int32), []) for i in examples_B]
     prefix_BP, phrases_BKL = None, None
     if shape.prefix:
         prefix_BP = _rectangle([row.prefix for row in rows], shape.prefix)
@@ -134,4 +134,4 @@ def rectangles(
 
 
 def _rectangle(sequences: Sequence[np.ndarray], width: int) -> np.ndarray:
-    return Ragged.from_sequences(sequences).rectangle(np.arange(len(sequences)), width)
+    return JaggedArray.from_sequences(sequences).to_padded(np.arange(len(sequences)), width)

@@ -21,9 +21,9 @@ import numpy as np
 
 from transformer.config import DecodeConfig
 from transformer.data import text_inputs
-from transformer.data.batching import PADDING_ROW, Ragged, eval_plan
+from transformer.data.batching import PAD_EXAMPLE, JaggedArray, eval_batches
 from transformer.data.text_files import one_line
-from transformer.data.tokenizer import UNK, Tokenizer, cut
+from transformer.data.tokenizer import UNK, Tokenizer, truncate
 from transformer.decoding import mbr, requests
 from transformer.decoding.base import Hypotheses
 from transformer.decoding.decode import Request, batch_rows, decode
@@ -126,7 +126,7 @@ class Translator:
         count = self._count(n_best, constraints)
         params = sharding.on_every_device(self._mesh, params)
         filled = [i for i, sentence in enumerate(sentences) if sentence.strip()]
-        sources = Ragged.from_sequences(self._encode([sentences[i] for i in filled]))
+        sources = JaggedArray.from_sequences(self._encode([sentences[i] for i in filled]))
         limits = np.zeros(len(sentences), np.int64)
         limits[filled] = sources.lengths + self._config.max_extra_length
         asked = requests.make(self._tokenizer, prefixes, constraints, limits.tolist(), first)
@@ -134,7 +134,7 @@ class Translator:
         found: list[list[Hypothesis]] = [[Hypothesis("", 0.0, True)] for _ in sentences]
 
         def collect(examples_B: np.ndarray, batch: Hypotheses) -> None:
-            real = examples_B[examples_B != PADDING_ROW]  # padding rows come last
+            real = examples_B[examples_B != PAD_EXAMPLE]  # padding rows come last
             for example, row in zip(real, self._decoded(batch), strict=False):
                 found[filled[example]] = self._best(row, n_best)
             progress(len(real))
@@ -199,9 +199,9 @@ class Translator:
         longest = self._config.max_source_tokens
         encoded = self._tokenizer.encode(sentences)
         self._add("long", sum(len(ids) > longest for ids in encoded))
-        return [cut(ids, longest) for ids in encoded]
+        return [truncate(ids, longest) for ids in encoded]
 
-    def _keys(self, sources: Ragged, seed: int) -> np.ndarray | None:
+    def _keys(self, sources: JaggedArray, seed: int) -> np.ndarray | None:
         """A random key for each sentence from the seed and its own ids, so that its samples depend on nothing else."""
         if self._config.method == "beam":
             return None
@@ -212,7 +212,7 @@ class Translator:
         return np.frombuffer(b"".join(digests), "<u4").astype(np.uint32).reshape(-1, 2)
 
     def _requests(
-        self, sources: Ragged, asked: Sequence[Wish], keys_N2: np.ndarray | None
+        self, sources: JaggedArray, asked: Sequence[Wish], keys_N2: np.ndarray | None
     ) -> Iterator[tuple[np.ndarray, Request]]:
         """Every sentence once: those of a batch, PADDING_ROW where there is none, and what this host's devices get."""
         groups: dict[requests.Shape, list[int]] = {}
@@ -221,11 +221,11 @@ class Translator:
         # The longest first, so that at the end no worker waits for another.
         for shape, members in sorted(groups.items(), reverse=True):
             lengths = sources.lengths[members]
-            for planned in reversed(eval_plan(lengths, np.zeros_like(lengths), lambda width: self._rows)):
-                is_real_B = planned.examples_B != PADDING_ROW
-                examples_B = np.where(is_real_B, np.array(members)[planned.examples_B], PADDING_ROW)
+            for planned in reversed(eval_batches(lengths, np.zeros_like(lengths), lambda width: self._rows)):
+                is_real_B = planned.examples_B != PAD_EXAMPLE
+                examples_B = np.where(is_real_B, np.array(members)[planned.examples_B], PAD_EXAMPLE)
                 here_B = examples_B[sharding.rows_here(self._mesh, self._rows, rows="sentences")]
-                source_BS = sources.rectangle(here_B, planned.bucket.source)
+                source_BS = sources.to_padded(here_B, planned.bucket.source)
                 keys_B2 = None if keys_N2 is None else keys_N2[np.maximum(here_B, 0)]
                 yield examples_B, Request(source_BS, keys_B2, *requests.rectangles(asked, here_B, shape))
 

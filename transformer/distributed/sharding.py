@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.config.validation import does_not_divide
-from transformer.data.batching import TrainPlan
+from transformer.data.batching import BatchSchedule
 from transformer.distributed.mesh import MESH_AXES
 from transformer.runtime.errors import UserError
 
@@ -218,9 +218,9 @@ def filled_rows(mesh: Mesh, count: int, parts: int = 1, rows: str = "batch") -> 
     return count + -count % (row_multiple(mesh, rows) * parts)
 
 
-def waste(mesh: Mesh, plan: TrainPlan, parts: int) -> str:
+def waste(mesh: Mesh, plan: BatchSchedule, parts: int) -> str:
     """What filling up the rows of training batches costs, for people; empty where it is little."""
-    more = plan.slots(lambda rows: filled_rows(mesh, rows, parts)) / plan.slots()
+    more = plan.num_token_slots(lambda rows: filled_rows(mesh, rows, parts)) / plan.num_token_slots()
     message = (
         f"mesh.data x mesh.fsdp = {row_multiple(mesh)} times train.accumulation_steps = {parts} must divide the rows: "
         f"padding makes them {more:.1f} times as many; lower one of these, or raise train.batch_tokens"

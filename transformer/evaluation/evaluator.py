@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from transformer.checkpoints.loading import Trained, load_trained
 from transformer.config import Config, DataConfig, validation
 from transformer.data import corpus, text_files
-from transformer.data.batching import Batch, Ragged, assemble, eval_plan, only_rows
-from transformer.data.tokenizer import Tokenizer, cut
+from transformer.data.batching import Batch, JaggedArray, eval_batches, make_batch, select_rows
+from transformer.data.tokenizer import Tokenizer, truncate
 from transformer.decoding.translator import Translator
 from transformer.distributed import consistency, multihost, sharding
 from transformer.evaluation import bleu_tokenizer
@@ -108,12 +108,14 @@ class Evaluator:
         over = sum(len(ids) > longest for ids in encoded)
         if over:
             say(f"warning: {over:,} references have over {longest} tokens; the loss is that of their first {longest}")
-        target = Ragged.from_sequences([cut(ids, longest) for ids in encoded])
-        source = Ragged.from_sequences([cut(ids, decode.max_source_tokens) for ids in self._tokenizer.encode(sources)])
+        target = JaggedArray.from_sequences([truncate(ids, longest) for ids in encoded])
+        source = JaggedArray.from_sequences(
+            [truncate(ids, decode.max_source_tokens) for ids in self._tokenizer.encode(sources)]
+        )
         sums = []
-        for planned in eval_plan(source.lengths, target.lengths, self._rows):
-            here = only_rows(planned, sharding.rows_here(self._mesh, planned.bucket.rows))
-            batch = sharding.place_batch(self._mesh, assemble(here, source, target))
+        for planned in eval_batches(source.lengths, target.lengths, self._rows):
+            here = select_rows(planned, sharding.rows_here(self._mesh, planned.bucket.rows))
+            batch = sharding.place_batch(self._mesh, make_batch(here, source, target))
             sums.append(self._eval_step(params, batch))
         parts = jax.device_get(sums)
         tokens = sum(float(part.tokens) for part in parts)

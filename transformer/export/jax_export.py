@@ -19,7 +19,7 @@ from flax import traverse_util
 
 from transformer.checkpoints.loading import Trained
 from transformer.config import Config
-from transformer.data.batching import Ragged
+from transformer.data.batching import JaggedArray
 from transformer.decoding.decode import Request, decode
 from transformer.models.layers import sinusoids
 from transformer.models.loss import pick
@@ -107,5 +107,5 @@ def score_with(folder: pathlib.Path, sources: Sequence[np.ndarray], targets: Seq
 
 def rectangle(sentences: Sequence[np.ndarray]) -> np.ndarray:
     """int32 [B, T], PAD after each."""
-    ragged = Ragged.from_sequences(sentences)
-    return ragged.rectangle(np.arange(len(ragged)), int(ragged.lengths.max()))
+    ragged = JaggedArray.from_sequences(sentences)
+    return ragged.to_padded(np.arange(len(ragged)), int(ragged.lengths.max()))

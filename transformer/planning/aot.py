@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from transformer.config import Config
-from transformer.data.batching import Batch, rows_for
+from transformer.data.batching import Batch, rows_per_batch
 from transformer.distributed import sharding
 from transformer.models import registry
 from transformer.planning.hardware import GPU_TARGETS, Topology
@@ -74,7 +74,7 @@ def devices(topology: Topology) -> list[Any]:
 
 def batch_rows(config: Config, mesh: Mesh, length: int) -> int:
     """Rows of a batch of this width, filled up so that they divide over the mesh and the parts of a step."""
-    rows = rows_for(config.train.batch_tokens, length)
+    rows = rows_per_batch(config.train.batch_tokens, length)
     return sharding.filled_rows(mesh, rows, config.train.accumulation_steps)
 
 

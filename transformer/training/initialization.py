@@ -49,7 +49,7 @@ def find(config: Config) -> Origin | None:
     folder, which = config.train.init_from, config.train.init_checkpoint
     if not folder:
         return None
-    vocabulary = tokenizers.named_by(tokenizers.with_origin(config))
+    vocabulary = tokenizers.load_configured(tokenizers.inherit_tokenizer(config))
     checkpoints = Checkpoints(folder)
     steps = json.loads(multihost.from_lead("checkpoint to start from", lambda: _chosen(checkpoints, which)))
     theirs = checkpoints.config(steps[-1])

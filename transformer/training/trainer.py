@@ -159,7 +159,7 @@ class Run:
             self.tokenizer = self._tokenizer(corpus, newest)
             self.ids = input_pipeline.token_ids(config.data, corpus, "train", self.tokenizer)
         consistency.same_data(corpus.digest, self.tokenizer.digest)
-        self.plan = input_pipeline.make_plan(config, self.ids)
+        self.plan = input_pipeline.make_batch_schedule(config, self.ids)
         model = registry.Model(config.model, self.tokenizer.vocab_size)
         self.evaluator = Evaluator(model, self.tokenizer, config, self.mesh)
         self.train_step = step.make_train_step(model, config, self.mesh)
@@ -255,8 +255,8 @@ class Run:
     def _tokenizer(self, corpus: corpora.Corpus, newest: int | None) -> Tokenizer:
         stored = self.path / "tokenizer"
         if newest is None:
-            return input_pipeline.get_tokenizer(tokenizers.with_origin(self.config), corpus, stored)
-        return input_pipeline.same_tokenizer(self.config.data, corpus, stored, self.checkpoints.tokenizer(newest))
+            return input_pipeline.get_tokenizer(tokenizers.inherit_tokenizer(self.config), corpus, stored)
+        return input_pipeline.check_same_tokenizer(self.config.data, corpus, stored, self.checkpoints.tokenizer(newest))
 
     def _check_data(self, newest: int | None) -> None:
         """Refuses to go on with other data: its order, or what is the best BLEU, could not be the same."""
@@ -286,7 +286,7 @@ class Run:
         say(
             f"{model.num_params():,} params · {self.tokenizer.vocab_size:,} pieces · {plan.kept:,} pairs, dropped "
             f"{plan.dropped:,} longer than data.max_length = {data.max_length} · {plan.steps_per_epoch:,} steps an "
-            f"epoch, fill {plan.fill:.2f} · {self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+            f"epoch, fill {plan.token_utilization:.2f} · {self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
         )
         shapes = " ".join(f"{b.rows}x({b.source}, {b.target})" for b in plan.buckets)
         say(f"batch shapes, rows x (source, target): {shapes}")

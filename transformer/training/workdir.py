@@ -14,7 +14,7 @@ from etils import epath
 from transformer.config import schema
 from transformer.config.schema import RUN_ID, Config
 from transformer.config.validation import HARMLESS, ends_with_its_steps, unread
-from transformer.data.batching import PADDING_ROW, TrainPlan
+from transformer.data.batching import PAD_EXAMPLE, BatchSchedule
 from transformer.data.corpus import Split
 from transformer.distributed import multihost
 from transformer.runtime import object_storage
@@ -145,7 +145,7 @@ FILE = "diverged.json"
 
 
 @contextlib.contextmanager
-def dumped(workdir: epath.Path, plan: TrainPlan, split: Split) -> Iterator[None]:
+def dumped(workdir: epath.Path, plan: BatchSchedule, split: Split) -> Iterator[None]:
     """Writes the batch of the update that a DivergedError names to WORKDIR/diverged.json, and passes the error on."""
     try:
         yield
@@ -163,9 +163,9 @@ def _write(path: epath.Path, values: dict[str, Any]) -> None:
         write_whole(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 
-def contents(plan: TrainPlan, split: Split, error: DivergedError) -> dict[str, Any]:
+def contents(plan: BatchSchedule, split: Split, error: DivergedError) -> dict[str, Any]:
     """The update, why, and the number in the training split and the text of each sentence pair of its batch."""
     examples = plan.batch((error.update or 1) - 1).examples_B
-    numbers = examples[examples != PADDING_ROW].tolist()
+    numbers = examples[examples != PAD_EXAMPLE].tolist()
     pairs = [{"number": number, "source": split[number][0], "target": split[number][1]} for number in numbers]
     return {"update": error.update, "why": str(error), "pairs": pairs}

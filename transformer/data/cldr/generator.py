@@ -1,7 +1,7 @@
-"""The embedded data set: parallel sentences made of templates, CLDR (by Babel) and num2words.
+"""Generates the embedded data set `cldr`: parallel sentences from templates, CLDR (by Babel) and num2words.
 
-`Cldr` is the TFDS builder `cldr`, with one config for each direction; `generate` makes the same pairs
-without TFDS. Nothing is downloaded, and neither JAX nor TensorFlow is imported.
+`Cldr` is its TFDS builder, with one config for each target language; `generate` makes the same pairs without TFDS.
+Downloads nothing and imports neither JAX nor TensorFlow.
 """
 
 import bisect
@@ -18,16 +18,16 @@ import tensorflow_datasets as tfds
 
 from transformer.data.cldr import grammar, locale, templates
 from transformer.data.cldr import lexicon as words
-from transformer.data.cldr.grammar import Filler, Frame, contract
+from transformer.data.cldr.grammar import InflectedValue, Template, contract
 from transformer.runtime.errors import UserError
 
 _T = TypeVar("_T")
 
 Value = tuple[Any, ...]
 
-Draw = Callable[[random.Random], Value]
+Sampler = Callable[[random.Random], Value]
 
-Fill = Callable[[Value, str], Filler]
+Renderer = Callable[[Value, str], InflectedValue]
 
 _PRONOUNS = {
     "en": ("he", "she", "they", "they"),
@@ -51,157 +51,161 @@ _LAPSES = (("day", 1, 20), ("week", 7, 15), ("month", 30, 11), ("year", 365, 30)
 _MINUTES = range(24 * 60)
 
 
-class Kind(NamedTuple):
-    """A kind of slot. Two slots of one family never share an identity within a sentence."""
+class SlotType(NamedTuple):
+    """Samples and renders the values of a slot. Two slots of one family never share an identity within a sentence."""
 
-    draw: Draw
-    fill: Fill
+    sample: Sampler
+    render: Renderer
     family: str = ""
     identity: Callable[[Value], frozenset[Any]] = frozenset
 
 
-def pick(rng: random.Random, options: Sequence[_T]) -> _T:
-    """One option, by random() alone: the only draw that Python promises to keep the same in all versions."""
+def choice(rng: random.Random, options: Sequence[_T]) -> _T:
+    """Chooses an option by random() alone, the only method whose results Python keeps the same in all versions."""
     return options[int(rng.random() * len(options))]
 
 
-def _one_of(options: Sequence[Any]) -> Draw:
-    return lambda rng: (pick(rng, options),)
+def _one_of(options: Sequence[Any]) -> Sampler:
+    return lambda rng: (choice(rng, options),)
 
 
-def _two_of(options: Sequence[Any]) -> Draw:
+def _two_of(options: Sequence[Any]) -> Sampler:
     """Two different options, the earlier one first."""
 
-    def draw(rng: random.Random) -> Value:
+    def sample(rng: random.Random) -> Value:
         first, second = (int(rng.random() * size) for size in (len(options), len(options) - 1))
         second += second >= first
         return (options[min(first, second)], options[max(first, second)])
 
-    return draw
+    return sample
 
 
-def _all_of(*groups: Sequence[Any]) -> Draw:
+def _all_of(*groups: Sequence[Any]) -> Sampler:
     """One option of each group."""
-    return lambda rng: tuple(pick(rng, group) for group in groups)
+    return lambda rng: tuple(choice(rng, group) for group in groups)
 
 
-def _draw_kin(rng: random.Random, nouns: Sequence[str]) -> Value:
-    return ("kin", pick(rng, grammar.POSSESSORS), pick(rng, nouns))
+def _sample_kin(rng: random.Random, nouns: Sequence[str]) -> Value:
+    return ("kin", choice(rng, grammar.POSSESSORS), choice(rng, nouns))
 
 
-def _draw_one(rng: random.Random) -> Value:
-    return ("name", pick(rng, _NAMES)) if rng.random() < 0.6 else _draw_kin(rng, tuple(words.KIN))
+def _sample_one(rng: random.Random) -> Value:
+    return ("name", choice(rng, _NAMES)) if rng.random() < 0.6 else _sample_kin(rng, tuple(words.KIN))
 
 
-def _draw_who(rng: random.Random) -> Value:
+def _sample_who(rng: random.Random) -> Value:
     chance = rng.random()
     if chance < 0.2:
-        return _draw_kin(rng, tuple(words.FAMILIES))
+        return _sample_kin(rng, tuple(words.FAMILIES))
     if chance < 0.4:
         return ("pair", *_two_of(_NAMES)(rng))
-    return _draw_one(rng)
+    return _sample_one(rng)
 
 
-def _draw_price(rng: random.Random) -> Value:
-    whole = pick(rng, (range(2, 100), range(100, 1000, 5), range(1000, 10000, 50)))
-    return (pick(rng, ("EUR", "USD", "GBP")), pick(rng, whole) + Decimal(pick(rng, _CENTS)) / 100)
+def _sample_price(rng: random.Random) -> Value:
+    whole = choice(rng, (range(2, 100), range(100, 1000, 5), range(1000, 10000, 50)))
+    return (choice(rng, ("EUR", "USD", "GBP")), choice(rng, whole) + Decimal(choice(rng, _CENTS)) / 100)
 
 
-def _draw_sum(rng: random.Random) -> Value:
-    whole = pick(rng, (range(2, 100), range(100, 1000, 10), range(1000, 20000, 500)))
-    return (pick(rng, ("EUR", "USD", "GBP", "CHF")), pick(rng, whole))
+def _sample_sum(rng: random.Random) -> Value:
+    whole = choice(rng, (range(2, 100), range(100, 1000, 10), range(1000, 20000, 500)))
+    return (choice(rng, ("EUR", "USD", "GBP", "CHF")), choice(rng, whole))
 
 
-def _draw_lapse(rng: random.Random) -> Value:
-    unit, days, most = pick(rng, _LAPSES)
-    return (unit, days, pick(rng, range(2, most + 1)))
+def _sample_lapse(rng: random.Random) -> Value:
+    unit, days, most = choice(rng, _LAPSES)
+    return (unit, days, choice(rng, range(2, most + 1)))
 
 
-def _draw_quantity(*options: tuple[str, Sequence[Decimal | int]]) -> Draw:
-    def draw(rng: random.Random) -> Value:
-        unit, amounts = pick(rng, options)
-        return (unit, pick(rng, amounts))
+def _sample_quantity(*options: tuple[str, Sequence[Decimal | int]]) -> Sampler:
+    def sample(rng: random.Random) -> Value:
+        unit, amounts = choice(rng, options)
+        return (unit, choice(rng, amounts))
 
-    return draw
+    return sample
 
 
 def _days(first_year: int, last_year: int) -> range:
     return range(datetime.date(first_year, 1, 1).toordinal(), datetime.date(last_year, 12, 31).toordinal())
 
 
-def _person(value: Value, language: str) -> Filler:
+def _person(value: Value, language: str) -> InflectedValue:
     sort, *who = value
     if sort == "kin":
         possessor, noun = who
         agreement = grammar.AGREEMENT[_RELATIVES[noun]["fr"].gender]
-        forms = grammar.possessed(possessor, _RELATIVES[noun][language], language)
+        forms = grammar.possessive(possessor, _RELATIVES[noun][language], language)
     else:
-        all_women = all(name in words.NAMES["f"] for name in who)
-        agreement = (grammar.FS if all_women else grammar.MS) + (grammar.MP if sort == "pair" else 0)
+        all_female = all(name in words.NAMES["f"] for name in who)
+        agreement = (grammar.FS if all_female else grammar.MS) + (grammar.MP if sort == "pair" else 0)
         forms = dict.fromkeys(("", "acc", "dat"), f" {_AND[language]} ".join(who))
-    return Filler(forms | {"he": _PRONOUNS[language][agreement]}, agreement)
+    return InflectedValue(forms | {"he": _PRONOUNS[language][agreement]}, agreement)
 
 
 def _person_identity(value: Value) -> frozenset[Any]:
     return frozenset(value[2:] if value[0] == "kin" else value[1:])
 
 
-def _thing(value: Value, language: str) -> Filler:
+def _thing(value: Value, language: str) -> InflectedValue:
     noun, adjective = value
-    return grammar.thing(words.THINGS[noun][language], words.ADJECTIVES[adjective][language], language)
+    return grammar.noun_phrase(words.THINGS[noun][language], words.ADJECTIVES[adjective][language], language)
 
 
-def _things(value: Value, language: str) -> Filler:
+def _things(value: Value, language: str) -> InflectedValue:
     count, noun, adjective = value
     word = words.THINGS[noun][language]
     numeral = format(locale.cardinal(count, language), "f" if word.gender == "f" else "")
-    return Filler({"": grammar.counted(word, words.ADJECTIVES[adjective][language], numeral, language)})
-
-
-def _definite(nouns: dict[str, dict[str, words.Noun]]) -> Kind:
-    return Kind(
-        _one_of(tuple(nouns)),
-        lambda value, language: grammar.definite(value[0], nouns[value[0]][language], language),
+    return InflectedValue(
+        {"": grammar.counted_noun_phrase(word, words.ADJECTIVES[adjective][language], numeral, language)}
     )
 
 
-def _bare(nouns: dict[str, dict[str, words.Noun]]) -> Kind:
-    return Kind(_one_of(tuple(nouns)), lambda value, language: Filler({"": nouns[value[0]][language].singular}))
+def _definite(nouns: dict[str, dict[str, words.Noun]]) -> SlotType:
+    return SlotType(
+        _one_of(tuple(nouns)),
+        lambda value, language: grammar.definite_noun_phrase(value[0], nouns[value[0]][language], language),
+    )
 
 
-def _written(draw: Draw, write: Callable[..., str]) -> Kind:
-    """A kind with the one form that `write` gives."""
-    return Kind(draw, lambda value, language: Filler({"": write(*value, language)}))
+def _bare(nouns: dict[str, dict[str, words.Noun]]) -> SlotType:
+    return SlotType(
+        _one_of(tuple(nouns)), lambda value, language: InflectedValue({"": nouns[value[0]][language].singular})
+    )
 
 
-def _inflected(draw: Draw, write: Callable[..., Filler]) -> Kind:
-    return Kind(draw, lambda value, language: write(*value, language))
+def _written(sample: Sampler, write: Callable[..., str]) -> SlotType:
+    """A slot type with a single form, given by `write`."""
+    return SlotType(sample, lambda value, language: InflectedValue({"": write(*value, language)}))
 
 
-def _compared(unit: str, amounts: Sequence[Decimal | int]) -> Kind:
+def _inflected(sample: Sampler, write: Callable[..., InflectedValue]) -> SlotType:
+    return SlotType(sample, lambda value, language: write(*value, language))
+
+
+def _compared(unit: str, amounts: Sequence[Decimal | int]) -> SlotType:
     """Two amounts of one unit, with the forms `low` and `high`."""
 
-    def fill(value: Value, language: str) -> Filler:
+    def render(value: Value, language: str) -> InflectedValue:
         low, high = (locale.quantity(unit, amount, language) for amount in value)
-        return Filler({"low": low, "high": high})
+        return InflectedValue({"low": low, "high": high})
 
-    return Kind(_two_of(amounts), fill)
+    return SlotType(_two_of(amounts), render)
 
 
-def _span(value: Value, language: str) -> Filler:
+def _span(value: Value, language: str) -> InflectedValue:
     start, end = (locale.time_of_day(minute, language) for minute in value)
-    return Filler({"start": start, "end": end, "bare": locale.clock(value[0], language)})
+    return InflectedValue({"start": start, "end": end, "bare": locale.clock(value[0], language)})
 
 
-def _measured(*options: tuple[str, Sequence[Decimal | int]]) -> Kind:
-    return _written(_draw_quantity(*options), locale.quantity)
+def _measured(*options: tuple[str, Sequence[Decimal | int]]) -> SlotType:
+    return _written(_sample_quantity(*options), locale.quantity)
 
 
-KINDS = {
-    "who": Kind(_draw_who, _person, "person", _person_identity),
-    "one": Kind(_draw_one, _person, "person", _person_identity),
-    "thing": Kind(_all_of(tuple(words.THINGS), tuple(words.ADJECTIVES)), _thing),
-    "things": Kind(_all_of(range(2, 100), tuple(words.THINGS), tuple(words.ADJECTIVES)), _things),
+SLOT_TYPES = {
+    "who": SlotType(_sample_who, _person, "person", _person_identity),
+    "one": SlotType(_sample_one, _person, "person", _person_identity),
+    "thing": SlotType(_all_of(tuple(words.THINGS), tuple(words.ADJECTIVES)), _thing),
+    "things": SlotType(_all_of(range(2, 100), tuple(words.THINGS), tuple(words.ADJECTIVES)), _things),
     "event": _definite(words.EVENTS),
     "place": _definite(words.PLACES),
     "food": _bare(words.FOODS),
@@ -210,16 +214,16 @@ KINDS = {
     "city": _written(_one_of(words.CITY_ZONES), locale.city),
     "language": _inflected(_one_of(words.SPOKEN), locale.language_name),
     "time": _written(_one_of(_MINUTES), locale.time_of_day),
-    "span": Kind(_two_of(_MINUTES), _span),
+    "span": SlotType(_two_of(_MINUTES), _span),
     "weekday": _inflected(_one_of(range(7)), locale.weekday),
     "past": _inflected(_one_of(_days(1960, 2019)), locale.date),
     "coming": _inflected(_one_of(_days(2027, 2035)), locale.date),
     "month": _written(_all_of(range(1990, 2020), range(1, 13)), locale.month),
     "soon": _written(_all_of(range(2027, 2036), range(1, 13)), locale.month),
     "year": _written(_one_of(range(1950, 2020)), lambda year, language: str(year)),
-    "lapse": _inflected(_draw_lapse, locale.lapse),
-    "price": _written(_draw_price, locale.price),
-    "sum": _written(_draw_sum, locale.sum_of_money),
+    "lapse": _inflected(_sample_lapse, locale.relative_time),
+    "price": _written(_sample_price, locale.price),
+    "sum": _written(_sample_sum, locale.sum_of_money),
     "percent": _measured(("percent", [Decimal(n) / 200 for n in range(3, 80)])),
     "hours": _measured(("duration-hour", _HALVES)),
     "minutes": _measured(("duration-minute", range(2, 60))),
@@ -243,30 +247,30 @@ KINDS = {
 }
 
 
-def draw(slots: Sequence[str], rng: random.Random) -> dict[str, Value]:
-    """A value for each slot; no two slots of one family name the same person, city, thing and so on."""
+def sample_values(slots: Sequence[str], rng: random.Random) -> dict[str, Value]:
+    """Samples a value for each slot; no two slots of one family name the same person, city, thing and so on."""
     values: dict[str, Value] = {}
     taken: dict[str, frozenset[Any]] = {}
     for slot in slots:
         name = slot.rstrip("0123456789")
-        kind = KINDS[name]
-        family = kind.family or name
-        value = kind.draw(rng)
-        while not taken.get(family, frozenset()).isdisjoint(kind.identity(value)):
-            value = kind.draw(rng)
+        slot_type = SLOT_TYPES[name]
+        family = slot_type.family or name
+        value = slot_type.sample(rng)
+        while not taken.get(family, frozenset()).isdisjoint(slot_type.identity(value)):
+            value = slot_type.sample(rng)
         values[slot] = value
-        taken[family] = taken.get(family, frozenset()) | kind.identity(value)
+        taken[family] = taken.get(family, frozenset()) | slot_type.identity(value)
     return values
 
 
-def fill(values: Mapping[str, Value], language: str) -> dict[str, Filler]:
-    """The same values in one language, ready for `str.format_map`."""
-    return {slot: KINDS[slot.rstrip("0123456789")].fill(value, language) for slot, value in values.items()}
+def render_values(values: Mapping[str, Value], language: str) -> dict[str, InflectedValue]:
+    """Renders the values in one language, for `str.format_map`."""
+    return {slot: SLOT_TYPES[slot.rstrip("0123456789")].render(value, language) for slot, value in values.items()}
 
 
 Pair = tuple[str, str]
 
-FRAMES = templates.TIME + templates.LIFE
+TEMPLATES = templates.TIME + templates.LIFE
 TARGETS = ("de", "fr", "es")
 SPLIT_SIZES = {"train": 60_000, "validation": 500, "test": 1_000}
 
@@ -286,33 +290,33 @@ _CITATION = """\
 }"""
 
 
-def _slots(frame: Frame) -> list[str]:
-    """The slots of a frame, each once, in English order."""
-    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(frame.en) if name))
+def _slots(template: Template) -> list[str]:
+    """The slots of a template, each once, in English order."""
+    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template.en) if name))
 
 
-_SLOTS = [(frame, _slots(frame)) for frame in FRAMES]
+_SLOTS = [(template, _slots(template)) for template in TEMPLATES]
 
 
-def render(frame: Frame, values: Mapping[str, Value], language: str) -> str:
-    """The frame's sentence in one language, with the slots filled, words contracted, the first letter large."""
-    text = getattr(frame, language).format_map(fill(values, language))
+def render(template: Template, values: Mapping[str, Value], language: str) -> str:
+    """The sentence of a template in one language: slots filled, words contracted, first letter capitalized."""
+    text = getattr(template, language).format_map(render_values(values, language))
     text = contract(text, language)
     return text[0].upper() + text[1:]
 
 
 def candidates(language: str, seed: int) -> Iterator[Pair]:
-    """An endless stream of (English, translation) pairs, with repeats; the same for a seed on every machine."""
+    """Yields (English, translation) pairs without end, with repeats; the same for a seed on every machine."""
     # A string seeds random.Random by SHA-512, the same in every Python version.
     rng = random.Random(f"cldr {seed}")
     while True:
-        frame, slots = pick(rng, _SLOTS)
-        values = draw(slots, rng)
-        yield render(frame, values, "en"), render(frame, values, language)
+        template, slots = choice(rng, _SLOTS)
+        values = sample_values(slots, rng)
+        yield render(template, values, "en"), render(template, values, language)
 
 
-def _position(english: str) -> float:
-    """A sentence's fixed place in [0, 1), by which it belongs to one split in every language and run."""
+def _split_position(english: str) -> float:
+    """Hashes a sentence to [0, 1), so that it is in the same split in every language and run."""
     return int.from_bytes(hashlib.blake2b(english.encode(), digest_size=6).digest()) / 2**48
 
 
@@ -341,7 +345,7 @@ def generate(language: str, split_sizes: Mapping[str, int] = SPLIT_SIZES, seed: 
     missing = sum(split_sizes.values())
     while missing:
         english, translation = next(stream)
-        name = names[bisect.bisect_right(bounds, _position(english) * bounds[-1])]
+        name = names[bisect.bisect_right(bounds, _split_position(english) * bounds[-1])]
         if len(splits[name]) == split_sizes[name] or english in seen or translation in seen:
             continue
         seen.update((english, translation))
@@ -351,7 +355,7 @@ def generate(language: str, split_sizes: Mapping[str, int] = SPLIT_SIZES, seed: 
 
 
 class Cldr(tfds.core.GeneratorBasedBuilder):
-    """Generated parallel sentences from English; see the module."""
+    """TFDS builder of the generated sentence pairs."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "Initial release: English to German, French and Spanish."}

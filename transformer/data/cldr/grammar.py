@@ -1,6 +1,6 @@
 """Agreement, declension and contraction for the `cldr` data set.
 
-Every function here is pure: words of `cldr_words` in, inflected text out.
+Every function is pure: words of `lexicon` in, inflected text out.
 """
 
 import re
@@ -45,7 +45,7 @@ _POSSESSIVES = {
 }
 
 _FRENCH_VOWEL = "[aeiouhàâæéèêëîïôöùûüœAEIOUHÀÂÉÈÊÎÔŒ]"
-# Words that begin with a vowel or an h but take no elision.
+# Words that begin with a vowel or an h but without elision.
 _FRENCH_ASPIRATED = "(?!onz|huit|haut|Hongrie|hongrois)"
 _CONTRACTIONS = {
     "en": (),
@@ -74,8 +74,8 @@ _COMPILED = {
 }
 
 
-class Frame(NamedTuple):
-    """One sentence in each language; every slot stands in all four."""
+class Template(NamedTuple):
+    """A sentence in each language; every slot occurs in all four."""
 
     en: str
     de: str
@@ -83,10 +83,10 @@ class Frame(NamedTuple):
     es: str
 
 
-class Filler:
-    """What fills a slot of a sentence frame in one language: its forms, and a class to agree with.
+class InflectedValue:
+    """The value of a slot in one language: its inflected forms and its agreement class.
 
-    The format spec chooses: `{x:dat}` the form named dat, `{x:#a|b}` singular or plural,
+    The format spec selects: `{x:dat}` the form named dat, `{x:#a|b}` singular or plural,
     `{x:@a|b}` masculine or feminine, `{x:=a|b|c|d}` by the class MS, FS, MP or FP.
     """
 
@@ -136,7 +136,7 @@ def _describe(noun: str, gender: str, plural: bool, adjective: Adjective, langua
     return f"{word} {noun}" if language == "en" or adjective.comes_first else f"{noun} {word}"
 
 
-def _german_thing(noun: Noun, adjective: Adjective) -> dict[str, str]:
+def _german_noun_phrase(noun: Noun, adjective: Adjective) -> dict[str, str]:
     stem, gender = adjective.masculine, noun.gender
     forms = {"rel": _DER["nom"][gender], "it.acc": _PRONOUN_ACC[gender]}
     for case, suffix in (("nom", ""), ("acc", ".acc")):
@@ -146,40 +146,42 @@ def _german_thing(noun: Noun, adjective: Adjective) -> dict[str, str]:
     return forms
 
 
-def thing(noun: Noun, adjective: Adjective, language: str) -> Filler:
-    """One described thing, with the forms `the` and `a`; German also `the.acc`, `a.acc`, `rel` and `it.acc`."""
+def noun_phrase(noun: Noun, adjective: Adjective, language: str) -> InflectedValue:
+    """Adjective and noun with an article: `the` or `a`; German also `the.acc`, `a.acc`, `rel` and `it.acc`."""
     if language == "de":
-        return Filler(_german_thing(noun, adjective), AGREEMENT[noun.gender])
+        return InflectedValue(_german_noun_phrase(noun, adjective), AGREEMENT[noun.gender])
     phrase = _describe(noun.singular, noun.gender, False, adjective, language)
     index = AGREEMENT[noun.gender]
     if language == "en":
         article = "an" if phrase[0] in "aeiou" else "a"
-        return Filler({"the": f"the {phrase}", "a": f"{article} {phrase}"})
+        return InflectedValue({"the": f"the {phrase}", "a": f"{article} {phrase}"})
     the, a = {"fr": (("le", "la"), ("un", "une")), "es": (("el", "la"), ("un", "una"))}[language]
-    return Filler({"the": f"{the[index]} {phrase}", "a": f"{a[index]} {phrase}"}, index)
+    return InflectedValue({"the": f"{the[index]} {phrase}", "a": f"{a[index]} {phrase}"}, index)
 
 
-def counted(noun: Noun, adjective: Adjective, number: str, language: str) -> str:
-    """Several described things: number, adjective and noun in the plural (German: nominative or accusative)."""
+def counted_noun_phrase(noun: Noun, adjective: Adjective, number: str, language: str) -> str:
+    """Number, adjective and noun in the plural (German: nominative or accusative)."""
     if language == "de":
         return f"{number} {adjective.masculine}e {noun.plural}"
     return f"{number} {_describe(noun.plural, noun.gender, True, adjective, language)}"
 
 
-def definite(english: str, noun: Noun, language: str) -> Filler:
+def definite_noun_phrase(english: str, noun: Noun, language: str) -> InflectedValue:
     """A noun with its article: `the`, `in`; English also `at`, German `the.acc`, `the.dat` and `rel`."""
     gender = noun.gender
     if language == "de":
         forms = {"the": f"{_DER['nom'][gender]} {noun.singular}", "rel": _DER["nom"][gender]}
         forms |= {f"the.{case}": f"{_DER[case][gender]} {noun.singular}" for case in ("acc", "dat")}
         forms["in"] = f"{'an' if english in EDGE_PLACES else 'in'} {forms['the.dat']}"
-        return Filler(forms, AGREEMENT[gender])
+        return InflectedValue(forms, AGREEMENT[gender])
     if language == "en":
         the = f"the {noun.singular}"
-        return Filler({"the": the, "at": f"at {the}", "in": f"{'at' if english in EDGE_PLACES else 'in'} {the}"})
+        return InflectedValue(
+            {"the": the, "at": f"at {the}", "in": f"{'at' if english in EDGE_PLACES else 'in'} {the}"}
+        )
     article, preposition = {"fr": ("le", "à"), "es": ("el", "en")}[language]
     the = f"{'la' if gender == 'f' else article} {noun.singular}"
-    return Filler({"the": the, "in": f"{preposition} {the}"}, AGREEMENT[gender])
+    return InflectedValue({"the": the, "in": f"{preposition} {the}"}, AGREEMENT[gender])
 
 
 def _german_territory(name: str, article: str) -> dict[str, str]:
@@ -201,17 +203,17 @@ def _french_territory(name: str, article: str) -> dict[str, str]:
     return {"the": the, "in": f"à {the}", "from": f"de {the}"}
 
 
-def territory(name: str, code: str, language: str) -> Filler:
+def territory(name: str, code: str, language: str) -> InflectedValue:
     """A territory: the form "" in English and Spanish; German `to`, `in`, `from`; French `the`, `in`, `from`."""
     if language == "de":
-        return Filler(_german_territory(name, TERRITORIES[code][0]))
+        return InflectedValue(_german_territory(name, TERRITORIES[code][0]))
     if language == "fr":
-        return Filler(_french_territory(name, TERRITORIES[code][1]))
-    return Filler({"": TERRITORY_ARTICLES[language].get(code, "") + name})
+        return InflectedValue(_french_territory(name, TERRITORIES[code][1]))
+    return InflectedValue({"": TERRITORY_ARTICLES[language].get(code, "") + name})
 
 
-def possessed(possessor: str, noun: Noun, language: str) -> dict[str, str]:
-    """ "my brother" and its like: the form "", and in German `acc` and `dat`."""
+def possessive(possessor: str, noun: Noun, language: str) -> dict[str, str]:
+    """A noun with a possessive, as in "my brother": the form "", and in German `acc` and `dat`."""
     if language == "en":
         return {"": f"{possessor} {noun.singular}"}
     if language == "de":
@@ -223,8 +225,8 @@ def possessed(possessor: str, noun: Noun, language: str) -> dict[str, str]:
     return {"": f"{_POSSESSIVES[language][possessor]['mfp'.index(noun.gender)]} {noun.singular}"}
 
 
-def agreeing_number(words: str, language: str, feminine: bool) -> str:
-    """A spelled-out cardinal as it stands before a noun: vingt et une, veintiún, doscientas."""
+def inflect_number(words: str, language: str, feminine: bool) -> str:
+    """Inflects a spelled-out cardinal before a noun: vingt et une, veintiún, doscientas."""
     if language == "fr" and feminine and words.endswith("un"):
         return words + "e"
     if language == "es" and feminine:
@@ -234,8 +236,8 @@ def agreeing_number(words: str, language: str, feminine: bool) -> str:
     return words
 
 
-def agreeing_ordinal(words: str, language: str, feminine: bool) -> str:
-    """A spelled-out ordinal before a noun: premier or première, tercer or tercera."""
+def inflect_ordinal(words: str, language: str, feminine: bool) -> str:
+    """Inflects a spelled-out ordinal before a noun: premier or première, tercer or tercera."""
     if language == "fr" and feminine:
         return re.sub("ier$", "ière", words)
     if language == "es" and feminine:

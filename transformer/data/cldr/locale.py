@@ -1,7 +1,7 @@
-"""Numbers, times, dates, money, units and names of the `cldr` data set as each language writes them.
+"""Localizes numbers, times, dates, money, units and names for the `cldr` data set.
 
-The text comes from CLDR through Babel, spelled-out numbers from num2words. Plain spaces replace CLDR's
-no-break spaces everywhere, so that a tokenizer and a reader see one kind of space.
+The text comes from CLDR through Babel, spelled-out numbers from num2words. CLDR's no-break spaces are replaced by
+plain ones everywhere, so that a tokenizer and a reader see one kind of space.
 """
 
 import datetime
@@ -14,7 +14,7 @@ import num2words
 from babel import Locale, dates, numbers, units
 
 from transformer.data.cldr import grammar
-from transformer.data.cldr.grammar import Filler
+from transformer.data.cldr.grammar import InflectedValue
 from transformer.data.cldr.lexicon import LANGUAGES
 
 _LOCALES = {language: Locale.parse(language) for language in LANGUAGES}
@@ -37,14 +37,14 @@ def _plain(text: str, language: str) -> str:
 
 @functools.cache
 def clock(minute: int, language: str) -> str:
-    """A minute of the day as a clock shows it: 3:45 PM, 15:45, 15 h 45 (and 15 h on the hour)."""
+    """Formats a minute of the day: 3:45 PM, 15:45, 15 h 45 (and 15 h on the hour)."""
     time = datetime.time(minute // 60, minute % 60)
     text = _plain(dates.format_time(time, _TIME_PATTERNS[language], locale=_LOCALES[language]), language)
     return text.removesuffix(" 00") if language == "fr" else text
 
 
 def time_of_day(minute: int, language: str) -> str:
-    """A minute of the day as it stands after a preposition: 3:45 PM, 15:45 Uhr, 15 h 45, las 15:45."""
+    """Formats a minute of the day for use after a preposition: 3:45 PM, 15:45 Uhr, 15 h 45, las 15:45."""
     text = clock(minute, language)
     if language == "de":
         return f"{text} Uhr"
@@ -54,13 +54,13 @@ def time_of_day(minute: int, language: str) -> str:
 
 
 @functools.cache
-def date(day: int, language: str) -> Filler:
+def date(day: int, language: str) -> InflectedValue:
     """A day by its ordinal: the form "", and `weekday` with the weekday before it (German: after "am")."""
     moment = datetime.date.fromordinal(day)
     texts = [dates.format_date(moment, pattern, locale=_LOCALES[language]) for pattern in _DATE_PATTERNS[language]]
     if language == "fr" and moment.day == 1:
         texts = [re.sub(r"\b1 ", "1er ", text, count=1) for text in texts]
-    return Filler({"": texts[0], "weekday": texts[1]})
+    return InflectedValue({"": texts[0], "weekday": texts[1]})
 
 
 @functools.cache
@@ -71,16 +71,18 @@ def month(year: int, number: int, language: str) -> str:
 
 
 @functools.cache
-def weekday(number: int, language: str) -> Filler:
+def weekday(number: int, language: str) -> InflectedValue:
     """A weekday, Monday being 0: the form "", and `every` for a habit (Mondays, montags)."""
     name = _LOCALES[language].days["format"]["wide"][number]
     habits = {"en": f"{name}s", "de": f"{name.lower()}s", "fr": name, "es": name.removesuffix("s") + "s"}
-    return Filler({"": name, "every": habits[language]})
+    return InflectedValue({"": name, "every": habits[language]})
 
 
 @functools.cache
-def lapse(unit: Literal["day", "week", "month", "year"], days: int, number: int, language: str) -> Filler:
-    """That many units, each of so many days, from now: the forms `in` (in 3 days) and `ago` (3 days ago)."""
+def relative_time(
+    unit: Literal["day", "week", "month", "year"], days: int, number: int, language: str
+) -> InflectedValue:
+    """Formats `number` units of `days` days relative to now: the forms `in` (in 3 days) and `ago` (3 days ago)."""
     forms = {}
     for spec, sign in (("in", 1), ("ago", -1)):
         text = dates.format_timedelta(
@@ -91,12 +93,12 @@ def lapse(unit: Literal["day", "week", "month", "year"], days: int, number: int,
             locale=_LOCALES[language],
         )
         forms[spec] = _plain(text, language)
-    return Filler(forms)
+    return InflectedValue(forms)
 
 
 @functools.cache
 def quantity(unit: str, number: Decimal | int, language: str) -> str:
-    """A number with its CLDR unit, in the plural that the language wants: 1.5 kilometers, 1,5 kilomètre."""
+    """Formats a number with its CLDR unit in the right plural: 1.5 kilometers, 1,5 kilomètre."""
     locale = _LOCALES[language]
     if unit == "percent":
         text = numbers.format_percent(number, locale=locale, decimal_quantization=False)
@@ -127,21 +129,21 @@ def number(value: int, language: str) -> str:
 
 
 @functools.cache
-def cardinal(value: int, language: str) -> Filler:
+def cardinal(value: int, language: str) -> InflectedValue:
     """A spelled-out number before a masculine noun (the form "") or a feminine one (`f`)."""
     text = num2words.num2words(value, lang=language)
-    return Filler({spec: grammar.agreeing_number(text, language, spec == "f") for spec in ("", "f")})
+    return InflectedValue({spec: grammar.inflect_number(text, language, spec == "f") for spec in ("", "f")})
 
 
 @functools.cache
-def ordinal(value: int, language: str) -> Filler:
+def ordinal(value: int, language: str) -> InflectedValue:
     """A spelled-out ordinal before a masculine noun (the form "") or a feminine one (`f`); German `dat`."""
     text = num2words.num2words(value, lang=language, to="ordinal")
     if language == "de":
-        return Filler({"": text, "dat": f"{text}n"})
+        return InflectedValue({"": text, "dat": f"{text}n"})
     # The usual Spanish words, where num2words has rare ones.
     text = {"décimoprimero": "undécimo", "décimosegundo": "duodécimo"}.get(text, text)
-    return Filler({spec: grammar.agreeing_ordinal(text, language, spec == "f") for spec in ("", "f")})
+    return InflectedValue({spec: grammar.inflect_ordinal(text, language, spec == "f") for spec in ("", "f")})
 
 
 @functools.cache
@@ -151,15 +153,15 @@ def city(zone: str, language: str) -> str:
 
 
 @functools.cache
-def country(code: str, language: str) -> Filler:
-    """A territory by its ISO code, with the forms of `cldr_grammar.territory`."""
+def country(code: str, language: str) -> InflectedValue:
+    """A territory by its ISO code, with the forms of `grammar.territory`."""
     return grammar.territory(_LOCALES[language].territories[code], code, language)
 
 
 @functools.cache
-def language_name(code: str, language: str) -> Filler:
+def language_name(code: str, language: str) -> InflectedValue:
     """A language by its ISO code: the form "", and `the`; German `from` and `into` (aus dem, ins)."""
     name = _LOCALES[language].languages[code]
     if language == "de":
-        return Filler({"": name, "from": f"aus dem {name}en", "into": f"ins {name}e"})
-    return Filler({"": name, "the": f"{'le' if language == 'fr' else 'el'} {name}"})
+        return InflectedValue({"": name, "from": f"aus dem {name}en", "into": f"ins {name}e"})
+    return InflectedValue({"": name, "the": f"{'le' if language == 'fr' else 'el'} {name}"})
