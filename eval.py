@@ -22,11 +22,11 @@ from etils import epath
 from transformer import command_line
 from transformer.distributed import multihost
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import check_writable, reported
-from transformer.runtime.logging import say
+from transformer.runtime.files import check_writable, user_error_on_oserror
+from transformer.runtime.logging import log_info
 
 if TYPE_CHECKING:
-    from transformer.checkpoints.loading import Trained
+    from transformer.checkpoints.loading import RestoredModel
     from transformer.evaluation.evaluator import Evaluation, Scorer
 
 SAMPLES = 5
@@ -39,12 +39,12 @@ def main(argv: list[str]) -> None:
 
     if args.watch and fields:
         raise UserError(f"--watch decodes as each checkpoint says; leave out --decode.{min(fields)}")
-    if args.watch and multihost.is_one_of_several(args):
+    if args.watch and multihost.is_multiprocess(args):
         raise UserError("--watch runs in one process; start it on one host alone")
-    with multihost.joined(args):
+    with multihost.initialize(args):
         from transformer.runtime import environment
 
-        environment.enable_cache()
+        environment.enable_compilation_cache()
         if args.watch:
             watch(args)
         else:
@@ -53,19 +53,19 @@ def main(argv: list[str]) -> None:
 
 def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Once, of one checkpoint, decoding as its config says but for these fields."""
-    from transformer.checkpoints.loading import load_trained
+    from transformer.checkpoints.loading import load_checkpoint
     from transformer.config import validation
     from transformer.distributed import consistency
     from transformer.evaluation import bleu_tokenizer, evaluator, report, significance, summary
 
     if args.output:
         check_output(args.output)
-    consistency.same_code()
-    trained = load_trained(args.workdir, args.checkpoint)
+    consistency.assert_same_code()
+    trained = load_checkpoint(args.workdir, args.checkpoint)
     changed = {name: value for name, value in fields.items() if value != getattr(trained.config.decode, name)}
     trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
     data = trained.config.data
-    with multihost.lead_first("evaluation set"):
+    with multihost.primary_first("evaluation set"):
         chosen = evaluator.open_set(data, args.split, args.source, args.reference)
     evaluator.check_hosts(trained, chosen)
     other = None
@@ -74,28 +74,28 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         other = evaluator.translations_of_other(args.versus, which, chosen, data.target_language, fields)
     evaluation = with_bar(evaluator.Scorer(chosen), trained)
     show_samples(evaluation)
-    say(summary.table(evaluation))
+    log_info(summary.table(evaluation))
     save_translations(evaluation, args.output, evaluator.translations_path(args.workdir, trained, chosen, changed))
     versus = None
     if other:
         ours = evaluation.report.translations
         tokenizer = bleu_tokenizer.choose(data, chosen.references[0]).name
         versus = significance.against(*other, ours, chosen.references, tokenizer)
-        say(f"\n{significance.table(versus)}\n")
-        say(significance.examples(versus, chosen.sources, chosen.references, ours))
+        log_info(f"\n{significance.table(versus)}\n")
+        log_info(significance.examples(versus, chosen.sources, chosen.references, ours))
     report.write(args.workdir, evaluation, versus, changed)
-    if multihost.is_lead():
+    if multihost.is_primary():
         print(json.dumps(summary.as_json(evaluation, versus)))
 
 
-@multihost.lead_only
+@multihost.primary_only
 def check_output(path: str) -> None:
     """Before anything is translated."""
-    with reported(f"--output={path}"):
+    with user_error_on_oserror(f"--output={path}"):
         check_writable(path)
 
 
-@multihost.lead_only
+@multihost.primary_only
 def save_translations(evaluation: "Evaluation", asked: str | None, usual: epath.Path) -> None:
     """Where it was asked for, or in the workdir: if that cannot be written it costs the file, not the scores."""
     from transformer.evaluation import evaluator
@@ -105,9 +105,9 @@ def save_translations(evaluation: "Evaluation", asked: str | None, usual: epath.
     except UserError as error:
         if asked:
             raise
-        say(f"warning: no file of translations: {error}")
+        log_info(f"warning: no file of translations: {error}")
         return
-    say(f"translations: {asked or usual}")
+    log_info(f"translations: {asked or usual}")
 
 
 def watch(args: argparse.Namespace) -> None:
@@ -129,26 +129,26 @@ def parse(rest: list[str]) -> argparse.Namespace:
         epilog="--decode.FIELD=VALUE sets any field of the decode section of transformer/config/schema.py.",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", required=True, type=command_line.full_path, help="folder that train.py wrote")
+    parser.add_argument("--workdir", required=True, type=command_line.absolute_path, help="folder that train.py wrote")
     parser.add_argument("--checkpoint", help="latest (default), best, a step, average:N or best-average:N")
     parser.add_argument("--split", help="split of the config's data set, such as validation (default: test)")
     parser.add_argument(
-        "--source", type=command_line.full_path, help="text file to translate instead, one sentence a line"
+        "--source", type=command_line.absolute_path, help="text file to translate instead, one sentence a line"
     )
     parser.add_argument(
         "--reference",
-        type=command_line.full_paths,
+        type=command_line.absolute_paths,
         default=[],
         help="its references; several files with commas between",
     )
     parser.add_argument(
         "--output",
-        type=command_line.full_path,
+        type=command_line.absolute_path,
         help="where translations go (default: WORKDIR/translations/STEP.NAME.txt, with decode fields in it)",
     )
     parser.add_argument(
         "--versus",
-        type=command_line.full_path,
+        type=command_line.absolute_path,
         help="another workdir, or a file of translations: is the difference more than chance?",
     )
     parser.add_argument("--versus_checkpoint", help="of that workdir (default: as --checkpoint; latest for a step)")
@@ -171,7 +171,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
     return args
 
 
-def with_bar(scorer: "Scorer", trained: "Trained") -> "Evaluation":
+def with_bar(scorer: "Scorer", trained: "RestoredModel") -> "Evaluation":
     """Evaluates, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import Progress
@@ -187,7 +187,7 @@ def show_samples(evaluation: "Evaluation") -> None:
     _, sources, references = evaluation.chosen
     for i in range(0, len(sources), -(-len(sources) // SAMPLES) or 1):
         translation = evaluation.report.translations[i]
-        say(f"  source      {sources[i]}\n  translation {translation}\n  reference   {references[0][i]}\n")
+        log_info(f"  source      {sources[i]}\n  translation {translation}\n  reference   {references[0][i]}\n")
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ def main(argv: list[str]) -> None:
     """Checks config and data before it imports JAX."""
     parser = command_line.config_parser("train.py", __doc__, "--workdir=DIR")
     parser.add_argument(
-        "--workdir", required=True, type=command_line.full_path, help="folder of the run; made if it is missing"
+        "--workdir", required=True, type=command_line.absolute_path, help="folder of the run; made if it is missing"
     )
     command_line.add_process_flags(parser)
     settings, args = command_line.parse_with_config(parser, argv)
     settings = schema.with_absolute_paths(settings)
 
-    with multihost.joined(args):
+    with multihost.initialize(args):
         train(settings, args.workdir)
 
 
@@ -43,5 +43,5 @@ def train(settings: schema.Config, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    command_line.use_huge_pages()
+    command_line.reexec_with_huge_pages()
     command_line.run(main)

@@ -16,7 +16,7 @@ import subprocess
 
 from transformer.command_line import positive_int, run
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import say
+from transformer.runtime.logging import log_info
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     for number in range(1, args.pairs + 1):
         ours.append(figure(args.ours, args.key))
         other.append(figure(args.other, args.key))
-        say(f"pair {number} of {args.pairs}: {ours[-1]:,.0f} against {other[-1]:,.0f}: {ours[-1] / other[-1]:.2f}")
+        log_info(f"pair {number} of {args.pairs}: {ours[-1]:,.0f} against {other[-1]:,.0f}: {ours[-1] / other[-1]:.2f}")
     ratios = [one / two for one, two in zip(ours, other, strict=True)]
     print(
         json.dumps({"key": args.key, "ours": ours, "other": other, "median_ratio": round(statistics.median(ratios), 2)})

@@ -32,9 +32,10 @@ from typing import IO, Any, NamedTuple
 from benchmarks import accelerator_phases as phases
 from benchmarks.findings import Findings, Row, read_json
 from transformer import command_line
-from transformer.command_line import full_path, say
+from transformer.command_line import absolute_path
 from transformer.runtime import files
 from transformer.runtime.errors import UserError
+from transformer.runtime.logging import log_info
 
 CUBLAS = {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false"}
 
@@ -88,14 +89,16 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accelerator", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--output", type=full_path, default="runs/accelerator", help="folder of results")
+    parser.add_argument("--output", type=absolute_path, default="runs/accelerator", help="folder of results")
     parser.add_argument("--budget", type=float, default=540, help="seconds for all phases together (default: 540)")
     parser.add_argument("--only", default="", help="phases, commas between, in this order")
     parser.add_argument("--skip", default="", help="phases, commas between")
-    parser.add_argument("--data", type=full_path, help="folder of data for the phase multi30k")
+    parser.add_argument("--data", type=absolute_path, help="folder of data for the phase multi30k")
     parser.add_argument("--torch", default=sys.executable, help="a Python that has PyTorch (default: this one)")
     folder = os.path.join(tempfile.gettempdir(), f"accelerator-{os.getuid()}")
-    parser.add_argument("--scratch", type=full_path, default=folder, help=f"folder of what is kept (default: {folder})")
+    parser.add_argument(
+        "--scratch", type=absolute_path, default=folder, help=f"folder of what is kept (default: {folder})"
+    )
     parser.add_argument("--smoke", action="store_true", help="try one phase of each kind, at toy sizes on the CPU")
     parser.add_argument("--list", action="store_true", help="name the phases, with their limits")
     parser.add_argument("--phase", help=argparse.SUPPRESS)
@@ -120,7 +123,7 @@ def chosen(args: argparse.Namespace) -> list[str]:
         raise UserError(f"expected phases out of {', '.join(PHASES)}, got {unknown[0]!r}")
     if "multi30k" in names and not args.data:
         skipped.append("multi30k")
-        say("phase multi30k is left out: it needs --data=FOLDER")
+        log_info("phase multi30k is left out: it needs --data=FOLDER")
     return [name for name in names if name not in skipped]
 
 
@@ -145,9 +148,9 @@ def drive(args: argparse.Namespace, flags: list[str]) -> None:
             for row in run_phase(name, args, flags, deadline, log):
                 results[name] = row
                 for path in (output / "results.json", scratch_path(args, "results")):
-                    files.write_whole(path, json.dumps(results, indent=1))
-            say(line_of(name, results[name]))
-    say(table(results))
+                    files.write_atomic(path, json.dumps(results, indent=1))
+            log_info(line_of(name, results[name]))
+    log_info(table(results))
     print(json.dumps({name: {key: row[key] for key in BRIEF if key in row} for name, row in results.items()}))
     undone = [name for name in names if results[name]["status"] not in ("done", "skipped")]
     if undone:

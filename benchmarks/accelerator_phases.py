@@ -66,7 +66,7 @@ def probe(found: Findings) -> None:
     names = r"jax|nvidia|flax$|optax$|orbax|numpy$|grain$|torch$|triton$"
     packages = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
     found.put(packages={name: packages[name] for name in sorted(packages) if re.match(names, name)})
-    found.put(host=environment.of_host(), memory=jax.devices()[0].memory_stats())
+    found.put(host=environment.fingerprint(), memory=jax.devices()[0].memory_stats())
     draw = functools.partial(jax.jit(jax.random.normal, static_argnums=(1, 2)), dtype=jnp.bfloat16)
     product, size = jax.jit(jnp.matmul), 256 if found.smoke else 8192
 
@@ -110,7 +110,7 @@ def updates(config: Config, device: Any, count: int, guard: str = "allow") -> An
     ids = random_ids(config, 16, 24).to_padded(np.arange(16), 24)
     with jax.transfer_guard(guard):
         for _ in range(count):
-            state, metrics = train_step(state, sharding.place_batch(mesh, Batch(ids, ids)))
+            state, metrics = train_step(state, sharding.shard_batch(mesh, Batch(ids, ids)))
     return metrics
 
 
@@ -178,7 +178,7 @@ def training(
     fields |= {"data.max_length": max(target, source), "train.batch_tokens": batch_tokens}
     config = config_of(variant, {**fields, **(TOY if found.smoke else {})})
     rows = rows_per_batch(config.train.batch_tokens, target)
-    environment.enable_cache()
+    environment.enable_compilation_cache()
     ids = TokenIds(random_ids(config, 4 * rows, source or target), random_ids(config, 4 * rows, target))
     plan = input_pipeline.make_batch_schedule(config, ids)
     (bucket,) = plan.buckets
@@ -200,7 +200,7 @@ def compiled_update(config: Config, batch: Batch) -> tuple[Any, Callable[[], Any
     mesh = make_mesh(config.mesh)
     model = step.Model(config.model, config.data.vocab_size)
     state: Any = step.init_state(model, config, mesh)
-    placed = sharding.place_batch(mesh, batch, config.train.accumulation_steps)
+    placed = sharding.shard_batch(mesh, batch, config.train.accumulation_steps)
     train_step: Any = step.make_train_step(model, config, mesh)
     compiled = train_step.lower(state, placed).compile()
 
@@ -232,11 +232,11 @@ def beam_search(found: Findings) -> None:
     fields = {"decode.max_extra_length": extra, "decode.beam_size": 4, **(TOY if found.smoke else {})}
     config = config_of("en_de_base", fields)
     mesh, model = make_mesh(config.mesh), step.Model(config.model, config.data.vocab_size)
-    params = sharding.on_every_device(mesh, model.in_compute_dtype(model.init(0)))
+    params = sharding.replicate(mesh, model.in_compute_dtype(model.init(0)))
     for rows in (2, 4) if found.smoke else (16, 256):
-        run = sharding.over_rows(mesh, functools.partial(decode.decode, (model,), config.decode, 1))
+        run = sharding.data_parallel_jit(mesh, functools.partial(decode.decode, (model,), config.decode, 1))
         ids = random_ids(config, rows, width).to_padded(np.arange(rows), width)
-        request = sharding.place_batch(mesh, decode.Request(ids), rows="sentences")
+        request = sharding.shard_batch(mesh, decode.Request(ids), rows="decode_batch")
         since = time.perf_counter()
         lengths_B = np.asarray(jax.block_until_ready(run((params,), request)).lengths_BN)[:, 0]
         compile_s = time.perf_counter() - since

@@ -15,14 +15,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformer.command_line import full_path, run
+from transformer.command_line import absolute_path, run
 from transformer.config import Config, validation
 from transformer.evaluation.charts import Axis
 from transformer.plan import set_environment
 from transformer.planning.hardware import Topology, parse_topology
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import write_whole
-from transformer.runtime.logging import say
+from transformer.runtime.files import write_atomic
+from transformer.runtime.logging import log_info
 
 VOCAB = 256
 EFFORT = -1.0  # of the compiler, as in `plan`
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         help="values of model.attention; ring:N over N devices",
     )
     parser.add_argument("--lengths", default="1024,4096,16384,65536", help="tokens of a row on either side")
-    parser.add_argument("--plot", type=full_path, metavar="FILE.svg", help="draw it too")
+    parser.add_argument("--plot", type=absolute_path, metavar="FILE.svg", help="draw it too")
     args = parser.parse_args(argv[1:])
     lengths, topology, paths = two_or_more(args.lengths), parse_topology(args.topology), args.paths.split(",")
     for path in paths:
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         table[f"{path}_exponent"] = round(growth(lengths, table[path]), 2)
     show(table)
     if args.plot:
-        write_whole(args.plot, drawing(lengths, {path: table[path] for path in paths}))
+        write_atomic(args.plot, drawing(lengths, {path: table[path] for path in paths}))
     print(json.dumps(table))
 
 
@@ -72,7 +72,7 @@ def temporary_mb(path: str, length: int, topology: Topology) -> float:
     mesh = make_mesh(config.mesh, aot.devices(topology))
     compiled = aot.compile_step(config, mesh, 1, length, EFFORT)
     found = round((compiled.temporaries if compiled.text else compiled.needed) / 2**20, 1)
-    say(f"{path}, {length:,} tokens: {found:,} MiB")
+    log_info(f"{path}, {length:,} tokens: {found:,} MiB")
     return found
 
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import optax
 
 from transformer.checkpoints import manager, manifest
-from transformer.checkpoints.manager import Checkpoints
-from transformer.command_line import full_path, positive_int, run
+from transformer.checkpoints.manager import CheckpointManager
+from transformer.command_line import absolute_path, positive_int, run
 from transformer.config import Config
 from transformer.data import tokenizer
 from transformer.training.train_step import TrainState
@@ -48,9 +48,9 @@ def seconds_of_save(state: TrainState, folder: str, digests: bool) -> tuple[floa
     os.sync()
     with contextlib.nullcontext() if digests else mock.patch.object(manifest, "sha256", return_value=""):
         begun = time.perf_counter()
-        Checkpoints(folder).save(state, Config(), words, {}, {})
+        CheckpointManager(folder).save(state, Config(), words, {}, {})
         saved = time.perf_counter()
-    manager.check_arrays(Checkpoints(folder).folder / "0", state)
+    manager.check_arrays(CheckpointManager(folder).folder / "0", state)
     return saved - begun, time.perf_counter() - saved
 
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--megabytes", type=positive_int, default=1000)
     parser.add_argument("--rounds", type=positive_int, default=5)
-    parser.add_argument("--folder", type=full_path, help="where to save (default: the folder for temporary files)")
+    parser.add_argument("--folder", type=absolute_path, help="where to save (default: the folder for temporary files)")
     args = parser.parse_args(argv[1:])
     state = make_state(args.megabytes)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6

@@ -17,16 +17,16 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from transformer.checkpoints.loading import Trained, load_trained
-from transformer.command_line import add_model_flags, decode_flags, full_path, positive_int, run
+from transformer.checkpoints.loading import RestoredModel, load_checkpoint
+from transformer.command_line import absolute_path, add_model_flags, decode_flags, positive_int, run
 from transformer.config import validation
 from transformer.data import text_files
 from transformer.decoding.translator import Translator
 from transformer.export import ctranslate2 as export_ctranslate2
 from transformer.export import verify
-from transformer.runtime.environment import enable_cache
+from transformer.runtime.environment import enable_compilation_cache
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import say
+from transformer.runtime.logging import log_info
 
 Translate = Callable[[list[str]], list[str]]
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     """Reads the flags, measures, prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", allow_abbrev=False)
     add_model_flags(parser)
-    parser.add_argument("--source", required=True, type=full_path, help="file to translate, a sentence a line")
+    parser.add_argument("--source", required=True, type=absolute_path, help="file to translate, a sentence a line")
     parser.add_argument("--engine", default="ours", choices=("ours", "ctranslate2"))
     parser.add_argument("--quantization", default="float32", choices=("float32", "int8"), help="of ctranslate2")
     parser.add_argument("--patience", type=positive_int, default=1, help="of ctranslate2: 3 finds what ours finds")
@@ -46,10 +46,10 @@ def main(argv: list[str]) -> None:
         raise UserError("--quantization and --patience are of --engine=ctranslate2; leave them out")
     if args.engine == "ctranslate2":
         verify.check_installed("ctranslate2", "--engine=ctranslate2")
-    enable_cache()
+    enable_compilation_cache()
     lines = list(text_files.read_lines(args.source))
     with tempfile.TemporaryDirectory() as folder:
-        trained = load_trained(args.workdir, args.checkpoint)
+        trained = load_checkpoint(args.workdir, args.checkpoint)
         trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
         if args.engine == "ours":
             translate = ours(trained)
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
             translate(lines)
             seconds.append(time.perf_counter() - start)
     tokens, median = sum(map(len, count)), statistics.median(seconds)
-    say(f"{args.engine}: {tokens:,} tokens in {median:.2f} s")
+    log_info(f"{args.engine}: {tokens:,} tokens in {median:.2f} s")
     row = {
         "engine": args.engine,
         "sentences": len(lines),
@@ -75,13 +75,13 @@ def main(argv: list[str]) -> None:
     print(json.dumps(row))
 
 
-def ours(trained: Trained) -> Translate:
+def ours(trained: RestoredModel) -> Translate:
     """This package."""
     translator = Translator(trained.model, trained.tokenizer, trained.config.decode, trained.mesh)
     return lambda lines: translator.translate(trained.params, lines)
 
 
-def ctranslate2(trained: Trained, folder: pathlib.Path, quantization: str, patience: int) -> Translate:
+def ctranslate2(trained: RestoredModel, folder: pathlib.Path, quantization: str, patience: int) -> Translate:
     """CTranslate2, a worker for each core, on batches of 32 sentences sorted by length."""
     import ctranslate2
 

@@ -18,7 +18,7 @@ from benchmarks import plots, sweep
 from transformer import command_line
 from transformer.evaluation.charts import Series
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import write_whole
+from transformer.runtime.files import write_atomic
 
 FAMILIES = ("attention", "recurrent", "convolutional")
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.equal_budget", allow_abbrev=False)
     parser.add_argument("--config", default="configs/multi30k_families.py", help="file that takes :FAMILY")
     parser.add_argument("--families", default=",".join(FAMILIES), help="commas between")
-    parser.add_argument("--output", default="runs/families", type=command_line.full_path, help="folder of all")
+    parser.add_argument("--output", default="runs/families", type=command_line.absolute_path, help="folder of all")
     parser.add_argument("--split", default="test_2016_flickr", help="that is scored at the end")
     mine, rest = command_line.split_flags(argv[1:], "config")
     fields = [flag for flag in mine if not flag.startswith("--config=")]
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
         config, _ = command_line.config_flags([argv[0], f"--config={args.config}:{family}", *fields])
         row = sweep.result(config, output / family, args.split)
         found[family] = {**row, "curve": curve((output / family / "metrics.jsonl").read_text())}
-        write_whole(output / "equal_budget.json", json.dumps(found, indent=1) + "\n")
-    write_whole(output / "equal_budget.md", table(found) + "\n")
+        write_atomic(output / "equal_budget.json", json.dumps(found, indent=1) + "\n")
+    write_atomic(output / "equal_budget.md", table(found) + "\n")
     for axis, label in (
         ("minutes", "minutes of training, compilation included"),
         ("tokens", "target tokens trained on"),
@@ -88,5 +88,5 @@ def table(found: dict[str, Row]) -> str:
 
 
 if __name__ == "__main__":
-    command_line.use_huge_pages()
+    command_line.reexec_with_huge_pages()
     command_line.run(main)

@@ -28,7 +28,7 @@ class Findings:
 
     def put(self, **more: Any) -> None:
         self.row.update(more)
-        files.write_whole(self._path, json.dumps(self.row, default=str))
+        files.write_atomic(self._path, json.dumps(self.row, default=str))
 
     def add(self, group: str, key: str, value: Any) -> None:
         """Puts one of a group of figures."""
@@ -38,7 +38,7 @@ class Findings:
         """A summary, and all of them in kernels.json."""
         self.put(profile=kernel_times.summary(times))
         path = pathlib.Path(self.options.output, "kernels.json")
-        files.write_whole(path, json.dumps({**read_json(path), self.name: times[:1500]}))
+        files.write_atomic(path, json.dumps({**read_json(path), self.name: times[:1500]}))
 
 
 def read_json(path: pathlib.Path) -> Row:

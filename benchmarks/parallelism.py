@@ -38,8 +38,8 @@ from transformer.evaluation.charts import Series
 from transformer.models import registry
 from transformer.runtime import errors
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import write_whole
-from transformer.runtime.logging import say
+from transformer.runtime.files import write_atomic
+from transformer.runtime.logging import log_info
 from transformer.training import train_step
 
 RESULT = "parallelism.json"
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--families", default=",".join(FAMILIES), help="to measure, commas between")
     parser.add_argument("--attention", default="plain", help="value of model.attention in training (default: plain)")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
-    parser.add_argument("--output", default="runs/parallelism", type=command_line.full_path, help="folder")
+    parser.add_argument("--output", default="runs/parallelism", type=command_line.absolute_path, help="folder")
     parser.add_argument("--program_only", action="store_true", help="compile single layers, train nothing")
     args = parser.parse_args(argv[1:])
     lengths, families = two_or_more(args.lengths), args.families.split(",")
@@ -84,11 +84,11 @@ def main(argv: list[str]) -> None:
         found["training"] = []
         for tokens, length in itertools.product(token_counts(args.tokens), lengths):
             found["training"] += trained(configs, length, tokens)
-            write_whole(output / RESULT, json.dumps(found, indent=1) + "\n")
+            write_atomic(output / RESULT, json.dumps(found, indent=1) + "\n")
         show_training(found["training"])
-    write_whole(output / RESULT, json.dumps(found, indent=1) + "\n")
+    write_atomic(output / RESULT, json.dumps(found, indent=1) + "\n")
     draw(output, found)
-    say(f"plots and {RESULT}: {output}")
+    log_info(f"plots and {RESULT}: {output}")
     print(json.dumps(found))
 
 
@@ -106,7 +106,7 @@ def layer_figures(family: str, width: int, lengths: Sequence[int]) -> Row:
 
     Compiled for a CPU wherever it runs: a GPU's compiler hands products to libraries, where they cannot be counted.
     """
-    say(f"{family}: compiling a layer for each length")
+    log_info(f"{family}: compiling a layer for each length")
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         whole = [one_layer.layer_program(family, width, length) for length in lengths]
         core = [one_layer.core_program(family, width, length) for length in lengths]
@@ -161,13 +161,13 @@ def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
         return []
     rows = []
     for family, config in configs.items():
-        say(f"{family}: training on {tokens // length} x {length} tokens")
+        log_info(f"{family}: training on {tokens // length} x {length} tokens")
         try:
             figures = measure(config, tokens // length, length)
         except jax.errors.JaxRuntimeError as error:
             if not errors.is_out_of_memory(error):
                 raise
-            say("out of memory: left out")
+            log_info("out of memory: left out")
             continue
         rows.append({"family": family, "length": length, "tokens": tokens, **figures})
     return rows
@@ -180,7 +180,7 @@ def measure(config: Config, rows: int, length: int) -> Row:
     update = train_step.make_train_step(model, config, mesh)
     ids = np.random.default_rng(0).integers(UNK + 1, VOCAB, (rows, length), np.int32)
     ids[:, -1] = EOS
-    batch = sharding.place_batch(mesh, Batch(ids, ids))
+    batch = sharding.shard_batch(mesh, Batch(ids, ids))
     since = time.perf_counter()
     compiled = update.lower(train_step.abstract_state(model, config, mesh), batch).compile()  # type: ignore[attr-defined]
     compile_s = time.perf_counter() - since
@@ -255,5 +255,5 @@ def _axes(rows: Sequence[Row], most: int) -> list[tuple[str, str, Callable[[Row]
 
 
 if __name__ == "__main__":
-    command_line.use_huge_pages()
+    command_line.reexec_with_huge_pages()
     command_line.run(main)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from transformer.evaluation import charts
-from transformer.runtime.files import write_whole
+from transformer.runtime.files import write_atomic
 
 HEAD = 40  # above the drawing, for title and legend
 STYLE = """
@@ -34,7 +34,7 @@ def write(path: epath.PathLike, title: str, x_label: str, series: Sequence[chart
         for place, (name, text) in enumerate(names)
     )
     width, height = charts.WIDTH, charts.HEIGHT + HEAD
-    write_whole(
+    write_atomic(
         epath.Path(path),
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-HEAD} {width} {height}" width="{width}" '
         f'height="{height}"><style>{STYLE}</style><rect y="{-HEAD}" width="{width}" height="{height}" fill="#fff"/>'

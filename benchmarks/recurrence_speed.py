@@ -15,9 +15,9 @@ import subprocess
 import sys
 import time
 
-from transformer.command_line import positive_int, run, use_huge_pages
+from transformer.command_line import positive_int, reexec_with_huge_pages, run
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import say
+from transformer.runtime.logging import log_info
 
 TORCH = """
 import statistics, sys, time, torch
@@ -49,7 +49,9 @@ def main(argv: list[str]) -> None:
     rows = []
     for _ in range(3):
         rows.append((ours_ms(*sizes), torch_ms(args.torch, sizes)))
-        say(f"ours {rows[-1][0]:.1f} ms, PyTorch {rows[-1][1]:.1f} ms: {rows[-1][1] / rows[-1][0]:.2f} of its speed")
+        log_info(
+            f"ours {rows[-1][0]:.1f} ms, PyTorch {rows[-1][1]:.1f} ms: {rows[-1][1] / rows[-1][0]:.2f} of its speed"
+        )
     ratio = statistics.median(theirs / ours for ours, theirs in rows)
     print(json.dumps({"ours_ms": [r[0] for r in rows], "torch_ms": [r[1] for r in rows], "speed": round(ratio, 2)}))
 
@@ -84,5 +86,5 @@ def torch_ms(python: str, sizes: list[int]) -> float:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    reexec_with_huge_pages()
     run(main)

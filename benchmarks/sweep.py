@@ -27,8 +27,8 @@ from transformer import command_line
 from transformer.config import Config, schema, validation
 from transformer.evaluation.charts import Series
 from transformer.runtime.errors import DivergedError, UserError
-from transformer.runtime.files import write_whole
-from transformer.runtime.logging import say
+from transformer.runtime.files import write_atomic
+from transformer.runtime.logging import log_info
 
 GROUPS = {"a": "A heads", "b": "B keys", "c": "C sizes", "d": "D rates", "e": "E places", "big": "big"}
 Found = dict[str, Any]
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--table", choices=["3"], default="3", help="of the paper")
     parser.add_argument("--rows", default="", help="names from configs/paper.py, commas between (default: all)")
     parser.add_argument("--seeds", type=command_line.positive_int, default=1, help="of the base model (default: 1)")
-    parser.add_argument("--output", default="runs/sweep", type=command_line.full_path, help="folder of all rows")
+    parser.add_argument("--output", default="runs/sweep", type=command_line.absolute_path, help="folder of all rows")
     parser.add_argument("--split", default="validation", help="that is scored (default: validation, as in the paper)")
     base, args = command_line.parse_with_config(parser, argv)
     names = args.rows.split(",") if args.rows else list(ROWS)
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         try:
             found[name] = result(config, output / name, args.split)
         except DivergedError as error:
-            say(f"row {name} diverged, the others go on: {error}")
+            log_info(f"row {name} diverged, the others go on: {error}")
             diverged[name] = {"diverged": str(error)}
         keep(output, found, diverged)
     if args.seeds > 1 and "base" in found:
@@ -62,14 +62,14 @@ def main(argv: list[str]) -> None:
         keep(output, found, diverged)
     draw(output, found)
     print(table(found, diverged))
-    say(f"table3.md, table3.json and table3.svg: {output}")
+    log_info(f"table3.md, table3.json and table3.svg: {output}")
     print(json.dumps(found | diverged))
 
 
 def keep(output: epath.Path, found: dict[str, Found], diverged: dict[str, Found]) -> None:
     """Writes what there is so far."""
-    write_whole(output / "table3.json", json.dumps(found | diverged, indent=1) + "\n")
-    write_whole(output / "table3.md", table(found, diverged) + "\n")
+    write_atomic(output / "table3.json", json.dumps(found | diverged, indent=1) + "\n")
+    write_atomic(output / "table3.md", table(found, diverged) + "\n")
 
 
 def spread(base: Config, first: Found, output: epath.Path, split: str, seeds: int) -> Found:
@@ -137,14 +137,14 @@ def result(config: Config, workdir: epath.Path, split: str) -> Found:
                 "delete that folder"
             )
         return kept["found"]
-    say(f"row {workdir.name}")
+    log_info(f"row {workdir.name}")
 
-    from transformer.checkpoints.loading import load_trained
+    from transformer.checkpoints.loading import load_checkpoint
     from transformer.evaluation import evaluator
     from transformer.training import trainer
 
     trainer.fit(config, workdir)
-    trained = load_trained(workdir, "latest")
+    trained = load_checkpoint(workdir, "latest")
     chosen = evaluator.open_set(config.data, split, None, None)
     report = evaluator.Scorer(chosen).evaluate(trained).report
     found = {
@@ -154,7 +154,7 @@ def result(config: Config, workdir: epath.Path, split: str) -> Found:
         "signature": report.scores["bleu_signature"],
         "step": trained.step,
     }
-    write_whole(path, json.dumps({"found": found, "config": dataclasses.asdict(config)}, indent=1) + "\n")
+    write_atomic(path, json.dumps({"found": found, "config": dataclasses.asdict(config)}, indent=1) + "\n")
     return found
 
 
@@ -216,5 +216,5 @@ def agrees(found: dict[str, Found], name: str, key: str) -> str:
 
 
 if __name__ == "__main__":
-    command_line.use_huge_pages()
+    command_line.reexec_with_huge_pages()
     command_line.run(main)

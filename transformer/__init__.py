@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python -m transformer.NAME`
     from transformer.runtime import commands
 
-    commands.refuse_others(sys.orig_argv)
+    commands.reject_non_commands(sys.orig_argv)
 
 
 def load(

@@ -31,7 +31,7 @@ from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
 from transformer.models import registry
 from transformer.runtime import environment
-from transformer.runtime.logging import say
+from transformer.runtime.logging import log_info
 from transformer.training import train_step as step
 from transformer.training.metrics import peak_memory_mb
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     config, args = command_line.parse_with_config(parser, argv)
     config = schema.with_absolute_paths(config)
     corpora.validate_source(config.data)
-    environment.enable_cache()
+    environment.enable_compilation_cache()
     with tempfile.TemporaryDirectory() as folder:
         corpus = corpora.open_corpus(config.data)
         tokenizer = input_pipeline.get_tokenizer(tokenizers.inherit_tokenizer(config), corpus, epath.Path(folder))
@@ -94,23 +94,23 @@ def measure(config: Config, plan: BatchSchedule, ids: TokenIds, num_steps: int) 
     parts = config.train.accumulation_steps
     compile_since = time.perf_counter()
     for batch in one_of_each_shape(plan, ids):
-        state, metrics = train_step(state, sharding.place_batch(mesh, batch, parts))
+        state, metrics = train_step(state, sharding.shard_batch(mesh, batch, parts))
     jax.block_until_ready(metrics)
     compile_s = time.perf_counter() - compile_since
-    say(f"{len(plan.buckets)} shapes compiled or found in the cache, and run once: {compile_s:.1f} s")
+    log_info(f"{len(plan.buckets)} shapes compiled or found in the cache, and run once: {compile_s:.1f} s")
     each = max(num_steps // ROUNDS, 1)
     batches = input_pipeline.train_iterator(plan, ids, start=0, num_steps=ROUNDS * each)
     rounds = []
     for number in range(1, ROUNDS + 1):
         tokens, flops, since = 0, 0, time.perf_counter()
         for batch in itertools.islice(batches, each):
-            placed = sharding.place_batch(mesh, batch, parts)
+            placed = sharding.shard_batch(mesh, batch, parts)
             tokens += real_tokens(batch)
             flops += cost.batch_flops(config.model, config.data.vocab_size, placed)
             state, metrics = train_step(state, placed)
         jax.block_until_ready(metrics)
         rounds.append((time.perf_counter() - since, tokens, flops))
-        say(f"round {number} of {ROUNDS}: {tokens / rounds[-1][0]:,.0f} target tokens/s")
+        log_info(f"round {number} of {ROUNDS}: {tokens / rounds[-1][0]:,.0f} target tokens/s")
     seconds, tokens, flops = np.array(rounds).T
     return {
         "params": model.num_params(),
@@ -142,5 +142,5 @@ def real_tokens(batch: Batch) -> int:
 
 
 if __name__ == "__main__":
-    command_line.use_huge_pages()
+    command_line.reexec_with_huge_pages()
     command_line.run(main)

@@ -23,7 +23,7 @@ from ml_collections import config_dict
 from transformer.config import schema, validation, warm_start
 from transformer.runtime import object_storage, streams
 from transformer.runtime.errors import StoppedError, UserError
-from transformer.runtime.logging import exit_code, say
+from transformer.runtime.logging import log_info, report_error
 
 
 def run(command: Callable[[list[str]], object]) -> None:
@@ -36,17 +36,17 @@ def run(command: Callable[[list[str]], object]) -> None:
     except SystemExit as error:  # of argparse, which has printed why
         code = error.code
     except (Exception, StoppedError) as error:
-        code = exit_code(error)
+        code = report_error(error)
     try:
         sys.stdout.flush()
     except (OSError, UserError, StoppedError) as error:
         streams.discard_results()
-        code = code or exit_code(error)
+        code = code or report_error(error)
     if code:
         sys.exit(code)
 
 
-def use_huge_pages() -> None:
+def reexec_with_huge_pages() -> None:
     """The first thing a training command does: starts anew with huge pages for memory from malloc.
 
     glibc reads that setting at the start of a process alone. XLA's CPU back end takes its buffers from
@@ -92,7 +92,7 @@ def parse_with_config(
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """--workdir and --checkpoint, which `trained.load_trained` takes."""
-    parser.add_argument("--workdir", required=True, type=full_path, help="folder that train.py wrote")
+    parser.add_argument("--workdir", required=True, type=absolute_path, help="folder that train.py wrote")
     parser.add_argument(
         "--checkpoint", default="latest", help="latest (default), best, a step, average:N or best-average:N"
     )
@@ -124,7 +124,7 @@ def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") ->
     checked, left_out = validation.without_unread(validation.typed(values), names)
     validation.check(checked, needs_data, given=names)
     if left_out:
-        say(f"left out of {given[0]}, as nothing reads it with the flags given: {', '.join(left_out)}")
+        log_info(f"left out of {given[0]}, as nothing reads it with the flags given: {', '.join(left_out)}")
     return checked, rest
 
 
@@ -277,19 +277,19 @@ PARSERS: dict[type, Callable[[str], int | float | bool | str]] = {
 }
 
 
-def full_path(text: str) -> str:
+def absolute_path(text: str) -> str:
     """The argparse type of every path: made absolute, ~ expanded, or an address such as gs://bucket/run."""
     if not text.strip():
         raise argparse.ArgumentTypeError("expected a path, got an empty name")
-    if reason := object_storage.missing(text):
+    if reason := object_storage.unsupported_reason(text):
         raise argparse.ArgumentTypeError(reason)
     return text if object_storage.is_remote(text) else os.path.abspath(os.path.expanduser(text))
 
 
-def full_paths(text: str) -> list[str]:
+def absolute_paths(text: str) -> list[str]:
     """The argparse type of several paths, commas between; commas within one are kept where only that path exists."""
     parts = text.split(",")
-    return [full_path(one) for one in _existing_paths(parts) or parts]
+    return [absolute_path(one) for one in _existing_paths(parts) or parts]
 
 
 def _existing_paths(parts: list[str]) -> list[str]:

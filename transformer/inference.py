@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from etils import epath
 
-from transformer.checkpoints.loading import Trained, load_trained
+from transformer.checkpoints.loading import RestoredModel, load_checkpoint
 from transformer.config import validation
 from transformer.data import text_inputs
 from transformer.decoding.translator import Hypothesis, Translator, best_text
@@ -24,7 +24,7 @@ class LoadedModel:
     Each way of decoding is compiled once for each width of sentences, at first use, and kept.
     """
 
-    def __init__(self, members: Sequence[Trained]):
+    def __init__(self, members: Sequence[RestoredModel]):
         self._members = members
         model = members[0].model if len(members) == 1 else [member.model for member in members]
         self._params: Any = members[0].params if len(members) == 1 else tuple(member.params for member in members)
@@ -109,7 +109,7 @@ class LoadedModel:
             return self._translators(dataclasses.replace(decode, seed=0)), decode.seed
 
     @property
-    def first(self) -> Trained:
+    def first(self) -> RestoredModel:
         """The model whose tokenizer and decoding are those of all."""
         return self._members[0]
 
@@ -136,7 +136,7 @@ def load(
     if isinstance(ensemble, str | os.PathLike):
         raise UserError(f"ensemble: expected a list of workdirs, got one, {os.fspath(ensemble)!r}; put it into a list")
     ensemble = text_inputs.items(ensemble, "ensemble: expected a list of workdirs")
-    members = [load_trained(folder, checkpoint) for folder in (workdir, *ensemble)]
+    members = [load_checkpoint(folder, checkpoint) for folder in (workdir, *ensemble)]
     for folder, member in zip(ensemble, members[1:], strict=True):
         if member.tokenizer.digest != members[0].tokenizer.digest:
             raise UserError(

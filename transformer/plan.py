@@ -24,7 +24,7 @@ from transformer.planning import hlo_cost, roofline
 from transformer.planning.hardware import GIB, Topology, parse_topology
 from transformer.planning.hlo import Program
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import say
+from transformer.runtime.logging import log_info
 
 if TYPE_CHECKING:
     from transformer.planning import aot
@@ -131,13 +131,13 @@ def plan(config: Config, topology: Topology, length: int, effort: float, *, find
         **speed(config, topology, compiled, mesh, rows, length),
     }
     if find_largest:
-        unit = sharding.row_multiple(mesh) * config.train.accumulation_steps
+        unit = sharding.batch_divisor(mesh) * config.train.accumulation_steps
 
         def needed(units: int) -> int:
             if units * unit == rows:
                 return compiled.needed
             found = aot.compile_step(config, mesh, units * unit, length, effort).needed
-            say(f"{units * unit * length:,} tokens: {found / GIB:.2f} GiB a chip")
+            log_info(f"{units * unit * length:,} tokens: {found / GIB:.2f} GiB a chip")
             return found
 
         units = aot.largest(needed, topology.chip.memory, rows // unit)
@@ -154,7 +154,7 @@ def speed(config: Config, topology: Topology, compiled: "aot.Compiled", mesh: An
     program = Program(compiled.text)
     flops, moved = hlo_cost.flops(program), hlo_cost.memory_bytes(program)
     if program.unknown_loops:
-        say(f"the trips of these loops could not be read, they count as one: {', '.join(program.unknown_loops)}")
+        log_info(f"the trips of these loops could not be read, they count as one: {', '.join(program.unknown_loops)}")
     sent = hlo_cost.collectives(program, dict(mesh.shape))
     times = roofline.times(topology.chip, flops, moved, sent)
     # However well it is compiled, a step reads its arguments and writes its results.

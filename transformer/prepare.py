@@ -12,7 +12,7 @@ from transformer.config import schema
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline, statistics
 from transformer.data import tokenizer as tokenizers
-from transformer.runtime.logging import say
+from transformer.runtime.logging import log_info
 
 
 def main(argv: list[str]) -> None:
@@ -34,7 +34,7 @@ def prepare(config: schema.Config, *, report: bool) -> None:
     tokenizer = input_pipeline.get_or_train_tokenizer(data, corpus)
     ids = {"train": input_pipeline.token_ids(data, corpus, "train", tokenizer)}
     plan = input_pipeline.make_batch_schedule(config, ids["train"])
-    say(
+    log_info(
         f"ready in {corpora.data_dir(data)}: {plan.kept:,} training pairs, without {plan.dropped:,} longer than "
         f"data.max_length = {data.max_length}; {tokenizer.vocab_size:,} pieces; {plan.steps_per_epoch:,} steps an epoch"
     )

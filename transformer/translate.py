@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 
 from transformer import command_line
-from transformer.checkpoints.loading import Trained
-from transformer.command_line import full_path, positive_int
+from transformer.checkpoints.loading import RestoredModel
+from transformer.command_line import absolute_path, positive_int
 from transformer.config import validation
 from transformer.data import text_files
 from transformer.data.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ from transformer.decoding.translator import best_text
 from transformer.inference import load
 from transformer.runtime import environment, streams
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import growing, reported
+from transformer.runtime.files import open_atomic, user_error_on_oserror
 
 Item = TypeVar("Item")
 
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
             if twice:
                 raise UserError(f"{flag} and --decode.{twice[0]} set the same; give one of them")
             fields.update(values)
-    environment.enable_cache()
+    environment.enable_compilation_cache()
     loaded = load(args.workdir, args.checkpoint, args.ensemble)
     translator, seed = loaded.translator(fields)
     # Alignments cut a long source where decoding does.
@@ -147,7 +147,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
         epilog="--decode.FIELD=VALUE sets any field of the decode section of transformer/config/schema.py.",
         allow_abbrev=False,
     )
-    positive, path = command_line.positive_int, command_line.full_path
+    positive, path = command_line.positive_int, command_line.absolute_path
     command_line.add_model_flags(parser)
     parser.add_argument("--batch_size", type=positive, default=256, help="lines read before the first is written")
     parser.add_argument("--beam_size", type=positive, help="the same as --decode.beam_size")
@@ -162,7 +162,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ensemble",
-        type=command_line.full_paths,
+        type=command_line.absolute_paths,
         default=[],
         help="more workdirs of the same tokenizer, commas between: the models' probabilities are averaged",
     )
@@ -181,10 +181,10 @@ Note = Callable[[Sequence[str], Sequence[str]], None]
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What `recorded` reads."""
     parser.add_argument(
-        "--alignments", type=full_path, help="write word alignments there, 0-0 1-2 ..., a line for each translation"
+        "--alignments", type=absolute_path, help="write word alignments there, 0-0 1-2 ..., a line for each translation"
     )
     parser.add_argument(
-        "--attention", type=full_path, help="write the attention to the source there, an .npz of arrays"
+        "--attention", type=absolute_path, help="write the attention to the source there, an .npz of arrays"
     )
     parser.add_argument(
         "--alignment_layer",
@@ -202,7 +202,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def recorded(args: argparse.Namespace, trained: Trained) -> Iterator[Note]:
+def recorded(args: argparse.Namespace, trained: RestoredModel) -> Iterator[Note]:
     """What to call with sources and their translations, to note them in the files that the flags name.
 
     The files take their place when the block ends, and never if it fails. The .npz holds, for line n from 0,
@@ -238,8 +238,8 @@ def recorded(args: argparse.Namespace, trained: Trained) -> Iterator[Note]:
 def _open(stack: contextlib.ExitStack, path: str | None) -> BinaryIO | None:
     if not path:
         return None
-    stack.enter_context(reported(path))
-    return stack.enter_context(growing(path))
+    stack.enter_context(user_error_on_oserror(path))
+    return stack.enter_context(open_atomic(path))
 
 
 def _store(archive: zipfile.ZipFile, number: int, attention: Attention, tokenizer: Tokenizer) -> None:

@@ -133,7 +133,7 @@ def loss_and_gradients(config):
     params = jax.device_put(model.init(0), sharding.param_shardings(mesh, model.abstract_params))
 
     def objective(params, ids):
-        with sharding.on_mesh(mesh):
+        with sharding.use_mesh(mesh):
             return cross_entropy(model.bind(params)(ids, ids), ids, 0.1).objective
 
     return jax.device_get(
@@ -186,12 +186,12 @@ def test_where_each_kernel_can_run(monkeypatch, platform, dtype, width, packed, 
     q = jnp.zeros((1, 8, 2, width), dtype)
     visible = Visible(jnp.ones((1, 8), jnp.int32)) if packed else Visible()
     assert fused.here(q, q, visible, rate) == expected
-    with sharding.on_mesh(make_mesh(MeshConfig(data=1, sequence=2))):
+    with sharding.use_mesh(make_mesh(MeshConfig(data=1, sequence=2))):
         assert fused.here(q, q, visible, rate) == ""
 
 
 def test_the_platform_is_that_of_the_mesh():
-    with sharding.on_mesh(make_mesh(MeshConfig(data=1))):
+    with sharding.use_mesh(make_mesh(MeshConfig(data=1))):
         assert sharding.platform() == "cpu"
     assert sharding.platform() == jax.default_backend()
 
@@ -301,7 +301,7 @@ def test_auto_takes_cudnn_after_a_trial_that_works(machine, capsys):
     required(attention="auto")
     assert tried == [8]
     assert capsys.readouterr().err == ""
-    assert fingerprint.of_host()["cuDNN attention"] == "works"
+    assert fingerprint.fingerprint()["cuDNN attention"] == "works"
     assert chosen(512, width=16) == "cudnn"
     assert tried == [8, 16]
 
@@ -313,7 +313,7 @@ def test_auto_goes_without_cudnn_after_a_trial_that_fails_and_warns_once(machine
     assert chosen(512) == "blockwise"
     warnings = capsys.readouterr().err
     assert warnings == "warning: no attention by cuDNN: no execution plans; auto attends by blocks instead\n"
-    assert fingerprint.of_host()["cuDNN attention"] == "fails"
+    assert fingerprint.fingerprint()["cuDNN attention"] == "fails"
 
 
 def test_a_forced_kernel_says_why_its_trial_failed(machine):
@@ -323,13 +323,13 @@ def test_a_forced_kernel_says_why_its_trial_failed(machine):
     machine("")
     fused._trials.clear()
     required()
-    assert fingerprint.of_host()["cuDNN attention"] == "works"
+    assert fingerprint.fingerprint()["cuDNN attention"] == "works"
 
 
 def test_a_trial_that_fails_on_one_process_counts_for_all(machine, monkeypatch, capsys):
     machine("")
-    monkeypatch.setattr(multihost, "gather", lambda what, text: [text, "no execution plans"])
-    monkeypatch.setattr(multihost, "name", lambda host: f"host {host}")
+    monkeypatch.setattr(multihost, "allgather", lambda what, text: [text, "no execution plans"])
+    monkeypatch.setattr(multihost, "process_name", lambda host: f"host {host}")
     required(attention="auto")
     assert chosen(512) == "blockwise"
     assert "no execution plans on host 1; auto" in capsys.readouterr().err
@@ -350,7 +350,7 @@ def test_nothing_is_tried_where_training_would_not_choose_it(machine):
     required(attention="blockwise")
     required(attention="auto", dtype="float32")
     assert tried == []
-    assert "cuDNN attention" not in fingerprint.of_host()
+    assert "cuDNN attention" not in fingerprint.fingerprint()
 
 
 def test_a_trial_runs_forward_and_backward_on_all_devices_within_a_trace(monkeypatch):
@@ -407,8 +407,8 @@ def test_translation_on_tpus_encodes_by_splash_too():
     config = config_of("splash")
     mesh = make_mesh(MeshConfig(), aot.devices(parse_topology("v5e:2x2")))
     model = registry.Model(config.model, 300)
-    encode = jax.jit(sharding.over_rows(mesh, lambda params, ids: model.bind(params).encode(ids)))
-    rows = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=sharding.batch_sharding(mesh, "sentences"))
+    encode = jax.jit(sharding.data_parallel_jit(mesh, lambda params, ids: model.bind(params).encode(ids)))
+    rows = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=sharding.batch_sharding(mesh, "decode_batch"))
     lowered = encode.trace(registry.abstract_params(model, mesh), rows).lower(lowering_platforms=("tpu",))
     assert "%splash_mha_fwd" in lowered.compile().as_text()
 

@@ -28,7 +28,7 @@ def on(mesh, function):
     """The function compiled on a mesh, of arguments and results that are whole on each device."""
 
     def traced(*arguments):
-        with sharding.on_mesh(mesh):
+        with sharding.use_mesh(mesh):
             return function(*arguments)
 
     everywhere = sharding.replicated(mesh)
@@ -87,7 +87,7 @@ def test_the_path_is_chosen_by_the_mesh():
     def chosen(path, sequence):
         found = []
         mesh = mesh_of(sequence=sequence)
-        with sharding.on_mesh(mesh):
+        with sharding.use_mesh(mesh):
             found.append(layers.choose_path(path, 8, 8))
         return found[0]
 
@@ -103,11 +103,11 @@ def test_the_path_is_chosen_by_the_mesh():
 def compiled_gradient(length, devices):
     """The gradient of causal attention, compiled for arrays that so many devices share."""
     mesh = mesh_of(sequence=devices)
-    where = jax.sharding.NamedSharding(mesh, sharding.spec(HEADS))
+    where = jax.sharding.NamedSharding(mesh, sharding.logical_to_mesh(HEADS))
     shape = jax.ShapeDtypeStruct((1, length, 1, K), jnp.float32)
 
     def gradient(*qkv):
-        with sharding.on_mesh(mesh):
+        with sharding.use_mesh(mesh):
             return jax.grad(lambda *qkv: ring_attention(*qkv, Visible(causal=True), block=64).sum(), (0, 1, 2))(*qkv)
 
     return jax.jit(gradient, in_shardings=where, out_shardings=where).lower(shape, shape, shape).compile()

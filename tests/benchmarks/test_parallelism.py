@@ -102,9 +102,9 @@ def test_the_command_writes_its_tables_and_plots(tmp_path, capsys, monkeypatch, 
 
 
 def test_a_step_is_really_trained(monkeypatch):
-    made, place = [], sharding.place_batch
+    made, place = [], sharding.shard_batch
     monkeypatch.setattr(parallelism, "SECONDS", 0.0)
-    monkeypatch.setattr(sharding, "place_batch", lambda mesh, batch: made.append(batch) or place(mesh, batch))
+    monkeypatch.setattr(sharding, "shard_batch", lambda mesh, batch: made.append(batch) or place(mesh, batch))
     ready = []
     monkeypatch.setattr(jax, "block_until_ready", lambda metrics: ready.append(float(metrics.loss.objective)))
     found = parallelism.measure(parallelism.family_config("recurrent", 16), 2, 8)

@@ -12,7 +12,7 @@ import pytest
 from tests.checkpoints.test_manager import files, flip, make_parts, save, save_three
 from tests.conftest import slow
 from transformer.checkpoints import loading, manager, manifest
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.data import tokenizer
 from transformer.runtime.errors import UserError, WorkdirError
 
@@ -38,7 +38,7 @@ def table_of(params):
 
 
 def select(workdir, which):
-    return loading.select(Checkpoints(workdir), which)
+    return loading.resolve_steps(CheckpointManager(workdir), which)
 
 
 BAD_AVERAGES = [
@@ -54,9 +54,9 @@ BAD_AVERAGES = [
 
 
 def test_the_model_comes_back_from_the_workdir_alone(parts, saved):
-    got = loading.load_trained(saved, "latest")
+    got = loading.load_checkpoint(saved, "latest")
     assert (got.step, got.config, got.tokenizer.digest) == (100, parts[0], parts[1].digest)
-    assert (got.title, got.file_stem) == ("checkpoint 100", "100")
+    assert (got.description, got.tag) == ("checkpoint 100", "100")
     np.testing.assert_array_equal(table_of(got.params), table_of(parts[4].params) + 100)
 
 
@@ -87,14 +87,14 @@ def test_a_workdir_without_checkpoints_is_an_error(tmp_path):
     with pytest.raises(UserError, match="found no checkpoint; train first"):
         select(tmp_path, "latest")
     with pytest.raises(UserError, match="expected a folder that train"):
-        loading.load_trained(tmp_path / "none", "latest")
-    assert Checkpoints(tmp_path).newest_sound() is None
+        loading.load_checkpoint(tmp_path / "none", "latest")
+    assert CheckpointManager(tmp_path).latest_valid_step() is None
 
 
 def test_if_the_one_with_a_score_is_damaged_the_newest_sound_is_taken(parts, tmp_path, capsys):
     for done in (3, 5):
         save(tmp_path, parts, done)
-    Checkpoints(tmp_path).record(3, {manager.SCORE: 30.0})
+    CheckpointManager(tmp_path).update_metrics(3, {manager.VALID_BLEU: 30.0})
     flip(tmp_path / "checkpoints" / "3" / "config.json")
     assert select(tmp_path, "best") == [5]
     assert "checkpoint 3 is damaged" in capsys.readouterr().err
@@ -117,26 +117,26 @@ def test_a_damaged_one_gives_way_but_not_one_asked_for_by_number(workdir, capsys
 def test_a_relative_workdir_will_do(parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("runs/here", parts, 3)
-    assert loading.load_trained("runs/here", "latest").step == 3
+    assert loading.load_checkpoint("runs/here", "latest").step == 3
 
 
 def test_of_equal_scores_the_newest_is_the_best(workdir):
     for done in (9, 10):
-        Checkpoints(workdir).record(done, {manager.SCORE: 30.0})
+        CheckpointManager(workdir).update_metrics(done, {manager.VALID_BLEU: 30.0})
     assert select(workdir, "best") == [10]
 
 
 def test_scores_of_another_search_are_not_compared(parts, tmp_path):
     """Neither for the best nor for what is kept; of those alike to the newest that has one."""
     config, *others = parts
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointManager(tmp_path)
     for done, beam, bleu, best in ((1, 5, 30.0, 1), (2, 1, 29.0, 2), (3, 1, 29.5, 3), (4, 1, 29.2, 3)):
         decode = dataclasses.replace(config.decode, beam_size=beam)
         save(tmp_path, (dataclasses.replace(config, decode=decode), *others), done)
         if done == 2:  # not validated yet
             checkpoints.prune(1, 1)
             assert select(tmp_path, "best") == [1]
-        checkpoints.record(done, {manager.SCORE: bleu})
+        checkpoints.update_metrics(done, {manager.VALID_BLEU: bleu})
         assert select(tmp_path, "best") == [best]
     with pytest.raises(UserError, match="with a validation score, found 3 of 4"):
         select(tmp_path, "best-average:4")
@@ -149,14 +149,14 @@ def test_scores_of_other_batches_of_the_same_search_are_compared(parts, tmp_path
     for done, rows, bleu in ((1, 16, 30.0), (2, 128, 29.0)):
         decode = dataclasses.replace(config.decode, batch_rows=rows)
         save(tmp_path, (dataclasses.replace(config, decode=decode), *others), done)
-        Checkpoints(tmp_path).record(done, {manager.SCORE: bleu})
+        CheckpointManager(tmp_path).update_metrics(done, {manager.VALID_BLEU: bleu})
     assert select(tmp_path, "best") == [1]
 
 
 def test_of_a_config_that_is_not_as_written_no_search_is_taken(parts, tmp_path, capsys):
     for done, bleu in ((3, 30.0), (5, 20.0)):
         save(tmp_path, parts, done)
-        Checkpoints(tmp_path).record(done, {manager.SCORE: bleu})
+        CheckpointManager(tmp_path).update_metrics(done, {manager.VALID_BLEU: bleu})
     path = tmp_path / "checkpoints" / "5" / "config.json"
     before = path.read_text()
     path.write_text(before.replace('"beam_size": 2', '"beam_size": 3'))
@@ -179,13 +179,13 @@ def test_of_a_config_that_is_not_as_written_no_search_is_taken(parts, tmp_path, 
     ],
 )
 def test_no_more_are_digested_than_are_asked_for(workdir, monkeypatch, capsys, which, damaged, read):
-    verify, digested = Checkpoints.verify, []
+    verify, digested = CheckpointManager.verify, []
 
     def counted(self, step, *, content=True):
         digested.extend([step] if content else [])
         verify(self, step, content=content)
 
-    monkeypatch.setattr(Checkpoints, "verify", counted)
+    monkeypatch.setattr(CheckpointManager, "verify", counted)
     for done in damaged:
         flip(files(workdir / "checkpoints" / str(done) / "params")[-1])
     select(workdir, which)
@@ -203,29 +203,29 @@ def test_of_those_that_are_not_asked_for_a_lost_file_is_reported(workdir, capsys
 def test_a_model_is_used_on_whatever_devices_there_are(parts, tmp_path, monkeypatch):
     """Trained on two devices of a mesh that the config fixed, opened on all eight, or on one."""
     save(tmp_path, parts, 3)
-    assert loading.load_trained(tmp_path, "latest").mesh.size == 8
+    assert loading.load_checkpoint(tmp_path, "latest").mesh.size == 8
     monkeypatch.setattr(jax, "devices", lambda: [jax.local_devices()[0]])
-    assert loading.load_trained(tmp_path, "latest").mesh.size == 1
+    assert loading.load_checkpoint(tmp_path, "latest").mesh.size == 1
 
 
 @pytest.mark.parametrize(("which", "mean"), [("average:2", 55), ("average:3", 119 / 3), ("best-average:2", 9.5)])
 def test_an_average_is_the_mean_of_the_params(parts, saved, which, mean):
-    got = loading.load_trained(saved, which)
+    got = loading.load_checkpoint(saved, which)
     wanted = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(mean), parts[4].params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got.params, wanted)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(got.params))
 
 
 def test_an_average_lies_where_the_params_of_one_do(parts, saved):
-    got, one = (loading.load_trained(saved, which) for which in ("average:3", "latest"))
+    got, one = (loading.load_checkpoint(saved, which) for which in ("average:3", "latest"))
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding, b.sharding), got.params, one.params)
 
 
 def test_an_average_says_of_which(saved):
-    got = loading.load_trained(saved, "average:2")
-    assert (got.step, got.title, got.file_stem) == (100, "average of 2: 10, 100", "100-average-2")
-    got = loading.load_trained(saved, "best-average:2")
-    assert (got.step, got.title, got.file_stem) == (10, "average of best 2: 9, 10", "10-best-average-2")
+    got = loading.load_checkpoint(saved, "average:2")
+    assert (got.step, got.description, got.tag) == (100, "average of 2: 10, 100", "100-average-2")
+    got = loading.load_checkpoint(saved, "best-average:2")
+    assert (got.step, got.description, got.tag) == (10, "average of best 2: 9, 10", "10-best-average-2")
 
 
 @pytest.mark.parametrize(("which", "left"), [("average:2", [9, 100]), ("best-average:2", [9, 100])])
@@ -238,7 +238,7 @@ def test_a_damaged_one_is_left_out_for_the_next(workdir, capsys, which, left):
 def test_too_few_to_average_are_counted(workdir):
     with pytest.raises(UserError, match=r"expected 99 sound checkpoints to average, found 3 of 3; .*train\.keep_last"):
         select(workdir, "average:99")
-    Checkpoints(workdir).remove(100)
+    CheckpointManager(workdir).remove(100)
     flip(workdir / "checkpoints" / "9" / "config.json")
     with pytest.raises(UserError, match=r"expected 2 sound checkpoints to average, found 1 of 2"):
         select(workdir, "average:2")
@@ -257,25 +257,25 @@ def test_if_none_is_sound_there_is_nothing_to_average(workdir, which):
 @pytest.mark.parametrize("call", ["restore_params", "verify", "manifest"])
 @pytest.mark.parametrize("which", ["9", "best"])
 def test_one_that_training_deletes_meanwhile_is_a_message(workdir, monkeypatch, capsys, call, which):
-    original = getattr(Checkpoints, call)
+    original = getattr(CheckpointManager, call)
 
     def prune_first(self, step, *args, **options):
         if step == 9:
             shutil.rmtree(self.folder / "9", ignore_errors=True)
         return original(self, step, *args, **options)
 
-    monkeypatch.setattr(Checkpoints, call, prune_first)
+    monkeypatch.setattr(CheckpointManager, call, prune_first)
     if which == "best" and call != "restore_params":
-        assert loading.load_trained(workdir, which).step == 10
+        assert loading.load_checkpoint(workdir, which).step == 10
     else:
         with pytest.raises(UserError, match="checkpoint 9 was deleted while it was read; run again"):
-            loading.load_trained(workdir, which)
+            loading.load_checkpoint(workdir, which)
     assert "damaged" not in capsys.readouterr().err
 
 
 def test_one_that_was_replaced_by_the_next_meanwhile_is_a_message(parts, tmp_path, monkeypatch):
     """As with keep_last = 1."""
-    verify = Checkpoints.verify
+    verify = CheckpointManager.verify
 
     def prune_first(self, step, **options):
         if step == 3:
@@ -284,16 +284,16 @@ def test_one_that_was_replaced_by_the_next_meanwhile_is_a_message(parts, tmp_pat
         verify(self, step, **options)
 
     save(tmp_path, parts, 3)
-    monkeypatch.setattr(Checkpoints, "verify", prune_first)
+    monkeypatch.setattr(CheckpointManager, "verify", prune_first)
     with pytest.raises(UserError, match="checkpoint 3 was deleted while it was read; run again"):
-        loading.load_trained(tmp_path, "latest")
+        loading.load_checkpoint(tmp_path, "latest")
 
 
 @pytest.mark.slow
 def test_averaging_holds_two_copies_at_most(parts, saved, monkeypatch):
     """No more are alive when one more is read, and the sum takes the place of what it was before."""
     _, _, model, mesh, _ = parts
-    restore, held, first = Checkpoints.restore_params, [], []
+    restore, held, first = CheckpointManager.restore_params, [], []
 
     def counted(*args):
         params = restore(*args)
@@ -302,9 +302,9 @@ def test_averaging_holds_two_copies_at_most(parts, saved, monkeypatch):
         first.extend(jax.tree.leaves(params) if not first else [])
         return params
 
-    monkeypatch.setattr(Checkpoints, "restore_params", counted)
+    monkeypatch.setattr(CheckpointManager, "restore_params", counted)
     before = sum(array.nbytes for array in jax.live_arrays())
-    loading.mean_params(Checkpoints(saved), [9, 10, 100], model, mesh)
+    loading.average_params(CheckpointManager(saved), [9, 10, 100], model, mesh)
     assert max(held) <= 2 * 4 * model.num_params()
     assert all(leaf.is_deleted() for leaf in first)
 
@@ -315,7 +315,7 @@ def copied_in(workdir, other_parts, ids, tmp_path):
     for folder, parts, run_id in ((workdir, make_parts(), ids[0]), (tmp_path / "other", other_parts, ids[1])):
         for done in (9, 10, 100):
             save(folder, parts, done, **({"run_id": run_id} if run_id else {}))
-            Checkpoints(folder).record(done, {manager.SCORE: 30.0})
+            CheckpointManager(folder).update_metrics(done, {manager.VALID_BLEU: 30.0})
     shutil.rmtree(workdir / "checkpoints" / "100")
     shutil.copytree(tmp_path / "other" / "checkpoints" / "100", workdir / "checkpoints" / "100")
 
@@ -336,8 +336,8 @@ def test_checkpoints_of_another_run_are_not_averaged(workdir, tmp_path, which):
     copied_in(workdir, make_parts(), ("a" * 32, "b" * 32), tmp_path)
     steps = r"\[10, 100\]" if which == "average:2" else r"\[9, 10, 100\]"
     with pytest.raises(UserError, match=rf"checkpoints {steps} are not of one run.*10 \(run id aaaaaaaa, expected bb"):
-        loading.load_trained(workdir, which)
-    assert loading.load_trained(workdir, "100").step == 100
+        loading.load_checkpoint(workdir, which)
+    assert loading.load_checkpoint(workdir, "100").step == 100
 
 
 @pytest.mark.reported
@@ -352,8 +352,8 @@ def test_checkpoints_of_another_run_are_not_averaged(workdir, tmp_path, which):
 def test_without_ids_of_both_vocabulary_and_model_must_be_the_same(workdir, tmp_path, other, ids, why):
     copied_in(workdir, other(), ids, tmp_path)
     with pytest.raises(UserError, match=rf"run than 100: 9 \({why}.*; 10 \({why}"):
-        loading.select(Checkpoints(workdir), "average:3")
-    assert loading.select(Checkpoints(workdir), "average:1") == [100]
+        loading.resolve_steps(CheckpointManager(workdir), "average:3")
+    assert loading.resolve_steps(CheckpointManager(workdir), "average:1") == [100]
 
 
 def test_checkpoints_that_an_earlier_version_saved_are_averaged_with_those_of_this_one(workdir, parts):

@@ -11,7 +11,7 @@ from etils import epath
 
 from tests.conftest import small_config
 from transformer.checkpoints import manager
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
@@ -37,7 +37,7 @@ def save_three(workdir):
     """Checkpoints 9, 10 and 100 of falling BLEU."""
     for done, bleu in ((9, 30.0), (10, 20.0), (100, 10.0)):
         save(workdir, make_parts(), done)
-        Checkpoints(workdir).record(done, {manager.SCORE: bleu, "best": 30.0})
+        CheckpointManager(workdir).update_metrics(done, {manager.VALID_BLEU: bleu, "best": 30.0})
     return workdir
 
 
@@ -61,20 +61,20 @@ def save(workdir, parts, done, **ids):
     config, vocabulary, _, mesh, state = parts
     marked = jax.tree.map(lambda leaf: leaf + np.asarray(done, leaf.dtype), state.params)
     counter = jax.device_put(np.int32(done), sharding.replicated(mesh))
-    Checkpoints(workdir).save(
+    CheckpointManager(workdir).save(
         state._replace(step=counter, params=marked), config, vocabulary, {"training": "digest of the data"}, {}, **ids
     )
 
 
 def test_steps_are_in_order_of_number(workdir):
-    assert Checkpoints(workdir).steps() == [9, 10, 100]
+    assert CheckpointManager(workdir).steps() == [9, 10, 100]
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_the_state_comes_back_to_the_last_bit_on_any_mesh(parts, saved, devices):
     config, _, model, _, state = parts
     mesh = make_mesh(small_config(mesh={"data": devices}).mesh)
-    restored = Checkpoints(saved).restore(10, train_step.abstract_state(model, config, mesh))
+    restored = CheckpointManager(saved).restore(10, train_step.abstract_state(model, config, mesh))
     assert int(restored.step) == 10
     wanted = state._replace(params=jax.tree.map(lambda leaf: leaf + 10, state.params))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), restored._replace(step=wanted.step), wanted)
@@ -87,10 +87,10 @@ def test_what_fsdp_saved_comes_back_on_other_meshes(tmp_path):
     _, vocabulary, model, *_ = make_parts()
     state = train_step.init_state(model, config, make_mesh(config.mesh))
     assert not state.params["encoder"][0]["mlp"]["kernel_in"].is_fully_replicated
-    Checkpoints(tmp_path).save(state, config, vocabulary, {}, {})
+    CheckpointManager(tmp_path).save(state, config, vocabulary, {}, {})
     for sizes in ({"data": 8}, {"data": 2, "tensor": 2, "sequence": 2}, {"data": 1}):
         mesh = make_mesh(small_config(mesh=sizes).mesh)
-        restored = Checkpoints(tmp_path).restore(0, train_step.abstract_state(model, config, mesh))
+        restored = CheckpointManager(tmp_path).restore(0, train_step.abstract_state(model, config, mesh))
         jax.tree.map(np.testing.assert_array_equal, restored, state)
         wanted = train_step.state_shardings(model, config, mesh)
         jax.tree.map(lambda leaf, where: np.testing.assert_equal(leaf.sharding, where), restored, wanted)
@@ -101,18 +101,18 @@ def test_a_moving_average_comes_back_too(parts, saved, tmp_path, devices):
     config, vocabulary, model, _, state = parts
     config = small_config(model={"num_layers": 1}, mesh={"data": devices}, train={"ema_decay": 0.9})
     state = state._replace(ema=jax.tree.map(lambda leaf: leaf + np.float32(3), state.params))
-    Checkpoints(tmp_path).save(state, config, vocabulary, {}, {})
+    CheckpointManager(tmp_path).save(state, config, vocabulary, {}, {})
     abstract = train_step.abstract_state(model, config, make_mesh(config.mesh))
-    restored = Checkpoints(tmp_path).restore(0, abstract)
+    restored = CheckpointManager(tmp_path).restore(0, abstract)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
-    assert any(name.startswith("ema/") for name in Checkpoints(tmp_path).manifest(0).files)
+    assert any(name.startswith("ema/") for name in CheckpointManager(tmp_path).manifest(0).files)
     assert not (saved / "checkpoints" / "100" / "ema").exists()
 
 
 def test_checkpoints_that_are_a_file_are_refused(tmp_path):
     (tmp_path / "checkpoints").write_text("x")
     with pytest.raises(UserError, match="expected a folder of checkpoints, found a file"):
-        Checkpoints(tmp_path).newest_sound()
+        CheckpointManager(tmp_path).latest_valid_step()
 
 
 def files(folder):
@@ -140,32 +140,32 @@ def test_no_damage_to_any_file_goes_unnoticed(workdir, damage, capsys):
     for path in files(folder):
         shutil.copytree(folder, workdir / "whole")
         DAMAGE[damage](path)
-        assert Checkpoints(workdir).newest_sound() == 10, path
+        assert CheckpointManager(workdir).latest_valid_step() == 10, path
         assert "checkpoint 100 is damaged and skipped" in capsys.readouterr().err, path
         shutil.rmtree(folder)
         (workdir / "whole").rename(folder)
-    assert Checkpoints(workdir).newest_sound() == 100
+    assert CheckpointManager(workdir).latest_valid_step() == 100
 
 
 @pytest.mark.parametrize("name", [".DS_Store", ".nfs0001", "params/.DS_Store"])
 def test_what_a_file_manager_leaves_is_no_damage(workdir, name):
     (workdir / "checkpoints" / "100" / name).write_text("x")
-    assert Checkpoints(workdir).newest_sound() == 100
+    assert CheckpointManager(workdir).latest_valid_step() == 100
 
 
 def test_if_none_is_sound_nothing_starts_over(workdir):
     for name in ("9", "10", "100"):
         flip(workdir / "checkpoints" / name / "config.json")
     with pytest.raises(WorkdirError, match=r"none of the checkpoints .* is sound"):
-        Checkpoints(workdir).newest_sound()
+        CheckpointManager(workdir).latest_valid_step()
 
 
 def test_what_was_cut_short_does_not_count_and_is_cleared(workdir):
     for name in ("200.partial", "9.removed"):
         (workdir / "checkpoints" / name / "params").mkdir(parents=True)
     (workdir / "checkpoints" / "notes").mkdir()
-    assert Checkpoints(workdir).newest_sound() == 100
-    Checkpoints(workdir).prepare(100)
+    assert CheckpointManager(workdir).latest_valid_step() == 100
+    CheckpointManager(workdir).clean_up(100)
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"9", "10", "100", "notes"}
 
 
@@ -173,33 +173,33 @@ def test_a_lost_manifest_is_damage_and_never_a_fresh_start(workdir, capsys):
     for name in ("9", "10", "100"):
         (workdir / "checkpoints" / name / manager.MANIFEST).unlink()
     with pytest.raises(WorkdirError, match=r"none of the checkpoints .* is sound"):
-        Checkpoints(workdir).newest_sound()
+        CheckpointManager(workdir).latest_valid_step()
     assert capsys.readouterr().err.count("damaged") == 3
 
 
 def test_a_damaged_newest_is_put_aside_and_never_outlives_a_sound_one(workdir, parts):
     flip(workdir / "checkpoints" / "100" / "config.json")
-    checkpoints = Checkpoints(workdir)
-    checkpoints.prepare(checkpoints.newest_sound())
+    checkpoints = CheckpointManager(workdir)
+    checkpoints.clean_up(checkpoints.latest_valid_step())
     assert (workdir / "checkpoints" / "100.damaged").exists()
     save(workdir, parts, 50)
     checkpoints.prune(keep_last=1, keep_best=0)
     assert checkpoints.steps() == [50]
-    assert checkpoints.newest_sound() == 50
+    assert checkpoints.latest_valid_step() == 50
 
 
 def test_a_save_replaces_one_of_the_same_step(workdir, parts):
     flip(workdir / "checkpoints" / "100" / "config.json")
     save(workdir, parts, 100)
-    assert Checkpoints(workdir).newest_sound() == 100
-    assert Checkpoints(workdir).metrics(100) == {}
+    assert CheckpointManager(workdir).latest_valid_step() == 100
+    assert CheckpointManager(workdir).metrics(100) == {}
 
 
 def test_a_save_that_fails_leaves_the_others_as_they_were(workdir, parts, monkeypatch):
     monkeypatch.setattr(manager.ocp, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(UserError, match="No space left"):
         save(workdir, parts, 200)
-    assert Checkpoints(workdir).newest_sound() == 100
+    assert CheckpointManager(workdir).latest_valid_step() == 100
 
 
 @pytest.mark.parametrize(
@@ -207,16 +207,16 @@ def test_a_save_that_fails_leaves_the_others_as_they_were(workdir, parts, monkey
     [(1, 0, [100]), (1, 1, [9, 100]), (2, 0, [10, 100]), (1, 2, [9, 10, 100]), (5, 5, [9, 10, 100])],
 )
 def test_pruning_keeps_the_newest_and_the_best(workdir, keep_last, keep_best, left):
-    Checkpoints(workdir).prune(keep_last, keep_best)
-    assert Checkpoints(workdir).steps() == left
+    CheckpointManager(workdir).prune(keep_last, keep_best)
+    assert CheckpointManager(workdir).steps() == left
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == left
 
 
 def test_nothing_in_a_checkpoint_is_executed(workdir):
     """A manifest that is code is no manifest."""
     (workdir / "checkpoints" / "100" / manager.MANIFEST).write_text("__import__('os').system('touch hacked')")
-    assert Checkpoints(workdir).metrics(100) == {}
-    assert Checkpoints(workdir).newest_sound() == 10
+    assert CheckpointManager(workdir).metrics(100) == {}
+    assert CheckpointManager(workdir).latest_valid_step() == 10
 
 
 def test_a_manifest_that_says_something_else_is_damaged(workdir):
@@ -226,10 +226,10 @@ def test_a_manifest_that_says_something_else_is_damaged(workdir):
     for old, new in (("10.0", "90.0"), ("digest of the data", "digest of other data"), ('"cores"', '"corps"')):
         assert whole.count(old) == 1
         path.write_text(whole.replace(old, new))
-        assert Checkpoints(workdir).newest_sound() == 10
-        assert Checkpoints(workdir).metrics(100) == {}
+        assert CheckpointManager(workdir).latest_valid_step() == 10
+        assert CheckpointManager(workdir).metrics(100) == {}
     path.write_text(whole)
-    assert Checkpoints(workdir).newest_sound() == 100
+    assert CheckpointManager(workdir).latest_valid_step() == 100
 
 
 def test_a_manifest_without_its_digest_is_not_trusted(workdir):
@@ -237,7 +237,7 @@ def test_a_manifest_without_its_digest_is_not_trusted(workdir):
     values = json.loads(path.read_text())
     del values["sha256"]
     path.write_text(json.dumps(values))
-    assert Checkpoints(workdir).newest_sound() == 10
+    assert CheckpointManager(workdir).latest_valid_step() == 10
 
 
 def test_what_cannot_be_deleted_yet_is_deleted_next_time(workdir, monkeypatch, capsys):
@@ -250,21 +250,21 @@ def test_what_cannot_be_deleted_yet_is_deleted_next_time(workdir, monkeypatch, c
         rmtree(path)
 
     monkeypatch.setattr(kind, "rmtree", refused_once)
-    Checkpoints(workdir).prune(1, 0)
-    assert Checkpoints(workdir).steps() == [100]
+    CheckpointManager(workdir).prune(1, 0)
+    assert CheckpointManager(workdir).steps() == [100]
     assert "9.removed: not deleted yet" in capsys.readouterr().err
-    Checkpoints(workdir).prepare(100)
+    CheckpointManager(workdir).clean_up(100)
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["100"]
 
 
 def test_the_host_is_noted(workdir):
-    assert Checkpoints(workdir).manifest(9).host == environment.of_host()
+    assert CheckpointManager(workdir).manifest(9).host == environment.fingerprint()
 
 
 def test_nothing_is_deleted_for_a_newest_that_is_not_whole(workdir, capsys):
     next(path for path in (workdir / "checkpoints" / "100" / "params").rglob("*") if path.is_file()).unlink()
-    Checkpoints(workdir).prune(1, 0)
-    assert Checkpoints(workdir).steps() == [9, 10, 100]
+    CheckpointManager(workdir).prune(1, 0)
+    assert CheckpointManager(workdir).steps() == [9, 10, 100]
     assert "checkpoint 100 is damaged" in capsys.readouterr().err
 
 

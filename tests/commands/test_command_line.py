@@ -90,11 +90,11 @@ def test_a_config_file_may_take_a_name(tmp_path):
 
 def test_a_path_is_made_absolute_and_never_empty(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert command_line.full_path("~/run") == "/home/me/run"
-    assert command_line.full_path("run") == os.path.join(os.getcwd(), "run")
-    assert command_line.full_path("gs://bucket/run") == "gs://bucket/run"
+    assert command_line.absolute_path("~/run") == "/home/me/run"
+    assert command_line.absolute_path("run") == os.path.join(os.getcwd(), "run")
+    assert command_line.absolute_path("gs://bucket/run") == "gs://bucket/run"
     with pytest.raises(argparse.ArgumentTypeError, match="empty"):
-        command_line.full_path(" ")
+        command_line.absolute_path(" ")
 
 
 PATH_FLAGS = {
@@ -129,12 +129,12 @@ def test_commas_in_paths_stay_where_only_so_there_are_files(tmp_path):
     (tmp_path / "a").mkdir()
     for names in (["a,b.txt"], ["c", "a,b", "d"], ["c", "d"], ["c", "none"]):
         paths = [f"{tmp_path}/{name}" for name in names]
-        assert command_line.full_paths(",".join(paths)) == paths
+        assert command_line.absolute_paths(",".join(paths)) == paths
     args = importlib.import_module("eval").parse(
         ["--workdir=x", f"--source={tmp_path}/c", f"--reference={tmp_path}/a,b.txt,{tmp_path}/d"]
     )
     assert args.reference == [f"{tmp_path}/a,b.txt", f"{tmp_path}/d"]
-    assert command_line.full_paths("gs://b/x,gs://b/y") == ["gs://b/x", "gs://b/y"]
+    assert command_line.absolute_paths("gs://b/x,gs://b/y") == ["gs://b/x", "gs://b/y"]
 
 
 def test_a_link_to_what_is_read_is_no_output(tmp_path):
@@ -176,16 +176,16 @@ def test_want_of_memory_is_a_message_with_advice(capsys):
 def test_a_full_disk_is_one_too(capsys):
     with pytest.raises(OSError, match="No space left on device") as error, open("/dev/full", "wb", buffering=0) as full:
         full.write(b"x")
-    assert logging.exit_code(error.value) == 2
+    assert logging.report_error(error.value) == 2
     assert "out of memory or disk: [Errno 28] No space left on device; " in capsys.readouterr().err
 
 
 def test_want_of_the_host_s_memory_is_one_too(capsys):
-    assert logging.exit_code(MemoryError()) == 2
+    assert logging.report_error(MemoryError()) == 2
     assert "out of memory or disk: MemoryError; lower train.batch_tokens" in capsys.readouterr().err
     with pytest.raises(MemoryError) as error:
         np.zeros(1 << 60, np.int8)
-    assert logging.exit_code(error.value) == 2
+    assert logging.report_error(error.value) == 2
     assert "Unable to allocate 1.00 EiB" in capsys.readouterr().err
 
 
@@ -397,7 +397,7 @@ def test_help_of_a_command_that_takes_a_config_needs_none(capsys):
 
 def test_huge_pages_are_asked_for_once():
     program = (
-        "import os\nfrom transformer import command_line\ncommand_line.use_huge_pages()\n"
+        "import os\nfrom transformer import command_line\ncommand_line.reexec_with_huge_pages()\n"
         "print(os.environ['GLIBC_TUNABLES'])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}

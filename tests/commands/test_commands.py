@@ -78,7 +78,7 @@ def test_every_command_that_is_listed_may_run():
     from transformer import command_line
 
     for name in command_line.descriptions():
-        command_line.refuse_others(["python", *name.split(), "--workdir=x"])
+        command_line.reject_non_commands(["python", *name.split(), "--workdir=x"])
 
 
 def test_other_packages_may_import_this_one_while_they_are_run():
@@ -89,6 +89,6 @@ def test_other_packages_may_import_this_one_while_they_are_run():
         ["python", "-m", "transformer"],
         ["python"],
     ):
-        command_line.refuse_others(argv)
+        command_line.reject_non_commands(argv)
     with pytest.raises(SystemExit, match="2"):
-        command_line.refuse_others(["python", "-X", "utf8", "-m", "transformer.training.train_step"])
+        command_line.reject_non_commands(["python", "-X", "utf8", "-m", "transformer.training.train_step"])

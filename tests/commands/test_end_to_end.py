@@ -90,16 +90,16 @@ def averaged(workdir, tmp_path):
     """The same workdir with one more checkpoint, 240, whose params are fresh."""
     import jax
 
-    from transformer.checkpoints.loading import load_trained
-    from transformer.checkpoints.manager import Checkpoints
+    from transformer.checkpoints.loading import load_checkpoint
+    from transformer.checkpoints.manager import CheckpointManager
     from transformer.distributed import mesh
     from transformer.training import train_step
 
     shutil.copytree(workdir, tmp_path / "run")
-    trained = load_trained(workdir, "latest")
+    trained = load_checkpoint(workdir, "latest")
     state = train_step.init_state(trained.model, trained.config, mesh.make_mesh(trained.config.mesh))
     counter = jax.device_put(np.int32(240), state.step.sharding)
-    Checkpoints(tmp_path / "run").save(state._replace(step=counter), trained.config, trained.tokenizer, {}, {})
+    CheckpointManager(tmp_path / "run").save(state._replace(step=counter), trained.config, trained.tokenizer, {}, {})
     return tmp_path / "run"
 
 

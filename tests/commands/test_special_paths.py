@@ -12,7 +12,7 @@ from tests.checkpoints.test_manager import make_parts, save
 from tests.conftest import small_config
 from tests.faults.world import write_pairs
 from transformer.checkpoints import loading
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline
 from transformer.runtime import files, object_storage
@@ -25,7 +25,7 @@ NAMES = [*(pytest.param(name, marks=reported) for name in ("[a]", "[!a]", "**"))
 
 def assert_restores(workdir, done):
     """The params of `save` come back from the checkpoint."""
-    restored = loading.load_trained(workdir, "latest")
+    restored = loading.load_checkpoint(workdir, "latest")
     wanted = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(done), make_parts()[4].params)
     assert restored.step == done
     jax.tree.map(np.testing.assert_array_equal, restored.params, wanted)
@@ -37,7 +37,7 @@ def test_a_workdir_of_any_name_is_read_as_it_was_written(name, tmp_path):
     workdir = tmp_path / name / "run"
     save(workdir, make_parts(), 5)
     assert_restores(workdir, 5)
-    assert Checkpoints(workdir).newest_sound() == 5
+    assert CheckpointManager(workdir).latest_valid_step() == 5
 
 
 @reported
@@ -90,7 +90,7 @@ def test_a_path_that_no_checkpoint_can_be_written_to_is_refused_before_anything_
 @reported
 @pytest.mark.parametrize("address", ["gs://bucket/[a]/run", "s3://bucket/a*", "gs://bucket/a?"])
 def test_an_address_with_wildcards_is_refused(address):
-    assert "without the wildcards" in object_storage.missing(address)
+    assert "without the wildcards" in object_storage.unsupported_reason(address)
 
 
 @reported
@@ -99,10 +99,10 @@ def test_a_checkpoint_that_its_reader_cannot_open_is_not_acknowledged(tmp_path, 
     monkeypatch.setattr(type(epath.Path()), "glob", getattr(files, "_glob_unescaped", type(epath.Path()).glob))
     with pytest.raises(UserError, match=r"cannot be read again, so it does not count: params/: expected .* found 0"):
         save(tmp_path / "[a]", make_parts(), 5)
-    assert Checkpoints(tmp_path / "[a]").steps() == []
+    assert CheckpointManager(tmp_path / "[a]").steps() == []
     monkeypatch.undo()
     save(tmp_path / "[a]", make_parts(), 10)
-    Checkpoints(tmp_path / "[a]").prepare(10)
+    CheckpointManager(tmp_path / "[a]").clean_up(10)
     assert_restores(tmp_path / "[a]", 10)
 
 
@@ -111,9 +111,9 @@ def test_a_manifest_that_reads_otherwise_is_not_acknowledged(tmp_path, monkeypat
     from transformer.checkpoints import manager
 
     def emptied(path, content):
-        files.write_whole(path, "" if path.name == manager.MANIFEST else content)
+        files.write_atomic(path, "" if path.name == manager.MANIFEST else content)
 
-    monkeypatch.setattr(manager, "write_whole", emptied)
+    monkeypatch.setattr(manager, "write_atomic", emptied)
     with pytest.raises(UserError, match=r"does not count: manifest\.json cannot be read"):
         save(tmp_path, make_parts(), 5)
-    assert Checkpoints(tmp_path).steps() == []
+    assert CheckpointManager(tmp_path).steps() == []

@@ -14,7 +14,7 @@ import transformer
 from tests.conftest import small_config
 from tests.decoding.test_translator import LINES
 from transformer import translate
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.data import tokenizer
 from transformer.distributed import mesh
 from transformer.models import registry
@@ -33,7 +33,7 @@ def save(workdir, vocabulary, seed=3, target="de", **model):
     state = state._replace(
         params=jax.tree.map(lambda one, like: jax.device_put(one, like.sharding), fresh.init(seed), state.params)
     )
-    Checkpoints(workdir).save(state, config, vocabulary, {"training": "digest of the data"}, {})
+    CheckpointManager(workdir).save(state, config, vocabulary, {"training": "digest of the data"}, {})
     return workdir
 
 

@@ -127,7 +127,10 @@ def test_what_runs_have_kept_stays_readable_and_is_no_other_run(tmp_path):
     kept = {"model": {"max_positions": 512}, "data": {"batching": "pack", "num_buckets": 3}}
     old = validation.from_json(json.dumps(kept), "config.json")
     new = validation.resolve({"data": {"batching": "pack"}})
-    assert workdir.config_changes(tmp_path, old, new) == ["model.max_positions: 512 → 1024", "data.num_buckets: 3 → 8"]
+    assert workdir.check_resume_config(tmp_path, old, new) == [
+        "model.max_positions: 512 → 1024",
+        "data.num_buckets: 3 → 8",
+    ]
 
 
 def another(name, config):

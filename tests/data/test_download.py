@@ -191,7 +191,7 @@ def test_without_a_recorded_checksum_the_digest_is_told(tmp_path, address, capfd
 
 
 def test_progress_is_told(tmp_path, address, capfd, monkeypatch):
-    monkeypatch.setattr(logging, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(logging, "LOG_INTERVAL_S", 0.0)
     monkeypatch.setattr(download, "CHUNK_BYTES", 100_000)
     get(tmp_path, archive(address))
     assert "data: a.tgz: 2 of 3 MB\n" in capfd.readouterr().err

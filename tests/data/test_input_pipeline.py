@@ -188,10 +188,10 @@ def test_what_could_not_be_published_the_next_run_publishes(config, opened, tmp_
         raise OSError("no network")
 
     for make in makers:
-        monkeypatch.setattr(input_pipeline.object_storage, "publish", fail)
+        monkeypatch.setattr(input_pipeline.object_storage, "push", fail)
         with pytest.raises(UserError, match="no network"):
             make()
-        monkeypatch.setattr(input_pipeline.object_storage, "publish", published.append)
+        monkeypatch.setattr(input_pipeline.object_storage, "push", published.append)
         make()
     assert [folder.parent.name for folder in published] == ["vocabularies", "token_ids"]
     assert all(any(folder.iterdir()) for folder in published)

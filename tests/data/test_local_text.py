@@ -254,7 +254,7 @@ def test_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch
 
 
 def test_long_work_reports_its_progress(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(logging, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(logging, "LOG_INTERVAL_S", 0.0)
     write(tmp_path / "text", train__en=["a"] * 1234, train__de=["b"] * 1234)
     build(config(dir=tmp_path / "text"), tmp_path / "data")
     out, err = capfd.readouterr()

@@ -203,7 +203,7 @@ def test_the_field_packs_the_training_step():
         mesh = make_mesh(config.mesh)
         model = registry.Model(config.model, 40)
         update = train_step.make_train_step(model, config, mesh)
-        _, metrics = update(train_step.init_state(model, config, mesh), sharding.place_batch(mesh, batch))
+        _, metrics = update(train_step.init_state(model, config, mesh), sharding.shard_batch(mesh, batch))
         losses[batching_mode] = float(metrics.loss.nll / metrics.loss.tokens)
     model = registry.Model(small_config(model={"num_layers": 1}).model, 40)
     examples = batch_examples(plan)

@@ -249,7 +249,7 @@ def test_without_locks_the_slower_process_takes_what_the_faster_made(tmp_path, m
 def test_a_read_only_folder_is_read(tmp_path, monkeypatch):
     opened = open_toy(tmp_path)
     (opened.folder / "digests.json").unlink()
-    monkeypatch.setattr(prepared, "write_whole", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    monkeypatch.setattr(prepared, "write_atomic", lambda *_: (_ for _ in ()).throw(PermissionError()))
     again = open_toy(tmp_path)
     assert again.digest() == opened.digest()
     assert len(again.records("train")) == 3

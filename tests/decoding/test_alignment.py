@@ -195,7 +195,7 @@ def test_alignments_of_a_model_of_two_layers_are_right():
         pairs = [backwards(rng) for _ in range(rows)]
         sides = [JaggedArray.from_sequences(vocabulary.encode([pair[side] for pair in pairs])) for side in (0, 1)]
         batch = Batch(*(side.to_padded(np.arange(rows), 8) for side in sides))
-        state, _ = train_step(state, sharding.place_batch(mesh, batch))
+        state, _ = train_step(state, sharding.shard_batch(mesh, batch))
     sources, targets, wanted = zip(*(backwards(rng) for _ in range(50)), strict=True)
     found = Aligner(model, vocabulary, 2, config.decode, mesh).align(state.params, sources, targets)
     right = sum(len(set(ours) & set(theirs)) for ours, theirs in zip(found, wanted, strict=True))

@@ -17,42 +17,42 @@ def mesh():
 
 @pytest.fixture
 def two_hosts(monkeypatch):
-    monkeypatch.setattr(multihost, "count", lambda: 2)
-    monkeypatch.setattr(multihost, "name", lambda host: f"host {host}")
+    monkeypatch.setattr(multihost, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost, "process_name", lambda host: f"host {host}")
 
 
 def test_every_device_has_what_every_process_gives(mesh):
-    found = sharding.of_every_device(mesh, np.array([7, 9], np.int32))
+    found = sharding.allgather_to_devices(mesh, np.array([7, 9], np.int32))
     np.testing.assert_array_equal(jax.device_get(found), [[7, 9]] * 8)
     assert found.sharding.is_fully_replicated
 
 
 def test_one_host_needs_no_vote(mesh):
-    assert preemption.StopVote(mesh, lambda: 15)() == 15
-    assert preemption.StopVote(mesh, lambda: None)() is None
+    assert preemption.PreemptionSync(mesh, lambda: 15)() == 15
+    assert preemption.PreemptionSync(mesh, lambda: None)() is None
 
 
 def test_a_vote_counts_after_the_next_update(mesh, two_hosts):
     signals = iter([None, 15, 15, 15])
-    vote = preemption.StopVote(mesh, lambda: next(signals))
+    vote = preemption.PreemptionSync(mesh, lambda: next(signals))
     assert [vote() for _ in range(4)] == [None, None, 15, 15]
 
 
 def test_the_vote_of_one_device_is_enough(mesh, two_hosts, monkeypatch):
     votes = iter([np.zeros((8, 1)), np.eye(8)[:, 3:4] * 15, np.zeros((8, 1))])
-    monkeypatch.setattr(sharding, "of_every_device", lambda *_: next(votes))
-    vote = preemption.StopVote(mesh, lambda: None)
+    monkeypatch.setattr(sharding, "allgather_to_devices", lambda *_: next(votes))
+    vote = preemption.PreemptionSync(mesh, lambda: None)
     assert [vote() for _ in range(3)] == [None, None, 15]
 
 
 def test_each_host_is_in_the_metrics(mesh, two_hosts):
-    found = metrics.of_each_host(mesh, {"step_ms": 20.0, "host_ms": 5.0})
+    found = metrics.per_host_metrics(mesh, {"step_ms": 20.0, "host_ms": 5.0})
     assert found == {"hosts/0/step_ms": 20, "hosts/0/host_ms": 5, "hosts/slowest": 0}
 
 
 def test_one_host_alone_is_not_measured_apart(mesh):
-    assert metrics.of_each_host(mesh, {"host_ms": 5.0}) == {}
-    assert metrics.Slowest().look({}) == ""
+    assert metrics.per_host_metrics(mesh, {"host_ms": 5.0}) == {}
+    assert metrics.StragglerDetector().update({}) == ""
 
 
 def measured(*own, step=100.0):
@@ -63,15 +63,15 @@ def measured(*own, step=100.0):
 
 
 def test_a_slow_host_is_named_when_it_stays_slow(two_hosts):
-    slowest = metrics.Slowest()
-    assert slowest.look(measured(10, 60)) == ""
-    assert slowest.look(measured(10, 60)) == (
+    slowest = metrics.StragglerDetector()
+    assert slowest.update(measured(10, 60)) == ""
+    assert slowest.update(measured(10, 60)) == (
         "the others wait for host 1: 60 ms of its own an update, usual are 10; it waits for its data 50% of the time"
     )
-    assert slowest.look(measured(60, 10)) == ""
+    assert slowest.update(measured(60, 10)) == ""
 
 
 def test_what_costs_no_time_is_not_worth_a_word(two_hosts):
-    slowest = metrics.Slowest()
+    slowest = metrics.StragglerDetector()
     for found in (measured(50, 60), measured(50, 60), measured(1, 5), measured(1, 5)):
-        assert slowest.look(found) == ""
+        assert slowest.update(found) == ""

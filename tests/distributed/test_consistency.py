@@ -19,39 +19,39 @@ def others(monkeypatch):
     def gather(what, mine):
         return [mine, answers.get(what, mine)]
 
-    monkeypatch.setattr(multihost, "gather", gather)
-    monkeypatch.setattr(multihost, "count", lambda: 2)
-    monkeypatch.setattr(multihost, "name", lambda host: f"host {host}")
+    monkeypatch.setattr(multihost, "allgather", gather)
+    monkeypatch.setattr(multihost, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost, "process_name", lambda host: f"host {host}")
     return answers
 
 
 def test_hosts_that_agree_go_on(others, tmp_path):
-    consistency.same_code()
-    consistency.same_config(small_config())
-    consistency.same_data("abc", "def")
-    consistency.same_folder(epath.Path(tmp_path))
+    consistency.assert_same_code()
+    consistency.assert_same_config(small_config())
+    consistency.assert_same_data("abc", "def")
+    consistency.assert_shared_workdir(epath.Path(tmp_path))
 
 
 def test_another_config_is_named_field_by_field(others):
     others["config"] = small_config(train={"seed": 4, "batch_tokens": 99}).to_json()
     with pytest.raises(UserError, match=r"host 0 → host 1: train\.batch_tokens: 256 → 99; train\.seed: 0 → 4; give"):
-        consistency.same_config(small_config())
+        consistency.assert_same_config(small_config())
 
 
 def test_data_may_lie_elsewhere(others):
     config = small_config()
     moved = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir="/elsewhere"))
     others["config"] = moved.to_json()
-    consistency.same_config(config)
+    consistency.assert_same_config(config)
 
 
 def test_other_code_data_or_vocabulary_is_refused(others):
     others["the code"] = "version 123"
     with pytest.raises(UserError, match=r"the code differs between hosts: version .* on host 0, version 123 on host 1"):
-        consistency.same_code()
+        consistency.assert_same_code()
     others["the data"] = "digest 9, vocabulary 8"
     with pytest.raises(UserError, match="digest abc, vocabulary def on host 0, digest 9, vocabulary 8 on host 1"):
-        consistency.same_data("abc", "def")
+        consistency.assert_same_data("abc", "def")
 
 
 def test_the_version_of_the_code_is_that_of_its_files(tmp_path, monkeypatch):
@@ -67,12 +67,12 @@ def test_the_version_of_the_code_is_that_of_its_files(tmp_path, monkeypatch):
 def test_a_workdir_that_another_host_does_not_see_is_refused(others, tmp_path):
     others["workdir"] = "False"
     with pytest.raises(UserError, match="host 1 cannot see what host 0 writes there; it must be a folder that all"):
-        consistency.same_folder(epath.Path(tmp_path))
+        consistency.assert_shared_workdir(epath.Path(tmp_path))
 
 
 def test_a_host_that_sees_another_folder_knows(others, tmp_path, monkeypatch):
     """Here this process is host 1, and the lead's mark is not in its folder."""
-    monkeypatch.setattr(consistency, "PATIENCE", 0.1)
-    monkeypatch.setattr(multihost, "from_lead", lambda what, make: "the mark of the lead")
+    monkeypatch.setattr(consistency, "VISIBILITY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(multihost, "broadcast_from_primary", lambda what, make: "the mark of the lead")
     with pytest.raises(UserError, match="cannot see"):
-        consistency.same_folder(epath.Path(tmp_path))
+        consistency.assert_shared_workdir(epath.Path(tmp_path))

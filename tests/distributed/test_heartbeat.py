@@ -129,7 +129,7 @@ def test_a_failure_is_told_to_the_others(ended, capsys):
     service = Service()
     beats = beating(service, index=1)
     with pytest.raises(Ended):
-        beats.fail(UserError("no such file"))
+        beats.abort(UserError("no such file"))
     assert ended == [2]
     assert json.loads(service.kept["failed/1"]) == [2, "no such file"]
     assert "no such file" in capsys.readouterr().err
@@ -138,7 +138,7 @@ def test_a_failure_is_told_to_the_others(ended, capsys):
 def test_a_broken_collective_waits_to_know_who_went_away(ended, capsys):
     beats = beating(Service(silent=[1]))
     with pytest.raises(Ended):
-        beats.fail(jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer"))
+        beats.abort(jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer"))
     assert set(ended) == {1}
     assert f"{NAMES[1]} has been silent" in capsys.readouterr().err
 
@@ -155,8 +155,8 @@ def test_a_host_that_stood_still_itself_blames_nobody(ended, monkeypatch):
 
 def test_an_abort_ends_with_the_message():
     program = (
-        "import os\nfrom transformer.distributed.heartbeat import end_when_aborted\n"
-        "with end_when_aborted('host 0 has gone away', 75):\n    os.abort()"
+        "import os\nfrom transformer.distributed.heartbeat import report_on_sigabrt\n"
+        "with report_on_sigabrt('host 0 has gone away', 75):\n    os.abort()"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT)
     assert result.returncode == 75
@@ -165,7 +165,7 @@ def test_an_abort_ends_with_the_message():
 
 def test_after_the_block_an_abort_is_an_abort():
     program = (
-        "import os\nfrom transformer.distributed.heartbeat import end_when_aborted\n"
-        "with end_when_aborted('never'):\n    pass\nos.abort()"
+        "import os\nfrom transformer.distributed.heartbeat import report_on_sigabrt\n"
+        "with report_on_sigabrt('never'):\n    pass\nos.abort()"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -signal.SIGABRT

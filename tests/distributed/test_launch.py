@@ -18,7 +18,7 @@ from tests.distributed.test_multihost import losses, train_here
 from tests.helpers import slurm
 from tests.helpers.processes import TINY, data_flags, environment, write_data
 from transformer import command_line
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -199,5 +199,5 @@ def test_slurm_trains_requeues_and_resumes(folder, alone, tmp_path):
         cluster.wait_for(lambda: job not in cluster.run("squeue", "-h", "-o", "%i").split(), "it ends", 180)
         assert "JobState=COMPLETED" in cluster.run("scontrol", "show", "job", job)
         assert "Restarts=1" in cluster.run("scontrol", "show", "job", job)
-    assert Checkpoints(tmp_path / "run").newest_sound() == 40
+    assert CheckpointManager(tmp_path / "run").latest_valid_step() == 40
     check(tmp_path / "run", alone)

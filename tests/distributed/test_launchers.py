@@ -160,7 +160,7 @@ STEP = {
     ],
 )
 def test_launchers_are_known_by_their_environment(environment, name):
-    assert launchers.cluster(environment) == name
+    assert launchers.detect_cluster(environment) == name
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_launchers_are_known_by_their_environment(environment, name):
 )
 def test_a_launcher_that_jax_does_not_know_is_told_to_give_the_flags(environment, flags):
     with pytest.raises(UserError, match="started by .* as one of several.*--num_processes=" + flags):
-        launchers.cluster(environment)
+        launchers.detect_cluster(environment)
 
 
 @pytest.fixture
@@ -204,19 +204,19 @@ def attached(monkeypatch):
 )
 def test_hosts_of_a_tpu_slice_are_known(attached, environment, name):
     attached(chips=4)
-    assert launchers.cluster(environment) == name
+    assert launchers.detect_cluster(environment) == name
 
 
 def test_addresses_of_a_tpu_slice_may_be_in_a_file(attached, tmp_path):
     attached(chips=4)
     (tmp_path / "addresses").write_text("a:8471,b:8471\n")
-    assert launchers.cluster({"TPU_PROCESS_ADDRESSES_PATH": str(tmp_path / "addresses")}) == "GKE"
+    assert launchers.detect_cluster({"TPU_PROCESS_ADDRESSES_PATH": str(tmp_path / "addresses")}) == "GKE"
 
 
 @pytest.mark.parametrize("environment", [{}, {"TPU_WORKER_HOSTNAMES": "a,b"}])
 def test_a_machine_with_vfio_and_libtpu_is_no_tpu_without_chips(attached, environment):
     attached(chips=0)
-    assert launchers.cluster(environment) is None
+    assert launchers.detect_cluster(environment) is None
 
 
 def test_gpus_are_those_that_the_driver_lists(monkeypatch, tmp_path):
@@ -238,8 +238,8 @@ def test_jax_is_given_the_device_ids(monkeypatch, capsys):
     given = {}
     monkeypatch.setattr(launchers, "count_gpus", lambda: 8)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: given.update(kwargs))
-    monkeypatch.setattr(multihost, "_Together", lambda *_: None)
-    monkeypatch.setattr(logging, "speak_as", lambda *_: None)
+    monkeypatch.setattr(multihost, "_ProcessGroup", lambda *_: None)
+    monkeypatch.setattr(logging, "set_process", lambda *_: None)
     for name, value in {**open_mpi(1, 3), "JAX_PLATFORMS": "cuda"}.items():
         monkeypatch.setenv(name, value)
     parser = argparse.ArgumentParser()

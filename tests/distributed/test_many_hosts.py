@@ -134,7 +134,7 @@ def test_a_workdir_that_is_held_is_refused_on_every_host(folder, tmp_path):
     from transformer.training import workdir
 
     with (
-        workdir.lock(epath.Path(tmp_path / "run")),
+        workdir.acquire_lock(epath.Path(tmp_path / "run")),
         on_hosts(2, command(folder, tmp_path / "run"), tmp_path / "out", devices=1) as pair,
     ):
         assert pair.wait() == [4, 4]

@@ -53,7 +53,7 @@ def gradient_of(config):
     mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
 
     def objective(params, batch):
-        with sharding.on_mesh(mesh):
+        with sharding.use_mesh(mesh):
             logits = model.bind(params)(*batch, jax.random.key(3), config.data.batching == "pack")
             sums = cross_entropy(logits, batch.target_BT, 0.1)
             return sums.objective / sums.tokens
@@ -72,11 +72,11 @@ def results(config):
     """Loss and gradients at the start, and the losses of some updates."""
     mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
     state = step.init_state(model, config, mesh)
-    first = sharding.place_batch(mesh, batches()[0])
+    first = sharding.shard_batch(mesh, batches()[0])
     loss, grads = jax.device_get(gradient_of(config)(state.params, first))
     train_step, losses = step.make_train_step(model, config, mesh), []
     for batch in batches():
-        state, metrics = train_step(state, sharding.place_batch(mesh, batch, config.train.accumulation_steps))
+        state, metrics = train_step(state, sharding.shard_batch(mesh, batch, config.train.accumulation_steps))
         losses.append(float(metrics.loss.nll / metrics.loss.tokens))
     return loss, grads, losses
 
@@ -148,7 +148,7 @@ def test_fsdp_stores_an_eighth_on_each_device(scan):
 
 
 def place(mesh):
-    return sharding.place_batch(mesh, batches()[0])
+    return sharding.shard_batch(mesh, batches()[0])
 
 
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -232,7 +232,7 @@ def test_packed_rows_are_told_apart_on_a_mesh():
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, batching="pack"))
         mesh = make_mesh(config.mesh)
         params = step.init_state(registry.Model(config.model, V), config, mesh).params
-        grads.append(jax.device_get(gradient_of(config)(params, sharding.place_batch(mesh, Batch(side, side)))))
+        grads.append(jax.device_get(gradient_of(config)(params, sharding.shard_batch(mesh, Batch(side, side)))))
     np.testing.assert_allclose(grads[1][0], grads[0][0], rtol=1e-5)
     difference = jax.tree.map(np.subtract, grads[1][1], grads[0][1])
     assert optax.tree.norm(difference) < 1e-5 * optax.tree.norm(grads[0][1])

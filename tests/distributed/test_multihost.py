@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.helpers.processes import TINY, Processes, data_flags, environment, on_hosts, write_data
 from transformer import command_line
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.distributed import multihost
 from transformer.runtime.errors import UserError
 from transformer.training import trainer
@@ -76,7 +76,7 @@ def test_two_hosts_do_what_one_does(folder, alone, tmp_path, capsys):
         stopped = [re.findall(r"stopped by SIGTERM; saved step (\d+)", pair.said(host)) for host in (0, 1)]
     (step,) = stopped[0]
     assert stopped[1] == [step]
-    assert Checkpoints(tmp_path / "run").newest_sound() == int(step) < 8
+    assert CheckpointManager(tmp_path / "run").latest_valid_step() == int(step) < 8
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert {"hosts/0/step_ms", "hosts/1/input_wait", "hosts/1/memory_mb", "hosts/slowest"} <= line.keys()
 
@@ -170,11 +170,11 @@ def flags(*argv):
 
 
 def test_a_process_without_flags_or_launcher_is_alone():
-    assert not multihost.is_one_of_several(flags())
-    with multihost.joined(flags()):
-        assert (multihost.count(), multihost.is_lead()) == (1, True)
-        assert multihost.from_lead("x", lambda: "made") == "made"
-        assert multihost.gather("x", "mine") == ["mine"]
+    assert not multihost.is_multiprocess(flags())
+    with multihost.initialize(flags()):
+        assert (multihost.process_count(), multihost.is_primary()) == (1, True)
+        assert multihost.broadcast_from_primary("x", lambda: "made") == "made"
+        assert multihost.allgather("x", "mine") == ["mine"]
 
 
 @pytest.mark.parametrize(
@@ -189,12 +189,12 @@ def test_a_process_without_flags_or_launcher_is_alone():
 )
 def test_flags_that_do_not_go_together_are_refused(argv, message):
     with pytest.raises(UserError, match=message):
-        multihost.is_one_of_several(flags(*argv))
+        multihost.is_multiprocess(flags(*argv))
 
 
 def test_a_process_under_open_mpi_5_needs_the_flags(monkeypatch):
     for name, value in {"SIZE": "2", "RANK": "0", "LOCAL_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
     with pytest.raises(UserError, match=r"--num_processes=\$OMPI_COMM_WORLD_SIZE"):
-        multihost.is_one_of_several(flags())
-    assert multihost.is_one_of_several(flags("--coordinator=a:1", "--num_processes=2", "--process_id=0"))
+        multihost.is_multiprocess(flags())
+    assert multihost.is_multiprocess(flags("--coordinator=a:1", "--num_processes=2", "--process_id=0"))

@@ -84,10 +84,10 @@ def test_a_model_that_would_be_shared_among_slices_is_refused():
 
 
 def test_the_rows_of_an_activation_keep_its_width_whole():
-    assert sharding.spec(("batch", "length", "embed")) == P(("data", "fsdp"), "sequence", None)
-    assert sharding.spec(("vocab", "embed")) == P("tensor", "fsdp")
-    assert sharding.spec(("embed", "heads", "kv")) == P("fsdp", "tensor", None)
-    assert sharding.spec((None, "mlp")) == P(None, "tensor")
+    assert sharding.logical_to_mesh(("batch", "length", "embed")) == P(("data", "fsdp"), "sequence", None)
+    assert sharding.logical_to_mesh(("vocab", "embed")) == P("tensor", "fsdp")
+    assert sharding.logical_to_mesh(("embed", "heads", "kv")) == P("fsdp", "tensor", None)
+    assert sharding.logical_to_mesh((None, "mlp")) == P(None, "tensor")
 
 
 @pytest.mark.parametrize("axes", [None, ("embed",), ("width", "embed")])
@@ -114,23 +114,23 @@ def test_a_model_that_the_mesh_does_not_divide_is_an_error_before_anything_compi
 def test_without_a_mesh_or_with_one_device_nothing_is_constrained():
     x = jnp.ones((2, 3, 4))
     axes = ("batch", "length", "embed")
-    assert sharding.constrain(x, axes) is x
-    with sharding.on_mesh(make_mesh(MeshConfig(data=1))):
-        assert sharding.constrain(x, axes) is x
-        assert sharding.gathered(x, axes) is x
-        assert sharding.shards("batch") == 1
-    with sharding.on_mesh(make_mesh(MeshConfig(data=2, sequence=4))):
-        assert (sharding.shards("batch"), sharding.shards("length"), sharding.shards("vocab")) == (2, 4, 1)
+    assert sharding.with_logical_constraint(x, axes) is x
+    with sharding.use_mesh(make_mesh(MeshConfig(data=1))):
+        assert sharding.with_logical_constraint(x, axes) is x
+        assert sharding.all_gather_param(x, axes) is x
+        assert sharding.num_shards("batch") == 1
+    with sharding.use_mesh(make_mesh(MeshConfig(data=2, sequence=4))):
+        assert (sharding.num_shards("batch"), sharding.num_shards("length"), sharding.num_shards("vocab")) == (2, 4, 1)
 
 
 def test_a_param_is_whole_where_it_is_used_and_its_gradient_is_split():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     axes = ("embed", "mlp")
-    stored = jax.sharding.NamedSharding(mesh, sharding.spec(axes))
+    stored = jax.sharding.NamedSharding(mesh, sharding.logical_to_mesh(axes))
 
     def used(param):
-        with sharding.on_mesh(mesh):
-            return sharding.gathered(param, axes)
+        with sharding.use_mesh(mesh):
+            return sharding.all_gather_param(param, axes)
 
     param = jax.device_put(np.ones((8, 8), np.float32), stored)
     value, pull = jax.jit(used)(param), jax.jit(jax.grad(lambda param: jnp.square(used(param)).sum()))
@@ -143,7 +143,7 @@ def test_padding_that_devices_and_many_parts_cost_is_said(parts, times):
     """Batches of 96 rows become 112, 128 or 512 on 8 devices."""
     lengths = np.full(960, 20)
     plan = BucketedSchedule(lengths, lengths, num_buckets=2, batch_tokens=20 * 96, max_length=20, seed=0)
-    said = sharding.waste(make_mesh(MeshConfig()), plan, parts)
+    said = sharding.padding_warning(make_mesh(MeshConfig()), plan, parts)
     assert (f"steps = {parts} must divide the rows: padding makes them {times} times" in said) if times else said == ""
 
 
@@ -151,17 +151,17 @@ def test_padding_of_rare_batches_is_little():
     lengths = np.append(np.full(960, 20), 480)
     plan = BucketedSchedule(lengths, lengths, num_buckets=2, batch_tokens=20 * 96, max_length=480, seed=0)
     assert [bucket.rows for bucket in plan.buckets] == [96, 4]
-    assert sharding.waste(make_mesh(MeshConfig()), plan, 1) == ""
+    assert sharding.padding_warning(make_mesh(MeshConfig()), plan, 1) == ""
 
 
 def test_rows_and_widths_are_filled_up_to_divide():
     """So the plan of batches need not know the mesh."""
     mesh = make_mesh(MeshConfig(data=2, sequence=4))
     batch = Batch(np.ones((5, 7), np.int32), np.ones((5, 8), np.int32))
-    placed = sharding.place_batch(mesh, batch, parts=2)
+    placed = sharding.shard_batch(mesh, batch, parts=2)
     assert (placed.source_BS.shape, placed.target_BT.shape) == ((8, 8), (8, 8))
     assert int(placed.source_BS.sum()) == 35
-    sentences = sharding.place_batch(mesh, batch.source_BS, rows="sentences")
+    sentences = sharding.shard_batch(mesh, batch.source_BS, rows="decode_batch")
     assert sentences.shape == (8, 7)
     assert {shard.data.shape for shard in sentences.addressable_shards} == {(1, 7)}
 
@@ -173,7 +173,7 @@ def test_several_hosts_trace_the_gathering_of_params_once(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with CompileCounter() as counter:
         for _ in range(3):
-            whole = sharding.on_every_device(mesh, {"param": split})["param"]
+            whole = sharding.replicate(mesh, {"param": split})["param"]
     assert whole.sharding.is_fully_replicated
     np.testing.assert_array_equal(jax.device_get(whole), np.arange(16))
     assert counter.count == 1

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import small_config
 from transformer.checkpoints import best_metric, manager
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.config import DataConfig, validation
 from transformer.evaluation import bleu_tokenizer
 from transformer.evaluation import metrics as scores
@@ -98,7 +98,7 @@ RECORDED = {  # step → BLEU, chrF, loss: each figure has another best
 
 def checkpoints(tmp_path, metric):
     """Manifests and configs alone: all that scores are read from."""
-    found = Checkpoints(tmp_path)
+    found = CheckpointManager(tmp_path)
     config = small_config(train={"best_metric": metric})
     for step, (bleu, chrf, loss) in RECORDED.items():
         folder = found.folder / str(step)
@@ -117,20 +117,22 @@ def checkpoints(tmp_path, metric):
 def test_checkpoints_are_ranked_by_the_metric_of_their_run(metric, order, tmp_path):
     """Runs of before have "auto" in their config at most, and go by BLEU."""
     found = checkpoints(tmp_path, metric)
-    assert found.by_score([1, 2, 3]) == order
+    assert found.steps_by_metric([1, 2, 3]) == order
     found.prune(keep_last=1, keep_best=1)
     assert found.steps() == sorted({order[-1], 3})
 
 
 def test_a_lower_loss_is_progress_and_a_higher_one_is_stale():
-    progress = trainer.Progress()
-    assert trainer.Progress.of(progress.metrics()) == progress
+    progress = trainer.EarlyStopping()
+    assert trainer.EarlyStopping.of(progress.metrics()) == progress
     for loss, stale in ((3.0, 0), (2.0, 0), (2.5, 1), (2.0, 2), (1.9, 0)):
-        progress = progress.after(best_metric.merit("loss", {"valid/loss": loss}))
+        progress = progress.after(best_metric.score("loss", {"valid/loss": loss}))
         assert progress.stale == stale
-        assert trainer.Progress.of(progress.metrics()) == progress
-    assert best_metric.shown("loss", progress.best) == "1.900"
-    assert trainer.Progress.of({"best": -1.0, "stale": 0}) == trainer.Progress(-1.0)  # as earlier versions wrote it
+        assert trainer.EarlyStopping.of(progress.metrics()) == progress
+    assert best_metric.format_score("loss", progress.best) == "1.900"
+    assert trainer.EarlyStopping.of({"best": -1.0, "stale": 0}) == trainer.EarlyStopping(
+        -1.0
+    )  # as earlier versions wrote it
 
 
 @pytest.fixture
@@ -158,7 +160,7 @@ def test_a_run_decides_once_says_so_and_keeps_it(words, capsys):
     assert "the best checkpoint is that of the highest chrF2, as 6 of 6 validation references" in said
     assert re.search(r"BLEU [0-9.]+ · chrF2 ([0-9.]+), best \1 ·", said)
     assert '"best_metric": "chrf"' in (workdir / "config.json").read_text()
-    assert Checkpoints(workdir).config(1).train.best_metric == "chrf"
+    assert CheckpointManager(workdir).config(1).train.best_metric == "chrf"
     resumed = trainer.Run(run_config(words, num_steps=2), trainer.epath.Path(workdir))
     assert resumed.config.train.best_metric == "chrf"
     with pytest.raises(UserError, match=r"train\.best_metric: 'chrf' → 'bleu'"):

@@ -11,7 +11,7 @@ import pytest
 
 from tests.checkpoints.test_manager import flip, make_parts, save
 from transformer.checkpoints import loading, manager, manifest
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.evaluation import continuous
 from transformer.evaluation.evaluator import Evaluation, EvaluationSet, HeldOutLoss, Report
 from transformer.evaluation.metrics import further, score
@@ -83,7 +83,9 @@ def test_another_set_is_scored_too(workdir, change):
 @pytest.mark.slow
 def test_a_run_begun_anew_is_not_taken_for_the_old_one(workdir):
     look(workdir)
-    Checkpoints(workdir).record(2, {"valid/bleu": 3.0})  # the same checkpoint: training recorded its score
+    CheckpointManager(workdir).update_metrics(
+        2, {"valid/bleu": 3.0}
+    )  # the same checkpoint: training recorded its score
     assert look(workdir) == []
     shutil.rmtree(workdir / "checkpoints" / "2")
     shutil.copytree(workdir / "checkpoints" / "10", workdir / "checkpoints" / "2")
@@ -103,21 +105,21 @@ def test_a_line_that_a_kill_cut_short_is_scored_again(workdir):
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_left_out(workdir, monkeypatch, capsys):
-    load = loading.load_trained
+    load = loading.load_checkpoint
 
     def prune_first(folder, which):
         if which == "2":
-            Checkpoints(workdir).remove(2)
+            CheckpointManager(workdir).remove(2)
         return load(folder, which)
 
-    monkeypatch.setattr(continuous, "load_trained", prune_first)
+    monkeypatch.setattr(continuous, "load_checkpoint", prune_first)
     assert look(workdir) == [10]
     assert "checkpoint 2 was deleted while it was read" in capsys.readouterr().err
 
 
 def test_a_signal_while_it_scores_ends_it_though_the_checkpoint_went_meanwhile(workdir, monkeypatch):
     def stopped_while_pruned(self, model):
-        Checkpoints(workdir).remove(model.step)
+        CheckpointManager(workdir).remove(model.step)
         raise StoppedError(signal.SIGTERM, "stopped by SIGTERM")
 
     monkeypatch.setattr(QuickScorer, "evaluate", stopped_while_pruned)
@@ -127,7 +129,7 @@ def test_a_signal_while_it_scores_ends_it_though_the_checkpoint_went_meanwhile(w
 
 def test_a_failure_inside_scoring_is_not_taken_for_a_deleted_checkpoint(workdir, monkeypatch):
     def fail_while_pruned(self, model):
-        Checkpoints(workdir).remove(model.step)
+        CheckpointManager(workdir).remove(model.step)
         raise RuntimeError("inside")
 
     monkeypatch.setattr(QuickScorer, "evaluate", fail_while_pruned)
@@ -142,14 +144,14 @@ def test_a_damaged_config_does_not_stop_it(workdir, capsys):
 
 
 def test_one_that_goes_between_its_files_is_left_out_too(workdir, monkeypatch, capsys):
-    restore = Checkpoints.restore_params
+    restore = CheckpointManager.restore_params
 
     def prune_first(self, step, *args):
         if step == 2:
-            Checkpoints(workdir).remove(2)
+            CheckpointManager(workdir).remove(2)
         return restore(self, step, *args)
 
-    monkeypatch.setattr(Checkpoints, "restore_params", prune_first)
+    monkeypatch.setattr(CheckpointManager, "restore_params", prune_first)
     assert look(workdir) == [10]
     assert "was deleted while it was read" in capsys.readouterr().err
 
@@ -158,7 +160,7 @@ def test_one_that_goes_between_its_files_is_left_out_too(workdir, monkeypatch, c
 def test_one_that_goes_while_it_is_verified_is_left_out_and_not_called_damaged(
     workdir, monkeypatch, capsys, room, name
 ):
-    read, prune = getattr(room, name), [lambda: Checkpoints(workdir).remove(2)]
+    read, prune = getattr(room, name), [lambda: CheckpointManager(workdir).remove(2)]
 
     def prune_first(path):
         with contextlib.suppress(IndexError):

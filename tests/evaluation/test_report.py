@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from tests.conftest import small_config
-from transformer.checkpoints.loading import Trained
+from transformer.checkpoints.loading import RestoredModel
 from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
@@ -33,7 +33,7 @@ def evaluation():
     model = Model(config.model, vocabulary.vocab_size)
     mesh = make_mesh(config.mesh)
     params = jax.device_put(model.init(5), sharding.replicated(mesh))
-    trained = Trained("latest", [20], {}, config, vocabulary, model, params, mesh)
+    trained = RestoredModel("latest", [20], {}, config, vocabulary, model, params, mesh)
     return evaluator.Scorer(CHOSEN).evaluate(trained)
 
 

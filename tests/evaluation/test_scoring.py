@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from tests.checkpoints.test_manager import make_parts, save
-from transformer.checkpoints.loading import Trained
+from transformer.checkpoints.loading import RestoredModel
 from transformer.distributed import sharding
 from transformer.evaluation import evaluator as scoring
 from transformer.evaluation.evaluator import EvaluationSet, HeldOutLoss
@@ -21,7 +21,7 @@ CHOSEN = EvaluationSet("mine", SOURCES, [["das alte Haus", "ein neuer Baum", ""]
 def make_trained():
     config, vocabulary, model, mesh, state = make_parts()
     params = jax.device_put(state.params, sharding.replicated(mesh))
-    return Trained("latest", [7], {}, config, vocabulary, model, params, mesh)
+    return RestoredModel("latest", [7], {}, config, vocabulary, model, params, mesh)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import transformer
 from tests.commands.test_translate import save
 from tests.conftest import slow
 from tests.decoding.test_translator import LINES, WORDS, eager
-from transformer.checkpoints.loading import load_trained
+from transformer.checkpoints.loading import load_checkpoint
 from transformer.data import tokenizer
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.decoding.translator import Translator
@@ -44,7 +44,7 @@ def needs_ctranslate2():
 
 
 def with_model(workdir, vocabulary, **model):
-    return load_trained(save(workdir, vocabulary, **model), "latest")
+    return load_checkpoint(save(workdir, vocabulary, **model), "latest")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_ctranslate2_gives_the_log_probabilities_of_the_model(model, vocabulary,
     ],
 )
 def test_the_fields_that_ctranslate2_cannot_follow_are_said_and_no_others(workdir, fields, named, capsys):
-    decode = dataclasses.replace(load_trained(workdir, "latest").config.decode, **fields)
+    decode = dataclasses.replace(load_checkpoint(workdir, "latest").config.decode, **fields)
     assert export_ctranslate2.options(decode)["beam_size"] == decode.beam_size
     assert re.findall(r"decode\.(\w+) =", capsys.readouterr().err) == named
     assert export_ctranslate2.options(decode)["patience"] == 3
@@ -124,7 +124,7 @@ def test_with_these_options_ctranslate2_finds_the_translations_of_this_search(fi
 @pytest.mark.parametrize("form", ["ctranslate2", "jax"])
 @pytest.mark.parametrize("family", ["recurrent", "convolutional"])
 def test_other_families_are_refused(form, family, workdir, tmp_path):
-    trained = load_trained(workdir, "latest")
+    trained = load_checkpoint(workdir, "latest")
     model = dataclasses.replace(trained.config.model, family=family)
     trained = dataclasses.replace(trained, config=dataclasses.replace(trained.config, model=model))
     with pytest.raises(UserError, match=rf"model\.family = {family}: expected attention"):

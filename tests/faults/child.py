@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     import train
     from transformer import command_line
     from transformer.checkpoints import manager
-    from transformer.checkpoints.manager import Checkpoints
+    from transformer.checkpoints.manager import CheckpointManager
     from transformer.data import input_pipeline
     from transformer.data.batching import Batch
     from transformer.runtime import environment, files
@@ -55,7 +55,7 @@ def read_each(workdirs: list[str], log: str) -> None:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     for workdir in workdirs:
         try:
-            found = loading.load_trained(workdir, "latest")
+            found = loading.load_checkpoint(workdir, "latest")
             print(f"{workdir}: read step {found.step}", flush=True)
         except Exception as error:  # whatever the libraries make of such files
             print(f"{workdir}: {type(error).__name__}", flush=True)
@@ -75,7 +75,7 @@ def note_examples(trace: int) -> None:
     """Notes step and example ids of each batch as the loop takes it."""
     global _trace
     _trace = trace
-    assemble, begin = input_pipeline.assemble, trainer.Updates.__init__
+    assemble, begin = input_pipeline.assemble, trainer.StepPipeline.__init__
 
     def named(planned, *ids):
         batch = Named(*assemble(planned, *ids))
@@ -95,18 +95,18 @@ def note_examples(trace: int) -> None:
     def begin_noted(self, train_step, state, batches, *rest, **options):
         begin(self, train_step, state, noted(int(jax.device_get(state.step)), batches), *rest, **options)
 
-    input_pipeline.assemble, trainer.Updates.__init__ = named, begin_noted
+    input_pipeline.assemble, trainer.StepPipeline.__init__ = named, begin_noted
 
 
 def cache_everything() -> None:
     """Keeps the smallest programs too, as each restart would compile them again."""
-    enable = environment.enable_cache
+    enable = environment.enable_compilation_cache
 
     def enabled():
         enable()
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-    environment.enable_cache = enabled
+    environment.enable_compilation_cache = enabled
 
 
 def signal_at(number: str, step: str, seconds: str) -> None:
@@ -168,15 +168,15 @@ def kill_during(name):
 
 def manifest_cut_short():
     """Half of a manifest under its own name, as a file system without rename would leave it."""
-    write_whole = manager.write_whole
+    write_atomic = manager.write_atomic
 
     def cut(path, content):
         if saving(manager.MANIFEST)(path):
             epath.Path(path).write_text(content[: len(content) // 2])
             kill()
-        write_whole(path, content)
+        write_atomic(path, content)
 
-    manager.write_whole = cut
+    manager.write_atomic = cut
 
 
 def rmtree_cut_short():
@@ -197,7 +197,7 @@ def rmtree_cut_short():
 def pause_in_saving(seconds):
     """Marks the place where checkpoint AT lacks its manifest alone, and waits there."""
     before = lambda: (mark("saving"), time.sleep(seconds))  # noqa: E731
-    return lambda: around(manager, "write_whole", before, when=saving(manager.MANIFEST))
+    return lambda: around(manager, "write_atomic", before, when=saving(manager.MANIFEST))
 
 
 def commit(when):
@@ -216,7 +216,7 @@ def disk_error(name):
 
 def hold():
     """Stops at step 3, for ever."""
-    around(trainer.Updates, "dispatch", lambda: (mark("held"), time.sleep(600)), when=lambda self: self._done == 2)
+    around(trainer.StepPipeline, "dispatch", lambda: (mark("held"), time.sleep(600)), when=lambda self: self._done == 2)
 
 
 def step_is(at):
@@ -230,27 +230,27 @@ KILLS = {
     "in the params": kill_during("params"),
     "after the params": lambda: around(manager.ocp, "save", None, kill, when=saving("params")),
     "in the optimizer": kill_during("optimizer"),
-    "before the manifest": lambda: around(manager, "write_whole", kill, when=saving(manager.MANIFEST)),
+    "before the manifest": lambda: around(manager, "write_atomic", kill, when=saving(manager.MANIFEST)),
     "in the manifest": manifest_cut_short,
     "before the commit": commit("before"),
     "after the commit": commit("after"),
-    "before deleting": lambda: around(Checkpoints, "remove", kill, when=step_is(AT - 5)),
+    "before deleting": lambda: around(CheckpointManager, "remove", kill, when=step_is(AT - 5)),
     "in deleting": rmtree_cut_short,
-    "after deleting": lambda: around(Checkpoints, "remove", None, kill, when=step_is(AT - 5)),
+    "after deleting": lambda: around(CheckpointManager, "remove", None, kill, when=step_is(AT - 5)),
 }
 PLANTS = {
     **{f"kill {name}": plant for name, plant in KILLS.items()},
     "kill in restoring": lambda: around(manager, "_load", None, kill),
-    "kill after restoring": lambda: around(Checkpoints, "restore", None, kill),
+    "kill after restoring": lambda: around(CheckpointManager, "restore", None, kill),
     "pause in evaluating": lambda: around(
         trainer.Evaluator, "held_out_loss", lambda: (mark("evaluating"), time.sleep(1))
     ),
     "pause in saving": pause_in_saving(1.0),
     "pause in compiling": lambda: around(
-        trainer.Updates, "dispatch", lambda: mark("compiling"), when=lambda self: self._unread is None
+        trainer.StepPipeline, "dispatch", lambda: mark("compiling"), when=lambda self: self._unread is None
     ),
     "long save": pause_in_saving(60.0),
-    "disk error": disk_error("write_whole"),
+    "disk error": disk_error("write_atomic"),
     "glob unescaped": lambda: setattr(type(epath.Path("/")), "glob", files._glob_unescaped),
     "hold": hold,
 }

@@ -27,7 +27,7 @@ def shares(planned: BatchSpec, mesh, hosts: int, rows: str = "batch") -> list[Ba
     """The rows of a global batch that each of so many hosts holds, which share the devices of the mesh."""
     count = len(planned.examples_B)
     groups = np.array_split(mesh.devices.ravel(), hosts)
-    return [select_rows(planned, sharding.rows_here(mesh, count, rows=rows, devices=group)) for group in groups]
+    return [select_rows(planned, sharding.local_row_indices(mesh, count, rows=rows, devices=group)) for group in groups]
 
 
 @row("E1", "coverage of evaluation: 10 counts of sentences x 1 to 8 hosts x batches of 1, 3, 4, 8", full=320, quick=320)
@@ -42,7 +42,7 @@ def coverage(world: World, tally: Tally) -> None:
             for planned in eval_batches(
                 source.lengths, np.zeros_like(source.lengths), lambda width, batch=batch: batch
             ):
-                for share in shares(planned, mesh, hosts, "sentences"):
+                for share in shares(planned, mesh, hosts, "decode_batch"):
                     rectangle = make_batch(share, source, source).source_BS
                     real = rectangle[rectangle[:, 0] != 0]
                     whole = [np.array_equal(line[line != 0], sentences[line[0] - FIRST]) for line in real]
@@ -69,7 +69,7 @@ def sources_of(world: World) -> list[str]:
     quick=4,
 )
 def scores_of_written_files(world: World, tally: Tally) -> None:
-    run = loading.load_trained(world.talker(), "latest")
+    run = loading.load_checkpoint(world.talker(), "latest")
     sources = sources_of(world)
     folder = world.new_folder()
     folder.mkdir()
@@ -109,7 +109,7 @@ def scores_of_written_files(world: World, tally: Tally) -> None:
 
 @row("E3", "no end of sentence, empty output, references beyond every limit", full=3, quick=3)
 def nothing_is_cut(world: World, tally: Tally) -> None:
-    run = loading.load_trained(world.talker(), "latest")
+    run = loading.load_checkpoint(world.talker(), "latest")
     sources = sources_of(world)
     with tally.one("no end of sentence"):
         translator = Translator(run.model, run.tokenizer, run.config.decode, run.mesh)

@@ -19,7 +19,7 @@ from tests.checkpoints.test_manager import make_parts, save, save_three
 from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World, files_of
 from transformer.checkpoints import loading, manager, manifest
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.checkpoints.manifest import MANIFEST
 from transformer.runtime import files, logging, object_storage
 from transformer.runtime.errors import UserError, WorkdirError
@@ -33,17 +33,17 @@ def assert_noticed(run: pathlib.Path, name: str) -> None:
     These are the very calls of train.py, eval.py and translate. Damage that changes nothing (a capital E in a
     number) may pass, if what is read is the same.
     """
-    checkpoints = Checkpoints(run)
-    for ask in (checkpoints.newest_sound, lambda: loading.select(checkpoints, "latest")[0]):
+    checkpoints = CheckpointManager(run)
+    for ask in (checkpoints.latest_valid_step, lambda: loading.resolve_steps(checkpoints, "latest")[0]):
         with Heard() as heard:
             found = ask()
         assert found == 10, f"{name}: took {found}"
         assert f"checkpoint {NEWEST} is damaged" in heard.getvalue(), f"{name}: not said"
     with Heard() as heard:
-        assert loading.select(checkpoints, "average:2") == [5, 10], name
-        assert NEWEST not in loading.select(checkpoints, "best"), name
+        assert loading.resolve_steps(checkpoints, "average:2") == [5, 10], name
+        assert NEWEST not in loading.resolve_steps(checkpoints, "best"), name
         with pytest.raises(WorkdirError):
-            loading.select(checkpoints, str(NEWEST))
+            loading.resolve_steps(checkpoints, str(NEWEST))
     assert heard.getvalue().count(f"checkpoint {NEWEST} is damaged") == 3, f"{name}: not said"
 
 
@@ -71,8 +71,8 @@ def flip(path: pathlib.Path, rng: np.random.Generator) -> int:
 def assert_reads_the_one_before(run: pathlib.Path, world: World) -> None:
     """What eval.py and translate would compute with are the params of step 10."""
     with Heard():
-        params = loading.load_trained(run, "latest").params
-    wanted = loading.load_trained(world.whole().workdir, "10").params
+        params = loading.load_checkpoint(run, "latest").params
+    wanted = loading.load_checkpoint(world.whole().workdir, "10").params
     leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in (params, wanted)]
     assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
 
@@ -93,7 +93,7 @@ def bits_flipped(world: World, tally: Tally) -> None:
                     assert_reads_the_one_before(run, world)
             finally:
                 path.write_bytes(whole)
-    assert Checkpoints(run).newest_sound() == NEWEST
+    assert CheckpointManager(run).latest_valid_step() == NEWEST
     for attempt in range(0 if tally.quick else 3):
         with tally.one(f"training goes on, {attempt}"):
             flipped = world.copy(run)
@@ -141,7 +141,7 @@ def files_damaged(world: World, tally: Tally) -> None:
             if not changes_nothing(folder / name, whole):  # a manifest without the end of its last line
                 assert_noticed(run, f"{name} {damage}")
     with tally.one("nothing was left damaged"):
-        assert Checkpoints(run).newest_sound() == NEWEST
+        assert CheckpointManager(run).latest_valid_step() == NEWEST
     if not tally.quick:
         (run / "checkpoints" / str(NEWEST) / "config.json").write_text("{}")
         for command in (["eval.py", "--split=test"], ["-m", "transformer.translate"]):
@@ -172,7 +172,7 @@ def none_is_sound(world: World, tally: Tally) -> None:
         for which in ("latest", "best"):
             if tally.quick:
                 with tally.one(f"{which}, {name}"), Heard() as heard, pytest.raises(WorkdirError) as refused:
-                    loading.load_trained(run, which)
+                    loading.load_checkpoint(run, which)
                 assert (refused.value.exit_code, heard.getvalue().count("damaged")) == (4, 3)
         for command in () if tally.quick else (["eval.py"], ["-m", "transformer.translate"]):
             with tally.one(f"{command}, {name}"):
@@ -221,7 +221,7 @@ def disk_fails(world: World, tally: Tally) -> None:
                 process = world.trained(place / "run")
                 assert process.code == 2, process.said()
                 assert "Read-only file system" in process.said()
-                assert Checkpoints(place / "run").newest_sound() == NEWEST
+                assert CheckpointManager(place / "run").latest_valid_step() == NEWEST
     else:
         tally.skip(1 if tally.quick else 3, "no right to mount a full or a read-only disk")
     with tally.one("an error in writing"):
@@ -229,16 +229,16 @@ def disk_fails(world: World, tally: Tally) -> None:
         process = world.trained(run, "disk error", train={"num_steps": 10})
         assert process.code == 2, process.said()
         assert "Input/output error" in process.said()
-        assert Checkpoints(run).newest_sound() == 5
+        assert CheckpointManager(run).latest_valid_step() == 5
         assert world.trained(run, train={"num_steps": 10}).code == 0
         world.assert_as_whole(run, 10)
     with tally.one("an error in reading"), pytest.MonkeyPatch.context() as patch:
         run = world.three_checkpoints()
         patch.setattr(manifest, "sha256", raising_once(manifest.sha256))
         with Heard() as heard:
-            assert Checkpoints(run).newest_sound() == 10
+            assert CheckpointManager(run).latest_valid_step() == 10
         assert "checkpoint 15 is damaged and skipped: a file cannot be read" in heard.getvalue()
-        assert Checkpoints(run).newest_sound() == NEWEST
+        assert CheckpointManager(run).latest_valid_step() == NEWEST
 
 
 def raising_once(function):
@@ -261,7 +261,7 @@ def assert_survives_a_full_disk(world: World, run: pathlib.Path, steps: int) -> 
     process = world.trained(run, train=train)
     assert process.code not in (0, None), "a save that failed was no failure"
     assert "space" in process.said(), process.said()
-    assert Checkpoints(run).newest_sound() == 5
+    assert CheckpointManager(run).latest_valid_step() == 5
     ballast.unlink()
     assert world.trained(run, train=train).code == 0
     world.assert_as_whole(run, steps)
@@ -277,19 +277,19 @@ def retention(world: World, tally: Tally) -> None:
             with pytest.raises(UserError, match="No space left"):
                 save(run, make_parts(), 200)
             patch.undo()
-            Checkpoints(run).prepare(100)
-            assert Checkpoints(run).steps() == [9, 10, 100]
-            assert Checkpoints(run).newest_sound() == 100
+            CheckpointManager(run).clean_up(100)
+            assert CheckpointManager(run).steps() == [9, 10, 100]
+            assert CheckpointManager(run).latest_valid_step() == 100
             save(run, make_parts(), 200)
-            Checkpoints(run).prune(keep, 0)
-            assert Checkpoints(run).steps() == [9, 10, 100, 200][-keep:]
+            CheckpointManager(run).prune(keep, 0)
+            assert CheckpointManager(run).steps() == [9, 10, 100, 200][-keep:]
     for keep in (1, 2, 5):
         with tally.one(f"keep {keep}, the new one is not whole"), Heard() as heard:
             run = world.copy(base)
             save(run, make_parts(), 200)
             files_of(run / "checkpoints" / "200")[0].unlink()
-            Checkpoints(run).prune(keep, 0)
-            assert Checkpoints(run).steps() == [9, 10, 100, 200]
+            CheckpointManager(run).prune(keep, 0)
+            assert CheckpointManager(run).steps() == [9, 10, 100, 200]
             assert keep == 5 or "checkpoint 200 is damaged" in heard.getvalue()
 
 
@@ -312,9 +312,9 @@ def failing_at(count: int, owner, name: str):
 FAILURES = {
     "the params fail": failing_at(0, manager.ocp, "save"),
     "the optimizer fails": failing_at(1, manager.ocp, "save"),
-    "the config fails": failing_at(0, manager, "write_whole"),
+    "the config fails": failing_at(0, manager, "write_atomic"),
     "the digests fail": failing_at(0, manifest, "sha256"),
-    "the manifest fails": failing_at(1, manager, "write_whole"),
+    "the manifest fails": failing_at(1, manager, "write_atomic"),
 }
 
 
@@ -329,7 +329,7 @@ def saves_that_cannot_be_read(world: World, tally: Tally) -> None:
         with tally.one(f"{name} works"):
             run = world.new_folder() / name
             save(run, make_parts(), 5)
-            assert loading.load_trained(run, "latest").step == 5
+            assert loading.load_checkpoint(run, "latest").step == 5
     with tally.one("a backslash"), pytest.raises(UserError, match="without backslashes"):
         save(world.new_folder() / "a\\b", make_parts(), 5)
     base = save_three(world.new_folder())
@@ -340,8 +340,8 @@ def saves_that_cannot_be_read(world: World, tally: Tally) -> None:
             with pytest.raises(UserError, match="cannot be read again, so it does not count"):
                 save(run, make_parts(), 200)
             patch.undo()
-            assert Checkpoints(run).steps() == [9, 10, 100]
-            assert Checkpoints(run).newest_sound() == 100
+            assert CheckpointManager(run).steps() == [9, 10, 100]
+            assert CheckpointManager(run).latest_valid_step() == 100
     if can_mount(world):
         for staged in (False, True):  # as on s3://, where a save goes through the temp folder
             with tally.one(f"a full temp folder, staged {staged}"), pytest.MonkeyPatch.context() as patch:
@@ -354,7 +354,7 @@ def saves_that_cannot_be_read(world: World, tally: Tally) -> None:
             process = world.trained(run, "glob unescaped", train={"num_steps": 10})
             assert process.code == 2, process.said()
             assert "5: the checkpoint was written but cannot be read again" in process.said()
-            assert Checkpoints(run).steps() == []
+            assert CheckpointManager(run).steps() == []
             assert world.trained(run, train={"num_steps": 10}).code == 0
             world.assert_as_whole(run, 10)
 
@@ -370,16 +370,16 @@ def assert_survives_a_full_temp_folder(
             with pytest.raises(Exception, match="space") as failed:
                 save(run, make_parts(), 200)
             with Heard() as heard:
-                assert logging.exit_code(failed.value) == 2
+                assert logging.report_error(failed.value) == 2
             assert "space" in heard.getvalue(), heard.getvalue()
         else:
             save(run, make_parts(), 200)
-    assert Checkpoints(run).newest_sound() == (100 if staged else 200)
+    assert CheckpointManager(run).latest_valid_step() == (100 if staged else 200)
 
 
 def manifest_emptied(patch: pytest.MonkeyPatch) -> None:
-    write_whole = manager.write_whole
-    patch.setattr(manager, "write_whole", lambda path, text: write_whole(path, "" if path.name == MANIFEST else text))
+    write_atomic = manager.write_atomic
+    patch.setattr(manager, "write_atomic", lambda path, text: write_atomic(path, "" if path.name == MANIFEST else text))
 
 
 def one_moment_lost(patch: pytest.MonkeyPatch) -> None:

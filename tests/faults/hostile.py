@@ -18,7 +18,7 @@ import pytest
 from tests import test_imports
 from tests.faults.table import Tally, row
 from tests.faults.world import Heard, World, files_of, write_pairs
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.checkpoints.manifest import MANIFEST, Manifest
 from transformer.config import DataConfig
 from transformer.data import corpus as corpora
@@ -53,7 +53,7 @@ def payloads(canary: pathlib.Path) -> dict[str, bytes]:
 
 def forge(folder: pathlib.Path) -> None:
     """Makes a checkpoint sound again after its files were changed, as whoever changed them could."""
-    before = Checkpoints(folder.parent.parent).manifest(int(folder.name))
+    before = CheckpointManager(folder.parent.parent).manifest(int(folder.name))
     paths = [path for path in files_of(folder) if path.name != MANIFEST]
     found = {str(path.relative_to(folder)): (path.stat().st_size, sha256(path)) for path in paths}
     changed = Manifest(before.metrics, before.data, before.host, found)
@@ -111,7 +111,7 @@ def nothing_is_executed(world: World, tally: Tally) -> None:
     with tally.one("a manifest that is code"):
         (folder / MANIFEST).write_bytes(evil["python"])
         with Heard():
-            assert Checkpoints(run).newest_sound() == 10
+            assert CheckpointManager(run).latest_valid_step() == 10
         assert not canary.exists()
 
 
@@ -120,7 +120,7 @@ def assert_no_token_ids_of_objects(world: World, array: bytes) -> None:
     folder = world.new_folder()
     write_pairs(folder, train=40)
     data = DataConfig(name="text", dir=str(folder), data_dir=str(folder / "prepared"), vocab_size=285)
-    words = Checkpoints(world.whole().workdir).tokenizer(15)
+    words = CheckpointManager(world.whole().workdir).tokenizer(15)
     with Heard() as heard:
         corpus = corpora.open_corpus(data)
         wanted = input_pipeline.token_ids(data, corpus, "train", words)

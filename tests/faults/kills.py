@@ -9,7 +9,7 @@ import numpy as np
 from tests.faults import child
 from tests.faults.table import Tally, row
 from tests.faults.world import KILLED, SAVE, STEPS, Child, World
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 
 COMMITTED = ("after the commit", "before deleting", "in deleting", "after deleting")  # the checkpoint was one by then
 
@@ -63,7 +63,10 @@ def killed_while_saving(world: World, tally: Tally) -> None:
                 run, train = world.new_folder(), {"num_steps": 15, "keep_last": 1, "keep_best": 0}
                 process = world.trained(run, f"kill {name}", train=train)
                 assert process.code == KILLED, f"never came there: {process.code} {process.said()}"
-                found, wanted = Checkpoints(run).newest_sound(), child.AT if name in COMMITTED else child.AT - SAVE
+                found, wanted = (
+                    CheckpointManager(run).latest_valid_step(),
+                    child.AT if name in COMMITTED else child.AT - SAVE,
+                )
                 assert found == wanted, f"expected checkpoint {wanted}, got {found}"
                 assert world.trained(run, train=train).code == 0
                 assert {path.name for path in (run / "checkpoints").iterdir()} == {"15"}
@@ -78,7 +81,7 @@ def killed_while_restoring(world: World, tally: Tally) -> None:
             for _ in range(3):
                 process = world.trained(run, plant)
                 assert (process.code, process.trace()) == (KILLED, {}), process.said()
-            assert Checkpoints(run).newest_sound() == 15
+            assert CheckpointManager(run).latest_valid_step() == 15
             last = world.trained(run)
             assert list(last.trace()) == list(range(16, STEPS + 1))
             world.assert_as_whole(run)
@@ -131,7 +134,7 @@ def assert_stopped(process: Child, code: int, seconds: float) -> None:
     assert process.code == code, f"exit code {process.code}: {process.said()}"
     assert seconds < 30
     last = max(process.trace())
-    assert Checkpoints(process.workdir).newest_sound() == last, f"step {last} was done and not saved"
+    assert CheckpointManager(process.workdir).latest_valid_step() == last, f"step {last} was done and not saved"
     assert f"saved step {last:,}" in process.said()
 
 
@@ -145,4 +148,4 @@ def assert_second_signal_ends_it(world: World) -> None:
     seconds = process.signal(signal.SIGINT)
     assert seconds < 5, f"{seconds:.1f} s"
     assert process.code == -signal.SIGINT
-    assert Checkpoints(run).newest_sound() == 5
+    assert CheckpointManager(run).latest_valid_step() == 5

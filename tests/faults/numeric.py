@@ -15,7 +15,7 @@ from tests.faults.table import Tally, row
 from tests.faults.world import Heard, World
 from tests.training import test_train_step
 from transformer.checkpoints import loading
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.config import MeshConfig
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline
@@ -34,7 +34,7 @@ AT = 8  # the update that is disturbed
 @contextlib.contextmanager
 def poisoned(place: str, value: float, updates: range = range(AT, AT + 1), seed: int = 0) -> Iterator[None]:
     """Adds a value to the loss, the gradient or the params within these updates, counted from 1, or scales the loss."""
-    sum_gradients = step.sum_gradients
+    sum_gradients = step.accumulate_gradients
     base = jax.random.fold_in(jax.random.key(seed), 1)
     keys = jnp.stack([jax.random.key_data(jax.random.fold_in(base, update - 1)) for update in updates])
 
@@ -53,7 +53,7 @@ def poisoned(place: str, value: float, updates: range = range(AT, AT + 1), seed:
         return (jax.tree.map(lambda leaf: leaf + poison, total) if place == "gradient" else total), sums
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "sum_gradients", poisoned_sum)
+        patch.setattr(step, "accumulate_gradients", poisoned_sum)
         yield
 
 
@@ -81,8 +81,8 @@ def no_numbers(world: World, tally: Tally) -> None:
             run = world.new_folder()
             with pytest.raises(DivergedError, match="the validation loss is"):
                 trainer.fit(short(world), run)
-            assert Checkpoints(run).newest_sound() == 9
-            assert loading.select(Checkpoints(run), "best") == [6]
+            assert CheckpointManager(run).latest_valid_step() == 9
+            assert loading.resolve_steps(CheckpointManager(run), "best") == [6]
 
 
 def assert_not_applied(world: World) -> None:
@@ -92,7 +92,7 @@ def assert_not_applied(world: World) -> None:
     state = step.init_state(built, config, mesh)._replace(
         step=jax.device_put(np.int32(AT - 2), sharding.replicated(mesh))
     )
-    batch = sharding.place_batch(mesh, test_train_step.draw_batch())
+    batch = sharding.shard_batch(mesh, test_train_step.draw_batch())
     states = [jax.device_get(state)]
     for _ in range(2):
         state, metrics = train_step(state, batch)
@@ -109,11 +109,11 @@ def assert_run_stops(world: World) -> None:
     with pytest.raises(DivergedError, match=f"at update {AT} ") as diverged:
         trainer.fit(config, run)
     assert diverged.value.exit_code == 3
-    assert Checkpoints(run).newest_sound() == 6
-    assert loading.select(Checkpoints(run), "best") == [6]
-    found = json.loads((run / workdir.FILE).read_text())
+    assert CheckpointManager(run).latest_valid_step() == 6
+    assert loading.resolve_steps(CheckpointManager(run), "best") == [6]
+    found = json.loads((run / workdir.DIVERGED_FILE).read_text())
     corpus = corpora.open_corpus(config.data)
-    ids = input_pipeline.token_ids(config.data, corpus, "train", Checkpoints(run).tokenizer(6))
+    ids = input_pipeline.token_ids(config.data, corpus, "train", CheckpointManager(run).tokenizer(6))
     wanted = input_pipeline.make_batch_schedule(config, ids).batch(AT - 1).examples_B
     assert [pair["number"] for pair in found["pairs"]] == wanted[wanted >= 0].tolist()
     pairs = [(pair["source"], pair["target"]) for pair in found["pairs"]]
@@ -149,14 +149,14 @@ def spikes(world: World, tally: Tally) -> None:
 @row("F3", "hosts 1 to 2 to 4 to 1 in a run: the same global batches, the same loss", full=24, quick=24)
 def hosts_change(world: World, tally: Tally) -> None:
     config = world.config()
-    run = loading.load_trained(world.whole().workdir, "latest")
+    run = loading.load_checkpoint(world.whole().workdir, "latest")
     with Heard():
         corpus = corpora.open_corpus(config.data)
         ids = input_pipeline.token_ids(config.data, corpus, "train", run.tokenizer)
     plan = input_pipeline.make_batch_schedule(config, ids)
     mesh = make_mesh(MeshConfig())
     eval_step = evaluator.make_eval_step(run.model, mesh)
-    params = sharding.on_every_device(mesh, run.params)
+    params = sharding.replicate(mesh, run.params)
     wanted = {done: seen.split(",") for done, seen in world.whole().ids.items()}
     largest = 0.0
     for done in range(24):
@@ -169,7 +169,7 @@ def hosts_change(world: World, tally: Tally) -> None:
             assembled = [make_batch(part, *ids) for part in parts]
             batch = Batch(*(np.concatenate(sides) for sides in zip(*assembled, strict=True)))
             losses = [
-                eval_step(params, sharding.place_batch(mesh, each)) for each in (batch, make_batch(planned, *ids))
+                eval_step(params, sharding.shard_batch(mesh, each)) for each in (batch, make_batch(planned, *ids))
             ]
             ours, theirs = (float(sums.nll / sums.tokens) for sums in losses)
             largest = max(largest, abs(ours - theirs) / theirs)
@@ -189,12 +189,14 @@ def parts_of_a_batch(world: World, tally: Tally) -> None:
                 sums = step.cross_entropy(logits, batch.target_BT, 0.1)
                 return sums.objective, sums
 
-            summed = jax.jit(
-                lambda batch, parts: step.sum_gradients(objective, built.init(0), batch, jax.random.key(3), parts),  # noqa: B023
-                static_argnums=1,
-            )
+            init = built.init
+
+            def summed(batch, parts):
+                return step.accumulate_gradients(objective, init(0), batch, jax.random.key(3), parts)  # noqa: B023
+
+            summed = jax.jit(summed, static_argnums=1)
             (grads, sums), (whole, wanted) = (
-                summed(sharding.place_batch(mesh, batch, count), count) for count in (parts, 1)
+                summed(sharding.shard_batch(mesh, batch, count), count) for count in (parts, 1)
             )
             assert float(sums.tokens) == float(wanted.tokens)
             np.testing.assert_allclose(sums, wanted, rtol=1e-5)

@@ -75,13 +75,13 @@ def run_resumed_as_another(world: World, tally: Tally) -> None:
                 config = dataclasses.replace(old, **{section: changed})
                 change = f"{section}.{field.name}: {before!r} → {after!r}"
                 if field.name in validation.HARMLESS.get(section, ()) or field.name == "num_steps":
-                    assert workdirs.config_changes(pathlib.Path("run"), old, config) == [change]
+                    assert workdirs.check_resume_config(pathlib.Path("run"), old, config) == [change]
                     named = (f"`{section}.{field.name}`", f"`{section}.*`", field.name in schema.PATHS)
                     assert any(name is True or (name and name in documented) for name in named), "undocumented"
                     harmless += 1
                 else:
                     with pytest.raises(UserError, match=re.escape(change)):
-                        workdirs.config_changes(pathlib.Path("run"), old, config)
+                        workdirs.check_resume_config(pathlib.Path("run"), old, config)
     tally.note(f"{harmless} harmless fields")
     with tally.one("another config where config.json is gone"):
         run = world.three_checkpoints()

@@ -146,7 +146,7 @@ sys.exit(code)
 
 @row("D3", "lines of no tokens and of over 100,000", full=4, quick=2)
 def lines_of_any_length(world: World, tally: Tally) -> None:
-    run = loading.load_trained(world.talker(), "latest")
+    run = loading.load_checkpoint(world.talker(), "latest")
     assert len(run.tokenizer.encode([LONG])[0]) > 100_000
     with tally.one("training: dropped and counted"):
         folder = world.new_folder()

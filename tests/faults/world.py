@@ -20,7 +20,7 @@ import numpy as np
 from tests.conftest import ROOT, small_config
 from tests.faults import child
 from transformer.checkpoints import loading
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.distributed import mesh
 from transformer.models import registry
 from transformer.training import train_step
@@ -100,25 +100,25 @@ class World:
     def talker(self) -> pathlib.Path:
         """A workdir whose model says a lot: params as they are drawn rarely come to the end of a sentence."""
         if self._talker is None:
-            run = loading.load_trained(self.whole().workdir, "latest")
+            run = loading.load_checkpoint(self.whole().workdir, "latest")
             state = train_step.init_state(run.model, run.config, run.mesh)
             louder = jax.tree.map(lambda leaf: 2 * leaf, state.params)
             self._talker = self.new_folder()
-            Checkpoints(self._talker).save(state._replace(params=louder), run.config, run.tokenizer, {}, {})
+            CheckpointManager(self._talker).save(state._replace(params=louder), run.config, run.tokenizer, {}, {})
         return self._talker
 
     def three_checkpoints(self) -> pathlib.Path:
         """A copy of the undisturbed run as it was after its checkpoints of steps 5, 10 and 15."""
         run = self.copy(self.whole().workdir)
-        for done in Checkpoints(run).steps():
+        for done in CheckpointManager(run).steps():
             if done > 15:
                 shutil.rmtree(run / "checkpoints" / str(done))
         return run
 
     def state(self, workdir: pathlib.Path, done: int | None = None) -> list[np.ndarray]:
         """All arrays of a checkpoint, the newest at first: step, params, moments."""
-        checkpoints = Checkpoints(workdir)
-        done = checkpoints.newest_sound() if done is None else done
+        checkpoints = CheckpointManager(workdir)
+        done = checkpoints.latest_valid_step() if done is None else done
         assert done is not None, "there is no checkpoint"
         config = checkpoints.config(done)
         model = registry.Model(config.model, checkpoints.tokenizer(done).vocab_size)
@@ -130,7 +130,9 @@ class World:
         ours, whole = self.state(workdir, done), self.state(self.whole(seed).workdir, done)
         assert all(np.array_equal(a, b) for a, b in zip(ours, whole, strict=True)), f"another state at step {done}"
         if done == STEPS:
-            best, wanted = (Checkpoints(path).metrics(done)["best"] for path in (workdir, self.whole(seed).workdir))
+            best, wanted = (
+                CheckpointManager(path).metrics(done)["best"] for path in (workdir, self.whole(seed).workdir)
+            )
             assert best == wanted, f"best BLEU {best}, expected {wanted}"
 
 

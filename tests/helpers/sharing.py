@@ -36,7 +36,7 @@ def share_programs(patch: pytest.MonkeyPatch) -> None:
     """Until the patch is undone, equal configs get one training step, evaluation step and search."""
     patch.setattr(train_step, "make_train_step", _once(train_step.make_train_step, _training_key))
     patch.setattr(evaluator, "make_eval_step", _once(evaluator.make_eval_step, lambda model, mesh: (_key(model), mesh)))
-    patch.setattr(sharding, "over_rows", _once(sharding.over_rows, _search_key))
+    patch.setattr(sharding, "data_parallel_jit", _once(sharding.data_parallel_jit, _search_key))
     drawn = _once(_drawn, _training_key)
     init_state = train_step.init_state
 

@@ -253,7 +253,7 @@ def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
         config = dataclasses.replace(family_config(family=family), mesh=small_config(mesh=mesh).mesh)
         grid, model = make_mesh(config.mesh), Model(config.model, V)
         state = train_step.init_state(model, config, grid)
-        batch = sharding.place_batch(grid, Batch(*rows))
+        batch = sharding.shard_batch(grid, Batch(*rows))
         update = train_step.make_train_step(model, config, grid).lower(state, batch).compile()
         each = hlo_cost.flops(hlo.Program(update.as_text()))
         assert each == flops.batch_flops(config.model, V, batch) / grid.size

@@ -134,6 +134,6 @@ def test_a_run_of_scanned_layers_is_not_resumed_written_out(tmp_path):
     from transformer.training import workdir
 
     folder, old = epath.Path(tmp_path), small_config()
-    assert workdir.config_changes(folder, old, small_config(model={"remat": "full", "attention": "ring"}))
+    assert workdir.check_resume_config(folder, old, small_config(model={"remat": "full", "attention": "ring"}))
     with pytest.raises(UserError, match=r"model\.scan_layers: False → True"):
-        workdir.config_changes(folder, old, small_config(model={"scan_layers": True}))
+        workdir.check_resume_config(folder, old, small_config(model={"scan_layers": True}))

@@ -13,7 +13,7 @@ from transformer.runtime import environment as fingerprint
 PROGRAM = """
 import jax, jax.numpy as jnp
 from transformer.runtime import environment
-environment.enable_cache()
+environment.enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).block_until_ready()
 print(jax.config.jax_compilation_cache_dir)

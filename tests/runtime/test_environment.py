@@ -10,7 +10,7 @@ from transformer.runtime import environment as fingerprint
 
 
 def of_another_process(**environment):
-    program = "import json; from transformer.runtime import environment; print(json.dumps(environment.of_host()))"
+    program = "import json; from transformer.runtime import environment; print(json.dumps(environment.fingerprint()))"
     command = [sys.executable, "-c", program]
     if cores := environment.pop("cores", None):
         command = ["taskset", "-c", cores, *command]
@@ -21,16 +21,16 @@ def of_another_process(**environment):
 
 
 def test_the_same_host_is_the_same():
-    here = fingerprint.of_host()
+    here = fingerprint.fingerprint()
     assert {"code", "Python", "jax", "jaxlib", "XLA_FLAGS", "devices", "CPU", "cores"} <= here.keys()
     assert here["devices"] == "8 x cpu"
-    assert fingerprint.differences(here, dict(here)) == []
+    assert fingerprint.diff(here, dict(here)) == []
 
 
 def test_other_flags_and_cores_are_another():
     """XLA splits its work by the cores that a process may use, which changes the last bits."""
     other = of_another_process(XLA_FLAGS="--xla_force_host_platform_device_count=2", cores="0")
-    found = fingerprint.differences(fingerprint.of_host(), other)
+    found = fingerprint.diff(fingerprint.fingerprint(), other)
     assert "devices: 8 x cpu → 2 x cpu" in found
     assert any(each.startswith("XLA_FLAGS: ") for each in found)
     if len(os.sched_getaffinity(0)) > 1:
@@ -39,13 +39,13 @@ def test_other_flags_and_cores_are_another():
 
 
 def test_what_only_one_of_them_has_is_named():
-    assert fingerprint.differences({"a": "1", "b": "2"}, {"b": "3", "c": "4"}) == [
+    assert fingerprint.diff({"a": "1", "b": "2"}, {"b": "3", "c": "4"}) == [
         "a: 1 → none",
         "b: 2 → 3",
         "c: none → 4",
     ]
-    assert fingerprint.differences({"a": ""}, {"a": "x"}) == ["a: none → x"]
+    assert fingerprint.diff({"a": ""}, {"a": "x"}) == ["a: none → x"]
 
 
 def test_of_a_host_that_nobody_noted_nothing_is_said():
-    assert fingerprint.differences({}, fingerprint.of_host()) == []
+    assert fingerprint.diff({}, fingerprint.fingerprint()) == []

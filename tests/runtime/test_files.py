@@ -12,8 +12,8 @@ from transformer.runtime import files
 
 
 def test_what_is_written_is_there_and_nothing_else(tmp_path):
-    files.write_whole(tmp_path / "a", "ä\n")
-    files.write_whole(tmp_path / "a", b"b")
+    files.write_atomic(tmp_path / "a", "ä\n")
+    files.write_atomic(tmp_path / "a", b"b")
     assert (tmp_path / "a").read_bytes() == b"b"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -21,7 +21,7 @@ def test_what_is_written_is_there_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_what_fails_half_way_leaves_the_file_as_it_was(tmp_path, error):
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(error), files.growing(tmp_path / "a") as file:  # noqa: PT012
+    with pytest.raises(error), files.open_atomic(tmp_path / "a") as file:  # noqa: PT012
         file.write(b"new")
         assert (tmp_path / "a").read_bytes() == b"old"
         raise error
@@ -36,16 +36,16 @@ def test_a_link_and_what_is_no_file_stay_what_they_are(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     os.mkfifo(tmp_path / "pipe")
     for name in ("link", "dangling"):
-        files.write_whole(tmp_path / name, "new")
+        files.write_atomic(tmp_path / name, "new")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == b"new"
     for name in ("pipe", "queue"):
         got = []
         reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_bytes()), daemon=True)  # noqa: B023
         reader.start()
-        with pytest.raises(KeyError), files.growing(tmp_path / name) as file:  # noqa: PT012
+        with pytest.raises(KeyError), files.open_atomic(tmp_path / name) as file:  # noqa: PT012
             file.write(b"half")
             raise KeyError
-        with files.growing(tmp_path / name) as file:
+        with files.open_atomic(tmp_path / name) as file:
             file.write(b"old")
             file.seek(0)  # as an archive does, which a pipe could not
             file.write(b"new")
@@ -59,7 +59,7 @@ def test_a_link_and_what_is_no_file_stay_what_they_are(tmp_path):
 def test_what_standard_output_goes_to_is_written_on(tmp_path):
     program = (
         "from transformer.runtime import files; print('before'); "
-        "files.write_whole('/dev/stdout', 'ours\\n'); print('after')"
+        "files.write_atomic('/dev/stdout', 'ours\\n'); print('after')"
     )
     with (tmp_path / "out").open("wb") as out:
         subprocess.run([sys.executable, "-c", program], stdout=out, check=True, cwd=ROOT)

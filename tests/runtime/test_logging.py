@@ -9,6 +9,6 @@ from transformer.runtime import logging
 def test_a_line_comes_when_time_has_passed(monkeypatch, capsys, seconds, lines):
     clock = iter(range(100))
     monkeypatch.setattr(logging.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(logging, "SECONDS_BETWEEN_LINES", seconds)
-    assert list(logging.told("abc", lambda count: f"{count} done")) == ["a", "b", "c"]
+    monkeypatch.setattr(logging, "LOG_INTERVAL_S", seconds)
+    assert list(logging.log_progress("abc", lambda count: f"{count} done")) == ["a", "b", "c"]
     assert capsys.readouterr().err.splitlines() == lines

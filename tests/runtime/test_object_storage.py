@@ -15,11 +15,11 @@ from tests.conftest import ROOT, small_config
 from tests.distributed.test_multihost import losses, train_here
 from tests.helpers import storage
 from tests.helpers.processes import TINY, environment, on_hosts, write_data
-from transformer.checkpoints.manager import MANIFEST, Checkpoints
+from transformer.checkpoints.manager import MANIFEST, CheckpointManager
 from transformer.data import corpus as corpora
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError, WorkdirError
-from transformer.runtime.files import append, growing, reported, write_whole
+from transformer.runtime.files import append, open_atomic, user_error_on_oserror, write_atomic
 from transformer.training import workdir
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the clients' own making
@@ -48,9 +48,9 @@ def bucket(request, tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """Locks that are given up soon."""
-    monkeypatch.setattr(object_storage, "BEAT", 0.3)
-    monkeypatch.setattr(object_storage, "STALE", 2.0)
-    monkeypatch.setattr(object_storage, "SETTLE", 0.2)
+    monkeypatch.setattr(object_storage, "LOCK_REFRESH_S", 0.3)
+    monkeypatch.setattr(object_storage, "LOCK_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(object_storage, "LOCK_SETTLE_S", 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def folder(tmp_path_factory):
 def test_paths_and_addresses():
     assert object_storage.is_remote("gs://b/x")
     assert not object_storage.is_remote("/b/x")
-    assert object_storage.missing("/b/x") is None
-    assert "expected a local path, gs://BUCKET" in object_storage.missing("ftp://b/x")
+    assert object_storage.unsupported_reason("/b/x") is None
+    assert "expected a local path, gs://BUCKET" in object_storage.unsupported_reason("ftp://b/x")
 
 
 def test_data_at_an_address_that_cannot_be_used_is_refused(monkeypatch):
@@ -79,13 +79,14 @@ def test_an_address_whose_package_is_missing_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(object_storage.importlib.util, "find_spec", lambda name: None)
     for kind, package in object_storage.PACKAGES.items():
         assert (
-            object_storage.missing(f"{kind}://b/x") == f"{kind}:// needs the package {package}: pip install {package}"
+            object_storage.unsupported_reason(f"{kind}://b/x")
+            == f"{kind}:// needs the package {package}: pip install {package}"
         )
         assert f"{package}==" in (ROOT / "requirements-dev.txt").read_text()
 
 
 def test_a_log_of_a_local_folder_is_that_folder(tmp_path):
-    log = object_storage.Log(epath.Path(tmp_path), "a.txt")
+    log = object_storage.SyncedDirectory(epath.Path(tmp_path), "a.txt")
     log.close()
     assert log.folder == epath.Path(tmp_path)
     assert tmp_path.exists()
@@ -93,10 +94,10 @@ def test_a_log_of_a_local_folder_is_that_folder(tmp_path):
 
 def test_files_are_whole_and_can_grow(bucket):
     path = epath.Path(bucket) / "files" / "a.txt"
-    write_whole(path, "one\n")
+    write_atomic(path, "one\n")
     append(path, b"two\n")
     assert path.read_text() == "one\ntwo\n"
-    with pytest.raises(TypeError), growing(path) as file:
+    with pytest.raises(TypeError), open_atomic(path) as file:
         file.write(b"half") and file.write("no bytes")
     assert path.read_text() == "one\ntwo\n"
 
@@ -108,20 +109,20 @@ def test_what_storage_refuses_is_a_message():
     HttpError.__module__ = "gcsfs.retry"
     with (
         pytest.raises(UserError, match=r"--workdir=gs://b: Forbidden, 403; check the path"),
-        reported("--workdir=gs://b"),
+        user_error_on_oserror("--workdir=gs://b"),
     ):
         raise HttpError("Forbidden, 403")
-    with pytest.raises(KeyError), reported("x"):
+    with pytest.raises(KeyError), user_error_on_oserror("x"):
         raise KeyError("not of the storage")
 
 
 def test_a_log_is_copied_as_it_grows(bucket, monkeypatch):
     address = epath.Path(bucket) / "log"
     for lines in ("1\n", "1\n2\n"):
-        log = object_storage.Log(address, "a.txt")
+        log = object_storage.SyncedDirectory(address, "a.txt")
         append(log.folder / "a.txt", lines[-2:].encode())
         log.copy()
-        log.copy(now=True)
+        log.sync(now=True)
         assert (address / "a.txt").read_text() == lines
         log.close()
         assert not log.folder.exists()
@@ -130,10 +131,10 @@ def test_a_log_is_copied_as_it_grows(bucket, monkeypatch):
 def test_one_process_at_a_time_holds_a_folder(bucket, quick):
     path, losers = epath.Path(bucket) / "held" / "lock", []
     with object_storage.Lock(path, "process 1 on a", losers.append):
-        with pytest.raises(object_storage.Held, match="process 1 on a"):
+        with pytest.raises(object_storage.LockHeldError, match="process 1 on a"):
             object_storage.Lock(path, "process 2 on b", losers.append)
         with pytest.raises(WorkdirError, match=r"held: held by process 1 on a; wait for it"):
-            workdir.lock(path.parent)
+            workdir.acquire_lock(path.parent)
     object_storage.Lock(path, "process 2 on b", losers.append).close()
     assert not path.exists()
     assert not losers
@@ -153,7 +154,7 @@ def test_the_lock_of_a_dead_process_is_taken_and_it_learns_so_if_it_lives(bucket
     first = object_storage.Lock(path, "first", losers.append)
     since = time.monotonic()
     with object_storage.Lock(path, "second", losers.append):
-        assert time.monotonic() - since > object_storage.STALE
+        assert time.monotonic() - since > object_storage.LOCK_TIMEOUT_S
         silent.set()
         deadline = time.monotonic() + 10
         while not losers and time.monotonic() < deadline:
@@ -180,7 +181,7 @@ def test_a_run_is_kept_damaged_and_resumed_there(folder, bucket, tmp_path, quick
     """In this process: 4 updates, then 8, against 8 at a stretch on the local disk; prepared data is shared there."""
     run = epath.Path(bucket) / "runs" / "a"
     train_here(folder, run, *flags(folder, bucket, 4))
-    assert Checkpoints(run).steps() == [2, 4]
+    assert CheckpointManager(run).steps() == [2, 4]
     assert "tokenizing" in capsys.readouterr().err
     for path in (
         run / "checkpoints" / "4" / "config.json",
@@ -190,7 +191,7 @@ def test_a_run_is_kept_damaged_and_resumed_there(folder, bucket, tmp_path, quick
     (run / "checkpoints" / "4" / "config.json").write_text("{}")
     (run / "checkpoints" / "6" / "params").mkdir(parents=True)
     (run / "checkpoints" / "6" / "params" / "half").write_bytes(b"cut short")
-    object_storage._copies.clear()
+    object_storage._remote_urls.clear()
     os.rename(os.environ["XDG_CACHE_HOME"], f"{os.environ['XDG_CACHE_HOME']}.{time.monotonic_ns()}")  # another machine
     train_here(folder, run, *flags(folder, bucket, 8))
     said = capsys.readouterr().err
@@ -198,8 +199,8 @@ def test_a_run_is_kept_damaged_and_resumed_there(folder, bucket, tmp_path, quick
     assert "resuming after step 2" in said
     assert "tokenizing" not in said
     assert "preparing" not in said
-    assert Checkpoints(run).steps() == [4, 6, 8] or Checkpoints(run).steps() == [6, 8]
-    assert Checkpoints(run).newest_sound() == 8
+    assert CheckpointManager(run).steps() == [4, 6, 8] or CheckpointManager(run).steps() == [6, 8]
+    assert CheckpointManager(run).latest_valid_step() == 8
     assert not (run / "checkpoints" / "6" / "params" / "half").exists()
     train_here(folder, tmp_path / "alone", *flags(folder, tmp_path, 8))
     assert losses(run) == losses(tmp_path / "alone")
@@ -220,7 +221,7 @@ def test_text_files_are_read_there(folder, bucket):
 
 
 def test_a_step_without_its_manifest_is_none(bucket):
-    checkpoints = Checkpoints(epath.Path(bucket) / "runs" / "half")
+    checkpoints = CheckpointManager(epath.Path(bucket) / "runs" / "half")
     for step in (3, 6):
         (checkpoints.folder / str(step) / "params").mkdir(parents=True)
         (checkpoints.folder / str(step) / "params" / "array").write_text("numbers")
@@ -254,7 +255,7 @@ def test_train_kill_resume_eval_and_translate(folder, bucket, tmp_path):
         assert f"held by process {first.all[0].pid} on" in second.stderr.decode()
         first.all[0].kill()
         assert first.wait() == [-9]
-    newest = Checkpoints(run).newest_sound()
+    newest = CheckpointManager(run).latest_valid_step()
     assert newest >= 5
     last = newest + 10
     resumed = python(*long, f"--config.train.num_steps={last}")
@@ -271,10 +272,10 @@ def test_train_kill_resume_eval_and_translate(folder, bucket, tmp_path):
 
 
 def test_several_hosts_are_refused_on_s3(monkeypatch):
-    monkeypatch.setattr("transformer.distributed.multihost.count", lambda: 2)
+    monkeypatch.setattr("transformer.distributed.multihost.process_count", lambda: 2)
     with pytest.raises(UserError, match="several hosts cannot keep checkpoints on s3://"):
-        Checkpoints("s3://bucket/run")
-    Checkpoints("gs://bucket/run")
+        CheckpointManager("s3://bucket/run")
+    CheckpointManager("gs://bucket/run")
 
 
 @pytest.mark.hosts

@@ -14,9 +14,10 @@ from transformer.runtime import logging
 PROGRAM = """
 import sys
 from transformer import command_line
+from transformer.runtime import logging
 
 def command(argv):
-    command_line.say("a message")
+    logging.log_info("a message")
     print("a result", flush="early" in argv)
 
 command_line.run(command)
@@ -81,8 +82,8 @@ def test_a_reader_that_has_gone_ends_a_command_as_sigpipe_does(sent, when):
 @pytest.mark.reported
 def test_a_command_that_prints_no_result_needs_no_stdout(root):
     program = (
-        "from transformer import command_line\nfrom transformer.runtime.logging import say\n"
-        "command_line.run(lambda argv: say('trained'))"
+        "from transformer import command_line\nfrom transformer.runtime.logging import log_info\n"
+        "command_line.run(lambda argv: log_info('trained'))"
     )
     done = shell(f'{sys.executable} -c "{program}" >&-', root)
     assert (done.returncode, done.stderr) == (0, "trained\n")
@@ -109,7 +110,7 @@ command_line.run(command)
 @pytest.mark.reported
 def test_a_library_without_stderr_is_silent(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", None)
-    logging.say("a warning")
+    logging.log_info("a warning")
     assert capsys.readouterr().out == ""
 
 
@@ -155,7 +156,7 @@ def test_control_characters_of_data_are_escaped_on_a_terminal(monkeypatch):
         assert out.getvalue().decode() == f"{expected}\ng\n"
     for out, expected in ((Terminal(), escaped), (io.BytesIO(), data)):
         monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(out, encoding="utf-8", newline="\n"))
-        logging.say(data)
+        logging.log_info(data)
         assert out.getvalue().decode() == f"{expected}\n"
 
 

@@ -26,19 +26,19 @@ def test_the_pairs_of_the_batch_are_in_a_file(tmp_path):
         pytest.raises(
             DivergedError, match=r"it diverged\. The sentence pairs of its batch are in .*diverged\.json"
         ) as error,
-        workdir.dumped(epath.Path(tmp_path), Plan(), PAIRS),
+        workdir.dump_batch_on_divergence(epath.Path(tmp_path), Plan(), PAIRS),
     ):
         raise DivergedError("it diverged", 7)
-    assert (error.value.update, error.value.exit_code) == (7, 3)
-    found = json.loads((tmp_path / workdir.FILE).read_text())
+    assert (error.value.step, error.value.exit_code) == (7, 3)
+    found = json.loads((tmp_path / workdir.DIVERGED_FILE).read_text())
     assert (found["update"], found["why"]) == (7, "it diverged")
     assert [pair["number"] for pair in found["pairs"]] == [7, 8]
     assert found["pairs"][0] == {"number": 7, "source": "source 7", "target": "Ziel 7 ß"}
-    assert "Ziel 7 ß" in (tmp_path / workdir.FILE).read_text()
+    assert "Ziel 7 ß" in (tmp_path / workdir.DIVERGED_FILE).read_text()
 
 
 @pytest.mark.parametrize("error", [DivergedError("in validation"), StoppedError(15, "stopped"), OSError("disk")])
 def test_other_errors_leave_no_file(tmp_path, error):
-    with pytest.raises(type(error)), workdir.dumped(epath.Path(tmp_path), Plan(), PAIRS):
+    with pytest.raises(type(error)), workdir.dump_batch_on_divergence(epath.Path(tmp_path), Plan(), PAIRS):
         raise error
     assert not list(tmp_path.iterdir())

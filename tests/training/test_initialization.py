@@ -38,7 +38,7 @@ def config_of(saved, model=None, **train):
 
 def first_state(config):
     model, mesh = registry.Model(config.model, config.data.vocab_size), make_mesh(config.mesh)
-    return initialization.first_state(initialization.find(config), model, config, mesh)
+    return initialization.initial_state(initialization.resolve_warm_start(config), model, config, mesh)
 
 
 @pytest.mark.slow
@@ -63,32 +63,32 @@ def test_what_is_only_for_training_may_differ_and_the_model_may_not(saved):
     other = {"dropout_rate": 0.3, "attention_dropout_rate": 0.1, "remat": "full"}
     config = config_of(saved, other)
     kept = dataclasses.replace(config, model=dataclasses.replace(config.model, max_positions=99))  # no longer possible
-    assert initialization.find(kept).steps == [100]
+    assert initialization.resolve_warm_start(kept).steps == [100]
     with pytest.raises(UserError, match=r"another one: model\.mlp_dim: 32 → 64; model\.norm: 'post' → 'pre'\. Set"):
-        initialization.find(config_of(saved, {"norm": "pre", "mlp_dim": 64}))
+        initialization.resolve_warm_start(config_of(saved, {"norm": "pre", "mlp_dim": 64}))
 
 
 def test_another_vocabulary_than_the_checkpoint_s_is_refused(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     tokenizer.train(["quite another text of no such trees"], 280, "bpe").save(tmp_path / "run" / "tokenizer")
     with pytest.raises(UserError, match="not the vocabulary that checkpoint 100 was trained with"):
-        initialization.find(config_of(tmp_path / "run"))
+        initialization.resolve_warm_start(config_of(tmp_path / "run"))
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(saved, tmp_path):
     with pytest.raises(UserError, match=r"init_checkpoint = 11: .*one of \[9, 10, 100\], got '11'"):
-        initialization.find(config_of(saved, init_checkpoint="11"))
+        initialization.resolve_warm_start(config_of(saved, init_checkpoint="11"))
     make_parts()[1].save(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="found no checkpoint"):
-        initialization.find(config_of(tmp_path))
+        initialization.resolve_warm_start(config_of(tmp_path))
     save(tmp_path, make_parts(), 5)
     flip(tmp_path / "checkpoints" / "5" / "config.json")
     with pytest.raises(WorkdirError, match=r"none of the checkpoints \[5\] is sound"):
-        initialization.find(config_of(tmp_path))
+        initialization.resolve_warm_start(config_of(tmp_path))
 
 
 def test_nothing_is_looked_for_without_it():
-    assert initialization.find(small_config()) is None
+    assert initialization.resolve_warm_start(small_config()) is None
 
 
 def test_the_vocabulary_is_that_of_the_other_run(saved, tmp_path):
@@ -127,7 +127,7 @@ def test_sizes_that_the_config_leaves_open_are_those_of_the_base(saved):
         base, dropout_rate=0.3, attention_dropout_rate=0, mlp_dropout_rate=0, qkv_init_gain=1
     )
     assert config.data.vocab_size == small_config().data.vocab_size
-    assert initialization.find(dataclasses.replace(config, data=config_of(saved).data)).steps == [100]
+    assert initialization.resolve_warm_start(dataclasses.replace(config, data=config_of(saved).data)).steps == [100]
 
 
 @pytest.mark.reported
@@ -144,7 +144,7 @@ def test_a_config_file_may_leave_sizes_open_and_a_flag_does_not(saved, tmp_path)
     given, _ = command_line.parse_with_config(parser, [*flags, "--config.model.mlp_dim=2048"])
     assert (given.model.emb_dim, given.model.mlp_dim) == (16, 2048)
     with pytest.raises(UserError, match=r"another one: model\.mlp_dim: 32 → 2048\. Set these fields as there or leave"):
-        initialization.find(dataclasses.replace(given, data=config_of(saved).data))
+        initialization.resolve_warm_start(dataclasses.replace(given, data=config_of(saved).data))
 
 
 @pytest.mark.reported
@@ -166,23 +166,25 @@ def test_a_base_without_a_readable_config_leaves_sizes_at_their_defaults(tmp_pat
 def test_a_moved_base_is_no_other_base(saved, tmp_path):
     (tmp_path / "moved").symlink_to(saved)
     old, config = config_of(saved), config_of(tmp_path / "moved")
-    assert workdir.config_changes(tmp_path, old, config) == [f"train.init_from: '{saved}' → '{tmp_path / 'moved'}'"]
-    initialization.check_moved(old, config, "", make_parts()[1])
+    assert workdir.check_resume_config(tmp_path, old, config) == [
+        f"train.init_from: '{saved}' → '{tmp_path / 'moved'}'"
+    ]
+    initialization.check_base_unchanged(old, config, "", make_parts()[1])
 
 
 @pytest.mark.reported
 def test_another_base_is_refused_by_its_run_id_or_vocabulary(saved, tmp_path):
     save(tmp_path / "other", make_parts(), 5, run_id="b" * 32)
     old, other = config_of(saved), config_of(tmp_path / "other")
-    initialization.check_moved(old, other, "b" * 32, make_parts()[1])
+    initialization.check_base_unchanged(old, other, "b" * 32, make_parts()[1])
     with pytest.raises(UserError, match="is not the run that this one has started from"):
-        initialization.check_moved(old, other, "a" * 32, make_parts()[1])
+        initialization.check_base_unchanged(old, other, "a" * 32, make_parts()[1])
     vocabulary = tokenizer.train(["quite another text of no such trees"], 280, "bpe")
     with pytest.raises(UserError, match="is not the run that this one has started from"):
-        initialization.check_moved(old, other, "", vocabulary)
+        initialization.check_base_unchanged(old, other, "", vocabulary)
     with pytest.raises(UserError, match="found no checkpoint there; leave it at the old path"):
-        initialization.check_moved(old, config_of(tmp_path / "gone"), "", make_parts()[1])
-    initialization.check_moved(config_of(tmp_path / "gone"), config_of(tmp_path / "gone"), "", make_parts()[1])
+        initialization.check_base_unchanged(old, config_of(tmp_path / "gone"), "", make_parts()[1])
+    initialization.check_base_unchanged(config_of(tmp_path / "gone"), config_of(tmp_path / "gone"), "", make_parts()[1])
 
 
 def test_a_size_that_the_base_kept_and_nothing_reads_is_left_out(saved, tmp_path):

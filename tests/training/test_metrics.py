@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from transformer.models.flops import Spent
 from transformer.models.loss import LossSums
 from transformer.runtime.errors import DivergedError, UserError
-from transformer.training.metrics import Meter, RunLog, peak_memory_mb
+from transformer.training.metrics import MetricsAccumulator, MetricWriter, peak_memory_mb
 from transformer.training.train_step import StepMetrics
 
 
@@ -35,7 +35,7 @@ class Clock:
 
 def test_means_are_over_tokens_not_over_batches():
     clock = Clock()
-    meter = Meter(clock=clock)
+    meter = MetricsAccumulator(clock=clock)
     meter.add(metrics(nll=10, tokens=5), 1, slots=8, flops=0)
     meter.add(metrics(nll=90, tokens=15), 2, slots=24, flops=0)
     clock.now += 4
@@ -49,10 +49,10 @@ def test_means_are_over_tokens_not_over_batches():
 
 def test_time_spent_elsewhere_is_left_out():
     clock = Clock()
-    meter = Meter(clock=clock)
+    meter = MetricsAccumulator(clock=clock)
     meter.add(metrics(), 1, slots=8, flops=0)
     clock.now += 1
-    with meter.paused():
+    with meter.pause():
         clock.now += 1000
     assert meter.summary()["train/target_tokens_per_s"] == 5.0
     meter.reset()
@@ -62,12 +62,12 @@ def test_time_spent_elsewhere_is_left_out():
 @pytest.mark.parametrize("bad", [{"objective": math.nan}, {"objective": math.inf}, {"norm": math.nan}])
 def test_what_is_no_number_stops_the_run_and_names_the_update(bad):
     with pytest.raises(DivergedError, match="at update 7 the loss is") as diverged:
-        Meter().add(metrics(**bad), 7, slots=8, flops=0)
-    assert diverged.value.update == 7
+        MetricsAccumulator().add(metrics(**bad), 7, slots=8, flops=0)
+    assert diverged.value.step == 7
 
 
 def test_a_skipped_update_is_said_and_counted(capsys):
-    meter = Meter(skipped=2)
+    meter = MetricsAccumulator(skipped=2)
     for step, skipped in ((1, 2), (2, 3), (3, 3)):
         meter.add(metrics()._replace(skipped=np.int32(skipped)), step, slots=8, flops=0)
     assert capsys.readouterr().err == "update 2 skipped: its loss of 2.400 is a spike; 3 skipped so far\n"
@@ -76,16 +76,16 @@ def test_a_skipped_update_is_said_and_counted(capsys):
 
 def test_what_was_spent_goes_on_from_the_sittings_before():
     clock = Clock()
-    meter = Meter(Spent(flops=1e18, tokens=1000, source_tokens=2000, seconds=3600), clock)
+    meter = MetricsAccumulator(Spent(flops=1e18, tokens=1000, source_tokens=2000, seconds=3600), clock)
     meter.add(metrics(tokens=5), 1, slots=8, flops=3e18)
     clock.now += 30
     meter.reset()
-    with meter.paused():
+    with meter.pause():
         clock.now += 1000
     meter.add(metrics(tokens=7), 2, slots=8, flops=3e18)
     clock.now += 60
-    assert meter.spent() == Spent(flops=7e18, tokens=1012, source_tokens=2012, seconds=3690)
-    assert Meter().spent().seconds < 1
+    assert meter.cost() == Spent(flops=7e18, tokens=1012, source_tokens=2012, seconds=3690)
+    assert MetricsAccumulator().cost().seconds < 1
 
 
 def test_peak_memory_is_that_of_the_process_where_devices_do_not_say():
@@ -100,7 +100,7 @@ def test_peak_memory_is_that_of_the_fullest_device(monkeypatch):
 
 def test_lines_are_json_and_resume_appends(tmp_path, capsys):
     for start in (0, 10):
-        with RunLog(epath.Path(tmp_path), start, 20) as log:
+        with MetricWriter(epath.Path(tmp_path), start, 20) as log:
             log.write(start + 10, {"train/loss": 1.5, "train/target_tokens_per_s": 1234.0})
             log.write(start + 10, {"valid/bleu": 30.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -113,11 +113,11 @@ def test_lines_are_json_and_resume_appends(tmp_path, capsys):
 
 def test_a_reader_of_the_lines_that_goes_away_ends_nothing(tmp_path):
     program = (
-        "import sys\nfrom etils import epath\nfrom transformer.runtime.logging import say\n"
-        "from transformer.training.metrics import RunLog\n"
-        "with RunLog(epath.Path(sys.argv[1]), 0, 9) as log:\n"
+        "import sys\nfrom etils import epath\nfrom transformer.runtime.logging import log_info\n"
+        "from transformer.training.metrics import MetricWriter\n"
+        "with MetricWriter(epath.Path(sys.argv[1]), 0, 9) as log:\n"
         "  sys.stdin.read()\n"
-        "  say('stopping')\n"
+        "  log_info('stopping')\n"
         "  for step in (1, 2): log.write(step, {'train/loss': 1.5, 'train/target_tokens_per_s': 9.0})\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -129,7 +129,7 @@ def test_a_reader_of_the_lines_that_goes_away_ends_nothing(tmp_path):
 
 
 def test_a_disk_that_is_full_is_a_message(tmp_path, monkeypatch):
-    with RunLog(epath.Path(tmp_path), 0, 20) as log:
+    with MetricWriter(epath.Path(tmp_path), 0, 20) as log:
         log._jsonl.close()
         monkeypatch.setattr(log, "_jsonl", open("/dev/full", "w"))  # noqa: SIM115
         with pytest.raises(UserError, match=r"--workdir=.*: No space left on device"):
@@ -137,7 +137,7 @@ def test_a_disk_that_is_full_is_a_message(tmp_path, monkeypatch):
 
 
 def test_events_hold_the_same_numbers(tmp_path):
-    with RunLog(epath.Path(tmp_path), 0, 20) as log:
+    with MetricWriter(epath.Path(tmp_path), 0, 20) as log:
         log.write(10, {"valid/bleu": 30.5})
     (path,) = tmp_path.glob("events.out.tfevents.*")
     content, found = path.read_bytes(), {}
@@ -152,20 +152,20 @@ def test_events_hold_the_same_numbers(tmp_path):
 def test_what_is_done_again_is_not_listed_twice(tmp_path):
     whole = b'{"step": 5, "a": 1}\n{"step": 10, "a": 2}\n{"step": 12, "a": 3}\n{"step": 1'
     (tmp_path / "metrics.jsonl").write_bytes(whole)
-    with RunLog(epath.Path(tmp_path), 10, 20) as log:
+    with MetricWriter(epath.Path(tmp_path), 10, 20) as log:
         log.write(12, {"a": 4.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["a"]) for line in lines] == [(5, 1), (10, 2), (12, 4.0)]
 
 
 def test_what_is_no_number_is_never_written(tmp_path):
-    with RunLog(epath.Path(tmp_path), 0, 20) as log, pytest.raises(ValueError, match="not JSON compliant"):
+    with MetricWriter(epath.Path(tmp_path), 0, 20) as log, pytest.raises(ValueError, match="not JSON compliant"):
         log.write(10, {"valid/loss": math.nan})
 
 
 def test_metrics_of_a_run_that_lost_its_checkpoints_are_put_aside(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "a": 1}\n')
-    with RunLog(epath.Path(tmp_path), 0, 20) as log:
+    with MetricWriter(epath.Path(tmp_path), 0, 20) as log:
         log.write(1, {"a": 4.0})
     assert (tmp_path / "metrics.jsonl.old").read_text() == '{"step": 5, "a": 1}\n'
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": 4.0}\n'

@@ -51,7 +51,7 @@ def run(num_steps=1, data=1, batches=None, **model):
     history = []
     for i in range(num_steps):
         batch = batches[i] if batches else draw_batch(seed=i)
-        state, metrics = train_step(state, sharding.place_batch(mesh, batch))
+        state, metrics = train_step(state, sharding.shard_batch(mesh, batch))
         history.append(jax.device_get(metrics))
     return jax.device_get(state), history
 
@@ -120,7 +120,7 @@ def test_parts_one_after_the_other_are_one_batch(parts, data):
     config, mesh, built, _ = setup(data)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=parts))
     train_step = step.make_train_step(built, config, mesh)
-    state, metrics = train_step(step.init_state(built, config, mesh), sharding.place_batch(mesh, batch, parts))
+    state, metrics = train_step(step.init_state(built, config, mesh), sharding.shard_batch(mesh, batch, parts))
     np.testing.assert_allclose(metrics.loss, whole.loss, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, whole.grad_norm, rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), jax.device_get(state.params), one.params)
@@ -139,7 +139,8 @@ def test_parts_drop_different_units():
         return sums.objective, sums
 
     sums = jax.jit(
-        lambda b, parts: step.sum_gradients(objective, built.init(0), b, jax.random.key(3), parts)[1], static_argnums=1
+        lambda b, parts: step.accumulate_gradients(objective, built.init(0), b, jax.random.key(3), parts)[1],
+        static_argnums=1,
     )
     keys = jax.random.split(jax.random.key(3), 2)
     alone = [jax.jit(objective)(built.init(0), batch, key)[0] for key in keys]
@@ -165,10 +166,10 @@ def test_a_batch_of_padding_alone_is_no_nan():
 
 def test_rows_that_do_not_divide_are_filled_up(one_device):
     _, mesh, *_ = setup(8)
-    placed = sharding.place_batch(mesh, draw_batch(rows=5))
+    placed = sharding.shard_batch(mesh, draw_batch(rows=5))
     assert placed.target_BT.shape == (8, 7)
     assert (np.asarray(placed.target_BT)[5:] == PAD).all()
-    assert sharding.place_batch(one_device, draw_batch(rows=5)).target_BT.shape == (5, 7)
+    assert sharding.shard_batch(one_device, draw_batch(rows=5)).target_BT.shape == (5, 7)
 
 
 @pytest.mark.slow
@@ -178,7 +179,7 @@ def test_dropout_differs_from_step_to_step_and_is_repeatable():
     losses = []
     for done in (0, 0, 1):
         state = step.init_state(built, config, mesh)._replace(step=jax.device_put(np.int32(done)))
-        losses.append(float(train_step(state, sharding.place_batch(mesh, batch))[1].loss.nll))
+        losses.append(float(train_step(state, sharding.shard_batch(mesh, batch))[1].loss.nll))
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -191,7 +192,7 @@ def test_the_seed_changes_params_and_dropout():
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
         state = step.init_state(built, config, mesh)
         train_step = step.make_train_step(built, seeded, mesh)
-        losses.append(float(train_step(state, sharding.place_batch(mesh, draw_batch()))[1].loss.nll))
+        losses.append(float(train_step(state, sharding.shard_batch(mesh, draw_batch()))[1].loss.nll))
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -207,7 +208,7 @@ def run_with_ema(decay, num_steps=3, data=1):
     state = step.init_state(built, config, mesh)
     states = [jax.device_get(state)]
     for i in range(num_steps):
-        state, _ = train_step(state, sharding.place_batch(mesh, draw_batch(seed=i)))
+        state, _ = train_step(state, sharding.shard_batch(mesh, draw_batch(seed=i)))
         states.append(jax.device_get(state))
     return states, state
 
@@ -257,7 +258,7 @@ def test_params_that_are_no_numbers_are_seen():
 def test_the_state_is_donated():
     config, mesh, built, train_step = setup()
     state = step.init_state(built, config, mesh)
-    train_step(state, sharding.place_batch(mesh, draw_batch()))
+    train_step(state, sharding.shard_batch(mesh, draw_batch()))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
@@ -268,7 +269,7 @@ def test_nothing_recompiles_once_each_shape_was_seen():
     shapes = [(8, 6, 7), (4, 9, 9), (8, 6, 7), (4, 9, 9), (8, 6, 7)]
     counter, counts = CompileCounter(), []
     for seed, shape in enumerate(shapes):
-        batch = sharding.place_batch(mesh, draw_batch(*shape, seed=seed))
+        batch = sharding.shard_batch(mesh, draw_batch(*shape, seed=seed))
         with counter:
             state, _ = train_step(state, batch)
         counts.append(counter.count)
@@ -277,7 +278,7 @@ def test_nothing_recompiles_once_each_shape_was_seen():
 
 def test_evaluation_has_neither_dropout_nor_smoothing():
     config, mesh, built, _ = setup(dropout_rate=0.5)
-    batch = sharding.place_batch(mesh, draw_batch())
+    batch = sharding.shard_batch(mesh, draw_batch())
     params = step.init_state(built, config, mesh).params
     sums = evaluator.make_eval_step(built, mesh)(params, batch)
     assert sums.objective == sums.nll
@@ -296,7 +297,7 @@ def test_optimizer_state_lives_where_its_params_do():
 
 def test_a_logical_axis_without_a_rule_is_an_error():
     with pytest.raises(ValueError, match="no rule for the logical axis 'width'"):
-        sharding.spec(("width",))
+        sharding.logical_to_mesh(("width",))
 
 
 def test_more_devices_than_there_are_is_an_error():

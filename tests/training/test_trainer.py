@@ -14,7 +14,7 @@ from etils import epath
 
 from tests.conftest import small_config
 from transformer.checkpoints import loading
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.data.batching import Batch
 from transformer.evaluation.evaluator import HeldOutLoss
 from transformer.models.flops import Spent
@@ -43,7 +43,9 @@ def make_updates(losses, monkeypatch):
     fake = FakeStep(losses)
     batches = (Batch(i, np.zeros((2, 3), np.int32)) for i in range(10))
     state = TrainState(jax.device_put(np.int32(0)), {}, ())
-    updates = trainer.Updates(fake, state, batches, lambda batch: batch, lambda placed: 10 * placed.source_BS, Spent())
+    updates = trainer.StepPipeline(
+        fake, state, batches, lambda batch: batch, lambda placed: 10 * placed.source_BS, Spent()
+    )
     add = updates.meter.add
     monkeypatch.setattr(updates.meter, "add", lambda m, s, **n: (fake.events.append(f"read {s}"), add(m, s, **n)))
     return updates, fake
@@ -58,7 +60,7 @@ def test_metrics_are_read_while_the_next_update_runs(monkeypatch):
     updates.drain()
     assert fake.events[5:] == ["read 3"]
     assert (updates.meter.updates, updates.meter.slots) == (3, 18)
-    assert updates.meter.spent()._replace(seconds=0) == Spent(flops=30, tokens=12, source_tokens=6)
+    assert updates.meter.cost()._replace(seconds=0) == Spent(flops=30, tokens=12, source_tokens=6)
 
 
 def test_a_loss_that_is_no_number_stops_at_its_update(monkeypatch):
@@ -103,9 +105,9 @@ def final_params(workdir, done=12):
 
 
 def restore(workdir, done):
-    from transformer.checkpoints.loading import load_trained
+    from transformer.checkpoints.loading import load_checkpoint
 
-    return jax.tree.map(np.asarray, load_trained(workdir, str(done)).params)
+    return jax.tree.map(np.asarray, load_checkpoint(workdir, str(done)).params)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +124,9 @@ def test_a_run_may_start_from_another_s_params_and_is_resumed_as_its_own(data, w
     config = config_of(data, train=train, optimizer={"learning_rate": 0.0})  # so that an update changes nothing
     trainer.fit(config, tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "run", 1), restore(whole, 6))
-    digests = {Checkpoints(folder).tokenizer(done).digest for folder, done in ((tmp_path / "run", 1), (whole, 6))}
+    digests = {CheckpointManager(folder).tokenizer(done).digest for folder, done in ((tmp_path / "run", 1), (whole, 6))}
     assert len(digests) == 1
-    own, base = (Checkpoints(folder).manifest(done) for folder, done in ((tmp_path / "run", 1), (whole, 6)))
+    own, base = (CheckpointManager(folder).manifest(done) for folder, done in ((tmp_path / "run", 1), (whole, 6)))
     assert own.base_run_id == base.run_id != own.run_id
     with pytest.raises(UserError, match=r"another config: train\.init_from: .* → ''; train\.init_checkpoint: '6' → 'l"):
         trainer.fit(config_of(data, train={"num_steps": 1}, optimizer={"learning_rate": 0.0}), tmp_path / "run")
@@ -135,9 +137,9 @@ def test_a_run_may_start_from_another_s_params_and_is_resumed_as_its_own(data, w
 @pytest.mark.reported
 def test_a_run_has_one_id_from_its_first_update_on_and_another_s_checkpoint_does_not_pass_for_its_own(whole, tmp_path):
     kept = json.loads((whole / "config.json").read_text())["run_id"]
-    assert {Checkpoints(whole).manifest(done).run_id for done in (3, 6, 9, 12)} == {kept}
+    assert {CheckpointManager(whole).manifest(done).run_id for done in (3, 6, 9, 12)} == {kept}
     run = epath.Path(shutil.copytree(whole, tmp_path / "run"))
-    checkpoints = Checkpoints(run)
+    checkpoints = CheckpointManager(run)
     newest, _, ids = trainer._resume_point(checkpoints, run)
     assert (newest, *ids) == (12, kept, "")
     copied_in = dataclasses.replace(checkpoints.manifest(12), run_id="b" * 32)
@@ -166,7 +168,7 @@ def test_a_run_leaves_what_is_documented(whole):
         "metrics.jsonl",
         "tokenizer",
     }
-    assert Checkpoints(whole).steps() == [3, 6, 9, 12]
+    assert CheckpointManager(whole).steps() == [3, 6, 9, 12]
     train = [line for line in lines_of(whole) if "train/loss" in line]
     valid = [line for line in lines_of(whole) if "valid/bleu" in line]
     assert [line["step"] for line in train] == [5, 10, 12]
@@ -175,7 +177,7 @@ def test_a_run_leaves_what_is_documented(whole):
     assert {"valid/loss", "valid/bleu"} <= set(valid[0])
     assert {"train/flops", "train/tokens", "train/hours"} <= set(train[0]) & set(valid[0])
     assert train[0]["train/peak_memory_mb"] > 0
-    assert Checkpoints(whole).metrics(12)["valid/bleu"] == valid[1]["valid/bleu"]
+    assert CheckpointManager(whole).metrics(12)["valid/bleu"] == valid[1]["valid/bleu"]
 
 
 def test_nothing_recompiles_once_each_bucket_was_seen(whole):
@@ -236,25 +238,25 @@ def test_a_moving_average_cannot_begin_or_end_halfway(data, whole, averaged):
 
 def test_what_a_run_has_cost_is_counted_over_all_its_sittings(data, whole, tmp_path):
     """Against the plan of its batches; and a run of two sittings counts to the same, to the last digit."""
-    from transformer.checkpoints.loading import load_trained
+    from transformer.checkpoints.loading import load_checkpoint
     from transformer.data import corpus as corpora
     from transformer.data import input_pipeline
     from transformer.models import flops
 
     config = config_of(data)
-    vocabulary = load_trained(whole, "12").tokenizer
+    vocabulary = load_checkpoint(whole, "12").tokenizer
     ids = input_pipeline.token_ids(config.data, corpora.open_corpus(config.data), "train", vocabulary)
     batches = list(
         input_pipeline.train_iterator(input_pipeline.make_batch_schedule(config, ids), ids, start=0, num_steps=12)
     )
-    spent = Spent.of(Checkpoints(whole).metrics(12))
+    spent = Spent.of(CheckpointManager(whole).metrics(12))
     assert spent.tokens == sum(np.count_nonzero(batch.target_BT) for batch in batches)
     assert spent.source_tokens == sum(np.count_nonzero(batch.source_BS) for batch in batches)
     assert spent.flops == sum(flops.batch_flops(config.model, vocabulary.vocab_size, batch) for batch in batches)
     trainer.fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
-    before = Spent.of(Checkpoints(tmp_path / "run").metrics(9))
+    before = Spent.of(CheckpointManager(tmp_path / "run").metrics(9))
     trainer.fit(config, tmp_path / "run")
-    after = Spent.of(Checkpoints(tmp_path / "run").metrics(12))
+    after = Spent.of(CheckpointManager(tmp_path / "run").metrics(12))
     assert after._replace(seconds=0) == spent._replace(seconds=0)
     assert after.seconds > before.seconds > 0
     assert [line["train/flops"] for line in lines_of(tmp_path / "run")][-1] == spent.flops
@@ -267,7 +269,7 @@ def test_a_finished_run_is_left_alone(data, whole, capsys):
     assert "trained for 12 steps; raise train.num_steps" in capsys.readouterr().err
 
 
-DISPATCH = trainer.Updates.dispatch
+DISPATCH = trainer.StepPipeline.dispatch
 
 
 def stop_at(monkeypatch, update):
@@ -279,7 +281,7 @@ def stop_at(monkeypatch, update):
         if self._done == update:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(trainer.Updates, "dispatch", interrupted)
+    monkeypatch.setattr(trainer.StepPipeline, "dispatch", interrupted)
 
 
 def test_a_stop_signal_does_not_wait_for_validation(data, whole, tmp_path, monkeypatch):
@@ -293,40 +295,40 @@ def test_a_stop_signal_does_not_wait_for_validation(data, whole, tmp_path, monke
     monkeypatch.setattr(trainer.Evaluator, "held_out_loss", signalled)
     with pytest.raises(StoppedError, match="saved step 6"):
         trainer.fit(config_of(data), tmp_path / "run")
-    assert Checkpoints(tmp_path / "run").steps() == [3, 6]
-    assert "valid/bleu" not in Checkpoints(tmp_path / "run").metrics(6)
+    assert CheckpointManager(tmp_path / "run").steps() == [3, 6]
+    assert "valid/bleu" not in CheckpointManager(tmp_path / "run").metrics(6)
 
 
 def test_after_the_first_signal_any_other_ends_the_process_at_once():
-    with signals.noted() as stop_signal:
+    with signals.catch_stop_signals() as stop_signal:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_signal() == signal.SIGTERM
-        assert {signal.getsignal(number) for number in signals.heeded()} == {signal.SIG_DFL}
+        assert {signal.getsignal(number) for number in signals.handled_signals()} == {signal.SIG_DFL}
 
 
 @pytest.mark.reported
 def test_a_terminal_that_closes_is_a_stop_signal_unless_started_by_nohup():
     before = signal.signal(signal.SIGHUP, lambda *_: None)
     try:
-        with signals.noted() as stop_signal:
+        with signals.catch_stop_signals() as stop_signal:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop_signal() == signal.SIGHUP
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with signals.noted() as stop_signal:
+        with signals.catch_stop_signals() as stop_signal:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop_signal() is None
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert signals.stopped_by(signal.SIGHUP, 7).exit_code == 129
+    assert signals.preempted(signal.SIGHUP, 7).exit_code == 129
 
 
 def test_another_host_is_said(data, tmp_path, monkeypatch, capsys):
     from transformer.checkpoints import manager
 
     trainer.fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
-    here = trainer.environment.of_host()
-    monkeypatch.setattr(manager.environment, "of_host", lambda: {**here, "jax": "9.9", "cores": "77"})
+    here = trainer.environment.fingerprint()
+    monkeypatch.setattr(manager.environment, "fingerprint", lambda: {**here, "jax": "9.9", "cores": "77"})
     trainer.fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
     said = capsys.readouterr().err
     assert "warning: another host than before, so the last bits may differ: " in said
@@ -344,12 +346,12 @@ def test_another_way_to_decode_looks_for_its_best_anew(data, tmp_path, capsys):
         trainer.Run(config_of(data, decode={"batch_rows": 4}), run).progress.best >= 0
     )  # no translation depends on it
     again = trainer.Run(config_of(data, decode={"beam_size": 1}), run)
-    assert again.progress == trainer.Progress()
+    assert again.progress == trainer.EarlyStopping()
     assert "decode.beam_size: 2 → 1" in capsys.readouterr().err
-    before = Checkpoints(run).metrics(6)
+    before = CheckpointManager(run).metrics(6)
     again.stop_signal = lambda: None
     again._evaluate(again.state.eval_params, 6, trainer.NoLog())
-    assert Checkpoints(run).metrics(6) == before  # BLEU of the search that the checkpoint was saved with
+    assert CheckpointManager(run).metrics(6) == before  # BLEU of the search that the checkpoint was saved with
 
 
 def test_devices_that_a_mesh_leaves_idle_are_said(data, tmp_path, capsys):
@@ -374,7 +376,7 @@ def test_a_stop_signal_saves_the_step_it_is_at(data, whole, tmp_path, monkeypatc
         trainer.fit(config_of(data), tmp_path / "run")
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
-    assert Checkpoints(tmp_path / "run").steps() == [3, 4]
+    assert CheckpointManager(tmp_path / "run").steps() == [3, 4]
     monkeypatch.undo()
     trainer.fit(config_of(data), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
@@ -410,7 +412,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data, whole, tmp_pat
     with pytest.raises(DivergedError, match="the run diverged") as diverged:
         trainer.fit(config_of(data, train={"keep_last": keep_last}), tmp_path / "run")
     assert diverged.value.exit_code == 3
-    assert Checkpoints(tmp_path / "run").newest_sound() == 6
+    assert CheckpointManager(tmp_path / "run").latest_valid_step() == 6
     monkeypatch.setattr(trainer.step, "make_train_step", make)
     trainer.fit(config_of(data), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
@@ -422,7 +424,7 @@ def test_a_validation_loss_that_is_no_number_makes_no_checkpoint(data, tmp_path,
     monkeypatch.setattr(trainer.Evaluator, "held_out_loss", lambda *args: next(losses) or held_out(*args))
     with pytest.raises(DivergedError, match="the validation loss is nan"):
         trainer.fit(config_of(data), tmp_path / "run")
-    assert Checkpoints(tmp_path / "run").newest_sound() == 9
+    assert CheckpointManager(tmp_path / "run").latest_valid_step() == 9
 
 
 def test_a_validation_that_a_stop_prevented_is_made_up_for(data, whole, tmp_path, monkeypatch):
@@ -432,10 +434,10 @@ def test_a_validation_that_a_stop_prevented_is_made_up_for(data, whole, tmp_path
         with pytest.raises(StoppedError, match=f"saved step {at}"):
             trainer.fit(config_of(data), tmp_path / "run")
         monkeypatch.undo()
-        assert "valid/bleu" not in Checkpoints(tmp_path / "run").metrics(at)
+        assert "valid/bleu" not in CheckpointManager(tmp_path / "run").metrics(at)
     trainer.fit(config_of(data), tmp_path / "run")
     for at in (6, 12):
-        resumed, undisturbed = (Checkpoints(workdir).metrics(at) for workdir in (tmp_path / "run", whole))
+        resumed, undisturbed = (CheckpointManager(workdir).metrics(at) for workdir in (tmp_path / "run", whole))
         assert undisturbed.pop("train/hours") > 0 < resumed.pop("train/hours")
         assert resumed == undisturbed
 
@@ -479,10 +481,10 @@ def test_a_run_ends_early_when_validation_gets_no_better(data, tmp_path, monkeyp
         trainer.fit(config_of(data, train=train), tmp_path / "run")
     stop_at(monkeypatch, 0)
     trainer.fit(config_of(data, train=train), tmp_path / "run")
-    assert Checkpoints(tmp_path / "run").steps()[-1] == 10
-    assert loading.select(Checkpoints(tmp_path / "run"), "best") == [8]
+    assert CheckpointManager(tmp_path / "run").steps()[-1] == 10
+    assert loading.resolve_steps(CheckpointManager(tmp_path / "run"), "best") == [8]
     trainer.fit(config_of(data, train=train), tmp_path / "run")
-    assert Checkpoints(tmp_path / "run").steps()[-1] == 10
+    assert CheckpointManager(tmp_path / "run").steps()[-1] == 10
     assert capsys.readouterr().err.count("3 validations without a better BLEU than 30.00") == 2
 
 
@@ -501,7 +503,7 @@ def test_a_run_that_ends_early_at_a_validation_made_up_for_makes_no_update(data,
         trainer.fit(config_of(data, train=train), tmp_path / "run")
     stop_at(monkeypatch, 0)
     trainer.fit(config_of(data, train=train), tmp_path / "run")
-    assert Checkpoints(tmp_path / "run").steps()[-1] == 4
+    assert CheckpointManager(tmp_path / "run").steps()[-1] == 4
 
 
 def test_a_failed_start_does_not_bind_the_workdir(data, tmp_path):
@@ -568,5 +570,8 @@ def test_eight_devices_train_the_same_model(data, whole, tmp_path, mesh):
 def test_a_second_trainer_is_told_who_holds_the_workdir(data, tmp_path):
     from etils import epath
 
-    with trainer.workdir.lock(epath.Path(tmp_path / "run")), pytest.raises(WorkdirError, match="held by process"):
+    with (
+        trainer.workdir.acquire_lock(epath.Path(tmp_path / "run")),
+        pytest.raises(WorkdirError, match="held by process"),
+    ):
         trainer.fit(config_of(data), tmp_path / "run")

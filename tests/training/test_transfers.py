@@ -20,7 +20,7 @@ from transformer.config import MeshConfig
 from transformer.decoding.alignment import Aligner
 from transformer.decoding.translator import Translator
 from transformer.distributed import multihost, sharding
-from transformer.distributed.mesh import connect, make_mesh
+from transformer.distributed.mesh import make_mesh, warm_up_collectives
 from transformer.export import verify
 from transformer.models import registry
 from transformer.models.flops import Spent
@@ -97,8 +97,8 @@ def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, em
     mesh = make_mesh(config.mesh)
     model = registry.Model(config.model, V)
     train_step, state = step.make_train_step(model, config, mesh), step.init_state(model, config, mesh)
-    place = functools.partial(sharding.place_batch, mesh, parts=parts)
-    updates = trainer.Updates(train_step, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, Spent())
+    place = functools.partial(sharding.shard_batch, mesh, parts=parts)
+    updates = trainer.StepPipeline(train_step, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, Spent())
     for _ in range(3):
         updates.dispatch()
     updates.drain()
@@ -117,7 +117,7 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
     with transfers.recorded_jits() as found:
         train = {"num_steps": 2, "eval_every_steps": 2, "checkpoint_every_steps": 1, "ema_decay": 0.5}
         trainer.fit(config_of(data, train=train), tmp_path / "run")
-        loaded = loading.load_trained(tmp_path / "run", "average:2")
+        loaded = loading.load_checkpoint(tmp_path / "run", "average:2")
         (tmp_path / "exported").mkdir()
         verify.write(loaded, tmp_path / "exported", "jax")
         for fields in ({"beam_size": 2, "coverage_penalty": 0.1}, {"method": "sample"}, {"method": "mbr"}):
@@ -134,12 +134,14 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
             assert fused.try_cudnn(8) == ""
         mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
         with monkeypatch.context() as several:
-            several.setattr(sharding, "gather", sharding.gather.__wrapped__)  # another test may have made it
-            several.setattr(multihost, "count", lambda: 2)
-            several.setattr(multihost, "wait", lambda name: None)
-            connect(mesh)
-            sharding.of_every_device(mesh, np.zeros(1, np.int32))
+            several.setattr(
+                sharding, "make_all_gather", sharding.make_all_gather.__wrapped__
+            )  # another test may have made it
+            several.setattr(multihost, "process_count", lambda: 2)
+            several.setattr(multihost, "barrier", lambda name: None)
+            warm_up_collectives(mesh)
+            sharding.allgather_to_devices(mesh, np.zeros(1, np.int32))
             several.setattr(jax, "process_count", lambda: 2)
-            sharding.on_every_device(loaded.mesh, loaded.params)
+            sharding.replicate(loaded.mesh, loaded.params)
     assert set(found) == transfers.jit_uses(root), "a use of jax.jit that this test does not run"
     assert not {where: values for where, values in found.items() if values}

@@ -19,17 +19,17 @@ def folder(tmp_path):
 
 def test_one_run_at_a_time(folder):
     with (
-        workdir.lock(folder),
+        workdir.acquire_lock(folder),
         pytest.raises(WorkdirError, match=r"held by process \d+ on \S+ since 20.* UTC; wait for it"),
     ):
-        workdir.lock(folder)
-    workdir.lock(folder).close()
+        workdir.acquire_lock(folder)
+    workdir.acquire_lock(folder).close()
 
 
 def test_a_lock_dies_with_its_process(folder):
     program = (
         "import os, sys\nfrom etils import epath\nfrom transformer.training import workdir\n"
-        "held = workdir.lock(epath.Path(sys.argv[1]))\nprint('held', flush=True)\nsys.stdin.read()"
+        "held = workdir.acquire_lock(epath.Path(sys.argv[1]))\nprint('held', flush=True)\nsys.stdin.read()"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", program, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -37,22 +37,22 @@ def test_a_lock_dies_with_its_process(folder):
     with child:
         assert child.stdout.readline() == "held\n"
         with pytest.raises(WorkdirError, match=f"held by process {child.pid} "):
-            workdir.lock(folder)
+            workdir.acquire_lock(folder)
         child.kill()
         child.wait()
-        workdir.lock(folder).close()
+        workdir.acquire_lock(folder).close()
 
 
 def test_the_config_is_kept_and_must_stay(folder):
     folder.mkdir()
-    workdir.keep_config(folder, small_config())
+    workdir.save_config(folder, small_config())
     assert validation.from_json((folder / workdir.CONFIG_FILE).read_text(), "") == small_config()
     (folder / workdir.CONFIG_FILE).write_bytes(b"\xff")
-    workdir.keep_config(folder, small_config())
+    workdir.save_config(folder, small_config())
     assert validation.from_json((folder / workdir.CONFIG_FILE).read_text(), "") == small_config()
-    assert workdir.config_changes(folder, small_config(), small_config()) == []
+    assert workdir.check_resume_config(folder, small_config(), small_config()) == []
     with pytest.raises(UserError, match=r"another config: model.norm: 'post' → 'pre'; train.seed: 0 → 5"):
-        workdir.config_changes(folder, small_config(), small_config(model={"norm": "pre"}, train={"seed": 5}))
+        workdir.check_resume_config(folder, small_config(), small_config(model={"norm": "pre"}, train={"seed": 5}))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_config_is_kept_and_must_stay(folder):
 )
 def test_harmless_changes_are_named(folder, change):
     old = small_config(data={"tokenizer": "kept.model"} if "tokenizer" in str(change) else {})
-    changes = workdir.config_changes(folder, old, small_config(**change))
+    changes = workdir.check_resume_config(folder, old, small_config(**change))
     assert len(changes) == sum(map(len, change.values()))
     assert all(" → " in line for line in changes)
 
@@ -76,22 +76,24 @@ def test_harmless_changes_are_named(folder, change):
 @pytest.mark.parametrize(("old", "new"), [("bpe", "unigram"), ("bpe", "mine.model"), ("mine.codes", "bpe")])
 def test_another_way_to_a_vocabulary_is_no_harmless_change(folder, old, new):
     with pytest.raises(UserError, match=f"data.tokenizer: '{old}' → '{new}'"):
-        workdir.config_changes(folder, small_config(data={"tokenizer": old}), small_config(data={"tokenizer": new}))
+        workdir.check_resume_config(
+            folder, small_config(data={"tokenizer": old}), small_config(data={"tokenizer": new})
+        )
 
 
 def test_more_steps_are_no_harmless_change_to_a_schedule_that_ends_with_them(folder):
     cosine = {"optimizer": {"schedule": "cosine"}}
     with pytest.raises(UserError, match=r"num_steps: 20 → 30"):
-        workdir.config_changes(folder, small_config(**cosine), small_config(train={"num_steps": 30}, **cosine))
+        workdir.check_resume_config(folder, small_config(**cosine), small_config(train={"num_steps": 30}, **cosine))
 
 
 def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"--workdir=.*file: File exists"):
-        workdir.lock(epath.Path(tmp_path / "file"))
+        workdir.acquire_lock(epath.Path(tmp_path / "file"))
 
 
 def test_a_file_system_without_locks_is_a_warning(folder, monkeypatch, capsys):
     monkeypatch.setattr(workdir.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks")))
-    workdir.lock(folder).close()
+    workdir.acquire_lock(folder).close()
     assert "cannot be locked (no locks)" in capsys.readouterr().err

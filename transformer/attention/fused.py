@@ -28,7 +28,7 @@ from transformer.distributed import multihost, sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.runtime import environment
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import say
+from transformer.runtime.logging import log_info
 
 HEADS, ROWS = ("batch", "length", "heads", "kv"), ("batch", "length")
 LANES = 128  # splash counts keys by these
@@ -50,7 +50,7 @@ def require(config: Config, mesh: Mesh) -> None:
       UserError: what does not fit.
     """
     path = config.model.attention
-    use = dataclasses.replace(AttentionUse.of(config), parts=sharding.row_multiple(mesh, "length"))
+    use = dataclasses.replace(AttentionUse.of(config), parts=sharding.batch_divisor(mesh, "length"))
     misfit = _misfit(path if path in KERNELS else "cudnn", mesh.devices.flat[0], use)
     # Of long sequences, buckets have even widths: a longest row of 511 tokens makes one of 512.
     is_long = config.model.family == "attention" and config.data.longest_row + 1 >= BLOCKWISE_FROM
@@ -92,7 +92,7 @@ def here(q_BTHK: Array, v_BSHK: Array, visible: Visible, dropout_rate: float) ->
         v_BSHK.shape[-1],
         dropout_rate,
         packed=visible.queries_BT is not None,
-        parts=sharding.shards("length"),
+        parts=sharding.num_shards("length"),
     )
     platform = sharding.platform()
     for path, wanted in KERNELS.items():
@@ -110,7 +110,7 @@ def cudnn_works(width: int) -> bool:
     is_first = width not in _trials
     failure = _trial(width)
     if failure and is_first and not unfit_gpu(jax.local_devices()[0]):
-        say(f"warning: no attention by cuDNN: {failure}; auto attends by blocks instead")
+        log_info(f"warning: no attention by cuDNN: {failure}; auto attends by blocks instead")
     return not failure
 
 
@@ -120,9 +120,9 @@ def _trial(width: int) -> str:
         # A thread of its own knows nothing of the trace, the mesh and the transfer guard in which this is asked.
         with ThreadPoolExecutor(1) as pool:
             mine = unfit_gpu(jax.local_devices()[0]) or pool.submit(try_cudnn, width).result()
-        found = multihost.gather("cuDNN attention", mine)
+        found = multihost.allgather("cuDNN attention", mine)
         failures = [
-            f"{text} on {multihost.name(i)}" if len(found) > 1 else text for i, text in enumerate(found) if text
+            f"{text} on {multihost.process_name(i)}" if len(found) > 1 else text for i, text in enumerate(found) if text
         ]
         _trials[width] = failures[0] if failures else ""
     return _trials[width]
@@ -148,7 +148,7 @@ def try_cudnn(width: int) -> str:
         def of(qkvg: list[Array], keys_BS: Array) -> list[Array]:
             *qkv, grad_BTHK = (array.astype(dtype) for array in qkvg)
             found: list[Array] = []
-            with sharding.on_mesh(mesh):
+            with sharding.use_mesh(mesh):
                 for visible in (Visible(causal=True), Visible(keys_BS=keys_BS)):
                     out_BTHK, pull = jax.vjp(lambda *qkv, visible=visible: attend(*qkv, visible), *qkv)
                     found += [out_BTHK, *pull(grad_BTHK)]
@@ -186,7 +186,7 @@ def cudnn_attention(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible: Visibl
         )
         return out_BTHK[:, :T]
 
-    split = sharding.per_device(attend, (HEADS, HEADS, HEADS, ("batch",)), HEADS)
+    split = sharding.shard_map(attend, (HEADS, HEADS, HEADS, ("batch",)), HEADS)
     return split(q_BTHK, k_BSHK, v_BSHK, key_lengths(visible))
 
 
@@ -204,7 +204,7 @@ def splash_attention(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible: Visib
       interpret: computes what the kernel would, slowly, where there is no TPU.
     """
     local = functools.partial(_splash, visible.causal, interpret)
-    split = sharding.per_device(local, (HEADS, HEADS, HEADS, ROWS, ROWS), HEADS)
+    split = sharding.shard_map(local, (HEADS, HEADS, HEADS, ROWS, ROWS), HEADS)
     return split(q_BTHK, k_BSHK, v_BSHK, *segments(visible, q_BTHK.shape, k_BSHK.shape))
 
 

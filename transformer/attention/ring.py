@@ -47,15 +47,15 @@ def ring_attention(
 ) -> Array:
     """As `blockwise.blockwise_attention`, on the current mesh, over the devices that split `length`.
 
-    These must divide T and S: `sharding.place_batch` sees to it.
+    These must divide T and S: `sharding.shard_batch` sees to it.
 
     Returns:
       [B, T, H, K] in the dtype of `v_BSHK`.
     """
     words = head_words(key, dropout_rate, q_BTHK.shape[0], q_BTHK.shape[2])
-    local = functools.partial(_local, dropout_rate, block, sharding.shards("length"))
+    local = functools.partial(_local, dropout_rate, block, sharding.num_shards("length"))
     heads = ("batch", "length", "heads", "kv")
-    split = sharding.per_device(local, (heads, heads, heads, ("batch", "length"), ("batch", "heads")), heads)
+    split = sharding.shard_map(local, (heads, heads, heads, ("batch", "length"), ("batch", "heads")), heads)
     return split(q_BTHK, k_BSHK, v_BSHK, visible, words)
 
 
@@ -71,7 +71,7 @@ def _local(
 ) -> Array:
     """One of `count` devices."""
     queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
-    first = sharding.shard_index("length") * queries
+    first = sharding.axis_index("length") * queries
     *qkv, visible, sizes = in_blocks(q_BTHK, k_BSHK, v_BSHK, dataclasses.replace(visible, first_query=first), block)
     out_BHTK = _attend(*qkv, visible, words, Way(rate, sizes, (count, keys)))
     return jnp.swapaxes(out_BHTK, 1, 2)[:, :queries]
@@ -86,7 +86,7 @@ def _meet(here: Meeting, travelling: tuple, turn: Array, ring: tuple[int, int]) 
     """This device's queries and the keys that have come after so many turns, from so many devices before it."""
     k_BHSK, v_BHSK, keys_BS = travelling
     count, keys = ring
-    first = (sharding.shard_index("length") - turn) % count * keys
+    first = (sharding.axis_index("length") - turn) % count * keys
     visible = dataclasses.replace(here.visible, keys_BS=keys_BS, first_key=first)
     return here._replace(k_BHSK=k_BHSK, v_BHSK=v_BHSK, visible=visible)
 
@@ -98,7 +98,7 @@ def _forward(
 
     def turn(number: Array, carry: tuple[tuple, Running]) -> tuple[tuple, Running]:
         travelling, running = carry
-        onward = sharding.pass_on("length", travelling, ring[0])
+        onward = sharding.ring_permute("length", travelling, ring[0])
         return onward, look(_meet(here, travelling, number, ring), running)
 
     start = (k_BHSK, v_BHSK, visible.keys_BS), nothing_seen(here)
@@ -112,9 +112,9 @@ def _backward(way: Way, saved: tuple, grad_BHTK: Array) -> tuple:
 
     def turn(number: Array, carry: tuple[tuple, Gradients]) -> tuple[tuple, Gradients]:
         travelling, gradients = carry
-        onward = sharding.pass_on("length", travelling, ring[0])
+        onward = sharding.ring_permute("length", travelling, ring[0])
         dq_BHTK, *dkv = look_back(_meet(here, travelling, number, ring), looked, gradients)
-        return onward, Gradients(dq_BHTK, *sharding.pass_on("length", dkv, ring[0]))
+        return onward, Gradients(dq_BHTK, *sharding.ring_permute("length", dkv, ring[0]))
 
     start = (here.k_BHSK, here.v_BHSK, here.visible.keys_BS), no_gradients(here)
     _, gradients = jax.lax.fori_loop(0, ring[0], turn, start)

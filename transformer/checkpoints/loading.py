@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from transformer.checkpoints.manager import Checkpoints, Metrics
+from transformer.checkpoints.manager import CheckpointManager, Metrics
 from transformer.config import Config, MeshConfig, schema
 from transformer.config.validation import HARMLESS
 from transformer.data.tokenizer import Tokenizer
-from transformer.distributed.mesh import connect, make_mesh
+from transformer.distributed.mesh import make_mesh, warm_up_collectives
 from transformer.models.registry import Model, Params
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError, WorkdirError
@@ -26,7 +26,7 @@ AVERAGE = re.compile(r"(best-)?average:([1-9][0-9]{0,5})")
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class RestoredModel:
     """A model read from a workdir.
 
     Attributes:
@@ -50,17 +50,17 @@ class Trained:
         return self.steps[-1]
 
     @property
-    def title(self) -> str:
+    def description(self) -> str:
         """For people."""
-        return title(self.which, self.steps)
+        return describe(self.which, self.steps)
 
     @property
-    def file_stem(self) -> str:
+    def tag(self) -> str:
         """For the name of a file: the step, and what was averaged."""
         return f"{self.step}-{self.which.replace(':', '-')}" if AVERAGE.fullmatch(self.which) else str(self.step)
 
 
-def title(which: str, steps: list[int]) -> str:
+def describe(which: str, steps: list[int]) -> str:
     """What was asked for and found, for people."""
     if not AVERAGE.fullmatch(which):
         return f"checkpoint {steps[-1]:,}"
@@ -68,7 +68,7 @@ def title(which: str, steps: list[int]) -> str:
     return f"average of {best}{len(steps)}: {', '.join(map(str, steps))}"
 
 
-def load_trained(workdir: epath.PathLike, which: str | int) -> Trained:
+def load_checkpoint(workdir: epath.PathLike, which: str | int) -> RestoredModel:
     """Reads config, tokenizer and params onto all devices there are; needs nothing but checkpoints.
 
     Args:
@@ -76,16 +76,16 @@ def load_trained(workdir: epath.PathLike, which: str | int) -> Trained:
       which: latest, best or a step, of which the moving average is taken if the run keeps one; or
         average:N or best-average:N, the mean of params as they were trained.
     """
-    if reason := object_storage.missing(workdir):
+    if reason := object_storage.unsupported_reason(workdir):
         raise UserError(f"{workdir}: {reason}")
     workdir, which = epath.Path(workdir).expanduser(), str(which)
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: expected a folder that train.py wrote, found none")
-    checkpoints = Checkpoints(workdir)
+    checkpoints = CheckpointManager(workdir)
     available = checkpoints.steps()
     wanted = [step for step in available if which.isdecimal() and int(which) == step] or available
     try:
-        wanted = select(checkpoints, which)
+        wanted = resolve_steps(checkpoints, which)
         return _read(checkpoints, which, wanted)
     except Exception as error:
         # What this raises while training deletes a checkpoint depends on which of its files went first.
@@ -96,18 +96,18 @@ def load_trained(workdir: epath.PathLike, which: str | int) -> Trained:
         raise
 
 
-def _read(checkpoints: Checkpoints, which: str, steps: list[int]) -> Trained:
+def _read(checkpoints: CheckpointManager, which: str, steps: list[int]) -> RestoredModel:
     config = checkpoints.config(steps[-1])
     tokenizer = checkpoints.tokenizer(steps[-1])
-    mesh = connect(make_mesh(MeshConfig()))
+    mesh = warm_up_collectives(make_mesh(MeshConfig()))
     model = Model(config.model, tokenizer.vocab_size)
     params = read_params(checkpoints, which, steps, config, model, mesh)
     metrics = checkpoints.metrics(steps[-1])
-    return Trained(which, steps, metrics, config, tokenizer, model, params, mesh)
+    return RestoredModel(which, steps, metrics, config, tokenizer, model, params, mesh)
 
 
 def read_params(
-    checkpoints: Checkpoints, which: str, steps: list[int], config: Config, model: Model, mesh: Mesh
+    checkpoints: CheckpointManager, which: str, steps: list[int], config: Config, model: Model, mesh: Mesh
 ) -> Params:
     """The params that `which` names: the mean of several, or of one the moving average if its run keeps one.
 
@@ -116,11 +116,11 @@ def read_params(
       config: of the run that trained them.
     """
     if AVERAGE.fullmatch(which):
-        return mean_params(checkpoints, steps, model, mesh)
+        return average_params(checkpoints, steps, model, mesh)
     return checkpoints.restore_params(steps[0], model, mesh, "ema" if config.train.ema_decay else "params")
 
 
-def mean_params(checkpoints: Checkpoints, steps: list[int], model: Model, mesh: Mesh) -> Params:
+def average_params(checkpoints: CheckpointManager, steps: list[int], model: Model, mesh: Mesh) -> Params:
     """The mean of the params of several checkpoints, on the devices of `mesh`.
 
     They are read one after the other and summed in float32, so two copies are in memory and never more.
@@ -136,7 +136,7 @@ def mean_params(checkpoints: Checkpoints, steps: list[int], model: Model, mesh: 
     return in_place(lambda total: jax.tree.map(lambda leaf: leaf / len(steps), total))(total)
 
 
-def select(checkpoints: Checkpoints, which: str) -> list[int]:
+def resolve_steps(checkpoints: CheckpointManager, which: str) -> list[int]:
     """The steps that `which` names, oldest first.
 
     A damaged one is reported and gives way to the next newest or next best sound one; a step asked for
@@ -153,22 +153,22 @@ def select(checkpoints: Checkpoints, which: str) -> list[int]:
     if average:
         return _several(checkpoints, available, int(average[2]), best=bool(average[1]))
     if which in ("latest", "best"):
-        return [_best(checkpoints, available) if which == "best" else checkpoints.newest_sound() or 0]
+        return [_best(checkpoints, available) if which == "best" else checkpoints.latest_valid_step() or 0]
     if not which.isdecimal() or int(which) not in available:
         raise UserError(
             "--checkpoint: expected latest, best, average:N, best-average:N with N at least 1, or one of "
             f"{available}, got {which!r}"
         )
-    if not checkpoints.is_sound(int(which)):
+    if not checkpoints.is_valid(int(which)):
         raise WorkdirError(f"checkpoint {which} is damaged; ask for another")
     return [int(which)]
 
 
-def _several(checkpoints: Checkpoints, available: list[int], count: int, *, best: bool) -> list[int]:
+def _several(checkpoints: CheckpointManager, available: list[int], count: int, *, best: bool) -> list[int]:
     """The `count` newest sound ones, or of those with a validation score the best; no more are read than that."""
     asked, others = _by_worth(checkpoints, available) if best else (available[::-1], [])
-    found = list(itertools.islice(filter(checkpoints.is_sound, asked), count))
-    if not found and not any(map(checkpoints.is_sound, others)):
+    found = list(itertools.islice(filter(checkpoints.is_valid, asked), count))
+    if not found and not any(map(checkpoints.is_valid, others)):
         raise _none_is_sound(checkpoints, available)
     if len(found) < count:
         what, field = ("with a validation score", "train.keep_best") if best else ("to average", "train.keep_last")
@@ -180,7 +180,7 @@ def _several(checkpoints: Checkpoints, available: list[int], count: int, *, best
     return sorted(found)
 
 
-def check_one_run(checkpoints: Checkpoints, steps: list[int]) -> None:
+def check_one_run(checkpoints: CheckpointManager, steps: list[int]) -> None:
     """Refuses checkpoints of different runs, whose mean would be no model.
 
     Runs are told apart by their ids; where one has none, as earlier versions wrote them, by vocabulary and model.
@@ -198,7 +198,7 @@ def check_one_run(checkpoints: Checkpoints, steps: list[int]) -> None:
         )
 
 
-def _other_run(checkpoints: Checkpoints, step: int, newest: int) -> str:
+def _other_run(checkpoints: CheckpointManager, step: int, newest: int) -> str:
     """Why a checkpoint is not of the run that saved the newest; empty where it may be."""
     id, id_of_newest = (checkpoints.manifest(one).run_id for one in (step, newest))
     if id and id_of_newest:
@@ -211,10 +211,10 @@ def _other_run(checkpoints: Checkpoints, step: int, newest: int) -> str:
     return ", ".join(f"model.{one.field} = {one.new!r}, expected {one.old!r}" for one in changes)
 
 
-def _best(checkpoints: Checkpoints, available: list[int]) -> int:
+def _best(checkpoints: CheckpointManager, available: list[int]) -> int:
     """The best sound one; the newest sound one, where the one with the score may be among the damaged."""
     scored, others = _by_worth(checkpoints, available)
-    found = next(filter(checkpoints.is_sound, scored + others), None)
+    found = next(filter(checkpoints.is_valid, scored + others), None)
     if found is None:
         raise _none_is_sound(checkpoints, available)
     if not scored and others == available[::-1] and found == available[-1]:  # and nothing was reported
@@ -222,15 +222,15 @@ def _best(checkpoints: Checkpoints, available: list[int]) -> int:
     return found
 
 
-def _by_worth(checkpoints: Checkpoints, available: list[int]) -> tuple[list[int], list[int]]:
+def _by_worth(checkpoints: CheckpointManager, available: list[int]) -> tuple[list[int], list[int]]:
     """Those with a validation score, the best first, and the others, the newest first.
 
     Only sizes are looked at, which is quick: those of a wrong one are reported and left out.
     """
-    whole = [step for step in available if checkpoints.is_sound(step, content=False)]
-    scored = checkpoints.by_score(whole)[::-1]
+    whole = [step for step in available if checkpoints.is_valid(step, content=False)]
+    scored = checkpoints.steps_by_metric(whole)[::-1]
     return scored, [step for step in reversed(whole) if step not in scored]
 
 
-def _none_is_sound(checkpoints: Checkpoints, available: list[int]) -> WorkdirError:
+def _none_is_sound(checkpoints: CheckpointManager, available: list[int]) -> WorkdirError:
     return WorkdirError(f"{checkpoints.folder}: none of the checkpoints {available} is sound")

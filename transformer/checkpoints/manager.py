@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from transformer.checkpoints import best_metric
-from transformer.checkpoints.manifest import MANIFEST, Digests, Manifest, Metrics, files_below
+from transformer.checkpoints.manifest import MANIFEST, FileHasher, Manifest, Metrics, iter_files
 from transformer.config import Config, DecodeConfig, validation
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import Tokenizer
@@ -30,13 +30,13 @@ from transformer.distributed import multihost
 from transformer.models.registry import Model, Params, abstract_params
 from transformer.runtime import environment, object_storage
 from transformer.runtime.errors import UserError, WorkdirError
-from transformer.runtime.files import reported, sha256, write_whole
-from transformer.runtime.logging import say
+from transformer.runtime.files import sha256, user_error_on_oserror, write_atomic
+from transformer.runtime.logging import log_info
 
-SCORE = "valid/bleu"  # recorded with every checkpoint that was validated
+VALID_BLEU = "valid/bleu"  # recorded with every checkpoint that was validated
 PARTS = {"params": "params", "optimizer": "opt_state", "ema": "ema"}  # folder of arrays → part of the state
-UNFINISHED = (".partial", ".removed")
-DAMAGED = "manifest.damaged.json"  # in object storage: the manifest of one that was put aside
+TEMP_SUFFIXES = (".partial", ".removed")
+QUARANTINED_MANIFEST = "manifest.damaged.json"  # in object storage: the manifest of one that was put aside
 
 
 class State(Protocol):
@@ -61,16 +61,16 @@ class State(Protocol):
 S = TypeVar("S", bound=State)
 
 
-class Damaged(Exception):
+class CorruptCheckpointError(Exception):
     """A checkpoint whose files are not those that were written."""
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: epath.PathLike):
         path = epath.Path(workdir)
-        if multihost.count() > 1 and object_storage.needs_staging(path):
+        if multihost.process_count() > 1 and object_storage.needs_staging(path):
             raise UserError(
                 f"{path}: several hosts cannot keep checkpoints on s3://, where each would have to write its part and "
                 "Orbax does not; take a folder that all hosts share, or gs://"
@@ -109,42 +109,42 @@ class Checkpoints:
         place = self.folder / str(int(jax.device_get(state.step)))
         # Object storage renames nothing at once; there a checkpoint is one when its manifest is there.
         folder = place if self._is_remote else place.parent / f"{place.name}.partial"
-        with reported(f"{place}"):
-            if multihost.is_lead():
+        with user_error_on_oserror(f"{place}"):
+            if multihost.is_primary():
                 if folder.exists():
-                    _clear(folder)
+                    _delete_checkpoint(folder)
                 folder.mkdir(parents=True)
-            multihost.wait("checkpoint begun")
-            with object_storage.written(folder) as target, Digests() as digests:
+            multihost.barrier("checkpoint begun")
+            with object_storage.staged_write(folder) as target, FileHasher() as digests:
                 # On one host those of the params are taken while the optimizer's state is written.
-                _save_arrays(target, state, then=digests.add if multihost.count() == 1 else lambda folder: None)
-                multihost.wait("arrays written")
-                if multihost.is_lead():
+                _save_arrays(target, state, then=digests.add if multihost.process_count() == 1 else lambda folder: None)
+                multihost.barrier("arrays written")
+                if multihost.is_primary():
                     tokenizer.save(target / "tokenizer")
-                    write_whole(target / "config.json", config.to_json())
+                    write_atomic(target / "config.json", config.to_json())
                     digests.add(target)
                     with _acknowledged(place):
                         check_arrays(target, state)  # while the digests are taken
                     files = digests.below(target)
-            if multihost.is_lead():
-                manifest = Manifest(metrics, data, environment.of_host(), files, run_id, base_run_id)
-                write_whole(folder / MANIFEST, manifest.to_json())
+            if multihost.is_primary():
+                manifest = Manifest(metrics, data, environment.fingerprint(), files, run_id, base_run_id)
+                write_atomic(folder / MANIFEST, manifest.to_json())
                 with _acknowledged(place):
-                    if _manifest_in(folder) != manifest:
-                        raise Damaged(f"{MANIFEST} reads otherwise than it was written")
+                    if _read_manifest(folder) != manifest:
+                        raise CorruptCheckpointError(f"{MANIFEST} reads otherwise than it was written")
                 if folder != place:
                     if place.exists():
                         self.remove(int(place.name))
                     folder.rename(place)
-            multihost.wait("checkpoint saved")
+            multihost.barrier("checkpoint saved")
 
-    @multihost.lead_only
-    def record(self, step: int, metrics: Metrics) -> None:
+    @multihost.primary_only
+    def update_metrics(self, step: int, metrics: Metrics) -> None:
         """Adds metrics to a checkpoint."""
         manifest = self.manifest(step)
         manifest = dataclasses.replace(manifest, metrics={**manifest.metrics, **metrics})
-        with reported(f"{self.folder / str(step)}"):
-            write_whole(self.folder / str(step) / MANIFEST, manifest.to_json())
+        with user_error_on_oserror(f"{self.folder / str(step)}"):
+            write_atomic(self.folder / str(step) / MANIFEST, manifest.to_json())
 
     def manifest(self, step: int) -> Manifest:
         """What a checkpoint says of itself, not yet held against its files.
@@ -152,7 +152,7 @@ class Checkpoints:
         Raises:
           Damaged: it cannot be read.
         """
-        return _manifest_in(self.folder / str(step))
+        return _read_manifest(self.folder / str(step))
 
     def verify(self, step: int, *, content: bool = True) -> None:
         """Compares every file with the manifest; without `content` only which there are, and their sizes.
@@ -162,32 +162,32 @@ class Checkpoints:
         """
         folder, written = self.folder / str(step), self.manifest(step).files
         try:
-            found = {str(path.relative_to(folder)): path for path in files_below(folder)}
+            found = {str(path.relative_to(folder)): path for path in iter_files(folder)}
             odd = sorted(found.keys() ^ written.keys())
             if odd:
-                raise Damaged(f"{odd[0]} is {'missing' if odd[0] in written else 'not part of it'}")
+                raise CorruptCheckpointError(f"{odd[0]} is {'missing' if odd[0] in written else 'not part of it'}")
             sizes = {name: path.stat().length for name, path in found.items()}
             odd = sorted(name for name in found if sizes[name] != written[name][0])
             if content and not odd:
-                with Digests() as digests:
+                with FileHasher() as digests:
                     digests.add(folder)
                     odd = sorted(dict(digests.below(folder).items() ^ written.items()))
         except OSError as error:
-            raise Damaged(f"a file cannot be read: {error}") from error
+            raise CorruptCheckpointError(f"a file cannot be read: {error}") from error
         if odd:
-            raise Damaged(f"{odd[0]} has changed since it was written")
+            raise CorruptCheckpointError(f"{odd[0]} has changed since it was written")
 
-    def is_sound(self, step: int, *, content: bool = True) -> bool:
+    def is_valid(self, step: int, *, content: bool = True) -> bool:
         """Whether a checkpoint verifies; says what is wrong with it if not."""
         try:
             self.verify(step, content=content)
-        except Damaged as damage:
+        except CorruptCheckpointError as damage:
             gone = step not in self.steps()
-            say(f"checkpoint {step} " + ("was deleted just now" if gone else f"is damaged and skipped: {damage}"))
+            log_info(f"checkpoint {step} " + ("was deleted just now" if gone else f"is damaged and skipped: {damage}"))
             return False
         return True
 
-    def newest_sound(self) -> int | None:
+    def latest_valid_step(self) -> int | None:
         """The newest step that verifies; None if nothing was ever saved.
 
         Raises:
@@ -195,7 +195,7 @@ class Checkpoints:
         """
         available = self.steps()
         for step in reversed(available):
-            if self.is_sound(step):
+            if self.is_valid(step):
                 return step
         if available:
             raise WorkdirError(
@@ -204,50 +204,50 @@ class Checkpoints:
             )
         return None
 
-    def by_score(self, steps: list[int]) -> list[int]:
+    def steps_by_metric(self, steps: list[int]) -> list[int]:
         """Those of the steps that have a score, best last; of equals the newest is the best.
 
         Scores of different searches are different figures: those with another `decode` than the newest are left out.
         """
         metrics = {step: self.metrics(step) for step in sorted(steps, reverse=True)}
-        kinds = {step: self._kind(step) for step in metrics if SCORE in metrics[step]}
+        kinds = {step: self._kind(step) for step in metrics if VALID_BLEU in metrics[step]}
         newest = next((kind for kind in kinds.values() if kind is not None), None)
         metric = newest.metric if newest else "bleu"
         merits = {
             step: merit
             for step, kind in kinds.items()
-            if kind in (newest, None) and (merit := best_metric.merit(metric, metrics[step])) is not None
+            if kind in (newest, None) and (merit := best_metric.score(metric, metrics[step])) is not None
         }
         return sorted(merits, key=lambda step: (merits[step], step))
 
-    def _kind(self, step: int) -> "ScoreKind | None":
+    def _kind(self, step: int) -> "ScoreDefinition | None":
         """What a checkpoint's score is; None if its config is not as written."""
-        with contextlib.suppress(OSError, KeyError, Damaged, UserError):
+        with contextlib.suppress(OSError, KeyError, CorruptCheckpointError, UserError):
             written = self.manifest(step).files["config.json"][1]
             if sha256(self.folder / str(step) / "config.json") == written:
-                return score_kind(self.config(step))
+                return score_definition(self.config(step))
         return None
 
     def metrics(self, step: int) -> Metrics:
         """The metrics recorded with a checkpoint; none if it is damaged."""
         try:
             return self.manifest(step).metrics
-        except Damaged:
+        except CorruptCheckpointError:
             return {}
 
-    @multihost.lead_only
-    def prepare(self, newest: int | None) -> None:
+    @multihost.primary_only
+    def clean_up(self, newest: int | None) -> None:
         """Before training goes on from `newest`: clears what was cut short, and puts later, damaged ones aside."""
         if not self.folder.exists():
             return
         for path in self.folder.iterdir():
-            if path.name.endswith(UNFINISHED):
-                _delete(path)
+            if path.name.endswith(TEMP_SUFFIXES):
+                _delete_folder(path)
             elif self._is_remote and path.name.isdecimal():
-                if not (path / MANIFEST).exists() and not (path / DAMAGED).exists():
+                if not (path / MANIFEST).exists() and not (path / QUARANTINED_MANIFEST).exists():
                     path.rmtree()
                 elif newest is not None and int(path.name) > newest and (path / MANIFEST).exists():
-                    (path / DAMAGED).write_bytes((path / MANIFEST).read_bytes())
+                    (path / QUARANTINED_MANIFEST).write_bytes((path / MANIFEST).read_bytes())
                     (path / MANIFEST).unlink()
             elif path.name.isdecimal() and newest is not None and int(path.name) > newest:
                 aside = path.parent / f"{path.name}.damaged"
@@ -255,38 +255,38 @@ class Checkpoints:
                     aside.rmtree()
                 path.rename(aside)
 
-    @multihost.lead_only
+    @multihost.primary_only
     def prune(self, keep_last: int, keep_best: int) -> None:
         """Deletes all but the newest and the best ones; none unless the newest is whole."""
         available = self.steps()
-        best = self.by_score(available)
+        best = self.steps_by_metric(available)
         keep = {*available[-keep_last:], *(best[-keep_best:] if keep_best else [])}
         surplus = [step for step in available if step not in keep]
-        if surplus and self.is_sound(available[-1], content=False):  # its digests were just taken
+        if surplus and self.is_valid(available[-1], content=False):  # its digests were just taken
             for step in surplus:
                 self.remove(step)
 
-    @multihost.lead_only
+    @multihost.primary_only
     def remove(self, step: int) -> None:
         """Deletes a checkpoint; it is gone from `steps` before its first file is."""
         if self._is_remote:
-            _clear(self.folder / str(step))
+            _delete_checkpoint(self.folder / str(step))
             return
         gone = self.folder / f"{step}.removed"
-        with reported(f"--workdir={self.folder.parent}"):
+        with user_error_on_oserror(f"--workdir={self.folder.parent}"):
             if gone.exists():
                 gone.rmtree()
             (self.folder / str(step)).rename(gone)
-        _delete(gone)
+        _delete_folder(gone)
 
     def restore_params(self, step: int, model: Model, mesh: Mesh, kind: str = "params") -> Params:
         """The params alone, on the devices of `mesh`; with kind `ema` their moving average."""
-        return _load(self.folder / str(step) / kind, abstract_params(model, mesh))
+        return _load_arrays(self.folder / str(step) / kind, abstract_params(model, mesh))
 
     def restore(self, step: int, abstract_state: S) -> S:
         """The whole state, as `abstract_state` has its shapes, dtypes and shardings: on any mesh."""
         folder = self.folder / str(step)
-        arrays = {PARTS[name]: _load(folder / name, tree) for name, tree in _trees(abstract_state).items()}
+        arrays = {PARTS[name]: _load_arrays(folder / name, tree) for name, tree in _trees(abstract_state).items()}
         counter = jax.device_put(np.asarray(step, np.int32), abstract_state.step.sharding)
         return abstract_state._replace(step=counter, **arrays)
 
@@ -300,20 +300,20 @@ class Checkpoints:
         return tokenizers.load(self.folder / str(step) / "tokenizer")
 
 
-class ScoreKind(NamedTuple):
+class ScoreDefinition(NamedTuple):
     """What must be alike for scores to be compared: the metric, and how the translations are searched for."""
 
     metric: str
     search: DecodeConfig
 
 
-def score_kind(config: Config) -> ScoreKind:
+def score_definition(config: Config) -> ScoreDefinition:
     """Of a config; what no score depends on is left at its default."""
-    metric = best_metric.of(config)
+    metric = best_metric.resolve(config)
     if metric == "loss":
         cuts = {name: getattr(config.decode, name) for name in ("max_source_tokens", "max_extra_length")}
-        return ScoreKind(metric, DecodeConfig(**cuts))
-    return ScoreKind(metric, dataclasses.replace(config.decode, batch_rows=DecodeConfig.batch_rows))
+        return ScoreDefinition(metric, DecodeConfig(**cuts))
+    return ScoreDefinition(metric, dataclasses.replace(config.decode, batch_rows=DecodeConfig.batch_rows))
 
 
 def _check_name(path: epath.Path) -> None:
@@ -352,10 +352,12 @@ def check_arrays(folder: epath.Path, state: State) -> None:
         try:
             written = collections.Counter(_stored_arrays(folder / name))
         except Exception as error:  # TensorStore raises ValueError for most of what may be wrong
-            raise Damaged(f"{name}/ cannot be opened: {error}") from error
+            raise CorruptCheckpointError(f"{name}/ cannot be opened: {error}") from error
         wanted = collections.Counter((tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
         if written != wanted:
-            raise Damaged(f"{name}/: expected {wanted.total():,} arrays, found {(written & wanted).total():,} of them")
+            raise CorruptCheckpointError(
+                f"{name}/: expected {wanted.total():,} arrays, found {(written & wanted).total():,} of them"
+            )
 
 
 def _stored_arrays(folder: epath.Path) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -379,35 +381,35 @@ def _acknowledged(place: epath.Path) -> Iterator[None]:
     """Turns damage seen right after a save into a UserError."""
     try:
         yield
-    except Damaged as damage:
+    except CorruptCheckpointError as damage:
         raise UserError(
             f"{place}: the checkpoint was written but cannot be read again, so it does not count: {damage}. Check the "
             "path and the disk, then resume"
         ) from damage
 
 
-def _manifest_in(folder: epath.Path) -> Manifest:
+def _read_manifest(folder: epath.Path) -> Manifest:
     try:
         return Manifest.from_json((folder / MANIFEST).read_text())
     except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read: {error!r}") from error
+        raise CorruptCheckpointError(f"{MANIFEST} cannot be read: {error!r}") from error
 
 
-def _load(folder: epath.Path, abstract: Any) -> Any:
+def _load_arrays(folder: epath.Path, abstract: Any) -> Any:
     """Arrays as `abstract` has them, on its devices."""
-    with object_storage.read(folder) as place:
+    with object_storage.staged_read(folder) as place:
         return ocp.load(place, abstract)
 
 
-def _delete(folder: epath.Path) -> None:
+def _delete_folder(folder: epath.Path) -> None:
     """Deletes what is no checkpoint any more; on NFS not while someone reads it, and then `prepare` comes again."""
     try:
         folder.rmtree()
     except OSError as error:
-        say(f"{folder}: not deleted yet: {error}")
+        log_info(f"{folder}: not deleted yet: {error}")
 
 
-def _clear(folder: epath.Path) -> None:
+def _delete_checkpoint(folder: epath.Path) -> None:
     """Deletes a checkpoint in object storage, or what is left of one; what makes it one goes first."""
     if object_storage.is_remote(folder):
         (folder / MANIFEST).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from etils import epath
 from transformer.runtime.files import sha256
 
 MANIFEST = "manifest.json"
-THREADS = 4  # that read and digest files
+NUM_THREADS = 4  # that read and digest files
 
 Metrics = dict[str, float]
 
@@ -51,14 +51,14 @@ class Manifest:
         return cls(metrics, data, host, files, str(values.get("run_id", "")), str(values.get("base_run_id", "")))
 
 
-class Digests:
+class FileHasher:
     """Takes the digests of files, several at once and in the background; use as a context."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(THREADS)
+        self._pool = ThreadPoolExecutor(NUM_THREADS)
         self._found: dict[epath.Path, Future[tuple[int, str]]] = {}
 
-    def __enter__(self) -> "Digests":
+    def __enter__(self) -> "FileHasher":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,7 +66,7 @@ class Digests:
 
     def add(self, folder: epath.Path) -> None:
         """Begins with the files below a folder that are not known yet."""
-        for path in files_below(folder):
+        for path in iter_files(folder):
             if path not in self._found:
                 self._found[path] = self._pool.submit(lambda path: (path.stat().length, sha256(path)), path)
 
@@ -75,13 +75,13 @@ class Digests:
         return {str(path.relative_to(folder)): future.result() for path, future in self._found.items()}
 
 
-def files_below(folder: epath.Path) -> Iterator[epath.Path]:
+def iter_files(folder: epath.Path) -> Iterator[epath.Path]:
     """All files below a checkpoint but its manifest, and those that a file manager or NFS may leave."""
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name == MANIFEST or path.name.endswith(".partial"):
             continue
         if path.is_dir():
-            yield from files_below(path)
+            yield from iter_files(path)
         else:
             yield path
 

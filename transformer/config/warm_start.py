@@ -44,7 +44,7 @@ def with_sizes(values: dict[str, dict], flags: Collection[tuple[str, str]] = (),
 
 def _kept_config(workdir: str) -> dict[str, dict[str, Any]]:
     """The config in the newest checkpoint that has a readable one, not checked; empty where there is none."""
-    if object_storage.missing(workdir):
+    if object_storage.unsupported_reason(workdir):
         return {}
     folder = epath.Path(workdir).expanduser() / "checkpoints"
     names: list[str] = []

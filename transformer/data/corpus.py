@@ -29,7 +29,7 @@ from transformer.data import local_text, prepared, text_files, wmt
 from transformer.data.prepared import RecordReader
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import say, told
+from transformer.runtime.logging import log_info, log_progress
 
 Pair = tuple[str, str]
 
@@ -184,7 +184,7 @@ def _scan_pairs(split: Split) -> tuple[str, np.ndarray, np.ndarray, int]:
       nothing but whitespace; and how many are stored with a line break.
     """
     digest, keys, blank, line_breaks = hashlib.sha256(), array.array("Q"), array.array("b"), 0
-    for stored in told(split.stored(), lambda count: f"data: looked at {count:,} pairs"):
+    for stored in log_progress(split.stored(), lambda count: f"data: looked at {count:,} pairs"):
         line_breaks += any("\n" in text for text in stored)
         source, target = split.lines(stored)
         texts = (source.encode(), target.encode())
@@ -270,13 +270,15 @@ class Corpus:
     def _report(self, facts: SplitMetadata) -> None:
         count = facts.pairs["train"]
         if facts.blank:
-            say(f"data: {self.dropped:,} of {count:,} training pairs have a blank side: left out")
+            log_info(f"data: {self.dropped:,} of {count:,} training pairs have a blank side: left out")
         for name, breaks in facts.line_breaks.items():
             if breaks:
-                say(f"data: {breaks:,} of {facts.pairs[name]:,} pairs of {name} hold a line break: read as a space")
+                log_info(
+                    f"data: {breaks:,} of {facts.pairs[name]:,} pairs of {name} hold a line break: read as a space"
+                )
         if facts.held_out:
             held_out = f"{len(facts.held_out):,} of {count:,} training pairs"
-            say(f"data: no validation split: {held_out} are held out as one")
+            log_info(f"data: no validation split: {held_out} are held out as one")
 
     def split(self, name: str) -> Split:
         """The split of that name; "test" is also the only one whose name starts with it.
@@ -301,9 +303,9 @@ def validate_source(data: DataConfig) -> None:
     """
     named = () if data.tokenizer in TRAINED_TOKENIZERS else ("tokenizer",)
     for field in (*PATHS, *named):
-        if reason := object_storage.missing(getattr(data, field)):
+        if reason := object_storage.unsupported_reason(getattr(data, field)):
             raise UserError(f"config.data.{field}: {reason}")
-    if reason := object_storage.missing(os.environ.get("TFDS_DATA_DIR", "")):
+    if reason := object_storage.unsupported_reason(os.environ.get("TFDS_DATA_DIR", "")):
         raise UserError(f"TFDS_DATA_DIR: {reason}")
     if data.name == "text":
         local_text.find_splits(data)
@@ -350,7 +352,7 @@ def data_dir(data: DataConfig) -> str:
     """The folder of prepared data and token ids; of an address in object storage its local copy."""
     folder = data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if object_storage.is_remote(folder):
-        return object_storage.local_copy(folder)
+        return object_storage.local_cache_dir(folder)
     return os.fspath(epath.Path(folder).expanduser())
 
 

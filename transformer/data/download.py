@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from transformer.data.prepared import file_lock
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import reported, sha256
-from transformer.runtime.logging import say, told
+from transformer.runtime.files import sha256, user_error_on_oserror
+from transformer.runtime.logging import log_info, log_progress
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 60  # without a byte, after which a server is given up
@@ -98,7 +98,7 @@ class DownloadManager:
             raise DownloadError("has to be fetched by hand")
         if ".." in fetched.parts:
             raise ValueError(f"{archive.url}: leads out of the folder of downloads")
-        with reported(f"{fetched}, under config.data.data_dir"):
+        with user_error_on_oserror(f"{fetched}, under config.data.data_dir"):
             fetched.parent.mkdir(parents=True, exist_ok=True)
             with file_lock(fetched.parent):
                 return _verify(fetched, archive) if fetched.exists() else _download(archive, fetched)
@@ -106,10 +106,10 @@ class DownloadManager:
 
 def _verify(path: pathlib.Path, archive: Download) -> VerifiedFile:
     """The file, if it is whole and as recorded."""
-    with reported(str(path)):
+    with user_error_on_oserror(str(path)):
         size, digest = path.stat().st_size, sha256(path)
     if not archive.sha256:
-        say(f"data: {path}: no checksum of it is recorded, so it is taken as it is; sha256 {digest}")
+        log_info(f"data: {path}: no checksum of it is recorded, so it is taken as it is; sha256 {digest}")
     elif digest != archive.sha256:
         raise UserError(
             f"{path}: not the archive {archive.url}, or cut short: expected {_describe(archive.size, archive.sha256)}, "
@@ -125,7 +125,7 @@ def _describe(size: int, digest: str) -> str:
 def _download(archive: Download, path: pathlib.Path) -> VerifiedFile:
     """Downloads to `path`, which appears once the digest is right; tries again for as long as bytes come."""
     partial = path.with_name(path.name + ".partial")
-    say(f"data: fetching {archive.url}{f', {_mb(archive.size)} MB' if archive.size else ''}")
+    log_info(f"data: fetching {archive.url}{f', {_mb(archive.size)} MB' if archive.size else ''}")
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:
@@ -155,7 +155,7 @@ def _resume(archive: Download, partial: pathlib.Path, start: int) -> bool:
         name, total = archive.name, archive.size or promised + start
         done = 0
         with partial.open("ab" if start else "wb") as file:
-            blocks = told(_blocks(response), lambda _: f"data: {name}: {_mb(start + done)} of {_mb(total)} MB")
+            blocks = log_progress(_blocks(response), lambda _: f"data: {name}: {_mb(start + done)} of {_mb(total)} MB")
             for block in blocks:
                 file.write(block)
                 done += len(block)
@@ -179,7 +179,7 @@ def _finish(archive: Download, partial: pathlib.Path, path: pathlib.Path) -> Ver
         )
     partial.replace(path)
     if not archive.sha256:
-        say(f"data: {path}: no checksum of it is recorded; sha256 {digest}")
+        log_info(f"data: {path}: no checksum of it is recorded; sha256 {digest}")
     return VerifiedFile(path, digest)
 
 

@@ -25,8 +25,8 @@ from transformer.data.packing import PackedSchedule
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import reported, sha256
-from transformer.runtime.logging import say, told
+from transformer.runtime.files import sha256, user_error_on_oserror
+from transformer.runtime.logging import log_info, log_progress
 
 CHUNK_PAIRS = 10_000  # pairs tokenized at a time
 METADATA_FILE = "about.json"
@@ -90,7 +90,7 @@ def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
         )
     total = plan.kept + plan.dropped
     if plan.dropped > MAX_DROPPED_FRACTION * total:
-        say(
+        log_info(
             f"warning: {plan.dropped:,} of {total:,} training pairs ({plan.dropped / total:.0%}) are longer than "
             f"data.max_length = {config.data.max_length} and dropped; raise it to train on them"
         )
@@ -104,7 +104,7 @@ def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) 
     if path.exists() and sha256(path) == wanted.digest:
         return wanted
     if tokenizers.exists(stored):
-        say(f"{stored}: replacing the vocabulary, which no checkpoint uses and the config does not ask for")
+        log_info(f"{stored}: replacing the vocabulary, which no checkpoint uses and the config does not ask for")
     wanted.save(stored)
     return wanted
 
@@ -125,18 +125,18 @@ def get_or_train_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenize
     languages = f"{corpus.source_language}-{corpus.target_language}"
     key = f"{split.digest[:24]}-{languages}-{tokenizers.cache_key(data)}"
     folder = epath.Path(corpora.data_dir(data)) / "vocabularies" / key
-    with reported(f"{folder}, under config.data.data_dir"):
-        object_storage.fetch(folder)
+    with user_error_on_oserror(f"{folder}, under config.data.data_dir"):
+        object_storage.pull(folder)
         for path in sorted(folder.glob("*.model")):
             if sha256(path) == path.stem:
-                object_storage.publish(folder)  # which may have failed
+                object_storage.push(folder)  # which may have failed
                 return tokenizers.check_vocab_size(tokenizers.load(path), data)
-            say(f"{path}: damaged; the vocabulary is trained anew")
+            log_info(f"{path}: damaged; the vocabulary is trained anew")
             path.unlink()
-        say(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} pieces")
+        log_info(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} pieces")
         trained = tokenizers.build(data, Sentences(split))
         trained.save(folder, f"{trained.digest}.model")
-        object_storage.publish(folder)
+        object_storage.push(folder)
     return trained
 
 
@@ -185,20 +185,20 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
     languages = f"{corpus.source_language}-{corpus.target_language}"
     key = f"{split.digest[:24]}-{languages}-{tokenizer.digest[:24]}"
     folder = epath.Path(corpora.data_dir(data)) / "token_ids" / key
-    with reported(f"{folder}, under config.data.data_dir"):
-        object_storage.fetch(folder)
+    with user_error_on_oserror(f"{folder}, under config.data.data_dir"):
+        object_storage.pull(folder)
         if folder.exists():
             try:
                 ids = _load_ids(folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                say(f"{folder}: damaged ({error}); made anew")
+                log_info(f"{folder}: damaged ({error}); made anew")
                 shutil.rmtree(folder)
             else:
-                object_storage.publish(folder)  # which may have failed
+                object_storage.push(folder)  # which may have failed
                 return ids
-        say(f"tokenizing {split_name}: {len(split):,} pairs")
+        log_info(f"tokenizing {split_name}: {len(split):,} pairs")
         _write_ids(folder, split, tokenizer)
-        object_storage.publish(folder)
+        object_storage.push(folder)
         return _load_ids(folder)
 
 
@@ -211,7 +211,9 @@ def _write_ids(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
     try:
         lengths = {"source": array.array("q"), "target": array.array("q")}
         with (partial / "source.ids").open("wb") as source, (partial / "target.ids").open("wb") as target:
-            chunks = told(_chunks(split), lambda count: f"tokenized {count * CHUNK_PAIRS:,} of {len(split):,} pairs")
+            chunks = log_progress(
+                _chunks(split), lambda count: f"tokenized {count * CHUNK_PAIRS:,} of {len(split):,} pairs"
+            )
             for pairs in chunks:
                 for side, name, file in ((0, "source", source), (1, "target", target)):
                     sequences = tokenizer.encode([pair[side] for pair in pairs])

@@ -27,8 +27,8 @@ from etils import epath
 from transformer.data import text_files
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import reported, write_whole
-from transformer.runtime.logging import say, told
+from transformer.runtime.files import user_error_on_oserror, write_atomic
+from transformer.runtime.logging import log_info, log_progress
 
 Pair = tuple[str, str]
 
@@ -69,7 +69,7 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
             raise UserError(f"{self.origin}: no pairs of sentences to train on; got 0")
         self.info.metadata["empty_splits"] = [split for split in lengths if not lengths[split]]
         counts = ", ".join(f"{split} {sum(shards):,}" for split, shards in lengths.items())
-        say(f"data: sentence pairs: {counts}")
+        log_info(f"data: sentence pairs: {counts}")
         return {split: self._shards(split, sources[split](), shards) for split, shards in lengths.items() if shards}
 
     def _shards(self, split: str, pairs: Iterator[Pair], lengths: list[int]) -> list[Callable[[], Iterator]]:
@@ -78,13 +78,13 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
         return [functools.partial(itertools.islice, examples, length) for length in lengths]
 
     def _examples(self, split: str, pairs: Iterator[Pair], total: int) -> Iterator[tuple[int, dict[str, str]]]:
-        rows = told(pairs, lambda count: f"data: prepared {count:,} of {total:,} pairs of {split}")
+        rows = log_progress(pairs, lambda count: f"data: prepared {count:,} of {total:,} pairs of {split}")
         for row, pair in enumerate(rows):
             yield row, dict(zip(self.languages, pair, strict=True))
 
 
 def _read(split: str, pairs: Iterator[Pair]) -> Iterator[Pair]:
-    return told(pairs, lambda count: f"data: read {count:,} pairs of {split}")
+    return log_progress(pairs, lambda count: f"data: read {count:,} pairs of {split}")
 
 
 def _shard_lengths(pairs: Iterator[Pair]) -> list[int]:
@@ -241,8 +241,8 @@ def prepare(make: Callable[[], Any], *, own: bool) -> PreparedDataset:
         except OSError as error:
             raise UserError(f"{folder}: cannot write data there: {error}; see config.data.data_dir") from error
     found = PreparedDataset(builder)
-    with reported(f"{folder}, of config.data.data_dir"):
-        object_storage.publish(folder)
+    with user_error_on_oserror(f"{folder}, of config.data.data_dir"):
+        object_storage.push(folder)
     return found
 
 
@@ -254,8 +254,8 @@ def is_prepared(builder: Any) -> bool:
 
 def _pull_from_object_storage(folder: epath.Path) -> bool:
     """Whether `remote.fetch` found it in object storage."""
-    with reported(f"{folder}, of config.data.data_dir"):
-        return object_storage.fetch(folder)
+    with user_error_on_oserror(f"{folder}, of config.data.data_dir"):
+        return object_storage.pull(folder)
 
 
 def preparation_instructions(builder: Any) -> str:
@@ -272,7 +272,7 @@ def preparation_instructions(builder: Any) -> str:
 def write_cache(path: epath.Path, content: bytes) -> None:
     """Writes a file of derived facts whole or not at all; does without where the folder is read-only."""
     with contextlib.suppress(OSError):
-        write_whole(path, content)
+        write_atomic(path, content)
 
 
 @contextlib.contextmanager
@@ -299,7 +299,7 @@ def file_lock(folder: epath.PathLike) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"data: another process is preparing {os.fspath(folder)}; waiting for it")
+                log_info(f"data: another process is preparing {os.fspath(folder)}; waiting for it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 pass  # a file system without locks
@@ -317,7 +317,7 @@ def _prepare_under_lock(builder: Any, own: bool) -> None:
     if own:
         for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
             left.rmtree()
-    say(f"data: preparing {builder.info.full_name} in {folder}")
+    log_info(f"data: preparing {builder.info.full_name} in {folder}")
     try:
         builder.download_and_prepare()
     except UserError:

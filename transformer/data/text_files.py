@@ -20,7 +20,7 @@ import zstandard
 from etils import epath
 
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import refuse_pipe, sha256
+from transformer.runtime.files import reject_pipe, sha256
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 MAX_LINE_BYTES = 64 << 20  # bytes
@@ -105,7 +105,7 @@ def strip_compression(name: str) -> str:
 
 def check_readable(path: epath.PathLike) -> None:
     """Raises a UserError unless the file is there and may be read again and again; reads none of it."""
-    refuse_pipe(epath.Path(path).expanduser())
+    reject_pipe(epath.Path(path).expanduser())
     with _user_errors(path):
         epath.Path(path).expanduser().open("rb").close()
 

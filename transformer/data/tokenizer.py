@@ -21,8 +21,8 @@ from transformer.config.schema import TRAINED_TOKENIZERS, Config, DataConfig
 from transformer.data import subword_nmt
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import refuse_pipe, reported, write_whole
-from transformer.runtime.logging import say
+from transformer.runtime.files import reject_pipe, user_error_on_oserror, write_atomic
+from transformer.runtime.logging import log_info
 
 PAD, BOS, EOS, UNK = range(4)
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -118,7 +118,7 @@ class Tokenizer:
         """Writes the model into `folder` atomically as `name`, or as `file_name` in place of the other kind."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / (name or self.file_name), self._model)
+        write_atomic(folder / (name or self.file_name), self._model)
         for other in FILE_NAMES if not name else ():
             if other != self.file_name:
                 (folder / other).unlink(missing_ok=True)
@@ -136,10 +136,10 @@ def load(path: epath.PathLike) -> Tokenizer:
       UserError: the file is missing or is not a vocabulary.
     """
     path = epath.Path(path)
-    with reported(str(path)):
+    with user_error_on_oserror(str(path)):
         if path.is_dir():
             path = _model_path(path)
-        refuse_pipe(path)
+        reject_pipe(path)
         if not path.exists():
             raise UserError(
                 f"{path}: expected a SentencePiece model, but the file is missing; restore it or name another"
@@ -181,10 +181,10 @@ def inherit_tokenizer(config: Config) -> DataConfig:
     if not config.train.init_from:
         return config.data
     where = f"config.train.init_from = {config.train.init_from}"
-    if reason := object_storage.missing(config.train.init_from):
+    if reason := object_storage.unsupported_reason(config.train.init_from):
         raise UserError(f"{where}: {reason}")
     path = _model_path(epath.Path(config.train.init_from) / "tokenizer")
-    with reported(where):
+    with user_error_on_oserror(where):
         if not path.exists():
             raise UserError(
                 f"{where}: expected a workdir that train.py wrote, but tokenizer/{path.name} is missing in it; "
@@ -214,8 +214,8 @@ def build(data: DataConfig, lines: Collection[str]) -> Tokenizer:
 def _read_merges(data: DataConfig) -> subword_nmt.Merges:
     path = epath.Path(data.tokenizer)
     where = f"config.data.tokenizer = {path}"
-    with reported(where):
-        refuse_pipe(path)
+    with user_error_on_oserror(where):
+        reject_pipe(path)
         if not path.exists():
             raise UserError(f"{where}: expected codes of subword-nmt, but the file is missing; name another")
         codes = path.read_bytes()
@@ -251,12 +251,12 @@ def train(lines: Collection[str], vocab_size: int, model_type: str) -> Tokenizer
     """
     info, model = _inspect(lines), io.BytesIO()
     if info.num_skipped:
-        say(
+        log_info(
             f"warning: {info.num_skipped:,} of {len(lines):,} lines of training text have over {MAX_LINE_BYTES:,} "
             "bytes: the vocabulary is trained without them"
         )
     if len(lines) > MAX_TRAINING_LINES:
-        say(f"the vocabulary is trained on {MAX_TRAINING_LINES:,} of {len(lines):,} lines, sampled at random")
+        log_info(f"the vocabulary is trained on {MAX_TRAINING_LINES:,} of {len(lines):,} lines, sampled at random")
     if not info.has_text:
         raise UserError(
             f"config.data: cannot train a vocabulary: expected training text, but all {len(lines):,} lines are "

@@ -65,7 +65,7 @@ class Aligner:
         def weights(params: Params, batch: Batch) -> jax.Array:
             return model.bind(params).cross_attention(batch.source_BS, batch.target_BT)
 
-        self._weights = sharding.over_rows(mesh, weights)
+        self._weights = sharding.data_parallel_jit(mesh, weights)
 
     def attention(
         self, params: Params, sources: Sequence[str], translations: Sequence[str]
@@ -74,16 +74,16 @@ class Aligner:
 
         What decoding cuts of a long source is cut here too.
         """
-        params = sharding.on_every_device(self._mesh, params)
+        params = sharding.replicate(self._mesh, params)
         filled = [i for i, pair in enumerate(zip(sources, translations, strict=True)) if all(map(str.strip, pair))]
         longest = self._config.max_source_tokens
         source = self._encode([sources[i] for i in filled], longest)
         target = self._encode([translations[i] for i in filled], longest + self._config.max_extra_length)
         for planned in eval_batches(source.lengths, target.lengths, self._rows):
             batch = make_batch(planned, source, target)
-            numbers = sharding.rows_here(self._mesh, len(planned.examples_B), rows="sentences")
+            numbers = sharding.local_row_indices(self._mesh, len(planned.examples_B), rows="decode_batch")
             here = make_batch(select_rows(planned, numbers), source, target)
-            placed = sharding.place_batch(self._mesh, here, rows="sentences")
+            placed = sharding.shard_batch(self._mesh, here, rows="decode_batch")
             found_BLHTS = jax.device_get(self._weights(params, placed))
             for row, example in enumerate(planned.examples_B[planned.examples_B != PAD_EXAMPLE]):
                 S, T = source.lengths[example], target.lengths[example]
@@ -117,7 +117,7 @@ class Aligner:
         return JaggedArray.from_sequences([truncate(ids, longest) for ids in self._tokenizer.encode(lines)])
 
     def _rows(self, width: int) -> int:
-        fitting = sharding.filled_rows(self._mesh, max(CELLS // width**2, 1), rows="sentences")
+        fitting = sharding.padded_batch_size(self._mesh, max(CELLS // width**2, 1), rows="decode_batch")
         return min(batch_rows(self._config, self._mesh), fitting)
 
 

@@ -47,7 +47,7 @@ def batch_rows(config: DecodeConfig, mesh: Mesh) -> int:
     An accelerator decodes 256 sentences in about the time of 16; on a CPU they would wait for the slowest of them.
     """
     rows = config.batch_rows or (16 if mesh.devices.flat[0].platform == "cpu" else 256)
-    return sharding.filled_rows(mesh, rows, rows="sentences")
+    return sharding.padded_batch_size(mesh, rows, rows="decode_batch")
 
 
 def decode(

@@ -31,7 +31,7 @@ from transformer.decoding.requests import Wish
 from transformer.distributed import sharding
 from transformer.models.registry import Model, Params
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import say
+from transformer.runtime.logging import log_info
 
 # Taken to compile a program and, where there are several devices, to start one, so that threads start theirs one by
 # one, in the same order on all devices.
@@ -124,7 +124,7 @@ class Translator:
         """
         sentences = self._lines(sentences, first)
         count = self._count(n_best, constraints)
-        params = sharding.on_every_device(self._mesh, params)
+        params = sharding.replicate(self._mesh, params)
         filled = [i for i, sentence in enumerate(sentences) if sentence.strip()]
         sources = JaggedArray.from_sequences(self._encode([sentences[i] for i in filled]))
         limits = np.zeros(len(sentences), np.int64)
@@ -169,7 +169,7 @@ class Translator:
             ("unknown", "translations hold the unknown token, unk"),
         ):
             if counts[name]:
-                say(f"warning: {counts[name]:,} {message}")
+                log_info(f"warning: {counts[name]:,} {message}")
 
     def _lines(self, sentences: Iterable[str], first: int) -> list[str]:
         given = text_inputs.items(sentences, "sentences: expected a list of sentences")
@@ -224,7 +224,7 @@ class Translator:
             for planned in reversed(eval_batches(lengths, np.zeros_like(lengths), lambda width: self._rows)):
                 is_real_B = planned.examples_B != PAD_EXAMPLE
                 examples_B = np.where(is_real_B, np.array(members)[planned.examples_B], PAD_EXAMPLE)
-                here_B = examples_B[sharding.rows_here(self._mesh, self._rows, rows="sentences")]
+                here_B = examples_B[sharding.local_row_indices(self._mesh, self._rows, rows="decode_batch")]
                 source_BS = sources.to_padded(here_B, planned.bucket.source)
                 keys_B2 = None if keys_N2 is None else keys_N2[np.maximum(here_B, 0)]
                 yield examples_B, Request(source_BS, keys_B2, *requests.rectangles(asked, here_B, shape))
@@ -241,12 +241,12 @@ class Translator:
 
     def _run(self, count: int, params: Params | Sequence[Params], request: Request) -> Hypotheses:
         """Hands a batch to the device; where threads compute their own, waits for it, so that no others get between."""
-        placed = sharding.place_batch(self._mesh, request, rows="sentences")
+        placed = sharding.shard_batch(self._mesh, request, rows="decode_batch")
         shapes = count, str(jax.tree.map(np.shape, request))
         with _DEVICE:
             if count not in self._programs:
                 run = functools.partial(decode, self._models, self._config, count)
-                self._programs[count] = sharding.over_rows(self._mesh, run)
+                self._programs[count] = sharding.data_parallel_jit(self._mesh, run)
         with _DEVICE if self._workers == 1 or shapes not in self._compiled else contextlib.nullcontext():
             found = self._programs[count](params if self._is_ensemble else (params,), placed)
             self._compiled.add(shapes)

@@ -50,15 +50,15 @@ class Heartbeat:
         """From here on a silent host is no fault."""
         self._over.set()
 
-    def fail(self, error: BaseException) -> None:
+    def abort(self, error: BaseException) -> None:
         """Ends this process because of an error, and tells the others."""
-        if lost_contact(error):
+        if is_peer_failure(error):
             deadline = time.monotonic() + self._timeout + 2 * self._pause + GRACE
             while time.monotonic() < deadline:  # who it was that went away is known a little later
                 self._look(time.monotonic())
                 time.sleep(0.1)
         with self._ending:
-            code = logging.exit_code(error)
+            code = logging.report_error(error)
             self._end(code, f"{type(error).__name__}: {error}" if code == 1 else str(error))
 
     def _hear_all(self) -> None:
@@ -117,7 +117,7 @@ class Heartbeat:
     def _give_up(self, code: int, message: str) -> None:
         with self._ending:
             if not self._over.is_set():
-                logging.complain(message)
+                logging.log_error(message)
                 self._end(code, message)
 
     def _end(self, code: int, message: str) -> None:
@@ -143,7 +143,7 @@ class Heartbeat:
         return self._written and (self._index != 0 or alive <= {0, *self._failed})
 
 
-def lost_contact(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether an error may be what a host feels when another goes away."""
     import jax
 
@@ -152,14 +152,14 @@ def lost_contact(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def end_when_aborted(message: str, exit_code: int = 1) -> Iterator[None]:
+def report_on_sigabrt(message: str, exit_code: int = 1) -> Iterator[None]:
     """JAX aborts a process that loses its coordinator; then this message, and this exit code, are the end of it.
 
     The signal of abort() reaches no handler of Python's, so this is one of C, called in the thread that aborts.
     """
 
     def ended(_: int) -> None:
-        logging.complain(message)
+        logging.log_error(message)
         os._exit(exit_code)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(ended)

@@ -56,7 +56,7 @@ class LocalGpus(NamedTuple):
     idle: int = 0
 
 
-def cluster(environment: Mapping[str, str]) -> str | None:
+def detect_cluster(environment: Mapping[str, str]) -> str | None:
     """Returns the launcher that has started this process as one of several and that JAX can join; None if none has.
 
     Raises:

@@ -21,7 +21,7 @@ from transformer.distributed import multihost
 from transformer.runtime.errors import UserError
 
 
-def neighbours(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+def create_device_mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """All devices in this shape, whose first axis is that of the data.
 
     Raises:
@@ -59,7 +59,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if count < len(available) and jax.process_count() > 1:
         raise UserError(f"config.mesh asks for {count} devices: with several hosts all {len(available)} must be used")
     # Neighbours in the mesh are neighbours in the machine, where that is known.
-    grid = neighbours(shape, available) if count == len(available) else np.array(available[:count]).reshape(shape)
+    grid = (
+        create_device_mesh(shape, available) if count == len(available) else np.array(available[:count]).reshape(shape)
+    )
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -95,13 +97,13 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
     return tuple(devices // asked if size == -1 else size for size in sizes)
 
 
-def connect(mesh: Mesh) -> Mesh:
+def warm_up_collectives(mesh: Mesh) -> Mesh:
     """Connects the devices along each combination of axes, as collectives will use them, while hosts are together.
 
     Gloo, which CPUs use, gives up if one host comes 30 s after another to the first collective of a group, and
     compiling the programs that hold them may take longer on one.
     """
-    if multihost.count() == 1 or mesh.devices.flat[0].platform != "cpu":
+    if multihost.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
         return mesh
     axes = [axis for axis in MESH_AXES if mesh.shape[axis] > 1]
     for names in itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(1, len(axes) + 1)):
@@ -111,6 +113,6 @@ def connect(mesh: Mesh) -> Mesh:
         where = NamedSharding(mesh, whole)
         program = jax.jit(summed).lower(jax.ShapeDtypeStruct((), np.int32, sharding=where)).compile()
         one = jax.make_array_from_callback((), where, lambda _: np.ones((), np.int32))
-        multihost.wait("connection")
+        multihost.barrier("connection")
         jax.block_until_ready(program(one))
     return mesh

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec
 
 from transformer.distributed import launchers
-from transformer.distributed.heartbeat import Heartbeat, end_when_aborted
+from transformer.distributed.heartbeat import Heartbeat, report_on_sigabrt
 from transformer.runtime import logging
 from transformer.runtime.errors import StoppedError, UserError
 
@@ -23,25 +23,25 @@ JAX_SLACK = 60  # seconds that JAX waits longer than we do, so that the message 
 P = ParamSpec("P")
 
 
-class _Alone:
+class _SingleProcess:
     """What there is of hosts in a process that is alone."""
 
     index, count = 0, 1
 
-    def gather(self, name: str, text: str) -> list[str]:
+    def allgather(self, name: str, text: str) -> list[str]:
         return [text]
 
 
-class _Together:
+class _ProcessGroup:
     """This process among several."""
 
     def __init__(self, client: Any, index: int, count: int, timeout: float, lost_exit_code: int):
         self.index, self.count, self._client = index, count, client
         self._rounds: dict[str, int] = {}
-        self.names = [f"host {i} ({who})" for i, who in enumerate(self.gather("who", who()))]
+        self.names = [f"host {i} ({name})" for i, name in enumerate(self.allgather("names", process_description()))]
         self.heartbeat = Heartbeat(client, index, self.names, timeout, lost_exit_code)
 
-    def gather(self, name: str, text: str) -> list[str]:
+    def allgather(self, name: str, text: str) -> list[str]:
         number = self._rounds[name] = self._rounds.get(name, 0) + 1
         folder = f"{name}/{number}"
         self._client.key_value_set(f"{folder}/{self.index}", text)
@@ -50,10 +50,10 @@ class _Together:
         return [found[f"{folder}/{i}"] for i in range(self.count)]
 
 
-_here: _Alone | _Together = _Alone()
+_group: _SingleProcess | _ProcessGroup = _SingleProcess()
 
 
-def is_one_of_several(args: argparse.Namespace) -> bool:
+def is_multiprocess(args: argparse.Namespace) -> bool:
     """Whether flags or surroundings name other processes; asks neither JAX nor a network.
 
     Raises:
@@ -73,47 +73,47 @@ def is_one_of_several(args: argparse.Namespace) -> bool:
         if not args.coordinator.rpartition(":")[2].isdecimal() or args.coordinator.startswith(":"):
             raise UserError(f"--coordinator={args.coordinator}: expected HOST:PORT of process 0")
         return args.num_processes > 1
-    return launchers.cluster(os.environ) is not None
+    return launchers.detect_cluster(os.environ) is not None
 
 
 @contextlib.contextmanager
-def joined(args: argparse.Namespace) -> Iterator[None]:
+def initialize(args: argparse.Namespace) -> Iterator[None]:
     """Joins the other processes, if there are any, for the length of the block; every host leaves it together.
 
     An error in one host ends them all, each with a message. The process then ends inside this block, as
     Python's own way out waits for the others.
     """
-    global _here
-    if not is_one_of_several(args):
+    global _group
+    if not is_multiprocess(args):
         yield
         return
-    _here = together = _join(args)
-    gone = f"{together.names[0]}, which all others depend on, has gone away"
-    with end_when_aborted(gone, args.lost_host_exit_code):
-        together.heartbeat.start()
+    _group = group = _join(args)
+    gone = f"{group.names[0]}, which all others depend on, has gone away"
+    with report_on_sigabrt(gone, args.lost_host_exit_code):
+        group.heartbeat.start()
         stopped = None
         try:
             try:
                 yield
             except StoppedError as error:  # on which all have agreed
                 stopped = error
-            _leave(together)
+            _leave(group)
         except BaseException as error:
-            together.heartbeat.fail(error)
+            group.heartbeat.abort(error)
     if stopped:
         raise stopped
 
 
-def _join(args: argparse.Namespace) -> _Together:
+def _join(args: argparse.Namespace) -> _ProcessGroup:
     import jax
     from jax._src import distributed  # its client has no public name; Orbax takes it from here too
 
     # JAX would take SIGTERM for itself; training has its own way to stop together.
     jax.config.update("jax_enable_preemption_service", False)
     gpus = launchers.local_gpus(os.environ, launchers.count_gpus())
-    where = args.coordinator or f"the address that {launchers.cluster(os.environ)} gives"
+    where = args.coordinator or f"the address that {launchers.detect_cluster(os.environ)} gives"
     what = f"not all processes joined at {where} within {args.host_timeout} s (--host_timeout); see which did not start"
-    with end_when_aborted(what, args.lost_host_exit_code):
+    with report_on_sigabrt(what, args.lost_host_exit_code):
         jax.distributed.initialize(
             args.coordinator,
             args.num_processes,
@@ -126,76 +126,76 @@ def _join(args: argparse.Namespace) -> _Together:
             shutdown_timeout_seconds=args.host_timeout,
         )
         state = distributed.global_state
-        logging.speak_as(state.process_id, state.num_processes)
+        logging.set_process(state.process_id, state.num_processes)
         if gpus.idle:
-            logging.say(
+            logging.log_info(
                 f"warning: {gpus.idle} of this machine's GPUs stay idle; start as many processes on it as divide their "
                 "number, or one, which takes them all"
             )
         count, timeout = state.num_processes, args.host_timeout
-        return _Together(state.client, state.process_id, count, timeout, args.lost_host_exit_code)
+        return _ProcessGroup(state.client, state.process_id, count, timeout, args.lost_host_exit_code)
 
 
-def _leave(together: _Together) -> None:
+def _leave(group: _ProcessGroup) -> None:
     """Once all have come here, there is nothing to wait for any more."""
     import jax
 
-    together.gather("done", "")
-    together.heartbeat.stop()
+    group.allgather("done", "")
+    group.heartbeat.stop()
     jax.distributed.shutdown()
 
 
-def who() -> str:
+def process_description() -> str:
     """This process, for people."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def count() -> int:
+def process_count() -> int:
     """How many hosts there are."""
-    return _here.count
+    return _group.count
 
 
-def name(host: int) -> str:
+def process_name(host: int) -> str:
     """A host, for people."""
-    return _here.names[host] if isinstance(_here, _Together) else who()
+    return _group.names[host] if isinstance(_group, _ProcessGroup) else process_description()
 
 
-def is_lead() -> bool:
+def is_primary() -> bool:
     """Whether this host writes what a run has one of."""
-    return _here.index == 0
+    return _group.index == 0
 
 
-def lead_only(function: Callable[P, None]) -> Callable[P, None]:
+def primary_only(function: Callable[P, None]) -> Callable[P, None]:
     """The function, which other hosts than the lead leave out."""
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> None:
-        if is_lead():
+        if is_primary():
             function(*args, **kwargs)
 
     return called
 
 
-def gather(what: str, text: str) -> list[str]:
+def allgather(what: str, text: str) -> list[str]:
     """What each host gives, in their order. All must call it, with the same sequence of names."""
-    return _here.gather(what, text)
+    return _group.allgather(what, text)
 
 
-def wait(what: str) -> None:
+def barrier(what: str) -> None:
     """Until all hosts are here."""
-    gather(what, "")
+    allgather(what, "")
 
 
-def from_lead(what: str, make: Callable[[], str]) -> str:
+def broadcast_from_primary(what: str, make: Callable[[], str]) -> str:
     """What the lead makes; the others wait for it."""
-    return gather(what, make() if is_lead() else "")[0]
+    return allgather(what, make() if is_primary() else "")[0]
 
 
 @contextlib.contextmanager
-def lead_first(what: str) -> Iterator[None]:
+def primary_first(what: str) -> Iterator[None]:
     """The lead does the block while the others wait, to find done what can be shared."""
-    if not is_lead():
-        wait(what)
+    if not is_primary():
+        barrier(what)
     yield
-    if is_lead():
-        wait(what)
+    if is_primary():
+        barrier(what)

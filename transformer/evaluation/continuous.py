@@ -15,15 +15,15 @@ from typing import Any
 
 from etils import epath
 
-from transformer.checkpoints.loading import Trained, load_trained
-from transformer.checkpoints.manager import Checkpoints, Damaged
+from transformer.checkpoints.loading import RestoredModel, load_checkpoint
+from transformer.checkpoints.manager import CheckpointManager, CorruptCheckpointError
 from transformer.config import Config
 from transformer.evaluation import summary
 from transformer.evaluation.evaluator import EvaluationSet, Scorer, translations_path, write_translations
 from transformer.runtime import files, signals
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
-from transformer.runtime.files import reported
-from transformer.runtime.logging import say
+from transformer.runtime.files import user_error_on_oserror
+from transformer.runtime.logging import log_info
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 SECONDS = 5.0  # between two looks
@@ -42,7 +42,7 @@ def read_evaluations(workdir: epath.PathLike) -> list[Entry]:
     return found
 
 
-def fingerprint(checkpoints: Checkpoints, step: int) -> str:
+def fingerprint(checkpoints: CheckpointManager, step: int) -> str:
     """Of a checkpoint's content, so that a run begun anew in the same folder is not taken for the old one.
 
     Raises:
@@ -66,7 +66,7 @@ class Watch:
         open_set: Callable[[Config], EvaluationSet],
         found: Callable[[Entry], None] = lambda entry: None,
     ):
-        self._workdir, self._checkpoints = epath.Path(workdir), Checkpoints(workdir)
+        self._workdir, self._checkpoints = epath.Path(workdir), CheckpointManager(workdir)
         self._open_set, self._found = open_set, found
         self._scorer: Scorer | None = None
         self._hopeless: set[str] = set()
@@ -80,7 +80,7 @@ class Watch:
         """
         with _stop_signals(lambda: f"{self.scored:,} checkpoints scored; run again to go on"):
             if not self._checkpoints.steps():
-                say(f"{self._checkpoints.folder}: waiting for the first checkpoint")
+                log_info(f"{self._checkpoints.folder}: waiting for the first checkpoint")
             while True:
                 if not self.look():
                     time.sleep(seconds)
@@ -90,7 +90,7 @@ class Watch:
         for step in self._checkpoints.steps():
             try:
                 mark = fingerprint(self._checkpoints, step)
-            except (Damaged, OSError):  # deleted just now, or damaged, which training and eval.py report
+            except (CorruptCheckpointError, OSError):  # deleted just now, or damaged, which training and eval.py report
                 continue
             if mark in self._hopeless or (self._scorer and mark in self._done(self._scorer.chosen)):
                 continue
@@ -109,24 +109,24 @@ class Watch:
         entries = read_evaluations(self._workdir)
         return {str(entry.get("fingerprint")) for entry in entries if (entry["name"], entry.get("set")) == of}
 
-    def _read(self, step: int, mark: str) -> Trained | None:
+    def _read(self, step: int, mark: str) -> RestoredModel | None:
         """The checkpoint, or None, said on stderr, if it is damaged or deleted meanwhile."""
         try:
-            return load_trained(self._workdir, str(step))
+            return load_checkpoint(self._workdir, str(step))
         except WorkdirError as error:  # damaged
-            say(str(error))
+            log_info(str(error))
             self._hopeless.add(mark)
         except UserError:
             if step in self._checkpoints.steps():
                 raise
-            say(f"checkpoint {step} was deleted while it was read; left out")
+            log_info(f"checkpoint {step} was deleted while it was read; left out")
         return None
 
-    def _score(self, scorer: Scorer, trained: Trained, mark: str) -> None:
+    def _score(self, scorer: Scorer, trained: RestoredModel, mark: str) -> None:
         try:
             evaluation = scorer.evaluate(trained)
         except DivergedError as error:  # its loss is no number
-            say(str(error))
+            log_info(str(error))
             self._hopeless.add(mark)
             return
         write_translations(evaluation, translations_path(self._workdir, evaluation.trained, scorer.chosen))
@@ -144,7 +144,7 @@ class Watch:
 def append(workdir: epath.PathLike, entry: Entry) -> None:
     """Adds one line; on a new line, where a kill cut the last one short."""
     path = epath.Path(workdir) / EVALUATIONS_FILE
-    with reported(f"{path}"):
+    with user_error_on_oserror(f"{path}"):
         before = path.read_bytes() if path.exists() else b""
         cut_short = before and not before.endswith(b"\n")
         files.append(path, (b"\n" if cut_short else b"") + json.dumps(entry, allow_nan=False).encode() + b"\n")
@@ -157,7 +157,7 @@ def _stop_signals(after: Callable[[], str]) -> Iterator[None]:
     def stop(number: int, _: object) -> None:
         raise StoppedError(number, f"stopped by {signal.Signals(number).name}; {after()}")
 
-    before = {number: signal.signal(number, stop) for number in signals.heeded()}
+    before = {number: signal.signal(number, stop) for number in signals.handled_signals()}
     try:
         yield
     finally:

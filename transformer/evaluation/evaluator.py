@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from transformer.checkpoints.loading import Trained, load_trained
+from transformer.checkpoints.loading import RestoredModel, load_checkpoint
 from transformer.config import Config, DataConfig, validation
 from transformer.data import corpus, text_files
 from transformer.data.batching import Batch, JaggedArray, eval_batches, make_batch, select_rows
@@ -26,8 +26,8 @@ from transformer.evaluation.metrics import HEADLINE, Scores, check_counts, furth
 from transformer.models.loss import LossSums, cross_entropy
 from transformer.models.registry import Model, Params
 from transformer.runtime.errors import DivergedError, UserError
-from transformer.runtime.files import reported, write_whole
-from transformer.runtime.logging import say
+from transformer.runtime.files import user_error_on_oserror, write_atomic
+from transformer.runtime.logging import log_info
 
 
 class HeldOutLoss(NamedTuple):
@@ -107,15 +107,17 @@ class Evaluator:
         encoded = self._tokenizer.encode(targets)
         over = sum(len(ids) > longest for ids in encoded)
         if over:
-            say(f"warning: {over:,} references have over {longest} tokens; the loss is that of their first {longest}")
+            log_info(
+                f"warning: {over:,} references have over {longest} tokens; the loss is that of their first {longest}"
+            )
         target = JaggedArray.from_sequences([truncate(ids, longest) for ids in encoded])
         source = JaggedArray.from_sequences(
             [truncate(ids, decode.max_source_tokens) for ids in self._tokenizer.encode(sources)]
         )
         sums = []
         for planned in eval_batches(source.lengths, target.lengths, self._rows):
-            here = select_rows(planned, sharding.rows_here(self._mesh, planned.bucket.rows))
-            batch = sharding.place_batch(self._mesh, make_batch(here, source, target))
+            here = select_rows(planned, sharding.local_row_indices(self._mesh, planned.bucket.rows))
+            batch = sharding.shard_batch(self._mesh, make_batch(here, source, target))
             sums.append(self._eval_step(params, batch))
         parts = jax.device_get(sums)
         tokens = sum(float(part.tokens) for part in parts)
@@ -132,7 +134,7 @@ class Evaluator:
 
     def _rows(self, width: int) -> int:
         """As many as go through the model at once in training, whose memory has room for them."""
-        multiple, train = sharding.row_multiple(self._mesh), self._config.train
+        multiple, train = sharding.batch_divisor(self._mesh), self._config.train
         return max(train.batch_tokens // train.accumulation_steps // width // multiple, 1) * multiple
 
 
@@ -140,7 +142,7 @@ def make_eval_step(model: Model, mesh: Mesh) -> Callable[[Params, Batch], LossSu
     """The compiled loss without dropout or smoothing."""
 
     def eval_step(params: Params, batch: Batch) -> LossSums:
-        with sharding.on_mesh(mesh):
+        with sharding.use_mesh(mesh):
             logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT)
             return cross_entropy(logits_BTV, batch.target_BT, 0.0)
 
@@ -202,7 +204,7 @@ def open_set(
 class Evaluation:
     """One model on one set: what `evaluate` and `scores.further` found."""
 
-    trained: Trained
+    trained: RestoredModel
     chosen: EvaluationSet
     report: Report
     further: Scores
@@ -216,7 +218,7 @@ class Scorer:
         self._evaluator: Evaluator | None = None
         self._of: tuple[Config, str] | None = None
 
-    def evaluate(self, trained: Trained, progress: Callable[[int], None] = lambda done: None) -> Evaluation:
+    def evaluate(self, trained: RestoredModel, progress: Callable[[int], None] = lambda done: None) -> Evaluation:
         """Translates and scores every sentence once.
 
         Raises:
@@ -226,10 +228,10 @@ class Scorer:
         data, (_, sources, references) = trained.config.data, self.chosen
         tokenizer = bleu_tokenizer.choose(data, references[0])
         if self._evaluator is None or of != self._of:
-            say(str(tokenizer))
+            log_info(str(tokenizer))
             short = bleu_tokenizer.short(references[0], tokenizer.name)
             if 2 * short > len(references[0]):
-                say(
+                log_info(
                     f"warning: {short:,} of {len(references[0]):,} references have under four tokens, of which BLEU "
                     "finds nothing; go by chrF2"
                 )
@@ -237,28 +239,28 @@ class Scorer:
             self._of = of
         report = self._evaluator.evaluate(trained.params, sources, references, progress=progress)
         if not math.isfinite(report.loss):
-            raise DivergedError(f"{trained.title}: its loss is {report.loss}; evaluate another")
+            raise DivergedError(f"{trained.description}: its loss is {report.loss}; evaluate another")
         found = further(sources, report.translations, references, data.target_language, tokenizer.name)
         return Evaluation(trained, self.chosen, report, found)
 
 
-def check_hosts(trained: Trained, chosen: EvaluationSet) -> None:
+def check_hosts(trained: RestoredModel, chosen: EvaluationSet) -> None:
     """Raises a UserError on every host unless all have the same checkpoint and sentences."""
-    what = f"{trained.title}, {len(chosen.sources):,} sentences, digest {chosen.digest}"
-    consistency.same("what is evaluated", what, "give every host the same flags, workdir and data")
+    what = f"{trained.description}, {len(chosen.sources):,} sentences, digest {chosen.digest}"
+    consistency.assert_equal("what is evaluated", what, "give every host the same flags, workdir and data")
 
 
-@multihost.lead_only
+@multihost.primary_only
 def write_translations(evaluation: Evaluation, path: epath.PathLike) -> None:
     """One translation a line; the file appears whole or not at all."""
     path = epath.Path(path)
-    with reported(f"{path}"):
+    with user_error_on_oserror(f"{path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(f"{line}\n" for line in evaluation.report.translations))
+        write_atomic(path, "".join(f"{line}\n" for line in evaluation.report.translations))
 
 
 def result_name(
-    workdir: epath.PathLike, trained: Trained, chosen: EvaluationSet, fields: Mapping[str, Any] | None = None
+    workdir: epath.PathLike, trained: RestoredModel, chosen: EvaluationSet, fields: Mapping[str, Any] | None = None
 ) -> str:
     """STEP.SET, which names the files of an evaluation.
 
@@ -272,7 +274,7 @@ def result_name(
     name, others = chosen.name, "".join(f".{name}={value}" for name, value in sorted((fields or {}).items()))
     if _first_of_name(workdir, chosen) != chosen.digest:
         name += f"-{chosen.digest[:8]}"
-    return f"{trained.file_stem}.{name}{others}"
+    return f"{trained.tag}.{name}{others}"
 
 
 def _first_of_name(workdir: epath.PathLike, chosen: EvaluationSet) -> str:
@@ -282,16 +284,16 @@ def _first_of_name(workdir: epath.PathLike, chosen: EvaluationSet) -> str:
         digests = {**json.loads(path.read_text())}
     except (OSError, ValueError, TypeError):
         digests = {}
-    if chosen.name not in digests and multihost.is_lead():
+    if chosen.name not in digests and multihost.is_primary():
         # A workdir that cannot be written costs the name, as it costs the files.
-        with contextlib.suppress(UserError), reported(f"{path}"):
+        with contextlib.suppress(UserError), user_error_on_oserror(f"{path}"):
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, json.dumps({**digests, chosen.name: chosen.digest}, indent=1) + "\n")
+            write_atomic(path, json.dumps({**digests, chosen.name: chosen.digest}, indent=1) + "\n")
     return digests.get(chosen.name, chosen.digest)
 
 
 def translations_path(
-    workdir: epath.PathLike, trained: Trained, chosen: EvaluationSet, fields: Mapping[str, Any] | None = None
+    workdir: epath.PathLike, trained: RestoredModel, chosen: EvaluationSet, fields: Mapping[str, Any] | None = None
 ) -> epath.Path:
     """WORKDIR/translations/NAME.txt, with the name of `result_name`."""
     return epath.Path(workdir) / "translations" / f"{result_name(workdir, trained, chosen, fields)}.txt"
@@ -321,7 +323,7 @@ def translations_of_other(
         return path.name, lines
     if not (path / "checkpoints").is_dir():
         raise UserError(f"--versus={path}: expected a workdir of train.py or a file of translations, found neither")
-    other = load_trained(path, which)
+    other = load_checkpoint(path, which)
     if other.config.data.target_language != language:
         raise UserError(
             f"--versus={path}: translates into {other.config.data.target_language!r}, expected {language!r}; "
@@ -331,4 +333,4 @@ def translations_of_other(
     translator = Translator(other.model, other.tokenizer, decode, other.mesh)
     translations = translator.translate(other.params, chosen.sources)
     translator.say_counts()
-    return f"{path.name}, {other.title}", translations
+    return f"{path.name}, {other.description}", translations

@@ -25,8 +25,8 @@ from transformer.evaluation.metrics import TITLES
 from transformer.evaluation.report_html import Cell, page, section, sentence, table, tiles
 from transformer.evaluation.significance import LEVEL, Versus, sentence_score
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import METRICS_FILE, reported, write_whole
-from transformer.runtime.logging import say
+from transformer.runtime.files import METRICS_FILE, user_error_on_oserror, write_atomic
+from transformer.runtime.logging import log_info
 
 REPORT_FILE = "report.html"
 SENTENCES = 8  # shown as worst, and as best
@@ -60,18 +60,18 @@ def write(
     other = re.sub(r"[^\w.-]+", "-", f".versus-{versus.name}") if versus else ""
     path, newest = epath.Path(workdir) / "reports" / f"{name}{other}.html", epath.Path(workdir) / REPORT_FILE
     text = build(workdir, evaluation, versus)  # for which all hosts must run the model
-    if not multihost.is_lead():
+    if not multihost.is_primary():
         return
     try:
-        with reported(f"{path}"):
+        with user_error_on_oserror(f"{path}"):
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, text)
-        with reported(f"{newest}"):
-            write_whole(newest, text)
+            write_atomic(path, text)
+        with user_error_on_oserror(f"{newest}"):
+            write_atomic(newest, text)
     except UserError as error:
-        say(f"warning: no report: {error}")
+        log_info(f"warning: no report: {error}")
         return
-    say(f"report: {path}")
+    log_info(f"report: {path}")
 
 
 def build(workdir: epath.PathLike, evaluation: Evaluation, versus: Versus | None = None) -> str:
@@ -81,7 +81,7 @@ def build(workdir: epath.PathLike, evaluation: Evaluation, versus: Versus | None
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     subtitle = (
         f"{chosen.name}, {evaluation.report.sentences:,} sentences, {data.source_language} → {data.target_language} · "
-        f"{trained.title} · {when}"
+        f"{trained.description} · {when}"
     )
     ranked = ranking(evaluation)
     part = f"of {len(ranked):,} sentences ranked, evenly spread" if len(ranked) < evaluation.report.sentences else ""

@@ -58,7 +58,7 @@ def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
 def table(evaluation: Evaluation) -> str:
     """Scores for people."""
     trained, report = evaluation.trained, evaluation.report
-    rows = [f"{evaluation.chosen.name}: {report.sentences:,} sentences, {trained.title}, {report.seconds:.1f} s"]
+    rows = [f"{evaluation.chosen.name}: {report.sentences:,} sentences, {trained.description}, {report.seconds:.1f} s"]
     if not report.sentences:
         rows.append("  no sentences, so there is nothing to score")
     rows += [f"  {title:<13}{value:>7}   {note}" for title, value, note in score_rows(evaluation)]

@@ -13,13 +13,13 @@ import json
 import pathlib
 
 from transformer import command_line
-from transformer.checkpoints.loading import load_trained
+from transformer.checkpoints.loading import load_checkpoint
 from transformer.config import validation
 from transformer.export.ctranslate2 import QUANTIZATIONS
 from transformer.export.verify import NEEDS, PAIRS, _appearing, check_installed, write
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import say
+from transformer.runtime.logging import log_info
 
 
 def main(argv: list[str]) -> None:
@@ -27,13 +27,13 @@ def main(argv: list[str]) -> None:
     fields, rest = command_line.decode_flags(argv)
     args = _parse(rest)
     check_installed(args.format, f"--format={args.format}")
-    trained = load_trained(args.workdir, args.checkpoint)
+    trained = load_checkpoint(args.workdir, args.checkpoint)
     trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
     with _appearing(pathlib.Path(args.output)) as folder:
         summary = write(trained, folder, args.format, args.quantization or "float32")
-    say(
-        f"{args.output}: {trained.title} as {args.format}, {summary['precision']}; the log-probabilities of {PAIRS} "
-        f"random sentences differ by {summary['largest_difference']:.1e} nats a token at most, "
+    log_info(
+        f"{args.output}: {trained.description} as {args.format}, {summary['precision']}; the log-probabilities of "
+        f"{PAIRS} random sentences differ by {summary['largest_difference']:.1e} nats a token at most, "
         f"{summary['mean_difference']:.1e} on average"
     )
     print(json.dumps(summary))
@@ -43,7 +43,7 @@ def _local(text: str) -> str:
     """An argparse type."""
     if object_storage.is_remote(text):
         raise argparse.ArgumentTypeError(f"expected a folder on this machine, got {text}")
-    return command_line.full_path(text)
+    return command_line.absolute_path(text)
 
 
 def _parse(rest: list[str]) -> argparse.Namespace:

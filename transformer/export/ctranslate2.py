@@ -11,14 +11,14 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from transformer.checkpoints.loading import Trained
+from transformer.checkpoints.loading import RestoredModel
 from transformer.config import DecodeConfig, ModelConfig
 from transformer.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
 from transformer.export.jax_export import Score, longest
 from transformer.models.layers import EPSILON, FeedForward, LayerNorm, MultiHeadAttention, layers_of, sinusoids
 from transformer.models.transformer import Transformer
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import say
+from transformer.runtime.logging import log_info
 
 QUANTIZATIONS = ("float32", "int8")
 SPECIALS = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", UNK: "<unk>"}
@@ -39,7 +39,7 @@ def check(config: ModelConfig) -> None:
             )
 
 
-def write(trained: Trained, folder: pathlib.Path, quantization: str) -> Score:
+def write(trained: RestoredModel, folder: pathlib.Path, quantization: str) -> Score:
     """Writes model.bin, config.json and shared_vocabulary.json; returns what scores with the files themselves.
 
     Raises:
@@ -95,7 +95,7 @@ def options(decode: DecodeConfig) -> dict[str, Any]:
     It counts the end of a sentence in the length only where it returns it, and lets none be empty unless told.
     """
     if unlike := differences(decode):
-        say(f"warning: CTranslate2 will not search as the config says: {'; '.join(unlike)}")
+        log_info(f"warning: CTranslate2 will not search as the config says: {'; '.join(unlike)}")
     return {
         "beam_size": decode.beam_size,
         "length_penalty": decode.length_penalty,

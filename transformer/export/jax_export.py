@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from transformer.checkpoints.loading import Trained
+from transformer.checkpoints.loading import RestoredModel
 from transformer.config import Config
 from transformer.data.batching import JaggedArray
 from transformer.decoding.decode import Request, decode
@@ -25,7 +25,7 @@ from transformer.models.layers import sinusoids
 from transformer.models.loss import pick
 from transformer.models.registry import Model, Params
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import write_whole
+from transformer.runtime.files import write_atomic
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 POSITIONS = 2048  # rows of a table of sinusoids, at least; CTranslate2 itself cuts sources at 1,024 by default
@@ -34,7 +34,7 @@ PARAMS_FILE, PIECES_FILE = "params.npz", "pieces.json"
 Score = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], list[np.ndarray]]
 
 
-def write(trained: Trained, folder: pathlib.Path) -> Score:
+def write(trained: RestoredModel, folder: pathlib.Path) -> Score:
     """Writes translate.jax, score.jax, params.npz and pieces.json; returns what scores with the files themselves.
 
     Raises:
@@ -61,9 +61,9 @@ def write(trained: Trained, folder: pathlib.Path) -> Score:
 
     for function, arguments in ((translate, (source_BS,)), (score, (source_BS, target_BT))):
         exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shapes, *arguments)
-        write_whole(folder / f"{function.__name__}.jax", bytes(exported.serialize()))
+        write_atomic(folder / f"{function.__name__}.jax", bytes(exported.serialize()))
     pieces = trained.tokenizer.pieces(range(trained.tokenizer.vocab_size))
-    write_whole(folder / PIECES_FILE, json.dumps(pieces, ensure_ascii=False) + "\n")
+    write_atomic(folder / PIECES_FILE, json.dumps(pieces, ensure_ascii=False) + "\n")
     return functools.partial(score_with, folder)
 
 

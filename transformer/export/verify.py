@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from transformer.checkpoints.loading import Trained
+from transformer.checkpoints.loading import RestoredModel
 from transformer.data.tokenizer import EOS, UNK
 from transformer.export import ctranslate2, jax_export
 from transformer.export.jax_export import Score, rectangle
 from transformer.models.registry import Model
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import reported, write_whole
+from transformer.runtime.files import user_error_on_oserror, write_atomic
 
 NEEDS = {"ctranslate2": "ctranslate2", "jax": "flatbuffers"}
 
@@ -43,7 +43,7 @@ def check_installed(form: str, flag: str) -> None:
         raise UserError(f"{flag} needs the package {NEEDS[form]}: pip install {NEEDS[form]}")
 
 
-def write(trained: Trained, folder: pathlib.Path, form: str, quantization: str = "float32") -> dict[str, Any]:
+def write(trained: RestoredModel, folder: pathlib.Path, form: str, quantization: str = "float32") -> dict[str, Any]:
     """Writes the model, its tokenizer and export.json into a folder that exists; returns what export.json says.
 
     Raises:
@@ -70,11 +70,11 @@ def write(trained: Trained, folder: pathlib.Path, form: str, quantization: str =
     }
     if form == "ctranslate2":
         summary["translate_batch"] = ctranslate2.options(trained.config.decode)
-    write_whole(folder / "export.json", json.dumps(summary, indent=1) + "\n")
+    write_atomic(folder / "export.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def compare(trained: Trained, precision: str, score: Score) -> Difference:
+def compare(trained: RestoredModel, precision: str, score: Score) -> Difference:
     """Holds the log-probabilities that `score` gives to random targets of random sources against the model's own.
 
     Raises:
@@ -94,7 +94,7 @@ def compare(trained: Trained, precision: str, score: Score) -> Difference:
     return found
 
 
-def random_sentences(trained: Trained, seed: int) -> list[np.ndarray]:
+def random_sentences(trained: RestoredModel, seed: int) -> list[np.ndarray]:
     """Ids of ordinary pieces with EOS at the end."""
     rng = np.random.default_rng(seed)
     longest = min(LONGEST, trained.config.decode.max_source_tokens)
@@ -104,7 +104,7 @@ def random_sentences(trained: Trained, seed: int) -> list[np.ndarray]:
 
 
 def own_log_probs(
-    trained: Trained, precision: str, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]
+    trained: RestoredModel, precision: str, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
     """Of each target token, given its source and the tokens before it, by the model as it was loaded."""
     dtype = "bfloat16" if precision == "bfloat16" else "float32"
@@ -120,7 +120,7 @@ def _appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     if folder.exists():
         raise UserError(f"--output={folder}: expected a folder that does not exist yet; name another, or remove it")
     partial = folder.parent / f"{folder.name}.partial"
-    with reported(f"--output={folder}"):
+    with user_error_on_oserror(f"--output={folder}"):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:

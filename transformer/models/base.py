@@ -141,7 +141,7 @@ class TextModel(nnx.Module):
         if positions is not None:
             # In float32, as is then the sum over rows that is the gradient of learned positions.
             x = (x.astype(jnp.float32) + positions).astype(self.dtype)
-        return dropout(sharding.constrain(x, STATES), self.config.dropout_rate, key)
+        return dropout(sharding.with_logical_constraint(x, STATES), self.config.dropout_rate, key)
 
     def _logits(self, x: Array) -> Array:
         return self._table("output").logits(x)

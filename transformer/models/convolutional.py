@@ -71,7 +71,7 @@ class GatedConvolution(nnx.Module):
     def __init__(self, width: int, kernel_width: int, dropout_rate: float, rngs: nnx.Rngs):
         # The gate halves, dropout and W taps add up: such weights keep the variance (their section 3.5).
         init = jax.nn.initializers.normal((4.0 * (1.0 - dropout_rate) / (kernel_width * width)) ** 0.5)
-        self.kernel = make_param(rngs, init, (kernel_width, width, 2 * width), ("taps", "embed", "gates"))
+        self.kernel = make_param(rngs, init, (kernel_width, width, 2 * width), ("conv_kernel", "embed", "gates"))
         self.bias = make_param(rngs, jax.nn.initializers.zeros, (2 * width,), ("norm",))
 
     def __call__(self, x_BTD: Array, causal: bool, segments_BT: Array | None) -> Array:

@@ -67,8 +67,8 @@ def run_stack(
 
     def kept(function: Callable) -> Callable:
         if remat == "none":
-            gathers = sharding.shards("embed") > 1
-            return jax.checkpoint(function, policy=sharding.all_but_gathered) if gathers else function
+            gathers = sharding.num_shards("embed") > 1
+            return jax.checkpoint(function, policy=sharding.save_all_but_gathered) if gathers else function
         return jax.checkpoint(function, policy=POLICIES[remat])
 
     if isinstance(stack, nnx.List):
@@ -95,7 +95,7 @@ def use(param: nnx.Param, dtype: jnp.dtype | None = None) -> Array:
     """A param to compute with, in a dtype, and whole where only its storage is split."""
     value = param[...] if dtype is None else param[...].astype(dtype)
     axes = param.get_metadata()["axes"]
-    return sharding.gathered(value, axes[len(axes) - value.ndim :])  # without that of the layers, if stacked
+    return sharding.all_gather_param(value, axes[len(axes) - value.ndim :])  # without that of the layers, if stacked
 
 
 def dtype_in_use(param: nnx.Param, dtype: jnp.dtype) -> jnp.dtype:
@@ -189,7 +189,7 @@ class Embedding(nnx.Module):
         """[..., D] → float32 [..., V]."""
         table_VD = use(self.table, x.dtype)
         logits = dot_product.float32_product("...d,vd->...v", x, table_VD)
-        return sharding.constrain(logits, ("batch", "length", "vocab"))
+        return sharding.with_logical_constraint(logits, ("batch", "length", "vocab"))
 
 
 class FeedForward(nnx.Module):
@@ -204,7 +204,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Array, key: Key = None) -> Array:
         hidden = jnp.einsum("...d,df->...f", x, use(self.kernel_in, x.dtype))
-        hidden = sharding.constrain(hidden, ("batch", "length", "mlp"))
+        hidden = sharding.with_logical_constraint(hidden, ("batch", "length", "mlp"))
         hidden = jax.nn.relu(add_bias(hidden, self.bias_in[...]))
         hidden = dropout(hidden, self.dropout_rate, key)
         return add_bias(jnp.einsum("...f,fd->...d", hidden, use(self.kernel_out, x.dtype)), self.bias_out[...])
@@ -250,7 +250,7 @@ class MultiHeadAttention(nnx.Module):
     def __call__(self, x_BTD: Array, memory_BSD: Array, visible: Visible, key: Key = None) -> Array:
         """Queries from `x_BTD`, keys and values from `memory_BSD`; returns [B, T, D]."""
         q_BTHK, k_BSHK, v_BSHK = (
-            sharding.constrain(heads, ("batch", "length", "heads", "kv"))
+            sharding.with_logical_constraint(heads, ("batch", "length", "heads", "kv"))
             for heads in (self.queries(x_BTD), *self.keys_values(memory_BSD))
         )
         queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
@@ -295,7 +295,7 @@ def choose_path(path: str, queries: int, keys: int, kernel: str = "") -> str:
     Args:
       kernel: the one that can run; a checkpoint trained with another is used as if with auto.
     """
-    ring = sharding.shards("length") > 1
+    ring = sharding.num_shards("length") > 1
     if path == "auto" or (path in KERNELS and path != kernel):
         return "ring" if ring else (kernel or "blockwise") if is_long(queries, keys) else "plain"
     return "blockwise" if path == "ring" and not ring else path
@@ -312,7 +312,7 @@ class Residual(nnx.Module):
         self.norm = LayerNorm(width, rngs)
 
     def __call__(self, x: Array, sublayer: Callable[[Array], Array], key: Key = None) -> Array:
-        out = sharding.constrain(sublayer(x if self.post else self.norm(x)), STATES)
+        out = sharding.with_logical_constraint(sublayer(x if self.post else self.norm(x)), STATES)
         out = dropout(out, self.dropout_rate, key)
         return self.norm(x + out) if self.post else x + out
 

@@ -48,7 +48,7 @@ def cross_entropy(logits_BTV: Array, target_BT: Array, label_smoothing: float) -
 
 def pick(logits_BTV: Array, target_BT: Array) -> Array:
     """The logit of each target token, float32 [B, T]."""
-    if sharding.shards("vocab") == 1:
+    if sharding.num_shards("vocab") == 1:
         return jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
     # A sum that every device takes over its own part of the vocabulary.
     ids_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)

@@ -137,7 +137,7 @@ def _rows(x_TBD: Array) -> Array:
 
     XLA does not see that an axis is split once it is joined to another that comes before it, and gathers it.
     """
-    return x_TBD if sharding.shards("batch") > 1 else x_TBD.reshape(-1, x_TBD.shape[-1])
+    return x_TBD if sharding.num_shards("batch") > 1 else x_TBD.reshape(-1, x_TBD.shape[-1])
 
 
 def _kept(value: Array, keep_B1: Array | None) -> Array:
@@ -225,7 +225,7 @@ class RecurrentModel(TextModel):
         x_BSD = jnp.concatenate([self.forward(x_BSD, ahead), self.backward(x_BSD, segments_BS)], axis=-1)
         x_BSD = self._dropped(x_BSD, keys, 0)
         for number, layer in enumerate(self.encoder, 1):
-            x_BSD = sharding.constrain(x_BSD + self._dropped(layer(x_BSD, ahead), keys, number), STATES)
+            x_BSD = sharding.with_logical_constraint(x_BSD + self._dropped(layer(x_BSD, ahead), keys, number), STATES)
         return x_BSD
 
     def decode(
@@ -251,7 +251,7 @@ class RecurrentModel(TextModel):
         context_BTD, weights_BTS = self._look(x_BTD, memory)
         for number, layer in enumerate(self.decoder, 1):
             found_BTD = layer(jnp.concatenate([x_BTD, context_BTD], axis=-1), inside)
-            x_BTD = sharding.constrain(x_BTD + self._dropped(found_BTD, keys, number), STATES)
+            x_BTD = sharding.with_logical_constraint(x_BTD + self._dropped(found_BTD, keys, number), STATES)
         return self._output(x_BTD, context_BTD), weights_BTS
 
     def start(self, source_BS: Array, beams: int, max_length: int, room: int | None = None) -> tuple[Memory, Cache]:

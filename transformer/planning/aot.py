@@ -75,7 +75,7 @@ def devices(topology: Topology) -> list[Any]:
 def batch_rows(config: Config, mesh: Mesh, length: int) -> int:
     """Rows of a batch of this width, filled up so that they divide over the mesh and the parts of a step."""
     rows = rows_per_batch(config.train.batch_tokens, length)
-    return sharding.filled_rows(mesh, rows, config.train.accumulation_steps)
+    return sharding.padded_batch_size(mesh, rows, config.train.accumulation_steps)
 
 
 def compile_step(config: Config, mesh: Mesh, rows: int, length: int, effort: float = 0.0) -> Compiled:

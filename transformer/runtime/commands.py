@@ -32,10 +32,10 @@ def _module(path: pathlib.Path) -> str:
 
 def descriptions() -> dict[str, str]:
     """What to type after `python` → the first line of that command's docstring."""
-    return {_typed(path): description(path) for path in find().values()}
+    return {_invocation(path): description(path) for path in find().values()}
 
 
-def _typed(path: pathlib.Path) -> str:
+def _invocation(path: pathlib.Path) -> str:
     """What runs a file: its name, or -m and that of its module."""
     return path.name if path.parent == _PACKAGE.parent else f"-m {_module(path)}"
 
@@ -54,7 +54,7 @@ def run(path: pathlib.Path, arguments: Sequence[str]) -> None:
         runpy.run_module(_module(path), run_name="__main__", alter_sys=True)
 
 
-def refuse_others(argv: Sequence[str]) -> None:
+def reject_non_commands(argv: Sequence[str]) -> None:
     """Ends a process that was started as `python -m transformer.NAME` where that is no command, with exit code 2.
 
     Python would run such a module to its end, in silence and with exit code 0.

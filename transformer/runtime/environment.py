@@ -25,9 +25,9 @@ SETTINGS = (
 _trials: dict[str, str] = {}
 
 
-def of_host() -> dict[str, str]:
+def fingerprint() -> dict[str, str]:
     """Code, versions, compiler flags, devices, cores and kernels that were tried, each as text under its name."""
-    return {**_unchanging(), **_trials}
+    return {**_fixed_properties(), **_trials}
 
 
 def set_trials(trials: Mapping[str, str]) -> None:
@@ -37,7 +37,7 @@ def set_trials(trials: Mapping[str, str]) -> None:
 
 
 @functools.cache
-def _unchanging() -> dict[str, str]:
+def _fixed_properties() -> dict[str, str]:
     import jax
 
     devices = jax.devices()
@@ -50,11 +50,11 @@ def _unchanging() -> dict[str, str]:
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "processes": str(jax.process_count()),
         "CPU": cpu(),
-        "cores": str(_cores()),
+        "cores": str(_available_cpus()),
     }
 
 
-def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
+def diff(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """What of one host is not so on the other, as 'name: old → new'; nothing where the old one is not known."""
     names = [*old, *(name for name in new if name not in old)] if old else []
     pairs = [(name, old.get(name, "none"), new.get(name, "none")) for name in names]
@@ -71,7 +71,7 @@ def cpu() -> str:
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
-def _cores() -> int:
+def _available_cpus() -> int:
     """Those that this process may use: XLA splits its sums by their number."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -79,7 +79,7 @@ def _cores() -> int:
 _COMPILED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
 
-def enable_cache() -> None:
+def enable_compilation_cache() -> None:
     """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/transformer-jax."""
     import jax
 

@@ -10,13 +10,13 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """The loss is no longer a finite number; `update` is the first that would have been made of that, if known."""
+    """The loss is no longer a finite number; `step` is the first that would have been made of that, if known."""
 
     exit_code = 3
 
-    def __init__(self, message: str, update: int | None = None):
+    def __init__(self, message: str, step: int | None = None):
         super().__init__(message)
-        self.update = update
+        self.step = step
 
 
 class WorkdirError(UserError):

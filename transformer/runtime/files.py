@@ -18,22 +18,22 @@ from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 
 
-def write_whole(path: epath.PathLike, content: bytes | str) -> None:
+def write_atomic(path: epath.PathLike, content: bytes | str) -> None:
     """Writes a file beside its place and moves it there, so that nobody ever reads half of it."""
-    with growing(path) as file:
+    with open_atomic(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def growing(path: epath.PathLike) -> Iterator[BinaryIO]:
+def open_atomic(path: epath.PathLike) -> Iterator[BinaryIO]:
     """The same piece by piece: the file takes its place at the end of the block, and never if that fails.
 
     A link is followed, and what is there and no regular file, such as a pipe or a device, stays and is sent it all;
     so does the file that standard output goes to.
     """
     path = epath.Path(path)
-    _refuse_folder(path)
-    own = _own_output(path)
+    _reject_directory(path)
+    own = _stdio_descriptor(path)
     is_sent = own is not None or (os.path.exists(path) and not os.path.isfile(path))  # epath takes a pipe for a file
     if is_sent or object_storage.is_remote(path):  # where an object appears whole anyway, once it is sent
         with tempfile.TemporaryFile() as buffer:
@@ -64,19 +64,19 @@ def check_writable(path: epath.PathLike) -> None:
     Addresses, pipes and devices are not asked: they tell when something is sent to them.
     """
     path = epath.Path(path)
-    _refuse_folder(path)
+    _reject_directory(path)
     if not object_storage.is_remote(path) and (os.path.isfile(path) or not os.path.exists(path)):
         folder = os.path.dirname(os.path.realpath(path))
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
-def _refuse_folder(path: epath.Path) -> None:
+def _reject_directory(path: epath.Path) -> None:
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
-def refuse_pipe(path: epath.PathLike) -> None:
+def reject_pipe(path: epath.PathLike) -> None:
     """Raises a UserError for a pipe, a socket or a device in place of a file that is read more than once."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # epath takes a pipe for a file
         raise UserError(
@@ -84,7 +84,7 @@ def refuse_pipe(path: epath.PathLike) -> None:
         )
 
 
-def _own_output(path: epath.Path) -> int | None:
+def _stdio_descriptor(path: epath.Path) -> int | None:
     """The number of standard output or error where the path names what it goes to, such as /dev/stdout does."""
     with contextlib.suppress(OSError):
         named = os.stat(path)
@@ -93,12 +93,12 @@ def _own_output(path: epath.Path) -> int | None:
 
 
 @contextlib.contextmanager
-def reported(what: str) -> Iterator[None]:
+def user_error_on_oserror(what: str) -> Iterator[None]:
     """Turns what the file system refuses into a UserError; `what` names the path and where it comes from."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and not object_storage.is_refusal(error):
+        if not isinstance(error, OSError) and not object_storage.is_storage_error(error):
             raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{what}: {reason}; check the path, its mode and the space left") from error
@@ -108,7 +108,7 @@ def append(path: epath.PathLike, content: bytes) -> None:
     """Adds to the end of a file; an object in storage is written anew."""
     path = epath.Path(path)
     if object_storage.is_remote(path):
-        write_whole(path, (path.read_bytes() if path.exists() else b"") + content)
+        write_atomic(path, (path.read_bytes() if path.exists() else b"") + content)
         return
     with path.open("ab") as file:
         file.write(content)

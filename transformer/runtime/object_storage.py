@@ -23,10 +23,10 @@ from typing import Any
 from etils import epath
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
-BEAT = 5.0  # seconds between two touches of a lock
-STALE = 25.0  # seconds without one after which its holder is taken for dead
-SETTLE = 1.0  # seconds in which two that take a lock at once find out, where the storage does not say it at once
-COPY_EVERY = 20.0  # seconds between two copies of a log
+LOCK_REFRESH_S = 5.0  # seconds between two touches of a lock
+LOCK_TIMEOUT_S = 25.0  # seconds without one after which its holder is taken for dead
+LOCK_SETTLE_S = 1.0  # seconds in which two that take a lock at once find out, where the storage does not say it at once
+SYNC_INTERVAL_S = 20.0  # seconds between two copies of a log
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -34,7 +34,7 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def missing(path: epath.PathLike) -> str | None:
+def unsupported_reason(path: epath.PathLike) -> str | None:
     """Why an address cannot be used, if so; None for addresses that can, and for all other paths."""
     kind, _, rest = os.fspath(path).partition("://")
     if not rest:
@@ -48,7 +48,7 @@ def missing(path: epath.PathLike) -> str | None:
     return None
 
 
-def storage(path: epath.PathLike) -> Any:
+def filesystem(path: epath.PathLike) -> Any:
     """The fsspec file system of an address, which asks anew for every listing: others write there too."""
     import fsspec
 
@@ -57,7 +57,7 @@ def storage(path: epath.PathLike) -> Any:
     return epath.Path(path)._backend.fs(os.fspath(path)) if is_remote(path) else fsspec.filesystem("file")
 
 
-def is_refusal(error: BaseException) -> bool:
+def is_storage_error(error: BaseException) -> bool:
     """Whether an error is what storage says of a path, as OSError is of a file: of access, buckets or the network."""
     return type(error).__module__.split(".")[0] in ("gcsfs", "s3fs", "botocore", "aiobotocore", "aiohttp", "google")
 
@@ -66,12 +66,12 @@ def upload(local: epath.PathLike, folder: epath.PathLike) -> None:
     """Copies all files below a local folder; the storage has them all when it returns."""
     root = pathlib.Path(local)
     names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
-    storage(folder).put([str(root / name) for name in names], [f"{folder}/{name}" for name in names])
+    filesystem(folder).put([str(root / name) for name in names], [f"{folder}/{name}" for name in names])
 
 
 def download(folder: epath.PathLike, local: epath.PathLike) -> None:
     """Copies all objects below an address into a local folder."""
-    files = storage(folder)
+    files = filesystem(folder)
     root = files._strip_protocol(os.fspath(folder))
     found = [path for path in files.find(root) if not path.endswith("/")]
     places = [os.path.join(local, os.path.relpath(path, root)) for path in found]
@@ -86,7 +86,7 @@ def needs_staging(folder: epath.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def written(folder: epath.Path) -> Iterator[epath.Path]:
+def staged_write(folder: epath.Path) -> Iterator[epath.Path]:
     """Where to write what is to be in a folder: that folder, or a local one that is uploaded at the end."""
     if not needs_staging(folder):
         yield folder
@@ -97,7 +97,7 @@ def written(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 @contextlib.contextmanager
-def read(folder: epath.Path) -> Iterator[epath.Path]:
+def staged_read(folder: epath.Path) -> Iterator[epath.Path]:
     """Where to read what is in a folder: that folder, or a local copy."""
     if not needs_staging(folder):
         yield folder
@@ -107,7 +107,7 @@ def read(folder: epath.Path) -> Iterator[epath.Path]:
         yield epath.Path(local)
 
 
-class Log:
+class SyncedDirectory:
     """A local folder of files that grow, copied to an address every now and then; a local address is that folder.
 
     Attributes:
@@ -122,20 +122,20 @@ class Log:
             if self._address and (self._address / name).exists():
                 (self.folder / name).write_bytes((self._address / name).read_bytes())
 
-    def copy(self, now: bool = False) -> None:
+    def sync(self, now: bool = False) -> None:
         """Copies what there is, if it is time or asked for."""
-        if self._address and (now or time.monotonic() - self._copied > COPY_EVERY):
+        if self._address and (now or time.monotonic() - self._copied > SYNC_INTERVAL_S):
             upload(self.folder, self._address)
             self._copied = time.monotonic()
 
     def close(self) -> None:
         """Copies for the last time."""
-        self.copy(now=True)
+        self.sync(now=True)
         if self._address:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Held(Exception):
+class LockHeldError(Exception):
     """A lock that another process holds; the message says who."""
 
 
@@ -152,7 +152,7 @@ class Lock:
 
     def __init__(self, path: epath.Path, who: str, lost: Callable[[str], None]):
         self._path, self._who, self._lost = path, who, lost
-        self._files, self._mine, self._beats = storage(path), uuid.uuid4().hex, 0
+        self._files, self._mine, self._beats = filesystem(path), uuid.uuid4().hex, 0
         self._over = threading.Event()
         self._take()
         threading.Thread(target=self._keep, name="lock", daemon=True).start()
@@ -173,24 +173,24 @@ class Lock:
     def _take(self) -> None:
         before, since = self._holder(), time.monotonic()
         while before[0]:
-            if time.monotonic() - since > STALE:
+            if time.monotonic() - since > LOCK_TIMEOUT_S:
                 self._path.unlink(missing_ok=True)  # of a process that died
                 break
-            time.sleep(BEAT / 5)
+            time.sleep(LOCK_REFRESH_S / 5)
             now = self._holder()
             if now[0] and now != before:
-                raise Held(now[1])
+                raise LockHeldError(now[1])
             before = now
         try:
             self._files.pipe_file(os.fspath(self._path), self._content(), mode="create")
         except FileExistsError as error:
-            raise Held(self._holder()[1]) from error
-        time.sleep(SETTLE)
+            raise LockHeldError(self._holder()[1]) from error
+        time.sleep(LOCK_SETTLE_S)
         if self._holder()[0] != self._mine:
-            raise Held(self._holder()[1])
+            raise LockHeldError(self._holder()[1])
 
     def _keep(self) -> None:
-        while not self._over.wait(BEAT):
+        while not self._over.wait(LOCK_REFRESH_S):
             with contextlib.suppress(Exception):  # the storage may be out of reach for a while
                 holder = self._holder()
                 if holder[0] not in (self._mine, ""):
@@ -213,38 +213,38 @@ class Lock:
         return str(mark), str(who), int(beats)
 
 
-_copies: dict[str, str] = {}
+_remote_urls: dict[str, str] = {}
 
 
-def local_copy(address: str) -> str:
+def local_cache_dir(address: str) -> str:
     """The local folder that stands for an address of prepared data, to be filled by `fetch` and `publish`."""
     mark = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     local = str(caches / "transformer-jax" / "data" / mark)
-    _copies[local] = address.rstrip("/")
+    _remote_urls[local] = address.rstrip("/")
     return local
 
 
-def _origin(folder: epath.PathLike) -> str | None:
+def _remote_url(folder: epath.PathLike) -> str | None:
     """The address that a local folder stands for."""
     text = os.fspath(folder)
-    found = [local for local in _copies if text.startswith(local + os.sep)]
-    return _copies[found[0]] + text[len(found[0]) :].replace(os.sep, "/") if found else None
+    found = [local for local in _remote_urls if text.startswith(local + os.sep)]
+    return _remote_urls[found[0]] + text[len(found[0]) :].replace(os.sep, "/") if found else None
 
 
 COMPLETE = ".complete"  # the object that is written last
 
 
-def fetch(folder: epath.PathLike) -> bool:
+def pull(folder: epath.PathLike) -> bool:
     """Fills a folder that is not there yet from the address it stands for; False if there is nothing."""
-    address = _origin(folder)
+    address = _remote_url(folder)
     if address is None or os.path.exists(folder) or not epath.Path(f"{address}/{COMPLETE}").exists():
         return False
     parent = os.path.dirname(os.fspath(folder))
     os.makedirs(parent, exist_ok=True)
     partial = tempfile.mkdtemp(prefix="fetch-", dir=parent)
     try:
-        storage(address)
+        filesystem(address)
         download(address, partial)
         os.remove(os.path.join(partial, COMPLETE))
         os.rename(partial, folder)
@@ -256,9 +256,9 @@ def fetch(folder: epath.PathLike) -> bool:
     return True
 
 
-def publish(folder: epath.PathLike) -> None:
+def push(folder: epath.PathLike) -> None:
     """Copies a folder, once it is complete, to the address it stands for, if that has none yet."""
-    address = _origin(folder)
+    address = _remote_url(folder)
     if address is None or epath.Path(f"{address}/{COMPLETE}").exists():
         return
     upload(folder, address)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from transformer.checkpoints import loading
-from transformer.checkpoints.manager import Checkpoints
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.config import Config, schema
 from transformer.config.warm_start import FREE
 from transformer.data import tokenizer as tokenizers
@@ -17,12 +17,12 @@ from transformer.distributed import multihost
 from transformer.models.registry import Model
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import say
+from transformer.runtime.logging import log_info
 from transformer.training import train_step
 from transformer.training.train_step import TrainState
 
 
-class Origin(NamedTuple):
+class WarmStart(NamedTuple):
     """Where the params of another run lie.
 
     Attributes:
@@ -32,14 +32,14 @@ class Origin(NamedTuple):
       run_id: of that run; empty where an earlier version trained it.
     """
 
-    checkpoints: Checkpoints
+    checkpoints: CheckpointManager
     which: str
     steps: list[int]
     config: Config
     run_id: str
 
 
-def find(config: Config) -> Origin | None:
+def resolve_warm_start(config: Config) -> WarmStart | None:
     """The checkpoint of another run that this one starts from, held against the config; None if it starts fresh.
 
     Raises:
@@ -50,8 +50,10 @@ def find(config: Config) -> Origin | None:
     if not folder:
         return None
     vocabulary = tokenizers.load_configured(tokenizers.inherit_tokenizer(config))
-    checkpoints = Checkpoints(folder)
-    steps = json.loads(multihost.from_lead("checkpoint to start from", lambda: _chosen(checkpoints, which)))
+    checkpoints = CheckpointManager(folder)
+    steps = json.loads(
+        multihost.broadcast_from_primary("checkpoint to start from", lambda: _chosen(checkpoints, which))
+    )
     theirs = checkpoints.config(steps[-1])
     if others := _other_fields(theirs, config):
         raise UserError(
@@ -63,11 +65,11 @@ def find(config: Config) -> Origin | None:
             f"config.train.init_from = {folder}: tokenizer/ is not the vocabulary that checkpoint {steps[-1]} was "
             f"trained with; copy it back from {checkpoints.folder / str(steps[-1]) / 'tokenizer'}"
         )
-    say(f"starting from the params of {folder}, {loading.title(which, steps)}")
-    return Origin(checkpoints, which, steps, theirs, checkpoints.manifest(steps[-1]).run_id)
+    log_info(f"starting from the params of {folder}, {loading.describe(which, steps)}")
+    return WarmStart(checkpoints, which, steps, theirs, checkpoints.manifest(steps[-1]).run_id)
 
 
-def check_moved(old: Config, config: Config, base_run_id: str, tokenizer: Tokenizer) -> None:
+def check_base_unchanged(old: Config, config: Config, base_run_id: str, tokenizer: Tokenizer) -> None:
     """Refuses to go on with another base than the run has started from; the same one may lie elsewhere by now.
 
     It is known by its run id, or where it has none by vocabulary and model. Where the path is the old one, or there is
@@ -85,10 +87,10 @@ def check_moved(old: Config, config: Config, base_run_id: str, tokenizer: Tokeni
     if not before or not folder or before == folder:
         return
     where = f"config.train.init_from: {before} → {folder}"
-    if reason := object_storage.missing(folder):
+    if reason := object_storage.unsupported_reason(folder):
         raise UserError(f"{where}: {reason}")
-    base = Checkpoints(folder)
-    newest = base.newest_sound()
+    base = CheckpointManager(folder)
+    newest = base.latest_valid_step()
     if newest is None:
         raise UserError(f"{where}: found no checkpoint there; leave it at the old path, which need not exist any more")
     theirs = base.manifest(newest).run_id
@@ -107,14 +109,14 @@ def _other_fields(base: Config, config: Config) -> list[str]:
     return [str(change) for change in others if change.field not in free]
 
 
-def _chosen(checkpoints: Checkpoints, which: str) -> str:
+def _chosen(checkpoints: CheckpointManager, which: str) -> str:
     try:
-        return json.dumps(loading.select(checkpoints, which))
+        return json.dumps(loading.resolve_steps(checkpoints, which))
     except UserError as error:
         raise type(error)(f"config.train.init_from with init_checkpoint = {which}: {error}") from error
 
 
-def first_state(origin: Origin | None, model: Model, config: Config, mesh: Mesh) -> TrainState:
+def initial_state(origin: WarmStart | None, model: Model, config: Config, mesh: Mesh) -> TrainState:
     """The state before the first update; the optimizer and the count of updates are new in any case."""
     state = train_step.init_state(model, config, mesh)
     if origin is None:

@@ -18,21 +18,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from transformer.distributed import multihost
-from transformer.distributed.sharding import of_every_device
+from transformer.distributed.sharding import allgather_to_devices
 from transformer.models.flops import Spent
 from transformer.runtime import object_storage
 from transformer.runtime.errors import DivergedError
-from transformer.runtime.files import METRICS_FILE, reported, write_whole
-from transformer.runtime.logging import say
+from transformer.runtime.files import METRICS_FILE, user_error_on_oserror, write_atomic
+from transformer.runtime.logging import log_info
 from transformer.training.train_step import StepMetrics
 
-WHAT_HELPS = (
+DIVERGENCE_HINT = (
     "no checkpoint was made of that. Lower optimizer.learning_rate, raise optimizer.warmup_steps or set "
     "optimizer.clip_norm, and start in a new workdir"
 )
 
 
-class Meter:
+class MetricsAccumulator:
     """Adds up the metrics of updates between two lines of the log, and what the run has cost from its start.
 
     Time spent elsewhere is left out of both.
@@ -65,13 +65,13 @@ class Meter:
         if not (math.isfinite(metrics.loss.objective) and math.isfinite(metrics.grad_norm)):
             raise DivergedError(
                 f"the run diverged: at update {step} the loss is {float(metrics.loss.objective)} and the gradient norm "
-                f"{float(metrics.grad_norm)}; it was not made, and {WHAT_HELPS}",
+                f"{float(metrics.grad_norm)}; it was not made, and {DIVERGENCE_HINT}",
                 step,
             )
         if int(metrics.skipped) > self.skipped:
             self.skipped = int(metrics.skipped)
             loss = float(metrics.loss.objective) / max(float(metrics.loss.tokens), 1)
-            say(f"update {step:,} skipped: its loss of {loss:.3f} is a spike; {self.skipped:,} skipped so far")
+            log_info(f"update {step:,} skipped: its loss of {loss:.3f} is a spike; {self.skipped:,} skipped so far")
         self.nll += float(metrics.loss.nll)
         self.correct += float(metrics.loss.correct)
         self.tokens += float(metrics.loss.tokens)
@@ -86,12 +86,12 @@ class Meter:
             source_tokens=before.source_tokens + float(metrics.source_tokens),
         )
 
-    def spent(self) -> Spent:
+    def cost(self) -> Spent:
         """All sittings so far, this one included; never reset."""
         return self._spent._replace(seconds=self._clock() - self._begun)
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Stops the clock."""
         since = self._clock()
         yield
@@ -100,13 +100,13 @@ class Meter:
         self._begun += away
 
     @contextlib.contextmanager
-    def blocked(self) -> Iterator[None]:
+    def device_wait(self) -> Iterator[None]:
         """Notes how long the host is with the devices: some runtimes return from an update only when it is done."""
         since = self._clock()
         yield
         self._blocked += self._clock() - since
 
-    def health(self) -> dict[str, float]:
+    def host_timing(self) -> dict[str, float]:
         """Of this host since the last reset; `host_ms` is its time in an update that it was not with the devices."""
         seconds, updates = max(self._clock() - self._start, 1e-9), max(self.updates, 1)
         return {
@@ -148,12 +148,12 @@ class _Console(Console):
         self.quiet = True
 
 
-class RunLog:
+class MetricWriter:
     """The run's files and its bar; use as a context."""
 
     def __init__(self, workdir: epath.Path, start: int, num_steps: int):
-        self._workdir, self._log = workdir, object_storage.Log(workdir, METRICS_FILE)
-        _forget_after(self._log.folder / METRICS_FILE, start)
+        self._workdir, self._log = workdir, object_storage.SyncedDirectory(workdir, METRICS_FILE)
+        _truncate_after(self._log.folder / METRICS_FILE, start)
         self._jsonl = (self._log.folder / METRICS_FILE).open("a")
         self._events = SummaryWriter(str(self._log.folder), purge_step=start + 1)
         self._console = _Console(stderr=True, highlight=False, soft_wrap=True)
@@ -164,7 +164,7 @@ class RunLog:
         self._task = self._bar.add_task("training", total=num_steps, completed=start, note="")
         self._num_steps, self._begun, self._start = num_steps, time.perf_counter(), start
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> "MetricWriter":
         self._bar.start()
         return self
 
@@ -175,9 +175,9 @@ class RunLog:
             self._events.close()
         self._log.close()
 
-    def keep(self) -> None:
+    def sync(self) -> None:
         """What is written so far will be there whatever happens to this machine."""
-        self._log.copy(now=True)
+        self._log.sync(now=True)
 
     def advance(self, step: int) -> None:
         """Moves the bar."""
@@ -185,13 +185,13 @@ class RunLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records metrics of a step, and shows the ones people follow."""
-        with reported(f"--workdir={self._workdir}"):
+        with user_error_on_oserror(f"--workdir={self._workdir}"):
             self._jsonl.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
             self._jsonl.flush()
             for name, value in values.items():
                 self._events.add_scalar(name, np.float64(value), step)
             self._events.flush()
-            self._log.copy()
+            self._log.sync()
         if "train/loss" in values:
             note = f"loss {values['train/loss']:.3f} · {values['train/target_tokens_per_s']:,.0f} tokens/s"
             self._bar.update(self._task, completed=step, note=note)
@@ -208,16 +208,16 @@ class RunLog:
         return f"{minutes}:{seconds:02}"
 
 
-class NoLog:
+class NullMetricWriter:
     """In place of a RunLog, on hosts that leave it to the lead."""
 
-    def __enter__(self) -> "NoLog":
+    def __enter__(self) -> "NullMetricWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
-    def keep(self) -> None:
+    def sync(self) -> None:
         """Nothing."""
 
     def advance(self, step: int) -> None:
@@ -230,19 +230,21 @@ class NoLog:
         """Nothing."""
 
 
-def open_log(workdir: epath.Path, start: int, num_steps: int) -> RunLog | NoLog:
+def open_metric_writer(workdir: epath.Path, start: int, num_steps: int) -> MetricWriter | NullMetricWriter:
     """The log of the run, which the lead keeps."""
-    return RunLog(workdir, start, num_steps) if multihost.is_lead() else NoLog()
+    return MetricWriter(workdir, start, num_steps) if multihost.is_primary() else NullMetricWriter()
 
 
-def _forget_after(path: epath.Path, step: int) -> None:
+def _truncate_after(path: epath.Path, step: int) -> None:
     """Drops lines of steps that are about to be done again, and one that a kill cut short."""
     if not path.exists():
         return
     if step == 0 and path.stat().length:
         old = path.parent / f"{path.name}.old"
         path.replace(old)
-        say(f"{path.parent}: holds no checkpoint, so training starts anew; the metrics of before are in {old.name}")
+        log_info(
+            f"{path.parent}: holds no checkpoint, so training starts anew; the metrics of before are in {old.name}"
+        )
         return
     kept = []
     for line in path.read_bytes().split(b"\n"):
@@ -250,49 +252,52 @@ def _forget_after(path: epath.Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
     if b"".join(kept) != path.read_bytes():
-        write_whole(path, b"".join(kept))
+        write_atomic(path, b"".join(kept))
 
 
 SLOWEST = "hosts/slowest"
 
-OWN_TIME = "host_ms"  # of an update, not spent with the devices: data, mostly; the others wait for it
+HOST_TIME = "host_ms"  # of an update, not spent with the devices: data, mostly; the others wait for it
 
-CONSPICUOUS = 1.5  # times what is usual among the hosts
+STRAGGLER_RATIO = 1.5  # times what is usual among the hosts
 
 
-def of_each_host(mesh: Mesh, values: Mapping[str, float]) -> dict[str, float]:
+def per_host_metrics(mesh: Mesh, values: Mapping[str, float]) -> dict[str, float]:
     """What each host measured, under hosts/INDEX/NAME, and which is slowest; nothing where there is one host."""
-    if multihost.count() == 1:
+    if multihost.process_count() == 1:
         return {}
-    table = jax.device_get(of_every_device(mesh, np.array(list(values.values()), np.float32)))
+    table = jax.device_get(allgather_to_devices(mesh, np.array(list(values.values()), np.float32)))
     of_host = {device.process_index: row for device, row in zip(mesh.devices.flat, table.tolist(), strict=True)}
     found = {
         f"hosts/{host}/{name}": value
         for host in sorted(of_host)
         for name, value in zip(values, of_host[host], strict=True)
     }
-    return {**found, SLOWEST: max(of_host, key=lambda host: found[f"hosts/{host}/{OWN_TIME}"])}
+    return {**found, SLOWEST: max(of_host, key=lambda host: found[f"hosts/{host}/{HOST_TIME}"])}
 
 
-class Slowest:
+class StragglerDetector:
     """Names a host that takes conspicuously more time than the others, twice in a row."""
 
     def __init__(self) -> None:
         self._suspect = -1
 
-    def look(self, found: Mapping[str, float]) -> str:
+    def update(self, found: Mapping[str, float]) -> str:
         """What there is to say of the measurements of `of_each_host`; mostly nothing."""
         if SLOWEST not in found:
             return ""
-        slowest, times = int(found[SLOWEST]), [found[f"hosts/{host}/{OWN_TIME}"] for host in range(multihost.count())]
+        slowest, times = (
+            int(found[SLOWEST]),
+            [found[f"hosts/{host}/{HOST_TIME}"] for host in range(multihost.process_count())],
+        )
         most, usual = times.pop(slowest), statistics.median(times)
         before = self._suspect
-        is_slow = most > CONSPICUOUS * usual and most > 0.1 * found[f"hosts/{slowest}/step_ms"]
+        is_slow = most > STRAGGLER_RATIO * usual and most > 0.1 * found[f"hosts/{slowest}/step_ms"]
         self._suspect = slowest if is_slow else -1
         if not is_slow or before != slowest:
             return ""
         waited = found[f"hosts/{slowest}/input_wait"]
         return (
-            f"the others wait for {multihost.name(slowest)}: {most:,.0f} ms of its own an update, usual are "
+            f"the others wait for {multihost.process_name(slowest)}: {most:,.0f} ms of its own an update, usual are "
             f"{usual:,.0f}; it waits for its data {waited:.0%} of the time"
         )

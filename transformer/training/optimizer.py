@@ -9,7 +9,7 @@ import optax
 
 from transformer.config import Config, TrainConfig
 
-MEMORY = 0.98  # of the mean loss that a spike is measured by: about the last 50 updates
+LOSS_EMA_DECAY = 0.98  # of the mean loss that a spike is measured by: about the last 50 updates
 
 
 class SpikeState(NamedTuple):
@@ -47,21 +47,21 @@ def skip_spikes(inner: optax.GradientTransformation, train: TrainConfig) -> opta
         skip = (length > 0) & (length <= train.max_skipped_updates)
         updates, inner_state = inner.update(updates, state.inner, params)
         updates = jax.tree.map(lambda leaf: jnp.where(skip, jnp.zeros_like(leaf), leaf), updates)
-        followed = jnp.where(jnp.isinf(state.mean), value, MEMORY * state.mean + (1 - MEMORY) * value)
+        followed = jnp.where(jnp.isinf(state.mean), value, LOSS_EMA_DECAY * state.mean + (1 - LOSS_EMA_DECAY) * value)
         mean = jnp.where(skip, state.mean, followed)
         return updates, SpikeState(
-            mean, length, state.skipped + skip.astype(jnp.int32), keep(state.inner, inner_state, skip)
+            mean, length, state.skipped + skip.astype(jnp.int32), where_tree(state.inner, inner_state, skip)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def skipped(opt_state: optax.OptState) -> jax.Array:
+def num_skipped(opt_state: optax.OptState) -> jax.Array:
     """How many updates of the run were skipped, int32."""
     return opt_state.skipped if isinstance(opt_state, SpikeState) else jnp.zeros((), jnp.int32)
 
 
-def keep(old: Any, new: Any, when: jax.Array) -> Any:
+def where_tree(old: Any, new: Any, when: jax.Array) -> Any:
     """A tree of arrays as it was where `when`, bool [], is true; else as it has become."""
     return jax.tree.map(lambda before, after: jnp.where(when, before, after), old, new)
 
@@ -104,13 +104,13 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         chain.append(optax.clip_by_global_norm(optimizer.clip_norm))
     chain.append(optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.epsilon))
     if optimizer.name == "adamw":
-        matrices = functools.partial(_matrices, config.model.scan_layers)
+        matrices = functools.partial(weight_decay_mask, config.model.scan_layers)
         chain.append(optax.add_decayed_weights(optimizer.weight_decay, mask=matrices))
     chain.append(optax.scale_by_learning_rate(make_schedule(config)))
     return skip_spikes(optax.chain(*chain), config.train)
 
 
-def _matrices(stacked: bool, params: optax.Params) -> optax.Params:
+def weight_decay_mask(stacked: bool, params: optax.Params) -> optax.Params:
     """Which params are matrices; those of stacked layers have one axis more."""
 
     def is_matrix(path: tuple, param: jax.Array) -> bool:

@@ -7,10 +7,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from transformer.distributed import multihost
-from transformer.distributed.sharding import of_every_device
+from transformer.distributed.sharding import allgather_to_devices
 
 
-class StopVote:
+class PreemptionSync:
     """The signal to stop that any host has got, of which all learn at the same update.
 
     Each host casts a vote with every update and reads those cast with the update before, which the devices
@@ -26,7 +26,7 @@ class StopVote:
 
     def __call__(self) -> int | None:
         """Once after each update, on every host."""
-        if multihost.count() == 1:
+        if multihost.process_count() == 1:
             return self._own()
-        votes, self._cast = self._cast, of_every_device(self._mesh, np.array([self._own() or 0], np.int32))
+        votes, self._cast = self._cast, allgather_to_devices(self._mesh, np.array([self._own() or 0], np.int32))
         return None if votes is None else int(jax.device_get(votes).max()) or None

@@ -111,7 +111,7 @@ def make_train_step(
     packed = config.data.batching == "pack"
 
     def objective(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
-        with sharding.on_mesh(mesh):
+        with sharding.use_mesh(mesh):
             logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key, packed)
             sums = cross_entropy(logits_BTV, batch.target_BT, config.optimizer.label_smoothing)
         return sums.objective, sums
@@ -120,19 +120,19 @@ def make_train_step(
         # Made here: a key made outside would be a constant, read back from an accelerator while the step is lowered.
         dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         key = jax.random.fold_in(dropout_key, state.step)
-        total, sums = sum_gradients(objective, state.params, batch, key, config.train.accumulation_steps)
+        total, sums = accumulate_gradients(objective, state.params, batch, key, config.train.accumulation_steps)
         # The sums run over all rows of all devices, so these are gradients of the mean over the global batch's tokens.
         tokens = jnp.maximum(sums.tokens, 1.0)
         grads = jax.tree.map(lambda grad: grad / tokens, total)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=sums.objective / tokens)
         params = optax.apply_updates(state.params, updates)
-        source_tokens, skipped = (batch.source_BS != PAD).sum(dtype=jnp.float32), optimizer_lib.skipped(opt_state)
-        rate = schedule(state.step - optimizer_lib.skipped(state.opt_state))
+        source_tokens, skipped = (batch.source_BS != PAD).sum(dtype=jnp.float32), optimizer_lib.num_skipped(opt_state)
+        rate = schedule(state.step - optimizer_lib.num_skipped(state.opt_state))
         metrics = StepMetrics(sums, optax.tree.norm(grads), rate, source_tokens, skipped)
-        ema = None if state.ema is None else moving_average(state.ema, params, state.step, config.train.ema_decay)
+        ema = None if state.ema is None else update_ema(state.ema, params, state.step, config.train.ema_decay)
         is_bad = ~(jnp.isfinite(sums.objective) & jnp.isfinite(metrics.grad_norm))
-        return optimizer_lib.keep(state, TrainState(state.step + 1, params, opt_state, ema), is_bad), metrics
+        return optimizer_lib.where_tree(state, TrainState(state.step + 1, params, opt_state, ema), is_bad), metrics
 
     states, everywhere = state_shardings(model, config, mesh), sharding.replicated(mesh)
     return jax.jit(
@@ -143,14 +143,14 @@ def make_train_step(
     )
 
 
-def moving_average(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
+def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """decay · ema + (1 - decay) · params, where a decay of (1 + step) / (10 + step) at most soon forgets the start."""
     done = step.astype(jnp.float32)
     weight = 1.0 - jnp.minimum(decay, (1.0 + done) / (10.0 + done))
     return jax.tree.map(lambda old, new: old + weight * (new - old), ema, params)
 
 
-def sum_gradients(
+def accumulate_gradients(
     objective: Callable[[Params, Batch, jax.Array], tuple[jax.Array, LossSums]],
     params: Params,
     batch: Batch,

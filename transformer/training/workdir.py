@@ -19,14 +19,14 @@ from transformer.data.corpus import Split
 from transformer.distributed import multihost
 from transformer.runtime import object_storage
 from transformer.runtime.errors import DivergedError, UserError, WorkdirError
-from transformer.runtime.files import reported, write_whole
-from transformer.runtime.logging import complain, say
+from transformer.runtime.files import user_error_on_oserror, write_atomic
+from transformer.runtime.logging import log_error, log_info
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
 
 
-def lock(workdir: epath.Path) -> IO[str] | object_storage.Lock:
+def acquire_lock(workdir: epath.Path) -> IO[str] | object_storage.Lock:
     """Takes the workdir for this process until what it returns is closed or the process ends, however it ends.
 
     Raises:
@@ -35,7 +35,7 @@ def lock(workdir: epath.Path) -> IO[str] | object_storage.Lock:
     """
     if object_storage.is_remote(workdir):
         return _lock_object(workdir)
-    with reported(f"--workdir={workdir}"):
+    with user_error_on_oserror(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK_FILE).open("a")
     try:
@@ -45,29 +45,30 @@ def lock(workdir: epath.Path) -> IO[str] | object_storage.Lock:
         holder = (workdir / LOCK_FILE).read_text().strip() or "another process"
         raise WorkdirError(f"{workdir}: held by {holder}; wait for it, stop it, or choose another --workdir") from error
     except OSError as error:
-        say(f"warning: {workdir} cannot be locked ({error}); see to it that no other run uses it")
+        log_info(f"warning: {workdir} cannot be locked ({error}); see to it that no other run uses it")
     file.truncate(0)
     since = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    file.write(f"{multihost.who()} since {since}\n")
+    file.write(f"{multihost.process_description()} since {since}\n")
     file.flush()
     return file
 
 
 def _lock_object(workdir: epath.Path) -> object_storage.Lock:
     def lost(holder: str) -> None:
-        complain(
-            f"{workdir}: taken over by {holder}, as its lock had not been touched for {object_storage.STALE:.0f} s"
+        log_error(
+            f"{workdir}: taken over by {holder}, as its lock had not been touched for "
+            f"{object_storage.LOCK_TIMEOUT_S:.0f} s"
         )
         os._exit(WorkdirError.exit_code)
 
     try:
-        with reported(f"--workdir={workdir}"):
-            return object_storage.Lock(workdir / LOCK_FILE, multihost.who(), lost)
-    except object_storage.Held as held:
+        with user_error_on_oserror(f"--workdir={workdir}"):
+            return object_storage.Lock(workdir / LOCK_FILE, multihost.process_description(), lost)
+    except object_storage.LockHeldError as held:
         raise WorkdirError(f"{workdir}: held by {held}; wait for it, stop it, or choose another --workdir") from held
 
 
-def config_changes(workdir: epath.Path, old: Config, config: Config) -> list[str]:
+def check_resume_config(workdir: epath.Path, old: Config, config: Config) -> list[str]:
     """How a config differs, harmlessly, from the one that the workdir's run was made with.
 
     Args:
@@ -104,7 +105,7 @@ def run_id(workdir: epath.Path, checkpoint: str, id_of_checkpoint: str | None) -
     Raises:
       UserError: the checkpoint is of another run than config.json.
     """
-    kept = _kept_run_id(workdir) if id_of_checkpoint is not None else ""
+    kept = _saved_run_id(workdir) if id_of_checkpoint is not None else ""
     if kept and id_of_checkpoint and kept != id_of_checkpoint:
         raise UserError(
             f"{checkpoint} is of another run (id {id_of_checkpoint[:8]}) than {workdir / CONFIG_FILE} ({kept[:8]}). "
@@ -114,7 +115,7 @@ def run_id(workdir: epath.Path, checkpoint: str, id_of_checkpoint: str | None) -
     return id_of_checkpoint or kept or uuid.uuid4().hex
 
 
-def _kept_run_id(workdir: epath.Path) -> str:
+def _saved_run_id(workdir: epath.Path) -> str:
     """What `keep_config` wrote; empty where there is nothing, as of an earlier version."""
     try:
         return str(json.loads((workdir / CONFIG_FILE).read_text())[RUN_ID])
@@ -122,13 +123,13 @@ def _kept_run_id(workdir: epath.Path) -> str:
         return ""
 
 
-@multihost.lead_only
-def keep_config(workdir: epath.Path, config: Config, run_id: str = "") -> None:
+@multihost.primary_only
+def save_config(workdir: epath.Path, config: Config, run_id: str = "") -> None:
     """Makes a config the workdir's own, and the id of its run."""
     path, text = workdir / CONFIG_FILE, config.to_json(**({RUN_ID: run_id} if run_id else {}))
-    with reported(f"--workdir={workdir}"):
+    with user_error_on_oserror(f"--workdir={workdir}"):
         if not path.exists() or path.read_bytes() != text.encode():
-            write_whole(path, text)
+            write_atomic(path, text)
 
 
 def _harmless(change: schema.Change, config: Config) -> bool:
@@ -141,31 +142,31 @@ def _harmless(change: schema.Change, config: Config) -> bool:
     return change.field in HARMLESS.get(change.section, ())
 
 
-FILE = "diverged.json"
+DIVERGED_FILE = "diverged.json"
 
 
 @contextlib.contextmanager
-def dumped(workdir: epath.Path, plan: BatchSchedule, split: Split) -> Iterator[None]:
+def dump_batch_on_divergence(workdir: epath.Path, plan: BatchSchedule, split: Split) -> Iterator[None]:
     """Writes the batch of the update that a DivergedError names to WORKDIR/diverged.json, and passes the error on."""
     try:
         yield
     except DivergedError as error:
-        if error.update is None:
+        if error.step is None:
             raise
-        path = workdir / FILE
-        _write(path, contents(plan, split, error))
-        raise DivergedError(f"{error}. The sentence pairs of its batch are in {path}", error.update) from error
+        path = workdir / DIVERGED_FILE
+        _write_dump(path, _describe_batch(plan, split, error))
+        raise DivergedError(f"{error}. The sentence pairs of its batch are in {path}", error.step) from error
 
 
-@multihost.lead_only
-def _write(path: epath.Path, values: dict[str, Any]) -> None:
-    with reported(f"{path}"):
-        write_whole(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+@multihost.primary_only
+def _write_dump(path: epath.Path, values: dict[str, Any]) -> None:
+    with user_error_on_oserror(f"{path}"):
+        write_atomic(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 
-def contents(plan: BatchSchedule, split: Split, error: DivergedError) -> dict[str, Any]:
+def _describe_batch(plan: BatchSchedule, split: Split, error: DivergedError) -> dict[str, Any]:
     """The update, why, and the number in the training split and the text of each sentence pair of its batch."""
-    examples = plan.batch((error.update or 1) - 1).examples_B
+    examples = plan.batch((error.step or 1) - 1).examples_B
     numbers = examples[examples != PAD_EXAMPLE].tolist()
     pairs = [{"number": number, "source": split[number][0], "target": split[number][1]} for number in numbers]
-    return {"update": error.update, "why": str(error), "pairs": pairs}
+    return {"update": error.step, "why": str(error), "pairs": pairs}
