@@ -75,20 +75,20 @@ def test_the_program_runs_the_command_that_is_named(argument, code, out, err, mo
 
 
 def test_every_command_that_is_listed_may_run():
-    from transformer import command_line
+    from transformer.runtime import commands
 
-    for name in command_line.descriptions():
-        command_line.reject_non_commands(["python", *name.split(), "--workdir=x"])
+    for name in commands.descriptions():
+        commands.reject_non_commands(["python", *name.split(), "--workdir=x"])
 
 
 def test_other_packages_may_import_this_one_while_they_are_run():
-    from transformer import command_line
+    from transformer.runtime import commands
 
     for argv in (
         ["python", "-m", "other.module", "transformer.training.train_step"],
         ["python", "-m", "transformer"],
         ["python"],
     ):
-        command_line.reject_non_commands(argv)
+        commands.reject_non_commands(argv)
     with pytest.raises(SystemExit, match="2"):
-        command_line.reject_non_commands(["python", "-X", "utf8", "-m", "transformer.training.train_step"])
+        commands.reject_non_commands(["python", "-X", "utf8", "-m", "transformer.training.train_step"])

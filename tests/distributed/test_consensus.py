@@ -40,7 +40,7 @@ def test_a_vote_counts_after_the_next_update(mesh, two_hosts):
 
 def test_the_vote_of_one_device_is_enough(mesh, two_hosts, monkeypatch):
     votes = iter([np.zeros((8, 1)), np.eye(8)[:, 3:4] * 15, np.zeros((8, 1))])
-    monkeypatch.setattr(sharding, "allgather_to_devices", lambda *_: next(votes))
+    monkeypatch.setattr(preemption, "allgather_to_devices", lambda *_: next(votes))
     vote = preemption.PreemptionSync(mesh, lambda: None)
     assert [vote() for _ in range(3)] == [None, None, 15]
 

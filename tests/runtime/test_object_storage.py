@@ -121,7 +121,7 @@ def test_a_log_is_copied_as_it_grows(bucket, monkeypatch):
     for lines in ("1\n", "1\n2\n"):
         log = object_storage.SyncedDirectory(address, "a.txt")
         append(log.folder / "a.txt", lines[-2:].encode())
-        log.copy()
+        log.sync()
         log.sync(now=True)
         assert (address / "a.txt").read_text() == lines
         log.close()
