@@ -1,10 +1,9 @@
-"""Makes the data of a config ahead of training: sentence pairs, vocabulary and token ids.
+"""Prepares the data of a config ahead of training: sentence pairs, vocabulary and token ids.
 
     python -m transformer.prepare --config=configs/NAME.py [--report] [--config.SECTION.FIELD=VALUE …]
 
-train.py with the same config then starts at once. Archives of WMT are taken from `data.manual_dir` or
-fetched; run it again to go on where it stopped. `--report` prints on stdout what is in the data. JAX is
-not imported.
+train.py with the same config then starts at once. Archives of WMT are taken from `data.manual_dir` or downloaded; run
+the command again to resume. `--report` prints statistics of the data on stdout. JAX is not imported.
 """
 
 from transformer import command_line
@@ -24,25 +23,26 @@ def main(argv: list[str]) -> None:
 
 
 def prepare(config: schema.Config, *, report: bool) -> None:
-    """Does what is not done yet, and says on stderr what is there.
+    """Prepares what is missing and logs what is there.
 
     Raises:
-      UserError: as `corpus.open_corpus`, or no training pair is short enough, or no vocabulary can be trained.
+      UserError: as `corpus.open_corpus`, or all training pairs are too long, or the vocabulary cannot be trained.
     """
     data = tokenizers.inherit_tokenizer(config)
     corpus = corpora.open_corpus(data)
     tokenizer = input_pipeline.get_or_train_tokenizer(data, corpus)
     ids = {"train": input_pipeline.token_ids(data, corpus, "train", tokenizer)}
-    plan = input_pipeline.make_batch_schedule(config, ids["train"])
+    schedule = input_pipeline.make_batch_schedule(config, ids["train"])
     log_info(
-        f"ready in {corpora.data_dir(data)}: {plan.kept:,} training pairs, without {plan.dropped:,} longer than "
-        f"data.max_length = {data.max_length}; {tokenizer.vocab_size:,} pieces; {plan.steps_per_epoch:,} steps an epoch"
+        f"ready in {corpora.data_dir(data)}: {schedule.kept:,} training pairs, without {schedule.dropped:,} longer "
+        f"than data.max_length = {data.max_length}; {tokenizer.vocab_size:,} subword tokens; "
+        f"{schedule.steps_per_epoch:,} steps an epoch"
     )
     if report:
         splits = {name: corpus.split(name) for name in corpus.names}
         for name in splits:
             ids.setdefault(name, input_pipeline.token_ids(data, corpus, name, tokenizer))
-        statistics.print_report(config, splits, ids, plan, corpus.dropped, tokenizer)
+        statistics.print_report(config, splits, ids, schedule, corpus.dropped, tokenizer)
 
 
 if __name__ == "__main__":

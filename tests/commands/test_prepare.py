@@ -69,7 +69,7 @@ def test_without_a_report_nothing_stands_on_stdout_and_again_nothing_is_made(tex
     prepare.main(flags("text", **text))
     out, err = capfd.readouterr()
     assert out == ""
-    assert "training a bpe vocabulary of 300 pieces" in err
+    assert "training a bpe vocabulary of 300 subword tokens" in err
     prepare.main(flags("text", **text))
     out, err = capfd.readouterr()
     assert out == ""
@@ -80,7 +80,7 @@ def test_for_fine_tuning_the_vocabulary_is_that_of_the_other_run(tmp_path, text,
     tokenizer.train(["some words of another text"], 300, "bpe").save(tmp_path / "base" / "tokenizer")
     monkeypatch.setattr(tokenizer, "train", lambda *_: pytest.fail("trains a vocabulary"))
     prepare.main(flags("text", **text, **{"train.init_from": tmp_path / "base"}))
-    assert "300 pieces" in capfd.readouterr().err
+    assert "300 subword tokens" in capfd.readouterr().err
 
 
 def test_the_report_is_of_every_split(text, capfd):
@@ -130,7 +130,7 @@ def test_wmt_is_fetched_and_prepared_from_end_to_end(tmp_path, monkeypatch, capf
     with proxied(monkeypatch):
         prepare.main(arguments)
     out, err = capfd.readouterr()
-    assert err.count("data: fetching http://") == archives
+    assert err.count("data: downloading http://") == archives
     shown = [line.split()[1] for line in out.splitlines() if line.startswith("│ ")]
     assert shown[:3] == ["train", "validation", "test"]
     config = resolved(arguments)
@@ -167,5 +167,5 @@ def test_what_cannot_be_fetched_is_one_message(tmp_path):
 def test_a_config_that_cannot_be_is_refused(tmp_path, text):
     with pytest.raises(UserError, match="data set 'nothing' in TFDS nor prepared in"):
         prepare.main(flags("text", **{"data.name": "nothing", "data.data_dir": tmp_path}))
-    with pytest.raises(UserError, match="none of the 300 training pairs is that short"):
+    with pytest.raises(UserError, match="all 300 training pairs are longer"):
         prepare.main(flags("text", **{**text, "data.max_length": 2}))

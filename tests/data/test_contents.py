@@ -18,7 +18,7 @@ def open_text(folder, train, **others):
             text = "".join(f"{pair[side]}\n" for pair in pairs)
             (folder / "text" / f"{stem}.{language}").write_bytes(text.encode())
     files = local_text.find_splits(DataConfig(name="text", dir=str(folder / "text")))
-    return prepared.prepare(lambda: local_text.ParallelText(files, folder / "data"), own=True)
+    return prepared.prepare(lambda: local_text.ParallelText(files, folder / "data"), owned=True)
 
 
 def pairs(count):

@@ -302,10 +302,10 @@ from transformer.config import DataConfig
 from transformer.data import corpus
 data = DataConfig(name="text", dir={str(tmp_path / "text")!r}, data_dir={str(tmp_path / "data")!r})
 started = time.monotonic()
-corpus.check(data)
+corpus.validate_source(data)
 assert time.monotonic() - started < 0.5
 corpus.open_corpus(data).split("validation")[0]
-corpus.check(DataConfig())
+corpus.validate_source(DataConfig())
 print([name for name in ("jax", "jaxlib", "tensorflow", "flax") if name in sys.modules])
 """
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, cwd=ROOT, text=True)

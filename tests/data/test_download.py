@@ -68,7 +68,7 @@ def store(tmp_path):
 
 
 def get(tmp_path, wanted):
-    return store(tmp_path).get([wanted])[wanted]
+    return store(tmp_path).download([wanted])[wanted]
 
 
 def partial_of(tmp_path):
@@ -83,13 +83,13 @@ def test_an_archive_is_fetched_once(tmp_path, address, capfd):
     assert found.sha256 == hashlib.sha256(CONTENT).hexdigest()
     assert get(tmp_path, wanted) == found
     assert len(Server.asked) == 1
-    assert f"fetching {wanted.url}, 3 MB" in capfd.readouterr().err
+    assert f"downloading {wanted.url}, 3 MB" in capfd.readouterr().err
     assert not list(tmp_path.glob("**/*.partial"))
 
 
 def test_archives_of_one_name_do_not_mix(tmp_path, address):
     one, other = archive(address, "a/x.tgz"), archive(address, "b/x.tgz")
-    found = store(tmp_path).get([one, other, one])
+    found = store(tmp_path).download([one, other, one])
     assert found[one].path != found[other].path
     assert len(Server.asked) == 2
 
@@ -137,7 +137,7 @@ def test_a_download_that_stays_cut_is_kept_for_the_next_time_and_not_taken_for_w
     for _ in range(2):
         says = refusal_of(tmp_path, archive(address, "always.tgz"))
         assert f"the connection ended after {len(CONTENT) // 2:,} bytes" in says
-        assert "Run again to go on" in says
+        assert "Run again to resume" in says
         assert partial_of(tmp_path).stat().st_size == len(CONTENT) // 2
         assert not list(tmp_path.glob("downloads/**/always.tgz"))
 
@@ -156,7 +156,7 @@ def test_a_damaged_file_is_refused_wherever_it_lies(tmp_path, address):
         place.write_bytes(CONTENT[:-1])
         says = refusal_of(tmp_path, archive(address))
         assert says.startswith(
-            f"{place}: not the archive {address}/set/a.tgz, or cut short: expected {len(CONTENT):,} b"
+            f"{place}: not the archive {address}/set/a.tgz, or truncated: expected {len(CONTENT):,} b"
         )
         assert "delete it and run again" in says
 
@@ -165,14 +165,14 @@ def test_a_wrong_file_put_there_by_hand_is_found_before_others_are_fetched(tmp_p
     (tmp_path / "manual").mkdir()
     (tmp_path / "manual" / "b.tgz").write_bytes(b"something else")
     with pytest.raises(UserError, match="not the archive"):
-        store(tmp_path).get([archive(address), archive(address, "b.tgz")])
+        store(tmp_path).download([archive(address), archive(address, "b.tgz")])
     assert Server.asked == []
 
 
 def test_all_that_is_missing_is_named_at_once(tmp_path, address):
     wanted = [archive(address, "gone1.tgz"), Download("b.tar", "http://page", manual=True), archive(address, "c.tgz")]
     with pytest.raises(UserError) as error:
-        store(tmp_path).get([*wanted, Download("d.tgz", "http://127.0.0.1:9/d.tgz")])
+        store(tmp_path).download([*wanted, Download("d.tgz", "http://127.0.0.1:9/d.tgz")])
     says = str(error.value)
     assert "3 of 4 archives are missing" in says
     assert f"gone1.tgz  from {address}/gone1.tgz  (the server says 404 Not Found)" in says

@@ -76,7 +76,7 @@ def test_a_pipe_is_refused_as_data_before_it_blocks(tmp_path, field):
 
 def build(data, data_dir):
     files = local_text.find_splits(data)
-    return prepared.prepare(lambda: local_text.ParallelText(files, data_dir), own=True)
+    return prepared.prepare(lambda: local_text.ParallelText(files, data_dir), owned=True)
 
 
 def pairs_of(opened, split):

@@ -209,7 +209,7 @@ def test_po_line_breaks_become_spaces_and_other_separators_stay(tmp_path):
 
 
 def test_po_that_cannot_be_parsed_is_refused_by_line(tmp_path):
-    assert "a.po, line 6: not a PO file" in refusal_of(tmp_path / "a.po", PO + 'msgid "a"\nnonsense\n')
+    assert "a.po, line 6: invalid PO file" in refusal_of(tmp_path / "a.po", PO + 'msgid "a"\nnonsense\n')
 
 
 def test_bytes_that_are_not_text_are_refused_in_every_format(tmp_path):

@@ -33,7 +33,7 @@ class SlowPairs(tfds.core.GeneratorBasedBuilder):
             time.sleep(float(sys.argv[2]))
             yield row, {"en": str(row), "de": "x"}
 
-opened = prepared.prepare(lambda: SlowPairs(data_dir=sys.argv[1], file_format="array_record"), own=True)
+opened = prepared.prepare(lambda: SlowPairs(data_dir=sys.argv[1], file_format="array_record"), owned=True)
 print(len(opened.records("train")), "pairs", opened.folder)
 """
 
@@ -60,8 +60,8 @@ class PreparedPairs(tfds.core.GeneratorBasedBuilder):
             raise self.error
 
 
-def open_toy(data_dir, own=True):
-    return prepared.prepare(lambda: PreparedPairs(data_dir=data_dir, file_format="array_record"), own=own)
+def open_toy(data_dir, owned=True):
+    return prepared.prepare(lambda: PreparedPairs(data_dir=data_dir, file_format="array_record"), owned=owned)
 
 
 def file_of(opened, split):
@@ -174,7 +174,7 @@ def test_another_format_is_refused(tmp_path):
     path.write_text(path.read_text().replace("array_record", "tfrecord"))
     builder = tfds.builder_from_directory(path.parent)
     with pytest.raises(UserError, match="prepared as tfrecord"):
-        prepared.prepare(lambda: builder, own=False)
+        prepared.prepare(lambda: builder, owned=False)
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), RuntimeError("disk"), UserError("disk")])
@@ -190,11 +190,11 @@ def test_a_failed_preparation_leaves_nothing(tmp_path, monkeypatch, error):
 def test_a_foreign_data_set_that_fails_says_how_to_prepare_it(tmp_path, monkeypatch):
     monkeypatch.setattr(PreparedPairs, "error", ImportError("no tensorflow"))
     with pytest.raises(UserError) as error:
-        open_toy(tmp_path, own=False)
+        open_toy(tmp_path, owned=False)
     for says in ("no tensorflow", "tfds.builder('prepared_pairs', file_format='array_record'", f"to {tmp_path}"):
         assert says in str(error.value)
     with pytest.raises(ImportError):  # a mistake in a builder of ours is not the user's
-        open_toy(tmp_path, own=True)
+        open_toy(tmp_path, owned=True)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

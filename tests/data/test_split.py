@@ -38,7 +38,7 @@ def make(count=10, rows=None, languages=("en", "de")):
 
 @pytest.mark.parametrize("rows", [None, [0, 1, 2, 3], [2, 5, 9], [9], list(range(0, 10, 2))])
 def test_pairs_by_number_and_in_turn_are_the_same(monkeypatch, rows):
-    monkeypatch.setattr(corpus, "_BLOCK", 4)
+    monkeypatch.setattr(corpus, "_CHUNK_PAIRS", 4)
     split = make(rows=rows)
     expected = [(f"e{i}", f"d{i}") for i in (range(10) if rows is None else rows)]
     assert len(split) == len(expected)
@@ -114,7 +114,7 @@ def test_line_ends_and_line_breaks_are_no_part_of_a_sentence():
     split = Split("train", "", ("en", "de"), records, None)
     assert split.sources() == ["a", "a b", "a b", "a\rb", "a\r", ""]
     assert split[1] == ("a b", "d\r")
-    assert [source for source, _ in split.stored()] == texts
-    of_lines = Split("train", "", ("en", "de"), records, None, keeps_cr=True)
+    assert [source for source, _ in split.raw_pairs()] == texts
+    of_lines = Split("train", "", ("en", "de"), records, None, strip_cr=True)
     assert of_lines[4] == ("a", "d")
     assert of_lines.sources()[3] == "a\rb"

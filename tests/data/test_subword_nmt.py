@@ -95,7 +95,7 @@ def test_a_config_names_the_codes_and_gets_the_vocabulary_of_its_text(small, tmp
     data = config(tmp_path / "my.codes", small.vocab_size)
     assert tokenizer.load_configured(data) is None
     assert tokenizer.build(data, ["low lower", "newest widest"]).digest == small.digest
-    with pytest.raises(UserError, match=f"vocab_size = 300, but .*my.codes has {small.vocab_size} pieces"):
+    with pytest.raises(UserError, match=f"vocab_size = 300, but .*my.codes has {small.vocab_size} tokens"):
         tokenizer.build(config(tmp_path / "my.codes", 300), ["low lower", "newest widest"])
 
 

@@ -123,7 +123,7 @@ def test_the_folder_is_the_one_that_tfds_would_make(tmp_path, filled, archives, 
         assert facts[0][key] == facts[1][key], key
     assert [{s["name"] for s in fact["splits"]} for fact in facts] == [{"train", "validation", "test"}] * 2
     # What TFDS made is opened as it is, with no archive in sight, and holds the same pairs.
-    monkeypatch.setattr(corpus.wmt.Wmt, "_pairs_by_split", lambda _: pytest.fail("prepared again"))
+    monkeypatch.setattr(corpus.wmt.WmtBuilder, "_pairs_by_split", lambda _: pytest.fail("prepared again"))
     other = corpus.open_corpus(DataConfig(name=data.name, data_dir=str(tmp_path / "theirs")))
     for split in ours.names:
         assert sorted(other.split(split)) == sorted(ours.split(split))
@@ -164,8 +164,8 @@ def sides(**sides):
         (sides(de=b"a\nb\n", en=b"a\n"), "news-commentary-v9.de-en.de has 2 lines and training/news-commentary-v9"),
         (sides(de=b"a\n\xff\n", en=b"a\nb\n"), "news-commentary-v9.de-en.de, line 2: not UTF-8"),
         (sides(de=b"\n\n", en=b"a\nb\n"), "training-parallel-nc-v9.tgz: expected sentences in training/news"),
-        (b"<html>gone</html>", "damaged or no archive"),
-        (wmt_archives.tgz({"training/x": b"x" * 5000})[:-40], "damaged or no archive"),
+        (b"<html>gone</html>", "damaged, or not an archive"),
+        (wmt_archives.tgz({"training/x": b"x" * 5000})[:-40], "damaged, or not an archive"),
     ],
 )
 def test_an_archive_of_other_content_is_refused(tmp_path, filled, news, says):
@@ -182,7 +182,7 @@ def test_an_archive_with_another_checksum_is_refused(tmp_path, filled):
     path.write_bytes(content[:-1])
     with pytest.raises(UserError) as error:
         corpus.open_corpus(data)
-    assert f"{path}: not the archive {NEWS}, or cut short: expected {len(content):,} bytes" in str(error.value)
+    assert f"{path}: not the archive {NEWS}, or truncated: expected {len(content):,} bytes" in str(error.value)
     assert f"got {len(content) - 1:,} bytes" in str(error.value)
 
 
@@ -229,7 +229,7 @@ def test_a_manual_folder_of_one_s_own(tmp_path, filled):
 
 def test_a_manual_folder_that_is_not_there_or_not_asked_for_is_refused(tmp_path, filled):
     data = dataclasses.replace(filled("wmt_t2t_translate/de-en"), manual_dir=str(tmp_path / "none"))
-    with pytest.raises(UserError, match="none: there is no such folder"):
+    with pytest.raises(UserError, match="none: the folder does not exist"):
         corpus.open_corpus(data)
     with pytest.raises(UserError, match=r"manual_dir = .*: read only with name = wmt14_translate or wmt_t2t_translate"):
         validation.resolve({"data": {"name": "cldr", "manual_dir": str(tmp_path)}})

@@ -95,7 +95,7 @@ def test_the_vocabulary_is_that_of_the_other_run(saved, tmp_path):
     named = tokenizer.inherit_tokenizer(config_of(saved))
     assert tokenizer.load_configured(named).digest == make_parts()[1].digest
     assert dataclasses.replace(named, tokenizer="bpe") == config_of(saved).data
-    with pytest.raises(UserError, match=r"vocab_size = 300, but .* has 280 pieces; set data\.vocab_size = 280"):
+    with pytest.raises(UserError, match=r"vocab_size = 300, but .* has 280 tokens; set data\.vocab_size = 280"):
         tokenizer.load_configured(tokenizer.inherit_tokenizer(small_config(train={"init_from": str(saved)})))
     with pytest.raises(UserError, match=r"expected a workdir that train\.py wrote, but tokenizer"):
         tokenizer.inherit_tokenizer(config_of(tmp_path))

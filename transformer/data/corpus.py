@@ -1,7 +1,9 @@
-"""The one door to data: a DataConfig becomes splits of sentence pairs.
+"""Opens the corpus of a config: splits of sentence pairs from TFDS, the user's text files or WMT archives.
 
-Training leaves out pairs with a blank side; every other split keeps all. Where there is no
-`validation`, a part of training is held out by a hash of the source sentence.
+`open_corpus` prepares the data set if necessary (`prepared`) and returns a `Corpus`, whose `split(name)` is a `Split`:
+random access to (source, target). Training drops pairs with a blank side; other splits keep them. Without a validation
+split, a part of training is held out by a hash of the source sentence. Which rows these are, and the digests of
+all splits, are computed in one pass over the data and cached beside it (`CorpusMetadata`).
 """
 
 import array
@@ -17,7 +19,7 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -33,17 +35,21 @@ from transformer.runtime.logging import log_info, log_progress
 
 Pair = tuple[str, str]
 
-_BLOCK = 4096
+VALIDATION_RATIO = 100  # without a validation split, one training pair in this many is held out
+MAX_VALIDATION_PAIRS = 2000  # held out
+METADATA_VERSION = 1  # increased whenever the same data gives other metadata
+
+_CHUNK_PAIRS = 4096
 
 
 class Split:
-    """Sentence pairs by number; can be pickled, and is read by several threads at once.
+    """Random access to sentence pairs; picklable and thread-safe.
 
-    A sentence is one line: a line break within one, which data sets of TFDS may have, is read as a space.
+    A sentence is one line: a line break in it, which data sets of TFDS may have, is read as a space.
 
     Attributes:
-      name: as the data set calls it.
-      digest: changes when any pair or the order changes; in hexadecimal.
+      name: in the data set.
+      digest: changes with any pair and with their order; in hexadecimal.
     """
 
     def __init__(
@@ -53,55 +59,55 @@ class Split:
         languages: tuple[str, str],
         records: RecordReader,
         rows: np.ndarray | None,
-        keeps_cr: bool = False,
+        strip_cr: bool = False,
     ):
-        """Reads serialized examples.
+        """Makes a split of serialized examples.
 
         Args:
           records: the examples.
-          rows: which of them, [N] int64 ascending, or None for all.
-          keeps_cr: the records are lines of text split at b"\\n" alone, so a CR that ends one is its line end's.
+          rows: the indices of the split's examples, [N] int64 ascending; None for all.
+          strip_cr: removes a CR at the end, for records made from lines that were split at b"\\n" only.
         """
         self.name, self.digest = name, digest
-        self._languages, self._records, self._rows, self._keeps_cr = languages, records, rows, keeps_cr
+        self._languages, self._records, self._rows, self._strip_cr = languages, records, rows, strip_cr
 
     def __len__(self) -> int:
         return len(self._records) if self._rows is None else len(self._rows)
 
     def __getitem__(self, index: int) -> Pair:
-        """The pair (source, target) of number `index`, 0 ≤ index < len."""
+        """The pair (source, target) at `index`, 0 ≤ index < len."""
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: expected 0 ≤ index < {len(self)}, got {index}")
         row = index if self._rows is None else int(self._rows[index])
-        (pair,) = self._parsed(row, row + 1)
-        return self.lines(pair)
+        (pair,) = self._read(row, row + 1)
+        return self.to_lines(pair)
 
     def __iter__(self) -> Iterator[Pair]:
-        return map(self.lines, self.stored())
+        return map(self.to_lines, self.raw_pairs())
 
-    def lines(self, stored: Pair) -> Pair:
-        """The two lines of text that a stored pair is read as."""
-        source, target = stored
-        if self._keeps_cr:
+    def to_lines(self, raw: Pair) -> Pair:
+        """The pair as two lines of text, without line breaks."""
+        source, target = raw
+        if self._strip_cr:
             source, target = source.removesuffix("\r"), target.removesuffix("\r")
         return text_files.one_line(source), text_files.one_line(target)
 
-    def stored(self) -> Iterator[Pair]:
-        """All pairs as they stand in the data, with any line breaks."""
-        for start in range(0, len(self), _BLOCK):
-            end = min(start + _BLOCK, len(self))
-            chosen = list(range(start, end)) if self._rows is None else self._rows[start:end].tolist()
-            first, last = chosen[0], chosen[-1] + 1
-            if last - first > 2 * len(chosen) + 1:  # far apart: one by one costs less than all between
-                for row in chosen:
-                    yield from self._parsed(row, row + 1)
+    def raw_pairs(self) -> Iterator[Pair]:
+        """All pairs as stored, including line breaks."""
+        for start in range(0, len(self), _CHUNK_PAIRS):
+            end = min(start + _CHUNK_PAIRS, len(self))
+            rows = list(range(start, end)) if self._rows is None else self._rows[start:end].tolist()
+            first, last = rows[0], rows[-1] + 1
+            if last - first > 2 * len(rows) + 1:  # far apart: reading them singly is faster than reading the range
+                for row in rows:
+                    yield from self._read(row, row + 1)
             else:
-                pairs = self._parsed(first, last)
-                yield from (pairs[row - first] for row in chosen)
+                pairs = self._read(first, last)
+                yield from (pairs[row - first] for row in rows)
 
-    def _parsed(self, first: int, last: int) -> list[Pair]:
-        with self._reported():
+    def _read(self, first: int, last: int) -> list[Pair]:
+        with self._user_errors():
             return [_parse(record, self._languages) for record in self._records.read(first, last)]
 
     def sources(self) -> list[str]:
@@ -113,30 +119,31 @@ class Split:
         return [target for _, target in self]
 
     @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
+    def _user_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # ArrayRecord and protobuf raise kinds of their own
+        except Exception as error:  # ArrayRecord and protobuf raise exceptions of their own
             raise UserError(f"the prepared data of split {self.name!r} cannot be read: {error}") from error
 
 
 def _parse(record: bytes, languages: tuple[str, str]) -> Pair:
-    """The pair of a serialized example; TFDS's own way goes through NumPy and takes three times as long."""
+    """Parses a serialized example; TFDS's own parser uses NumPy and takes three times as long."""
     features = tf_example_pb2.Example.FromString(record).features.feature
     source, target = (features[code].bytes_list.value[0].decode() for code in languages)
     return source, target
 
 
-VALIDATION_RATIO = 100  # where there is no validation split, one pair in so many is held out of training
-
-MAX_VALIDATION_PAIRS = 2000  # pairs held out
-
-METADATA_VERSION = 1  # goes up whenever `find` comes to find something else in the same data
-
-
 @dataclasses.dataclass(frozen=True)
-class SplitMetadata:
-    """Per prepared split: digest, number of pairs, pairs with a line break; of training: rows, ascending."""
+class CorpusMetadata:
+    """Facts about a data set in one direction of translation, cached in its folder as `contents.SRC-TGT.json`.
+
+    Attributes:
+      digests: of the pairs of each prepared split.
+      pairs: the number of pairs of each prepared split.
+      line_breaks: the number of pairs of each prepared split that contain a line break.
+      blank: rows of training with a blank side, ascending.
+      held_out: rows of training that serve as validation, ascending.
+    """
 
     digests: dict[str, str]
     pairs: dict[str, int]
@@ -145,171 +152,94 @@ class SplitMetadata:
     held_out: list[int]
 
 
-def load_or_compute_metadata(
-    data: prepared.PreparedDataset, languages: tuple[str, str], keeps_cr: bool = False
-) -> SplitMetadata:
-    """Reads a data set in one direction of translation, or what was found in it before and kept beside it.
-
-    `keeps_cr` is as `Split` has it.
-
-    Raises:
-      UserError: there is nothing to train on.
-    """
-    if "train" not in data.names:
-        raise UserError(f"{data.folder}: expected a split 'train', got {', '.join(data.names) or 'none'}")
-    path = data.folder / f"contents.{'-'.join(languages)}.json"
-    if facts := _load_metadata(path, data.digest()):
-        return facts
-    splits = {name: Split(name, "", languages, data.records(name), None, keeps_cr) for name in data.names}
-    keys: dict[str, np.ndarray] = {}
-    blank: dict[str, np.ndarray] = {}
-    digests, line_breaks = {}, {}
-    for name, split in splits.items():
-        digests[name], keys[name], blank[name], line_breaks[name] = _scan_pairs(split)
-    rows = np.flatnonzero(~blank["train"])
-    if not len(rows):
-        raise UserError(f"all {len(splits['train']):,} training pairs have a blank side: nothing is left to train on")
-    held_out = [] if "validation" in splits else rows[_select_validation(keys["train"][rows])].tolist()
-    pairs = {name: len(split) for name, split in splits.items()}
-    facts = SplitMetadata(digests, pairs, line_breaks, np.flatnonzero(blank["train"]).tolist(), held_out)
-    _save_metadata(path, data.digest(), facts)
-    return facts
-
-
-def _scan_pairs(split: Split) -> tuple[str, np.ndarray, np.ndarray, int]:
-    """Reads all pairs of a split once.
-
-    Returns:
-      The digest of the pairs; a hash of each source sentence, [N] uint64; which pairs are blank, [N] bool: a side has
-      nothing but whitespace; and how many are stored with a line break.
-    """
-    digest, keys, blank, line_breaks = hashlib.sha256(), array.array("Q"), array.array("b"), 0
-    for stored in log_progress(split.stored(), lambda count: f"data: looked at {count:,} pairs"):
-        line_breaks += any("\n" in text for text in stored)
-        source, target = split.lines(stored)
-        texts = (source.encode(), target.encode())
-        digest.update(b"%d %d " % (len(texts[0]), len(texts[1])) + texts[0] + texts[1])
-        keys.append(hash64(texts[0]))
-        blank.append(not (source.strip() and target.strip()))
-    return digest.hexdigest(), np.array(keys, np.uint64), np.array(blank, bool), line_breaks
-
-
-def hash64(text: bytes) -> int:
-    """A hash of 64 bits, the same everywhere; two of 40 million sentences share one by a chance of 1 in 20,000."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def _select_validation(keys: np.ndarray) -> np.ndarray:
-    """Which of the sentences with these hashes, [N] uint64, to hold out: [N] bool.
-
-    Takes hashes from the lowest up, all rows of one together so that equal sentences fall on the same
-    side, while they fit in 1 / SHARE of all rows and in MOST; the rarest sentence if none fits.
-    """
-    hashes, counts = np.unique(keys, return_counts=True)
-    if len(hashes) == 1:
-        raise UserError("training has one distinct source sentence: none can be held out; bring validation files")
-    room = min(max(len(keys) // VALIDATION_RATIO, 1), MAX_VALIDATION_PAIRS)
-    taken = []
-    for key, count in zip(hashes, counts, strict=True):
-        if count <= room:
-            taken.append(key)
-            room -= count
-        if not room:
-            break
-    return np.isin(keys, taken or hashes[np.argmin(counts)])
-
-
-def _save_metadata(path: epath.Path, files: str, facts: SplitMetadata) -> None:
-    text = json.dumps([METADATA_VERSION, files, dataclasses.asdict(facts)])
-    prepared.write_cache(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode())
-
-
-def _load_metadata(path: epath.Path, files: str) -> SplitMetadata | None:
-    """What `_keep` wrote for the same files by the same recipe, or None."""
-    if not path.exists():
-        return None
-    digest, _, text = path.read_bytes().rstrip(b"\n").partition(b"\n")
-    if hashlib.sha256(text).hexdigest().encode() != digest:
-        return None
-    *made_of, facts = json.loads(text)
-    return SplitMetadata(**facts) if made_of == [METADATA_VERSION, files] else None
-
-
 class Corpus:
     """The splits of a data set in one direction of translation.
 
     Attributes:
-      source_language, target_language: their codes.
-      names: the splits there are.
-      dropped: how many training pairs are left out because a side is blank.
-      digest: changes when any split does; in hexadecimal.
+      source_language, target_language: language codes.
+      names: of the splits.
+      dropped: the number of training pairs dropped because a side is blank.
+      digest: changes with any split; in hexadecimal.
     """
 
-    def __init__(self, data: prepared.PreparedDataset, languages: tuple[str, str], keeps_cr: bool = False):
-        """`keeps_cr` is as `Split` has it."""
+    def __init__(self, data: prepared.PreparedDataset, languages: tuple[str, str], strip_cr: bool = False):
+        """Makes a corpus of a prepared data set; `strip_cr` as in `Split`."""
         self.source_language, self.target_language = self._languages = languages
-        self._data, self._keeps_cr = data, keeps_cr
-        facts = load_or_compute_metadata(data, languages, keeps_cr)
-        self.dropped = len(facts.blank)
-        # Split → the prepared split that it is read from, and which rows of that.
-        self._views: dict[str, tuple[str, np.ndarray | None]] = {name: (name, None) for name in data.names}
-        if facts.blank or facts.held_out:
-            kept = np.setdiff1d(np.arange(facts.pairs["train"]), facts.blank + facts.held_out, assume_unique=True)
-            self._views["train"] = ("train", kept)
-        if facts.held_out:
-            self._views["validation"] = ("train", np.array(facts.held_out))
-        self.names = list(self._views)
-        self._digests = {name: self._digest(facts, *view) for name, view in self._views.items()}
+        self._data, self._strip_cr = data, strip_cr
+        metadata = load_or_compute_metadata(data, languages, strip_cr)
+        self.dropped = len(metadata.blank)
+        # Split → the prepared split that holds its rows, and their indices there (None: all).
+        self._split_rows: dict[str, tuple[str, np.ndarray | None]] = {name: (name, None) for name in data.names}
+        if metadata.blank or metadata.held_out:
+            excluded = metadata.blank + metadata.held_out
+            rows = np.setdiff1d(np.arange(metadata.pairs["train"]), excluded, assume_unique=True)
+            self._split_rows["train"] = ("train", rows)
+        if metadata.held_out:
+            self._split_rows["validation"] = ("train", np.array(metadata.held_out))
+        self.names = list(self._split_rows)
+        self._digests = {name: _split_digest(metadata, *source) for name, source in self._split_rows.items()}
         self.digest = hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()
-        self._report(facts)
-
-    def _digest(self, facts: SplitMetadata, part: str, rows: np.ndarray | None) -> str:
-        chosen = b"all" if rows is None else rows.astype("<i8").tobytes()
-        return hashlib.sha256(facts.digests[part].encode() + chosen).hexdigest()
-
-    def _report(self, facts: SplitMetadata) -> None:
-        count = facts.pairs["train"]
-        if facts.blank:
-            log_info(f"data: {self.dropped:,} of {count:,} training pairs have a blank side: left out")
-        for name, breaks in facts.line_breaks.items():
-            if breaks:
-                log_info(
-                    f"data: {breaks:,} of {facts.pairs[name]:,} pairs of {name} hold a line break: read as a space"
-                )
-        if facts.held_out:
-            held_out = f"{len(facts.held_out):,} of {count:,} training pairs"
-            log_info(f"data: no validation split: {held_out} are held out as one")
+        _log_metadata(metadata)
 
     def split(self, name: str) -> Split:
-        """The split of that name; "test" is also the only one whose name starts with it.
+        """The split `name`; "test" also names the only split whose name starts with it.
 
         Raises:
-          UserError: there is no such split or more than one, or its files are not as they were prepared.
+          UserError: no split or several splits match, or its files have changed since they were prepared.
         """
-        near = [other for other in self.names if name == "test" and other.startswith(name)]
-        if name not in self.names and len(near) == 1:
-            name = near[0]
+        matches = [other for other in self.names if name == "test" and other.startswith(name)]
+        if name not in self.names and len(matches) == 1:
+            name = matches[0]
         if name not in self.names:
-            found = f"several, {', '.join(near)}; name one" if near else f"only {', '.join(self.names)}"
-            raise UserError(f"{self._data.folder}: expected a split {name!r}, found {found}")
-        part, rows = self._views[name]
-        return Split(name, self._digests[name], self._languages, self._data.records(part), rows, self._keeps_cr)
+            available = f"several, {', '.join(matches)}; name one" if matches else f"only {', '.join(self.names)}"
+            raise UserError(f"{self._data.folder}: expected a split {name!r}, found {available}")
+        prepared_split, rows = self._split_rows[name]
+        records = self._data.records(prepared_split)
+        return Split(name, self._digests[name], self._languages, records, rows, self._strip_cr)
+
+
+def open_corpus(data: DataConfig) -> Corpus:
+    """Opens the data set of a config and prepares it first if necessary; logs what it does.
+
+    Raises:
+      UserError: as `validate_source`, or the data cannot be prepared, is damaged, or leaves no training pair.
+    """
+    validate_source(data)
+    name, folder = _dataset_name(data), data_dir(data)
+    make_builder: Callable[[], Any] = functools.partial(_tfds_builder, data)
+    if data.name == "text":
+        make_builder = functools.partial(local_text.ParallelText, local_text.find_splits(data), folder)
+    elif name in WMT_NAMES:
+        make_builder = functools.partial(wmt.WmtBuilder, _tfds_builder(data), folder, data.manual_dir)
+    dataset = prepared.prepare(make_builder, owned=name in ("text", "cldr", *WMT_NAMES))
+    # TFDS splits the archives of WMT at LF only, and our records of them equal its records.
+    return Corpus(dataset, (data.source_language, data.target_language), strip_cr=name in WMT_NAMES)
 
 
 def validate_source(data: DataConfig) -> None:
-    """Raises a UserError if the config names files, a data set or languages that are not there.
+    """Raises a UserError if files, the data set or the languages that the config names are missing.
 
-    Imports no JAX and reads no sentence; `open_corpus` may still find fault with the content.
+    Imports no JAX and reads no sentence; `open_corpus` may still find invalid content.
     """
-    named = () if data.tokenizer in TRAINED_TOKENIZERS else ("tokenizer",)
-    for field in (*PATHS, *named):
+    _validate_addresses(data)
+    if data.name == "text":
+        local_text.find_splits(data)
+    else:
+        _validate_tfds(data)
+
+
+def _validate_addresses(data: DataConfig) -> None:
+    """Raises a UserError if a path is in object storage that cannot be read here."""
+    tokenizer_field = () if data.tokenizer in TRAINED_TOKENIZERS else ("tokenizer",)
+    for field in (*PATHS, *tokenizer_field):
         if reason := object_storage.unsupported_reason(getattr(data, field)):
             raise UserError(f"config.data.{field}: {reason}")
     if reason := object_storage.unsupported_reason(os.environ.get("TFDS_DATA_DIR", "")):
         raise UserError(f"TFDS_DATA_DIR: {reason}")
-    if data.name == "text":
-        local_text.find_splits(data)
-        return
+
+
+def _validate_tfds(data: DataConfig) -> None:
+    """Raises a UserError unless TFDS has the data set in both languages, and it is or can be prepared."""
     with prepared.silence_tfds():
         builder = _tfds_builder(data)
     features = builder.info.features
@@ -321,64 +251,40 @@ def validate_source(data: DataConfig) -> None:
             f"expected source_language = {data.source_language!r} and target_language = {data.target_language!r} in it"
             f"{configs}"
         )
-    built_in = type(builder).__module__.startswith("tensorflow_datasets.") and builder.name not in WMT_NAMES
-    if built_in and not prepared.is_prepared(builder) and not importlib.util.find_spec("tensorflow"):
+    needs_tensorflow = type(builder).__module__.startswith("tensorflow_datasets.") and builder.name not in WMT_NAMES
+    if needs_tensorflow and not prepared.is_prepared(builder) and not importlib.util.find_spec("tensorflow"):
         raise UserError(
             f"{builder.info.full_name} is not prepared in {builder.data_path}, and TFDS prepares it with TensorFlow, "
             f"which is not installed here; {prepared.preparation_instructions(builder)}"
         )
 
 
-def open_corpus(data: DataConfig) -> Corpus:
-    """Opens the data set of a config, prepared first if it is not yet; says on stderr what it does.
-
-    Raises:
-      UserError: as `check`, or the data cannot be prepared, or is damaged, or leaves nothing to train on.
-    """
-    validate_source(data)
-    name, folder = _dataset_name(data), data_dir(data)
-    make: Callable[[], Any] = functools.partial(_tfds_builder, data)
-    if data.name == "text":
-        make = functools.partial(local_text.ParallelText, local_text.find_splits(data), folder)
-    elif name in WMT_NAMES:
-        make = functools.partial(wmt.WmtBuilder, _tfds_builder(data), folder, data.manual_dir)
-    own = name in ("text", "cldr", *WMT_NAMES)
-    # TFDS splits the archives of WMT at LF alone, and its records are left as it makes them.
-    keeps_cr = name in WMT_NAMES
-    return Corpus(prepared.prepare(make, own=own), (data.source_language, data.target_language), keeps_cr)
-
-
 def data_dir(data: DataConfig) -> str:
-    """The folder of prepared data and token ids; of an address in object storage its local copy."""
+    """The folder of prepared data and token ids; for an address in object storage, its local copy."""
     folder = data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if object_storage.is_remote(folder):
         return object_storage.local_cache_dir(folder)
     return os.fspath(epath.Path(folder).expanduser())
 
 
-def _dataset_name(data: DataConfig) -> str:
-    """The name of the data set without config and version."""
-    return re.split("[/:]", data.name)[0]
-
-
 def _tfds_builder(data: DataConfig) -> Any:
-    """The builder of `data.name`, with the config of the two languages where the name gives none."""
+    """The TFDS builder of `data.name`; if that names no config, with the config of the two languages."""
     name, languages = data.name, (data.source_language, data.target_language)
     options = {"data_dir": data_dir(data), "file_format": "array_record"}
     if name.split("/")[0] == "cldr":
         return _cldr_builder(name, languages, options)
-    importlib.import_module("tensorflow_datasets.translate")  # for the names that it registers
+    importlib.import_module("tensorflow_datasets.translate")  # registers its data sets
     try:
         if re.fullmatch(r"\w+", name):
             name = "/".join(filter(None, (name, _match_config(_config_names(name, options["data_dir"]), languages))))
         return tfds.builder(name, **options)
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(_unknown_dataset_message(name, str(error), options["data_dir"])) from error
-    except Exception as error:  # TFDS and what it reads from the folder raise nearly anything
+    except Exception as error:  # TFDS and the files that it reads raise exceptions of many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "File format" in reason:
             reason = (
-                f"it lies in {options['data_dir']} in another format than array_record, which TensorFlow alone reads; "
+                f"{options['data_dir']} has it in another format than array_record, which only TensorFlow reads; "
                 "move that folder away, or choose another config.data.data_dir"
             )
         raise UserError(f"config.data.name: TFDS cannot open {name!r}: {reason}") from error
@@ -398,7 +304,7 @@ def _cldr_builder(name: str, languages: tuple[str, str], options: dict[str, Any]
 
 
 def _config_names(name: str, data_dir: str) -> list[str]:
-    """The configs of a data set, as its code has them or else as they lie prepared in the data folder."""
+    """The configs of a data set in TFDS, or else those prepared in the data folder."""
     try:
         return list(tfds.builder_cls(name).builder_configs)
     except tfds.core.DatasetNotFoundError:
@@ -406,16 +312,16 @@ def _config_names(name: str, data_dir: str) -> list[str]:
 
 
 def _match_config(configs: list[str], languages: tuple[str, str]) -> str:
-    """The config named after two languages in either order, as TFDS names them: de-en, pt_to_en, ende; or ""."""
-    for one, other in (languages, languages[::-1]):
-        for between in ("-", "_to_", "_", ""):
-            if f"{one}{between}{other}" in configs:
-                return f"{one}{between}{other}"
+    """The config for two languages in either order, named as in TFDS: de-en, pt_to_en, ende; or ""."""
+    for first, second in (languages, languages[::-1]):
+        for separator in ("-", "_to_", "_", ""):
+            if f"{first}{separator}{second}" in configs:
+                return f"{first}{separator}{second}"
     return ""
 
 
 def _unknown_dataset_message(name: str, error: str, data_dir: str) -> str:
-    """The message for a data set that TFDS does not know; its error lists those it does."""
+    """The message for an unknown data set; `error` of TFDS lists the known ones."""
     known = {"text", "cldr", *re.findall(r"^\s*- (\w+)$", error, re.MULTILINE)}
     close = difflib.get_close_matches(name.split("/")[0], known, 3, 0.7)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
@@ -423,3 +329,125 @@ def _unknown_dataset_message(name: str, error: str, data_dir: str) -> str:
         f"config.data.name: no data set {name!r} in TFDS nor prepared in {data_dir}; {hint}"
         "Expected text for your own files, cldr, or a translation set of TFDS such as wmt14_translate/de-en"
     )
+
+
+def load_or_compute_metadata(
+    data: prepared.PreparedDataset, languages: tuple[str, str], strip_cr: bool = False
+) -> CorpusMetadata:
+    """The metadata of a data set in one direction, from the cache or by reading all pairs; `strip_cr` as in `Split`.
+
+    Raises:
+      UserError: no training pair is left.
+    """
+    if "train" not in data.names:
+        raise UserError(f"{data.folder}: expected a split 'train', got {', '.join(data.names) or 'none'}")
+    path = data.folder / f"contents.{'-'.join(languages)}.json"
+    if metadata := _load_metadata(path, data.digest()):
+        return metadata
+    splits = {name: Split(name, "", languages, data.records(name), None, strip_cr) for name in data.names}
+    scans = {name: _scan_pairs(split) for name, split in splits.items()}
+    train = scans["train"]
+    rows = np.flatnonzero(~train.is_blank)
+    if not len(rows):
+        raise UserError(f"all {len(splits['train']):,} training pairs have a blank side: nothing is left to train on")
+    held_out = [] if "validation" in splits else rows[_select_validation(train.source_hashes[rows])].tolist()
+    metadata = CorpusMetadata(
+        digests={name: scan.digest for name, scan in scans.items()},
+        pairs={name: len(split) for name, split in splits.items()},
+        line_breaks={name: scan.line_breaks for name, scan in scans.items()},
+        blank=np.flatnonzero(train.is_blank).tolist(),
+        held_out=held_out,
+    )
+    _save_metadata(path, data.digest(), metadata)
+    return metadata
+
+
+class _Scan(NamedTuple):
+    """What one pass over a split computes.
+
+    Attributes:
+      digest: of all pairs.
+      source_hashes: of each source sentence, [N] uint64.
+      is_blank: whether a side is empty or white space, [N] bool.
+      line_breaks: the number of pairs with a line break.
+    """
+
+    digest: str
+    source_hashes: np.ndarray
+    is_blank: np.ndarray
+    line_breaks: int
+
+
+def _scan_pairs(split: Split) -> _Scan:
+    digest, hashes, blank, line_breaks = hashlib.sha256(), array.array("Q"), array.array("b"), 0
+    for raw in log_progress(split.raw_pairs(), lambda count: f"data: scanned {count:,} pairs"):
+        line_breaks += any("\n" in text for text in raw)
+        source, target = split.to_lines(raw)
+        texts = (source.encode(), target.encode())
+        digest.update(b"%d %d " % (len(texts[0]), len(texts[1])) + texts[0] + texts[1])
+        hashes.append(hash64(texts[0]))
+        blank.append(not (source.strip() and target.strip()))
+    return _Scan(digest.hexdigest(), np.array(hashes, np.uint64), np.array(blank, bool), line_breaks)
+
+
+def hash64(text: bytes) -> int:
+    """A 64-bit hash, the same everywhere; 40 million sentences have a collision with a probability of 1 in 20,000."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _select_validation(hashes_N: np.ndarray) -> np.ndarray:
+    """Selects the sentences to hold out by their hashes, [N] uint64: [N] bool.
+
+    Takes hashes from the lowest up, with all their rows so that equal sentences stay together, while they fit into
+    1 / VALIDATION_RATIO of all rows and into MAX_VALIDATION_PAIRS; the rarest sentence if none fits.
+    """
+    hashes, counts = np.unique(hashes_N, return_counts=True)
+    if len(hashes) == 1:
+        raise UserError("training has one distinct source sentence: none can be held out; bring validation files")
+    remaining = min(max(len(hashes_N) // VALIDATION_RATIO, 1), MAX_VALIDATION_PAIRS)
+    selected = []
+    for value, count in zip(hashes, counts, strict=True):
+        if count <= remaining:
+            selected.append(value)
+            remaining -= count
+        if not remaining:
+            break
+    return np.isin(hashes_N, selected or hashes[np.argmin(counts)])
+
+
+def _save_metadata(path: epath.Path, data_digest: str, metadata: CorpusMetadata) -> None:
+    text = json.dumps([METADATA_VERSION, data_digest, dataclasses.asdict(metadata)])
+    prepared.write_cache(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode())
+
+
+def _load_metadata(path: epath.Path, data_digest: str) -> CorpusMetadata | None:
+    """What `_save_metadata` wrote for the same data and version; None if that is missing or damaged."""
+    if not path.exists():
+        return None
+    digest, _, text = path.read_bytes().rstrip(b"\n").partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        return None
+    *key, metadata = json.loads(text)
+    return CorpusMetadata(**metadata) if key == [METADATA_VERSION, data_digest] else None
+
+
+def _split_digest(metadata: CorpusMetadata, prepared_split: str, rows: np.ndarray | None) -> str:
+    rows_bytes = b"all" if rows is None else rows.astype("<i8").tobytes()
+    return hashlib.sha256(metadata.digests[prepared_split].encode() + rows_bytes).hexdigest()
+
+
+def _log_metadata(metadata: CorpusMetadata) -> None:
+    num_train = metadata.pairs["train"]
+    if metadata.blank:
+        log_info(f"data: {len(metadata.blank):,} of {num_train:,} training pairs have a blank side: left out")
+    for name, count in metadata.line_breaks.items():
+        if count:
+            log_info(f"data: {count:,} of {metadata.pairs[name]:,} pairs of {name} hold a line break: read as a space")
+    if metadata.held_out:
+        held_out = f"{len(metadata.held_out):,} of {num_train:,} training pairs"
+        log_info(f"data: no validation split: {held_out} are held out as one")
+
+
+def _dataset_name(data: DataConfig) -> str:
+    """The name of the data set without config and version."""
+    return re.split("[/:]", data.name)[0]

@@ -1,8 +1,7 @@
-"""Archives of published data: found where a person put them, or fetched, and in any case verified.
+"""Downloads published archives, or takes those that the user fetched by hand; verifies all by SHA-256.
 
-An archive is taken from the manual folder first. What was fetched is kept under its address, so that
-it is never fetched again; a download that was cut goes on where it stopped, in a file whose name ends
-in .partial until its digest is right.
+The manual folder comes first. A downloaded file is kept under its address and not downloaded again. An interrupted
+download resumes where it stopped: its name ends in .partial until its digest is verified.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from transformer.runtime.files import sha256, user_error_on_oserror
 from transformer.runtime.logging import log_info, log_progress
 
 CHUNK_BYTES = 1 << 20
-TIMEOUT_S = 60  # without a byte, after which a server is given up
+TIMEOUT_S = 60  # without a byte
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +27,10 @@ class Download:
     """A published file.
 
     Attributes:
-      name: of the file as it is published.
-      url: where it is fetched from; of a manual one, the page where a person gets it.
-      sha256, size: as recorded; "" and 0 where nothing is recorded.
-      manual: it cannot be fetched by a program.
+      name: of the published file.
+      url: of the file, or of the page to get it from by hand.
+      sha256, size: as recorded; "" and 0 if unknown.
+      manual: it can only be fetched by hand.
     """
 
     name: str
@@ -42,78 +41,81 @@ class Download:
 
 
 class VerifiedFile(NamedTuple):
-    """Where an archive is, and what it is."""
+    """The path of a downloaded file, and its digest."""
 
     path: pathlib.Path
     sha256: str
 
 
 class DownloadError(Exception):
-    """An archive that is neither there nor to be had; says why."""
+    """A file can be neither found nor downloaded; says why."""
 
 
 class DownloadManager:
-    """Where archives are: `manual` is the person's folder, `downloads` ours."""
+    """Finds or downloads files: `manual` is the folder of those fetched by hand, `downloads` of all others."""
 
     def __init__(self, manual: str, downloads: str):
         self._manual, self._downloads = pathlib.Path(manual), pathlib.Path(downloads)
 
-    def get(self, archives: Iterable[Download]) -> dict[Download, VerifiedFile]:
-        """The verified file of each archive, fetched if it is not there; what is there comes first.
+    def download(self, archives: Iterable[Download]) -> dict[Download, VerifiedFile]:
+        """The verified file of each archive.
 
-        So a wrong file in the manual folder is found before gigabytes of others are fetched.
+        Verifies existing files first, so that a wrong file in the manual folder is found before gigabytes of others
+        are downloaded.
 
         Raises:
-          UserError: some cannot be had, all of which are named, or one is not what it should be.
+          UserError: files are missing and cannot be downloaded, all of which are named, or a file is wrong.
         """
-        found, missing = {}, {}
-        for archive in sorted(dict.fromkeys(archives), key=lambda one: not self._there(one)):
+        files, missing = {}, {}
+        for archive in sorted(dict.fromkeys(archives), key=lambda archive: not self._existing(archive)):
             try:
-                found[archive] = self._get(archive)
+                files[archive] = self._find_or_download(archive)
             except DownloadError as error:
                 missing[archive] = str(error)
         if missing:
-            files = "\n".join(f"  {archive.name}  from {archive.url}  ({why})" for archive, why in missing.items())
-            raise UserError(
-                f"{len(missing)} of {len(found) + len(missing)} archives are missing. Run again to go on with what "
-                f"can be fetched, or put these files, unchanged and by these names, into {self._manual} "
-                f"(config.data.manual_dir):\n{files}"
+            names = "\n".join(
+                f"  {archive.name}  from {archive.url}  ({reason})" for archive, reason in missing.items()
             )
-        return found
+            raise UserError(
+                f"{len(missing)} of {len(files) + len(missing)} archives are missing. Run again to resume what can be "
+                f"downloaded, or put these files, unchanged and under these names, into {self._manual} "
+                f"(config.data.manual_dir):\n{names}"
+            )
+        return files
 
-    def _fetched(self, archive: Download) -> pathlib.Path:
+    def _download_path(self, archive: Download) -> pathlib.Path:
         address = urllib.parse.urlparse(archive.url)
         return self._downloads / address.netloc.replace(":", "_") / address.path.lstrip("/")
 
-    def _there(self, archive: Download) -> list[pathlib.Path]:
-        """Where an archive lies already."""
-        places = [self._manual / archive.name] + [self._fetched(archive)] * (not archive.manual)
-        return [path for path in places if path.exists()]
+    def _existing(self, archive: Download) -> list[pathlib.Path]:
+        """The paths under which the file exists."""
+        paths = [self._manual / archive.name] + [self._download_path(archive)] * (not archive.manual)
+        return [path for path in paths if path.exists()]
 
-    def _get(self, archive: Download) -> VerifiedFile:
-        if there := self._there(archive):
-            return _verify(there[0], archive)
-        fetched = self._fetched(archive)
+    def _find_or_download(self, archive: Download) -> VerifiedFile:
+        if existing := self._existing(archive):
+            return _verify(existing[0], archive)
+        path = self._download_path(archive)
         if archive.manual:
             raise DownloadError("has to be fetched by hand")
-        if ".." in fetched.parts:
+        if ".." in path.parts:
             raise ValueError(f"{archive.url}: leads out of the folder of downloads")
-        with user_error_on_oserror(f"{fetched}, under config.data.data_dir"):
-            fetched.parent.mkdir(parents=True, exist_ok=True)
-            with file_lock(fetched.parent):
-                return _verify(fetched, archive) if fetched.exists() else _download(archive, fetched)
+        with user_error_on_oserror(f"{path}, under config.data.data_dir"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with file_lock(path.parent):
+                return _verify(path, archive) if path.exists() else _download(archive, path)
 
 
 def _verify(path: pathlib.Path, archive: Download) -> VerifiedFile:
-    """The file, if it is whole and as recorded."""
+    """Verifies the file by the recorded digest."""
     with user_error_on_oserror(str(path)):
         size, digest = path.stat().st_size, sha256(path)
     if not archive.sha256:
-        log_info(f"data: {path}: no checksum of it is recorded, so it is taken as it is; sha256 {digest}")
+        log_info(f"data: {path}: its checksum is unknown, so it is not verified; sha256 {digest}")
     elif digest != archive.sha256:
         raise UserError(
-            f"{path}: not the archive {archive.url}, or cut short: expected {_describe(archive.size, archive.sha256)}, "
-            f"got {_describe(size, digest)}; delete it and run again, or put the right one in its place"
+            f"{path}: not the archive {archive.url}, or truncated: expected {_describe(archive.size, archive.sha256)}, "
+            f"got {_describe(size, digest)}; delete it and run again, or replace it by the right one"
         )
     return VerifiedFile(path, digest)
 
@@ -123,43 +125,45 @@ def _describe(size: int, digest: str) -> str:
 
 
 def _download(archive: Download, path: pathlib.Path) -> VerifiedFile:
-    """Downloads to `path`, which appears once the digest is right; tries again for as long as bytes come."""
+    """Downloads to `path`, which exists once the digest is verified; retries as long as each try receives bytes."""
     partial = path.with_name(path.name + ".partial")
-    log_info(f"data: fetching {archive.url}{f', {_mb(archive.size)} MB' if archive.size else ''}")
+    log_info(f"data: downloading {archive.url}{f', {_mb(archive.size)} MB' if archive.size else ''}")
     while True:
-        before = partial.stat().st_size if partial.exists() else 0
+        start = partial.stat().st_size if partial.exists() else 0
         try:
-            complete = _resume(archive, partial, before)
+            complete = _resume(archive, partial, start)
         except urllib.error.HTTPError as error:
-            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and before:
-                break  # nothing is left to fetch: the digest says whether it is right
+            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and start:
+                break  # the file is complete
             raise DownloadError(f"the server says {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException) as error:
-            if partial.exists() and partial.stat().st_size > before:
+            if partial.exists() and partial.stat().st_size > start:
                 continue
             raise DownloadError(f"{error or type(error).__name__}") from error
         if complete:
             break
-        if partial.stat().st_size <= before:
+        if partial.stat().st_size <= start:
             raise DownloadError(f"the connection ended after {partial.stat().st_size:,} bytes")
-    return _finish(archive, partial, path)
+    return _verify_and_rename(archive, partial, path)
 
 
 def _resume(archive: Download, partial: pathlib.Path, start: int) -> bool:
-    """Adds what the server sends from byte `start` on; returns whether that was all that it promised."""
+    """Appends what the server sends from byte `start` on; returns whether all announced bytes were received."""
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
         if response.status != http.client.PARTIAL_CONTENT:
-            start = 0  # the server begins anew
-        promised = int(response.headers.get("Content-Length") or 0)
-        name, total = archive.name, archive.size or promised + start
-        done = 0
+            start = 0  # the server sends the whole file
+        announced = int(response.headers.get("Content-Length") or 0)
+        name, total = archive.name, archive.size or announced + start
+        received = 0
         with partial.open("ab" if start else "wb") as file:
-            blocks = log_progress(_blocks(response), lambda _: f"data: {name}: {_mb(start + done)} of {_mb(total)} MB")
+            blocks = log_progress(
+                _blocks(response), lambda _: f"data: {name}: {_mb(start + received)} of {_mb(total)} MB"
+            )
             for block in blocks:
                 file.write(block)
-                done += len(block)
-    return done >= promised
+                received += len(block)
+    return received >= announced
 
 
 def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -167,19 +171,19 @@ def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
         yield block
 
 
-def _finish(archive: Download, partial: pathlib.Path, path: pathlib.Path) -> VerifiedFile:
-    """Gives a download its name if its digest is right, and removes it if not."""
+def _verify_and_rename(archive: Download, partial: pathlib.Path, path: pathlib.Path) -> VerifiedFile:
+    """Renames a complete download if its digest is right, else deletes it."""
     size, digest = partial.stat().st_size, sha256(partial)
     if archive.sha256 and digest != archive.sha256:
         partial.unlink()
         raise UserError(
-            f"{archive.url}: not the archive that it was: expected {_describe(archive.size, archive.sha256)}, got "
-            f"{_describe(size, digest)}, which is deleted again; fetch {archive.name} elsewhere and put it into "
+            f"{archive.url}: the published file has changed: expected {_describe(archive.size, archive.sha256)}, got "
+            f"{_describe(size, digest)}, now deleted; fetch {archive.name} elsewhere and put it into "
             "config.data.manual_dir"
         )
     partial.replace(path)
     if not archive.sha256:
-        log_info(f"data: {path}: no checksum of it is recorded; sha256 {digest}")
+        log_info(f"data: {path}: its checksum is unknown; sha256 {digest}")
     return VerifiedFile(path, digest)
 
 

@@ -1,7 +1,7 @@
-"""From a corpus to this host's rows of each global batch: token ids cached on disk, read by Grain.
+"""Input pipeline: corpus → token ids, cached on disk → this host's rows of each global batch, prefetched by Grain.
 
-A sentence is tokenized once for each pair of corpus and vocabulary; training then maps flat arrays
-of ids into memory. The iterator's whole state is the step at which it starts.
+Sentences are tokenized once for each corpus and vocabulary; training maps the flat arrays of ids into memory. The only
+state of the iterator is the step at which it starts.
 """
 
 import array
@@ -28,99 +28,99 @@ from transformer.runtime.errors import UserError
 from transformer.runtime.files import sha256, user_error_on_oserror
 from transformer.runtime.logging import log_info, log_progress
 
-CHUNK_PAIRS = 10_000  # pairs tokenized at a time
+CHUNK_PAIRS = 10_000  # tokenized at a time
 METADATA_FILE = "about.json"
 FILES = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
-PREFETCH_BATCHES = 16  # batches made ahead of the device
-MAX_DROPPED_FRACTION = 0.1  # of the training pairs, without a warning
+PREFETCH_BATCHES = 16  # made ahead of the device
+MAX_DROPPED_FRACTION = 0.1  # of the training pairs without a warning
 
 
 class TokenIds(NamedTuple):
-    """The two sides of a split as ids; pair i is source i and target i."""
+    """The ids of a split; pair i is source i and target i."""
 
     source: JaggedArray
     target: JaggedArray
 
 
 def train_iterator(
-    plan: BatchSchedule,
+    schedule: BatchSchedule,
     ids: TokenIds,
     *,
     start: int,
     num_steps: int,
     rows: Callable[[int], np.ndarray] = np.arange,
 ) -> Iterator[Batch]:
-    """Yields this host's rows of the batches of steps `start` … `num_steps` - 1, made ahead in a thread.
+    """Yields this host's rows of the batches of steps `start` … `num_steps` - 1, prefetched by a thread.
 
     Args:
-      rows: which rows of a batch of so many this host reads; all of them at first.
+      rows: maps the number of rows of a batch to the indices of those that this host reads; by default all.
     """
-    import grain  # which imports JAX: preparing data does without
+    import grain  # imports JAX, which `prepare` does not need
 
     def make(step: int) -> Batch:
-        planned = plan.batch(step)
-        return make_batch(select_rows(planned, rows(planned.bucket.rows)), *ids)
+        spec = schedule.batch(step)
+        return make_batch(select_rows(spec, rows(spec.bucket.rows)), *ids)
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)
     return iter(grain.MapDataset.range(start, num_steps).map(make).to_iter_dataset(options))
 
 
 def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
-    """The plan of training batches; warns where many pairs are too long for it.
+    """The schedule of training batches; warns if many pairs are too long.
 
     Raises:
-      UserError: no pair is short enough.
+      UserError: all pairs are too long.
     """
     lengths = ids.source.lengths, ids.target.lengths
-    shared: dict[str, Any] = {
+    options: dict[str, Any] = {
         "batch_tokens": config.train.batch_tokens,
         "max_length": config.data.max_length,
         "length_multiple": config.data.length_multiple,
         "seed": config.train.seed,
     }
-    plan: BatchSchedule
+    schedule: BatchSchedule
     if config.data.batching == "pack":
-        plan = PackedSchedule(*lengths, **shared)
+        schedule = PackedSchedule(*lengths, **options)
     else:
-        plan = BucketedSchedule(*lengths, num_buckets=config.data.num_buckets, **shared)
-    if not plan.kept:
+        schedule = BucketedSchedule(*lengths, num_buckets=config.data.num_buckets, **options)
+    if not schedule.kept:
         raise UserError(
-            f"config.data.max_length = {config.data.max_length}: none of the {plan.dropped:,} training pairs is that "
-            "short; raise it"
+            f"config.data.max_length = {config.data.max_length}: all {schedule.dropped:,} training pairs are "
+            "longer; raise it"
         )
-    total = plan.kept + plan.dropped
-    if plan.dropped > MAX_DROPPED_FRACTION * total:
+    total = schedule.kept + schedule.dropped
+    if schedule.dropped > MAX_DROPPED_FRACTION * total:
         log_info(
-            f"warning: {plan.dropped:,} of {total:,} training pairs ({plan.dropped / total:.0%}) are longer than "
-            f"data.max_length = {config.data.max_length} and dropped; raise it to train on them"
+            f"warning: {schedule.dropped:,} of {total:,} training pairs ({schedule.dropped / total:.0%}) are longer "
+            f"than data.max_length = {config.data.max_length} and dropped; raise it to train on them"
         )
-    return plan
+    return schedule
 
 
 def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) -> Tokenizer:
-    """The vocabulary of a run that has no checkpoint yet: what config and corpus make, whatever is stored."""
-    wanted = get_or_train_tokenizer(data, corpus)
-    path = stored / wanted.file_name
-    if path.exists() and sha256(path) == wanted.digest:
-        return wanted
+    """The tokenizer of a run without a checkpoint: made from config and corpus, replacing another in `stored`."""
+    tokenizer = get_or_train_tokenizer(data, corpus)
+    path = stored / tokenizer.file_name
+    if path.exists() and sha256(path) == tokenizer.digest:
+        return tokenizer
     if tokenizers.exists(stored):
-        log_info(f"{stored}: replacing the vocabulary, which no checkpoint uses and the config does not ask for")
-    wanted.save(stored)
-    return wanted
+        log_info(f"{stored}: replacing the vocabulary: no checkpoint uses it, and the config specifies another")
+    tokenizer.save(stored)
+    return tokenizer
 
 
 def _configured_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer | None:
-    """The vocabulary that a file named by the config makes; None if the config only says how to train one."""
-    # Another file of codes may give as many pieces.
+    """The tokenizer of a file that the config names; None if the config only says how to train one."""
+    # A file of merges is applied to the corpus: other merges may give a vocabulary of the same size.
     return (
         get_or_train_tokenizer(data, corpus) if data.tokenizer.endswith(".codes") else tokenizers.load_configured(data)
     )
 
 
 def get_or_train_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
-    """The vocabulary of a corpus: named by the config, kept beside the prepared data, or trained now and kept there."""
-    if given := tokenizers.load_configured(data):
-        return given
+    """The tokenizer that the config names, or else that of the corpus, cached beside the prepared data."""
+    if configured := tokenizers.load_configured(data):
+        return configured
     split = corpus.split("train")
     languages = f"{corpus.source_language}-{corpus.target_language}"
     key = f"{split.digest[:24]}-{languages}-{tokenizers.cache_key(data)}"
@@ -129,42 +129,43 @@ def get_or_train_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenize
         object_storage.pull(folder)
         for path in sorted(folder.glob("*.model")):
             if sha256(path) == path.stem:
-                object_storage.push(folder)  # which may have failed
+                object_storage.push(folder)  # an earlier attempt may have failed
                 return tokenizers.check_vocab_size(tokenizers.load(path), data)
-            log_info(f"{path}: damaged; the vocabulary is trained anew")
+            log_info(f"{path}: damaged; training the vocabulary again")
             path.unlink()
-        log_info(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} pieces")
-        trained = tokenizers.build(data, Sentences(split))
+        log_info(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} subword tokens")
+        trained = tokenizers.build(data, _Sentences(split))
         trained.save(folder, f"{trained.digest}.model")
         object_storage.push(folder)
     return trained
 
 
 def check_same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path, trained: Tokenizer) -> Tokenizer:
-    """The vocabulary that the checkpoints were trained with, which must be the workdir's and the config's too.
+    """Returns the tokenizer of the checkpoints, which must be that of the workdir and the config.
 
     Raises:
-      UserError: the workdir's is missing or another one, or the config names another.
+      UserError: the workdir's tokenizer is missing or another one, or the config names another.
     """
-    given = _configured_tokenizer(data, corpus) or trained
-    if given.digest != trained.digest:
+    configured = _configured_tokenizer(data, corpus) or trained
+    if configured.digest != trained.digest:
         raise UserError(
-            f"config.data.tokenizer = {data.tokenizer}: is not the vocabulary of the run in {stored.parent}: that has "
-            f"the digest {trained.digest[:16]}, this {given.digest[:16]}. Name the same, or choose another --workdir"
+            f"config.data.tokenizer = {data.tokenizer}: is not the vocabulary of the run in {stored.parent}: expected "
+            f"the digest {trained.digest[:16]}, got {configured.digest[:16]}. Name that "
+            "vocabulary, or choose another --workdir"
         )
     path = stored / trained.file_name
-    found = sha256(path) if path.exists() else "missing"
-    if found == trained.digest:
+    digest = sha256(path) if path.exists() else "missing"
+    if digest == trained.digest:
         return trained
     raise UserError(
-        f"{stored}: the vocabulary of this workdir is missing or not the one its checkpoints were trained with: its "
-        f"digest was {trained.digest[:16]} and is {found[:16]}. Another would not fit them: copy tokenizer/"
-        f"{trained.file_name} back from the newest checkpoint"
+        f"{stored}: the vocabulary of this workdir is missing or not the one its checkpoints were trained with: "
+        f"expected the digest {trained.digest[:16]}, got {digest[:16]}; copy tokenizer/{trained.file_name} back "
+        "from the newest checkpoint"
     )
 
 
-class Sentences:
-    """All sentences of a split, source and target in turn; can be gone through again."""
+class _Sentences:
+    """A re-iterable collection of all sentences of a split, source and target in turn."""
 
     def __init__(self, split: Split):
         self._split = split
@@ -180,7 +181,7 @@ class Sentences:
 
 
 def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokenizer: Tokenizer) -> TokenIds:
-    """Ids of a whole split, from the cache beside the prepared data or made now and kept there."""
+    """The ids of a split, from the cache beside the prepared data, or tokenized now and cached there."""
     split = corpus.split(split_name)
     languages = f"{corpus.source_language}-{corpus.target_language}"
     key = f"{split.digest[:24]}-{languages}-{tokenizer.digest[:24]}"
@@ -191,10 +192,10 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
             try:
                 ids = _load_ids(folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                log_info(f"{folder}: damaged ({error}); made anew")
+                log_info(f"{folder}: damaged ({error}); tokenizing again")
                 shutil.rmtree(folder)
             else:
-                object_storage.push(folder)  # which may have failed
+                object_storage.push(folder)  # an earlier attempt may have failed
                 return ids
         log_info(f"tokenizing {split_name}: {len(split):,} pairs")
         _write_ids(folder, split, tokenizer)
@@ -203,10 +204,10 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
 
 
 def _write_ids(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
-    """Tokenizes into a folder that appears whole or not at all, so that two runs may do it at once."""
+    """Tokenizes a split into a folder, atomically: two runs may do it at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    partial = folder.parent / f"{folder.name}.{uuid.uuid4().hex}.partial"  # containers share process numbers
+    partial = folder.parent / f"{folder.name}.{uuid.uuid4().hex}.partial"  # containers share process ids
     partial.mkdir()
     try:
         lengths = {"source": array.array("q"), "target": array.array("q")}
@@ -227,25 +228,25 @@ def _write_ids(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
         try:
             os.rename(partial, folder)
         except OSError:
-            if not folder.exists():  # another run was faster, or the rename really failed
+            if not folder.exists():  # otherwise another run was faster
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _chunks(split: Split) -> Iterator[list[tuple[str, str]]]:
-    reader = iter(split)
-    while pairs := list(itertools.islice(reader, CHUNK_PAIRS)):
+    pairs_left = iter(split)
+    while pairs := list(itertools.islice(pairs_left, CHUNK_PAIRS)):
         yield pairs
 
 
 def _load_ids(folder: epath.Path) -> TokenIds:
-    """Maps the ids into memory, once their digests are right; a ValueError if they are not."""
-    about = json.loads((folder / METADATA_FILE).read_text())
+    """Maps the ids into memory after verifying their digests; a ValueError if one is wrong."""
+    metadata = json.loads((folder / METADATA_FILE).read_text())
     for name in FILES:
-        if sha256(folder / name) != about["sha256"][name]:
+        if sha256(folder / name) != metadata["sha256"][name]:
             raise ValueError(f"{name} has changed since it was written")
-    return TokenIds(*(_load_side(folder, side, np.dtype(about["dtype"])) for side in ("source", "target")))
+    return TokenIds(*(_load_side(folder, side, np.dtype(metadata["dtype"])) for side in ("source", "target")))
 
 
 def _load_side(folder: epath.Path, side: str, dtype: np.dtype) -> JaggedArray:

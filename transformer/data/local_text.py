@@ -1,8 +1,7 @@
-"""The user's own text files as a TFDS data set.
+"""The user's text files as a TFDS data set.
 
-The prepared folder is named by a digest of the files' content, so changed files are prepared anew
-beside the old ones and unchanged files are never prepared twice. Sentences and their order are kept
-exactly as in the files.
+The name of the prepared folder contains a digest of the files' content, so changed files are prepared again beside the
+old ones, and unchanged files are not. Sentences and their order are exactly those of the files.
 """
 
 import dataclasses
@@ -33,21 +32,20 @@ class SplitFiles:
     columns: str = ""
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yields (source, target) in the files' order; raises as the readers do."""
+        """Yields (source, target) in the order of the files."""
         if len(self.paths) == 2:
             return text_files.read_parallel(*self.paths)
         return parallel_formats.read_pairs(self.paths[0], self.languages, self.columns)
 
     def digest(self) -> list[str]:
-        """What the pairs depend on: formats, columns and the content of the files, not their names."""
-        plain = [text_files.strip_compression(path) for path in self.paths]
-        packed = [path[len(stem) :].lower() for path, stem in zip(self.paths, plain, strict=True)]
-        kinds = ["lines"] * 2 if len(self.paths) == 2 else [parallel_formats.pair_format(self.paths[0])]
-        return [*kinds, *packed, self.columns, *map(text_files.file_digest, self.paths)]
+        """All that the pairs depend on: formats, columns and the content of the files, but not their names."""
+        compressions = [path.removeprefix(text_files.strip_compression(path)).lower() for path in self.paths]
+        formats = ["lines"] * 2 if len(self.paths) == 2 else [parallel_formats.pair_format(self.paths[0])]
+        return [*formats, *compressions, self.columns, *map(text_files.file_digest, self.paths)]
 
 
 def find_splits(data: DataConfig) -> dict[str, SplitFiles]:
-    """The files of each split that the config names; opens every file, reads none.
+    """Finds the files of each split; opens every file but reads none.
 
     Raises:
       UserError: a file is missing or cannot be opened, its format is unknown, or files are ambiguous.
@@ -73,24 +71,24 @@ def find_splits(data: DataConfig) -> dict[str, SplitFiles]:
 
 
 def _find_in_folder(folder: str, languages: tuple[str, str]) -> dict[str, tuple[str, ...]]:
-    """Split → source and target file of `data.dir`; a stem outside train and validation names its split."""
+    """Split → source and target file in `data.dir`; stems other than train and validation are names of test splits."""
     stems = _stems(folder, languages)
-    whole = {stem: tuple(files) for stem, files in stems.items() if all(files)}
+    complete = {stem: tuple(files) for stem, files in stems.items() if all(files)}
     for stem in ("train", *VALIDATION_STEMS):
-        if stem not in whole and (stem in stems or stem == "train"):
-            found = ", ".join(filter(None, stems.get(stem, ()))) or "neither"
+        if stem not in complete and (stem in stems or stem == "train"):
+            available = ", ".join(filter(None, stems.get(stem, ()))) or "neither"
             raise UserError(
                 f"{folder}: expected {stem}.{languages[0]} and {stem}.{languages[1]}, each perhaps with one of "
-                f"{', '.join(text_files.COMPRESSIONS)}; found {found}"
+                f"{', '.join(text_files.COMPRESSIONS)}; found {available}"
             )
-    validation = [stem for stem in VALIDATION_STEMS if stem in whole]
+    validation = [stem for stem in VALIDATION_STEMS if stem in complete]
     if len(validation) > 1:
-        raise UserError(f"{folder}: several sets of validation files, {', '.join(validation)}; keep one of them there")
-    return {"validation" if stem in validation else stem: files for stem, files in sorted(whole.items())}
+        raise UserError(f"{folder}: several sets of validation files, {', '.join(validation)}; keep one of them")
+    return {"validation" if stem in validation else stem: files for stem, files in sorted(complete.items())}
 
 
 def _stems(folder: str, languages: tuple[str, str]) -> dict[str, list[str]]:
-    """Stem → paths of STEM.SOURCE and STEM.TARGET, "" where there is none."""
+    """Stem → paths of STEM.SOURCE and STEM.TARGET; "" if missing."""
     try:
         names = sorted(entry.name for entry in epath.Path(folder).expanduser().iterdir())
     except (OSError, ImportError) as error:
@@ -103,20 +101,20 @@ def _stems(folder: str, languages: tuple[str, str]) -> dict[str, list[str]]:
         files = stems.setdefault(stem, ["", ""])
         side = languages.index(language)
         if files[side]:
-            raise UserError(f"{folder}: has both {os.path.basename(files[side])} and {name}; keep one of them there")
+            raise UserError(f"{folder}: has both {os.path.basename(files[side])} and {name}; keep one of them")
         files[side] = os.path.join(folder, name)
     return stems
 
 
 class ParallelText(ParallelTextBuilder):
-    """Text files as ArrayRecord."""
+    """TFDS builder of text files."""
 
-    VERSION = tfds.core.Version("1.1.0")  # goes up whenever the same files come to give other pairs
+    VERSION = tfds.core.Version("1.1.0")  # increased whenever the same files give other pairs
 
     def __init__(self, files: Mapping[str, SplitFiles], data_dir: epath.PathLike):
         self._files = dict(files)
         self.languages = self._files["train"].languages
-        self.origin = " and ".join(self._files["train"].paths)
+        self.source_description = " and ".join(self._files["train"].paths)
         self._digest = _digest(self._files)
         name = f"{'-'.join(self.languages)}-{self._digest[:16]}"
         config = tfds.core.BuilderConfig(name=name, description="Parallel text from the user's files")
@@ -132,6 +130,6 @@ class ParallelText(ParallelTextBuilder):
 
 
 def _digest(files: Mapping[str, SplitFiles]) -> str:
-    """A digest of all that the prepared folder depends on."""
+    """A digest of all that the prepared data depends on."""
     parts = [str(ParallelText.VERSION), {split: files[split].digest() for split in sorted(files)}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

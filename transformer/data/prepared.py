@@ -1,8 +1,8 @@
-"""A prepared TFDS data set: made once, whole or not at all, and unchanged ever since.
+"""Prepares TFDS data sets as ArrayRecord, atomically, and verifies them by SHA-256 whenever a split is opened.
 
-TFDS writes into a folder named incomplete.* and renames it at the end, so what a killed run leaves is
-never taken for a data set. Here come a lock, so that of several processes one prepares and the others
-wait, and a record of each file's SHA-256, held against the files whenever a split is opened.
+TFDS writes into a folder named incomplete.* and renames it at the end, so an interrupted preparation is never taken
+for a data set. This module adds a lock, so that one of several processes prepares and the others wait, and the
+digests of all files.
 """
 
 import abc
@@ -32,25 +32,25 @@ from transformer.runtime.logging import log_info, log_progress
 
 Pair = tuple[str, str]
 
-_SHARD_BYTES = 32 << 20  # of text; TFDS holds one shard in memory while it writes it
+_SHARD_BYTES = 32 << 20  # of text; TFDS holds a shard in memory while writing it
 
 
 class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
-    """A TFDS builder by shards: TFDS's GeneratorBasedBuilder needs TensorFlow above 1 GB a split.
+    """A TFDS builder of sentence pairs, by shards: TFDS's GeneratorBasedBuilder needs TensorFlow above 1 GB a split.
 
-    A split of no pairs, which TFDS cannot write, is listed in `info.metadata["empty_splits"]`.
+    An empty split, which TFDS cannot write, is listed in `info.metadata["empty_splits"]`.
 
     Attributes:
       languages: of the first and second sentence of each pair.
-      origin: where the pairs come from, for messages.
+      source_description: where the pairs come from, for messages.
     """
 
     languages: tuple[str, str]
-    origin: str
+    source_description: str
 
     @abc.abstractmethod
     def _pairs_by_split(self) -> Mapping[str, Callable[[], Iterator[Pair]]]:
-        """For each split a function that goes through its pairs; it is called twice."""
+        """For each split a function that iterates over its pairs; it is called twice."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -61,19 +61,19 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
         )
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable[[], Iterator]]]:
-        """Reads everything once for its errors and sizes before a byte is written."""
+        """Reads everything once to find errors and count pairs before anything is written."""
         del dl_manager  # whose extraction needs TensorFlow
         sources = self._pairs_by_split()
-        lengths = {split: _shard_lengths(_read(split, pairs())) for split, pairs in sources.items()}
+        lengths = {split: _shard_lengths(_with_progress(split, pairs())) for split, pairs in sources.items()}
         if not lengths["train"]:
-            raise UserError(f"{self.origin}: no pairs of sentences to train on; got 0")
+            raise UserError(f"{self.source_description}: no pairs of sentences to train on; got 0")
         self.info.metadata["empty_splits"] = [split for split in lengths if not lengths[split]]
         counts = ", ".join(f"{split} {sum(shards):,}" for split, shards in lengths.items())
         log_info(f"data: sentence pairs: {counts}")
         return {split: self._shards(split, sources[split](), shards) for split, shards in lengths.items() if shards}
 
     def _shards(self, split: str, pairs: Iterator[Pair], lengths: list[int]) -> list[Callable[[], Iterator]]:
-        """One generator a shard; TFDS runs them in order, so they can share one pass over the pairs."""
+        """One generator for each shard; TFDS runs them in order, so they share one pass over the pairs."""
         examples = self._examples(split, pairs, sum(lengths))
         return [functools.partial(itertools.islice, examples, length) for length in lengths]
 
@@ -83,12 +83,12 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
             yield row, dict(zip(self.languages, pair, strict=True))
 
 
-def _read(split: str, pairs: Iterator[Pair]) -> Iterator[Pair]:
+def _with_progress(split: str, pairs: Iterator[Pair]) -> Iterator[Pair]:
     return log_progress(pairs, lambda count: f"data: read {count:,} pairs of {split}")
 
 
 def _shard_lengths(pairs: Iterator[Pair]) -> list[int]:
-    """Cuts the pairs into shards of about _SHARD_BYTES: their counts."""
+    """The number of pairs in each shard of about _SHARD_BYTES."""
     lengths, count, size = [], 0, 0
     for source, target in pairs:
         count += 1
@@ -103,10 +103,10 @@ _DIGESTS_FILE = "digests.json"
 
 
 class RecordReader:
-    """The serialized examples of some ArrayRecord files, by number; picklable, and safe to read in threads.
+    """Random access to the serialized examples of ArrayRecord files; picklable and thread-safe.
 
-    ArrayRecord's own data source takes time in proportion to the file for each record: 300 µs against 7 here at
-    160,000 records.
+    ArrayRecord's own data source takes time proportional to the size of the file for each record: 300 µs against 7
+    here at 160,000 records.
     """
 
     def __init__(self, paths: list[str], counts: list[int]):
@@ -121,7 +121,7 @@ class RecordReader:
         return self._ends[-1] if self._ends else 0
 
     def read(self, first: int, last: int) -> list[bytes]:
-        """The records first ≤ number < last; a RuntimeError or IndexError where the files are damaged."""
+        """The records first ≤ index < last; a RuntimeError or IndexError if the files are damaged."""
         records: list[bytes] = []
         while first < last:
             file = bisect.bisect_right(self._ends, first)
@@ -139,7 +139,7 @@ class RecordReader:
 
 
 class PreparedDataset:
-    """The splits of a prepared data set as ArrayRecord, checked against the record of their digests."""
+    """The splits of a prepared data set as ArrayRecord files, verified by their recorded digests."""
 
     def __init__(self, builder: Any):
         self.folder = epath.Path(builder.data_path)
@@ -147,25 +147,25 @@ class PreparedDataset:
         self._splits = dict(builder.info.splits)
         if builder.info.file_format is None or builder.info.file_format.value != "array_record":
             raise UserError(
-                f"{self.folder}: prepared as {builder.info.file_format and builder.info.file_format.value}, which is "
-                "read by TensorFlow alone; prepare it again with file_format='array_record'"
+                f"{self.folder}: prepared as {builder.info.file_format and builder.info.file_format.value}, which only "
+                "TensorFlow reads; prepare it again with file_format='array_record'"
             )
-        self._digests = self._recorded()
+        self._digests = self._load_or_record_digests()
 
     @property
     def names(self) -> list[str]:
-        """The splits there are, in the order of their preparation, then those of no pairs."""
+        """The names of the splits in the order of their preparation, then those of empty splits."""
         return [*self._splits, *self._empty]
 
     def digest(self) -> str:
-        """SHA-256 over the recorded digests of all files, in hexadecimal; not the same for the same pairs."""
+        """SHA-256 of the recorded digests of all files, in hexadecimal; equal pairs may have different ones."""
         return hashlib.sha256(json.dumps([self._digests, self._empty], sort_keys=True).encode()).hexdigest()
 
     def records(self, split: str) -> RecordReader:
         """The serialized examples of a split, in order.
 
         Raises:
-          UserError: a file of it is missing or not as it was recorded.
+          UserError: a file is missing or has changed.
         """
         if split in self._empty:
             return RecordReader([], [])
@@ -174,7 +174,7 @@ class PreparedDataset:
                 raise UserError(f"{path}: missing from the prepared data; {self._remedy()}")
             if text_files.file_digest(path) != self._digests[name]:
                 raise UserError(f"{path}: changed since it was prepared (digest differs); {self._remedy()}")
-        info = self._splits[split]  # not its file_instructions: they take a name such as "train[1]" for a slice
+        info = self._splits[split]  # not its file_instructions: they read a name such as "train[1]" as a slice
         return RecordReader([os.fspath(path) for path in info.filepaths], list(info.shard_lengths))
 
     def _files(self, split: str) -> dict[str, epath.Path]:
@@ -184,8 +184,8 @@ class PreparedDataset:
     def _remedy(self) -> str:
         return f"restore it, or delete the folder {self.folder} and run again to prepare it anew"
 
-    def _recorded(self) -> dict[str, str]:
-        """File name → SHA-256, as recorded; made at the first opening, once the counts of records are right."""
+    def _load_or_record_digests(self) -> dict[str, str]:
+        """File name → recorded SHA-256; recorded at the first opening, after the numbers of records are verified."""
         path = self.folder / _DIGESTS_FILE
         needed = {name for split in self._splits for name in self._files(split)}
         if path.exists():
@@ -197,13 +197,13 @@ class PreparedDataset:
                 pass
             raise UserError(f"{path}: damaged; {self._remedy()}")
         for split in self._splits:
-            self._count(split)
+            self._check_num_records(split)
         digests = {name: text_files.file_digest(self.folder / name) for name in sorted(needed)}
         write_cache(path, json.dumps(digests, indent=1).encode())
         return digests
 
-    def _count(self, split: str) -> None:
-        """Raises a UserError unless each file of a split holds as many records as TFDS says."""
+    def _check_num_records(self, split: str) -> None:
+        """Raises a UserError unless each file of a split holds the number of records that TFDS recorded."""
         for path, expected in zip(self._files(split).values(), self._splits[split].shard_lengths, strict=True):
             try:
                 reader = ArrayRecordReader(os.fspath(path))
@@ -215,54 +215,54 @@ class PreparedDataset:
                 raise UserError(f"{path}: expected {expected:,} records, got {count:,}; {self._remedy()}")
 
 
-def prepare(make: Callable[[], Any], *, own: bool) -> PreparedDataset:
-    """Prepares the data set of the builder that `make` returns, unless it is prepared already; opens it.
+def prepare(make_builder: Callable[[], Any], *, owned: bool) -> PreparedDataset:
+    """Opens a data set, after preparing it if necessary.
 
     Args:
-      make: builds the TFDS builder, which reads what is prepared by then.
-      own: nobody but this function prepares this data set, so what lies half-made there can go.
+      make_builder: makes the TFDS builder, which reads what is prepared at that time.
+      owned: only this function prepares this data set, so incomplete preparations of it can be deleted.
 
     Raises:
-      UserError: the preparation failed, the folder is damaged or it cannot be written.
+      UserError: the preparation failed, or the folder is damaged or not writable.
     """
     with silence_tfds():
-        builder = make()
+        builder = make_builder()
     folder = epath.Path(builder.data_path)
     if _pull_from_object_storage(folder):
-        builder = make()
+        builder = make_builder()
     if not _is_complete(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with file_lock(folder.parent), silence_tfds(bars=not own):
-                builder = make()
+            with file_lock(folder.parent), silence_tfds(progress_bars=not owned):
+                builder = make_builder()
                 if not _is_complete(folder):
-                    _prepare_under_lock(builder, own)
-                builder = make()
+                    _prepare_under_lock(builder, owned)
+                builder = make_builder()
         except OSError as error:
             raise UserError(f"{folder}: cannot write data there: {error}; see config.data.data_dir") from error
-    found = PreparedDataset(builder)
+    dataset = PreparedDataset(builder)
     with user_error_on_oserror(f"{folder}, of config.data.data_dir"):
         object_storage.push(folder)
-    return found
+    return dataset
 
 
 def is_prepared(builder: Any) -> bool:
-    """Whether a builder's data is there."""
+    """Whether a builder's data is prepared."""
     _pull_from_object_storage(epath.Path(builder.data_path))
     return _is_complete(epath.Path(builder.data_path))
 
 
 def _pull_from_object_storage(folder: epath.Path) -> bool:
-    """Whether `remote.fetch` found it in object storage."""
+    """Copies the folder from object storage, if it is there; returns whether it is."""
     with user_error_on_oserror(f"{folder}, of config.data.data_dir"):
         return object_storage.pull(folder)
 
 
 def preparation_instructions(builder: Any) -> str:
-    """What a person does to prepare a data set of TFDS that cannot be prepared here."""
+    """Instructions to prepare a data set of TFDS on another machine."""
     name = "/".join(filter(None, (builder.name, builder.builder_config_name)))
     return (
-        "where TensorFlow and a network are at hand, run\n"
+        "where TensorFlow and a network are available, run\n"
         f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record', "
         "data_dir='prepared').download_and_prepare()\"\n"
         f"and copy the folder prepared/{name} to {builder.data_path.parent}"
@@ -270,17 +270,17 @@ def preparation_instructions(builder: Any) -> str:
 
 
 def write_cache(path: epath.Path, content: bytes) -> None:
-    """Writes a file of derived facts whole or not at all; does without where the folder is read-only."""
+    """Writes a file of derived data atomically; does nothing if the folder is read-only."""
     with contextlib.suppress(OSError):
         write_atomic(path, content)
 
 
 @contextlib.contextmanager
-def silence_tfds(bars: bool = False) -> Iterator[None]:
-    """Keeps TFDS from printing to stdout, which is the commands' own, and from logging its every step."""
+def silence_tfds(progress_bars: bool = False) -> Iterator[None]:
+    """Keeps TFDS from printing to stdout, which is for results, and from logging each step."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
-    if not (bars and sys.stderr.isatty()):
+    if not (progress_bars and sys.stderr.isatty()):
         tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -292,7 +292,7 @@ def silence_tfds(bars: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def file_lock(folder: epath.PathLike) -> Iterator[None]:
-    """Holds the folder for one process at a time; where files cannot be locked, TFDS's rename decides."""
+    """Locks a folder against other processes; without file locks, the first rename by TFDS wins."""
     with contextlib.ExitStack() as stack:
         if "://" not in os.fspath(folder):
             lock = stack.enter_context(open(os.path.join(folder, ".lock"), "w"))
@@ -310,13 +310,13 @@ def _is_complete(folder: epath.Path) -> bool:
     return (folder / "dataset_info.json").exists() and (folder / "features.json").exists()
 
 
-def _prepare_under_lock(builder: Any, own: bool) -> None:
+def _prepare_under_lock(builder: Any, owned: bool) -> None:
     folder = epath.Path(builder.data_path)
     if folder.exists():
         raise UserError(f"{folder}: incomplete data; delete the folder and run again")
-    if own:
-        for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
-            left.rmtree()
+    if owned:
+        for incomplete in folder.parent.glob(f"incomplete.*_{folder.name}"):
+            incomplete.rmtree()
     log_info(f"data: preparing {builder.info.full_name} in {folder}")
     try:
         builder.download_and_prepare()
@@ -325,7 +325,7 @@ def _prepare_under_lock(builder: Any, own: bool) -> None:
     except Exception as error:
         if _is_complete(folder):
             return  # another process was faster, on a file system without locks
-        if own and not isinstance(error, (OSError, RuntimeError)):
+        if owned and not isinstance(error, (OSError, RuntimeError)):
             raise
-        remedy = "mend the cause and run again" if own else preparation_instructions(builder)
+        remedy = "fix the cause and run again" if owned else preparation_instructions(builder)
         raise UserError(f"cannot prepare {builder.info.full_name} in {folder}: {error}; {remedy}") from error

@@ -1,7 +1,7 @@
-"""Merges of subword-nmt, learnt elsewhere: words → pieces, and pieces → text (Sennrich et al. 2016).
+"""Applies BPE merges learnt by subword-nmt: words → subword tokens → text (Sennrich et al. 2016).
 
-A file of codes holds one merge a line, the first learnt first; version 0.2 marks the end of a word by `</w>`.
-Within a written sentence, a piece that another of the same word follows ends in `@@`.
+A file of merges ("codes") holds one merge a line in the order they were learnt; version 0.2 marks the end of a word by
+`</w>`. A subword token that is continued by another of the same word ends in `@@`.
 """
 
 import collections
@@ -21,10 +21,10 @@ Merges = tuple[tuple[str, str], ...]
 
 
 def parse(text: str, path: str) -> Merges:
-    """The merges of a file of codes; `path` is named in errors.
+    """Parses a file of merges; errors name `path`.
 
     Raises:
-      UserError: it is not of version 0.2, or a line is no pair.
+      UserError: the version is not 0.2, or a line is not a pair.
     """
     first, *lines = text.rstrip("\n").split("\n")
     if first.rstrip("\r ") != VERSION:
@@ -39,51 +39,51 @@ def parse(text: str, path: str) -> Merges:
 
 
 class BpeSegmenter:
-    """Cuts words by merges; those it has seen are remembered."""
+    """Splits words into subword tokens by merges, with a cache of words."""
 
     def __init__(self, merges: Merges):
         self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
-        self._pieces = functools.cache(self._cut)
+        self._pieces = functools.cache(self._split)
 
     def segment(self, line: str) -> list[str]:
-        """The pieces of a line, whose words are what single spaces separate."""
+        """The subword tokens of a line, whose words are separated by single spaces."""
         return [piece for word in line.split(" ") if word for piece in self._pieces(word)]
 
-    def _cut(self, word: str) -> tuple[str, ...]:
-        """Again and again joins the pair that was learnt first, wherever it stands."""
+    def _split(self, word: str) -> tuple[str, ...]:
+        """Repeatedly merges all occurrences of the pair that was learnt first."""
         parts = [*word[:-1], word[-1] + END_OF_WORD]
         while len(parts) > 1:
             best = min(itertools.pairwise(parts), key=lambda pair: self._ranks.get(pair, len(self._ranks)))
             if best not in self._ranks:
                 break
-            parts = _join(parts, best)
+            parts = _merge(parts, best)
         parts[-1] = parts[-1].removesuffix(END_OF_WORD)
         return tuple(part + CONTINUATION_MARKER for part in parts[:-1] if part) + tuple(parts[-1:] if parts[-1] else ())
 
 
-def _join(parts: Sequence[str], pair: tuple[str, str]) -> list[str]:
-    joined: list[str] = []
+def _merge(parts: Sequence[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
     i = 0
     while i < len(parts):
-        together = tuple(parts[i : i + 2]) == pair
-        joined.append("".join(pair) if together else parts[i])
-        i += 2 if together else 1
-    return joined
+        is_pair = tuple(parts[i : i + 2]) == pair
+        merged.append("".join(pair) if is_pair else parts[i])
+        i += 2 if is_pair else 1
+    return merged
 
 
 class SubwordProcessor:
-    """Codes with a vocabulary, behind the methods of a SentencePieceProcessor that `tokenizer` calls."""
+    """Merges with a vocabulary, with the interface of SentencePieceProcessor that `tokenizer` uses."""
 
     def __init__(self, merges: Merges, pieces: Sequence[str]):
         self._segmenter, self._pieces = BpeSegmenter(merges), [*SPECIALS, *pieces]
         self._ids = {piece: number for number, piece in enumerate(self._pieces) if number >= len(SPECIALS)}
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
-        """Ids of each line, that of `<unk>` for a piece that the training text did not have."""
+        """The ids of each line; `<unk>` for a subword token that is not in the vocabulary."""
         return [[self._ids.get(piece, self.unk_id()) for piece in self._segmenter.segment(line)] for line in lines]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text: pieces with spaces between, but none after a joiner."""
+        """The text: subword tokens separated by spaces, except after a continuation marker."""
         return re.sub(f"{CONTINUATION_MARKER}( |$)", "", " ".join(self._pieces[number] for number in ids))
 
     def id_to_piece(self, number: int) -> str:
@@ -106,7 +106,7 @@ class SubwordProcessor:
 
 
 def build_vocabulary(merges: Merges, lines: Iterable[str]) -> bytes:
-    """The codes with every piece of these lines, the most frequent first: a file that `load` reads."""
+    """The merges and the subword tokens of these lines, the most frequent first, as a file that `load` reads."""
     segmenter = BpeSegmenter(merges)
     counts = collections.Counter(piece for line in lines for piece in segmenter.segment(line))
     pieces = sorted(counts.keys() - set(SPECIALS), key=lambda piece: (-counts[piece], piece))
@@ -115,14 +115,14 @@ def build_vocabulary(merges: Merges, lines: Iterable[str]) -> bytes:
 
 
 def load(model: bytes, path: str) -> SubwordProcessor:
-    """Reads what `learn_vocabulary` wrote.
+    """Reads what `build_vocabulary` wrote.
 
     Raises:
-      UserError: it is something else.
+      UserError: the file is invalid.
     """
     try:
         fields = json.loads(model)
-        merges = tuple((str(one), str(other)) for one, other in fields["merges"])
+        merges = tuple((str(left), str(right)) for left, right in fields["merges"])
         return SubwordProcessor(merges, [str(piece) for piece in fields["pieces"]])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: expected a vocabulary of subword-nmt codes, got something else: {error}") from error

@@ -1,8 +1,8 @@
-"""Reads text files, compressed or not, as lines.
+"""Reads the lines of text files, compressed or not.
 
-Lines end in b"\\n" and nothing else splits them; one b"\\r" right before it belongs to the line's end. Any
-other CR and U+2028 are content. UTF-8 is strict and NUL is refused. A BOM that opens a file is the mark of its
-encoding and is dropped; anywhere else it is content. Files stream: none is held in memory whole.
+Lines end in b"\\n" only; a b"\\r" right before it belongs to the line end. Any other CR and U+2028 are content. UTF-8
+is strict and NUL is an error. A BOM at the start of a file is dropped; elsewhere it is content. Files are streamed,
+never held in memory.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 MAX_LINE_BYTES = 64 << 20  # bytes
 
 _CHUNK = 1 << 16
-_ZSTD_CHUNK = 1 << 12  # small, as so many packed bytes may unpack to 30,000 times as many
-_ENDED_EARLY = "the archive ends before its data does"
+_ZSTD_CHUNK = 1 << 12  # small because the data may be 30,000 times as large when decompressed
+_TRUNCATED = "the archive ends before its data does"
 
 
 def read_lines(path: epath.PathLike) -> Iterator[str]:
     """Yields the lines of a plain text file, compressed or not, without their line ends.
 
-    A last line without b"\\n" counts; a file of no bytes has no lines.
+    A last line without b"\\n" counts; an empty file has no lines.
 
     Raises:
       UserError: the file cannot be read, its archive is damaged, or a line is not UTF-8 or holds NUL;
@@ -44,7 +44,7 @@ def read_lines(path: epath.PathLike) -> Iterator[str]:
 
 
 def decode_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[str]:
-    """The same of a stream of bytes that is open already, such as stdin; `path` is named in errors."""
+    """Like `read_lines`, for an open stream of bytes such as stdin; errors name `path`."""
     with _user_errors(path):
         for number, raw in enumerate(iter_lines(stream, path), 1):
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
@@ -52,32 +52,32 @@ def decode_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> 
 
 
 def strip_line_end(text: str) -> str:
-    """Text without the line end, LF or CR LF, that it ends in, if any: one alone is taken off."""
+    """Removes one line end, LF or CR LF, if the text ends in one."""
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 def one_line(text: str) -> str:
-    """Text whose line breaks are layout: each becomes a space, with the blanks around it; none stands at an end."""
+    """Joins lines: each line break becomes a space, with the blanks around it, and none is left at either end."""
     return re.sub("[ \t\r]*\n[ \t\r\n]*", " ", text).strip(" \t\r") if "\n" in text else text
 
 
 def iter_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[bytes]:
-    """The lines of a stream, each with its b"\\n", but none that would fill the memory: an archive of a few kB may."""
+    """The lines of a stream with their b"\\n"; refuses overlong ones (decompression bombs)."""
     number = 0
     while raw := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(raw) > MAX_LINE_BYTES:
             raise UserError(
-                f"{path}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB, which no sentence is; cut it"
+                f"{path}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB, so not a sentence; split it"
             )
         yield raw
 
 
 def read_parallel(source: epath.PathLike, target: epath.PathLike) -> Iterator[tuple[str, str]]:
-    """Yields (source, target) of two plain files whose lines belong together.
+    """Yields (source, target) of two plain text files, line by line.
 
     Raises:
-      UserError: as `read_lines`, or the files have different counts of lines.
+      UserError: as `read_lines`, or the files have different numbers of lines.
     """
     yield from zip_strict((read_lines(source), read_lines(target)), (source, target))
 
@@ -85,26 +85,26 @@ def read_parallel(source: epath.PathLike, target: epath.PathLike) -> Iterator[tu
 def zip_strict(
     lines: tuple[Iterator[str], Iterator[str]], names: tuple[epath.PathLike, epath.PathLike]
 ) -> Iterator[Any]:
-    """Yields pairs of what two iterators yield, which must be as much; `names` are named in errors."""
-    for number, (one, other) in enumerate(itertools.zip_longest(*lines)):
-        if one is None or other is None:
-            more = number + 1 + sum(1 for _ in lines[one is None])
-            counts = (number, more) if one is None else (more, number)
+    """Zips two iterators, which must have equal lengths; errors name `names`."""
+    for number, (source, target) in enumerate(itertools.zip_longest(*lines)):
+        if source is None or target is None:
+            longer = number + 1 + sum(1 for _ in lines[source is None])
+            counts = (number, longer) if source is None else (longer, number)
             raise UserError(
-                f"{names[0]} has {counts[0]:,} lines and {names[1]} has {counts[1]:,}: expected as many, line by line "
-                "translations of each other"
+                f"{names[0]} has {counts[0]:,} lines and {names[1]} has {counts[1]:,}: expected equal numbers, each "
+                "line the translation of the other file's"
             )
-        yield one, other
+        yield source, target
 
 
 def strip_compression(name: str) -> str:
-    """A file name without its compression extension, if it has one."""
+    """Removes the compression extension of a file name, if it has one."""
     stem, extension = os.path.splitext(name)
     return stem if extension.lower() in COMPRESSIONS else name
 
 
 def check_readable(path: epath.PathLike) -> None:
-    """Raises a UserError unless the file is there and may be read again and again; reads none of it."""
+    """Raises a UserError unless the file can be opened and read repeatedly; reads none of it."""
     reject_pipe(epath.Path(path).expanduser())
     with _user_errors(path):
         epath.Path(path).expanduser().open("rb").close()
@@ -118,13 +118,13 @@ def file_digest(path: epath.PathLike) -> str:
 
 @contextlib.contextmanager
 def _user_errors(path: epath.PathLike) -> Iterator[None]:
-    """Turns what goes wrong when a file is opened and read into a UserError that names it."""
+    """Turns errors of opening and reading a file into a UserError that names it."""
     try:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file; check the path") from error
     except (IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(f"{path}: expected a file, but it is or lies under something else; check the path") from error
+        raise UserError(f"{path}: expected a file, but it or its parent is something else; check the path") from error
     except PermissionError as error:
         raise UserError(f"{path}: no permission to read it; change its mode or copy it") from error
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
@@ -139,11 +139,11 @@ def open_bytes(path: epath.PathLike) -> Iterator[io.BufferedIOBase]:
     extension = os.path.splitext(os.fspath(path))[1].lower()
     with _user_errors(path), epath.Path(path).expanduser().open("rb") as raw:
         if extension not in COMPRESSIONS:
-            yield raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)  # objects have no lines
+            yield raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)  # gives readline
             return
         start = io.BufferedReader(raw)
-        if not start.peek(1):  # gzip would take an archive of no bytes for an empty file
-            raise EOFError(_ENDED_EARLY)
+        if not start.peek(1):  # gzip would read an archive of 0 bytes as an empty file
+            raise EOFError(_TRUNCATED)
         with contextlib.closing(_decompressed(start, extension)) as stream:
             yield stream
 
@@ -155,30 +155,30 @@ def _decompressed(raw: io.BufferedReader, extension: str) -> io.BufferedIOBase:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompresses frame after frame; zstandard's own stream takes a truncated one for complete."""
+    """Decompresses frame after frame; zstandard's own reader accepts a truncated one."""
 
     def __init__(self, raw: io.BufferedReader):
         self._raw = raw
         self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._packed = b""
-        self._text = memoryview(b"")
+        self._compressed = b""
+        self._decompressed = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._text:
-            self._packed = self._packed or self._raw.read(_ZSTD_CHUNK)
-            if not self._packed:
+        while not self._decompressed:
+            self._compressed = self._compressed or self._raw.read(_ZSTD_CHUNK)
+            if not self._compressed:
                 if self._frame is not None:
-                    raise EOFError(_ENDED_EARLY)
+                    raise EOFError(_TRUNCATED)
                 return 0
             frame = self._frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self._text = memoryview(frame.decompress(self._packed))
-            self._packed, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        count = min(len(buffer), len(self._text))
-        buffer[:count] = self._text[:count]
-        self._text = self._text[count:]
+            self._decompressed = memoryview(frame.decompress(self._compressed))
+            self._compressed, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        count = min(len(buffer), len(self._decompressed))
+        buffer[:count] = self._decompressed[:count]
+        self._decompressed = self._decompressed[count:]
         return count
 
 

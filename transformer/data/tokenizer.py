@@ -229,7 +229,7 @@ def check_vocab_size(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:
     """Returns the tokenizer, or raises a UserError if its size is not that of the config."""
     if tokenizer.vocab_size != data.vocab_size:
         raise UserError(
-            f"config.data.vocab_size = {data.vocab_size}, but {data.tokenizer} has {tokenizer.vocab_size} pieces; "
+            f"config.data.vocab_size = {data.vocab_size}, but {data.tokenizer} has {tokenizer.vocab_size} tokens; "
             f"set data.vocab_size = {tokenizer.vocab_size}"
         )
     return tokenizer

@@ -1,9 +1,8 @@
-"""The WMT data sets of TFDS, made from the published archives without TensorFlow.
+"""Builds the WMT data sets of TFDS from the published archives, without TensorFlow.
 
-Which archives and members a data set is made of, where they are published and their checksums are
-TFDS's own, read from its code; so are the rules by which sentences are read. The pairs of each split
-are those that TFDS makes, under the same name, version and features; they keep the order of the
-archives, which TFDS shuffles.
+The archives of a data set, their members, addresses and checksums are read from TFDS's code, and sentences are
+extracted by its rules. The pairs of each split are those of TFDS, under the same name, version and features, but in the
+order of the archives, which TFDS shuffles.
 """
 
 import contextlib
@@ -31,36 +30,36 @@ from transformer.data.download import Download, DownloadManager, VerifiedFile
 from transformer.data.prepared import Pair, ParallelTextBuilder
 from transformer.runtime.errors import UserError
 
-_SEGMENT = re.compile(r"<seg id=\"\d+\">(.*)</seg>")  # some of the files are no XML
+_SEGMENT = re.compile(r"<seg id=\"\d+\">(.*)</seg>")  # some of the files are not XML
 
 
 def read_archive_lines(archive: epath.PathLike, member: str, *, any_line_end: bool = False) -> Iterator[str]:
-    """Yields the lines of a text file in an archive, or the segments of an .sgm file, as they stand.
+    """Yields the lines of a text file in an archive, or the segments of an .sgm file, unchanged.
 
     Args:
-      archive: a tar, compressed or not, a zip, or one gzip file.
-      member: the name of the file in it, perhaps with wildcards for several that are read one after the
-        other; those that end in .gz are unpacked too. "" for what a gzip file holds.
-      any_line_end: whether CR and CRLF end lines too, as they do in .sgm files; else LF alone does.
+      archive: a tar file, compressed or not, a zip file, or a gzip file.
+      member: the name of the file in it, possibly with wildcards for several files in turn; those that end in .gz are
+        decompressed too. "" for the content of a gzip file.
+      any_line_end: whether CR and CRLF end lines too, as in .sgm files, and not only LF.
 
     Raises:
-      UserError: there is no such member, it is damaged or it is not UTF-8.
+      UserError: the member is missing, damaged or not UTF-8.
     """
     where = f"{archive}: {member}" if member else os.fspath(archive)
-    found = False
+    has_member = False
     with _user_errors(where):
         for stream in _open_streams(archive, member):
-            found = True
+            has_member = True
             if member.endswith(".sgm"):
                 yield from _segments(stream)
             else:
-                yield from _decode_lines(stream) if any_line_end else _decode_lf_lines(stream, where)
-    if not found:
+                yield from _universal_lines(stream) if any_line_end else _lf_lines(stream, where)
+    if not has_member:
         raise UserError(f"{archive}: has no file {member}, so it is another archive than expected; get the right one")
 
 
-def _decode_lf_lines(stream: Any, where: str) -> Iterator[str]:
-    """Lines end in b"\\n" alone."""
+def _lf_lines(stream: Any, where: str) -> Iterator[str]:
+    """Lines that end in LF only."""
     for number, line in enumerate(text_files.iter_lines(stream, where), 1):
         try:
             yield line.removesuffix(b"\n").decode()
@@ -68,27 +67,27 @@ def _decode_lf_lines(stream: Any, where: str) -> Iterator[str]:
             raise UserError(f"{where}, line {number:,}: not UTF-8 ({error.reason}); get the archive again") from error
 
 
-def _decode_lines(stream: IO[bytes]) -> Iterator[str]:
-    """Lines end in LF, CR or CRLF."""
+def _universal_lines(stream: IO[bytes]) -> Iterator[str]:
+    """Lines that end in LF, CR or CRLF."""
     return (line.removesuffix("\n") for line in io.TextIOWrapper(stream, encoding="utf-8"))
 
 
 def _segments(stream: IO[bytes]) -> Iterator[str]:
-    """What is escaped stays so, as in TFDS and sacreBLEU."""
-    for line in _decode_lines(stream):
+    """The text of segments; XML escapes are kept, as in TFDS and sacreBLEU."""
+    for line in _universal_lines(stream):
         if match := _SEGMENT.match(line):
             yield match[1]
 
 
 def _open_streams(archive: epath.PathLike, member: str) -> Iterator[Any]:
-    """The files of that name or pattern, in the order of the archive; of one name, the first."""
-    pattern = any(sign in member for sign in "*?[")
+    """All files that match a pattern in the order of the archive, or the first with a name."""
+    is_pattern = any(character in member for character in "*?[")
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(epath.Path(archive).open("rb"))
         for stream in _open_members(file, member):
-            # Closed by no one but the archive: closing a stream in the midst of a pass costs the pass its place.
+            # Closed with the archive: closing a stream during iteration over a tar file disturbs the iteration.
             yield gzip.GzipFile(fileobj=stream) if member.endswith(".gz") else stream
-            if not pattern:
+            if not is_pattern:
                 return
 
 
@@ -117,19 +116,19 @@ def _user_errors(where: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError) as error:
-        raise UserError(f"{where}: cannot be read ({error}): damaged or no archive; get it again") from error
+        raise UserError(f"{where}: cannot be read ({error}): damaged, or not an archive; get it again") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason}); get the archive again") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class SubCorpus:
-    """One corpus of a split.
+    """One of the corpora that form a split.
 
     Attributes:
-      name: as TFDS calls it.
-      archives: one for both sides, or the parts of one corpus.
-      members: in each archive: a file for each language, or one that holds both.
+      name: in TFDS.
+      archives: one for both languages, or several volumes of one corpus.
+      members: in each archive: a file for each language, or one file with both.
     """
 
     name: str
@@ -138,34 +137,34 @@ class SubCorpus:
 
 
 class WmtBuilder(ParallelTextBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS's keyword, unseen by mypy
-    """Makes the data set of one of TFDS's own WMT builders; its metadata keep the digests of the archives."""
+    """Builds the data set of one of TFDS's WMT builders; records the digests of the archives in its metadata."""
 
-    def __init__(self, theirs: Any, data_dir: str, manual_dir: str):
-        """`theirs`: TFDS's builder; `manual_dir`: the folder of archives put there by hand, "" for the usual one."""
-        self.name = theirs.name
-        self.languages = theirs.builder_config.language_pair
-        self.origin = theirs.info.full_name
-        self._theirs = theirs.info
-        self._parts = subcorpora(theirs)
+    def __init__(self, tfds_builder: Any, data_dir: str, manual_dir: str):
+        """Makes a builder like `tfds_builder`; `manual_dir` has archives fetched by hand ("": the default folder)."""
+        self.name = tfds_builder.name
+        self.languages = tfds_builder.builder_config.language_pair
+        self.source_description = tfds_builder.info.full_name
+        self._tfds_info = tfds_builder.info
+        self._subcorpora = subcorpora(tfds_builder)
         self._manual_dir = manual_dir
         downloads = os.path.join(data_dir, "downloads")
-        self._store = DownloadManager(manual_dir or os.path.join(downloads, "manual"), downloads)
-        self._found: dict[Download, VerifiedFile] = {}
+        self._downloads = DownloadManager(manual_dir or os.path.join(downloads, "manual"), downloads)
+        self._files: dict[Download, VerifiedFile] = {}
         config = tfds.core.BuilderConfig(
-            name=theirs.builder_config.name,
-            version=theirs.builder_config.version,
-            description=theirs.builder_config.description,
+            name=tfds_builder.builder_config.name,
+            version=tfds_builder.builder_config.version,
+            description=tfds_builder.builder_config.description,
         )
         super().__init__(config=config, data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description=self._theirs.description,
+            description=self._tfds_info.description,
             features=tfds.features.Translation(languages=self.languages),
             supervised_keys=self.languages,
-            homepage=self._theirs.homepage,
-            citation=self._theirs.citation,
+            homepage=self._tfds_info.homepage,
+            citation=self._tfds_info.citation,
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(),
         )
@@ -173,45 +172,47 @@ class WmtBuilder(ParallelTextBuilder, skip_registration=True):  # type: ignore[c
     def _pairs_by_split(self) -> dict[str, Callable[[], Iterator[Pair]]]:
         if "://" in os.fspath(self.data_path):
             raise UserError(
-                f"{self.data_path}: expected a local folder to prepare {self.origin} in; set config.data.data_dir to "
-                "one and copy the prepared folder afterwards"
+                f"{self.data_path}: expected a local folder to prepare {self.source_description} in; set "
+                "config.data.data_dir to one and copy the prepared folder afterwards"
             )
         if self._manual_dir and not os.path.isdir(self._manual_dir):
-            raise UserError(f"config.data.manual_dir = {self._manual_dir}: there is no such folder; check the path")
-        every = itertools.chain.from_iterable(self._parts.values())
-        self._found = self._store.get(archive for part in every for archive in part.archives)
-        self.info.metadata["archives"] = {archive.name: found.sha256 for archive, found in self._found.items()}
-        return {split: functools.partial(self._read, split) for split in self._parts}
+            raise UserError(f"config.data.manual_dir = {self._manual_dir}: the folder does not exist; check the path")
+        all_subcorpora = itertools.chain.from_iterable(self._subcorpora.values())
+        self._files = self._downloads.download(
+            archive for subcorpus in all_subcorpora for archive in subcorpus.archives
+        )
+        self.info.metadata["archives"] = {archive.name: file.sha256 for archive, file in self._files.items()}
+        return {split: functools.partial(self._read_split, split) for split in self._subcorpora}
 
-    def _read(self, split: str) -> Iterator[Pair]:
-        """The pairs of a split without those that have an empty side."""
-        for part in self._parts[split]:
+    def _read_split(self, split: str) -> Iterator[Pair]:
+        """The pairs of a split, without those with an empty side."""
+        for subcorpus in self._subcorpora[split]:
             count = 0
-            for pair in self._read_part(part):
+            for pair in self._read_subcorpus(subcorpus):
                 if all(pair):
                     count += 1
                     yield pair
             if not count:
-                names = ", ".join(archive.name for archive in part.archives)
-                raise UserError(f"{names}: expected sentences in {' and '.join(part.members)}, got none")
+                names = ", ".join(archive.name for archive in subcorpus.archives)
+                raise UserError(f"{names}: expected sentences in {' and '.join(subcorpus.members)}, got none")
 
-    def _read_part(self, part: SubCorpus) -> Iterator[Pair]:
-        for archive in part.archives:
-            path = self._found[archive].path
-            if len(part.members) == 2:
-                sides = read_archive_lines(path, part.members[0]), read_archive_lines(path, part.members[1])
-                names = f"{path}: {part.members[0]}", part.members[1]
+    def _read_subcorpus(self, subcorpus: SubCorpus) -> Iterator[Pair]:
+        for archive in subcorpus.archives:
+            path = self._files[archive].path
+            if len(subcorpus.members) == 2:
+                sides = read_archive_lines(path, subcorpus.members[0]), read_archive_lines(path, subcorpus.members[1])
+                names = f"{path}: {subcorpus.members[0]}", subcorpus.members[1]
                 yield from text_files.zip_strict(sides, names)
             else:
-                yield from _read_columns(part.name, path, part.members[0])
+                yield from _read_columns(subcorpus.name, path, subcorpus.members[0])
 
 
 class ColumnFormat(NamedTuple):
-    """How a file of both languages is read; lines with another number of columns are left out."""
+    """The layout of a file with both languages; lines with another number of columns are skipped."""
 
     separator: str
-    number: int
-    languages: tuple[int, int]
+    num_columns: int
+    language_columns: tuple[int, int]
     any_line_end: bool
 
 
@@ -225,11 +226,11 @@ COLUMN_FORMATS = {
 
 def _read_columns(name: str, path: pathlib.Path, member: str) -> Iterator[Pair]:
     layout = COLUMN_FORMATS[name]
-    one, other = layout.languages
+    source, target = layout.language_columns
     for line in read_archive_lines(path, member, any_line_end=layout.any_line_end):
         columns = line.split(layout.separator)
-        if len(columns) == layout.number:
-            yield columns[one].strip(), columns[other].strip()
+        if len(columns) == layout.num_columns:
+            yield columns[source].strip(), columns[target].strip()
 
 
 def subcorpora(builder: Any) -> dict[str, list[SubCorpus]]:
@@ -240,7 +241,7 @@ def subcorpora(builder: Any) -> dict[str, list[SubCorpus]]:
     recorded = checksums.get_all_url_infos()
     language = builder.builder_config.language_pair[0]
 
-    def part(name: str) -> SubCorpus:
+    def subcorpus(name: str) -> SubCorpus:
         subset = wmt.DATASET_MAP[name]
         (url,) = subset.get_url(language)
         if files := subset.get_manual_dl_files(language):
@@ -251,4 +252,4 @@ def subcorpora(builder: Any) -> dict[str, list[SubCorpus]]:
             archives = [Download(url.rpartition("/")[2], url, **facts)]
         return SubCorpus(name, tuple(archives), tuple(dict.fromkeys(subset.get_path(language))))
 
-    return {str(split): [part(name) for name in names] for split, names in builder.subsets.items()}
+    return {str(split): [subcorpus(name) for name in names] for split, names in builder.subsets.items()}
