@@ -139,11 +139,11 @@ def result(config: Config, workdir: epath.Path, split: str) -> Found:
         return kept["found"]
     log_info(f"row {workdir.name}")
 
+    from train import train
     from transformer.checkpoints.loading import load_checkpoint
     from transformer.evaluation import evaluator
-    from transformer.training import trainer
 
-    trainer.fit(config, workdir)
+    train(config, workdir)
     trained = load_checkpoint(workdir, "latest")
     chosen = evaluator.open_set(config.data, split, None, None)
     report = evaluator.Scorer(chosen).evaluate(trained).report

@@ -17,6 +17,7 @@ from etils import epath
 
 from tests.attention.test_blockwise import B, K, draw, segments
 from tests.conftest import ROOT, small_config
+from train import prepare
 from transformer.attention import dot_product, fused
 from transformer.attention.mask import Visible
 from transformer.config import MeshConfig
@@ -30,7 +31,7 @@ from transformer.planning.hardware import parse_topology
 from transformer.planning.hlo import Program
 from transformer.runtime import environment as fingerprint
 from transformer.runtime.errors import UserError
-from transformer.training import train_step, trainer
+from transformer.training import run, train_step
 
 
 def sees(visible, queries, keys):
@@ -228,9 +229,9 @@ def test_a_kernel_forced_on_another_platform_is_refused_before_anything_compiles
 
 
 def test_a_run_is_refused_before_its_data_is_prepared(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.corpora, "open_corpus", None)
+    monkeypatch.setattr(run.corpora, "open_corpus", None)
     with pytest.raises(UserError, match="it runs on tpu devices"):
-        trainer.Run(small_config(model={"attention": "splash"}), epath.Path(tmp_path))
+        prepare(small_config(model={"attention": "splash"}), epath.Path(tmp_path))
 
 
 def test_a_mesh_that_fills_up_the_length_is_refused_too():

@@ -11,13 +11,13 @@ from etils import epath
 from tests.checkpoints.test_manager import make_parts, save
 from tests.conftest import small_config
 from tests.faults.world import write_pairs
+from train import train as fit
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline
 from transformer.runtime import files, object_storage
 from transformer.runtime.errors import UserError
-from transformer.training import trainer
 
 reported = pytest.mark.reported
 NAMES = [*(pytest.param(name, marks=reported) for name in ("[a]", "[!a]", "**")), "a*", "a?", "a]", "a b", "ä"]
@@ -81,7 +81,7 @@ def test_a_vocabulary_of_a_folder_that_the_name_matches_is_not_taken(tmp_path):
 @pytest.mark.parametrize("name", ["a\\b", "a\\[", "b\udcff"])
 def test_a_path_that_no_checkpoint_can_be_written_to_is_refused_before_anything_is_done(name, tmp_path):
     with pytest.raises(UserError, match="checkpoints need a path in UTF-8 without backslashes"):
-        trainer.fit(small_config(), tmp_path / name)
+        fit(small_config(), tmp_path / name)
     with pytest.raises(UserError, match="checkpoints need a path in UTF-8"):
         save(tmp_path / name, make_parts(), 5)
     assert list(tmp_path.iterdir()) == []

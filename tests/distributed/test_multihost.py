@@ -16,11 +16,11 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.helpers.processes import TINY, Processes, data_flags, environment, on_hosts, write_data
+from train import train as fit
 from transformer import command_line
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.distributed import multihost
 from transformer.runtime.errors import UserError
-from transformer.training import trainer
 
 STEPS = ["--config.train.num_steps=8", "--config.train.eval_every_steps=4", "--config.train.checkpoint_every_steps=2"]
 
@@ -39,7 +39,7 @@ def config_flags(folder, flags):
 def train_here(folder, workdir, *flags):
     """In this process, on its 8 devices."""
     settings, _ = command_line.config_flags(["", *config_flags(folder, flags)])
-    trainer.fit(settings, workdir)
+    fit(settings, workdir)
 
 
 def command(folder, workdir, *flags):

@@ -4,8 +4,11 @@ import dataclasses
 import re
 
 import pytest
+from etils import epath
 
 from tests.conftest import small_config
+from train import prepare
+from train import train as fit
 from transformer.checkpoints import best_metric, manager
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.config import DataConfig, validation
@@ -124,13 +127,13 @@ def test_checkpoints_are_ranked_by_the_metric_of_their_run(metric, order, tmp_pa
 
 def test_a_lower_loss_is_progress_and_a_higher_one_is_stale():
     progress = trainer.EarlyStopping()
-    assert trainer.EarlyStopping.of(progress.metrics()) == progress
+    assert trainer.EarlyStopping.from_metrics(progress.to_metrics()) == progress
     for loss, stale in ((3.0, 0), (2.0, 0), (2.5, 1), (2.0, 2), (1.9, 0)):
-        progress = progress.after(best_metric.score("loss", {"valid/loss": loss}))
+        progress = progress.update(best_metric.score("loss", {"valid/loss": loss}))
         assert progress.stale == stale
-        assert trainer.EarlyStopping.of(progress.metrics()) == progress
+        assert trainer.EarlyStopping.from_metrics(progress.to_metrics()) == progress
     assert best_metric.format_score("loss", progress.best) == "1.900"
-    assert trainer.EarlyStopping.of({"best": -1.0, "stale": 0}) == trainer.EarlyStopping(
+    assert trainer.EarlyStopping.from_metrics({"best": -1.0, "stale": 0}) == trainer.EarlyStopping(
         -1.0
     )  # as earlier versions wrote it
 
@@ -154,14 +157,14 @@ def run_config(words, **train):
 @pytest.mark.slow
 def test_a_run_decides_once_says_so_and_keeps_it(words, capsys):
     workdir = words / "run"
-    trainer.fit(run_config(words), workdir)
+    fit(run_config(words), workdir)
     said = capsys.readouterr().err
     assert "BLEU is that of sacrebleu -tok zh, as most letters of the references are of a script without spaces" in said
     assert "the best checkpoint is that of the highest chrF2, as 6 of 6 validation references" in said
     assert re.search(r"BLEU [0-9.]+ · chrF2 ([0-9.]+), best \1 ·", said)
     assert '"best_metric": "chrf"' in (workdir / "config.json").read_text()
     assert CheckpointManager(workdir).config(1).train.best_metric == "chrf"
-    resumed = trainer.Run(run_config(words, num_steps=2), trainer.epath.Path(workdir))
+    resumed, _ = prepare(run_config(words, num_steps=2), epath.Path(workdir))
     assert resumed.config.train.best_metric == "chrf"
     with pytest.raises(UserError, match=r"train\.best_metric: 'chrf' → 'bleu'"):
-        trainer.Run(run_config(words, num_steps=2, best_metric="bleu"), trainer.epath.Path(workdir))
+        prepare(run_config(words, num_steps=2, best_metric="bleu"), epath.Path(workdir))

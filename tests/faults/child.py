@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     from transformer.checkpoints.manager import CheckpointManager
     from transformer.data import input_pipeline
     from transformer.data.batching import Batch
+    from transformer.evaluation import evaluator
     from transformer.runtime import environment, files
     from transformer.training import trainer
 
@@ -75,10 +76,10 @@ def note_examples(trace: int) -> None:
     """Notes step and example ids of each batch as the loop takes it."""
     global _trace
     _trace = trace
-    assemble, begin = input_pipeline.assemble, trainer.StepPipeline.__init__
+    make_batch, begin = input_pipeline.make_batch, trainer.StepPipeline.__init__
 
     def named(planned, *ids):
-        batch = Named(*assemble(planned, *ids))
+        batch = Named(*make_batch(planned, *ids))
         batch.examples = ",".join(map(str, planned.examples_B.ravel()))
         return batch
 
@@ -95,7 +96,7 @@ def note_examples(trace: int) -> None:
     def begin_noted(self, train_step, state, batches, *rest, **options):
         begin(self, train_step, state, noted(int(jax.device_get(state.step)), batches), *rest, **options)
 
-    input_pipeline.assemble, trainer.StepPipeline.__init__ = named, begin_noted
+    input_pipeline.make_batch, trainer.StepPipeline.__init__ = named, begin_noted
 
 
 def cache_everything() -> None:
@@ -216,7 +217,7 @@ def disk_error(name):
 
 def hold():
     """Stops at step 3, for ever."""
-    around(trainer.StepPipeline, "dispatch", lambda: (mark("held"), time.sleep(600)), when=lambda self: self._done == 2)
+    around(trainer.StepPipeline, "dispatch", lambda: (mark("held"), time.sleep(600)), when=lambda self: self._step == 2)
 
 
 def step_is(at):
@@ -240,10 +241,10 @@ KILLS = {
 }
 PLANTS = {
     **{f"kill {name}": plant for name, plant in KILLS.items()},
-    "kill in restoring": lambda: around(manager, "_load", None, kill),
+    "kill in restoring": lambda: around(manager, "_load_arrays", None, kill),
     "kill after restoring": lambda: around(CheckpointManager, "restore", None, kill),
     "pause in evaluating": lambda: around(
-        trainer.Evaluator, "held_out_loss", lambda: (mark("evaluating"), time.sleep(1))
+        evaluator.Evaluator, "held_out_loss", lambda: (mark("evaluating"), time.sleep(1))
     ),
     "pause in saving": pause_in_saving(1.0),
     "pause in compiling": lambda: around(

@@ -14,6 +14,7 @@ from tests.faults.coverage import shares
 from tests.faults.table import Tally, row
 from tests.faults.world import Heard, World
 from tests.training import test_train_step
+from train import train as fit
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.config import MeshConfig
@@ -23,10 +24,10 @@ from transformer.data.batching import Batch, make_batch
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
-from transformer.evaluation.evaluator import HeldOutLoss
+from transformer.evaluation.evaluator import Evaluator, HeldOutLoss
 from transformer.runtime.errors import DivergedError
 from transformer.training import train_step as step
-from transformer.training import trainer, workdir
+from transformer.training import workdir
 
 AT = 8  # the update that is disturbed
 
@@ -76,11 +77,11 @@ def no_numbers(world: World, tally: Tally) -> None:
             assert_run_stops(world)
     for value in values:
         with tally.one(f"{value} in validation"), Heard(), pytest.MonkeyPatch.context() as patch:
-            held_out, losses = trainer.Evaluator.held_out_loss, iter([None, HeldOutLoss(value, 1, 1)])
-            patch.setattr(trainer.Evaluator, "held_out_loss", lambda *args: next(losses) or held_out(*args))  # noqa: B023
+            held_out, losses = Evaluator.held_out_loss, iter([None, HeldOutLoss(value, 1, 1)])
+            patch.setattr(Evaluator, "held_out_loss", lambda *args: next(losses) or held_out(*args))  # noqa: B023
             run = world.new_folder()
             with pytest.raises(DivergedError, match="the validation loss is"):
-                trainer.fit(short(world), run)
+                fit(short(world), run)
             assert CheckpointManager(run).latest_valid_step() == 9
             assert loading.resolve_steps(CheckpointManager(run), "best") == [6]
 
@@ -107,7 +108,7 @@ def assert_run_stops(world: World) -> None:
     """At that update, with the pairs of its batch in a file, and the checkpoint of before left."""
     run, config = world.new_folder(), short(world)
     with pytest.raises(DivergedError, match=f"at update {AT} ") as diverged:
-        trainer.fit(config, run)
+        fit(config, run)
     assert diverged.value.exit_code == 3
     assert CheckpointManager(run).latest_valid_step() == 6
     assert loading.resolve_steps(CheckpointManager(run), "best") == [6]
@@ -125,7 +126,7 @@ def spikes(world: World, tally: Tally) -> None:
     config = short(world, spike_factor=3.0, max_skipped_updates=2, log_every_steps=1)
     run, spike = world.new_folder(), range(7, 11)  # longer than K
     with poisoned("scale", 50.0, spike), Heard() as heard:
-        trainer.fit(config, run)
+        fit(config, run)
         with tally.one("at most K are skipped"):
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             skipped = [line["train/skipped_updates"] for line in lines if "train/loss" in line]
@@ -136,13 +137,13 @@ def spikes(world: World, tally: Tally) -> None:
             states = [world.state(run, done) for done in (6, 9, 12)]
             assert not all(np.array_equal(a, b) for a, b in zip(states[0], states[1], strict=True))
             stopped = world.new_folder()
-            trainer.fit(short(world, spike_factor=3.0, max_skipped_updates=2, log_every_steps=1, num_steps=8), stopped)
+            fit(short(world, spike_factor=3.0, max_skipped_updates=2, log_every_steps=1, num_steps=8), stopped)
             moved = [
                 i for i, (a, b) in enumerate(zip(states[0], world.state(stopped, 8), strict=True)) if (a != b).any()
             ]
             assert len(moved) == 3, "more than the counters of steps, of the spike and of skipped updates have changed"
         with tally.one("resumed in the midst of a spike"):
-            trainer.fit(config, stopped)
+            fit(config, stopped)
             assert all(np.array_equal(a, b) for a, b in zip(world.state(stopped, 12), states[2], strict=True))
 
 

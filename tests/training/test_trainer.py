@@ -13,16 +13,20 @@ import pytest
 from etils import epath
 
 from tests.conftest import small_config
+from train import prepare
+from train import train as fit
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.data.batching import Batch
-from transformer.evaluation.evaluator import HeldOutLoss
+from transformer.evaluation.evaluator import Evaluator, HeldOutLoss
 from transformer.models.flops import Spent
 from transformer.models.loss import LossSums
-from transformer.runtime import signals
+from transformer.runtime import environment, signals
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
+from transformer.training import run as run_lib
 from transformer.training import train_step as step
 from transformer.training import trainer
+from transformer.training import workdir as workdir_lib
 from transformer.training.train_step import StepMetrics, TrainState
 
 
@@ -56,8 +60,8 @@ def test_metrics_are_read_while_the_next_update_runs(monkeypatch):
     for _ in range(3):
         updates.dispatch()
     assert fake.events == ["run 0", "run 1", "read 1", "run 2", "read 2"]
-    updates.drain()
-    updates.drain()
+    updates.flush()
+    updates.flush()
     assert fake.events[5:] == ["read 3"]
     assert (updates.meter.updates, updates.meter.slots) == (3, 18)
     assert updates.meter.cost()._replace(seconds=0) == Spent(flops=30, tokens=12, source_tokens=6)
@@ -99,7 +103,7 @@ def config_of(data, **sections):
 
 
 def final_params(workdir, done=12):
-    loading = trainer.Checkpoints(workdir)
+    loading = CheckpointManager(workdir)
     assert loading.steps()[-1] == done
     return restore(workdir, done)
 
@@ -114,7 +118,7 @@ def restore(workdir, done):
 def whole(data, tmp_path_factory):
     """A run that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    trainer.fit(config_of(data), workdir)
+    fit(config_of(data), workdir)
     return workdir
 
 
@@ -122,16 +126,16 @@ def whole(data, tmp_path_factory):
 def test_a_run_may_start_from_another_s_params_and_is_resumed_as_its_own(data, whole, tmp_path):
     train = {"num_steps": 1, "init_from": str(whole), "init_checkpoint": "6"}
     config = config_of(data, train=train, optimizer={"learning_rate": 0.0})  # so that an update changes nothing
-    trainer.fit(config, tmp_path / "run")
+    fit(config, tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "run", 1), restore(whole, 6))
     digests = {CheckpointManager(folder).tokenizer(done).digest for folder, done in ((tmp_path / "run", 1), (whole, 6))}
     assert len(digests) == 1
     own, base = (CheckpointManager(folder).manifest(done) for folder, done in ((tmp_path / "run", 1), (whole, 6)))
     assert own.base_run_id == base.run_id != own.run_id
     with pytest.raises(UserError, match=r"another config: train\.init_from: .* → ''; train\.init_checkpoint: '6' → 'l"):
-        trainer.fit(config_of(data, train={"num_steps": 1}, optimizer={"learning_rate": 0.0}), tmp_path / "run")
+        fit(config_of(data, train={"num_steps": 1}, optimizer={"learning_rate": 0.0}), tmp_path / "run")
     with pytest.raises(UserError, match=r"another config: train\.init_from: '' → "):
-        trainer.fit(config_of(data, train={"init_from": str(whole)}), whole)
+        fit(config_of(data, train={"init_from": str(whole)}), whole)
 
 
 @pytest.mark.reported
@@ -140,14 +144,14 @@ def test_a_run_has_one_id_from_its_first_update_on_and_another_s_checkpoint_does
     assert {CheckpointManager(whole).manifest(done).run_id for done in (3, 6, 9, 12)} == {kept}
     run = epath.Path(shutil.copytree(whole, tmp_path / "run"))
     checkpoints = CheckpointManager(run)
-    newest, _, ids = trainer._resume_point(checkpoints, run)
+    newest, _, ids = run_lib._newest_checkpoint(checkpoints, run)
     assert (newest, *ids) == (12, kept, "")
     copied_in = dataclasses.replace(checkpoints.manifest(12), run_id="b" * 32)
     (run / "checkpoints" / "12" / "manifest.json").write_text(copied_in.to_json())
     with pytest.raises(UserError, match=rf"checkpoint 12 is of another run \(id bbbbbbbb\) than .* \({kept[:8]}\)"):
-        trainer._resume_point(checkpoints, run)
+        run_lib._newest_checkpoint(checkpoints, run)
     shutil.rmtree(run / "checkpoints")
-    assert trainer._resume_point(checkpoints, run)[2].run_id not in ("", kept)
+    assert run_lib._newest_checkpoint(checkpoints, run)[2].run_id not in ("", kept)
 
 
 def files_of(workdir):
@@ -187,8 +191,8 @@ def test_nothing_recompiles_once_each_bucket_was_seen(whole):
 @pytest.mark.parametrize("stop", [3, 9])
 def test_resume_is_exact(data, whole, tmp_path, stop):
     """Data order, dropout, optimizer and learning rate go on as if nothing had happened, to the last bit."""
-    trainer.fit(config_of(data, train={"num_steps": stop}), tmp_path / "run")
-    trainer.fit(config_of(data), tmp_path / "run")
+    fit(config_of(data, train={"num_steps": stop}), tmp_path / "run")
+    fit(config_of(data), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
 
 
@@ -199,14 +203,14 @@ EMA = {"ema_decay": 0.9}
 def averaged(data, tmp_path_factory):
     """A run that keeps a moving average, and the params that its validations were of."""
     workdir, seen = tmp_path_factory.mktemp("averaged") / "run", []
-    evaluate = trainer.Evaluator.evaluate
+    evaluate = Evaluator.evaluate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            trainer.Evaluator,
+            Evaluator,
             "evaluate",
             lambda self, *a, **k: (seen.append(jax.device_get(a[0])), evaluate(self, *a, **k))[1],
         )
-        trainer.fit(config_of(data, train=EMA), workdir)
+        fit(config_of(data, train=EMA), workdir)
     return workdir, seen
 
 
@@ -222,8 +226,8 @@ def test_a_moving_average_is_what_is_validated_and_translated_with(whole, averag
 
 @pytest.mark.slow
 def test_a_moving_average_resumes_exactly(data, averaged, tmp_path):
-    trainer.fit(config_of(data, train={**EMA, "num_steps": 9}), tmp_path / "run")
-    trainer.fit(config_of(data, train=EMA), tmp_path / "run")
+    fit(config_of(data, train={**EMA, "num_steps": 9}), tmp_path / "run")
+    fit(config_of(data, train=EMA), tmp_path / "run")
     for which in (12, "average:1"):
         jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "run", which), restore(averaged[0], which))
 
@@ -231,9 +235,9 @@ def test_a_moving_average_resumes_exactly(data, averaged, tmp_path):
 @pytest.mark.slow
 def test_a_moving_average_cannot_begin_or_end_halfway(data, whole, averaged):
     with pytest.raises(UserError, match=r"another config: train\.ema_decay: 0\.0 → 0\.9"):
-        trainer.fit(config_of(data, train=EMA), whole)
+        fit(config_of(data, train=EMA), whole)
     with pytest.raises(UserError, match=r"another config: train\.ema_decay: 0\.9 → 0\.0"):
-        trainer.fit(config_of(data), averaged[0])
+        fit(config_of(data), averaged[0])
 
 
 def test_what_a_run_has_cost_is_counted_over_all_its_sittings(data, whole, tmp_path):
@@ -253,9 +257,9 @@ def test_what_a_run_has_cost_is_counted_over_all_its_sittings(data, whole, tmp_p
     assert spent.tokens == sum(np.count_nonzero(batch.target_BT) for batch in batches)
     assert spent.source_tokens == sum(np.count_nonzero(batch.source_BS) for batch in batches)
     assert spent.flops == sum(flops.batch_flops(config.model, vocabulary.vocab_size, batch) for batch in batches)
-    trainer.fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
+    fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
     before = Spent.of(CheckpointManager(tmp_path / "run").metrics(9))
-    trainer.fit(config, tmp_path / "run")
+    fit(config, tmp_path / "run")
     after = Spent.of(CheckpointManager(tmp_path / "run").metrics(12))
     assert after._replace(seconds=0) == spent._replace(seconds=0)
     assert after.seconds > before.seconds > 0
@@ -264,7 +268,7 @@ def test_what_a_run_has_cost_is_counted_over_all_its_sittings(data, whole, tmp_p
 
 def test_a_finished_run_is_left_alone(data, whole, capsys):
     before = files_of(whole)
-    trainer.fit(config_of(data), whole)
+    fit(config_of(data), whole)
     assert files_of(whole) == before
     assert "trained for 12 steps; raise train.num_steps" in capsys.readouterr().err
 
@@ -278,7 +282,7 @@ def stop_at(monkeypatch, update):
 
     def interrupted(self):
         dispatch(self)
-        if self._done == update:
+        if self._step == update:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(trainer.StepPipeline, "dispatch", interrupted)
@@ -286,15 +290,15 @@ def stop_at(monkeypatch, update):
 
 def test_a_stop_signal_does_not_wait_for_validation(data, whole, tmp_path, monkeypatch):
     """Its checkpoint is saved already; the next sitting makes up for the scores."""
-    held_out = trainer.Evaluator.held_out_loss
+    held_out = Evaluator.held_out_loss
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return held_out(*args)
 
-    monkeypatch.setattr(trainer.Evaluator, "held_out_loss", signalled)
+    monkeypatch.setattr(Evaluator, "held_out_loss", signalled)
     with pytest.raises(StoppedError, match="saved step 6"):
-        trainer.fit(config_of(data), tmp_path / "run")
+        fit(config_of(data), tmp_path / "run")
     assert CheckpointManager(tmp_path / "run").steps() == [3, 6]
     assert "valid/bleu" not in CheckpointManager(tmp_path / "run").metrics(6)
 
@@ -326,36 +330,38 @@ def test_a_terminal_that_closes_is_a_stop_signal_unless_started_by_nohup():
 def test_another_host_is_said(data, tmp_path, monkeypatch, capsys):
     from transformer.checkpoints import manager
 
-    trainer.fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
-    here = trainer.environment.fingerprint()
+    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
+    here = environment.fingerprint()
     monkeypatch.setattr(manager.environment, "fingerprint", lambda: {**here, "jax": "9.9", "cores": "77"})
-    trainer.fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
+    fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
     said = capsys.readouterr().err
     assert "warning: another host than before, so the last bits may differ: " in said
     assert f"jax: {here['jax']} → 9.9; cores: {here['cores']} → 77\n" in said
-    trainer.fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
+    fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
     assert "another host" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_another_way_to_decode_looks_for_its_best_anew(data, tmp_path, capsys):
     run = epath.Path(tmp_path / "run")
-    trainer.fit(config_of(data, train={"num_steps": 6}), run)
-    assert trainer.Run(config_of(data), run).progress.best >= 0
-    assert (
-        trainer.Run(config_of(data, decode={"batch_rows": 4}), run).progress.best >= 0
-    )  # no translation depends on it
-    again = trainer.Run(config_of(data, decode={"beam_size": 1}), run)
-    assert again.progress == trainer.EarlyStopping()
+    fit(config_of(data, train={"num_steps": 6}), run)
+
+    def resumed(**decode):
+        context, state = prepare(config_of(data, decode=decode), run)
+        return trainer.TrainingLoop(context, lambda: None), state
+
+    assert resumed()[0].early_stopping.best >= 0
+    assert resumed(batch_rows=4)[0].early_stopping.best >= 0  # no translation depends on it
+    loop, state = resumed(beam_size=1)
+    assert loop.early_stopping == trainer.EarlyStopping()
     assert "decode.beam_size: 2 → 1" in capsys.readouterr().err
     before = CheckpointManager(run).metrics(6)
-    again.stop_signal = lambda: None
-    again._evaluate(again.state.eval_params, 6, trainer.NoLog())
+    loop.evaluate(state.eval_params, 6, trainer.NullMetricWriter())
     assert CheckpointManager(run).metrics(6) == before  # BLEU of the search that the checkpoint was saved with
 
 
 def test_devices_that_a_mesh_leaves_idle_are_said(data, tmp_path, capsys):
-    trainer.Run(config_of(data, mesh={"data": 2}, train={"accumulation_steps": 40}), epath.Path(tmp_path / "run"))
+    prepare(config_of(data, mesh={"data": 2}, train={"accumulation_steps": 40}), epath.Path(tmp_path / "run"))
     said = capsys.readouterr().err
     assert f"config.mesh uses 2 of {jax.device_count()} devices" in said
     assert "warning: mesh.data x mesh.fsdp = 2 times train.accumulation_steps = 40 must divide the rows" in said
@@ -366,19 +372,19 @@ def test_validation_without_pairs_is_refused(data, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
         (tmp_path / f"val{path.suffix}").write_bytes(b"")
     with pytest.raises(UserError, match="the validation split has no pairs: fill it, or leave it out"):
-        trainer.fit(config_of({**data, "dir": str(tmp_path)}), tmp_path / "run")
+        fit(config_of({**data, "dir": str(tmp_path)}), tmp_path / "run")
 
 
 def test_a_stop_signal_saves_the_step_it_is_at(data, whole, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     stop_at(monkeypatch, 4)
     with pytest.raises(StoppedError, match="saved step 4") as stopped:
-        trainer.fit(config_of(data), tmp_path / "run")
+        fit(config_of(data), tmp_path / "run")
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
     assert CheckpointManager(tmp_path / "run").steps() == [3, 4]
     monkeypatch.undo()
-    trainer.fit(config_of(data), tmp_path / "run")
+    fit(config_of(data), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
 
 
@@ -408,22 +414,22 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data, whole, tmp_pat
 
         return run
 
-    monkeypatch.setattr(trainer.step, "make_train_step", failing)
+    monkeypatch.setattr(step, "make_train_step", failing)
     with pytest.raises(DivergedError, match="the run diverged") as diverged:
-        trainer.fit(config_of(data, train={"keep_last": keep_last}), tmp_path / "run")
+        fit(config_of(data, train={"keep_last": keep_last}), tmp_path / "run")
     assert diverged.value.exit_code == 3
     assert CheckpointManager(tmp_path / "run").latest_valid_step() == 6
-    monkeypatch.setattr(trainer.step, "make_train_step", make)
-    trainer.fit(config_of(data), tmp_path / "run")
+    monkeypatch.setattr(step, "make_train_step", make)
+    fit(config_of(data), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
 
 
 def test_a_validation_loss_that_is_no_number_makes_no_checkpoint(data, tmp_path, monkeypatch):
-    held_out = trainer.Evaluator.held_out_loss
+    held_out = Evaluator.held_out_loss
     losses = iter([None, HeldOutLoss(np.nan, 1, 1)])
-    monkeypatch.setattr(trainer.Evaluator, "held_out_loss", lambda *args: next(losses) or held_out(*args))
+    monkeypatch.setattr(Evaluator, "held_out_loss", lambda *args: next(losses) or held_out(*args))
     with pytest.raises(DivergedError, match="the validation loss is nan"):
-        trainer.fit(config_of(data), tmp_path / "run")
+        fit(config_of(data), tmp_path / "run")
     assert CheckpointManager(tmp_path / "run").latest_valid_step() == 9
 
 
@@ -432,10 +438,10 @@ def test_a_validation_that_a_stop_prevented_is_made_up_for(data, whole, tmp_path
     for at in (6, 12):
         stop_at(monkeypatch, at)
         with pytest.raises(StoppedError, match=f"saved step {at}"):
-            trainer.fit(config_of(data), tmp_path / "run")
+            fit(config_of(data), tmp_path / "run")
         monkeypatch.undo()
         assert "valid/bleu" not in CheckpointManager(tmp_path / "run").metrics(at)
-    trainer.fit(config_of(data), tmp_path / "run")
+    fit(config_of(data), tmp_path / "run")
     for at in (6, 12):
         resumed, undisturbed = (CheckpointManager(workdir).metrics(at) for workdir in (tmp_path / "run", whole))
         assert undisturbed.pop("train/hours") > 0 < resumed.pop("train/hours")
@@ -445,22 +451,22 @@ def test_a_validation_that_a_stop_prevented_is_made_up_for(data, whole, tmp_path
 def test_a_workdir_of_another_config_is_refused_and_unharmed(data, whole):
     before = files_of(whole)
     with pytest.raises(UserError, match=r"another config: model\.norm: 'post' → 'pre'"):
-        trainer.fit(config_of(data, model={"norm": "pre"}), whole)
+        fit(config_of(data, model={"norm": "pre"}), whole)
     assert files_of(whole) == before
 
 
 def test_a_lost_vocabulary_is_not_trained_again(data, tmp_path):
-    trainer.fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
+    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
     (tmp_path / "run" / "tokenizer" / "sentencepiece.model").unlink()
     with pytest.raises(UserError, match="missing or not the one"):
-        trainer.fit(config_of(data), tmp_path / "run")
+        fit(config_of(data), tmp_path / "run")
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(data, whole, tmp_path, capsys):
-    trainer.fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
+    fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "6" / "params" / "_CHECKPOINT_METADATA"
     path.write_bytes(path.read_bytes() + b" ")
-    trainer.fit(config_of(data), tmp_path / "run")
+    fit(config_of(data), tmp_path / "run")
     assert "checkpoint 6 is damaged" in capsys.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
 
@@ -468,50 +474,50 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(data, whole, tmp_path,
 def test_a_run_ends_early_when_validation_gets_no_better(data, tmp_path, monkeypatch, capsys):
     """BLEU by validation: 10, 30, 20, 30, …; the third without a better one than 30 is the fifth of all."""
     scores = iter([10.0, 30.0, 20.0, 30.0, 25.0, 99.0])
-    evaluate = trainer.Evaluator.evaluate
+    evaluate = Evaluator.evaluate
 
     def scored(*args, **options):
         report = evaluate(*args, **options)
         return dataclasses.replace(report, scores={**report.scores, "bleu": next(scores)})
 
-    monkeypatch.setattr(trainer.Evaluator, "evaluate", scored)
+    monkeypatch.setattr(Evaluator, "evaluate", scored)
     train = {"num_steps": 12, "eval_every_steps": 2, "early_stopping_patience": 3}
     stop_at(monkeypatch, 7)  # the count survives an interruption
     with pytest.raises(StoppedError):
-        trainer.fit(config_of(data, train=train), tmp_path / "run")
+        fit(config_of(data, train=train), tmp_path / "run")
     stop_at(monkeypatch, 0)
-    trainer.fit(config_of(data, train=train), tmp_path / "run")
+    fit(config_of(data, train=train), tmp_path / "run")
     assert CheckpointManager(tmp_path / "run").steps()[-1] == 10
     assert loading.resolve_steps(CheckpointManager(tmp_path / "run"), "best") == [8]
-    trainer.fit(config_of(data, train=train), tmp_path / "run")
+    fit(config_of(data, train=train), tmp_path / "run")
     assert CheckpointManager(tmp_path / "run").steps()[-1] == 10
     assert capsys.readouterr().err.count("3 validations without a better BLEU than 30.00") == 2
 
 
 def test_a_run_that_ends_early_at_a_validation_made_up_for_makes_no_update(data, tmp_path, monkeypatch):
     scores = iter([30.0, 20.0])
-    evaluate = trainer.Evaluator.evaluate
+    evaluate = Evaluator.evaluate
 
     def scored(*args, **options):
         report = evaluate(*args, **options)
         return dataclasses.replace(report, scores={**report.scores, "bleu": next(scores)})
 
-    monkeypatch.setattr(trainer.Evaluator, "evaluate", scored)
+    monkeypatch.setattr(Evaluator, "evaluate", scored)
     train = {"num_steps": 12, "eval_every_steps": 2, "checkpoint_every_steps": 1, "early_stopping_patience": 1}
     stop_at(monkeypatch, 4)  # before it validates
     with pytest.raises(StoppedError):
-        trainer.fit(config_of(data, train=train), tmp_path / "run")
+        fit(config_of(data, train=train), tmp_path / "run")
     stop_at(monkeypatch, 0)
-    trainer.fit(config_of(data, train=train), tmp_path / "run")
+    fit(config_of(data, train=train), tmp_path / "run")
     assert CheckpointManager(tmp_path / "run").steps()[-1] == 4
 
 
 def test_a_failed_start_does_not_bind_the_workdir(data, tmp_path):
     with pytest.raises(UserError, match="vocab_size = 30000: cannot train"):
-        trainer.fit(config_of({**data, "vocab_size": 30000}), tmp_path / "run")
-    trainer.fit(config_of({**data, "vocab_size": 285}, train={"num_steps": 3}), tmp_path / "run")
+        fit(config_of({**data, "vocab_size": 30000}), tmp_path / "run")
+    fit(config_of({**data, "vocab_size": 285}, train={"num_steps": 3}), tmp_path / "run")
     with pytest.raises(UserError, match="vocab_size: 285 → 290"):
-        trainer.fit(config_of({**data, "vocab_size": 290}), tmp_path / "run")
+        fit(config_of({**data, "vocab_size": 290}), tmp_path / "run")
 
 
 def test_other_training_data_is_refused_and_the_same_data_elsewhere_is_not(data, tmp_path):
@@ -520,38 +526,36 @@ def test_other_training_data_is_refused_and_the_same_data_elsewhere_is_not(data,
     moved = tmp_path / "moved"
     shutil.copytree(data["dir"], moved, ignore=shutil.ignore_patterns("prepared"))
     elsewhere = {**data, "dir": str(moved)}
-    trainer.fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
-    trainer.fit(config_of(elsewhere, train={"num_steps": 6}), tmp_path / "run")
+    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
+    fit(config_of(elsewhere, train={"num_steps": 6}), tmp_path / "run")
     for name, kind in (("val", "validation"), ("train", "training")):  # another best BLEU, another order
         before = (moved / f"{name}.en").read_text()
         (moved / f"{name}.en").write_text("\n".join(before.splitlines()[::-1]) + "\n")
         with pytest.raises(UserError, match=f"the {kind} data has changed since step 6: its digest was"):
-            trainer.fit(config_of(elsewhere), tmp_path / "run")
+            fit(config_of(elsewhere), tmp_path / "run")
         (moved / f"{name}.en").write_text(before)
 
 
 def test_another_vocabulary_in_the_workdir_is_refused(data, whole, tmp_path):
     from transformer.data import tokenizer
 
-    trainer.fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
+    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
     tokenizer.train(["a b c"] * 9, 264, "unigram").save(tmp_path / "run" / "tokenizer")
     with pytest.raises(UserError, match="missing or not the one"):
-        trainer.fit(config_of(data), tmp_path / "run")
+        fit(config_of(data), tmp_path / "run")
 
 
 def test_if_no_checkpoint_is_sound_training_refuses_to_start_over(data, tmp_path):
-    trainer.fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
+    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "3" / "config.json").write_text("{}")
     with pytest.raises(WorkdirError, match="is sound"):
-        trainer.fit(config_of(data), tmp_path / "run")
+        fit(config_of(data), tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("field", ["seed", "batch_tokens"])
 def test_train_fields_change_the_run(data, whole, tmp_path, field):
-    trainer.fit(
-        config_of(data, train={"num_steps": 3, field: {"seed": 1, "batch_tokens": 128}[field]}), tmp_path / "run"
-    )
+    fit(config_of(data, train={"num_steps": 3, field: {"seed": 1, "batch_tokens": 128}[field]}), tmp_path / "run")
     changed = jax.tree.leaves(restore(tmp_path / "run", 3))
     assert not all(np.array_equal(a, b) for a, b in zip(changed, jax.tree.leaves(restore(whole, 3)), strict=True))
 
@@ -560,7 +564,7 @@ def test_train_fields_change_the_run(data, whole, tmp_path, field):
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 4, "sequence": 2}], ids=str)
 def test_eight_devices_train_the_same_model(data, whole, tmp_path, mesh):
     """From the same seed, the loss after 12 updates on 8 devices is that on one; validation runs on them too."""
-    trainer.fit(config_of(data, mesh=mesh), tmp_path / "run")
+    fit(config_of(data, mesh=mesh), tmp_path / "run")
     ours, theirs = (
         [line["train/loss"] for line in lines_of(w) if "train/loss" in line] for w in (tmp_path / "run", whole)
     )
@@ -571,7 +575,7 @@ def test_a_second_trainer_is_told_who_holds_the_workdir(data, tmp_path):
     from etils import epath
 
     with (
-        trainer.workdir.acquire_lock(epath.Path(tmp_path / "run")),
+        workdir_lib.acquire_lock(epath.Path(tmp_path / "run")),
         pytest.raises(WorkdirError, match="held by process"),
     ):
-        trainer.fit(config_of(data), tmp_path / "run")
+        fit(config_of(data), tmp_path / "run")

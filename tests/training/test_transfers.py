@@ -14,6 +14,7 @@ from tests.conftest import small_config
 from tests.helpers import transfers
 from tests.training.test_train_step import V, draw_batch
 from tests.training.test_trainer import config_of, data  # noqa: F401 (a fixture)
+from train import train as fit
 from transformer.attention import fused
 from transformer.checkpoints import loading
 from transformer.config import MeshConfig
@@ -101,7 +102,7 @@ def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, em
     updates = trainer.StepPipeline(train_step, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, Spent())
     for _ in range(3):
         updates.dispatch()
-    updates.drain()
+    updates.flush()
     assert int(jax.device_get(updates.state.step)) == updates.meter.updates == 3
 
 
@@ -116,7 +117,7 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
     """Such an array lies on the device, and lowering reads it back; nor do the programs' calls read anything."""
     with transfers.recorded_jits() as found:
         train = {"num_steps": 2, "eval_every_steps": 2, "checkpoint_every_steps": 1, "ema_decay": 0.5}
-        trainer.fit(config_of(data, train=train), tmp_path / "run")
+        fit(config_of(data, train=train), tmp_path / "run")
         loaded = loading.load_checkpoint(tmp_path / "run", "average:2")
         (tmp_path / "exported").mkdir()
         verify.write(loaded, tmp_path / "exported", "jax")

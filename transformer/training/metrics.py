@@ -52,7 +52,7 @@ class MetricsAccumulator:
 
     def reset(self) -> None:
         """Starts anew, the clock too."""
-        self.nll = self.correct = self.tokens = self.slots = self.waited = self.grad_norm = self.learning_rate = 0.0
+        self.nll = self.correct = self.tokens = self.slots = self.input_wait = self.grad_norm = self.learning_rate = 0.0
         self._blocked, self.updates = 0.0, 0
         self._start = self._clock()
 
@@ -112,7 +112,7 @@ class MetricsAccumulator:
         return {
             "step_ms": 1000 * seconds / updates,
             "host_ms": 1000 * (seconds - self._blocked) / updates,
-            "input_wait": self.waited / seconds,
+            "input_wait": self.input_wait / seconds,
         }
 
     def summary(self) -> dict[str, float]:
@@ -127,7 +127,7 @@ class MetricsAccumulator:
             "train/target_tokens_per_s": self.tokens / seconds,
             "train/step_ms": 1000 * seconds / max(self.updates, 1),
             "train/fill": self.tokens / max(self.slots, 1),
-            "train/input_wait": self.waited / seconds,
+            "train/input_wait": self.input_wait / seconds,
         }
 
 
@@ -152,10 +152,10 @@ class MetricWriter:
     """The run's files and its bar; use as a context."""
 
     def __init__(self, workdir: epath.Path, start: int, num_steps: int):
-        self._workdir, self._log = workdir, object_storage.SyncedDirectory(workdir, METRICS_FILE)
-        _truncate_after(self._log.folder / METRICS_FILE, start)
-        self._jsonl = (self._log.folder / METRICS_FILE).open("a")
-        self._events = SummaryWriter(str(self._log.folder), purge_step=start + 1)
+        self._workdir, self._directory = workdir, object_storage.SyncedDirectory(workdir, METRICS_FILE)
+        _truncate_after(self._directory.folder / METRICS_FILE, start)
+        self._jsonl = (self._directory.folder / METRICS_FILE).open("a")
+        self._events = SummaryWriter(str(self._directory.folder), purge_step=start + 1)
         self._console = _Console(stderr=True, highlight=False, soft_wrap=True)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
@@ -173,11 +173,11 @@ class MetricWriter:
         with contextlib.suppress(OSError):  # what is written was flushed; a full disk has been reported
             self._jsonl.close()
             self._events.close()
-        self._log.close()
+        self._directory.close()
 
     def sync(self) -> None:
         """What is written so far will be there whatever happens to this machine."""
-        self._log.sync(now=True)
+        self._directory.sync(now=True)
 
     def advance(self, step: int) -> None:
         """Moves the bar."""
@@ -191,14 +191,14 @@ class MetricWriter:
             for name, value in values.items():
                 self._events.add_scalar(name, np.float64(value), step)
             self._events.flush()
-            self._log.sync()
+            self._directory.sync()
         if "train/loss" in values:
             note = f"loss {values['train/loss']:.3f} · {values['train/target_tokens_per_s']:,.0f} tokens/s"
             self._bar.update(self._task, completed=step, note=note)
             if not self._console.is_terminal:
-                self.say(f"step {step:,}/{self._num_steps:,} · {note} · {self._left(step)} left")
+                self.log(f"step {step:,}/{self._num_steps:,} · {note} · {self._left(step)} left")
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """A line above the bar."""
         self._console.print(message, markup=False)
 
@@ -226,7 +226,7 @@ class NullMetricWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Nothing."""
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """Nothing."""
 
 
