@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.faults.world import World
 
 NOT_HERE = {
-    "A5": "several hosts: tests/test_hosts.py, tests/test_many_hosts.py",
+    "A5": "several hosts: tests/distributed/test_multihost.py, test_many_hosts.py",
     "G3": "limits of a server: there is none",
 }
 

@@ -12,11 +12,11 @@ from transformer import command_line
 from transformer.data import input_pipeline
 
 made = collections.deque()
-only_rows, train_iterator = input_pipeline.only_rows, input_pipeline.train_iterator
+select_rows, train_iterator = input_pipeline.select_rows, input_pipeline.train_iterator
 
 
 def noted_rows(planned, rows):
-    taken = only_rows(planned, rows)
+    taken = select_rows(planned, rows)
     made.append((rows.tolist(), taken.examples_B.tolist()))
     return taken
 
@@ -30,5 +30,5 @@ def noted_iterator(*args, start, **kwargs):
 
 if __name__ == "__main__":
     file = sys.argv.pop(1)
-    input_pipeline.only_rows, input_pipeline.train_iterator = noted_rows, noted_iterator
+    input_pipeline.select_rows, input_pipeline.train_iterator = noted_rows, noted_iterator
     command_line.run(train.main)
