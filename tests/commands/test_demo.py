@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import ROOT
 from transformer.data.cldr import generator
 
+
 def run(*command, **options):
     """Stdout of a command run as people run it: one device, optimised, none of the strictness of other tests."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
