@@ -37,7 +37,7 @@ from transformer.models import flops as cost
 from transformer.planning import hlo, hlo_cost
 from transformer.planning.hardware import CHIPS
 from transformer.runtime import environment
-from transformer.training import train_step as step
+from transformer.training import train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENS = 24_960  # target slots of a step: 25,000 in rows of 40, 624 of them
@@ -105,12 +105,12 @@ def correct(found: Findings) -> None:
 def updates(config: Config, device: Any, count: int, guard: str = "allow") -> Any:
     """The metrics of the last of so many updates on one device, with this guard of transfers."""
     mesh = make_mesh(config.mesh, [device])
-    model = step.Model(config.model, config.data.vocab_size)
-    train_step, state = step.make_train_step(model, config, mesh), step.init_state(model, config, mesh)
+    model = train_step.Model(config.model, config.data.vocab_size)
+    update, state = train_step.make_train_step(model, config, mesh), train_step.init_state(model, config, mesh)
     ids = random_ids(config, 16, 24).to_padded(np.arange(16), 24)
     with jax.transfer_guard(guard):
         for _ in range(count):
-            state, metrics = train_step(state, sharding.shard_batch(mesh, Batch(ids, ids)))
+            state, metrics = update(state, sharding.shard_batch(mesh, Batch(ids, ids)))
     return metrics
 
 
@@ -198,11 +198,11 @@ def training(
 def compiled_update(config: Config, batch: Batch) -> tuple[Any, Callable[[], Any]]:
     """The program of an update, which the cache on disk has, and what runs it once more; warm."""
     mesh = make_mesh(config.mesh)
-    model = step.Model(config.model, config.data.vocab_size)
-    state: Any = step.init_state(model, config, mesh)
+    model = train_step.Model(config.model, config.data.vocab_size)
+    state: Any = train_step.init_state(model, config, mesh)
     placed = sharding.shard_batch(mesh, batch, config.train.accumulation_steps)
-    train_step: Any = step.make_train_step(model, config, mesh)
-    compiled = train_step.lower(state, placed).compile()
+    update: Any = train_step.make_train_step(model, config, mesh)
+    compiled = update.lower(state, placed).compile()
 
     def run() -> Any:
         nonlocal state
@@ -231,7 +231,7 @@ def beam_search(found: Findings) -> None:
     width, extra = (8, 6) if found.smoke else (32, 50)
     fields = {"decode.max_extra_length": extra, "decode.beam_size": 4, **(TOY if found.smoke else {})}
     config = config_of("en_de_base", fields)
-    mesh, model = make_mesh(config.mesh), step.Model(config.model, config.data.vocab_size)
+    mesh, model = make_mesh(config.mesh), train_step.Model(config.model, config.data.vocab_size)
     params = sharding.replicate(mesh, model.in_compute_dtype(model.init(0)))
     for rows in (2, 4) if found.smoke else (16, 256):
         run = sharding.data_parallel_jit(mesh, functools.partial(decode.decode, (model,), config.decode, 1))

@@ -32,7 +32,7 @@ from transformer.models import flops as cost
 from transformer.models import registry
 from transformer.runtime import environment
 from transformer.runtime.logging import log_info
-from transformer.training import train_step as step
+from transformer.training import train_step
 from transformer.training.metrics import peak_memory_mb
 
 ROUNDS = 5  # timed apart, so that the median passes over a busy moment of the machine
@@ -89,12 +89,12 @@ def measure(config: Config, plan: BatchSchedule, ids: TokenIds, num_steps: int) 
     """Speed of the training step as the loop runs it, median of rounds."""
     mesh = make_mesh(config.mesh)
     model = registry.Model(config.model, config.data.vocab_size)
-    train_step = step.make_train_step(model, config, mesh)
-    state = step.init_state(model, config, mesh)
+    update = train_step.make_train_step(model, config, mesh)
+    state = train_step.init_state(model, config, mesh)
     parts = config.train.accumulation_steps
     compile_since = time.perf_counter()
     for batch in one_of_each_shape(plan, ids):
-        state, metrics = train_step(state, sharding.shard_batch(mesh, batch, parts))
+        state, metrics = update(state, sharding.shard_batch(mesh, batch, parts))
     jax.block_until_ready(metrics)
     compile_s = time.perf_counter() - compile_since
     log_info(f"{len(plan.buckets)} shapes compiled or found in the cache, and run once: {compile_s:.1f} s")
@@ -107,7 +107,7 @@ def measure(config: Config, plan: BatchSchedule, ids: TokenIds, num_steps: int) 
             placed = sharding.shard_batch(mesh, batch, parts)
             tokens += real_tokens(batch)
             flops += cost.batch_flops(config.model, config.data.vocab_size, placed)
-            state, metrics = train_step(state, placed)
+            state, metrics = update(state, placed)
         jax.block_until_ready(metrics)
         rounds.append((time.perf_counter() - since, tokens, flops))
         log_info(f"round {number} of {ROUNDS}: {tokens / rounds[-1][0]:,.0f} target tokens/s")

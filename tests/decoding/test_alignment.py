@@ -19,7 +19,7 @@ from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.models.registry import Model
 from transformer.runtime.errors import UserError
-from transformer.training import train_step as step
+from transformer.training import train_step
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
 LINES = [" ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 9)) for i in range(20)]
@@ -190,12 +190,12 @@ def test_alignments_of_a_model_of_two_layers_are_right():
         train={"num_steps": steps},
     )
     mesh, model = make_mesh(config.mesh), Model(config.model, vocabulary.vocab_size)
-    state, train_step = step.init_state(model, config, mesh), step.make_train_step(model, config, mesh)
+    state, update = train_step.init_state(model, config, mesh), train_step.make_train_step(model, config, mesh)
     for _ in range(steps):
         pairs = [backwards(rng) for _ in range(rows)]
         sides = [JaggedArray.from_sequences(vocabulary.encode([pair[side] for pair in pairs])) for side in (0, 1)]
         batch = Batch(*(side.to_padded(np.arange(rows), 8) for side in sides))
-        state, _ = train_step(state, sharding.shard_batch(mesh, batch))
+        state, _ = update(state, sharding.shard_batch(mesh, batch))
     sources, targets, wanted = zip(*(backwards(rng) for _ in range(50)), strict=True)
     found = Aligner(model, vocabulary, 2, config.decode, mesh).align(state.params, sources, targets)
     right = sum(len(set(ours) & set(theirs)) for ours, theirs in zip(found, wanted, strict=True))

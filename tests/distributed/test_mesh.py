@@ -22,7 +22,7 @@ from transformer.models.loss import cross_entropy
 from transformer.planning import aot, hlo_cost
 from transformer.planning.hardware import parse_topology
 from transformer.planning.hlo import Program
-from transformer.training import train_step as step
+from transformer.training import train_step
 
 V = 40
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -71,8 +71,8 @@ def gradient_of(config):
 def results(config):
     """Loss and gradients at the start, and the losses of some updates, all of one compiled program."""
     mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
-    state = step.init_state(model, config, mesh)
-    update, losses, grads = step.make_train_step(model, config, mesh), [], None
+    state = train_step.init_state(model, config, mesh)
+    update, losses, grads = train_step.make_train_step(model, config, mesh), [], None
     for batch in batches():
         state, metrics = update(state, sharding.shard_batch(mesh, batch, config.train.accumulation_steps))
         losses.append(float(metrics.loss.nll / metrics.loss.tokens))
@@ -137,10 +137,10 @@ def test_fsdp_stores_an_eighth_on_each_device(scan):
     """Params, both moments and the moving average, when made and after an update."""
     config = config_of((1, 8, 1, 1), {"ema_decay": 0.9}, **WIDE, scan_layers=scan, num_layers=2)
     mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
-    state = step.init_state(model, config, mesh)
+    state = train_step.init_state(model, config, mesh)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert whole > 4 * 4 * model.num_params()
-    after, _ = step.make_train_step(model, config, mesh)(jax.tree.map(jax.numpy.copy, state), place(mesh))
+    after, _ = train_step.make_train_step(model, config, mesh)(jax.tree.map(jax.numpy.copy, state), place(mesh))
     for made in (state, after):
         stored = bytes_by_device(made)
         assert len(stored) == 8
@@ -157,8 +157,8 @@ COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-a
 def collectives(config):
     """(what, shape, bytes) of each array that devices exchange in a compiled update of a config."""
     mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
-    state = step.abstract_state(model, config, mesh)
-    return exchanged(step.make_train_step(model, config, mesh).lower(state, place(mesh)).compile().as_text())
+    state = train_step.abstract_state(model, config, mesh)
+    return exchanged(train_step.make_train_step(model, config, mesh).lower(state, place(mesh)).compile().as_text())
 
 
 def exchanged(text):
@@ -231,7 +231,7 @@ def test_packed_rows_are_told_apart_on_a_mesh():
         config = config_of(sizes)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, batching="pack"))
         mesh = make_mesh(config.mesh)
-        params = step.init_state(registry.Model(config.model, V), config, mesh).params
+        params = train_step.init_state(registry.Model(config.model, V), config, mesh).params
         grads.append(jax.device_get(gradient_of(config)(params, sharding.shard_batch(mesh, Batch(side, side)))))
     np.testing.assert_allclose(grads[1][0], grads[0][0], rtol=1e-5)
     difference = jax.tree.map(np.subtract, grads[1][1], grads[0][1])

@@ -26,8 +26,7 @@ from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
 from transformer.evaluation.evaluator import Evaluator, HeldOutLoss
 from transformer.runtime.errors import DivergedError
-from transformer.training import train_step as step
-from transformer.training import workdir
+from transformer.training import train_step, workdir
 
 AT = 8  # the update that is disturbed
 
@@ -35,7 +34,7 @@ AT = 8  # the update that is disturbed
 @contextlib.contextmanager
 def poisoned(place: str, value: float, updates: range = range(AT, AT + 1), seed: int = 0) -> Iterator[None]:
     """Adds a value to the loss, the gradient or the params within these updates, counted from 1, or scales the loss."""
-    sum_gradients = step.accumulate_gradients
+    sum_gradients = train_step.accumulate_gradients
     base = jax.random.fold_in(jax.random.key(seed), 1)
     keys = jnp.stack([jax.random.key_data(jax.random.fold_in(base, update - 1)) for update in updates])
 
@@ -54,7 +53,7 @@ def poisoned(place: str, value: float, updates: range = range(AT, AT + 1), seed:
         return (jax.tree.map(lambda leaf: leaf + poison, total) if place == "gradient" else total), sums
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "accumulate_gradients", poisoned_sum)
+        patch.setattr(train_step, "accumulate_gradients", poisoned_sum)
         yield
 
 
@@ -89,14 +88,14 @@ def no_numbers(world: World, tally: Tally) -> None:
 def assert_not_applied(world: World) -> None:
     """Update AT leaves the whole state as it was, and the one before does not."""
     config, mesh, built, _ = test_train_step.setup()
-    train_step = step.make_train_step(built, config, mesh)
-    state = step.init_state(built, config, mesh)._replace(
+    update = train_step.make_train_step(built, config, mesh)
+    state = train_step.init_state(built, config, mesh)._replace(
         step=jax.device_put(np.int32(AT - 2), sharding.replicated(mesh))
     )
     batch = sharding.shard_batch(mesh, test_train_step.draw_batch())
     states = [jax.device_get(state)]
     for _ in range(2):
-        state, metrics = train_step(state, batch)
+        state, metrics = update(state, batch)
         states.append(jax.device_get(state))
     assert not (np.isfinite(metrics.loss.objective) and np.isfinite(metrics.grad_norm))
     before, after, last = (jax.tree.leaves(each) for each in states)
@@ -187,13 +186,13 @@ def parts_of_a_batch(world: World, tally: Tally) -> None:
 
             def objective(params, batch, key):
                 logits = built.bind(params)(batch.source_BS, batch.target_BT, key)  # noqa: B023
-                sums = step.cross_entropy(logits, batch.target_BT, 0.1)
+                sums = train_step.cross_entropy(logits, batch.target_BT, 0.1)
                 return sums.objective, sums
 
             init = built.init
 
             def summed(batch, parts):
-                return step.accumulate_gradients(objective, init(0), batch, jax.random.key(3), parts)  # noqa: B023
+                return train_step.accumulate_gradients(objective, init(0), batch, jax.random.key(3), parts)  # noqa: B023
 
             summed = jax.jit(summed, static_argnums=1)
             (grads, sums), (whole, wanted) = (

@@ -15,7 +15,7 @@ from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
 from transformer.models import registry
 from transformer.models.flops import Spent
-from transformer.training import train_step as step
+from transformer.training import train_step
 
 V = 40
 
@@ -42,8 +42,8 @@ def traced(rows, source, target, vocab_size, **sections):
     mesh = make_mesh(config.mesh)
     model = registry.Model(config.model, vocab_size)
     batch = Batch(*(jax.ShapeDtypeStruct((rows, width), np.int32) for width in (source, target)))
-    train_step = step.make_train_step(model, config, mesh)
-    return config, train_step.trace(step.abstract_state(model, config, mesh), batch)
+    update = train_step.make_train_step(model, config, mesh)
+    return config, update.trace(train_step.abstract_state(model, config, mesh), batch)
 
 
 MODELS = {

@@ -18,7 +18,7 @@ from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
 from transformer.models import registry
 from transformer.runtime.environment import CompileCounter
-from transformer.training import train_step as step
+from transformer.training import train_step
 
 V = 40
 
@@ -42,16 +42,16 @@ def setup(data: int = 1, **model):
     config = small_config(model={"num_layers": 1, "dropout_rate": 0.0, **model}, mesh={"data": data})
     mesh = make_mesh(config.mesh)
     built = registry.Model(config.model, V)
-    return config, mesh, built, step.make_train_step(built, config, mesh)
+    return config, mesh, built, train_step.make_train_step(built, config, mesh)
 
 
 def run(num_steps=1, data=1, batches=None, **model):
-    config, mesh, built, train_step = setup(data, **model)
-    state = step.init_state(built, config, mesh)
+    config, mesh, built, update = setup(data, **model)
+    state = train_step.init_state(built, config, mesh)
     history = []
     for i in range(num_steps):
         batch = batches[i] if batches else draw_batch(seed=i)
-        state, metrics = train_step(state, sharding.shard_batch(mesh, batch))
+        state, metrics = update(state, sharding.shard_batch(mesh, batch))
         history.append(jax.device_get(metrics))
     return jax.device_get(state), history
 
@@ -95,7 +95,7 @@ def test_uneven_rows_are_one_batch():
 
     def objective(params, batch):
         logits = built.bind(params)(batch.source_BS, batch.target_BT)
-        sums = step.cross_entropy(logits, batch.target_BT, config.optimizer.label_smoothing)
+        sums = train_step.cross_entropy(logits, batch.target_BT, config.optimizer.label_smoothing)
         return sums.objective, sums.tokens
 
     @jax.jit
@@ -119,8 +119,8 @@ def test_parts_one_after_the_other_are_one_batch(parts, data):
     one, (whole,) = run(batches=[batch])
     config, mesh, built, _ = setup(data)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=parts))
-    train_step = step.make_train_step(built, config, mesh)
-    state, metrics = train_step(step.init_state(built, config, mesh), sharding.shard_batch(mesh, batch, parts))
+    update = train_step.make_train_step(built, config, mesh)
+    state, metrics = update(train_step.init_state(built, config, mesh), sharding.shard_batch(mesh, batch, parts))
     np.testing.assert_allclose(metrics.loss, whole.loss, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, whole.grad_norm, rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), jax.device_get(state.params), one.params)
@@ -135,11 +135,11 @@ def test_parts_drop_different_units():
     twice = Batch(*(np.repeat(side, 2, 0) for side in batch))
 
     def objective(params, batch, key):
-        sums = step.cross_entropy(built.bind(params)(batch.source_BS, batch.target_BT, key), batch.target_BT, 0.0)
+        sums = train_step.cross_entropy(built.bind(params)(batch.source_BS, batch.target_BT, key), batch.target_BT, 0.0)
         return sums.objective, sums
 
     sums = jax.jit(
-        lambda b, parts: step.accumulate_gradients(objective, built.init(0), b, jax.random.key(3), parts)[1],
+        lambda b, parts: train_step.accumulate_gradients(objective, built.init(0), b, jax.random.key(3), parts)[1],
         static_argnums=1,
     )
     keys = jax.random.split(jax.random.key(3), 2)
@@ -175,11 +175,11 @@ def test_rows_that_do_not_divide_are_filled_up(one_device):
 @pytest.mark.slow
 def test_dropout_differs_from_step_to_step_and_is_repeatable():
     batch = draw_batch()
-    config, mesh, built, train_step = setup(dropout_rate=0.5)
+    config, mesh, built, update = setup(dropout_rate=0.5)
     losses = []
     for done in (0, 0, 1):
-        state = step.init_state(built, config, mesh)._replace(step=jax.device_put(np.int32(done)))
-        losses.append(float(train_step(state, sharding.shard_batch(mesh, batch))[1].loss.nll))
+        state = train_step.init_state(built, config, mesh)._replace(step=jax.device_put(np.int32(done)))
+        losses.append(float(update(state, sharding.shard_batch(mesh, batch))[1].loss.nll))
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -190,9 +190,9 @@ def test_the_seed_changes_params_and_dropout():
     losses = []
     for seed in (0, 0, 1):
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-        state = step.init_state(built, config, mesh)
-        train_step = step.make_train_step(built, seeded, mesh)
-        losses.append(float(train_step(state, sharding.shard_batch(mesh, draw_batch()))[1].loss.nll))
+        state = train_step.init_state(built, config, mesh)
+        update = train_step.make_train_step(built, seeded, mesh)
+        losses.append(float(update(state, sharding.shard_batch(mesh, draw_batch()))[1].loss.nll))
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -204,11 +204,11 @@ def run_with_ema(decay, num_steps=3, data=1):
     """The states after each update, on the host."""
     config, mesh, built, _ = setup(data)
     config = with_ema(config, decay)
-    train_step = step.make_train_step(built, config, mesh)
-    state = step.init_state(built, config, mesh)
+    update = train_step.make_train_step(built, config, mesh)
+    state = train_step.init_state(built, config, mesh)
     states = [jax.device_get(state)]
     for i in range(num_steps):
-        state, _ = train_step(state, sharding.shard_batch(mesh, draw_batch(seed=i)))
+        state, _ = update(state, sharding.shard_batch(mesh, draw_batch(seed=i)))
         states.append(jax.device_get(state))
     return states, state
 
@@ -240,38 +240,38 @@ def test_a_moving_average_changes_nothing_else():
 def test_the_moving_average_lives_where_its_params_do():
     _, state = run_with_ema(0.99, num_steps=1, data=8)
     config, mesh, built, _ = setup(8)
-    abstract = step.abstract_state(built, with_ema(config, 0.99), mesh)
+    abstract = train_step.abstract_state(built, with_ema(config, 0.99), mesh)
     for tree in (state.ema, abstract.ema):
         jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding, b.sharding), tree, state.params)
         assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(tree))
-    assert step.abstract_state(built, config, mesh).ema is None
+    assert train_step.abstract_state(built, config, mesh).ema is None
 
 
 def test_params_that_are_no_numbers_are_seen():
     params = setup()[2].init(0)
-    assert step.all_finite(params)
+    assert train_step.all_finite(params)
     for bad in (np.nan, np.inf):
         params["decoder"][0]["mlp"]["bias_in"] = params["decoder"][0]["mlp"]["bias_in"].at[3].set(bad)
-        assert not step.all_finite(params)
+        assert not train_step.all_finite(params)
 
 
 def test_the_state_is_donated():
-    config, mesh, built, train_step = setup()
-    state = step.init_state(built, config, mesh)
-    train_step(state, sharding.shard_batch(mesh, draw_batch()))
+    config, mesh, built, update = setup()
+    state = train_step.init_state(built, config, mesh)
+    update(state, sharding.shard_batch(mesh, draw_batch()))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
 @pytest.mark.slow
 def test_nothing_recompiles_once_each_shape_was_seen():
-    config, mesh, built, train_step = setup(mlp_dim=24)
-    state = step.init_state(built, config, mesh)
+    config, mesh, built, update = setup(mlp_dim=24)
+    state = train_step.init_state(built, config, mesh)
     shapes = [(8, 6, 7), (4, 9, 9), (8, 6, 7), (4, 9, 9), (8, 6, 7)]
     counter, counts = CompileCounter(), []
     for seed, shape in enumerate(shapes):
         batch = sharding.shard_batch(mesh, draw_batch(*shape, seed=seed))
         with counter:
-            state, _ = train_step(state, batch)
+            state, _ = update(state, batch)
         counts.append(counter.count)
     assert counts == [1, 2, 2, 2, 2]
 
@@ -279,7 +279,7 @@ def test_nothing_recompiles_once_each_shape_was_seen():
 def test_evaluation_has_neither_dropout_nor_smoothing():
     config, mesh, built, _ = setup(dropout_rate=0.5)
     batch = sharding.shard_batch(mesh, draw_batch())
-    params = step.init_state(built, config, mesh).params
+    params = train_step.init_state(built, config, mesh).params
     sums = evaluator.make_eval_step(built, mesh)(params, batch)
     assert sums.objective == sums.nll
     again = evaluator.make_eval_step(built, mesh)(params, batch)
@@ -288,10 +288,10 @@ def test_evaluation_has_neither_dropout_nor_smoothing():
 
 def test_optimizer_state_lives_where_its_params_do():
     config, mesh, built, _ = setup(8)
-    state = step.init_state(built, config, mesh)
-    wanted = step.state_shardings(built, config, mesh)
+    state = train_step.init_state(built, config, mesh)
+    wanted = train_step.state_shardings(built, config, mesh)
     jax.tree.map(lambda leaf, where: np.testing.assert_equal(leaf.sharding, where), state, wanted)
-    abstract = step.abstract_state(built, config, mesh)
+    abstract = train_step.abstract_state(built, config, mesh)
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), state, abstract)
 
 

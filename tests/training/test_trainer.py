@@ -24,8 +24,7 @@ from transformer.models.loss import LossSums
 from transformer.runtime import environment, signals
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
 from transformer.training import run as run_lib
-from transformer.training import train_step as step
-from transformer.training import trainer
+from transformer.training import train_step, trainer
 from transformer.training import workdir as workdir_lib
 from transformer.training.train_step import StepMetrics, TrainState
 
@@ -398,13 +397,13 @@ def test_a_stop_signal_saves_the_step_it_is_at(data, whole, tmp_path, monkeypatc
 )
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data, whole, tmp_path, monkeypatch, what, keep_last):
     """From update 8 on the loss, or the params that a good loss left behind, are no numbers."""
-    make = step.make_train_step
+    make = train_step.make_train_step
 
     def failing(*args):
-        train_step = make(*args)
+        update = make(*args)
 
         def run(state, batch):
-            state, metrics = train_step(state, batch)
+            state, metrics = update(state, batch)
             if int(jax.device_get(state.step)) < 8:
                 return state, metrics
             if what == "loss":
@@ -414,12 +413,12 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data, whole, tmp_pat
 
         return run
 
-    monkeypatch.setattr(step, "make_train_step", failing)
+    monkeypatch.setattr(train_step, "make_train_step", failing)
     with pytest.raises(DivergedError, match="the run diverged") as diverged:
         fit(config_of(data, train={"keep_last": keep_last}), tmp_path / "run")
     assert diverged.value.exit_code == 3
     assert CheckpointManager(tmp_path / "run").latest_valid_step() == 6
-    monkeypatch.setattr(step, "make_train_step", make)
+    monkeypatch.setattr(train_step, "make_train_step", make)
     fit(config_of(data), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
 

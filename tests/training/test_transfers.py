@@ -25,8 +25,7 @@ from transformer.distributed.mesh import make_mesh, warm_up_collectives
 from transformer.export import verify
 from transformer.models import registry
 from transformer.models.flops import Spent
-from transformer.training import train_step as step
-from transformer.training import trainer
+from transformer.training import train_step, trainer
 
 READS = {
     "_value": lambda x: x._value,
@@ -97,9 +96,9 @@ def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, em
     )
     mesh = make_mesh(config.mesh)
     model = registry.Model(config.model, V)
-    train_step, state = step.make_train_step(model, config, mesh), step.init_state(model, config, mesh)
+    update, state = train_step.make_train_step(model, config, mesh), train_step.init_state(model, config, mesh)
     place = functools.partial(sharding.shard_batch, mesh, parts=parts)
-    updates = trainer.StepPipeline(train_step, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, Spent())
+    updates = trainer.StepPipeline(update, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, Spent())
     for _ in range(3):
         updates.dispatch()
     updates.flush()
@@ -127,7 +126,7 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
         aligner = Aligner(loaded.model, loaded.tokenizer, 1, loaded.config.decode, loaded.mesh)
         aligner.align(loaded.params, ["red cat"], ["tac der"])
         found["transformer.training.train_step.all_finite"] = transfers.array_constants(
-            step.all_finite.trace(loaded.params).jaxpr  # was compiled when the module was read
+            train_step.all_finite.trace(loaded.params).jaxpr  # was compiled when the module was read
         )
         with monkeypatch.context() as one_device:
             one_device.setattr(jax, "local_devices", lambda: [jax.devices()[0]])

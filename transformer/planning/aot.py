@@ -17,7 +17,7 @@ from transformer.distributed import sharding
 from transformer.models import registry
 from transformer.planning.hardware import GPU_TARGETS, Topology
 from transformer.runtime.errors import UserError
-from transformer.training import train_step as step
+from transformer.training import train_step
 
 
 class Compiled(NamedTuple):
@@ -86,10 +86,10 @@ def compile_step(config: Config, mesh: Mesh, rows: int, length: int, effort: flo
     """
     model = registry.Model(config.model, config.data.vocab_size)
     ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding.batch_sharding(mesh))
-    train_step: Any = step.make_train_step(model, config, mesh)
+    update: Any = train_step.make_train_step(model, config, mesh)
     platform = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)
-    state = step.abstract_state(model, config, mesh)
-    lowered = train_step.trace(state, Batch(ids, ids)).lower(lowering_platforms=(platform,))
+    state = train_step.abstract_state(model, config, mesh)
+    lowered = update.trace(state, Batch(ids, ids)).lower(lowering_platforms=(platform,))
     try:
         compiled = lowered.compile(compiler_options=compiler_options(platform, effort))
     except jax.errors.JaxRuntimeError as error:
