@@ -169,4 +169,4 @@ def test_metrics_of_a_run_that_lost_its_checkpoints_are_put_aside(tmp_path, caps
         log.write(1, {"a": 4.0})
     assert (tmp_path / "metrics.jsonl.old").read_text() == '{"step": 5, "a": 1}\n'
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": 4.0}\n'
-    assert "training starts anew" in capsys.readouterr().err
+    assert "training starts again" in capsys.readouterr().err

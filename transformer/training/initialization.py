@@ -1,4 +1,4 @@
-"""What a run starts from: fresh params, or with `train.init_from` those that another run has trained."""
+"""The state that a run starts from: fresh params, or with `train.init_from` those of another run (fine-tuning)."""
 
 import json
 from typing import NamedTuple
@@ -23,103 +23,108 @@ from transformer.training.train_step import TrainState
 
 
 class WarmStart(NamedTuple):
-    """Where the params of another run lie.
+    """The params of another run.
 
     Attributes:
-      which: as `train.init_checkpoint` has it.
-      steps: the checkpoints that it names, oldest first.
+      selector: `train.init_checkpoint`.
+      steps: of the checkpoints that it selects, oldest first.
       config: of that run.
-      run_id: of that run; empty where an earlier version trained it.
+      run_id: of that run; empty if an earlier version trained it.
     """
 
     checkpoints: CheckpointManager
-    which: str
+    selector: str
     steps: list[int]
     config: Config
     run_id: str
 
 
 def resolve_warm_start(config: Config) -> WarmStart | None:
-    """The checkpoint of another run that this one starts from, held against the config; None if it starts fresh.
+    """Finds the checkpoints that `train.init_from` names and compares them with the config; None if it is not set.
 
     Raises:
-      UserError: the other run has no such checkpoint, another model, or a vocabulary of another size.
-      WorkdirError: it has no sound checkpoint.
+      UserError: the other run has no such checkpoint, another model or another vocabulary.
+      WorkdirError: none of its checkpoints is valid.
     """
-    folder, which = config.train.init_from, config.train.init_checkpoint
+    folder, selector = config.train.init_from, config.train.init_checkpoint
     if not folder:
         return None
     vocabulary = tokenizers.load_configured(tokenizers.inherit_tokenizer(config))
     checkpoints = CheckpointManager(folder)
     steps = json.loads(
-        multihost.broadcast_from_primary("checkpoint to start from", lambda: _chosen(checkpoints, which))
+        multihost.broadcast_from_primary("checkpoint to start from", lambda: _resolve_steps(checkpoints, selector))
     )
-    theirs = checkpoints.config(steps[-1])
-    if others := _other_fields(theirs, config):
+    base_config = checkpoints.config(steps[-1])
+    if differences := _model_differences(base_config, config):
         raise UserError(
-            f"config.train.init_from = {folder}: its model is another one: {'; '.join(others)}. Set these fields as "
-            "there or leave them out, or train from the beginning"
+            f"config.train.init_from = {folder}: its model is another one: {'; '.join(differences)}. Set these fields "
+            "as there or leave them out, or train from the beginning"
         )
     if vocabulary and checkpoints.tokenizer(steps[-1]).digest != vocabulary.digest:
         raise UserError(
             f"config.train.init_from = {folder}: tokenizer/ is not the vocabulary that checkpoint {steps[-1]} was "
             f"trained with; copy it back from {checkpoints.folder / str(steps[-1]) / 'tokenizer'}"
         )
-    log_info(f"starting from the params of {folder}, {loading.describe(which, steps)}")
-    return WarmStart(checkpoints, which, steps, theirs, checkpoints.manifest(steps[-1]).run_id)
+    log_info(f"starting from the params of {folder}, {loading.describe(selector, steps)}")
+    return WarmStart(checkpoints, selector, steps, base_config, checkpoints.manifest(steps[-1]).run_id)
 
 
 def check_base_unchanged(old: Config, config: Config, base_run_id: str, tokenizer: Tokenizer) -> None:
-    """Refuses to go on with another base than the run has started from; the same one may lie elsewhere by now.
+    """Checks that a changed `train.init_from` still names the run that this one has started from, moved elsewhere.
 
-    It is known by its run id, or where it has none by vocabulary and model. Where the path is the old one, or there is
-    none, nothing is read.
+    Runs are compared by their ids, or by vocabulary and model if an earlier version trained one of them.
 
     Args:
-      old: config of the checkpoint that the run goes on from.
-      base_run_id: as that checkpoint has it.
+      old: config of the checkpoint to resume.
+      base_run_id: recorded with that checkpoint.
       tokenizer: of that checkpoint.
 
     Raises:
-      UserError: it is another run, or none.
+      UserError: it names another run, or none.
     """
-    before, folder = old.train.init_from, config.train.init_from
-    if not before or not folder or before == folder:
+    old_folder, folder = old.train.init_from, config.train.init_from
+    if not old_folder or not folder or old_folder == folder:
         return
-    where = f"config.train.init_from: {before} → {folder}"
+    where = f"config.train.init_from: {old_folder} → {folder}"
     if reason := object_storage.unsupported_reason(folder):
         raise UserError(f"{where}: {reason}")
     base = CheckpointManager(folder)
     newest = base.latest_valid_step()
     if newest is None:
         raise UserError(f"{where}: found no checkpoint there; leave it at the old path, which need not exist any more")
-    theirs = base.manifest(newest).run_id
-    same = base.tokenizer(newest).digest == tokenizer.digest and not _other_fields(base.config(newest), config)
-    if theirs != base_run_id if theirs and base_run_id else not same:
+    run_id = base.manifest(newest).run_id
+    if run_id and base_run_id:
+        is_same = run_id == base_run_id
+    else:
+        is_same = base.tokenizer(newest).digest == tokenizer.digest
+        is_same = is_same and not _model_differences(base.config(newest), config)
+    if not is_same:
         raise UserError(
             f"{where}: is not the run that this one has started from; name the folder where that is now, leave it at "
             "the old path, or choose another --workdir"
         )
 
 
-def _other_fields(base: Config, config: Config) -> list[str]:
-    """The fields of the model that keep params of `base` from being those of `config`, as 'model.field: old → new'."""
-    others = [change for change in schema.differences(base, config) if change.section == "model"]
+def _model_differences(base: Config, config: Config) -> list[str]:
+    """Fields of the model in which params of `base` do not fit `config`, as 'model.field: old → new'."""
+    changes = [change for change in schema.differences(base, config) if change.section == "model"]
     free = FREE if config.model.positions == "learned" else FREE | {"max_positions"}
-    return [str(change) for change in others if change.field not in free]
+    return [str(change) for change in changes if change.field not in free]
 
 
-def _chosen(checkpoints: CheckpointManager, which: str) -> str:
+def _resolve_steps(checkpoints: CheckpointManager, selector: str) -> str:
     try:
-        return json.dumps(loading.resolve_steps(checkpoints, which))
+        return json.dumps(loading.resolve_steps(checkpoints, selector))
     except UserError as error:
-        raise type(error)(f"config.train.init_from with init_checkpoint = {which}: {error}") from error
+        raise type(error)(f"config.train.init_from with init_checkpoint = {selector}: {error}") from error
 
 
-def initial_state(origin: WarmStart | None, model: Model, config: Config, mesh: Mesh) -> TrainState:
-    """The state before the first update; the optimizer and the count of updates are new in any case."""
+def initial_state(warm_start: WarmStart | None, model: Model, config: Config, mesh: Mesh) -> TrainState:
+    """The state before the first update; step and optimizer state are new in any case."""
     state = train_step.init_state(model, config, mesh)
-    if origin is None:
+    if warm_start is None:
         return state
-    params = loading.read_params(origin.checkpoints, origin.which, origin.steps, origin.config, model, mesh)
+    params = loading.read_params(
+        warm_start.checkpoints, warm_start.selector, warm_start.steps, warm_start.config, model, mesh
+    )
     return state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.train.ema_decay else None)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, and a progress bar or plain lines on stderr."""
+"""Training metrics: accumulated over updates, gathered from all processes, written to metrics.jsonl and TensorBoard."""
 
 import contextlib
 import json
@@ -27,40 +27,40 @@ from transformer.runtime.logging import log_info
 from transformer.training.train_step import StepMetrics
 
 DIVERGENCE_HINT = (
-    "no checkpoint was made of that. Lower optimizer.learning_rate, raise optimizer.warmup_steps or set "
+    "no checkpoint was made of it. Lower optimizer.learning_rate, raise optimizer.warmup_steps or set "
     "optimizer.clip_norm, and start in a new workdir"
 )
 
 
 class MetricsAccumulator:
-    """Adds up the metrics of updates between two lines of the log, and what the run has cost from its start.
+    """Adds up the metrics of updates between two log lines, and the cost of the run since its first update.
 
-    Time spent elsewhere is left out of both.
+    Time spent on evaluation and checkpoints is left out of both.
 
     Args:
-      spent: before this sitting.
-      skipped: updates skipped before it for their loss.
+      cost: of the sessions before.
+      skipped: number of updates skipped by them.
     """
 
     def __init__(
-        self, spent: Spent | None = None, clock: Callable[[], float] = time.perf_counter, skipped: int = 0
+        self, cost: Spent | None = None, clock: Callable[[], float] = time.perf_counter, skipped: int = 0
     ) -> None:
-        self._clock, self._spent = clock, spent or Spent()
-        self._begun = clock() - self._spent.seconds
+        self._clock, self._cost = clock, cost or Spent()
+        self._cost_start = clock() - self._cost.seconds
         self.skipped = skipped
         self.reset()
 
     def reset(self) -> None:
-        """Starts anew, the clock too."""
+        """Starts the next log line."""
         self.nll = self.correct = self.tokens = self.slots = self.input_wait = self.grad_norm = self.learning_rate = 0.0
-        self._blocked, self.updates = 0.0, 0
+        self._device_seconds, self.updates = 0.0, 0
         self._start = self._clock()
 
     def add(self, metrics: StepMetrics, step: int, *, slots: int, flops: float) -> None:
         """Adds one update's metrics, already on the host.
 
         Raises:
-          DivergedError: its loss or gradient is not a finite number.
+          DivergedError: its loss or gradient is not finite.
         """
         if not (math.isfinite(metrics.loss.objective) and math.isfinite(metrics.grad_norm)):
             raise DivergedError(
@@ -79,44 +79,43 @@ class MetricsAccumulator:
         self.learning_rate = float(metrics.learning_rate)
         self.slots += slots
         self.updates += 1
-        before = self._spent
-        self._spent = before._replace(
-            flops=before.flops + flops,
-            tokens=before.tokens + float(metrics.loss.tokens),
-            source_tokens=before.source_tokens + float(metrics.source_tokens),
+        self._cost = self._cost._replace(
+            flops=self._cost.flops + flops,
+            tokens=self._cost.tokens + float(metrics.loss.tokens),
+            source_tokens=self._cost.source_tokens + float(metrics.source_tokens),
         )
 
     def cost(self) -> Spent:
-        """All sittings so far, this one included; never reset."""
-        return self._spent._replace(seconds=self._clock() - self._begun)
+        """The cost of all sessions, this one included."""
+        return self._cost._replace(seconds=self._clock() - self._cost_start)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Stops the clock."""
+        """Stops the clock for the block."""
         since = self._clock()
         yield
-        away = self._clock() - since
-        self._start += away
-        self._begun += away
+        paused = self._clock() - since
+        self._start += paused
+        self._cost_start += paused
 
     @contextlib.contextmanager
     def device_wait(self) -> Iterator[None]:
-        """Notes how long the host is with the devices: some runtimes return from an update only when it is done."""
+        """Measures the wait for the devices: some runtimes return from an update only when it is done."""
         since = self._clock()
         yield
-        self._blocked += self._clock() - since
+        self._device_seconds += self._clock() - since
 
     def host_timing(self) -> dict[str, float]:
-        """Of this host since the last reset; `host_ms` is its time in an update that it was not with the devices."""
+        """Times of this process since the last reset; `host_ms` leaves out the wait for the devices."""
         seconds, updates = max(self._clock() - self._start, 1e-9), max(self.updates, 1)
         return {
             "step_ms": 1000 * seconds / updates,
-            "host_ms": 1000 * (seconds - self._blocked) / updates,
+            "host_ms": 1000 * (seconds - self._device_seconds) / updates,
             "input_wait": self.input_wait / seconds,
         }
 
     def summary(self) -> dict[str, float]:
-        """Means since the last reset: loss in nats per target token, without smoothing; speed in real target tokens."""
+        """Means since the last reset: loss in nats per target token without label smoothing, tokens without padding."""
         seconds = max(self._clock() - self._start, 1e-9)
         return {
             "train/loss": self.nll / max(self.tokens, 1),
@@ -132,7 +131,7 @@ class MetricsAccumulator:
 
 
 def peak_memory_mb() -> float:
-    """Most memory in use at once so far, in MiB: of the fullest device where they say so, else of this process."""
+    """Peak memory so far in MiB: of the fullest device if the platform reports it, else of this process."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return max(stat["peak_bytes_in_use"] for stat in stats) / 2**20
@@ -141,7 +140,7 @@ def peak_memory_mb() -> float:
 
 
 class _Console(Console):
-    """Falls silent when whoever read it is gone, where rich would end the process."""
+    """Writes nothing more once its reader is gone, where rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         """Called by rich."""
@@ -149,7 +148,7 @@ class _Console(Console):
 
 
 class MetricWriter:
-    """The run's files and its bar; use as a context."""
+    """Writes metrics.jsonl, TensorBoard events, and a progress bar or plain lines on stderr; use as a context."""
 
     def __init__(self, workdir: epath.Path, start: int, num_steps: int):
         self._workdir, self._directory = workdir, object_storage.SyncedDirectory(workdir, METRICS_FILE)
@@ -176,7 +175,7 @@ class MetricWriter:
         self._directory.close()
 
     def sync(self) -> None:
-        """What is written so far will be there whatever happens to this machine."""
+        """Copies to object storage what is written so far."""
         self._directory.sync(now=True)
 
     def advance(self, step: int) -> None:
@@ -184,7 +183,7 @@ class MetricWriter:
         self._bar.update(self._task, completed=step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Records metrics of a step, and shows the ones people follow."""
+        """Records metrics of a step, and shows loss and speed."""
         with user_error_on_oserror(f"--workdir={self._workdir}"):
             self._jsonl.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
             self._jsonl.flush()
@@ -199,17 +198,17 @@ class MetricWriter:
                 self.log(f"step {step:,}/{self._num_steps:,} · {note} · {self._left(step)} left")
 
     def log(self, message: str) -> None:
-        """A line above the bar."""
+        """Prints a line above the progress bar."""
         self._console.print(message, markup=False)
 
     def _left(self, step: int) -> str:
-        each = (time.perf_counter() - self._begun) / max(step - self._start, 1)
-        minutes, seconds = divmod(round(each * (self._num_steps - step)), 60)
+        seconds_per_step = (time.perf_counter() - self._begun) / max(step - self._start, 1)
+        minutes, seconds = divmod(round(seconds_per_step * (self._num_steps - step)), 60)
         return f"{minutes}:{seconds:02}"
 
 
 class NullMetricWriter:
-    """In place of a RunLog, on hosts that leave it to the lead."""
+    """Writes nothing, on all processes but the primary."""
 
     def __enter__(self) -> "NullMetricWriter":
         return self
@@ -231,73 +230,69 @@ class NullMetricWriter:
 
 
 def open_metric_writer(workdir: epath.Path, start: int, num_steps: int) -> MetricWriter | NullMetricWriter:
-    """The log of the run, which the lead keeps."""
+    """The writer of the primary process; one that writes nothing on others."""
     return MetricWriter(workdir, start, num_steps) if multihost.is_primary() else NullMetricWriter()
 
 
 def _truncate_after(path: epath.Path, step: int) -> None:
-    """Drops lines of steps that are about to be done again, and one that a kill cut short."""
+    """Drops the lines of later steps, which will be trained again, and one that a kill cut short."""
     if not path.exists():
         return
     if step == 0 and path.stat().length:
         old = path.parent / f"{path.name}.old"
         path.replace(old)
-        log_info(
-            f"{path.parent}: holds no checkpoint, so training starts anew; the metrics of before are in {old.name}"
-        )
+        log_info(f"{path.parent}: holds no checkpoint, so training starts again; its old metrics are in {old.name}")
         return
-    kept = []
+    kept_lines = []
     for line in path.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-    if b"".join(kept) != path.read_bytes():
-        write_atomic(path, b"".join(kept))
+                kept_lines.append(line + b"\n")
+    if b"".join(kept_lines) != path.read_bytes():
+        write_atomic(path, b"".join(kept_lines))
 
 
 SLOWEST = "hosts/slowest"
 
-HOST_TIME = "host_ms"  # of an update, not spent with the devices: data, mostly; the others wait for it
+HOST_TIME = "host_ms"  # per update, not waiting for devices: mostly reading data, while the others wait
 
-STRAGGLER_RATIO = 1.5  # times what is usual among the hosts
+STRAGGLER_RATIO = 1.5  # times the median of the others
 
 
 def per_host_metrics(mesh: Mesh, values: Mapping[str, float]) -> dict[str, float]:
-    """What each host measured, under hosts/INDEX/NAME, and which is slowest; nothing where there is one host."""
+    """The values of each process, under hosts/INDEX/NAME, and which is slowest; empty for a single process."""
     if multihost.process_count() == 1:
         return {}
     table = jax.device_get(allgather_to_devices(mesh, np.array(list(values.values()), np.float32)))
-    of_host = {device.process_index: row for device, row in zip(mesh.devices.flat, table.tolist(), strict=True)}
-    found = {
-        f"hosts/{host}/{name}": value
-        for host in sorted(of_host)
-        for name, value in zip(values, of_host[host], strict=True)
+    rows = {device.process_index: row for device, row in zip(mesh.devices.flat, table.tolist(), strict=True)}
+    metrics = {
+        f"hosts/{process}/{name}": value
+        for process in sorted(rows)
+        for name, value in zip(values, rows[process], strict=True)
     }
-    return {**found, SLOWEST: max(of_host, key=lambda host: found[f"hosts/{host}/{HOST_TIME}"])}
+    return {**metrics, SLOWEST: max(rows, key=lambda process: metrics[f"hosts/{process}/{HOST_TIME}"])}
 
 
 class StragglerDetector:
-    """Names a host that takes conspicuously more time than the others, twice in a row."""
+    """Reports a process that is much slower than the others, twice in a row."""
 
     def __init__(self) -> None:
         self._suspect = -1
 
-    def update(self, found: Mapping[str, float]) -> str:
-        """What there is to say of the measurements of `of_each_host`; mostly nothing."""
-        if SLOWEST not in found:
+    def update(self, metrics: Mapping[str, float]) -> str:
+        """The warning to log after the metrics of `per_host_metrics`; mostly empty."""
+        if SLOWEST not in metrics:
             return ""
-        slowest, times = (
-            int(found[SLOWEST]),
-            [found[f"hosts/{host}/{HOST_TIME}"] for host in range(multihost.process_count())],
-        )
-        most, usual = times.pop(slowest), statistics.median(times)
-        before = self._suspect
-        is_slow = most > STRAGGLER_RATIO * usual and most > 0.1 * found[f"hosts/{slowest}/step_ms"]
+        slowest = int(metrics[SLOWEST])
+        times = [metrics[f"hosts/{process}/{HOST_TIME}"] for process in range(multihost.process_count())]
+        longest, usual = times.pop(slowest), statistics.median(times)
+        last_suspect = self._suspect
+        is_slow = longest > STRAGGLER_RATIO * usual and longest > 0.1 * metrics[f"hosts/{slowest}/step_ms"]
         self._suspect = slowest if is_slow else -1
-        if not is_slow or before != slowest:
+        if not is_slow or last_suspect != slowest:
             return ""
-        waited = found[f"hosts/{slowest}/input_wait"]
+        input_wait = metrics[f"hosts/{slowest}/input_wait"]
         return (
-            f"the others wait for {multihost.process_name(slowest)}: {most:,.0f} ms of its own an update, usual are "
-            f"{usual:,.0f}; it waits for its data {waited:.0%} of the time"
+            f"the others wait for {multihost.process_name(slowest)}: {longest:,.0f} ms of its own an update, usual are "
+            f"{usual:,.0f}; it waits for its data {input_wait:.0%} of the time"
         )

@@ -1,4 +1,4 @@
-"""The learning rate schedule and the chain of gradient transformations (paper, section 5.3)."""
+"""The optimizer (paper, section 5.3): learning-rate schedule, Adam, and skipping of updates with a loss spike."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,16 +9,17 @@ import optax
 
 from transformer.config import Config, TrainConfig
 
-LOSS_EMA_DECAY = 0.98  # of the mean loss that a spike is measured by: about the last 50 updates
+LOSS_EMA_DECAY = 0.98  # of the mean loss with which a loss is compared: about the last 50 updates
 
 
 class SpikeState(NamedTuple):
-    """All scalars; inner is the state of the optimizer.
+    """State of `skip_spikes`, scalars. Checkpoints keep the names of these fields.
 
     Attributes:
-      mean: of the loss of the updates made lately, float32; infinite before the first.
-      length: of the spike at hand in updates, int32; 0 where the loss is no spike.
-      skipped: updates skipped in the whole run, int32.
+      mean: moving average of the loss, float32; infinite before the first update.
+      length: number of updates of the current spike, int32; 0 outside a spike.
+      skipped: number of updates skipped in the run, int32.
+      inner: state of the optimizer.
     """
 
     mean: jax.Array
@@ -28,10 +29,10 @@ class SpikeState(NamedTuple):
 
 
 def skip_spikes(inner: optax.GradientTransformation, train: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    """Skips updates whose loss is over `spike_factor` times the mean: the first `max_skipped_updates` of a spike.
+    """Skips updates whose loss is over `spike_factor` times the mean, at most `max_skipped_updates` in a row.
 
-    If the loss stays high beyond them, the updates are made again and the mean follows it. A skipped update
-    changes neither params nor the optimizer's moments and count. Without a factor it is `inner` itself.
+    A skipped update changes neither params nor the optimizer's moments and count. If the loss stays high, updates
+    are made again and the mean follows. Without a `spike_factor` nothing is skipped.
     """
     if not train.spike_factor:
         return optax.with_extra_args_support(inner)
@@ -47,23 +48,23 @@ def skip_spikes(inner: optax.GradientTransformation, train: TrainConfig) -> opta
         skip = (length > 0) & (length <= train.max_skipped_updates)
         updates, inner_state = inner.update(updates, state.inner, params)
         updates = jax.tree.map(lambda leaf: jnp.where(skip, jnp.zeros_like(leaf), leaf), updates)
-        followed = jnp.where(jnp.isinf(state.mean), value, LOSS_EMA_DECAY * state.mean + (1 - LOSS_EMA_DECAY) * value)
-        mean = jnp.where(skip, state.mean, followed)
+        new_mean = jnp.where(jnp.isinf(state.mean), value, LOSS_EMA_DECAY * state.mean + (1 - LOSS_EMA_DECAY) * value)
+        mean = jnp.where(skip, state.mean, new_mean)
         return updates, SpikeState(
-            mean, length, state.skipped + skip.astype(jnp.int32), where_tree(state.inner, inner_state, skip)
+            mean, length, state.skipped + skip.astype(jnp.int32), where_tree(skip, state.inner, inner_state)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def num_skipped(opt_state: optax.OptState) -> jax.Array:
-    """How many updates of the run were skipped, int32."""
+    """Number of updates skipped in the run, int32."""
     return opt_state.skipped if isinstance(opt_state, SpikeState) else jnp.zeros((), jnp.int32)
 
 
-def where_tree(old: Any, new: Any, when: jax.Array) -> Any:
-    """A tree of arrays as it was where `when`, bool [], is true; else as it has become."""
-    return jax.tree.map(lambda before, after: jnp.where(when, before, after), old, new)
+def where_tree(condition: jax.Array, x: Any, y: Any) -> Any:
+    """`jnp.where(condition, x, y)` of the leaves of two trees; the condition is a bool []."""
+    return jax.tree.map(lambda x_leaf, y_leaf: jnp.where(condition, x_leaf, y_leaf), x, y)
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -86,17 +87,17 @@ def make_schedule(config: Config) -> optax.Schedule:
         if optimizer.schedule in ("paper", "inverse_sqrt"):
             return peak * jnp.minimum(rise, (warmup / step) ** 0.5)
         # From 0 at the end of warm-up to 1 after the last update.
-        done = jnp.clip((step - 1.0 - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-        fall = 0.5 * (1.0 + jnp.cos(jnp.pi * done)) if optimizer.schedule == "cosine" else 1.0 - done
+        decayed = jnp.clip((step - 1.0 - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        fall = 0.5 * (1.0 + jnp.cos(jnp.pi * decayed)) if optimizer.schedule == "cosine" else 1.0 - decayed
         return peak * rise * fall
 
     return schedule
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, Adam, decoupled weight decay of matrices, and the schedule; none of it in a spike.
+    """Clipping by global norm, Adam, decoupled weight decay of matrices, and the schedule, skipped in a loss spike.
 
-    Its update takes the loss of the batch as `value`.
+    Its `update` takes the loss of the batch as `value`.
     """
     optimizer = config.optimizer
     chain = []
@@ -104,14 +105,14 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         chain.append(optax.clip_by_global_norm(optimizer.clip_norm))
     chain.append(optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.epsilon))
     if optimizer.name == "adamw":
-        matrices = functools.partial(weight_decay_mask, config.model.scan_layers)
-        chain.append(optax.add_decayed_weights(optimizer.weight_decay, mask=matrices))
+        mask = functools.partial(weight_decay_mask, config.model.scan_layers)
+        chain.append(optax.add_decayed_weights(optimizer.weight_decay, mask=mask))
     chain.append(optax.scale_by_learning_rate(make_schedule(config)))
     return skip_spikes(optax.chain(*chain), config.train)
 
 
 def weight_decay_mask(stacked: bool, params: optax.Params) -> optax.Params:
-    """Which params are matrices; those of stacked layers have one axis more."""
+    """Marks the params that are matrices; those of stacked layers have one more axis."""
 
     def is_matrix(path: tuple, param: jax.Array) -> bool:
         return param.ndim > (2 if stacked and path[0].key in ("encoder", "decoder") else 1)

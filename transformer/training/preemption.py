@@ -11,22 +11,23 @@ from transformer.distributed.sharding import allgather_to_devices
 
 
 class PreemptionSync:
-    """The signal to stop that any host has got, of which all learn at the same update.
+    """Returns the stop signal that any process has received, to all of them after the same update.
 
-    Each host casts a vote with every update and reads those cast with the update before, which the devices
-    have counted by then. So all stop two updates after a signal at the latest, and nobody waits.
+    With each update every process sends its signal to the others by way of the devices, and reads what was sent with
+    the update before, which has arrived by then. So all stop at most two updates after a signal, and none waits.
 
     Args:
-      own: the signal that this host has got, if any.
+      stop_signal: the signal that this process has received, if any.
     """
 
-    def __init__(self, mesh: Mesh, own: Callable[[], int | None]):
-        self._mesh, self._own = mesh, own
-        self._cast: jax.Array | None = None
+    def __init__(self, mesh: Mesh, stop_signal: Callable[[], int | None]):
+        self._mesh, self._stop_signal = mesh, stop_signal
+        self._sent: jax.Array | None = None
 
     def __call__(self) -> int | None:
-        """Once after each update, on every host."""
+        """Called once after each update, by every process."""
         if multihost.process_count() == 1:
-            return self._own()
-        votes, self._cast = self._cast, allgather_to_devices(self._mesh, np.array([self._own() or 0], np.int32))
-        return None if votes is None else int(jax.device_get(votes).max()) or None
+            return self._stop_signal()
+        signal_number = np.array([self._stop_signal() or 0], np.int32)
+        signals, self._sent = self._sent, allgather_to_devices(self._mesh, signal_number)
+        return None if signals is None else int(jax.device_get(signals).max()) or None

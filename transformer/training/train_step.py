@@ -1,4 +1,4 @@
-"""What the devices do: initialise, update, evaluate. Pure functions, compiled once for each batch shape.
+"""The training step: state, initialization and update as pure functions, compiled once for each batch shape.
 
 Params are a plain nested dict; the Flax module is split from them once and merged inside the step.
 """
@@ -24,11 +24,11 @@ from transformer.training.optimizer import make_optimizer, make_schedule
 
 
 class TrainState(NamedTuple):
-    """All that an update changes.
+    """Params, optimizer state and step.
 
     Attributes:
-      step: the number of updates done, int32.
-      ema: moving average of the params, float32; None where `train.ema_decay` is 0.
+      step: number of updates done, int32.
+      ema: exponential moving average of the params, float32; None where `train.ema_decay` is 0.
     """
 
     step: jax.Array
@@ -38,19 +38,18 @@ class TrainState(NamedTuple):
 
     @property
     def eval_params(self) -> Params:
-        """What validation uses: the average where one is kept."""
+        """The moving average if there is one, else the params."""
         return self.params if self.ema is None else self.ema
 
 
 class StepMetrics(NamedTuple):
-    """Of one update, float32 scalars, over the global batch.
+    """Metrics of one update over the global batch, float32 scalars.
 
     Attributes:
       loss: sums over target tokens.
       grad_norm: of the mean gradient, before clipping.
-      learning_rate: of this update.
-      source_tokens: real ones, EOS included.
-      skipped: updates of the whole run that were skipped for their loss, this one included; int32.
+      source_tokens: without padding, EOS included.
+      skipped: number of updates of the run skipped because of a loss spike, int32.
     """
 
     loss: LossSums
@@ -61,23 +60,23 @@ class StepMetrics(NamedTuple):
 
 
 def state_shardings(model: Model, config: Config, mesh: Mesh) -> TrainState:
-    """A sharding in place of each array of the state: the optimizer's moments beside the params they belong to."""
+    """The sharding of each array of the state; the optimizer's moments are sharded as their params."""
     params = sharding.param_shardings(mesh, model.abstract_params)
     shapes = nnx.to_pure_dict(model.abstract_params)
     optimizer = make_optimizer(config)
-    everywhere = sharding.replicated(mesh)
+    replicated = sharding.replicated(mesh)
     opt_state = optax.tree.map_params(
         optimizer,
         lambda _, param_sharding: param_sharding,
         jax.eval_shape(optimizer.init, shapes),
         params,
-        transform_non_params=lambda _: everywhere,
+        transform_non_params=lambda _: replicated,
     )
-    return TrainState(cast(Any, everywhere), params, opt_state, params if config.train.ema_decay else None)
+    return TrainState(cast(Any, replicated), params, opt_state, params if config.train.ema_decay else None)
 
 
 def init_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
-    """The state before the first update, made in place on the devices that hold it."""
+    """Initializes the state on the devices, already sharded."""
 
     def init() -> TrainState:
         params = model.init(config.train.seed)
@@ -99,12 +98,12 @@ def abstract_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
 def make_train_step(
     model: Model, config: Config, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The compiled update. Its state argument is donated: use what it returns.
+    """Returns the jitted update. It donates its state argument: go on with the state that it returns.
 
-    Where loss or gradient are no finite numbers the state stays as it was.
+    It returns the state unchanged if the loss or the gradient is not finite.
 
     Raises:
-      UserError: the config forces a kernel that cannot run on the mesh's devices.
+      UserError: the config forces an attention kernel that the mesh's devices cannot run.
     """
     fused.require(config, mesh)
     optimizer, schedule = make_optimizer(config), make_schedule(config)
@@ -120,33 +119,37 @@ def make_train_step(
         # Made here: a key made outside would be a constant, read back from an accelerator while the step is lowered.
         dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         key = jax.random.fold_in(dropout_key, state.step)
-        total, sums = accumulate_gradients(objective, state.params, batch, key, config.train.accumulation_steps)
+        grad_sums, sums = accumulate_gradients(objective, state.params, batch, key, config.train.accumulation_steps)
         # The sums run over all rows of all devices, so these are gradients of the mean over the global batch's tokens.
         tokens = jnp.maximum(sums.tokens, 1.0)
-        grads = jax.tree.map(lambda grad: grad / tokens, total)
+        grads = jax.tree.map(lambda grad: grad / tokens, grad_sums)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=sums.objective / tokens)
         params = optax.apply_updates(state.params, updates)
-        source_tokens, skipped = (batch.source_BS != PAD).sum(dtype=jnp.float32), optimizer_lib.num_skipped(opt_state)
+        source_tokens, num_skipped = (
+            (batch.source_BS != PAD).sum(dtype=jnp.float32),
+            optimizer_lib.num_skipped(opt_state),
+        )
         rate = schedule(state.step - optimizer_lib.num_skipped(state.opt_state))
-        metrics = StepMetrics(sums, optax.tree.norm(grads), rate, source_tokens, skipped)
+        metrics = StepMetrics(sums, optax.tree.norm(grads), rate, source_tokens, num_skipped)
         ema = None if state.ema is None else update_ema(state.ema, params, state.step, config.train.ema_decay)
         is_bad = ~(jnp.isfinite(sums.objective) & jnp.isfinite(metrics.grad_norm))
-        return optimizer_lib.where_tree(state, TrainState(state.step + 1, params, opt_state, ema), is_bad), metrics
+        return optimizer_lib.where_tree(is_bad, state, TrainState(state.step + 1, params, opt_state, ema)), metrics
 
-    states, everywhere = state_shardings(model, config, mesh), sharding.replicated(mesh)
+    shardings = state_shardings(model, config, mesh)
     return jax.jit(
         train_step,
-        in_shardings=(states, sharding.batch_sharding(mesh)),
-        out_shardings=(states, everywhere),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
 
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
-    """decay · ema + (1 - decay) · params, where a decay of (1 + step) / (10 + step) at most soon forgets the start."""
-    done = step.astype(jnp.float32)
-    weight = 1.0 - jnp.minimum(decay, (1.0 + done) / (10.0 + done))
+    """decay · ema + (1 - decay) · params; a smaller decay of (1 + step) / (10 + step) forgets the first params soon."""
+    num_updates = step.astype(jnp.float32)
+    weight = 1.0 - jnp.minimum(decay, (1.0 + num_updates) / (10.0 + num_updates))
+    # Unlike `optax.incremental_update`, this leaves an average that equals the params as it is, to the last bit.
     return jax.tree.map(lambda old, new: old + weight * (new - old), ema, params)
 
 
@@ -155,30 +158,33 @@ def accumulate_gradients(
     params: Params,
     batch: Batch,
     key: jax.Array,
-    parts: int,
+    num_micro_batches: int,
 ) -> tuple[Params, LossSums]:
-    """Gradient of a sum over a batch, and its sums, one of `parts` of the rows after the other.
+    """Gradient of a sum over the batch, and its sums, computed one micro-batch after the other.
 
-    Only one part's activations are in memory at a time. The parts' own token counts do not matter: sums
-    are added, and divided once.
+    Only one micro-batch's activations are in memory at a time. As sums are added, and divided once by all tokens,
+    micro-batches may have different numbers of tokens.
     """
     gradient = jax.grad(objective, has_aux=True)
-    if parts == 1:
+    if num_micro_batches == 1:
         return gradient(params, batch, key)
 
     def split(array: jax.Array) -> jax.Array:
-        # Part i takes every parts-th row from i: each device then has its share of every part.
-        rows = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
+        # Micro-batch i of n has rows i, i + n, i + 2n …: of 4 rows, [0, 2] and [1, 3]. Each device, which holds
+        # consecutive rows, then has its share of every micro-batch.
+        rows = array.reshape(array.shape[0] // num_micro_batches, num_micro_batches, *array.shape[1:])
         return jnp.moveaxis(rows, 1, 0)
 
-    def add(total: tuple[Params, LossSums], part: tuple[Batch, jax.Array]) -> tuple[tuple[Params, LossSums], None]:
-        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+    def add(
+        total: tuple[Params, LossSums], micro_batch: tuple[Batch, jax.Array]
+    ) -> tuple[tuple[Params, LossSums], None]:
+        return jax.tree.map(jnp.add, total, gradient(params, *micro_batch)), None
 
-    zero = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros(()) for _ in LossSums._fields)))
-    return jax.lax.scan(add, zero, (jax.tree.map(split, batch), jax.random.split(key, parts)))[0]
+    zeros = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros(()) for _ in LossSums._fields)))
+    return jax.lax.scan(add, zeros, (jax.tree.map(split, batch), jax.random.split(key, num_micro_batches)))[0]
 
 
 @jax.jit
 def all_finite(params: Params) -> jax.Array:
-    """Whether every param is a finite number; bool []."""
+    """Whether every param is finite; bool []."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()

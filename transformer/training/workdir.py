@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and which config it was made with."""
+"""The folder of a run: its lock, config and id, and the batch at which a run diverged."""
 
 import contextlib
 import datetime
@@ -24,14 +24,15 @@ from transformer.runtime.logging import log_error, log_info
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
+DIVERGED_FILE = "diverged.json"
 
 
 def acquire_lock(workdir: epath.Path) -> IO[str] | object_storage.Lock:
-    """Takes the workdir for this process until what it returns is closed or the process ends, however it ends.
+    """Locks the workdir until the returned lock is closed or the process ends.
 
     Raises:
-      WorkdirError: another run has it.
-      UserError: it is no folder or cannot be written.
+      WorkdirError: another run holds it.
+      UserError: it is not a folder, or cannot be written.
     """
     if object_storage.is_remote(workdir):
         return _lock_object(workdir)
@@ -54,7 +55,7 @@ def acquire_lock(workdir: epath.Path) -> IO[str] | object_storage.Lock:
 
 
 def _lock_object(workdir: epath.Path) -> object_storage.Lock:
-    def lost(holder: str) -> None:
+    def on_lost(holder: str) -> None:
         log_error(
             f"{workdir}: taken over by {holder}, as its lock had not been touched for "
             f"{object_storage.LOCK_TIMEOUT_S:.0f} s"
@@ -63,60 +64,57 @@ def _lock_object(workdir: epath.Path) -> object_storage.Lock:
 
     try:
         with user_error_on_oserror(f"--workdir={workdir}"):
-            return object_storage.Lock(workdir / LOCK_FILE, multihost.process_description(), lost)
+            return object_storage.Lock(workdir / LOCK_FILE, multihost.process_description(), on_lost)
     except object_storage.LockHeldError as held:
         raise WorkdirError(f"{workdir}: held by {held}; wait for it, stop it, or choose another --workdir") from held
 
 
 def check_resume_config(workdir: epath.Path, old: Config, config: Config) -> list[str]:
-    """How a config differs, harmlessly, from the one that the workdir's run was made with.
+    """Checks that a run may be resumed with a config, and returns the changed fields as 'section.field: old → new'.
 
     Args:
-      old: of the checkpoint that the run goes on from, whose digest was right.
-
-    Returns:
-      The differences, as 'section.field: old → new'.
+      old: config of the checkpoint to resume.
 
     Raises:
-      UserError: others than harmless ones; every field of them is named.
+      UserError: a field has changed that future updates depend on; the message names all of them.
     """
     changes = schema.differences(old, config)
-    never_read = unread(old).keys() & unread(config).keys()
-    serious = [
+    unused = unread(old).keys() & unread(config).keys()
+    conflicts = [
         change
         for change in changes
-        if not _harmless(change, config) and f"{change.section}.{change.field}" not in never_read
+        if not _may_change(change, config) and f"{change.section}.{change.field}" not in unused
     ]
-    if serious:
+    if conflicts:
         raise UserError(
-            f"{workdir}: holds a run with another config: {'; '.join(map(str, serious))}. Resume it with its own "
+            f"{workdir}: holds a run with another config: {'; '.join(map(str, conflicts))}. Resume it with its own "
             "config, or choose another --workdir"
         )
     return [str(change) for change in changes]
 
 
 def run_id(workdir: epath.Path, checkpoint: str, id_of_checkpoint: str | None) -> str:
-    """The id of the run in a workdir: that of its checkpoint and config.json, or a new one for a run that begins.
+    """The id of the run in a workdir: that of its checkpoint and config.json, or a new one for a new run.
 
     Args:
-      checkpoint: that the run goes on from, for messages.
-      id_of_checkpoint: None where there is none; empty where an earlier version saved it.
+      checkpoint: the one to resume, for messages.
+      id_of_checkpoint: None without a checkpoint; empty if an earlier version saved it.
 
     Raises:
       UserError: the checkpoint is of another run than config.json.
     """
-    kept = _saved_run_id(workdir) if id_of_checkpoint is not None else ""
-    if kept and id_of_checkpoint and kept != id_of_checkpoint:
+    saved = _saved_run_id(workdir) if id_of_checkpoint is not None else ""
+    if saved and id_of_checkpoint and saved != id_of_checkpoint:
         raise UserError(
-            f"{checkpoint} is of another run (id {id_of_checkpoint[:8]}) than {workdir / CONFIG_FILE} ({kept[:8]}). "
+            f"{checkpoint} is of another run (id {id_of_checkpoint[:8]}) than {workdir / CONFIG_FILE} ({saved[:8]}). "
             "Move it elsewhere to go on with this run; to start from it, name its workdir as train.init_from in a new "
             "--workdir"
         )
-    return id_of_checkpoint or kept or uuid.uuid4().hex
+    return id_of_checkpoint or saved or uuid.uuid4().hex
 
 
 def _saved_run_id(workdir: epath.Path) -> str:
-    """What `keep_config` wrote; empty where there is nothing, as of an earlier version."""
+    """The id that `save_config` wrote; empty without one, as earlier versions left it."""
     try:
         return str(json.loads((workdir / CONFIG_FILE).read_text())[RUN_ID])
     except (OSError, ValueError, KeyError, TypeError):
@@ -125,24 +123,21 @@ def _saved_run_id(workdir: epath.Path) -> str:
 
 @multihost.primary_only
 def save_config(workdir: epath.Path, config: Config, run_id: str = "") -> None:
-    """Makes a config the workdir's own, and the id of its run."""
+    """Writes the config, and the id of the run, to the workdir."""
     path, text = workdir / CONFIG_FILE, config.to_json(**({RUN_ID: run_id} if run_id else {}))
     with user_error_on_oserror(f"--workdir={workdir}"):
         if not path.exists() or path.read_bytes() != text.encode():
             write_atomic(path, text)
 
 
-def _harmless(change: schema.Change, config: Config) -> bool:
+def _may_change(change: schema.Change, config: Config) -> bool:
     if (change.section, change.field) == ("train", "num_steps"):
         return not ends_with_its_steps(config)
     if (change.section, change.field) == ("data", "tokenizer"):
         return not {change.old, change.new} & set(schema.TRAINED_TOKENIZERS)
     if (change.section, change.field) == ("train", "init_from"):
-        return bool(change.old and change.new)  # whether it is the same run is seen by its id
+        return bool(change.old and change.new)  # `initialization.check_base_unchanged` compares the runs
     return change.field in HARMLESS.get(change.section, ())
-
-
-DIVERGED_FILE = "diverged.json"
 
 
 @contextlib.contextmanager
@@ -165,7 +160,7 @@ def _write_dump(path: epath.Path, values: dict[str, Any]) -> None:
 
 
 def _describe_batch(plan: BatchSchedule, split: Split, error: DivergedError) -> dict[str, Any]:
-    """The update, why, and the number in the training split and the text of each sentence pair of its batch."""
+    """The update, the reason, and number and text of each sentence pair of its batch."""
     examples = plan.batch((error.step or 1) - 1).examples_B
     numbers = examples[examples != PAD_EXAMPLE].tolist()
     pairs = [{"number": number, "source": split[number][0], "target": split[number][1]} for number in numbers]
