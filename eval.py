@@ -7,8 +7,8 @@
 
 WHICH is latest, best, a step, or the mean of several: average:N of the newest N, best-average:N of the N with
 the best validation scores. Model, vocabulary and decoding settings are those saved with the checkpoint;
---decode.FIELD=VALUE sets another. DIR/report.html shows it all: scores, learning curves, sentences, attention;
-DIR/reports/ keeps one of each evaluation.
+--decode.FIELD=VALUE overrides one. DIR/report.html shows scores, learning curves, sentences and attention;
+DIR/reports/ keeps the report of each evaluation.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from transformer.runtime.logging import log_info
 
 if TYPE_CHECKING:
     from transformer.checkpoints.loading import RestoredModel
-    from transformer.evaluation.evaluator import Evaluation, Scorer
+    from transformer.evaluation.evaluator import CheckpointEvaluator, EvalDataset, EvalResult
 
-SAMPLES = 5
+NUM_SAMPLES = 5
 
 
 def main(argv: list[str]) -> None:
-    """Checks its flags before it imports JAX."""
+    """Parses the flags before JAX is imported."""
     fields, rest = command_line.decode_flags(argv)
     args = parse(rest)
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
-    """Once, of one checkpoint, decoding as its config says but for these fields."""
+    """Evaluates one checkpoint, with these decode fields in place of those of its config."""
     from transformer.checkpoints.loading import load_checkpoint
     from transformer.config import validation
     from transformer.distributed import consistency
@@ -61,64 +61,64 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     if args.output:
         check_output(args.output)
     consistency.assert_same_code()
-    trained = load_checkpoint(args.workdir, args.checkpoint)
-    changed = {name: value for name, value in fields.items() if value != getattr(trained.config.decode, name)}
-    trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
-    data = trained.config.data
+    restored = load_checkpoint(args.workdir, args.checkpoint)
+    changed = {name: value for name, value in fields.items() if value != getattr(restored.config.decode, name)}
+    restored = dataclasses.replace(restored, config=validation.with_decode(restored.config, fields))
+    data = restored.config.data
     with multihost.primary_first("evaluation set"):
-        chosen = evaluator.open_set(data, args.split, args.source, args.reference)
-    evaluator.check_hosts(trained, chosen)
-    other = None
+        dataset = evaluator.load_eval_dataset(data, args.split, args.source, args.reference)
+    evaluator.assert_same_on_hosts(restored, dataset)
+    baseline = None
     if args.versus:
-        which = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
-        other = evaluator.translations_of_other(args.versus, which, chosen, data.target_language, fields)
-    evaluation = with_bar(evaluator.Scorer(chosen), trained)
-    show_samples(evaluation)
-    log_info(summary.table(evaluation))
-    save_translations(evaluation, args.output, evaluator.translations_path(args.workdir, trained, chosen, changed))
-    versus = None
-    if other:
-        ours = evaluation.report.translations
-        tokenizer = bleu_tokenizer.choose(data, chosen.references[0]).name
-        versus = significance.against(*other, ours, chosen.references, tokenizer)
-        log_info(f"\n{significance.table(versus)}\n")
-        log_info(significance.examples(versus, chosen.sources, chosen.references, ours))
-    report.write(args.workdir, evaluation, versus, changed)
+        checkpoint = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
+        baseline = evaluator.baseline_translations(args.versus, checkpoint, dataset, data.target_language, fields)
+    result = evaluate_with_progress(evaluator.CheckpointEvaluator(dataset), restored)
+    log_samples(dataset, result)
+    log_info(summary.format_table(restored, dataset, result))
+    save_translations(result, args.output, evaluator.translations_path(args.workdir, restored, dataset, changed))
+    comparison = None
+    if baseline:
+        _, sources, references = dataset
+        tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, references[0]).name
+        comparison = significance.compare_systems(*baseline, result.translations, references, tokenizer)
+        log_info(f"\n{significance.format_table(comparison)}\n")
+        log_info(significance.format_examples(comparison, sources, references, result.translations))
+    report.write(args.workdir, restored, dataset, result, comparison, changed)
     if multihost.is_primary():
-        print(json.dumps(summary.as_json(evaluation, versus)))
+        print(json.dumps(summary.as_json(restored, result, comparison)))
 
 
 @multihost.primary_only
 def check_output(path: str) -> None:
-    """Before anything is translated."""
+    """Raises a UserError if the file is not writable, before anything is translated."""
     with user_error_on_oserror(f"--output={path}"):
         check_writable(path)
 
 
 @multihost.primary_only
-def save_translations(evaluation: "Evaluation", asked: str | None, usual: epath.Path) -> None:
-    """Where it was asked for, or in the workdir: if that cannot be written it costs the file, not the scores."""
+def save_translations(result: "EvalResult", output: str | None, default: epath.Path) -> None:
+    """Writes translations to `output` or else to the workdir; logs a warning if the latter is not writable."""
     from transformer.evaluation import evaluator
 
     try:
-        evaluator.write_translations(evaluation, asked or usual)
+        evaluator.write_translations(result, output or default)
     except UserError as error:
-        if asked:
+        if output:
             raise
         log_info(f"warning: no file of translations: {error}")
         return
-    log_info(f"translations: {asked or usual}")
+    log_info(f"translations: {output or default}")
 
 
 def watch(args: argparse.Namespace) -> None:
-    """Every checkpoint as it lands; a JSON object a line on stdout."""
+    """Evaluates every new checkpoint; prints a JSON object a line on stdout."""
     from transformer.evaluation import continuous, evaluator
 
-    continuous.Watch(
+    continuous.CheckpointWatcher(
         args.workdir,
-        lambda config: evaluator.open_set(config.data, args.split, args.source, args.reference),
+        lambda config: evaluator.load_eval_dataset(config.data, args.split, args.source, args.reference),
         lambda entry: print(json.dumps(entry), flush=True),
-    ).until_stopped()
+    ).run_forever()
 
 
 def parse(rest: list[str]) -> argparse.Namespace:
@@ -171,22 +171,22 @@ def parse(rest: list[str]) -> argparse.Namespace:
     return args
 
 
-def with_bar(scorer: "Scorer", trained: "RestoredModel") -> "Evaluation":
-    """Evaluates, with a progress bar on a terminal."""
+def evaluate_with_progress(evaluator: "CheckpointEvaluator", restored: "RestoredModel") -> "EvalResult":
+    """Evaluates with a progress bar if stderr is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(f"translating {scorer.chosen.name}", total=len(scorer.chosen.sources))
-        return scorer.evaluate(trained, lambda done: bar.advance(task, advance=done))
+        task = bar.add_task(f"translating {evaluator.dataset.name}", total=len(evaluator.dataset.sources))
+        return evaluator.evaluate(restored, lambda count: bar.advance(task, advance=count))
 
 
-def show_samples(evaluation: "Evaluation") -> None:
-    """A few sentences, spread over the set."""
-    _, sources, references = evaluation.chosen
-    for i in range(0, len(sources), -(-len(sources) // SAMPLES) or 1):
-        translation = evaluation.report.translations[i]
+def log_samples(dataset: "EvalDataset", result: "EvalResult") -> None:
+    """Logs a few evenly spaced sentences."""
+    _, sources, references = dataset
+    for i in range(0, len(sources), -(-len(sources) // NUM_SAMPLES) or 1):
+        translation = result.translations[i]
         log_info(f"  source      {sources[i]}\n  translation {translation}\n  reference   {references[0][i]}\n")
 
 

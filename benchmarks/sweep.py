@@ -145,13 +145,13 @@ def result(config: Config, workdir: epath.Path, split: str) -> Found:
 
     train(config, workdir)
     trained = load_checkpoint(workdir, "latest")
-    chosen = evaluator.open_set(config.data, split, None, None)
-    report = evaluator.Scorer(chosen).evaluate(trained).report
+    dataset = evaluator.load_eval_dataset(config.data, split, None, None)
+    result = evaluator.CheckpointEvaluator(dataset).evaluate(trained)
     found = {
         "params": trained.model.num_params(),
-        "perplexity": report.held_out.perplexity,
-        "bleu": report.scores["bleu"],
-        "signature": report.scores["bleu_signature"],
+        "perplexity": result.perplexity,
+        "bleu": result.scores["bleu"],
+        "signature": result.scores["bleu_signature"],
         "step": trained.step,
     }
     write_atomic(path, json.dumps({"found": found, "config": dataclasses.asdict(config)}, indent=1) + "\n")

@@ -27,7 +27,7 @@ KOREAN = ["우리는 오늘 대학에 친구를 만나러 갑니다.", "그는 �
 
 
 def choose(language, references, **fields):
-    return bleu_tokenizer.choose(DataConfig(target_language=language, **fields), references)
+    return bleu_tokenizer.choose_bleu_tokenizer(DataConfig(target_language=language, **fields), references)
 
 
 @pytest.mark.parametrize("language", "zh zh-CN zh_tw zho zho_Hant cmn yue wuu lzh nan hak gan cn zhs zht tw hk".split())
@@ -82,14 +82,14 @@ def test_another_tokenizer_is_refused_before_anything_runs(data, match):
 
 def test_what_cannot_have_four_tokens_is_told_by_chrf():
     words = ["Haus", "rotes Haus", "ein Haus hier", "ein Haus steht hier"]
-    assert bleu_tokenizer.decide(words, "13a") == (
+    assert bleu_tokenizer.choose_best_metric(words, "13a") == (
         "chrf",
-        "the best checkpoint is that of the highest chrF2, as 3 of 4 validation references have under four tokens, of "
-        "which BLEU finds nothing; train.best_metric sets another",
+        "the best checkpoint is that of the highest chrF2, as 3 of 4 validation references have under four tokens "
+        "and so no 4-grams for BLEU; train.best_metric sets another",
     )
-    assert bleu_tokenizer.decide(words[2:], "13a") == ("bleu", "")
-    assert bleu_tokenizer.decide(["我们今天", "他昨天"], "13a")[0] == "chrf"
-    assert bleu_tokenizer.decide(["我们今天", "他昨天"], "zh")[0] == "bleu"
+    assert bleu_tokenizer.choose_best_metric(words[2:], "13a") == ("bleu", "")
+    assert bleu_tokenizer.choose_best_metric(["我们今天", "他昨天"], "13a")[0] == "chrf"
+    assert bleu_tokenizer.choose_best_metric(["我们今天", "他昨天"], "zh")[0] == "bleu"
 
 
 RECORDED = {  # step → BLEU, chrF, loss: each figure has another best

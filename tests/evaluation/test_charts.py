@@ -55,11 +55,11 @@ def test_what_is_no_number_is_left_out_and_nothing_gives_nothing():
 
 def test_long_runs_are_thinned_to_what_can_be_seen():
     points = [(i, float(i)) for i in range(100_001)]
-    thin = charts.thinned(points)
-    assert len(thin) <= charts.MOST_POINTS + 2
+    thin = charts.downsample(points)
+    assert len(thin) <= charts.MAX_POINTS + 2
     assert (thin[0], thin[-1]) == (points[0], points[-1])
-    assert charts.thinned(points[:3]) == points[:3]
-    assert charts.thinned(points[:1]) == points[:1]
+    assert charts.downsample(points[:3]) == points[:3]
+    assert charts.downsample(points[:1]) == points[:1]
 
 
 def test_bars_are_as_high_as_their_values():
@@ -70,7 +70,7 @@ def test_bars_are_as_high_as_their_values():
 
 
 def test_numbers_are_short():
-    assert [charts.short(value) for value in (0, 0.0005, 12, 9500, 12000, 2.5e6, 2e10)] == [
+    assert [charts.format_si(value) for value in (0, 0.0005, 12, 9500, 12000, 2.5e6, 2e10)] == [
         "0",
         "0.0005",
         "12",
@@ -82,14 +82,14 @@ def test_numbers_are_short():
 
 
 def test_equal_factors_are_equally_far_apart_on_a_log_chart():
-    line = charts.Series("a", [(16, 1e3), (64, 1e4), (256, 1e5), (0, 5), (4, 0)], marked=True)
+    line = charts.Series("a", [(16, 1e3), (64, 1e4), (256, 1e5), (0, 5), (4, 0)], markers=True)
     drawn = charts.line_chart("t", "x", [line], log=True)
     xs, ys = zip(*((float(a), float(b)) for a, b in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)), strict=True)
     assert len(xs) == 3
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
     assert ys[1] - ys[0] == pytest.approx(ys[2] - ys[1], abs=0.2)
-    assert charts.doublings(16, 256, 5) == [16, 32, 64, 128, 256]
-    assert charts.doublings(16, 4096, 5)[:3] == [16, 64, 256]
+    assert charts.power_ticks(16, 256, 5) == [16, 32, 64, 128, 256]
+    assert charts.power_ticks(16, 4096, 5)[:3] == [16, 64, 256]
     assert charts.log_ticks(1e3, 1e6, 5) == [1e3, 1e4, 1e5, 1e6]
     assert charts.log_ticks(20, 60, 5) == [16, 32, 64]
     assert charts.log_ticks(1, 1, 5) == [1, 2]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,31 +14,31 @@ from tests.checkpoints.test_manager import flip, make_parts, save
 from transformer.checkpoints import loading, manager, manifest
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.evaluation import continuous
-from transformer.evaluation.evaluator import Evaluation, EvaluationSet, HeldOutLoss, Report
-from transformer.evaluation.metrics import further, score
+from transformer.evaluation.evaluator import EvalDataset, EvalResult
+from transformer.evaluation.metrics import extended_scores, score
 from transformer.runtime.errors import DivergedError, StoppedError
 
-CHOSEN = EvaluationSet("mine", ["the old house"], [["das alte Haus"]])
+DATASET = EvalDataset("mine", ["the old house"], [["das alte Haus"]])
 
 
-class QuickScorer:
-    """Stands in for a Scorer: what it finds is known without decoding."""
+class QuickEvaluator:
+    """Stands in for a CheckpointEvaluator: its results are known without decoding."""
 
-    def __init__(self, chosen):
-        self.chosen = chosen
+    def __init__(self, dataset):
+        self.dataset = dataset
 
     def evaluate(self, model):
         if model.step == 13:
             raise DivergedError("checkpoint 13: its loss is nan")
         lines = [f"das Haus {model.step}"]
-        scores = score(lines, CHOSEN.references, ["bleu", "chrf", "ter"])
-        report = Report(1, HeldOutLoss(1.5, 10, 4), scores, lines, 0.1)
-        return Evaluation(model, self.chosen, report, further(CHOSEN.sources, lines, CHOSEN.references, "de"))
+        scores = score(lines, DATASET.references, ["bleu", "chrf", "ter"])
+        scores |= extended_scores(DATASET.sources, lines, DATASET.references, "de")
+        return EvalResult(1, 1.5, math.exp(1.5), math.exp(1.5 * 10 / 4), scores, lines, 0.1)
 
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
-    monkeypatch.setattr(continuous, "Scorer", QuickScorer)
+    monkeypatch.setattr(continuous, "CheckpointEvaluator", QuickEvaluator)
     for step in (2, 10):
         save(tmp_path, make_parts(), step)
     return tmp_path
@@ -46,8 +47,8 @@ def workdir(tmp_path, monkeypatch):
 def look(workdir):
     """All that there is to do; the steps it scored."""
     found = []
-    watching = continuous.Watch(workdir, lambda config: CHOSEN, lambda entry: found.append(entry["step"]))
-    while watching.look():
+    watching = continuous.CheckpointWatcher(workdir, lambda config: DATASET, lambda entry: found.append(entry["step"]))
+    while watching.poll():
         pass
     return found
 
@@ -73,10 +74,10 @@ def test_every_checkpoint_is_scored_once_the_oldest_first(workdir):
 @pytest.mark.parametrize("change", [{"name": "other"}, {"references": [["das sehr alte Haus"]]}])
 def test_another_set_is_scored_too(workdir, change):
     look(workdir)
-    other = CHOSEN._replace(**change)
+    other = DATASET._replace(**change)
     found = []
-    watching = continuous.Watch(workdir, lambda config: other, lambda entry: found.append(entry["step"]))
-    assert watching.look()
+    watching = continuous.CheckpointWatcher(workdir, lambda config: other, lambda entry: found.append(entry["step"]))
+    assert watching.poll()
     assert found == [2]
 
 
@@ -122,7 +123,7 @@ def test_a_signal_while_it_scores_ends_it_though_the_checkpoint_went_meanwhile(w
         CheckpointManager(workdir).remove(model.step)
         raise StoppedError(signal.SIGTERM, "stopped by SIGTERM")
 
-    monkeypatch.setattr(QuickScorer, "evaluate", stopped_while_pruned)
+    monkeypatch.setattr(QuickEvaluator, "evaluate", stopped_while_pruned)
     with pytest.raises(StoppedError):
         look(workdir)
 
@@ -132,7 +133,7 @@ def test_a_failure_inside_scoring_is_not_taken_for_a_deleted_checkpoint(workdir,
         CheckpointManager(workdir).remove(model.step)
         raise RuntimeError("inside")
 
-    monkeypatch.setattr(QuickScorer, "evaluate", fail_while_pruned)
+    monkeypatch.setattr(QuickEvaluator, "evaluate", fail_while_pruned)
     with pytest.raises(RuntimeError, match="inside"):
         look(workdir)
 
@@ -156,18 +157,18 @@ def test_one_that_goes_between_its_files_is_left_out_too(workdir, monkeypatch, c
     assert "was deleted while it was read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("room", "name"), [(manager, "files_below"), (manifest, "sha256")])
+@pytest.mark.parametrize(("module", "name"), [(manager, "iter_files"), (manifest, "sha256")])
 def test_one_that_goes_while_it_is_verified_is_left_out_and_not_called_damaged(
-    workdir, monkeypatch, capsys, room, name
+    workdir, monkeypatch, capsys, module, name
 ):
-    read, prune = getattr(room, name), [lambda: CheckpointManager(workdir).remove(2)]
+    read, prune = getattr(module, name), [lambda: CheckpointManager(workdir).remove(2)]
 
     def prune_first(path):
         with contextlib.suppress(IndexError):
             prune.pop()()
         return read(path)
 
-    monkeypatch.setattr(room, name, prune_first)
+    monkeypatch.setattr(module, name, prune_first)
     assert look(workdir) == [10]
     said = capsys.readouterr().err
     assert "checkpoint 2 was deleted while it was read" in said
@@ -200,16 +201,16 @@ def test_it_waits_for_more_until_a_signal(workdir, number):
         raise AssertionError("nobody stopped for the signal")
 
     original = signal.signal(number, not_heeded)
-    watching = continuous.Watch(workdir, lambda config: CHOSEN, one_more_then_stop)
+    watching = continuous.CheckpointWatcher(workdir, lambda config: DATASET, one_more_then_stop)
     with pytest.raises(StoppedError, match="3 checkpoints scored; run again to go on") as stopped:
-        watching.until_stopped(seconds=0.05)
+        watching.run_forever(seconds=0.05)
     assert stopped.value.exit_code == 128 + number
     assert signal.signal(number, original) == not_heeded
     assert look(workdir) == []
 
 
 def test_it_may_begin_before_training_does(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(continuous, "Scorer", QuickScorer)
+    monkeypatch.setattr(continuous, "CheckpointEvaluator", QuickEvaluator)
 
     def first_look(seconds):
         if not (tmp_path / "checkpoints").exists():
@@ -219,5 +220,5 @@ def test_it_may_begin_before_training_does(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(continuous.time, "sleep", first_look)
     with pytest.raises(StoppedError, match="1 checkpoints scored"):
-        continuous.Watch(tmp_path, lambda config: CHOSEN).until_stopped()
+        continuous.CheckpointWatcher(tmp_path, lambda config: DATASET).run_forever()
     assert "waiting for the first checkpoint" in capsys.readouterr().err

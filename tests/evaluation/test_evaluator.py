@@ -40,7 +40,7 @@ def test_the_loss_is_the_mean_over_all_tokens(evaluator):
         t = t[:, : (t != 0).sum()]
         nll -= float(log_p[np.arange(t.shape[1]), t[0]].sum())
         count += t.shape[1]
-    found = room.held_out_loss(params, sources, targets)
+    found = room.teacher_forced_loss(params, sources, targets)
     assert found.mean == pytest.approx(nll / count, rel=1e-5)
     assert found.tokens == 5 * count
     words = sum(len(target.split()) + 1 for target in REFERENCES)
@@ -70,7 +70,9 @@ def test_no_more_goes_through_the_model_at_once_than_in_training(evaluator, monk
     run = parts._eval_step
     monkeypatch.setattr(parts, "_eval_step", lambda p, batch: (slots.append(batch.target_BT.size), run(p, batch))[1])
     lines = HYPOTHESES * 2, REFERENCES * 2
-    assert parts.held_out_loss(params, *lines).mean == pytest.approx(one.held_out_loss(params, *lines).mean, rel=1e-6)
+    assert parts.teacher_forced_loss(params, *lines).mean == pytest.approx(
+        one.teacher_forced_loss(params, *lines).mean, rel=1e-6
+    )
     assert max(slots) == 64
 
 
@@ -101,11 +103,11 @@ def test_counts_are_checked_before_anything_is_translated(evaluator, monkeypatch
 
 def test_a_very_long_line_is_cut_not_dropped(evaluator):
     room, params, _, _ = evaluator
-    found = room.held_out_loss(params, ["cat " * 5000], ["mat " * 5000])
+    found = room.teacher_forced_loss(params, ["cat " * 5000], ["mat " * 5000])
     assert np.isfinite(found.mean)
     assert found.words <= found.tokens == 74  # of the 5,001 words those in the first 74 tokens
 
 
 def test_a_loss_beyond_all_bounds_is_an_infinite_perplexity():
-    assert scoring.HeldOutLoss(1000.0, 10, 5).perplexity == math.inf
-    assert math.isnan(scoring.HeldOutLoss(math.nan, 10, 5).word_perplexity)
+    assert scoring.CrossEntropy(1000.0, 10, 5).perplexity == math.inf
+    assert math.isnan(scoring.CrossEntropy(math.nan, 10, 5).word_perplexity)

@@ -29,15 +29,15 @@ def pixels(address):
 
 def test_a_pixel_is_as_opaque_as_its_weight():
     weights = np.array([[0.0, 1.0, 0.5], [0.25, 0.25, 1.2]], np.float32)
-    found = pixels(heatmaps.image(weights))
+    found = pixels(heatmaps.png_data_uri(weights))
     np.testing.assert_array_equal(found[..., 3], [[0, 255, 128], [64, 64, 255]])
-    assert (found[..., :3] == heatmaps.COLOUR).all()
+    assert (found[..., :3] == heatmaps.COLOR).all()
 
 
 def test_each_layer_and_head_has_a_map_and_each_piece_a_label():
     weights = np.random.default_rng(0).dirichlet(np.ones(4), (3, 2, 5)).astype(np.float32)
     source, target = ["▁the", "▁c<t", "▁", "</s>"], ["▁die", "▁Kat", "ze", ".", "</s>"]
-    page = heatmaps.sentence_maps("sentence 1", weights, source, target, layer=2)
+    page = heatmaps.attention_heatmaps("sentence 1", weights, source, target, layer=2)
     assert page.count('<button type="button" class="map"') == 3 * (2 + 1)
     for layer in (1, 2, 3):
         assert all(f'title="layer {layer}, head {head}"' in page for head in (1, 2))
@@ -47,4 +47,4 @@ def test_each_layer_and_head_has_a_map_and_each_piece_a_label():
     assert "c&lt;t" in page
     assert "c<t" not in page
     assert "␣" in page
-    assert heatmaps.image(weights[1].mean(0)) in page
+    assert heatmaps.png_data_uri(weights[1].mean(0)) in page

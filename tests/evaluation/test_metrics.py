@@ -58,13 +58,13 @@ def test_unequal_counts_are_an_error(references):
 def test_no_sentences_score_zero():
     found = metrics.score([], [[]], ["bleu", "chrf", "ter"])
     assert (found["bleu"], found["chrf"], found["length_ratio"]) == (0.0, 0.0, 0.0)
-    further = metrics.further([], [], [[]], "de")
+    further = metrics.extended_scores([], [], [[]], "de")
     assert (further["chrfpp"], further["legacy_tokenized_bleu"], further["bleu_by_source_length"]) == (0.0, 0.0, {})
 
 
 def test_bleu_by_length_is_that_of_each_group_alone():
     sources = ["w " * 10, "w " * 11, "w " * 51, ""]
-    groups = metrics.by_source_length(sources, HYPOTHESES, [REFERENCES])
+    groups = metrics.bleu_by_source_length(sources, HYPOTHESES, [REFERENCES])
     assert {words: group["sentences"] for words, group in groups.items()} == {"0-10": 2, "11-20": 1, "over 50": 1}
     assert list(groups) == ["0-10", "11-20", "over 50"]
     short = metrics.score([HYPOTHESES[0], HYPOTHESES[3]], [[REFERENCES[0], REFERENCES[3]]], ["bleu"])["bleu"]
@@ -82,13 +82,13 @@ MOSES = {
 
 @pytest.mark.parametrize("line", MOSES)
 def test_tokens_are_those_of_moses(line):
-    assert metrics.moses("de")[0](line) == MOSES[line]
+    assert metrics.moses_tokenizer("de")[0](line) == MOSES[line]
 
 
 def test_prefixes_that_keep_their_full_stop_are_those_of_the_language():
-    assert metrics.moses("en")[0]("Mr. Smith isn't here.") == "Mr. Smith isn &apos;t here ."
-    assert metrics.moses("de")[0]("Mr. Smith isn't here.") == "Mr. Smith isn &apos; t here ."
-    assert metrics.moses("tlh")[0]("Mr. Worf yes.") == "Mr. Worf yes ."  # no list of its own: that of English
+    assert metrics.moses_tokenizer("en")[0]("Mr. Smith isn't here.") == "Mr. Smith isn &apos;t here ."
+    assert metrics.moses_tokenizer("de")[0]("Mr. Smith isn't here.") == "Mr. Smith isn &apos; t here ."
+    assert metrics.moses_tokenizer("tlh")[0]("Mr. Worf yes.") == "Mr. Worf yes ."  # no list of its own: that of English
 
 
 def test_compounds_are_split_as_perl_does_it():
@@ -100,18 +100,18 @@ def test_compounds_are_split_as_perl_does_it():
 
 def test_legacy_bleu_is_multi_bleu_on_those_tokens():
     """Counted by hand: of "der rot-grüne Hund bellt ." against "der rot-blaue Hund bellt ." ."""
-    found = metrics.legacy(["der rot-grüne Hund bellt."], [["der rot-blaue Hund bellt."]], "de")
+    found = metrics.tokenized_bleu(["der rot-grüne Hund bellt."], [["der rot-blaue Hund bellt."]], "de")
     # Split: der rot ##AT##-##AT## grüne Hund bellt . against the same with blaue.
     assert found["legacy_compound_split_bleu"] == pytest.approx(100 * (6 / 7 * 4 / 6 * 2 / 5 * 0 / 4) ** 0.25)
     longer = [["der rot-blaue Hund bellt laut und oft."], ["der rot-grüne Hund bellt laut und oft."]]
-    found = metrics.legacy(longer[0], [longer[1]], "de")
+    found = metrics.tokenized_bleu(longer[0], [longer[1]], "de")
     assert found["legacy_tokenized_bleu"] == pytest.approx(100 * (7 / 8 * 5 / 7 * 4 / 6 * 3 / 5) ** 0.25)
     assert found["legacy_compound_split_bleu"] == pytest.approx(100 * (9 / 10 * 7 / 9 * 5 / 8 * 3 / 7) ** 0.25)
     assert found["legacy_signature"].startswith("multi-bleu|moses:de|sacremoses:")
 
 
 def test_legacy_bleu_takes_several_references():
-    found = metrics.legacy(HYPOTHESES, [REFERENCES, HYPOTHESES], "en")
+    found = metrics.tokenized_bleu(HYPOTHESES, [REFERENCES, HYPOTHESES], "en")
     assert found["legacy_tokenized_bleu"] == pytest.approx(100)
 
 
@@ -143,15 +143,15 @@ def test_bleu_is_of_the_tokenizer_that_is_named(tokenizer):
     assert found["bleu"] == wanted.corpus_score(*CHINESE).score
     assert found["bleu_signature"] == str(wanted.get_signature())
     assert (found["bleu"] > 60) == (tokenizer in ("zh", "char"))
-    further = metrics.further(CHINESE[0], *CHINESE, "zh", tokenizer)
+    further = metrics.extended_scores(CHINESE[0], *CHINESE, "zh", tokenizer)
     assert further["bleu_by_source_length"]["0-10"]["bleu"] == pytest.approx(found["bleu"])
-    (versus,) = significance.compare(CHINESE[0], CHINESE[0], CHINESE[1], tokenizer, ["bleu"], samples=9)
-    assert versus.ours == found["bleu"]
+    (versus,) = significance.paired_tests(CHINESE[0], CHINESE[0], CHINESE[1], tokenizer, ["bleu"], samples=9)
+    assert versus.score == found["bleu"]
 
 
 def test_tokenized_text_is_not_tokenized_again():
     lines = (["er sagt &apos; ja &apos; ."], [["er sagt &apos; ja &apos; !"]])
-    found = metrics.further(lines[0], *lines, "de", PUBLISHED)
+    found = metrics.extended_scores(lines[0], *lines, "de", PUBLISHED)
     assert found["legacy_tokenized_bleu"] == metrics.score(*lines, ["bleu"], PUBLISHED)["bleu"]
     assert found["bleu_by_source_length"]["0-10"]["bleu"] == found["legacy_tokenized_bleu"]
     assert found["legacy_signature"] == "multi-bleu|as it is"
@@ -159,7 +159,7 @@ def test_tokenized_text_is_not_tokenized_again():
 
 def test_without_comet_there_is_no_comet(monkeypatch):
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    assert metrics.comet(["a"], ["b"], [["c"]]) == {}
+    assert metrics.comet_score(["a"], ["b"], [["c"]]) == {}
 
 
 @pytest.fixture
@@ -187,9 +187,12 @@ def comet(monkeypatch):
 def test_comet_is_read_from_the_cache_and_never_fetched(comet):
     import os
 
-    assert metrics.comet(["a", "b"], ["x", "y"], [["x", "z"]]) == {}
+    assert metrics.comet_score(["a", "b"], ["x", "y"], [["x", "z"]]) == {}
     comet.hub.cached = "/cache/model.ckpt"
-    assert metrics.comet(["a", "b"], ["x", "y"], [["x", "z"]]) == {"comet": 0.5, "comet_signature": "comet|model.ckpt"}
+    assert metrics.comet_score(["a", "b"], ["x", "y"], [["x", "z"]]) == {
+        "comet": 0.5,
+        "comet_signature": "comet|model.ckpt",
+    }
     assert comet.loaded == ["/cache/model.ckpt"]
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
@@ -197,6 +200,6 @@ def test_comet_is_read_from_the_cache_and_never_fetched(comet):
 def test_comet_s_weights_may_be_a_file(comet, monkeypatch, tmp_path):
     monkeypatch.setenv("COMET_CHECKPOINT", str(tmp_path / "mine.ckpt"))
     with pytest.raises(UserError, match=r"COMET_CHECKPOINT=.*mine\.ckpt: expected a file"):
-        metrics.comet(["a"], ["b"], [["c"]])
+        metrics.comet_score(["a"], ["b"], [["c"]])
     (tmp_path / "mine.ckpt").write_bytes(b"")
-    assert metrics.comet(["a"], ["b"], [["c"]])["comet_signature"] == "comet|mine.ckpt"
+    assert metrics.comet_score(["a"], ["b"], [["c"]])["comet_signature"] == "comet|mine.ckpt"

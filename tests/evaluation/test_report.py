@@ -1,6 +1,5 @@
 """The report that a person opens: everything is in it, nothing is fetched, and a browser shows it."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -15,26 +14,27 @@ from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import continuous, evaluator, report, significance
-from transformer.evaluation.evaluator import EvaluationSet
+from transformer.evaluation.evaluator import EvalDataset
 from transformer.models.registry import Model
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
 EVIL = "</script><script>document.title = 'broken'</script> & <b>bold</b> cat sees house"
 SOURCES = [EVIL, *(" ".join(WORDS[i % 7 : i % 7 + 2 + i % 4]) for i in range(30)), ""]
-CHOSEN = EvaluationSet("mine", SOURCES, [[source.upper() for source in SOURCES]])
+DATASET = EvalDataset("mine", SOURCES, [[source.upper() for source in SOURCES]])
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr", "--v=0"]
 
 
 @pytest.fixture(scope="module")
 def evaluation():
+    """A model, a data set and the result of its evaluation."""
     config = small_config()
     vocabulary = tokenizer.train([*SOURCES[1:-1], EVIL], 290, "bpe")
     model = Model(config.model, vocabulary.vocab_size)
     mesh = make_mesh(config.mesh)
     params = jax.device_put(model.init(5), sharding.replicated(mesh))
     trained = RestoredModel("latest", [20], {}, config, vocabulary, model, params, mesh)
-    return evaluator.Scorer(CHOSEN).evaluate(trained)
+    return trained, DATASET, evaluator.CheckpointEvaluator(DATASET).evaluate(trained)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,11 @@ def workdir(evaluation, tmp_path_factory):
     lines += [{"step": 10, "valid/loss": 3.0, "valid/bleu": 11.0}, {"step": 20, "valid/loss": 2.0, "valid/bleu": 17.5}]
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 3')
     for step, bleu in ((20, 16.0), (10, 12.25)):
-        continuous.append(workdir, {"step": step, "name": "mine", "bleu": bleu, "loss": 2.5})
-    theirs = [*CHOSEN.references[0][:9], *evaluation.report.translations[9:]]
-    versus = significance.against("the other", theirs, evaluation.report.translations, CHOSEN.references, samples=50)
-    report.write(workdir, evaluation, versus)
+        continuous.append_evaluation(workdir, {"step": step, "name": "mine", "bleu": bleu, "loss": 2.5})
+    translations = evaluation[2].translations
+    baseline = [*DATASET.references[0][:9], *translations[9:]]
+    comparison = significance.compare_systems("the other", baseline, translations, DATASET.references, samples=50)
+    report.write(workdir, *evaluation, comparison)
     return workdir
 
 
@@ -62,7 +63,7 @@ def test_the_scores_have_their_signatures(workdir, evaluation):
     for name in ("BLEU", "chrF2", "TER", "chrF2++", "perplexity", "length ratio", "legacy BLEU"):
         assert f">{name}</td>" in scores
     assert scores.count("version:") >= 4
-    assert f">{evaluation.report.scores['chrf']:.2f}</td>" in scores
+    assert f">{evaluation[2].scores['chrf']:.2f}</td>" in scores
 
 
 def test_the_curves_are_those_of_the_files(workdir):
@@ -75,20 +76,20 @@ def test_the_curves_are_those_of_the_files(workdir):
 
 def test_sentences_are_ranked_and_shown_once(evaluation, workdir):
     page = (workdir / "report.html").read_text()
-    ranked = report.ranking(evaluation)
+    ranked = report.rank_sentences(DATASET, evaluation[2].translations)
     assert ranked == sorted(ranked)
     assert len(ranked) == len(SOURCES)
-    worst = {place for _, place in ranked[: report.SENTENCES]}
-    good = report.best(evaluation, ranked)
+    worst = {place for _, place in ranked[: report.NUM_SENTENCES]}
+    good = report.best_sentences(DATASET, ranked)
     assert [score for score, _ in good] == sorted((score for score, _ in good), reverse=True)
     assert not worst & {place for _, place in good}
-    assert section_of(page, "worst").count('<article class="sentence">') == report.SENTENCES
+    assert section_of(page, "worst").count('<article class="sentence">') == report.NUM_SENTENCES
     assert '<mark class="odd">' in section_of(page, "worst")
 
 
 def test_large_sets_are_ranked_in_part(evaluation, monkeypatch):
-    monkeypatch.setattr(report, "SCORED", 10)
-    assert 5 <= len(report.ranking(evaluation)) <= 10
+    monkeypatch.setattr(report, "MAX_RANKED", 10)
+    assert 5 <= len(report.rank_sentences(DATASET, evaluation[2].translations)) <= 10
 
 
 def test_attention_has_a_map_for_each_layer_and_head(workdir):
@@ -113,8 +114,8 @@ def test_the_other_system_is_compared(workdir):
 
 
 def test_an_empty_set_and_a_bare_workdir_make_a_page(evaluation, tmp_path):
-    empty = evaluator.Scorer(EvaluationSet("empty", [], [[]])).evaluate(evaluation.trained)
-    page = report.build(tmp_path, empty)
+    trained, empty = evaluation[0], EvalDataset("empty", [], [[]])
+    page = report.build(tmp_path, trained, empty, evaluator.CheckpointEvaluator(empty).evaluate(trained))
     assert "empty, 0 sentences" in page
     assert 'id="attention"' not in page
     assert 'id="curves"' not in page
@@ -123,26 +124,27 @@ def test_an_empty_set_and_a_bare_workdir_make_a_page(evaluation, tmp_path):
 @pytest.mark.reported
 def test_each_set_keeps_its_page_and_the_newest_is_on_top(evaluation, workdir, tmp_path, monkeypatch):
     """Two sets of one file name, and one of them against another system and decoded otherwise."""
-    monkeypatch.setattr(report, "build", lambda workdir, evaluation, versus: f"page of {evaluation.chosen.digest}")
+    monkeypatch.setattr(report, "build", lambda workdir, restored, dataset, *_: f"page of {dataset.digest}")
     (tmp_path / "translations").mkdir()
-    other = dataclasses.replace(evaluation, chosen=CHOSEN._replace(references=[SOURCES]))
-    digest = other.chosen.digest
-    report.write(tmp_path, evaluation)
-    report.write(tmp_path, other)
-    versus = significance.Versus("runs/a b, checkpoint 3", [], [], [])
-    report.write(tmp_path, evaluation, versus, {"beam_size": 1})
+    trained, _, result = evaluation
+    other = DATASET._replace(references=[SOURCES])
+    digest = other.digest
+    report.write(tmp_path, *evaluation)
+    report.write(tmp_path, trained, other, result)
+    comparison = significance.SystemComparison("runs/a b, checkpoint 3", [], [], [])
+    report.write(tmp_path, *evaluation, comparison, {"beam_size": 1})
     kept = {path.name: path.read_text() for path in (tmp_path / "reports").iterdir()}
     assert kept == {
-        "20.mine.html": f"page of {CHOSEN.digest}",
+        "20.mine.html": f"page of {DATASET.digest}",
         f"20.mine-{digest[:8]}.html": f"page of {digest}",
-        "20.mine.beam_size=1.versus-runs-a-b-checkpoint-3.html": f"page of {CHOSEN.digest}",
+        "20.mine.beam_size=1.versus-runs-a-b-checkpoint-3.html": f"page of {DATASET.digest}",
     }
-    assert (tmp_path / "report.html").read_text() == f"page of {CHOSEN.digest}"
+    assert (tmp_path / "report.html").read_text() == f"page of {DATASET.digest}"
     assert (workdir / "reports" / "20.mine.versus-the-other.html").read_text() == (workdir / "report.html").read_text()
 
 
 def test_a_page_that_cannot_be_written_costs_no_scores(evaluation, tmp_path, capsys):
-    report.write(tmp_path / "none", evaluation)
+    report.write(tmp_path / "none", *evaluation)
     assert "warning: no report" in capsys.readouterr().err
 
 

@@ -7,12 +7,12 @@ EVIL = '<script>alert("x")</script><img src=x onerror=y>&'
 
 
 def test_whatever_a_sentence_holds_is_text():
-    page = report_html.page(
+    page = report_html.render_page(
         EVIL,
         EVIL,
         [
             report_html.section("s", EVIL, report_html.sentence(EVIL, EVIL, EVIL, [(EVIL, EVIL + " more")])),
-            report_html.tiles([(EVIL, EVIL, EVIL)]),
+            report_html.stat_cards([(EVIL, EVIL, EVIL)]),
             report_html.table([Cell(EVIL)], [[Cell(EVIL)]]),
         ],
     )
@@ -22,19 +22,19 @@ def test_whatever_a_sentence_holds_is_text():
 
 
 def test_nothing_is_loaded_from_anywhere():
-    page = report_html.page("t", "s", [])
+    page = report_html.render_page("t", "s", [])
     assert "default-src 'none'" in page
     for word in ("http:", "https:", "@import", "url(", "<link", "src="):
         assert word not in page
 
 
 def test_words_that_the_other_lacks_are_marked():
-    reference, translation = report_html.marked("the old cat sat", "the cat sat down here")
+    reference, translation = report_html.diff_html("the old cat sat", "the cat sat down here")
     assert reference == 'the <mark class="lack">old</mark> cat sat'
     assert translation == 'the cat sat <mark class="odd">down here</mark>'
-    assert report_html.marked("same text", "same text") == ("same text", "same text")
-    assert report_html.marked("", "x") == ("", '<mark class="odd">x</mark>')
-    assert report_html.marked("", "") == ("", "")
+    assert report_html.diff_html("same text", "same text") == ("same text", "same text")
+    assert report_html.diff_html("", "x") == ("", '<mark class="odd">x</mark>')
+    assert report_html.diff_html("", "") == ("", "")
 
 
 def test_a_section_without_content_is_left_out():

@@ -11,11 +11,11 @@ from tests.checkpoints.test_manager import make_parts, save
 from transformer.checkpoints.loading import RestoredModel
 from transformer.distributed import sharding
 from transformer.evaluation import evaluator as scoring
-from transformer.evaluation.evaluator import EvaluationSet, HeldOutLoss
+from transformer.evaluation.evaluator import CrossEntropy, EvalDataset
 from transformer.runtime.errors import DivergedError, UserError
 
 SOURCES = ["the old house", "a new tree", ""]
-CHOSEN = EvaluationSet("mine", SOURCES, [["das alte Haus", "ein neuer Baum", ""]])
+DATASET = EvalDataset("mine", SOURCES, [["das alte Haus", "ein neuer Baum", ""]])
 
 
 def make_trained():
@@ -25,8 +25,8 @@ def make_trained():
 
 
 @pytest.fixture(scope="module")
-def evaluation():
-    return scoring.Scorer(CHOSEN).evaluate(make_trained())
+def result():
+    return scoring.CheckpointEvaluator(DATASET).evaluate(make_trained())
 
 
 def write(path, lines):
@@ -37,7 +37,7 @@ def write(path, lines):
 def test_files_are_a_set_of_their_own_with_several_references(tmp_path):
     source = write(tmp_path / "in.en", SOURCES)
     references = [write(tmp_path / f"r{i}", [f"{line} {i}" for line in SOURCES]) for i in range(2)]
-    found = scoring.open_set(make_parts()[0].data, None, source, references)
+    found = scoring.load_eval_dataset(make_parts()[0].data, None, source, references)
     assert (found.name, found.sources) == ("in.en", SOURCES)
     assert found.references == [[f"{line} {i}" for line in SOURCES] for i in range(2)]
 
@@ -46,36 +46,37 @@ def test_missing_references_and_unequal_counts_are_refused(tmp_path):
     source, short = write(tmp_path / "in.en", SOURCES), write(tmp_path / "short", SOURCES[1:])
     data = make_parts()[0].data
     with pytest.raises(UserError, match="none: there is no such file"):
-        scoring.open_set(data, None, source, [f"{tmp_path}/none"])
+        scoring.load_eval_dataset(data, None, source, [f"{tmp_path}/none"])
     with pytest.raises(UserError, match="3 sentences and 2 lines in reference 2"):
-        scoring.open_set(data, None, source, [source, short])
+        scoring.load_eval_dataset(data, None, source, [source, short])
 
 
-def test_a_model_is_scored_and_its_translations_written(evaluation, tmp_path):
-    report = evaluation.report
-    assert (report.sentences, report.translations[2]) == (3, "")
-    assert {"bleu", "chrf", "ter", "length_ratio"} < report.scores.keys()
-    assert {"chrfpp", "bleu_by_source_length", "legacy_tokenized_bleu"} < evaluation.further.keys()
-    assert "moses:de" in evaluation.further["legacy_signature"]
-    path = scoring.translations_path(tmp_path, evaluation.trained, CHOSEN)
-    other = scoring.translations_path(tmp_path, evaluation.trained, CHOSEN, {"top_k": 3, "method": "sample"})
+def test_a_model_is_scored_and_its_translations_written(result, tmp_path):
+    assert (result.sentences, result.translations[2]) == (3, "")
+    assert {"bleu", "chrf", "ter", "length_ratio"} < result.scores.keys()
+    assert {"chrfpp", "bleu_by_source_length", "legacy_tokenized_bleu"} < result.scores.keys()
+    assert "moses:de" in result.scores["legacy_signature"]
+    trained = make_trained()
+    path = scoring.translations_path(tmp_path, trained, DATASET)
+    other = scoring.translations_path(tmp_path, trained, DATASET, {"top_k": 3, "method": "sample"})
     assert other.name == path.name.removesuffix(".txt") + ".method=sample.top_k=3.txt"
-    scoring.write_translations(evaluation, path)
+    scoring.write_translations(result, path)
     assert path == tmp_path / "translations" / "7.mine.txt"
-    assert path.read_text() == "".join(f"{line}\n" for line in report.translations)
-    assert {each.name for each in path.parent.iterdir()} == {path.name, scoring.SETS_FILE}
+    assert path.read_text() == "".join(f"{line}\n" for line in result.translations)
+    assert {each.name for each in path.parent.iterdir()} == {path.name, scoring.DATASETS_FILE}
 
 
 @pytest.mark.reported
-def test_two_sets_of_one_name_have_files_of_their_own(evaluation, tmp_path):
+def test_two_sets_of_one_name_have_files_of_their_own(tmp_path):
     """The first has the plain name, others their digest in it, whatever is evaluated in between."""
-    other = CHOSEN._replace(references=[["the", "second", "set"]])
-    third = EvaluationSet("another", *CHOSEN[1:])
+    other = DATASET._replace(references=[["the", "second", "set"]])
+    third = EvalDataset("another", *DATASET[1:])
+    trained = make_trained()
     for _ in range(2):
-        names = [scoring.translations_path(tmp_path, evaluation.trained, each).name for each in (CHOSEN, other, third)]
+        names = [scoring.translations_path(tmp_path, trained, each).name for each in (DATASET, other, third)]
         assert names == ["7.mine.txt", f"7.mine-{other.digest[:8]}.txt", "7.another.txt"]
-    (tmp_path / "translations" / scoring.SETS_FILE).write_text("[damaged")
-    assert scoring.translations_path(tmp_path, evaluation.trained, CHOSEN).name == "7.mine.txt"
+    (tmp_path / "translations" / scoring.DATASETS_FILE).write_text("[damaged")
+    assert scoring.translations_path(tmp_path, trained, DATASET).name == "7.mine.txt"
 
 
 def test_a_set_may_come_from_pipes_which_are_read_once(tmp_path):
@@ -84,7 +85,7 @@ def test_a_set_may_come_from_pipes_which_are_read_once(tmp_path):
         os.write(sender, "".join(f"{line}\n" for line in SOURCES).encode())
         os.close(sender)
     source, reference = (f"/dev/fd/{reader}" for reader, _ in pipes)
-    found = scoring.open_set(make_parts()[0].data, None, source, [reference])
+    found = scoring.load_eval_dataset(make_parts()[0].data, None, source, [reference])
     assert (found.sources, found.references) == (SOURCES, [SOURCES])
 
 
@@ -95,13 +96,13 @@ def test_a_set_may_come_from_pipes_which_are_read_once(tmp_path):
         ({"target_language": "zh-CN"}, "case:mixed|eff:no|tok:zh|smooth:exp", "multi-bleu|moses:zh-CN"),
     ],
 )
-def test_text_is_scored_as_the_config_says_it_is(evaluation, change, signature, legacy):
-    trained = evaluation.trained
+def test_text_is_scored_as_the_config_says_it_is(change, signature, legacy):
+    trained = make_trained()
     data = dataclasses.replace(trained.config.data, **change)
     other = dataclasses.replace(trained, config=dataclasses.replace(trained.config, data=data))
-    found = scoring.Scorer(CHOSEN).evaluate(other)
-    assert signature in found.report.scores["bleu_signature"]
-    assert found.further["legacy_signature"].startswith(legacy)
+    found = scoring.CheckpointEvaluator(DATASET).evaluate(other)
+    assert signature in found.scores["bleu_signature"]
+    assert found.scores["legacy_signature"].startswith(legacy)
 
 
 def test_compiled_shapes_are_kept_while_config_and_vocabulary_stay(monkeypatch):
@@ -109,11 +110,11 @@ def test_compiled_shapes_are_kept_while_config_and_vocabulary_stay(monkeypatch):
 
     def evaluator(*args):
         made.append(args)
-        report = types.SimpleNamespace(loss=1.0, translations=["", "", ""])
-        return types.SimpleNamespace(evaluate=lambda *args, progress: report)
+        result = scoring.EvalResult(3, 1.0, 2.7, 3.0, {}, ["", "", ""], 0.1)
+        return types.SimpleNamespace(evaluate=lambda *args, progress: result)
 
     monkeypatch.setattr(scoring, "Evaluator", evaluator)
-    scorer, trained = scoring.Scorer(CHOSEN), make_trained()
+    scorer, trained = scoring.CheckpointEvaluator(DATASET), make_trained()
     scorer.evaluate(trained)
     scorer.evaluate(trained)
     assert len(made) == 1
@@ -123,22 +124,22 @@ def test_compiled_shapes_are_kept_while_config_and_vocabulary_stay(monkeypatch):
 
 
 def test_a_loss_that_is_no_number_is_no_result(monkeypatch):
-    monkeypatch.setattr(scoring.Evaluator, "held_out_loss", lambda *args: HeldOutLoss(float("nan"), 1, 1))
+    monkeypatch.setattr(scoring.Evaluator, "teacher_forced_loss", lambda *args: CrossEntropy(float("nan"), 1, 1))
     with pytest.raises(DivergedError, match="checkpoint 7: its loss is nan"):
-        scoring.Scorer(CHOSEN).evaluate(make_trained())
+        scoring.CheckpointEvaluator(DATASET).evaluate(make_trained())
 
 
 @pytest.mark.slow
-def test_another_workdir_translates_the_same_sources(evaluation, tmp_path):
+def test_another_workdir_translates_the_same_sources(result, tmp_path):
     save(tmp_path / "other", make_parts(), 0)
-    name, translations = scoring.translations_of_other(tmp_path / "other", "latest", CHOSEN, "de")
+    name, translations = scoring.baseline_translations(tmp_path / "other", "latest", DATASET, "de")
     assert name == "other, checkpoint 0"
-    assert translations == evaluation.report.translations
+    assert translations == result.translations
 
 
 def test_a_file_of_translations_needs_no_model(tmp_path):
     path = write(tmp_path / "theirs.txt", ["x", "y", "z"])
-    assert scoring.translations_of_other(path, "latest", CHOSEN, "de") == ("theirs.txt", ["x", "y", "z"])
+    assert scoring.baseline_translations(path, "latest", DATASET, "de") == ("theirs.txt", ["x", "y", "z"])
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
@@ -152,8 +153,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     }
     for path, message in cases.items():
         with pytest.raises(UserError, match=message):
-            scoring.translations_of_other(path, "latest", CHOSEN, "de")
+            scoring.baseline_translations(path, "latest", DATASET, "de")
     with pytest.raises(UserError, match="translates into 'de', expected 'fr'"):
-        scoring.translations_of_other(tmp_path / "other", "latest", CHOSEN, "fr")
+        scoring.baseline_translations(tmp_path / "other", "latest", DATASET, "fr")
     with pytest.raises(UserError, match="expected latest, best"):
-        scoring.translations_of_other(tmp_path / "other", "99", CHOSEN, "de")
+        scoring.baseline_translations(tmp_path / "other", "99", DATASET, "de")

@@ -25,10 +25,10 @@ GOOD, FAIR, POOR = noisy(0.1, 1), noisy(0.1, 2), noisy(0.6, 3)
 
 
 def test_a_clear_difference_is_significant_and_a_small_one_is_not():
-    for each in significance.compare(GOOD, POOR, [REFERENCES], "13a", samples=200):
+    for each in significance.paired_tests(GOOD, POOR, [REFERENCES], "13a", samples=200):
         assert each.is_significant
         assert (each.difference < 0) == (each.metric == "ter")
-    (bleu,) = significance.compare(GOOD, FAIR, [REFERENCES], "13a", ["bleu"])
+    (bleu,) = significance.paired_tests(GOOD, FAIR, [REFERENCES], "13a", ["bleu"])
     assert "bs:1000|" in bleu.signatures[0]
     assert "ar:10000|" in bleu.signatures[1]
     assert not bleu.is_significant
@@ -36,7 +36,7 @@ def test_a_clear_difference_is_significant_and_a_small_one_is_not():
 
 def test_equal_systems_differ_by_nothing_but_chance():
     """Where no sample differs by more than nothing, sacreBLEU counts none, and its p is the least there is."""
-    for each in significance.compare(GOOD, list(GOOD), [REFERENCES], "13a", samples=100):
+    for each in significance.paired_tests(GOOD, list(GOOD), [REFERENCES], "13a", samples=100):
         assert (each.difference, each.bootstrap_p, each.randomization_p) == (0.0, 1.0, 1.0)
         assert not each.is_significant
 
@@ -50,29 +50,29 @@ def test_numbers_are_those_of_the_sacrebleu_command(tmp_path, flag, field):
     result = subprocess.run(
         [*command, f"{flag}-n", "200"], capture_output=True, text=True, check=True, env={"NO_COLOR": "1"}
     )
-    (chrf,) = significance.compare(GOOD, FAIR, [REFERENCES], "13a", ["chrf"], samples=200)
+    (chrf,) = significance.paired_tests(GOOD, FAIR, [REFERENCES], "13a", ["chrf"], samples=200)
     (p,) = re.findall(r"p = (\d\.\d+)", result.stdout)
     assert getattr(chrf, field) == pytest.approx(float(p), abs=5e-5)
 
 
 def test_unequal_counts_and_none_are_errors():
     with pytest.raises(UserError, match="got 60 and 59"):
-        significance.compare(GOOD, POOR[1:], [REFERENCES], "13a")
+        significance.paired_tests(GOOD, POOR[1:], [REFERENCES], "13a")
     with pytest.raises(UserError, match="60 sentences and 59 lines in reference 1"):
-        significance.compare(GOOD, POOR, [REFERENCES[1:]], "13a")
+        significance.paired_tests(GOOD, POOR, [REFERENCES[1:]], "13a")
     with pytest.raises(UserError, match="no sentences to compare"):
-        significance.compare([], [], [[]], "13a")
+        significance.paired_tests([], [], [[]], "13a")
 
 
 def test_the_sentences_that_differ_most_come_first_and_last():
     ours, theirs = list(REFERENCES), list(REFERENCES)
     theirs[7], ours[9] = "nothing of it", "no"
     theirs[11] = REFERENCES[11] + " really"
-    found = significance.differing(ours, theirs, [REFERENCES])
-    assert [each.place for each in found] == [7, 11, 9]
-    assert found[0].ours == 100 > found[0].theirs
-    assert found[-1].ours < found[-1].theirs == 100
-    assert len(significance.differing(GOOD, POOR, [REFERENCES], count=3)) <= 6
+    found = significance.largest_differences(ours, theirs, [REFERENCES])
+    assert [each.number for each in found] == [7, 11, 9]
+    assert found[0].score == 100 > found[0].baseline_score
+    assert found[-1].score < found[-1].baseline_score == 100
+    assert len(significance.largest_differences(GOOD, POOR, [REFERENCES], count=3)) <= 6
 
 
 def test_two_blank_lines_agree():
@@ -81,8 +81,8 @@ def test_two_blank_lines_agree():
 
 
 def test_it_is_told_to_people_and_to_machines():
-    versus = significance.against("other", POOR, GOOD, [REFERENCES], "13a", samples=200)
-    text = significance.table(versus)
+    versus = significance.compare_systems("other", POOR, GOOD, [REFERENCES], "13a", samples=200)
+    text = significance.format_table(versus)
     assert "against other" in text
     assert text.count("   significant") == 3
     assert "bs:200|seed:12345" in text
@@ -90,5 +90,5 @@ def test_it_is_told_to_people_and_to_machines():
     assert list(fields) == ["name", "bleu", "chrf", "ter"]
     assert fields["bleu"]["difference"] == fields["bleu"]["ours"] - fields["bleu"]["theirs"] > 0
     assert fields["bleu"]["significant"] is True
-    place = versus.sentences[0].place
-    assert f"sentence {place + 1:,}:" in significance.examples(versus, REFERENCES, [REFERENCES], GOOD)
+    index = versus.sentences[0].number
+    assert f"sentence {index + 1:,}:" in significance.format_examples(versus, REFERENCES, [REFERENCES], GOOD)

@@ -244,7 +244,7 @@ PLANTS = {
     "kill in restoring": lambda: around(manager, "_load_arrays", None, kill),
     "kill after restoring": lambda: around(CheckpointManager, "restore", None, kill),
     "pause in evaluating": lambda: around(
-        evaluator.Evaluator, "held_out_loss", lambda: (mark("evaluating"), time.sleep(1))
+        evaluator.Evaluator, "teacher_forced_loss", lambda: (mark("evaluating"), time.sleep(1))
     ),
     "pause in saving": pause_in_saving(1.0),
     "pause in compiling": lambda: around(

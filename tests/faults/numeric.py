@@ -24,7 +24,7 @@ from transformer.data.batching import Batch, make_batch
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
-from transformer.evaluation.evaluator import Evaluator, HeldOutLoss
+from transformer.evaluation.evaluator import CrossEntropy, Evaluator
 from transformer.runtime.errors import DivergedError
 from transformer.training import train_step, workdir
 
@@ -76,8 +76,8 @@ def no_numbers(world: World, tally: Tally) -> None:
             assert_run_stops(world)
     for value in values:
         with tally.one(f"{value} in validation"), Heard(), pytest.MonkeyPatch.context() as patch:
-            held_out, losses = Evaluator.held_out_loss, iter([None, HeldOutLoss(value, 1, 1)])
-            patch.setattr(Evaluator, "held_out_loss", lambda *args: next(losses) or held_out(*args))  # noqa: B023
+            held_out, losses = Evaluator.teacher_forced_loss, iter([None, CrossEntropy(value, 1, 1)])
+            patch.setattr(Evaluator, "teacher_forced_loss", lambda *args: next(losses) or held_out(*args))  # noqa: B023
             run = world.new_folder()
             with pytest.raises(DivergedError, match="the validation loss is"):
                 fit(short(world), run)

@@ -78,7 +78,7 @@ def bytes_of_all_kinds(world: World, tally: Tally) -> None:
                     assert corpus.split("train")[LINE - 1][side == "de"].encode() == line
         with tally.one(f"{name}, {side}, evaluation"):
             paths = folder / "test.en", folder / "test.de"
-            read = lambda: evaluator.open_set(DataConfig(), None, str(paths[0]), [str(paths[1])])  # noqa: B023, E731
+            read = lambda: evaluator.load_eval_dataset(DataConfig(), None, str(paths[0]), [str(paths[1])])  # noqa: B023, E731
             if kind == ERROR:
                 refused(read, f"test.{side}, line {LINE}: ")
             else:
@@ -114,7 +114,7 @@ def counts_differ(world: World, tally: Tally) -> None:
             with tally.one(f"{name}, {side}, {split}"):
                 for read in (
                     lambda: open_corpus(folder),  # noqa: B023
-                    lambda: evaluator.open_set(DataConfig(), None, str(paths[0]), [str(paths[1])]),  # noqa: B023
+                    lambda: evaluator.load_eval_dataset(DataConfig(), None, str(paths[0]), [str(paths[1])]),  # noqa: B023
                 ):
                     with Heard(), pytest.raises(UserError) as error:
                         read()
@@ -132,7 +132,10 @@ def counts_differ(world: World, tally: Tally) -> None:
             if split == "train":
                 refused(lambda: open_corpus(folder), "no pairs")  # noqa: B023
             else:
-                assert evaluator.open_set(DataConfig(), None, f"{folder}/test.en", [f"{folder}/test.de"]).sources == []
+                assert (
+                    evaluator.load_eval_dataset(DataConfig(), None, f"{folder}/test.en", [f"{folder}/test.de"]).sources
+                    == []
+                )
 
 
 LONG = "red house " * 60_000
@@ -318,11 +321,11 @@ def command_and_api(world: World, folder: pathlib.Path, tally: Tally) -> None:
         files[name].write_bytes("".join(line + end for line in LINES).encode())
     for source, reference in (("crlf", "lf"), ("lf", "crlf"), ("crlf", "crlf")):
         with tally.one(f"evaluation, source {source}, reference {reference}"):
-            found = evaluator.open_set(DataConfig(), None, str(files[source]), [str(files[reference])])
+            found = evaluator.load_eval_dataset(DataConfig(), None, str(files[source]), [str(files[reference])])
             assert found.sources == found.references[0] == LINES
     with tally.one("translations to compare with"):
-        chosen = evaluator.EvaluationSet("set", LINES, [LINES])
-        assert evaluator.translations_of_other(files["crlf"], "latest", chosen, "de")[1] == LINES
+        chosen = evaluator.EvalDataset("set", LINES, [LINES])
+        assert evaluator.baseline_translations(files["crlf"], "latest", chosen, "de")[1] == LINES
     with tally.one("stdin"), files["crlf"].open("rb") as stream:
         assert list(text_files.decode_lines(stream, "stdin")) == LINES
     with tally.one("prefixes and phrases"):

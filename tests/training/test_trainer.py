@@ -18,7 +18,7 @@ from train import train as fit
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.data.batching import Batch
-from transformer.evaluation.evaluator import Evaluator, HeldOutLoss
+from transformer.evaluation.evaluator import CrossEntropy, Evaluator
 from transformer.models.flops import Spent
 from transformer.models.loss import LossSums
 from transformer.runtime import environment, signals
@@ -289,13 +289,13 @@ def stop_at(monkeypatch, update):
 
 def test_a_stop_signal_does_not_wait_for_validation(data, whole, tmp_path, monkeypatch):
     """Its checkpoint is saved already; the next sitting makes up for the scores."""
-    held_out = Evaluator.held_out_loss
+    held_out = Evaluator.teacher_forced_loss
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return held_out(*args)
 
-    monkeypatch.setattr(Evaluator, "held_out_loss", signalled)
+    monkeypatch.setattr(Evaluator, "teacher_forced_loss", signalled)
     with pytest.raises(StoppedError, match="saved step 6"):
         fit(config_of(data), tmp_path / "run")
     assert CheckpointManager(tmp_path / "run").steps() == [3, 6]
@@ -424,9 +424,9 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data, whole, tmp_pat
 
 
 def test_a_validation_loss_that_is_no_number_makes_no_checkpoint(data, tmp_path, monkeypatch):
-    held_out = Evaluator.held_out_loss
-    losses = iter([None, HeldOutLoss(np.nan, 1, 1)])
-    monkeypatch.setattr(Evaluator, "held_out_loss", lambda *args: next(losses) or held_out(*args))
+    held_out = Evaluator.teacher_forced_loss
+    losses = iter([None, CrossEntropy(np.nan, 1, 1)])
+    monkeypatch.setattr(Evaluator, "teacher_forced_loss", lambda *args: next(losses) or held_out(*args))
     with pytest.raises(DivergedError, match="the validation loss is nan"):
         fit(config_of(data), tmp_path / "run")
     assert CheckpointManager(tmp_path / "run").latest_valid_step() == 9

@@ -1,8 +1,8 @@
-"""Scores each checkpoint as it lands, beside training: `eval.py --watch`.
+"""Continuous evaluation: scores each new checkpoint while training runs (`eval.py --watch`).
 
-Results go to WORKDIR/evaluations.jsonl, one object a line: the keys of eval.py, the `name` of the set, a digest of
-it as `set`, and the `fingerprint` of the checkpoint. Training never writes that file, and no file of training's is
-written here. What is in it is not scored again, so watching can be stopped and taken up at any time.
+Results go to WORKDIR/evaluations.jsonl, one object a line: the keys of eval.py, the `name` of the data set, its digest
+as `set`, and the digest of the checkpoint as `fingerprint`. Training never writes that file, and this module writes no
+file of training. Checkpoints in the file are not scored again, so watching can be stopped and resumed at any time.
 """
 
 import contextlib
@@ -19,147 +19,149 @@ from transformer.checkpoints.loading import RestoredModel, load_checkpoint
 from transformer.checkpoints.manager import CheckpointManager, CorruptCheckpointError
 from transformer.config import Config
 from transformer.evaluation import summary
-from transformer.evaluation.evaluator import EvaluationSet, Scorer, translations_path, write_translations
+from transformer.evaluation.evaluator import CheckpointEvaluator, EvalDataset, translations_path, write_translations
 from transformer.runtime import files, signals
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
 from transformer.runtime.files import user_error_on_oserror
 from transformer.runtime.logging import log_info
 
 EVALUATIONS_FILE = "evaluations.jsonl"
-SECONDS = 5.0  # between two looks
+POLL_INTERVAL_S = 5.0
 
 Entry = dict[str, Any]
 
 
 def read_evaluations(workdir: epath.PathLike) -> list[Entry]:
-    """What is scored so far, in the order of the file; what is no such line is left out."""
-    found = []
+    """The results so far, in the order of the file; skips invalid lines."""
+    entries = []
     with contextlib.suppress(FileNotFoundError):
         for line in (epath.Path(workdir) / EVALUATIONS_FILE).read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                found.append({**entry, "step": int(entry["step"]), "name": str(entry["name"])})
-    return found
+                entries.append({**entry, "step": int(entry["step"]), "name": str(entry["name"])})
+    return entries
 
 
-def fingerprint(checkpoints: CheckpointManager, step: int) -> str:
-    """Of a checkpoint's content, so that a run begun anew in the same folder is not taken for the old one.
+def checkpoint_digest(checkpoints: CheckpointManager, step: int) -> str:
+    """A digest of a checkpoint's content, which differs if the run is restarted in the same folder.
 
     Raises:
-      Damaged: its manifest cannot be read, or it is gone.
+      CorruptCheckpointError: its manifest is unreadable or missing.
     """
-    written = checkpoints.manifest(step).files
-    return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:16]
+    digests = checkpoints.manifest(step).files
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Watch:
-    """Scores the checkpoints of one workdir on one set.
+class CheckpointWatcher:
+    """Scores the checkpoints of a workdir on one data set.
 
     Args:
-      open_set: the set, once there is a config.
-      found: called with each result.
+      workdir: of the run.
+      load_dataset: loads the data set once there is a config.
+      on_result: called with each result.
     """
 
     def __init__(
         self,
         workdir: epath.PathLike,
-        open_set: Callable[[Config], EvaluationSet],
-        found: Callable[[Entry], None] = lambda entry: None,
+        load_dataset: Callable[[Config], EvalDataset],
+        on_result: Callable[[Entry], None] = lambda entry: None,
     ):
         self._workdir, self._checkpoints = epath.Path(workdir), CheckpointManager(workdir)
-        self._open_set, self._found = open_set, found
-        self._scorer: Scorer | None = None
-        self._hopeless: set[str] = set()
-        self.scored = 0
+        self._load_dataset, self._on_result = load_dataset, on_result
+        self._evaluator: CheckpointEvaluator | None = None
+        self._failed: set[str] = set()  # digests of damaged and diverged checkpoints
+        self.num_scored = 0
 
-    def until_stopped(self, seconds: float = SECONDS) -> None:
-        """Looks for new checkpoints again and again.
+    def run_forever(self, seconds: float = POLL_INTERVAL_S) -> None:
+        """Polls for new checkpoints until a signal arrives.
 
         Raises:
-          StoppedError: by SIGTERM, SIGINT or SIGHUP. A checkpoint under way is scored anew next time.
+          StoppedError: by SIGTERM, SIGINT or SIGHUP. The checkpoint in progress is scored again next time.
         """
-        with _stop_signals(lambda: f"{self.scored:,} checkpoints scored; run again to go on"):
+        with _stop_signals(lambda: f"{self.num_scored:,} checkpoints scored; run again to resume"):
             if not self._checkpoints.steps():
                 log_info(f"{self._checkpoints.folder}: waiting for the first checkpoint")
             while True:
-                if not self.look():
+                if not self.poll():
                     time.sleep(seconds)
 
-    def look(self) -> bool:
-        """Scores the oldest checkpoint that is not scored yet, as the next to be deleted; False: there is none."""
+    def poll(self) -> bool:
+        """Tries to score the oldest new checkpoint, which will be deleted first; returns whether there was one."""
         for step in self._checkpoints.steps():
             try:
-                mark = fingerprint(self._checkpoints, step)
+                digest = checkpoint_digest(self._checkpoints, step)
             except (CorruptCheckpointError, OSError):  # deleted just now, or damaged, which training and eval.py report
                 continue
-            if mark in self._hopeless or (self._scorer and mark in self._done(self._scorer.chosen)):
+            if digest in self._failed or (self._evaluator and digest in self._scored(self._evaluator.dataset)):
                 continue
-            trained = self._read(step, mark)
-            if trained is None:
+            restored = self._restore(step, digest)
+            if restored is None:
                 return True
-            self._scorer = self._scorer or Scorer(self._open_set(trained.config))
-            if mark not in self._done(self._scorer.chosen):
-                self._score(self._scorer, trained, mark)
+            self._evaluator = self._evaluator or CheckpointEvaluator(self._load_dataset(restored.config))
+            if digest not in self._scored(self._evaluator.dataset):
+                self._score(self._evaluator, restored, digest)
                 return True
         return False
 
-    def _done(self, chosen: EvaluationSet) -> set[str]:
-        """The checkpoints that are scored on this very set."""
-        of = chosen.name, chosen.digest
+    def _scored(self, dataset: EvalDataset) -> set[str]:
+        """The digests of the checkpoints that are scored on this data set."""
+        key = dataset.name, dataset.digest
         entries = read_evaluations(self._workdir)
-        return {str(entry.get("fingerprint")) for entry in entries if (entry["name"], entry.get("set")) == of}
+        return {str(entry.get("fingerprint")) for entry in entries if (entry["name"], entry.get("set")) == key}
 
-    def _read(self, step: int, mark: str) -> RestoredModel | None:
-        """The checkpoint, or None, said on stderr, if it is damaged or deleted meanwhile."""
+    def _restore(self, step: int, digest: str) -> RestoredModel | None:
+        """Restores a checkpoint; logs and returns None if it is damaged or was deleted meanwhile."""
         try:
             return load_checkpoint(self._workdir, str(step))
         except WorkdirError as error:  # damaged
             log_info(str(error))
-            self._hopeless.add(mark)
+            self._failed.add(digest)
         except UserError:
             if step in self._checkpoints.steps():
                 raise
-            log_info(f"checkpoint {step} was deleted while it was read; left out")
+            log_info(f"checkpoint {step} was deleted while it was read; skipped")
         return None
 
-    def _score(self, scorer: Scorer, trained: RestoredModel, mark: str) -> None:
+    def _score(self, evaluator: CheckpointEvaluator, restored: RestoredModel, digest: str) -> None:
+        dataset = evaluator.dataset
         try:
-            evaluation = scorer.evaluate(trained)
-        except DivergedError as error:  # its loss is no number
+            result = evaluator.evaluate(restored)
+        except DivergedError as error:
             log_info(str(error))
-            self._hopeless.add(mark)
+            self._failed.add(digest)
             return
-        write_translations(evaluation, translations_path(self._workdir, evaluation.trained, scorer.chosen))
+        write_translations(result, translations_path(self._workdir, restored, dataset))
         entry = {
-            **summary.as_json(evaluation),
-            "name": scorer.chosen.name,
-            "set": scorer.chosen.digest,
-            "fingerprint": mark,
+            **summary.as_json(restored, result),
+            "name": dataset.name,
+            "set": dataset.digest,
+            "fingerprint": digest,
         }
-        append(self._workdir, entry)
-        self.scored += 1
-        self._found(entry)
+        append_evaluation(self._workdir, entry)
+        self.num_scored += 1
+        self._on_result(entry)
 
 
-def append(workdir: epath.PathLike, entry: Entry) -> None:
-    """Adds one line; on a new line, where a kill cut the last one short."""
+def append_evaluation(workdir: epath.PathLike, entry: Entry) -> None:
+    """Appends a line; first ends the last one if an interrupted write left it incomplete."""
     path = epath.Path(workdir) / EVALUATIONS_FILE
     with user_error_on_oserror(f"{path}"):
-        before = path.read_bytes() if path.exists() else b""
-        cut_short = before and not before.endswith(b"\n")
-        files.append(path, (b"\n" if cut_short else b"") + json.dumps(entry, allow_nan=False).encode() + b"\n")
+        content = path.read_bytes() if path.exists() else b""
+        is_incomplete = content and not content.endswith(b"\n")
+        files.append(path, (b"\n" if is_incomplete else b"") + json.dumps(entry, allow_nan=False).encode() + b"\n")
 
 
 @contextlib.contextmanager
-def _stop_signals(after: Callable[[], str]) -> Iterator[None]:
-    """A stop signal ends the block at once with a StoppedError; nothing is written by halves."""
+def _stop_signals(status: Callable[[], str]) -> Iterator[None]:
+    """Raises a StoppedError in the block when a stop signal arrives; all files are written atomically."""
 
     def stop(number: int, _: object) -> None:
-        raise StoppedError(number, f"stopped by {signal.Signals(number).name}; {after()}")
+        raise StoppedError(number, f"stopped by {signal.Signals(number).name}; {status()}")
 
-    before = {number: signal.signal(number, stop) for number in signals.handled_signals()}
+    previous = {number: signal.signal(number, stop) for number in signals.handled_signals()}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,8 @@
-"""A model and a set of sentences → translations and all scores: what eval.py does, once or for many checkpoints."""
+"""Evaluation: a model and a data set → translations and scores.
+
+`Evaluator` is what the trainer calls for validation and `CheckpointEvaluator` for eval.py; a data set is an
+`EvalDataset`. Below them: the files of translations in a workdir, and the translations of a baseline to compare with.
+"""
 
 import contextlib
 import dataclasses
@@ -22,7 +26,7 @@ from transformer.data.tokenizer import Tokenizer, truncate
 from transformer.decoding.translator import Translator
 from transformer.distributed import consistency, multihost, sharding
 from transformer.evaluation import bleu_tokenizer
-from transformer.evaluation.metrics import HEADLINE, Scores, check_counts, further, score
+from transformer.evaluation.metrics import DEFAULT_METRICS, Scores, check_lengths, extended_scores, score
 from transformer.models.loss import LossSums, cross_entropy
 from transformer.models.registry import Model, Params
 from transformer.runtime.errors import DivergedError, UserError
@@ -30,13 +34,13 @@ from transformer.runtime.files import user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
 
 
-class HeldOutLoss(NamedTuple):
-    """How well references are predicted, teacher-forced and without label smoothing.
+class CrossEntropy(NamedTuple):
+    """Teacher-forced loss of references, without label smoothing.
 
     Attributes:
-      mean: cross-entropy in nats per target token, the end of each sentence counted as one.
-      tokens: over which the mean is.
-      words: what white space separates in the references, and the end of each sentence.
+      mean: cross-entropy in nats per target token, EOS included.
+      tokens: the number of target tokens.
+      words: the number of white-space-separated words of the references, plus one for each sentence end.
     """
 
     mean: float
@@ -45,12 +49,12 @@ class HeldOutLoss(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """Per subword: only models with the same vocabulary can be compared by it."""
+        """Per subword token: only models with the same vocabulary can be compared by it."""
         return _exp(self.mean)
 
     @property
     def word_perplexity(self) -> float:
-        """Per word, whatever pieces words are cut into."""
+        """Per word, which does not depend on the vocabulary."""
         return _exp(self.mean * self.tokens / max(self.words, 1))
 
 
@@ -59,23 +63,28 @@ def _exp(nats: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """What an evaluation found."""
+class EvalResult:
+    """Translations and scores of a model on a data set.
+
+    Attributes:
+      sentences: their number.
+      loss, perplexity, word_perplexity: as in `CrossEntropy`.
+      scores: by metric, with signatures (`metrics.score`, `metrics.extended_scores`).
+      translations: one for each sentence.
+      seconds: for loss, translation and scores.
+    """
 
     sentences: int
-    held_out: HeldOutLoss
+    loss: float
+    perplexity: float
+    word_perplexity: float
     scores: Scores
     translations: list[str]
     seconds: float
 
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy in nats per target token, without smoothing."""
-        return self.held_out.mean
-
 
 class Evaluator:
-    """Evaluates any params of one model; compiled shapes are kept between evaluations."""
+    """Evaluates any params of a model; keeps compiled programs between evaluations."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer, config: Config, mesh: Mesh):
         self.translator = Translator(model, tokenizer, config.decode, mesh)
@@ -87,59 +96,68 @@ class Evaluator:
         params: Params,
         sources: Sequence[str],
         references: Sequence[Sequence[str]],
-        metrics: Sequence[str] = HEADLINE,
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> Report:
-        """Translates and scores every sentence once; the loss is against the first reference."""
+        metrics: Sequence[str] = DEFAULT_METRICS,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> EvalResult:
+        """Translates and scores every sentence once; the loss is of the first reference."""
         start = time.perf_counter()
-        check_counts(len(sources), references)
-        loss = self.held_out_loss(params, sources, references[0])
+        check_lengths(len(sources), references)
+        loss = self.teacher_forced_loss(params, sources, references[0])
         translations = self.translator.translate(params, sources, progress)
         self.translator.say_counts()
-        tokenizer = bleu_tokenizer.choose(self._config.data, references[0]).name
-        found = score(translations, references, metrics, tokenizer)
-        return Report(len(sources), loss, found, translations, time.perf_counter() - start)
+        tokenizer = bleu_tokenizer.choose_bleu_tokenizer(self._config.data, references[0]).name
+        scores = score(translations, references, metrics, tokenizer)
+        return EvalResult(
+            sentences=len(sources),
+            loss=loss.mean,
+            perplexity=loss.perplexity,
+            word_perplexity=loss.word_perplexity,
+            scores=scores,
+            translations=translations,
+            seconds=time.perf_counter() - start,
+        )
 
-    def held_out_loss(self, params: Params, sources: Sequence[str], targets: Sequence[str]) -> HeldOutLoss:
-        """Of all targets given their sources; sides are cut as decoding cuts them."""
+    def teacher_forced_loss(self, params: Params, sources: Sequence[str], targets: Sequence[str]) -> CrossEntropy:
+        """The loss of all targets given their sources, both truncated to the lengths of decoding."""
         decode = self._config.decode
-        longest = decode.max_source_tokens + decode.max_extra_length
+        max_length = decode.max_source_tokens + decode.max_extra_length
         encoded = self._tokenizer.encode(targets)
-        over = sum(len(ids) > longest for ids in encoded)
-        if over:
+        num_truncated = sum(len(ids) > max_length for ids in encoded)
+        if num_truncated:
             log_info(
-                f"warning: {over:,} references have over {longest} tokens; the loss is that of their first {longest}"
+                f"warning: {num_truncated:,} references have over {max_length} tokens; the loss is that of their first "
+                f"{max_length}"
             )
-        target = JaggedArray.from_sequences([truncate(ids, longest) for ids in encoded])
+        target = JaggedArray.from_sequences([truncate(ids, max_length) for ids in encoded])
         source = JaggedArray.from_sequences(
             [truncate(ids, decode.max_source_tokens) for ids in self._tokenizer.encode(sources)]
         )
         sums = []
-        for planned in eval_batches(source.lengths, target.lengths, self._rows):
-            here = select_rows(planned, sharding.local_row_indices(self._mesh, planned.bucket.rows))
-            batch = sharding.shard_batch(self._mesh, make_batch(here, source, target))
+        for spec in eval_batches(source.lengths, target.lengths, self._rows_of):
+            local_rows = select_rows(spec, sharding.local_row_indices(self._mesh, spec.bucket.rows))
+            batch = sharding.shard_batch(self._mesh, make_batch(local_rows, source, target))
             sums.append(self._eval_step(params, batch))
-        parts = jax.device_get(sums)
-        tokens = sum(float(part.tokens) for part in parts)
-        mean = sum(float(part.nll) for part in parts) / max(tokens, 1.0)
-        return HeldOutLoss(mean, tokens, self._words(targets, encoded, longest))
+        sums = jax.device_get(sums)
+        tokens = sum(float(batch_sums.tokens) for batch_sums in sums)
+        mean = sum(float(batch_sums.nll) for batch_sums in sums) / max(tokens, 1.0)
+        return CrossEntropy(mean, tokens, self._count_words(targets, encoded, max_length))
 
-    def _words(self, targets: Sequence[str], encoded: Sequence[np.ndarray], longest: int) -> int:
-        """As `HeldOutLoss` counts them, of what is left of targets that are cut."""
-        kept = (
-            line if len(ids) <= longest else self._tokenizer.decode(ids[: longest - 1].tolist())
+    def _count_words(self, targets: Sequence[str], encoded: Sequence[np.ndarray], max_length: int) -> int:
+        """Words of the truncated targets, counted as in `CrossEntropy`."""
+        lines = (
+            line if len(ids) <= max_length else self._tokenizer.decode(ids[: max_length - 1].tolist())
             for line, ids in zip(targets, encoded, strict=True)
         )
-        return sum(len(line.split()) + 1 for line in kept)
+        return sum(len(line.split()) + 1 for line in lines)
 
-    def _rows(self, width: int) -> int:
-        """As many as go through the model at once in training, whose memory has room for them."""
+    def _rows_of(self, width: int) -> int:
+        """The number of rows of this width that go through the model at once in training, as they fit into memory."""
         multiple, train = sharding.batch_divisor(self._mesh), self._config.train
         return max(train.batch_tokens // train.accumulation_steps // width // multiple, 1) * multiple
 
 
 def make_eval_step(model: Model, mesh: Mesh) -> Callable[[Params, Batch], LossSums]:
-    """The compiled loss without dropout or smoothing."""
+    """Compiles the loss without dropout and label smoothing."""
 
     def eval_step(params: Params, batch: Batch) -> LossSums:
         with sharding.use_mesh(mesh):
@@ -154,15 +172,15 @@ def make_eval_step(model: Model, mesh: Mesh) -> Callable[[Params, Batch], LossSu
     )
 
 
-SETS_FILE = "sets.json"  # name → digest of the first set of that name
+DATASETS_FILE = "sets.json"  # name → digest of the first data set of that name
 
 
-class EvaluationSet(NamedTuple):
-    """What is translated and what it is held against.
+class EvalDataset(NamedTuple):
+    """Sources and their references.
 
     Attributes:
-      name: of the split or the file of sources.
-      references: one list or several, each as long as the sources.
+      name: of the split or of the file of sources.
+      references: one or several lists, each as long as the sources.
     """
 
     name: str
@@ -171,166 +189,166 @@ class EvaluationSet(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Changes when any sentence does."""
+        """Changes with any sentence."""
         return hashlib.sha256(json.dumps([self.sources, self.references]).encode()).hexdigest()[:16]
 
 
-def open_set(
+def load_eval_dataset(
     data: DataConfig, split: str | None, source: str | None, references: Sequence[str] | None
-) -> EvaluationSet:
-    """The sentences of files, or of a split of the config's data.
+) -> EvalDataset:
+    """Reads a split of the config's data, or text files.
 
     Args:
+      data: the config's.
       split: its name; None is "test".
-      source: a file of sentences, in place of a split.
+      source: a file of sentences, instead of a split.
       references: the files of its references.
 
     Raises:
-      UserError: there is no such split or file, or counts differ.
+      UserError: a split or file is missing, or the numbers of lines differ.
     """
     if source and references:
         lines = [list(text_files.read_lines(path)) for path in references]
-        chosen = EvaluationSet(epath.Path(source).name, list(text_files.read_lines(source)), lines)
-        check_counts(len(chosen.sources), chosen.references)
-        return chosen
+        dataset = EvalDataset(epath.Path(source).name, list(text_files.read_lines(source)), lines)
+        check_lengths(len(dataset.sources), dataset.references)
+        return dataset
     try:
-        found = corpus.open_corpus(data).split(split or "test")
+        data_split = corpus.open_corpus(data).split(split or "test")
     except UserError as error:
         raise UserError(f"{error}. Or name another --split, or score files with --source and --reference") from error
-    return EvaluationSet(found.name, found.sources(), [found.targets()])
+    return EvalDataset(data_split.name, data_split.sources(), [data_split.targets()])
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """One model on one set: what `evaluate` and `scores.further` found."""
+class CheckpointEvaluator:
+    """Evaluates checkpoints on a data set; keeps compiled programs as long as config and vocabulary are the same."""
 
-    trained: RestoredModel
-    chosen: EvaluationSet
-    report: Report
-    further: Scores
-
-
-class Scorer:
-    """Evaluates model after model on one set; compiled shapes are kept as long as config and vocabulary stay."""
-
-    def __init__(self, chosen: EvaluationSet):
-        self.chosen = chosen
+    def __init__(self, dataset: EvalDataset):
+        self.dataset = dataset
         self._evaluator: Evaluator | None = None
-        self._of: tuple[Config, str] | None = None
+        self._compiled_for: tuple[Config, str] | None = None
 
-    def evaluate(self, trained: RestoredModel, progress: Callable[[int], None] = lambda done: None) -> Evaluation:
-        """Translates and scores every sentence once.
+    def evaluate(self, restored: RestoredModel, progress: Callable[[int], None] = lambda count: None) -> EvalResult:
+        """Translates every sentence once; computes all metrics.
 
         Raises:
-          DivergedError: the loss is not a finite number.
+          DivergedError: the loss is not finite.
         """
-        of = trained.config, trained.tokenizer.digest
-        data, (_, sources, references) = trained.config.data, self.chosen
-        tokenizer = bleu_tokenizer.choose(data, references[0])
-        if self._evaluator is None or of != self._of:
+        key = restored.config, restored.tokenizer.digest
+        data, (_, sources, references) = restored.config.data, self.dataset
+        tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, references[0])
+        if self._evaluator is None or key != self._compiled_for:
             log_info(str(tokenizer))
-            short = bleu_tokenizer.short(references[0], tokenizer.name)
-            if 2 * short > len(references[0]):
+            num_short = bleu_tokenizer.count_short(references[0], tokenizer.name)
+            if 2 * num_short > len(references[0]):
                 log_info(
-                    f"warning: {short:,} of {len(references[0]):,} references have under four tokens, of which BLEU "
-                    "finds nothing; go by chrF2"
+                    f"warning: {num_short:,} of {len(references[0]):,} references have under four tokens, so they have "
+                    "no 4-grams for BLEU; use chrF2"
                 )
-            self._evaluator = Evaluator(trained.model, trained.tokenizer, trained.config, trained.mesh)
-            self._of = of
-        report = self._evaluator.evaluate(trained.params, sources, references, progress=progress)
-        if not math.isfinite(report.loss):
-            raise DivergedError(f"{trained.description}: its loss is {report.loss}; evaluate another")
-        found = further(sources, report.translations, references, data.target_language, tokenizer.name)
-        return Evaluation(trained, self.chosen, report, found)
+            self._evaluator = Evaluator(restored.model, restored.tokenizer, restored.config, restored.mesh)
+            self._compiled_for = key
+        result = self._evaluator.evaluate(restored.params, sources, references, progress=progress)
+        if not math.isfinite(result.loss):
+            raise DivergedError(f"{restored.description}: its loss is {result.loss}; evaluate another")
+        extended = extended_scores(sources, result.translations, references, data.target_language, tokenizer.name)
+        return dataclasses.replace(result, scores={**result.scores, **extended})
 
 
-def check_hosts(trained: RestoredModel, chosen: EvaluationSet) -> None:
-    """Raises a UserError on every host unless all have the same checkpoint and sentences."""
-    what = f"{trained.description}, {len(chosen.sources):,} sentences, digest {chosen.digest}"
-    consistency.assert_equal("what is evaluated", what, "give every host the same flags, workdir and data")
+def assert_same_on_hosts(restored: RestoredModel, dataset: EvalDataset) -> None:
+    """Raises a UserError on every host unless all have the same checkpoint and data set."""
+    value = f"{restored.description}, {len(dataset.sources):,} sentences, digest {dataset.digest}"
+    consistency.assert_equal("what is evaluated", value, "give every host the same flags, workdir and data")
 
 
 @multihost.primary_only
-def write_translations(evaluation: Evaluation, path: epath.PathLike) -> None:
-    """One translation a line; the file appears whole or not at all."""
+def write_translations(result: EvalResult, path: epath.PathLike) -> None:
+    """Writes one translation a line, atomically."""
     path = epath.Path(path)
     with user_error_on_oserror(f"{path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, "".join(f"{line}\n" for line in evaluation.report.translations))
+        write_atomic(path, "".join(f"{line}\n" for line in result.translations))
 
 
 def result_name(
-    workdir: epath.PathLike, trained: RestoredModel, chosen: EvaluationSet, fields: Mapping[str, Any] | None = None
+    workdir: epath.PathLike, restored: RestoredModel, dataset: EvalDataset, fields: Mapping[str, Any] | None = None
 ) -> str:
-    """STEP.SET, which names the files of an evaluation.
+    """STEP.SET, the name of the files of an evaluation.
 
-    SET is the name of the split or file. Where the workdir has results of another set of that name, a digest of its
-    sentences is added to it.
+    SET is the name of the split or file. If the workdir has results of another data set of that name, a digest of the
+    sentences is appended.
 
     Args:
-      fields: of decoding, other than the checkpoint's own; they are part of the name, so that a file is never taken
-        for one decoded as the config says.
+      workdir: of the model.
+      restored: the model.
+      dataset: on which it is evaluated.
+      fields: of decoding, other than the checkpoint's own. They are part of the name, so that results of decoding by
+        the config are not mistaken for others.
     """
-    name, others = chosen.name, "".join(f".{name}={value}" for name, value in sorted((fields or {}).items()))
-    if _first_of_name(workdir, chosen) != chosen.digest:
-        name += f"-{chosen.digest[:8]}"
-    return f"{trained.tag}.{name}{others}"
+    name, suffix = dataset.name, "".join(f".{name}={value}" for name, value in sorted((fields or {}).items()))
+    if _registered_digest(workdir, dataset) != dataset.digest:
+        name += f"-{dataset.digest[:8]}"
+    return f"{restored.tag}.{name}{suffix}"
 
 
-def _first_of_name(workdir: epath.PathLike, chosen: EvaluationSet) -> str:
-    """The digest of the set that was the first of its name in this workdir; of this one, if none was."""
-    path = epath.Path(workdir) / "translations" / SETS_FILE
+def _registered_digest(workdir: epath.PathLike, dataset: EvalDataset) -> str:
+    """The digest of the first data set of that name in the workdir; registers this one if there is none."""
+    path = epath.Path(workdir) / "translations" / DATASETS_FILE
     try:
         digests = {**json.loads(path.read_text())}
     except (OSError, ValueError, TypeError):
         digests = {}
-    if chosen.name not in digests and multihost.is_primary():
-        # A workdir that cannot be written costs the name, as it costs the files.
+    if dataset.name not in digests and multihost.is_primary():
+        # In a read-only workdir the name is not registered, but then no files are written either.
         with contextlib.suppress(UserError), user_error_on_oserror(f"{path}"):
             path.parent.mkdir(exist_ok=True)
-            write_atomic(path, json.dumps({**digests, chosen.name: chosen.digest}, indent=1) + "\n")
-    return digests.get(chosen.name, chosen.digest)
+            write_atomic(path, json.dumps({**digests, dataset.name: dataset.digest}, indent=1) + "\n")
+    return digests.get(dataset.name, dataset.digest)
 
 
 def translations_path(
-    workdir: epath.PathLike, trained: RestoredModel, chosen: EvaluationSet, fields: Mapping[str, Any] | None = None
+    workdir: epath.PathLike, restored: RestoredModel, dataset: EvalDataset, fields: Mapping[str, Any] | None = None
 ) -> epath.Path:
     """WORKDIR/translations/NAME.txt, with the name of `result_name`."""
-    return epath.Path(workdir) / "translations" / f"{result_name(workdir, trained, chosen, fields)}.txt"
+    return epath.Path(workdir) / "translations" / f"{result_name(workdir, restored, dataset, fields)}.txt"
 
 
-def translations_of_other(
-    path: epath.PathLike, which: str, chosen: EvaluationSet, language: str, fields: Mapping[str, Any] | None = None
+def baseline_translations(
+    path: epath.PathLike,
+    checkpoint: str,
+    dataset: EvalDataset,
+    language: str,
+    fields: Mapping[str, Any] | None = None,
 ) -> tuple[str, Sequence[str]]:
-    """What another system makes of the same sources, with a name for it.
+    """The name of a baseline system, and its translations of the same sources.
 
     Args:
-      path: a workdir, whose checkpoint `which` translates them now, or a file that holds translations.
-      language: code of the language that ours are in.
-      fields: of decoding, in place of the workdir's own.
+      path: a workdir, whose model translates them now, or a file of translations.
+      checkpoint: of the workdir.
+      dataset: whose sources are translated.
+      language: code of the target language.
+      fields: of decoding, instead of the workdir's own.
 
     Raises:
-      UserError: it is neither, holds another number of lines, or translates into another language.
+      UserError: the path is neither, the number of lines is wrong, or the model translates into another language.
     """
     path = epath.Path(path)
     if not path.is_dir():
         lines = list(text_files.read_lines(path))
-        if len(lines) != len(chosen.sources):
+        if len(lines) != len(dataset.sources):
             raise UserError(
-                f"--versus={path}: expected a translation of each of the {len(chosen.sources):,} sentences of "
-                f"{chosen.name}, got {len(lines):,} lines; name translations of the same set"
+                f"--versus={path}: expected a translation of each of the {len(dataset.sources):,} sentences of "
+                f"{dataset.name}, got {len(lines):,} lines; name translations of the same set"
             )
         return path.name, lines
     if not (path / "checkpoints").is_dir():
         raise UserError(f"--versus={path}: expected a workdir of train.py or a file of translations, found neither")
-    other = load_checkpoint(path, which)
-    if other.config.data.target_language != language:
+    baseline = load_checkpoint(path, checkpoint)
+    if baseline.config.data.target_language != language:
         raise UserError(
-            f"--versus={path}: translates into {other.config.data.target_language!r}, expected {language!r}; "
+            f"--versus={path}: translates into {baseline.config.data.target_language!r}, expected {language!r}; "
             "name a model of the same direction"
         )
-    decode = validation.with_decode(other.config, dict(fields or {})).decode
-    translator = Translator(other.model, other.tokenizer, decode, other.mesh)
-    translations = translator.translate(other.params, chosen.sources)
+    decode = validation.with_decode(baseline.config, dict(fields or {})).decode
+    translator = Translator(baseline.model, baseline.tokenizer, decode, baseline.mesh)
+    translations = translator.translate(baseline.params, dataset.sources)
     translator.say_counts()
-    return f"{path.name}, {other.description}", translations
+    return f"{path.name}, {baseline.description}", translations

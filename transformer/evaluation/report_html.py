@@ -1,4 +1,4 @@
-"""The look of report.html: one page that needs nothing but itself, in light and dark."""
+"""HTML elements and styles of the report: a self-contained page, light or dark."""
 
 import difflib
 import html
@@ -78,7 +78,7 @@ mark.lack { background: var(--lack); color: var(--lack-ink); text-decoration: un
 pre { overflow-x: auto; font-size: .8rem; }
 """
 
-# The whole script: a small map, once pressed, is shown large.
+# Enlarges a small attention map when it is pressed.
 SCRIPT = """
 for (const map of document.querySelectorAll('.map')) map.addEventListener('click', () => {
   const section = map.closest('.attention');
@@ -88,23 +88,23 @@ for (const map of document.querySelectorAll('.map')) map.addEventListener('click
 });
 """
 
-# A browser asks no one for anything, whatever the sentences hold.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+# The browser loads nothing, whatever the sentences contain.
+CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 class Cell(NamedTuple):
-    """Of a table: text, and the class that styles it."""
+    """A table cell: its text and CSS class."""
 
     text: str
-    kind: str = ""
+    css_class: str = ""
 
 
-def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
-    """The document; `sections` are HTML, empty ones left out."""
+def render_page(title: str, subtitle: str, sections: Sequence[str]) -> str:
+    """The document; `sections` are HTML, of which empty ones are skipped."""
     body = "\n".join(section for section in sections if section)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f'<header><h1>{html.escape(title)}</h1><p class="soft">{html.escape(subtitle)}</p></header>\n'
@@ -113,15 +113,15 @@ def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
 
 
 def section(name: str, title: str, content: str, note: str = "") -> str:
-    """A heading with what belongs under it; empty if nothing does."""
+    """A section with a heading; "" without content."""
     if not content:
         return ""
-    shown = f'<p class="soft">{note}</p>' if note else ""
-    return f'<section id="{name}"><h2>{html.escape(title)}</h2>{shown}{content}</section>'
+    paragraph = f'<p class="soft">{note}</p>' if note else ""
+    return f'<section id="{name}"><h2>{html.escape(title)}</h2>{paragraph}{content}</section>'
 
 
-def tiles(values: Sequence[tuple[str, str, str]]) -> str:
-    """Large figures: name, value, what it means."""
+def stat_cards(values: Sequence[tuple[str, str, str]]) -> str:
+    """Cards with large figures, each (name, value, meaning)."""
     return (
         '<div class="tiles">'
         + "".join(
@@ -134,32 +134,32 @@ def tiles(values: Sequence[tuple[str, str, str]]) -> str:
 
 
 def table(head: Sequence[Cell], rows: Sequence[Sequence[Cell]]) -> str:
-    """Rows under a head."""
+    """A table with a head."""
 
-    def line(cells: Sequence[Cell], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag} class="{c.kind}">{html.escape(c.text)}</{tag}>' for c in cells) + "</tr>"
+    def row(cells: Sequence[Cell], tag: str) -> str:
+        return "<tr>" + "".join(f'<{tag} class="{c.css_class}">{html.escape(c.text)}</{tag}>' for c in cells) + "</tr>"
 
-    body = "".join(line(cells, "td") for cells in rows)
-    return f'<div class="scroll"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody></table></div>'
+    body = "".join(row(cells, "td") for cells in rows)
+    return f'<div class="scroll"><table><thead>{row(head, "th")}</thead><tbody>{body}</tbody></table></div>'
 
 
 def sentence(title: str, source: str, reference: str, translations: Sequence[tuple[str, str]]) -> str:
-    """A source with its reference and translations, by the name of each, their differences marked."""
+    """A source with its reference and (name, translation) pairs, with marked differences."""
     rows = [("source", html.escape(source))]
-    rows += [(name, marked(reference, text)[1]) for name, text in translations]
-    rows.append(("reference", marked(reference, translations[0][1])[0]))
-    shown = "".join(f'<dt>{html.escape(name)}</dt><dd dir="auto">{text}</dd>' for name, text in rows)
-    return f'<article class="sentence"><span class="soft">{html.escape(title)}</span><dl>{shown}</dl></article>'
+    rows += [(name, diff_html(reference, text)[1]) for name, text in translations]
+    rows.append(("reference", diff_html(reference, translations[0][1])[0]))
+    items = "".join(f'<dt>{html.escape(name)}</dt><dd dir="auto">{text}</dd>' for name, text in rows)
+    return f'<article class="sentence"><span class="soft">{html.escape(title)}</span><dl>{items}</dl></article>'
 
 
-def marked(reference: str, translation: str) -> tuple[str, str]:
-    """Both as HTML, with the words marked that the other lacks."""
-    wanted, got = reference.split(), translation.split()
+def diff_html(reference: str, translation: str) -> tuple[str, str]:
+    """Reference and translation as HTML, with marked words that the other lacks."""
+    expected, actual = reference.split(), translation.split()
     left, right = [], []
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, wanted, got, autojunk=False).get_opcodes():
-        same = kind == "equal"
-        left += [_words(wanted[a:b], "" if same else '<mark class="lack">')]
-        right += [_words(got[c:d], "" if same else '<mark class="odd">')]
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, expected, actual, autojunk=False).get_opcodes():
+        is_equal = tag == "equal"
+        left += [_words(expected[a:b], "" if is_equal else '<mark class="lack">')]
+        right += [_words(actual[c:d], "" if is_equal else '<mark class="odd">')]
     return " ".join(filter(None, left)), " ".join(filter(None, right))
 
 

@@ -1,72 +1,77 @@
-"""What an evaluation found, as one JSON object for machines and as a table for people."""
+"""Formats an evaluation as one JSON object and as a table for the terminal."""
 
 import math
 from typing import Any
 
+from transformer.checkpoints.loading import RestoredModel
 from transformer.evaluation import significance
-from transformer.evaluation.evaluator import Evaluation
-from transformer.evaluation.metrics import HEADLINE, TITLES
-from transformer.evaluation.significance import Versus
+from transformer.evaluation.evaluator import EvalDataset, EvalResult
+from transformer.evaluation.metrics import DEFAULT_METRICS, METRIC_NAMES
+from transformer.evaluation.significance import SystemComparison
 from transformer.models.flops import Spent
 
 
-def as_json(evaluation: Evaluation, versus: Versus | None = None) -> dict[str, Any]:
-    """The keys that others rely on first, in their order, then what `scores.further` found."""
-    trained, report = evaluation.trained, evaluation.report
-    spent = Spent.of(trained.metrics)
+def as_json(restored: RestoredModel, result: EvalResult, comparison: SystemComparison | None = None) -> dict[str, Any]:
+    """The fields of eval.py's JSON; non-finite values are null."""
+    cost = Spent.of(restored.metrics)
     fields = {
-        "step": trained.step,
-        "steps": trained.steps,  # several where their mean was scored
-        "sentences": report.sentences,
-        "loss": report.loss,
-        **report.scores,
-        "seconds": round(report.seconds, 3),
-        "train_flops": spent and spent.flops,
-        "train_tokens": spent and spent.tokens,
-        "train_hours": spent and spent.seconds / 3600,
-        "perplexity": finite(report.held_out.perplexity),
-        "word_perplexity": finite(report.held_out.word_perplexity),
-        **evaluation.further,
+        "step": restored.step,
+        "steps": restored.steps,  # several if their mean is evaluated
+        "sentences": result.sentences,
+        "loss": result.loss,
+        **result.scores,
+        "seconds": round(result.seconds, 3),
+        "train_flops": cost and cost.flops,
+        "train_tokens": cost and cost.tokens,
+        "train_hours": cost and cost.seconds / 3600,
+        "perplexity": finite(result.perplexity),
+        "word_perplexity": finite(result.word_perplexity),
     }
-    if versus:
-        fields["versus"] = significance.as_json(versus)
+    if comparison:
+        fields["versus"] = significance.as_json(comparison)
     return fields
 
 
 def finite(value: float) -> float | None:
-    """JSON has no infinity."""
+    """None for infinity, which JSON lacks."""
     return value if math.isfinite(value) else None
 
 
-def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Name, value and signature or meaning of each score; what only older papers compare with comes last."""
-    held_out, found = evaluation.report.held_out, {**evaluation.report.scores, **evaluation.further}
-    rows = [(TITLES[name], f"{found[name]:.2f}", found[f"{name}_signature"]) for name in (*HEADLINE, "chrfpp")]
-    if "comet" in found:
-        rows.append(("COMET", f"{found['comet']:.4f}", found["comet_signature"]))
+def score_rows(result: EvalResult) -> list[tuple[str, str, str]]:
+    """Name, value and signature or meaning of each score; those for older papers come last."""
+    scores = result.scores
+    rows = [
+        (METRIC_NAMES[name], f"{scores[name]:.2f}", scores[f"{name}_signature"])
+        for name in (*DEFAULT_METRICS, "chrfpp")
+    ]
+    if "comet" in scores:
+        rows.append(("COMET", f"{scores['comet']:.4f}", scores["comet_signature"]))
     return [
         *rows,
-        ("loss", f"{held_out.mean:.3f}", "nats per target token, without label smoothing"),
-        ("perplexity", f"{held_out.perplexity:.2f}", "per subword of this vocabulary"),
-        ("", f"{held_out.word_perplexity:.2f}", "per word, the end of a sentence counted as one"),
-        ("length ratio", f"{found['length_ratio']:.3f}", "hypothesis words / reference words"),
-        ("legacy BLEU", f"{found['legacy_tokenized_bleu']:.2f}", f"for older papers only: {found['legacy_signature']}"),
-        ("", f"{found['legacy_compound_split_bleu']:.2f}", "the same with compounds split, as get_ende_bleu.sh does"),
+        ("loss", f"{result.loss:.3f}", "nats per target token, without label smoothing"),
+        ("perplexity", f"{result.perplexity:.2f}", "per subword of this vocabulary"),
+        ("", f"{result.word_perplexity:.2f}", "per word, the end of a sentence counted as one"),
+        ("length ratio", f"{scores['length_ratio']:.3f}", "hypothesis words / reference words"),
+        (
+            "legacy BLEU",
+            f"{scores['legacy_tokenized_bleu']:.2f}",
+            f"for older papers only: {scores['legacy_signature']}",
+        ),
+        ("", f"{scores['legacy_compound_split_bleu']:.2f}", "the same with compounds split, as get_ende_bleu.sh does"),
     ]
 
 
-def table(evaluation: Evaluation) -> str:
-    """Scores for people."""
-    trained, report = evaluation.trained, evaluation.report
-    rows = [f"{evaluation.chosen.name}: {report.sentences:,} sentences, {trained.description}, {report.seconds:.1f} s"]
-    if not report.sentences:
+def format_table(restored: RestoredModel, dataset: EvalDataset, result: EvalResult) -> str:
+    """The table for the terminal."""
+    rows = [f"{dataset.name}: {result.sentences:,} sentences, {restored.description}, {result.seconds:.1f} s"]
+    if not result.sentences:
         rows.append("  no sentences, so there is nothing to score")
-    rows += [f"  {title:<13}{value:>7}   {note}" for title, value, note in score_rows(evaluation)]
-    groups = evaluation.further["bleu_by_source_length"]
+    rows += [f"  {title:<13}{value:>7}   {note}" for title, value, note in score_rows(result)]
+    groups = result.scores["bleu_by_source_length"]
     if groups:
-        shown = " · ".join(f"{words}: {group['bleu']:.1f} ({group['sentences']:,})" for words, group in groups.items())
-        rows.append(f"  BLEU by words of the source (sentences)  {shown}")
-    spent = Spent.of(trained.metrics)
-    if spent:
-        rows.append(f"  trained on {spent}")
+        cells = " · ".join(f"{words}: {group['bleu']:.1f} ({group['sentences']:,})" for words, group in groups.items())
+        rows.append(f"  BLEU by words of the source (sentences)  {cells}")
+    cost = Spent.of(restored.metrics)
+    if cost:
+        rows.append(f"  trained on {cost}")
     return "\n".join(rows)

@@ -205,11 +205,11 @@ def _check_data(resume: ResumePoint, path: epath.Path, validation: corpora.Split
 
 def _decide_best_metric(config: Config, references: list[str]) -> str:
     """The metric that makes a checkpoint the best; logs why, and how BLEU is computed."""
-    tokenizer = bleu_tokenizer.choose(config.data, references)
+    tokenizer = bleu_tokenizer.choose_bleu_tokenizer(config.data, references)
     log_info(str(tokenizer))
     if config.train.best_metric != "auto":
         return config.train.best_metric
-    metric, reason = bleu_tokenizer.decide(references, tokenizer.name)
+    metric, reason = bleu_tokenizer.choose_best_metric(references, tokenizer.name)
     if reason:
         log_info(reason)
     return metric

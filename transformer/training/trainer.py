@@ -239,22 +239,22 @@ class TrainingLoop:
                 raise signals.preempted(signal_number, step)
 
         context, split = self.context, self.context.data.validation
-        report = context.evaluator.evaluate(
+        result = context.evaluator.evaluate(
             params, split.sources(), [split.targets()], metrics=("bleu", "chrf"), progress=stop_if_signalled
         )
-        if not math.isfinite(report.loss):
+        if not math.isfinite(result.loss):
             context.checkpoints.remove(step)
             raise DivergedError(
-                f"the run diverged: after update {step} the validation loss is {report.loss}; {DIVERGENCE_HINT}"
+                f"the run diverged: after update {step} the validation loss is {result.loss}; {DIVERGENCE_HINT}"
             )
-        bleu, chrf = float(report.scores["bleu"]), float(report.scores["chrf"])
-        scores = {"valid/loss": report.loss, VALID_BLEU: bleu, "valid/chrf": chrf}
+        bleu, chrf = float(result.scores["bleu"]), float(result.scores["chrf"])
+        scores = {"valid/loss": result.loss, VALID_BLEU: bleu, "valid/chrf": chrf}
         metric = self._config.train.best_metric
         self.early_stopping = self.early_stopping.update(best_metric.score(metric, scores) or 0.0)
         # The checkpoint that was resumed keeps the scores of its own search.
         if step > context.start or context.resume.scores_comparable:
             context.checkpoints.update_metrics(step, {**scores, **self.early_stopping.to_metrics()})
-        writer.write(step, {**scores, "valid/seconds": report.seconds, **self._cost.metrics()})
-        shown = {"loss": f"validation loss {report.loss:.3f}", "bleu": f"BLEU {bleu:.2f}", "chrf": f"chrF2 {chrf:.2f}"}
+        writer.write(step, {**scores, "valid/seconds": result.seconds, **self._cost.metrics()})
+        shown = {"loss": f"validation loss {result.loss:.3f}", "bleu": f"BLEU {bleu:.2f}", "chrf": f"chrF2 {chrf:.2f}"}
         shown[metric] += f", best {best_metric.format_score(metric, self.early_stopping.best)}"
-        writer.log(f"step {step:,} · {' · '.join(shown.values())} · {report.seconds:.0f} s · after {self._cost}")
+        writer.log(f"step {step:,} · {' · '.join(shown.values())} · {result.seconds:.0f} s · after {self._cost}")
