@@ -60,7 +60,7 @@ def prepare(config: Config, path: epath.Path) -> "tuple[RunContext, TrainState]"
     """What the training loop works with, and the state that it starts from."""
     from transformer.checkpoints import best_metric
     from transformer.evaluation.evaluator import Evaluator
-    from transformer.models.registry import Model
+    from transformer.models.registry import ModelDef
     from transformer.training import run, train_step
 
     # Config: compared with that of the checkpoint to resume, if there is one.
@@ -72,7 +72,7 @@ def prepare(config: Config, path: epath.Path) -> "tuple[RunContext, TrainState]"
     config = best_metric.with_metric(resume.config, data.best_metric)
 
     # Model, without its params; the evaluator translates and scores with it.
-    model = Model(config.model, data.tokenizer.vocab_size)
+    model = ModelDef(config.model, data.tokenizer.vocab_size)
     evaluator = Evaluator(model, data.tokenizer, config, mesh)
 
     # Optimizer and step: loss, gradients, clipping, Adam and the learning-rate schedule are one jitted function.

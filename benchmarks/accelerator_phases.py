@@ -24,7 +24,7 @@ from benchmarks.kernel_times import KernelTime
 from transformer import benchmark, command_line
 from transformer.attention import blockwise, fused
 from transformer.attention.dot_product import dot_product_attention
-from transformer.attention.mask import Visible
+from transformer.attention.mask import AttentionMask
 from transformer.config.schema import Config
 from transformer.data import input_pipeline
 from transformer.data.batching import Batch, JaggedArray, rows_per_batch
@@ -34,6 +34,7 @@ from transformer.decoding import decode
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
+from transformer.models.registry import ModelDef
 from transformer.planning import hlo, hlo_cost
 from transformer.planning.hardware import CHIPS
 from transformer.runtime import environment
@@ -98,14 +99,14 @@ def correct(found: Findings) -> None:
     for platform in sorted({"cpu", jax.default_backend()}):
         with jax.default_matmul_precision("highest"):
             metrics = jax.device_get(updates(config, jax.devices(platform)[0], 2))
-        figures = {"loss": float(metrics.loss.objective), "grad_norm": float(metrics.grad_norm)}
+        figures = {"loss": float(metrics.loss.smoothed_nll), "grad_norm": float(metrics.grad_norm)}
         found.add("second_update_of_a_small_model", platform, figures)
 
 
 def updates(config: Config, device: Any, count: int, guard: str = "allow") -> Any:
     """The metrics of the last of so many updates on one device, with this guard of transfers."""
     mesh = make_mesh(config.mesh, [device])
-    model = train_step.Model(config.model, config.data.vocab_size)
+    model = ModelDef(config.model, config.data.vocab_size)
     update, state = train_step.make_train_step(model, config, mesh), train_step.init_state(model, config, mesh)
     ids = random_ids(config, 16, 24).to_padded(np.arange(16), 24)
     with jax.transfer_guard(guard):
@@ -135,12 +136,12 @@ def attend(way: str, kind: str, rows: int, length: int, smoke: bool) -> Row:
     q, k, v, weight = (jax.random.normal(key, (rows, length, heads, width), jnp.bfloat16) for key in keys)
     lengths = jax.random.randint(jax.random.key(1), (rows, 1), length // 2, length + 1)
     keys_BS = (jnp.arange(length, dtype=jnp.int32)[None, :] < lengths).astype(jnp.int32)
-    visible = Visible(causal=True) if kind == "causal" else Visible(keys_BS=keys_BS)
+    visible = AttentionMask(causal=True) if kind == "causal" else AttentionMask(kv_segment_ids_BS=keys_BS)
 
-    def plain(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:
-        return dot_product_attention(q, k, v, visible.mask(length, length))
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array, visible: AttentionMask) -> jax.Array:
+        return dot_product_attention(q, k, v, visible.materialize(length, length))
 
-    def total(attend: Callable[..., Any], visible: Visible, weight: jax.Array, *qkv: jax.Array) -> Any:
+    def total(attend: Callable[..., Any], visible: AttentionMask, weight: jax.Array, *qkv: jax.Array) -> Any:
         out = attend(*qkv, visible)
         return (out.astype(jnp.float32) * weight.astype(jnp.float32)).sum(), out
 
@@ -150,7 +151,7 @@ def attend(way: str, kind: str, rows: int, length: int, smoke: bool) -> Row:
     ways: dict[str, Callable[..., Any]] = {"plain": plain, "blockwise": blockwise.blockwise_attention}
     ways["cudnn"] = fused.cudnn_attention
     run = gradient(ways[way])
-    first = Visible(causal=True) if kind == "causal" else Visible(keys_BS=keys_BS[:few])
+    first = AttentionMask(causal=True) if kind == "causal" else AttentionMask(kv_segment_ids_BS=keys_BS[:few])
     with jax.default_matmul_precision("highest"):
         wanted = gradient(plain)(first, weight[:few], *(array[:few].astype(jnp.float32) for array in (q, k, v)))
     errors = [
@@ -198,7 +199,7 @@ def training(
 def compiled_update(config: Config, batch: Batch) -> tuple[Any, Callable[[], Any]]:
     """The program of an update, which the cache on disk has, and what runs it once more; warm."""
     mesh = make_mesh(config.mesh)
-    model = train_step.Model(config.model, config.data.vocab_size)
+    model = ModelDef(config.model, config.data.vocab_size)
     state: Any = train_step.init_state(model, config, mesh)
     placed = sharding.shard_batch(mesh, batch, config.train.accumulation_steps)
     update: Any = train_step.make_train_step(model, config, mesh)
@@ -231,12 +232,12 @@ def beam_search(found: Findings) -> None:
     width, extra = (8, 6) if found.smoke else (32, 50)
     fields = {"decode.max_extra_length": extra, "decode.beam_size": 4, **(TOY if found.smoke else {})}
     config = config_of("en_de_base", fields)
-    mesh, model = make_mesh(config.mesh), train_step.Model(config.model, config.data.vocab_size)
+    mesh, model = make_mesh(config.mesh), ModelDef(config.model, config.data.vocab_size)
     params = sharding.replicate(mesh, model.in_compute_dtype(model.init(0)))
     for rows in (2, 4) if found.smoke else (16, 256):
         run = sharding.data_parallel_jit(mesh, functools.partial(decode.decode, (model,), config.decode, 1))
         ids = random_ids(config, rows, width).to_padded(np.arange(rows), width)
-        request = sharding.shard_batch(mesh, decode.Request(ids), rows="decode_batch")
+        request = sharding.shard_batch(mesh, decode.DecodeInputs(ids), rows="decode_batch")
         since = time.perf_counter()
         lengths_B = np.asarray(jax.block_until_ready(run((params,), request)).lengths_BN)[:, 0]
         compile_s = time.perf_counter() - since

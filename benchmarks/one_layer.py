@@ -16,10 +16,10 @@ from flax import nnx
 from jax import Array
 
 from transformer.attention.dot_product import dot_product_attention
-from transformer.attention.mask import Visible
+from transformer.attention.mask import AttentionMask
 from transformer.config import ModelConfig, validation
 from transformer.models import convolutional, transformer
-from transformer.models.lstm import Lstm, LstmState, recur
+from transformer.models.lstm import Lstm, LstmState, lstm_scan
 from transformer.planning import hlo, hlo_cost
 
 Layer = Callable[[Array], Array]
@@ -47,7 +47,7 @@ def make_layer(family: str, width: int) -> Layer:
         gated = convolutional.EncoderLayer(config, rngs)
         return lambda x_1TD: gated(x_1TD, jnp.ones(x_1TD.shape[:2], jnp.int32), None)
     attending = transformer.EncoderLayer(config, rngs)
-    return lambda x_1TD: attending(x_1TD, Visible(), None)
+    return lambda x_1TD: attending(x_1TD, AttentionMask(), None)
 
 
 def layer_program(family: str, width: int, length: int) -> hlo.Program:
@@ -66,7 +66,7 @@ def core_program(family: str, width: int, length: int) -> hlo.Program:
         return layer_program(family, width, length)
     shapes = (length, 1, 4 * width), (width, 4 * width), (4 * width,)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return compiled(lambda *arrays: recur(*arrays, None, False), *arrays)
+    return compiled(lambda *arrays: lstm_scan(*arrays, None, False), *arrays)
 
 
 def compiled(function: Callable, *shapes: Any) -> hlo.Program:

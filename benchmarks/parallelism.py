@@ -152,7 +152,7 @@ def family_config(family: str, width: int, dtype: str = "float32", attention: st
 
 def params(config: Config) -> int:
     """How many numbers the model holds."""
-    return registry.Model(config.model, VOCAB).num_params()
+    return registry.ModelDef(config.model, VOCAB).num_params()
 
 
 def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
@@ -176,7 +176,7 @@ def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
 def measure(config: Config, rows: int, length: int) -> Row:
     """Compiles one update for a batch of full sentences, and times it."""
     mesh = make_mesh(config.mesh)
-    model = registry.Model(config.model, VOCAB)
+    model = registry.ModelDef(config.model, VOCAB)
     update = train_step.make_train_step(model, config, mesh)
     ids = np.random.default_rng(0).integers(UNK + 1, VOCAB, (rows, length), np.int32)
     ids[:, -1] = EOS

@@ -60,12 +60,12 @@ def ours_ms(batch: int, length: int, width: int) -> float:
     """Median time of one forward and backward pass."""
     import jax
 
-    from transformer.models.lstm import Weights, lstm
+    from transformer.models.lstm import LstmWeights, lstm
 
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (batch, length, width))
     into, over = (jax.random.normal(key, (width, 4 * width)) * width**-0.5 for key in keys[1:])
-    weights = Weights(into, over, jax.numpy.zeros(4 * width))
+    weights = LstmWeights(into, over, jax.numpy.zeros(4 * width))
     gradient = jax.jit(jax.grad(lambda weights, x: lstm(x, weights).sum(), (0, 1)))
     times = []
     for _ in range(REPEATS + 2):

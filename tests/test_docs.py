@@ -188,7 +188,7 @@ def test_readme_example_translates(monkeypatch):
 
     class Model:
         def translate(self, sentences, **options):
-            inspect.signature(inference.LoadedModel.translate).bind(self, sentences, **options)
+            inspect.signature(inference.TranslationModel.translate).bind(self, sentences, **options)
             calls.append(options)
             return [[Hypothesis("", 0.0, True)]] if "n_best" in options else [""]
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformer.inference import LoadedModel
+    from transformer.inference import TranslationModel
 
 __version__ = "0.1.0"
 
@@ -26,7 +26,7 @@ if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python 
 
 def load(
     workdir: str | os.PathLike, checkpoint: str | int = "latest", ensemble: Sequence[str | os.PathLike] = ()
-) -> "LoadedModel":
+) -> "TranslationModel":
     """Reads the trained model of a workdir once, to translate often: see `transformer.inference.load`."""
     from transformer import inference
 

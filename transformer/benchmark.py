@@ -88,7 +88,7 @@ def measure_input(plan: BatchSchedule, ids: TokenIds, num_steps: int) -> Row:
 def measure(config: Config, plan: BatchSchedule, ids: TokenIds, num_steps: int) -> Row:
     """Speed of the training step as the loop runs it, median of rounds."""
     mesh = make_mesh(config.mesh)
-    model = registry.Model(config.model, config.data.vocab_size)
+    model = registry.ModelDef(config.model, config.data.vocab_size)
     update = train_step.make_train_step(model, config, mesh)
     state = train_step.init_state(model, config, mesh)
     parts = config.train.accumulation_steps

@@ -12,13 +12,13 @@ from etils import epath
 from transformer.checkpoints.loading import RestoredModel, load_checkpoint
 from transformer.config import validation
 from transformer.data import text_inputs
-from transformer.decoding.translator import Hypothesis, Translator, best_text
+from transformer.decoding.translator import Hypothesis, Translator, first_text
 from transformer.runtime.errors import UserError
 
-PROGRAMS = 32  # ways of decoding whose compiled programs are kept
+MAX_COMPILED = 32  # ways of decoding whose compiled programs are kept
 
 
-class LoadedModel:
+class TranslationModel:
     """A model, or several as an ensemble, read from workdirs; threads may share it.
 
     Each way of decoding is compiled once for each width of sentences, at first use, and kept.
@@ -28,7 +28,7 @@ class LoadedModel:
         self._members = members
         model = members[0].model if len(members) == 1 else [member.model for member in members]
         self._params: Any = members[0].params if len(members) == 1 else tuple(member.params for member in members)
-        self._translators = functools.lru_cache(PROGRAMS)(
+        self._translators = functools.lru_cache(MAX_COMPILED)(
             lambda decode: Translator(model, members[0].tokenizer, decode, members[0].mesh)
         )
         self._lock = threading.Lock()
@@ -89,7 +89,7 @@ class LoadedModel:
                 'JAX hangs: load it in each process, and start them with multiprocessing.get_context("spawn")'
             )
         translator, seed = self.translator(decode)
-        found = translator.hypotheses(
+        found = translator.translate_nbest(
             self._params,
             sentences,
             n_best=1 if n_best is None else n_best,
@@ -97,8 +97,8 @@ class LoadedModel:
             constraints=constraints,
             seed=seed,
         )
-        translator.say_counts()
-        return [best_text(one) for one in found] if n_best is None else found
+        translator.log_warnings()
+        return [first_text(one) for one in found] if n_best is None else found
 
     def translator(self, fields: dict[str, Any]) -> tuple[Translator, int]:
         """The translator that these decode fields ask for, the same one each time, and the seed."""
@@ -121,7 +121,7 @@ class LoadedModel:
 
 def load(
     workdir: epath.PathLike, checkpoint: str | int = "latest", ensemble: Iterable[epath.PathLike] = ()
-) -> LoadedModel:
+) -> TranslationModel:
     """Reads the model of a workdir.
 
     Args:
@@ -151,4 +151,4 @@ def load(
                 f"{folder}: translates {theirs[0]} to {theirs[1]}, expected {ours[0]} to {ours[1]} as {workdir} does; "
                 "an ensemble has one direction"
             )
-    return LoadedModel(members)
+    return TranslationModel(members)

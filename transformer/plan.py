@@ -274,7 +274,7 @@ def scaling(config: Config, topology: Topology, row: Row) -> list[Row]:
         return []
     from transformer.models import registry
 
-    params = registry.Model(config.model, config.data.vocab_size).num_params()
+    params = registry.ModelDef(config.model, config.data.vocab_size).num_params()
     flops, moved = row["flops_per_step"] // row["chips"], row["memory_traffic_bytes"]
     gradients = row["collectives"].get("all-reduce", {"bytes": 4 * params})["bytes"]
     width = 2 if config.model.dtype == "bfloat16" else 4

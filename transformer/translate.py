@@ -23,8 +23,8 @@ from transformer.command_line import absolute_path, positive_int
 from transformer.config import validation
 from transformer.data import text_files
 from transformer.data.tokenizer import Tokenizer
-from transformer.decoding.alignment import Aligner, Attention, Links, pharaoh
-from transformer.decoding.translator import best_text
+from transformer.decoding.alignment import Aligner, Alignment, Attention, to_pharaoh
+from transformer.decoding.translator import first_text
 from transformer.inference import load
 from transformer.runtime import environment, streams
 from transformer.runtime.errors import UserError
@@ -33,7 +33,7 @@ from transformer.runtime.files import open_atomic, user_error_on_oserror
 Item = TypeVar("Item")
 
 
-def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Items, such as lines, in groups of `size`, the last one shorter."""
     group: list[Item] = []
     try:
@@ -54,7 +54,7 @@ def translate_stream(
     translate: Callable[[list[Item]], list[str]], items: Iterable[Item], out: BinaryIO, size: int
 ) -> None:
     """Writes the lines that `translate` gives for each group of `size` items, as soon as it has them."""
-    for group in chunks(items, size):
+    for group in batched(items, size):
         out.write(streams.printable("".join(f"{line}\n" for line in translate(group)), out).encode())
         out.flush()
 
@@ -68,7 +68,7 @@ class Line(NamedTuple):
     phrases: list[str] | None
 
 
-def read_together(
+def read_aligned_lines(
     sources: Iterable[str], prefix_file: epath.PathLike | None, constraint_file: epath.PathLike | None
 ) -> Iterator[Line]:
     """Lines that belong together.
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
     first = dataclasses.replace(loaded.first, config=validation.with_decode(loaded.first.config, fields))
 
     def translate(group: list[Line], note: Note) -> list[str]:
-        found = translator.hypotheses(
+        found = translator.translate_nbest(
             loaded.params,
             [line.source for line in group],
             n_best=args.n_best or 1,
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
             first=group[0].number,
         )
         if args.n_best is None:
-            best = [best_text(one) for one in found]
+            best = [first_text(one) for one in found]
             note([line.source for line in group], best)
             return best
         return [
@@ -131,12 +131,14 @@ def main(argv: list[str]) -> None:
             for one in several
         ]
 
-    lines = read_together(text_files.decode_lines(sys.stdin.buffer, "stdin"), args.prefix_file, args.constraint_file)
+    lines = read_aligned_lines(
+        text_files.decode_lines(sys.stdin.buffer, "stdin"), args.prefix_file, args.constraint_file
+    )
     try:
-        with recorded(args, first) as note:
+        with alignment_writer(args, first) as note:
             translate_stream(functools.partial(translate, note=note), lines, sys.stdout.buffer, args.batch_size)
     finally:
-        translator.say_counts()
+        translator.log_warnings()
 
 
 def _parse(rest: list[str]) -> argparse.Namespace:
@@ -167,9 +169,9 @@ def _parse(rest: list[str]) -> argparse.Namespace:
         help="more workdirs of the same tokenizer, commas between: the models' probabilities are averaged",
     )
     parser.add_argument("--mbr", type=positive, help="of so many samples, the one most like the others by chrF")
-    add_flags(parser)
+    add_alignment_flags(parser)
     args = parser.parse_args(rest)
-    check_flags(args)
+    check_alignment_flags(args)
     if args.n_best and (args.alignments or args.attention):
         raise UserError("--alignments and --attention are of one translation a line; leave out --n_best")
     return args
@@ -178,7 +180,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
 Note = Callable[[Sequence[str], Sequence[str]], None]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
     """What `recorded` reads."""
     parser.add_argument(
         "--alignments", type=absolute_path, help="write word alignments there, 0-0 1-2 ..., a line for each translation"
@@ -193,7 +195,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_alignment_flags(args: argparse.Namespace) -> None:
     """Raises a UserError for flags that do not go together."""
     if args.alignment_layer and not args.alignments:
         raise UserError("--alignment_layer goes with --alignments=FILE, got none; --attention has all layers")
@@ -202,7 +204,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def recorded(args: argparse.Namespace, trained: RestoredModel) -> Iterator[Note]:
+def alignment_writer(args: argparse.Namespace, trained: RestoredModel) -> Iterator[Note]:
     """What to call with sources and their translations, to note them in the files that the flags name.
 
     The files take their place when the block ends, and never if it fails. The .npz holds, for line n from 0,
@@ -222,14 +224,14 @@ def recorded(args: argparse.Namespace, trained: RestoredModel) -> Iterator[Note]
 
         def note(sources: Sequence[str], translations: Sequence[str]) -> None:
             nonlocal done
-            links: list[Links] = [[] for _ in sources]
+            links: list[Alignment] = [[] for _ in sources]
             for place, attention in aligner.attention(trained.params, sources, translations):
                 if lines:
-                    links[place] = aligner.links(attention)
+                    links[place] = aligner.word_alignment(attention)
                 if archive:
-                    _store(archive, done + place, attention, trained.tokenizer)
+                    _write_npz(archive, done + place, attention, trained.tokenizer)
             if lines:
-                lines.write("".join(f"{pharaoh(each)}\n" for each in links).encode())
+                lines.write("".join(f"{to_pharaoh(each)}\n" for each in links).encode())
             done += len(sources)
 
         yield note
@@ -242,7 +244,7 @@ def _open(stack: contextlib.ExitStack, path: str | None) -> BinaryIO | None:
     return stack.enter_context(open_atomic(path))
 
 
-def _store(archive: zipfile.ZipFile, number: int, attention: Attention, tokenizer: Tokenizer) -> None:
+def _write_npz(archive: zipfile.ZipFile, number: int, attention: Attention, tokenizer: Tokenizer) -> None:
     arrays = {
         "weights": attention.weights_LHTS,
         "source": np.array(tokenizer.pieces(attention.source)),

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import slow
 from transformer.attention import dot_product
 from transformer.attention.blockwise import blockwise_attention
-from transformer.attention.mask import Visible
+from transformer.attention.mask import AttentionMask
 
 B, H, K = 2, 2, 8
 
@@ -27,11 +27,11 @@ def segments(seed, length, padding):
 
 def cases(queries, keys):
     return {
-        "everything": Visible(),
-        "padding": Visible(keys_BS=segments(0, keys, 3)),
-        "causal": Visible(causal=True),
-        "segments": Visible(segments(1, queries, 2), segments(2, keys, 1)),
-        "causal segments": Visible(segments(1, queries, 2), segments(1, queries, 2), causal=True),
+        "everything": AttentionMask(),
+        "padding": AttentionMask(kv_segment_ids_BS=segments(0, keys, 3)),
+        "causal": AttentionMask(causal=True),
+        "segments": AttentionMask(segments(1, queries, 2), segments(2, keys, 1)),
+        "causal segments": AttentionMask(segments(1, queries, 2), segments(1, queries, 2), causal=True),
     }
 
 
@@ -43,8 +43,8 @@ def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
         keys = queries
     visible = cases(queries, keys)[kind]
     q, k, v = draw(3, queries), draw(4, keys), draw(5, keys, K + 2)
-    mask = jnp.broadcast_to(visible.mask(queries, keys), (B, 1, queries, keys))
-    real = 1 if visible.queries_BT is None else visible.queries_BT
+    mask = jnp.broadcast_to(visible.materialize(queries, keys), (B, 1, queries, keys))
+    real = 1 if visible.q_segment_ids_BT is None else visible.q_segment_ids_BT
     sees = (mask.any(-1)[:, 0] & (real != 0))[..., None, None]  # the others' results are not used
     weight = jnp.where(sees, draw(6, queries, K + 2), 0.0)
 
@@ -65,7 +65,7 @@ def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
 
 @pytest.mark.slow
 def test_a_query_that_sees_nothing_is_finite_with_finite_gradient():
-    visible = Visible(jnp.full((B, 9), 7, jnp.int32), jnp.ones((B, 9), jnp.int32))
+    visible = AttentionMask(jnp.full((B, 9), 7, jnp.int32), jnp.ones((B, 9), jnp.int32))
     q, k, v = (draw(seed, 9) for seed in range(3))
     value, grads = jax.value_and_grad(lambda *qkv: blockwise_attention(*qkv, visible, block=4).sum(), (0, 1, 2))(
         q, k, v
@@ -77,9 +77,9 @@ def test_a_query_that_sees_nothing_is_finite_with_finite_gradient():
 @pytest.mark.slow
 def test_bfloat16_is_as_near_as_the_plain_path():
     q, k, v = (draw(seed, 40, dtype=jnp.bfloat16) for seed in range(3))
-    got = blockwise_attention(q, k, v, Visible(causal=True), block=8)
+    got = blockwise_attention(q, k, v, AttentionMask(causal=True), block=8)
     exact = dot_product.dot_product_attention(
-        *(array.astype(jnp.float32) for array in (q, k, v)), Visible(causal=True).mask(40, 40)
+        *(array.astype(jnp.float32) for array in (q, k, v)), AttentionMask(causal=True).materialize(40, 40)
     )
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=0.02)
@@ -93,7 +93,7 @@ def test_dropout_drops_the_same_weights_in_value_and_gradient():
     v = jnp.eye(24, dtype=jnp.float32)[None, :, None, :] * jnp.ones((B, 1, H, 1), jnp.float32)
 
     def weights(v):
-        return blockwise_attention(q, k, v, Visible(), rate, key, block=8)
+        return blockwise_attention(q, k, v, AttentionMask(), rate, key, block=8)
 
     plain = dot_product.dot_product_attention(q, k, v, jnp.ones((1, 1, 1, 24), bool))
     got = np.asarray(weights(v))
@@ -110,7 +110,9 @@ def test_the_gradient_through_dropout_is_that_of_finite_differences():
     weight = draw(4, 12)
 
     def total(q):
-        return (blockwise_attention(q, k, v, Visible(causal=True), 0.3, jax.random.key(1), block=4) * weight).sum()
+        return (
+            blockwise_attention(q, k, v, AttentionMask(causal=True), 0.3, jax.random.key(1), block=4) * weight
+        ).sum()
 
     direction, step = draw(5, 12), 1e-2
     slope = (total(q + step * direction) - total(q - step * direction)) / (2 * step)
@@ -119,8 +121,8 @@ def test_the_gradient_through_dropout_is_that_of_finite_differences():
 
 def test_without_a_key_nothing_is_dropped():
     q, k, v = (draw(seed, 12) for seed in range(3))
-    dropped = blockwise_attention(q, k, v, Visible(), 0.5, None, block=4)
-    np.testing.assert_array_equal(dropped, blockwise_attention(q, k, v, Visible(), block=4))
+    dropped = blockwise_attention(q, k, v, AttentionMask(), 0.5, None, block=4)
+    np.testing.assert_array_equal(dropped, blockwise_attention(q, k, v, AttentionMask(), block=4))
 
 
 def temporaries(attend, length):
@@ -132,10 +134,12 @@ def temporaries(attend, length):
 
 def test_memory_grows_with_the_length_and_not_its_square():
     def blockwise(*qkv):
-        return blockwise_attention(*qkv, Visible(causal=True))
+        return blockwise_attention(*qkv, AttentionMask(causal=True))
 
     def plain(q, k, v):
-        return dot_product.dot_product_attention(q, k, v, Visible(causal=True).mask(q.shape[1], k.shape[1]))
+        return dot_product.dot_product_attention(
+            q, k, v, AttentionMask(causal=True).materialize(q.shape[1], k.shape[1])
+        )
 
     lengths = (4096, 16384, 65536)  # below these the blocks themselves weigh more
     used = [temporaries(blockwise, length) for length in lengths]
@@ -147,7 +151,7 @@ def test_memory_grows_with_the_length_and_not_its_square():
 @pytest.mark.slow
 def test_dropout_draws_the_bits_of_the_plain_path_in_any_block():
     q, k, v, key = draw(0, 20), draw(1, 20), draw(2, 20), jax.random.key(3)
-    wanted = dot_product.dot_product_attention(q, k, v, Visible(causal=True).mask(20, 20), 0.4, key)
+    wanted = dot_product.dot_product_attention(q, k, v, AttentionMask(causal=True).materialize(20, 20), 0.4, key)
     for block in (3, 8, 512):
-        got = blockwise_attention(q, k, v, Visible(causal=True), 0.4, key, block)
+        got = blockwise_attention(q, k, v, AttentionMask(causal=True), 0.4, key, block)
         np.testing.assert_allclose(got, wanted, atol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from transformer.attention import dot_product, dropout
-from transformer.attention.mask import Visible
+from transformer.attention.mask import AttentionMask
 
 
 def reference(q, k, v, mask):
@@ -36,9 +36,9 @@ def test_equals_the_float64_reference(kind, value_width):
     is_token = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], jnp.int32)
     mask = jnp.ones((1, 1, 1, 5), bool)
     if kind in ("padding", "both"):
-        mask = mask & Visible(keys_BS=is_token).mask(5, 5)
+        mask = mask & AttentionMask(kv_segment_ids_BS=is_token).materialize(5, 5)
     if kind in ("causal", "both"):
-        mask = mask & Visible(causal=True).mask(5, 5)
+        mask = mask & AttentionMask(causal=True).materialize(5, 5)
     got = dot_product.dot_product_attention(q, k, v, mask)
     want = reference(*(np.asarray(a) for a in (q, k, v, mask)))
     np.testing.assert_allclose(got, want, atol=1e-6)
@@ -62,7 +62,7 @@ def test_a_query_that_may_look_nowhere_is_finite_with_finite_gradient():
 
 def test_softmax_of_bfloat16_is_taken_in_float32():
     q, k, v = draw(3, (2, 16, 2, 8), (2, 16, 2, 8), (2, 16, 2, 8), dtype=jnp.bfloat16)
-    mask = Visible(causal=True).mask(16, 16)
+    mask = AttentionMask(causal=True).materialize(16, 16)
     got = dot_product.dot_product_attention(q, k, v, mask)
     want = reference(*(np.asarray(a, np.float64) for a in (q, k, v)), np.asarray(mask))
     assert got.dtype == jnp.bfloat16
@@ -99,7 +99,7 @@ def test_dropout_draws_each_element_and_each_call_by_itself():
 
 def test_attention_dropout_changes_the_weights():
     q, k, v = draw(4, (1, 3, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4))
-    mask = Visible(causal=True).mask(3, 3)
+    mask = AttentionMask(causal=True).materialize(3, 3)
     plain = dot_product.dot_product_attention(q, k, v, mask, 0.5)
     dropped = dot_product.dot_product_attention(q, k, v, mask, 0.5, jax.random.key(1))
     assert not np.allclose(plain, dropped)
@@ -108,7 +108,9 @@ def test_attention_dropout_changes_the_weights():
 def test_cached_attention_equals_causal_attention_position_by_position():
     B, N, T, H, K = 2, 3, 5, 2, 4
     q, k, v = draw(5, (B * N, T, H, K), (B * N, T, H, K), (B * N, T, H, K))
-    want = dot_product.dot_product_attention(q, k, v, Visible(causal=True).mask(T, T)).reshape(B, N, T, H, K)
+    want = dot_product.dot_product_attention(q, k, v, AttentionMask(causal=True).materialize(T, T)).reshape(
+        B, N, T, H, K
+    )
     # Slots not yet written hold rubbish, which must not be seen; so do the other beams' slots.
     own = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32)[None, :, None], (B, N, T))
     cache = jnp.full((B, H, K, T * N), 1e3, jnp.float32), jnp.full((B, H, T * N, K), 1e3, jnp.float32)
@@ -135,25 +137,25 @@ def test_a_hypothesis_sees_the_past_that_its_ancestors_wrote():
 
 
 SEGMENTS = {
-    "queries_BT": jnp.asarray([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]], jnp.int32),
-    "keys_BS": jnp.asarray([[1, 2, 2, 2, 0], [1, 1, 2, 3, 3]], jnp.int32),
+    "q_segment_ids_BT": jnp.asarray([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]], jnp.int32),
+    "kv_segment_ids_BS": jnp.asarray([[1, 2, 2, 2, 0], [1, 1, 2, 3, 3]], jnp.int32),
 }
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_segments_see_their_own_kind_only(causal):
-    mask = np.broadcast_to(Visible(**SEGMENTS, causal=causal).mask(6, 5), (2, 1, 6, 5))
+    mask = np.broadcast_to(AttentionMask(**SEGMENTS, causal=causal).materialize(6, 5), (2, 1, 6, 5))
     for b, t, s in np.ndindex(2, 6, 5):
-        same = SEGMENTS["queries_BT"][b, t] == SEGMENTS["keys_BS"][b, s]
+        same = SEGMENTS["q_segment_ids_BT"][b, t] == SEGMENTS["kv_segment_ids_BS"][b, s]
         assert mask[b, 0, t, s] == (same and (s <= t or not causal))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_block_of_the_mask_is_that_block_of_the_whole(causal, packed):
-    visible = Visible(SEGMENTS["queries_BT"] if packed else None, SEGMENTS["keys_BS"], causal)
-    whole = np.broadcast_to(visible.mask(6, 5), (2, 1, 6, 5))
-    block = np.broadcast_to(visible.mask(3, 2, jnp.int32(2), jnp.int32(1)), (2, 1, 3, 2))
+    visible = AttentionMask(SEGMENTS["q_segment_ids_BT"] if packed else None, SEGMENTS["kv_segment_ids_BS"], causal)
+    whole = np.broadcast_to(visible.materialize(6, 5), (2, 1, 6, 5))
+    block = np.broadcast_to(visible.materialize(3, 2, jnp.int32(2), jnp.int32(1)), (2, 1, 3, 2))
     np.testing.assert_array_equal(block, whole[:, :, 2:5, 1:3])
 
 
@@ -169,12 +171,12 @@ def test_filled_up_rows_and_lengths_leave_the_others_bits_as_they_are():
 
 @pytest.mark.parametrize("rate", [0.1, 0.7])
 def test_as_many_weights_are_dropped_as_asked_and_each_by_itself(rate):
-    words = dropout.head_words(jax.random.key(2), rate, 3, 4)
-    keep = np.asarray(dropout.kept_weights(words, rate, jnp.int32(0), 64, jnp.int32(0), 64))
+    words = dropout.head_seeds(jax.random.key(2), rate, 3, 4)
+    keep = np.asarray(dropout.attention_keep_mask(words, rate, jnp.int32(0), 64, jnp.int32(0), 64))
     assert abs(keep.mean() - (1 - rate)) < 0.01
     for axis in range(4):  # neighbours along no axis know of each other
         one, other = np.split(keep, 2, axis) if axis == 1 else (keep.take(0, axis), keep.take(1, axis))
         expected = (1 - rate) ** 2 + rate**2
         assert abs((one == other).mean() - expected) < 0.06
-    part = dropout.kept_weights(words, rate, jnp.int32(7), 5, jnp.int32(20), 9)
+    part = dropout.attention_keep_mask(words, rate, jnp.int32(7), 5, jnp.int32(20), 9)
     np.testing.assert_array_equal(part, keep[:, :, 7:12, 20:29])

@@ -19,7 +19,7 @@ from tests.attention.test_blockwise import B, K, draw, segments
 from tests.conftest import ROOT, small_config
 from train import prepare
 from transformer.attention import dot_product, fused
-from transformer.attention.mask import Visible
+from transformer.attention.mask import AttentionMask
 from transformer.config import MeshConfig
 from transformer.distributed import multihost, sharding
 from transformer.distributed.mesh import make_mesh
@@ -36,8 +36,8 @@ from transformer.training import run, train_step
 
 def sees(visible, queries, keys):
     """Where results are used: queries that see something and, in packed rows, are no padding."""
-    mask = jnp.broadcast_to(visible.mask(queries, keys), (B, 1, queries, keys))
-    real = True if visible.queries_BT is None else visible.queries_BT != 0
+    mask = jnp.broadcast_to(visible.materialize(queries, keys), (B, 1, queries, keys))
+    real = True if visible.q_segment_ids_BT is None else visible.q_segment_ids_BT != 0
     return mask, (mask.any(-1)[:, 0] & real)[..., None, None]
 
 
@@ -64,9 +64,9 @@ def compare(attend, visible, queries, keys, width=K, dtype=jnp.float32, toleranc
 @pytest.mark.parametrize(
     ("visible", "queries", "keys"),
     [
-        (Visible(causal=True), 300, 300),
-        (Visible(keys_BS=segments(0, 200, 50)), 140, 200),
-        (Visible(segments(1, 300, 20), segments(1, 300, 20), causal=True), 300, 300),
+        (AttentionMask(causal=True), 300, 300),
+        (AttentionMask(kv_segment_ids_BS=segments(0, 200, 50)), 140, 200),
+        (AttentionMask(segments(1, 300, 20), segments(1, 300, 20), causal=True), 300, 300),
     ],
     ids=["causal", "padding", "causal segments"],
 )
@@ -77,11 +77,11 @@ def test_splash_has_the_values_and_gradients_of_the_plain_path(visible, queries,
 
 def check_cudnn(dtype, tolerance):
     """With `cudnn` the real one, where a GPU is."""
-    compare(fused.cudnn_attention, Visible(causal=True), 24, 24, K, dtype, tolerance)
-    compare(fused.cudnn_attention, Visible(keys_BS=segments(0, 32, 9)), 24, 32, K, dtype, tolerance)
-    compare(fused.cudnn_attention, Visible(causal=True), 25, 25, K, dtype, tolerance)
-    compare(fused.cudnn_attention, Visible(keys_BS=segments(0, 33, 9)), 23, 33, K, dtype, tolerance)
-    compare(fused.cudnn_attention, Visible(), 24, 33, K, dtype, tolerance)
+    compare(fused.cudnn_attention, AttentionMask(causal=True), 24, 24, K, dtype, tolerance)
+    compare(fused.cudnn_attention, AttentionMask(kv_segment_ids_BS=segments(0, 32, 9)), 24, 32, K, dtype, tolerance)
+    compare(fused.cudnn_attention, AttentionMask(causal=True), 25, 25, K, dtype, tolerance)
+    compare(fused.cudnn_attention, AttentionMask(kv_segment_ids_BS=segments(0, 33, 9)), 23, 33, K, dtype, tolerance)
+    compare(fused.cudnn_attention, AttentionMask(), 24, 33, K, dtype, tolerance)
 
 
 def test_cudnn_is_asked_for_what_the_plain_path_computes(monkeypatch):
@@ -118,8 +118,8 @@ def test_cudnn_has_the_values_and_gradients_of_the_plain_path():
 
 def test_lengths_are_of_what_is_no_padding_and_a_row_of_padding_has_one():
     keys_BS = jnp.asarray([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], jnp.int32)
-    np.testing.assert_array_equal(fused.key_lengths(Visible(keys_BS=keys_BS)), [3, 4, 1])
-    assert fused.key_lengths(Visible(causal=True)) is None
+    np.testing.assert_array_equal(fused.key_lengths(AttentionMask(kv_segment_ids_BS=keys_BS)), [3, 4, 1])
+    assert fused.key_lengths(AttentionMask(causal=True)) is None
 
 
 def config_of(path, sizes=(1, 1, 1), **fields):
@@ -128,14 +128,14 @@ def config_of(path, sizes=(1, 1, 1), **fields):
 
 
 def loss_and_gradients(config):
-    mesh, model = make_mesh(config.mesh), registry.Model(config.model, 300)
+    mesh, model = make_mesh(config.mesh), registry.ModelDef(config.model, 300)
     ids = np.random.default_rng(0).integers(4, 300, (4, 9)).astype(np.int32)
     ids[:, -2:] = [2, 0]
     params = jax.device_put(model.init(0), sharding.param_shardings(mesh, model.abstract_params))
 
     def objective(params, ids):
         with sharding.use_mesh(mesh):
-            return cross_entropy(model.bind(params)(ids, ids), ids, 0.1).objective
+            return cross_entropy(model.bind(params)(ids, ids), ids, 0.1).smoothed_nll
 
     return jax.device_get(
         jax.jit(jax.value_and_grad(objective))(params, jax.device_put(ids, sharding.batch_sharding(mesh)))
@@ -163,10 +163,10 @@ def test_a_model_that_attends_by_splash_has_the_plain_one_s_loss_and_gradients_o
 
 def test_auto_takes_the_kernel_that_can_run_where_sentences_are_long():
     for kernel, long in (("", "blockwise"), ("cudnn", "cudnn"), ("splash", "splash")):
-        assert [layers.choose_path("auto", length, length, kernel) for length in (64, 512)] == ["plain", long]
-        assert layers.choose_path("blockwise", 512, 512, kernel) == "blockwise"
-    assert layers.choose_path("splash", 64, 64, "splash") == "splash"
-    assert layers.choose_path("splash", 64, 64) == "plain"  # a checkpoint from a TPU, on a CPU
+        assert [layers.select_attention_impl("auto", length, length, kernel) for length in (64, 512)] == ["plain", long]
+        assert layers.select_attention_impl("blockwise", 512, 512, kernel) == "blockwise"
+    assert layers.select_attention_impl("splash", 64, 64, "splash") == "splash"
+    assert layers.select_attention_impl("splash", 64, 64) == "plain"  # a checkpoint from a TPU, on a CPU
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_auto_takes_the_kernel_that_can_run_where_sentences_are_long():
 def test_where_each_kernel_can_run(monkeypatch, platform, dtype, width, packed, rate, expected):
     monkeypatch.setattr(sharding, "platform", lambda: platform)
     q = jnp.zeros((1, 8, 2, width), dtype)
-    visible = Visible(jnp.ones((1, 8), jnp.int32)) if packed else Visible()
-    assert fused.here(q, q, visible, rate) == expected
+    visible = AttentionMask(jnp.ones((1, 8), jnp.int32)) if packed else AttentionMask()
+    assert fused.select_kernel(q, q, visible, rate) == expected
     with sharding.use_mesh(make_mesh(MeshConfig(data=1, sequence=2))):
-        assert fused.here(q, q, visible, rate) == ""
+        assert fused.select_kernel(q, q, visible, rate) == ""
 
 
 def test_the_platform_is_that_of_the_mesh():
@@ -225,7 +225,7 @@ def test_a_kernel_forced_on_another_platform_is_refused_before_anything_compiles
     config = small_config(model=fields)
     monkeypatch.setattr(jax, "jit", None)
     with pytest.raises(UserError, match=f"it runs on {platform} devices, and these are cpu devices"):
-        train_step.make_train_step(registry.Model(config.model, 300), config, make_mesh(config.mesh))
+        train_step.make_train_step(registry.ModelDef(config.model, 300), config, make_mesh(config.mesh))
 
 
 def test_a_run_is_refused_before_its_data_is_prepared(tmp_path, monkeypatch):
@@ -238,9 +238,9 @@ def test_a_mesh_that_fills_up_the_length_is_refused_too():
     config = small_config(model={"attention": "splash"}, mesh={"data": 1, "sequence": -1})
     mesh = make_mesh(config.mesh)
     with pytest.raises(UserError, match=r"it runs on tpu devices"):
-        fused.require(config, mesh)
+        fused.check_supported(config, mesh)
     with pytest.raises(UserError, match=r"expected mesh\.sequence = 1, got 8"):
-        fused.require(config, on_platform(mesh, "tpu"))
+        fused.check_supported(config, on_platform(mesh, "tpu"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +261,9 @@ def on_platform(mesh, platform, capability="9.0"):
 def test_a_gpu_that_is_too_old_or_of_amd_is_refused(capability):
     config = small_config(model=CUDNN)
     mesh = make_mesh(MeshConfig(data=1))
-    fused.require(config, on_platform(mesh, "gpu"))
+    fused.check_supported(config, on_platform(mesh, "gpu"))
     with pytest.raises(UserError, match=rf"NVIDIA GPU of compute capability 8\.0 or more, and these have {capability}"):
-        fused.require(config, on_platform(mesh, "gpu", capability))
+        fused.check_supported(config, on_platform(mesh, "gpu", capability))
 
 
 @pytest.fixture
@@ -286,13 +286,13 @@ def machine(monkeypatch):
 def required(capability="9.0", **model):
     """What `require` makes of a config of long sentences on such a GPU."""
     config = small_config(model={**CUDNN, **model}, data={"max_length": 512}, train={"batch_tokens": 512})
-    fused.require(config, on_platform(make_mesh(config.mesh), "gpu", capability))
+    fused.check_supported(config, on_platform(make_mesh(config.mesh), "gpu", capability))
 
 
 def chosen(length, width=8):
     """The attention that auto takes for self-attention of this length."""
     q = jnp.zeros((1, length, 2, width), jnp.bfloat16)
-    return layers.choose_path("auto", length, length, fused.here(q, q, Visible(), 0.0))
+    return layers.select_attention_impl("auto", length, length, fused.select_kernel(q, q, AttentionMask(), 0.0))
 
 
 def test_auto_takes_cudnn_after_a_trial_that_works(machine, capsys):
@@ -347,7 +347,7 @@ def test_an_amd_gpu_takes_no_kernel_and_tries_none(machine, capsys):
 def test_nothing_is_tried_where_training_would_not_choose_it(machine):
     tried = machine("")
     config = small_config(model={**CUDNN, "attention": "auto"})
-    fused.require(config, on_platform(make_mesh(config.mesh), "gpu"))  # of short sentences
+    fused.check_supported(config, on_platform(make_mesh(config.mesh), "gpu"))  # of short sentences
     required(attention="blockwise")
     required(attention="auto", dtype="float32")
     assert tried == []
@@ -407,7 +407,7 @@ def test_translation_on_tpus_encodes_by_splash_too():
     """Each device on its own, where nothing is left to split."""
     config = config_of("splash")
     mesh = make_mesh(MeshConfig(), aot.devices(parse_topology("v5e:2x2")))
-    model = registry.Model(config.model, 300)
+    model = registry.ModelDef(config.model, 300)
     encode = jax.jit(sharding.data_parallel_jit(mesh, lambda params, ids: model.bind(params).encode(ids)))
     rows = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=sharding.batch_sharding(mesh, "decode_batch"))
     lowered = encode.trace(registry.abstract_params(model, mesh), rows).lower(lowering_platforms=("tpu",))

@@ -10,7 +10,7 @@ import pytest
 from tests.attention.test_blockwise import B, K, cases, draw, segments
 from tests.conftest import slow
 from transformer.attention import dot_product
-from transformer.attention.mask import Visible
+from transformer.attention.mask import AttentionMask
 from transformer.attention.ring import ring_attention
 from transformer.config import MeshConfig
 from transformer.distributed import sharding
@@ -57,8 +57,8 @@ def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
     if "causal" in kind:
         keys = queries
     visible = cases(queries, keys)[kind]
-    mask = jnp.broadcast_to(visible.mask(queries, keys), (B, 1, queries, keys))
-    real = 1 if visible.queries_BT is None else visible.queries_BT
+    mask = jnp.broadcast_to(visible.materialize(queries, keys), (B, 1, queries, keys))
+    real = 1 if visible.q_segment_ids_BT is None else visible.q_segment_ids_BT
     sees = (mask.any(-1)[:, 0] & (real != 0))[..., None, None]
     compare(
         lambda *qkv: ring_attention(*qkv, visible, block=3),
@@ -72,8 +72,8 @@ def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"sequence": 4}, {"data": 2, "tensor": 2, "sequence": 2}], ids=str)
 def test_dropout_draws_the_same_bits_on_any_path_and_mesh(sizes):
-    visible, key = Visible(segments(0, 16, 0), segments(0, 16, 0), causal=True), jax.random.key(5)
-    mask = visible.mask(16, 16)
+    visible, key = AttentionMask(segments(0, 16, 0), segments(0, 16, 0), causal=True), jax.random.key(5)
+    mask = visible.materialize(16, 16)
     compare(
         lambda *qkv: ring_attention(*qkv, visible, 0.4, key, block=3),
         lambda *qkv: dot_product.dot_product_attention(*qkv, mask, 0.4, key),
@@ -88,7 +88,7 @@ def test_the_path_is_chosen_by_the_mesh():
         found = []
         mesh = mesh_of(sequence=sequence)
         with sharding.use_mesh(mesh):
-            found.append(layers.choose_path(path, 8, 8))
+            found.append(layers.select_attention_impl(path, 8, 8))
         return found[0]
 
     assert [chosen(path, 2) for path in ("auto", "ring", "blockwise", "plain")] == [
@@ -108,7 +108,9 @@ def compiled_gradient(length, devices):
 
     def gradient(*qkv):
         with sharding.use_mesh(mesh):
-            return jax.grad(lambda *qkv: ring_attention(*qkv, Visible(causal=True), block=64).sum(), (0, 1, 2))(*qkv)
+            return jax.grad(lambda *qkv: ring_attention(*qkv, AttentionMask(causal=True), block=64).sum(), (0, 1, 2))(
+                *qkv
+            )
 
     return jax.jit(gradient, in_shardings=where, out_shardings=where).lower(shape, shape, shape).compile()
 

@@ -123,7 +123,7 @@ def test_the_peer_in_torch_has_the_params_of_our_model(tmp_path):
     found = findings.Findings("torch_base", tmp_path / "x.json", options(tmp_path), ceiling=0)
     phases.torch_training(found, "en_de_base")
     config = phases.config_of("en_de_base", phases.TOY)
-    assert found.row["params"] == train_step.Model(config.model, config.data.vocab_size).num_params()
+    assert found.row["params"] == train_step.ModelDef(config.model, config.data.vocab_size).num_params()
 
 
 def test_kernels_are_summed_by_kind():

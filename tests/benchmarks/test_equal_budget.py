@@ -7,7 +7,7 @@ import pytest
 from benchmarks import equal_budget, sweep
 from tests.conftest import ROOT
 from transformer import command_line
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 from transformer.runtime.errors import UserError
 
 CONFIG = f"{ROOT}/configs/multi30k_families.py"
@@ -25,7 +25,7 @@ def test_the_families_differ_in_the_model_alone_and_have_as_many_params():
     }
     assert {family: config.model.family for family, config in configs.items()} == {f: f for f in configs}
     assert len({(config.data, config.optimizer, config.train, config.decode) for config in configs.values()}) == 1
-    counts = [Model(config.model, config.data.vocab_size).num_params() for config in configs.values()]
+    counts = [ModelDef(config.model, config.data.vocab_size).num_params() for config in configs.values()]
     assert max(counts) / min(counts) < 1.02
 
 

@@ -106,7 +106,7 @@ def test_a_step_is_really_trained(monkeypatch):
     monkeypatch.setattr(parallelism, "SECONDS", 0.0)
     monkeypatch.setattr(sharding, "shard_batch", lambda mesh, batch: made.append(batch) or place(mesh, batch))
     ready = []
-    monkeypatch.setattr(jax, "block_until_ready", lambda metrics: ready.append(float(metrics.loss.objective)))
+    monkeypatch.setattr(jax, "block_until_ready", lambda metrics: ready.append(float(metrics.loss.smoothed_nll)))
     found = parallelism.measure(parallelism.family_config("recurrent", 16), 2, 8)
     assert made[0].target_BT.shape == (2, 8)
     assert len(set(ready)) == len(ready) == 4  # one to warm up and three that count; each changes the loss

@@ -28,7 +28,7 @@ def make_parts(seed=0):
     """Config, tokenizer, model, mesh and a fresh state."""
     config = small_config(model={"num_layers": 1}, mesh={"data": 2}, train={"seed": seed})
     vocabulary = tokenizer.train(LINES, 280, "bpe")
-    model = registry.Model(config.model, vocabulary.vocab_size)
+    model = registry.ModelDef(config.model, vocabulary.vocab_size)
     mesh = make_mesh(config.mesh)
     return config, vocabulary, model, mesh, train_step.init_state(model, config, mesh)
 

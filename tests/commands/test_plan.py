@@ -71,7 +71,7 @@ def test_the_parts_of_a_step_are_a_loop_that_is_counted_by_its_trips():
 @pytest.mark.slow
 def test_arguments_are_the_state_and_the_batch_and_results_take_their_place():
     row = planned(train={"batch_tokens": 1024, "ema_decay": 0.9})
-    params = registry.Model(small_config(model={"num_layers": 1}).model, 300).num_params()
+    params = registry.ModelDef(small_config(model={"num_layers": 1}).model, 300).num_params()
     batch = 2 * 4 * 32 * 32 // 8
     assert 0 <= row["arguments_bytes"] - (4 * 4 * params + batch) < 100
     assert row["outputs_bytes"] < 10_000
@@ -81,7 +81,7 @@ def test_arguments_are_the_state_and_the_batch_and_results_take_their_place():
 @pytest.mark.slow
 def test_a_data_parallel_step_sends_its_gradients_and_nothing_else():
     row = planned(train={"batch_tokens": 1024})
-    params = registry.Model(small_config(model={"num_layers": 1}).model, 300).num_params()
+    params = registry.ModelDef(small_config(model={"num_layers": 1}).model, 300).num_params()
     assert list(row["collectives"]) == ["all-reduce"]
     assert list(row["collectives"]["all-reduce"]["axes"]) == ["data"]
     # Embedding, its two uses and the logits may each send their own part of its gradient.

@@ -28,7 +28,7 @@ SHORT = [line for line in LINES if len(line.split()) < 4]  # of one width: one p
 def save(workdir, vocabulary, seed=3, target="de", **model):
     """A workdir of an untrained model."""
     config = small_config(model={"num_layers": 1, **model}, data={"target_language": target})
-    fresh = registry.Model(config.model, vocabulary.vocab_size)
+    fresh = registry.ModelDef(config.model, vocabulary.vocab_size)
     state = train_step.init_state(fresh, config, mesh.make_mesh(config.mesh))
     state = state._replace(
         params=jax.tree.map(lambda one, like: jax.device_put(one, like.sharding), fresh.init(seed), state.params)

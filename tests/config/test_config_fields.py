@@ -178,7 +178,7 @@ def reads_of_training(family, **model):
     reads = set()
     config = recorded(config_of(family, "beam", **model), reads)
     mesh = make_mesh(config.mesh)
-    trained = registry.Model(config.model, 300)
+    trained = registry.ModelDef(config.model, 300)
     batch = Batch(*(jax.ShapeDtypeStruct((8, width), np.int32) for width in (6, 7)))
     train_step.make_train_step(trained, config, mesh).trace(train_step.abstract_state(trained, config, mesh), batch)
     return reads
@@ -189,7 +189,7 @@ def reads_of_decoding(method):
     reads = set()
     config = recorded(config_of("recurrent", method), reads)
     vocabulary = tokenizer.train(["a few words to translate"], 275, "bpe")
-    model = registry.Model(config.model, vocabulary.vocab_size)
+    model = registry.ModelDef(config.model, vocabulary.vocab_size)
     mesh = make_mesh(config.mesh)
     state = train_step.init_state(model, config, mesh)
     Translator(model, vocabulary, config.decode, mesh).translate(state.params, ["a few"])

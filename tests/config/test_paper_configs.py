@@ -8,7 +8,7 @@ from configs.paper import ROWS
 from tests.conftest import ROOT, slow
 from transformer import command_line
 from transformer.config import Config
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 
 VOCABULARY = 40_900
 
@@ -21,7 +21,7 @@ def config_of(name):
 def test_params_are_as_many_as_the_paper_says(name):
     """To within a million, big to 3%; a blank place means as many as base."""
     model = config_of(name).model
-    found, printed = Model(model, VOCABULARY).num_params() / 1e6, ROWS[name].params or ROWS["base"].params
+    found, printed = ModelDef(model, VOCABULARY).num_params() / 1e6, ROWS[name].params or ROWS["base"].params
     assert abs(found - printed) < (0.03 * printed if name == "big" else 1.0)
 
 

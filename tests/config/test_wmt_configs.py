@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT
 from transformer import command_line
 from transformer.data import corpus as corpora
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 from transformer.runtime.errors import UserError
 
 # name: target, dropout, updates, checkpoints averaged, vocabulary, BLEU
@@ -66,7 +66,7 @@ def test_the_model_is_the_paper_s(run):
     attention = 4 * width * width
     feed_forward = 2 * width * 4 * width
     layers = 6 * (attention + feed_forward) + 6 * (2 * attention + feed_forward)
-    params = Model(model, 37_000).num_params()
+    params = ModelDef(model, 37_000).num_params()
     assert abs(params / (37_000 * width + layers) - 1) < 0.005  # biases and LayerNorm are the rest
     # The paper's 65 and 213 million are of a vocabulary that it gives as about 37,000.
     assert abs(params / (213e6 if "big" in name else 65e6) - 1) < 0.05

@@ -160,12 +160,12 @@ def corpus(n=60):
 
 def total_gradient(plan, ids, packed):
     """Loss sums and summed gradient over one epoch, without dropout."""
-    model = registry.Model(small_config().model, 40)
+    model = registry.ModelDef(small_config().model, 40)
     params = model.init(0)
 
     def objective(params, batch):
         sums = cross_entropy(model.bind(params)(*batch, packed=packed), batch.target_BT, 0.1)
-        return sums.objective, sums
+        return sums.smoothed_nll, sums
 
     add = jax.jit(jax.value_and_grad(objective, has_aux=True))
     parts = []
@@ -183,7 +183,7 @@ def test_packed_loss_and_gradient_are_those_of_unpacked_rows():
     packed, packed_grads = total_gradient(PackedSchedule(*sides, **fields), ids, packed=True)
     alone, grads = total_gradient(BucketedSchedule(*sides, num_buckets=2, **fields), ids, packed=False)
     assert packed.tokens == alone.tokens
-    np.testing.assert_allclose(packed.objective, alone.objective, rtol=1e-5)
+    np.testing.assert_allclose(packed.smoothed_nll, alone.smoothed_nll, rtol=1e-5)
     np.testing.assert_allclose(packed.nll, alone.nll, rtol=1e-5)
     flat, want = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in (packed_grads, grads))
     assert jnp.linalg.norm(flat - want) < 1e-5 * jnp.linalg.norm(want)
@@ -201,11 +201,11 @@ def test_the_field_packs_the_training_step():
             data={"batching": batching_mode, "num_buckets": 8}, model={"dropout_rate": 0.0, "num_layers": 1}
         )
         mesh = make_mesh(config.mesh)
-        model = registry.Model(config.model, 40)
+        model = registry.ModelDef(config.model, 40)
         update = train_step.make_train_step(model, config, mesh)
         _, metrics = update(train_step.init_state(model, config, mesh), sharding.shard_batch(mesh, batch))
         losses[batching_mode] = float(metrics.loss.nll / metrics.loss.tokens)
-    model = registry.Model(small_config(model={"num_layers": 1}).model, 40)
+    model = registry.ModelDef(small_config(model={"num_layers": 1}).model, 40)
     examples = batch_examples(plan)
     source, target = (side.to_padded(examples, 48) for side in ids)
     sums = cross_entropy(model.bind(model.init(0))(jnp.asarray(source), jnp.asarray(target)), jnp.asarray(target), 0.0)

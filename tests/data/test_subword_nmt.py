@@ -11,7 +11,7 @@ from transformer import command_line
 from transformer.config import DataConfig
 from transformer.data import subword_nmt, tokenizer
 from transformer.data.tokenizer import EOS, UNK
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 from transformer.runtime.errors import UserError
 
 # Of `subword-nmt learn-bpe -s 10` (0.3.8) on "low low low low low lower lower newest × 6 widest × 3", a line each.
@@ -161,6 +161,6 @@ def test_the_config_of_the_published_figure_has_its_sizes():
     """2.57M params; ours lack the biases of attention, 6,144."""
     flags = ["train.py", f"--config={ROOT}/configs/multi30k_tok.py:{FOLDER}"]
     config = command_line.config_flags(flags)[0]
-    assert Model(config.model, config.data.vocab_size).num_params() == 2_568_192 - 6_144
+    assert ModelDef(config.model, config.data.vocab_size).num_params() == 2_568_192 - 6_144
     assert config.data.vocab_size == 9708 + 4
     assert tokenizer.load_configured(config.data) is None

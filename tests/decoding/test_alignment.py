@@ -17,7 +17,7 @@ from transformer.decoding import alignment
 from transformer.decoding.alignment import Aligner, Attention
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 from transformer.runtime.errors import UserError
 from transformer.training import train_step
 
@@ -29,7 +29,7 @@ LINES = [" ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 9)) for i in ra
 def parts():
     config = small_config()
     vocabulary = tokenizer.train(LINES, 290, "bpe")
-    model = Model(config.model, vocabulary.vocab_size)
+    model = ModelDef(config.model, vocabulary.vocab_size)
     mesh = make_mesh(config.mesh)
     params = jax.device_put(model.init(1), sharding.replicated(mesh))
     return types.SimpleNamespace(config=config, tokenizer=vocabulary, model=model, mesh=mesh, params=params)
@@ -54,9 +54,9 @@ def test_each_word_is_linked_to_the_one_it_looks_at(parts):
     source, target = "old house greenhouse sees", "dog newhouse a"
     attention = attend(parts, source, target, [(2, 0), (0, 1), (3, 2)])
     assert len(attention.source) > 5  # some words are of several pieces
-    assert make(parts, 1).links(attention) == [(0, 1), (2, 0), (3, 2)]
-    assert make(parts, 2).links(attention) != [(0, 1), (2, 0), (3, 2)]
-    assert alignment.pharaoh([(0, 1), (2, 0)]) == "0-1 2-0"
+    assert make(parts, 1).word_alignment(attention) == [(0, 1), (2, 0), (3, 2)]
+    assert make(parts, 2).word_alignment(attention) != [(0, 1), (2, 0), (3, 2)]
+    assert alignment.to_pharaoh([(0, 1), (2, 0)]) == "0-1 2-0"
 
 
 def test_a_line_of_what_the_tokenizer_takes_for_a_space_has_no_words(parts):
@@ -104,14 +104,14 @@ def test_long_sentences_are_cut_as_decoding_cuts_them(parts):
 
 def flags(*arguments):
     parser = argparse.ArgumentParser()
-    translate.add_flags(parser)
+    translate.add_alignment_flags(parser)
     return parser.parse_args(list(map(str, arguments)))
 
 
 def test_what_is_recorded_beside_translation(parts, tmp_path):
     args = flags(f"--alignments={tmp_path}/a", f"--attention={tmp_path}/b.npz", "--alignment_layer=2")
     upper = {line: line[::-1] for line in LINES}
-    with translate.recorded(args, parts) as note:
+    with translate.alignment_writer(args, parts) as note:
         note(LINES[:3], [upper[line] for line in LINES[:3]])
         note(["", LINES[4]], ["", upper[LINES[4]]])
         assert not (tmp_path / "a").exists()
@@ -129,7 +129,7 @@ def test_what_is_recorded_beside_translation(parts, tmp_path):
 
 def test_what_fails_leaves_no_file(parts, tmp_path):
     args = flags(f"--alignments={tmp_path}/a", f"--attention={tmp_path}/b.npz")
-    with pytest.raises(UserError, match="bad line"), translate.recorded(args, parts) as note:  # noqa: PT012
+    with pytest.raises(UserError, match="bad line"), translate.alignment_writer(args, parts) as note:  # noqa: PT012
         note(LINES[:3], LINES[:3])
         raise UserError("bad line")
     assert list(tmp_path.iterdir()) == []
@@ -137,14 +137,14 @@ def test_what_fails_leaves_no_file(parts, tmp_path):
 
 def test_links_are_made_if_they_are_wanted(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(Aligner, "links", lambda *args: pytest.fail("nobody asked"))
-    with translate.recorded(flags(f"--attention={tmp_path}/b.npz"), parts) as note:
+    with translate.alignment_writer(flags(f"--attention={tmp_path}/b.npz"), parts) as note:
         note(LINES[:3], LINES[:3])
     with np.load(tmp_path / "b.npz") as arrays:
         assert len(arrays.files) == 9
 
 
 def test_without_flags_nothing_is_noted(parts):
-    with translate.recorded(flags(), parts) as note:
+    with translate.alignment_writer(flags(), parts) as note:
         note(LINES[:3], ["no", "such", "count", "of", "lines"])
 
 
@@ -155,13 +155,13 @@ def test_bad_flags_are_refused(parts, tmp_path):
         ([f"--alignments={tmp_path}/a", f"--attention={tmp_path}/../{tmp_path.name}/a"], "are both .*; name two files"),
     ):
         with pytest.raises(UserError, match=message):
-            translate.check_flags(flags(*given))
+            translate.check_alignment_flags(flags(*given))
     for path, message in ((f"{tmp_path}/none/a", "none/a"), (tmp_path, "Is a directory")):
-        with pytest.raises(UserError, match=message), translate.recorded(flags(f"--alignments={path}"), parts):
+        with pytest.raises(UserError, match=message), translate.alignment_writer(flags(f"--alignments={path}"), parts):
             pass
     with (
         pytest.raises(UserError, match="from 1 to 2, got 9"),
-        translate.recorded(flags(f"--alignments={tmp_path}/a", "--alignment_layer=9"), parts),
+        translate.alignment_writer(flags(f"--alignments={tmp_path}/a", "--alignment_layer=9"), parts),
     ):
         pass
 
@@ -189,7 +189,7 @@ def test_alignments_of_a_model_of_two_layers_are_right():
         optimizer={"learning_rate": 0.004, "schedule": "linear", "warmup_steps": 30},
         train={"num_steps": steps},
     )
-    mesh, model = make_mesh(config.mesh), Model(config.model, vocabulary.vocab_size)
+    mesh, model = make_mesh(config.mesh), ModelDef(config.model, vocabulary.vocab_size)
     state, update = train_step.init_state(model, config, mesh), train_step.make_train_step(model, config, mesh)
     for _ in range(steps):
         pairs = [backwards(rng) for _ in range(rows)]

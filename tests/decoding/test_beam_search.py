@@ -27,7 +27,7 @@ from tests.helpers.chains import (
     search_with,
     texts,
 )
-from transformer.decoding.base import IMPOSSIBLE, Coverage, Hypotheses
+from transformer.decoding.base import NEG_INF, CoveragePenalty, Hypotheses
 
 
 @functools.partial(jax.jit, static_argnames=("beam_size", "form"))
@@ -129,7 +129,7 @@ def test_the_best_are_the_same_however_many_are_wanted_and_come_sooner(alpha):
 
     found = {}
     for count in (1, 2, 4):
-        run = jax.jit(lambda count=count: search_with(step, (), (60, 4, 12), [12] * 60, alpha, count=count))
+        run = jax.jit(lambda count=count: search_with(step, (), (60, 4, 12), [12] * 60, alpha, num_return=count))
         found[count] = jax.tree.map(np.asarray, jax.block_until_ready(run()))
         jax.effects_barrier()
         found[count] = found[count], len(steps)
@@ -253,7 +253,7 @@ def test_coverage_decides_between_whole_hypotheses(weight):
     attention = np.random.default_rng(15).dirichlet(np.full(4, 0.2), 6).astype(np.float32)
     is_source_BS = np.tile([True, True, True, False], (40, 1))
     limits = np.random.default_rng(16).integers(1, 7, size=40)
-    coverage = Coverage(weight, jnp.asarray(is_source_BS))
+    coverage = CoveragePenalty(weight, jnp.asarray(is_source_BS))
     step = attending_step(chains, attention)
     found = jax.jit(lambda: search_with(step, (), (40, 487, 6), limits, 0.6, coverage=coverage))()
     found = jax.tree.map(np.asarray, found)
@@ -290,7 +290,7 @@ def test_fewer_hypotheses_than_beams_leave_empty_slots():
     found = search(random_chains(10, 1, 3, vocab_size=4), 8)
     assert sorted(texts(found, 0)[:3]) == [[EOS], [A, EOS], [A, A, EOS]]
     assert texts(found, 0)[3:] == [[A, A, A]]
-    assert found.scores_BN[0, 4:].tolist() == [IMPOSSIBLE] * 4
+    assert found.scores_BN[0, 4:].tolist() == [NEG_INF] * 4
     assert found.lengths_BN[0, 4:].tolist() == [0] * 4
     assert texts(search(random_chains(11, 1, 3, vocab_size=3), 8), 0) == [[EOS]]
 

@@ -20,17 +20,17 @@ from transformer.data.batching import JaggedArray
 from transformer.data.tokenizer import PAD
 from transformer.decoding import base, beam_search
 from transformer.decoding import decode as decoding
-from transformer.decoding.decode import Request
+from transformer.decoding.decode import DecodeInputs
 from transformer.distributed.mesh import MESH_AXES
-from transformer.models.registry import Model
-from transformer.models.transformer import Cache
+from transformer.models.registry import ModelDef
+from transformer.models.transformer import KVCache
 
 
 @pytest.fixture(scope="module")
 def parts():
     config = small_config(model={"num_layers": 1})
     vocabulary = tokenizer.train(LINES, 300, "bpe")
-    model = Model(config.model, vocabulary.vocab_size)
+    model = ModelDef(config.model, vocabulary.vocab_size)
     return config, vocabulary, model, model.init(3)
 
 
@@ -42,7 +42,7 @@ def test_extra_length_bounds_the_output(parts):
     for extra in (1, 10):
         decode = dataclasses.replace(config.decode, max_extra_length=extra)
         run = jax.jit(functools.partial(decoding.decode, (model,), decode, 1))
-        tokens = np.asarray(run((params,), Request(sources.to_padded(np.arange(8), 16))).tokens_BNT[:, 0])
+        tokens = np.asarray(run((params,), DecodeInputs(sources.to_padded(np.arange(8), 16))).tokens_BNT[:, 0])
         assert tokens.shape == (8, 16 + extra)
         lengths = (tokens != PAD).sum(1)
         assert (lengths <= sources.lengths + extra).all()
@@ -58,19 +58,13 @@ def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_siz
     @jax.jit
     def both(params):
         module = model.bind(params)
-        memory, cache = module.start(source, beam_size, 12)
+        encoded, cache = module.init_decode(source, beam_size, 12)
         found = beam_search.beam_search(
-            functools.partial(module.step, memory),
+            functools.partial(module.decode_step, encoded),
             cache,
-            batch_size=8,
-            beam_size=beam_size,
-            max_length=12,
-            max_lengths_B=np.full(8, 12, np.int32),
-            length_penalty=0.6,
-            bos_id=tokenizer.BOS,
-            eos_id=tokenizer.EOS,
-            pad_id=PAD,
-            reorder=Cache.reorder,
+            np.full(8, 12, np.int32),
+            beam_search.SearchConfig(beam_size, 12, decoding.SPECIAL_IDS, length_penalty=0.6),
+            reorder=KVCache.reorder,
         )
         targets = found.tokens_BNT.reshape(8 * beam_size, 12)
         logits = module(np.repeat(source, beam_size, 0), targets)
@@ -86,15 +80,15 @@ def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_siz
 @pytest.mark.slow
 def test_the_attention_of_a_step_is_that_of_decoding_at_once(parts):
     _, vocabulary, _, _ = parts
-    model = Model(small_config(model={"num_layers": 2}).model, vocabulary.vocab_size)
+    model = ModelDef(small_config(model={"num_layers": 2}).model, vocabulary.vocab_size)
     params = model.init(1)
     source = jnp.asarray(JaggedArray.from_sequences(vocabulary.encode(LINES[:4])).to_padded(np.arange(4), 16))
     inputs = jnp.asarray(np.random.default_rng(0).integers(4, 300, (4, 6)), jnp.int32).at[:, 0].set(tokenizer.BOS)
     module = model.bind(params)
-    memory, cache = module.start(source, 1, 6)
+    encoded, cache = module.init_decode(source, 1, 6)
     steps = []
     for t in range(6):
-        _, cache, attended = module.step_attending(memory, cache, inputs[:, t : t + 1], jnp.int32(t))
+        _, cache, attended = module.decode_step(encoded, cache, inputs[:, t : t + 1], jnp.int32(t), True)
         steps.append(attended[:, 0])
     got = np.stack(steps, axis=1)
     target = jnp.pad(inputs[:, 1:], ((0, 0), (0, 1)), constant_values=tokenizer.EOS)
@@ -113,10 +107,10 @@ def test_a_cache_that_grows_holds_what_one_of_full_length_holds(parts, method, m
     keys = np.arange(16, dtype=np.uint32).reshape(8, 2) if method == "sample" else None
     found = []
     for first_room in (2, 64):
-        monkeypatch.setattr(base, "FIRST_ROOM", first_room)
-        assert base.rooms(46) == ([2, 4, 8, 16, 32, 46] if first_room == 2 else [46])
+        monkeypatch.setattr(base, "INITIAL_CACHE_LENGTH", first_room)
+        assert base.cache_lengths(46) == ([2, 4, 8, 16, 32, 46] if first_room == 2 else [46])
         run = jax.jit(functools.partial(decoding.decode, (model,), decode, 3))
-        found.append(jax.tree.map(np.asarray, run((params,), Request(source, keys))))
+        found.append(jax.tree.map(np.asarray, run((params,), DecodeInputs(source, keys))))
     grown, whole = found
     np.testing.assert_array_equal(grown.tokens_BNT, whole.tokens_BNT)
     np.testing.assert_allclose(grown.scores_BN, whole.scores_BN, rtol=1e-5)
@@ -126,14 +120,14 @@ def test_a_cache_that_grows_holds_what_one_of_full_length_holds(parts, method, m
 @pytest.mark.slow
 def test_an_ensemble_scores_by_the_mean_probability(parts):
     config, vocabulary, model, params = parts
-    other = Model(small_config(model={"num_layers": 2, "emb_dim": 24}).model, vocabulary.vocab_size)
+    other = ModelDef(small_config(model={"num_layers": 2, "emb_dim": 24}).model, vocabulary.vocab_size)
     models, both = (model, other), (params, other.init(4))
     source = JaggedArray.from_sequences(vocabulary.encode(LINES[:8])).to_padded(np.arange(8), 16)
     decode = dataclasses.replace(config.decode, beam_size=3)
 
     @jax.jit
     def run(both):
-        found = decoding.decode(models, decode, 3, both, Request(source))
+        found = decoding.decode(models, decode, 3, both, DecodeInputs(source))
         targets = found.tokens_BNT.reshape(24, -1)
         logits = [one.bind(own)(np.repeat(source, 3, 0), targets) for one, own in zip(models, both, strict=True)]
         mean = jnp.log(sum(jax.nn.softmax(one) for one in logits) / 2)
@@ -147,9 +141,9 @@ def test_an_ensemble_scores_by_the_mean_probability(parts):
 
 def test_the_mean_is_of_probabilities_and_not_of_logarithms():
     sure, unsure = jnp.log(jnp.array([0.98, 0.02])), jnp.log(jnp.array([0.5, 0.5]))
-    got = jnp.exp(decoding.mean_probability([sure + 3.0, unsure]))
+    got = jnp.exp(decoding.ensemble_log_probs([sure + 3.0, unsure]))
     np.testing.assert_allclose(got, [0.74, 0.26], rtol=1e-5)
-    assert decoding.mean_probability([sure]) is sure
+    assert decoding.ensemble_log_probs([sure]) is sure
 
 
 @pytest.mark.slow
@@ -159,7 +153,7 @@ def test_default_fields_add_nothing_to_the_program(parts):
     source = JaggedArray.from_sequences(vocabulary.encode(LINES[:8])).to_padded(np.arange(8), 16)
     for count in (1, 2):
         run = jax.jit(functools.partial(decoding.decode, (model,), config.decode, count))
-        program = run.lower((params,), Request(source)).compile().as_text()
+        program = run.lower((params,), DecodeInputs(source)).compile().as_text()
         assert program.count('custom_call_target="TopK"') == 4
         assert set(re.findall(r"(\S+)\{1,0\} sort\(", program)) == {"s32[8,3]"}
         assert program.count(" sort(") == 1
@@ -191,11 +185,11 @@ def converted_in_loops(jaxpr, in_loop=False):
     ids=["attention", "scanned", "recurrent", "convolutional"],
 )
 def test_a_search_in_bfloat16_converts_its_params_before_the_first_step(config, method):
-    model = Model(config.model, 300)
+    model = ModelDef(config.model, 300)
     params = nnx.to_pure_dict(model.abstract_params)
     decode = dataclasses.replace(config.decode, method=method)
     keys_B2 = None if method == "beam" else jax.ShapeDtypeStruct((5, 2), jnp.uint32)
-    request = Request(jax.ShapeDtypeStruct((5, 7), jnp.int32), keys_B2)
+    request = DecodeInputs(jax.ShapeDtypeStruct((5, 7), jnp.int32), keys_B2)
     run = jax.jit(functools.partial(decoding.decode, (model,), decode, 2))
     converted = set(converted_in_loops(run.trace((params,), request).jaxpr))
     shapes = {leaf.shape for leaf in jax.tree.leaves(params) if len(leaf.shape) > 1}

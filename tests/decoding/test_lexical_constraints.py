@@ -20,8 +20,8 @@ from tests.helpers.chains import (
     texts,
 )
 from transformer.decoding import lexical_constraints
-from transformer.decoding.base import Coverage
-from transformer.decoding.logits_processors import Restrictions
+from transformer.decoding.base import CoveragePenalty
+from transformer.decoding.logits_processors import LogitsConstraints
 
 SYMBOLS, LENGTH, WIDE = [3, 4, 5], 5, 163
 
@@ -50,11 +50,11 @@ def random_phrases(rng, most_tokens, most_phrases=3, symbols=SYMBOLS):
 
 def search(chains, phrases, beam_size, limits, prefix_BP=None, width=4, alpha=0.6):
     shape = (len(chains), beam_size, chains.shape[1])
-    restrictions = Restrictions(prefix_BP=prefix_BP)
+    constraints = LogitsConstraints(prefix_BP=prefix_BP)
     phrases_BKL = padded(phrases, 4, width)
     run = jax.jit(
         lambda chains, phrases_BKL: search_with(
-            chain_step(chains), (), shape, limits, alpha, restrictions=restrictions, phrases_BKL=phrases_BKL
+            chain_step(chains), (), shape, limits, alpha, constraints=constraints, phrases_BKL=phrases_BKL
         )
     )
     return jax.tree.map(np.asarray, run(jnp.asarray(chains), phrases_BKL))
@@ -160,10 +160,10 @@ def test_a_phrase_comes_in_its_place_though_there_are_more_banks_than_beams():
 
 def walk(phrase, tokens, width=4):
     """The progress of one phrase after each token."""
-    these = lexical_constraints.phrases(padded([[phrase]], 1, width), PAD)
+    these = lexical_constraints.compile_phrases(padded([[phrase]], 1, width), PAD)
     progress, seen = jnp.zeros((1, 1, 1), jnp.int32), []
     for token in tokens:
-        progress = lexical_constraints.advance(these, progress, jnp.full((1, 1), token, jnp.int32))
+        progress = lexical_constraints.update_progress(these, progress, jnp.full((1, 1), token, jnp.int32))
         seen.append(int(progress[0, 0, 0]))
     return seen
 
@@ -175,9 +175,9 @@ def test_progress_falls_back_to_the_longest_beginning_and_not_to_nothing():
 
 
 def test_what_is_placed_counts_one_phrase_under_way():
-    these = lexical_constraints.phrases(padded([[(3, 4, 5), (4, 4)]], 2, 4), PAD)
+    these = lexical_constraints.compile_phrases(padded([[(3, 4, 5), (4, 4)]], 2, 4), PAD)
     progress = jnp.array([[[0, 0], [2, 1], [3, 1], [0, 2], [3, 2]]], jnp.int32)
-    assert lexical_constraints.placed(these, progress).tolist() == [[0, 2, 4, 2, 5]]
+    assert lexical_constraints.num_satisfied_tokens(these, progress).tolist() == [[0, 2, 4, 2, 5]]
 
 
 @pytest.mark.parametrize("beam_size", [1, 2])
@@ -197,7 +197,7 @@ def test_coverage_and_phrases_go_together():
     attention = np.random.default_rng(4).dirichlet(np.full(5, 0.3), 9).astype(np.float32)
     options = {
         "phrases_BKL": padded([[(3, 4)]] * 10, 1, 4),
-        "coverage": Coverage(2.0, jnp.ones((10, 5), bool)),
+        "coverage": CoveragePenalty(2.0, jnp.ones((10, 5), bool)),
     }
     step = attending_step(chains, attention)
     found = jax.jit(lambda: search_with(step, (), (10, 4, 8), np.full(10, 8), 0.6, **options))()

@@ -16,17 +16,17 @@ from tests.helpers.chains import (
     search_with,
     texts,
 )
-from transformer.decoding.logits_processors import Restrictions, repeats
+from transformer.decoding.logits_processors import LogitsConstraints, repeated_ngram_mask
 
 SYMBOLS, LENGTH, WIDE = [3, 4, 5], 6, 487
 CHAINS = random_chains(0, 20, LENGTH, vocab_size=6, eos_logit=1.0)
 LIMITS = np.random.default_rng(0).integers(2, LENGTH + 1, size=len(CHAINS))
 
 
-def compare(restrictions, obeys, chains=CHAINS):
+def compare(constraints, obeys, chains=CHAINS):
     """A wide beam must find all hypotheses for which `obeys(sentence, tokens)`, in the order of their scores."""
     shape = (len(chains), WIDE, LENGTH)
-    run = jax.jit(lambda c: search_with(chain_step(c), (), shape, LIMITS, 0.6, restrictions=restrictions))
+    run = jax.jit(lambda c: search_with(chain_step(c), (), shape, LIMITS, 0.6, constraints=constraints))
     found = jax.tree.map(np.asarray, run(jnp.asarray(chains)))
     changed = 0
     for sentence, limit in enumerate(LIMITS):
@@ -46,7 +46,7 @@ def compare(restrictions, obeys, chains=CHAINS):
 @pytest.mark.parametrize("least", [1, 3, 9])
 def test_no_translation_is_shorter_than_its_minimum_or_its_limit(least):
     compare(
-        Restrictions(min_length=least),
+        LogitsConstraints(min_length=least),
         lambda sentence, tokens: tokens[-1] != EOS or len(tokens) - 1 >= min(least, LIMITS[sentence] - 1),
     )
 
@@ -62,16 +62,16 @@ def test_no_ngram_occurs_twice(order):
 
     if order < 7:
         monotonous = CHAINS + np.where(np.arange(6) == 3, 6, 0) - np.where(np.arange(6) == EOS, 3, 0)
-        compare(Restrictions(no_repeat_ngram=order), obeys, monotonous.astype(np.float32))
+        compare(LogitsConstraints(no_repeat_ngram=order), obeys, monotonous.astype(np.float32))
     else:  # longer than any hypothesis: nothing is ruled out
-        assert not repeats(jnp.zeros((1, 1, 7), jnp.int32), jnp.int32(3), order, 6).any()
+        assert not repeated_ngram_mask(jnp.zeros((1, 1, 7), jnp.int32), jnp.int32(3), order, 6).any()
 
 
 @pytest.mark.slow
 def test_repeats_are_those_of_the_hypothesis_so_far():
     tokens = jnp.array([[[1, 3, 4, 3, 5, 3, PAD]]])
     banned = {
-        (order, position): np.flatnonzero(repeats(tokens, jnp.int32(position), order, 6)).tolist()
+        (order, position): np.flatnonzero(repeated_ngram_mask(tokens, jnp.int32(position), order, 6)).tolist()
         for order in (1, 2, 3)
         for position in (0, 1, 3, 5)
     }
@@ -88,7 +88,7 @@ def test_translations_begin_with_their_prefix():
         row[: len(prefix)] = prefix
     assert {len(prefix) for prefix in prefixes} >= {0, 1, 4}
     compare(
-        Restrictions(prefix_BP=jnp.asarray(prefix_BP)),
+        LogitsConstraints(prefix_BP=jnp.asarray(prefix_BP)),
         lambda sentence, tokens: list(tokens[: len(prefixes[sentence])]) == prefixes[sentence],
     )
 
@@ -98,9 +98,9 @@ def test_a_prefix_stands_above_the_other_restrictions():
     """It repeats a token, and what follows it must not repeat one."""
     prefix_BP = jnp.asarray(np.tile(np.array([3, 3], np.int32), (len(CHAINS), 1)))
     limits = np.full(len(CHAINS), LENGTH)
-    restrictions = Restrictions(min_length=4, no_repeat_ngram=1, prefix_BP=prefix_BP)
+    constraints = LogitsConstraints(min_length=4, no_repeat_ngram=1, prefix_BP=prefix_BP)
     found = search_with(
-        chain_step(jnp.asarray(CHAINS)), (), (len(CHAINS), 4, LENGTH), limits, 0.6, restrictions=restrictions
+        chain_step(jnp.asarray(CHAINS)), (), (len(CHAINS), 4, LENGTH), limits, 0.6, constraints=constraints
     )
     for sentence in range(len(CHAINS)):
         best = texts(found, sentence)[0]

@@ -11,7 +11,7 @@ from transformer.data import tokenizer
 from transformer.data.batching import PAD_EXAMPLE
 from transformer.data.tokenizer import EOS, PAD
 from transformer.decoding import requests
-from transformer.decoding.requests import Shape
+from transformer.decoding.requests import PaddedSizes
 from transformer.runtime.errors import UserError
 
 
@@ -22,12 +22,17 @@ def vocabulary():
 
 def test_nothing_asked_is_nothing(vocabulary):
     for prefixes, constraints in ((None, None), (["", " "], None), (None, [[], []]), ([" ", ""], [[], ()])):
-        assert [wish.length() for wish in requests.make(vocabulary, prefixes, constraints, [9, 0])] == [0, 0]
-        assert requests.make(vocabulary, prefixes, constraints, [9, 0])[0].shape() == Shape(0, 0, 0)
+        assert [wish.length() for wish in requests.encode_constraints(vocabulary, prefixes, constraints, [9, 0])] == [
+            0,
+            0,
+        ]
+        assert requests.encode_constraints(vocabulary, prefixes, constraints, [9, 0])[0].shape() == PaddedSizes(0, 0, 0)
 
 
 def test_ids_have_no_end_and_a_phrase_counts_once(vocabulary):
-    (wish,) = requests.make(vocabulary, ["the old"], [["red house", "cat", "red house", "red  house"]], [99])
+    (wish,) = requests.encode_constraints(
+        vocabulary, ["the old"], [["red house", "cat", "red house", "red  house"]], [99]
+    )
     assert vocabulary.decode(wish.prefix) == "the old"
     assert [vocabulary.decode(phrase) for phrase in wish.phrases] == ["red house", "cat"]
     assert EOS not in np.concatenate([wish.prefix, *wish.phrases])
@@ -35,9 +40,9 @@ def test_ids_have_no_end_and_a_phrase_counts_once(vocabulary):
 
 def test_what_fits_to_the_last_token_is_taken(vocabulary):
     ids = vocabulary.encode(["cat sees"])[0]
-    assert len(requests.make(vocabulary, None, [["cat sees"]], [len(ids)])) == 1
+    assert len(requests.encode_constraints(vocabulary, None, [["cat sees"]], [len(ids)])) == 1
     with pytest.raises(UserError, match=f"sentence 7: its prefix and phrases take {len(ids) - 1} tokens"):
-        requests.make(vocabulary, None, [["cat sees"]], [len(ids) - 1], first=7)
+        requests.encode_constraints(vocabulary, None, [["cat sees"]], [len(ids) - 1], first=7)
 
 
 def test_text_without_a_spelling_is_refused():
@@ -46,17 +51,19 @@ def test_text_without_a_spelling_is_refused():
         sentence_iterator=iter(LINES), model_writer=model, vocab_size=40, model_type="bpe", minloglevel=2
     )
     plain = tokenizer.Tokenizer(model.getvalue())
-    assert requests.make(plain, ["red"], None, [9])[0].length() > 0
+    assert requests.encode_constraints(plain, ["red"], None, [9])[0].length() > 0
     for prefixes, constraints in ((["漢"], None), (None, [["red", "漢"]])):
         with pytest.raises(UserError, match="sentence 1: the vocabulary cannot write '漢'"):
-            requests.make(plain, prefixes, constraints, [99])
+            requests.encode_constraints(plain, prefixes, constraints, [99])
 
 
 def test_shapes_are_on_a_ladder_and_rectangles_fill_them(vocabulary):
-    asked = requests.make(vocabulary, ["red", "", "x" * 20], [["cat"], [], ["a", "a", "z" * 10]], [99] * 3)
-    assert [wish.shape() for wish in asked] == [Shape(16, 4, 8), Shape(0, 0, 0), Shape(32, 4, 16)]
+    asked = requests.encode_constraints(
+        vocabulary, ["red", "", "x" * 20], [["cat"], [], ["a", "a", "z" * 10]], [99] * 3
+    )
+    assert [wish.shape() for wish in asked] == [PaddedSizes(16, 4, 8), PaddedSizes(0, 0, 0), PaddedSizes(32, 4, 16)]
     rows_B = np.array([2, 0, PAD_EXAMPLE])
-    prefix_BP, phrases_BKL = requests.rectangles(asked, rows_B, Shape(32, 4, 16))
+    prefix_BP, phrases_BKL = requests.to_arrays(asked, rows_B, PaddedSizes(32, 4, 16))
     assert (prefix_BP.shape, phrases_BKL.shape) == ((3, 32), (3, 4, 16))
     assert prefix_BP.dtype == phrases_BKL.dtype == np.int32
     for row, index in enumerate(rows_B[:2]):
@@ -65,4 +72,4 @@ def test_shapes_are_on_a_ladder_and_rectangles_fill_them(vocabulary):
         assert [phrase for phrase in held if phrase] == [phrase.tolist() for phrase in asked[index].phrases]
     assert not prefix_BP[2].any()
     assert not phrases_BKL[2].any()
-    assert requests.rectangles(asked, np.array([1]), Shape(0, 0, 0)) == (None, None)
+    assert requests.to_arrays(asked, np.array([1]), PaddedSizes(0, 0, 0)) == (None, None)

@@ -19,39 +19,30 @@ from tests.helpers.chains import (
     random_chains,
     texts,
 )
-from transformer.decoding.base import IMPOSSIBLE
-from transformer.decoding.logits_processors import Restrictions
-from transformer.decoding.sampling import Shape, nucleus, reshaped, sample
+from transformer.decoding.base import NEG_INF, SpecialIds
+from transformer.decoding.logits_processors import LogitsConstraints
+from transformer.decoding.sampling import SamplingConfig, sample, top_p_threshold, warp_logits
 
 
-@functools.partial(jax.jit, static_argnames=("num_samples", "shape", "restrict"))
-def draw_chains(logits_BTVV, limits_B, keys_B, num_samples, shape, restrict):
-    return sample(
-        chain_step(logits_BTVV),
-        (),
-        num_samples=num_samples,
-        max_length=logits_BTVV.shape[1],
-        max_lengths_B=limits_B,
-        keys_B=keys_B,
-        shape=shape,
-        length_penalty=0.6,
-        bos_id=BOS,
-        eos_id=EOS,
-        pad_id=PAD,
-        restrictions=Restrictions(**dict(restrict)),
-    )
+def config_of(num_samples=1, max_length=1, **distribution):
+    return SamplingConfig(num_samples, max_length, SpecialIds(PAD, BOS, EOS), length_penalty=0.6, **distribution)
 
 
-def draw(chains, num_samples, limits=None, keys=None, shape=None, **restrict):
+@functools.partial(jax.jit, static_argnames=("config", "constraints"))
+def draw_chains(logits_BTVV, limits_B, keys_B, config, constraints):
+    step = chain_step(logits_BTVV)
+    return sample(step, (), limits_B, keys_B, config, constraints=LogitsConstraints(**dict(constraints)))
+
+
+def draw(chains, num_samples, limits=None, keys=None, distribution=None, **constraints):
     limits_B = np.full(len(chains), chains.shape[1]) if limits is None else limits
     keys_B = jax.random.split(jax.random.key(0), len(chains)) if keys is None else keys
     found = draw_chains(
         jnp.asarray(chains),
         jnp.asarray(limits_B, jnp.int32),
         keys_B,
-        num_samples,
-        shape or Shape(),
-        tuple(restrict.items()),
+        config_of(num_samples, chains.shape[1], **(distribution or {})),
+        tuple(constraints.items()),
     )
     return jax.tree.map(np.asarray, found)
 
@@ -86,15 +77,15 @@ SHAPES = [
 def test_the_distribution_is_the_one_the_fields_describe(fields):
     logits = np.random.default_rng(0).normal(scale=2, size=(5, 4, 9)).astype(np.float32)
     logits[..., [PAD, BOS]] = -np.inf
-    got = np.asarray(jax.nn.softmax(reshaped(jax.nn.log_softmax(jnp.asarray(logits)), Shape(**fields))))
+    got = np.asarray(jax.nn.softmax(warp_logits(jax.nn.log_softmax(jnp.asarray(logits)), config_of(**fields))))
     for row, probabilities in zip(got.reshape(-1, 9), np.exp(log_softmax(logits)).reshape(-1, 9), strict=True):
         np.testing.assert_allclose(row, plain_shape(probabilities, **fields), atol=1e-5)
 
 
 def test_the_nucleus_of_ties_and_of_one():
     probs = jnp.array([[[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.25, 0.125, 0.125]]])
-    assert nucleus(probs, 0.5)[0, :, 0].tolist() == [0.25, 1.0, 0.5]
-    assert nucleus(probs, 0.6)[0, :, 0].tolist() == [0.25, 1.0, 0.25]
+    assert top_p_threshold(probs, 0.5)[0, :, 0].tolist() == [0.25, 1.0, 0.5]
+    assert top_p_threshold(probs, 0.6)[0, :, 0].tolist() == [0.25, 1.0, 0.25]
 
 
 @pytest.mark.slow
@@ -102,7 +93,7 @@ def test_the_nucleus_of_ties_and_of_one():
 def test_samples_are_as_frequent_as_they_are_probable(fields):
     """40,000 samples of a chain with 15 hypotheses: total variation from the exact distribution under 0.02."""
     chain = random_chains(0, 1, 3, vocab_size=5)
-    found = draw(chain, 40_000, shape=Shape(**fields))
+    found = draw(chain, 40_000, distribution=fields)
     log_probs = log_softmax(chain[0])
     log_probs[..., [PAD, BOS]] = -np.inf
     with np.errstate(divide="ignore"):
@@ -118,7 +109,7 @@ def test_samples_are_as_frequent_as_they_are_probable(fields):
 
 def test_scores_are_those_of_the_model_whatever_the_shape():
     chains = random_chains(1, 4, 6, vocab_size=8, eos_logit=1.0)
-    found = draw(chains, 20, shape=Shape(temperature=2.0, top_k=5))
+    found = draw(chains, 20, distribution={"temperature": 2.0, "top_k": 5})
     for sentence in range(4):
         log_probs, got = log_softmax(chains[sentence]), texts(found, sentence)
         assert len(got) == 20
@@ -144,7 +135,7 @@ def test_a_sample_depends_on_its_key_and_its_number_alone():
     other = draw(chains, 5, limits, jax.random.split(jax.random.key(2), 6))
     assert (other.tokens_BNT[0] != together.tokens_BNT[0]).any()
     assert [together.lengths_BN[i].max() for i in (1, 4, 5)] == [3, 1, 0]
-    assert (together.scores_BN[5] == IMPOSSIBLE).all()
+    assert (together.scores_BN[5] == NEG_INF).all()
 
 
 def test_equal_sentences_with_equal_keys_have_equal_samples():
@@ -175,6 +166,6 @@ def test_a_dead_end_gives_an_empty_sample():
 def test_nothing_sorts_the_vocabulary():
     chains = jnp.asarray(random_chains(5, 3, 6, vocab_size=50))
     arguments = (chains, jnp.full(3, 6, jnp.int32), jax.random.split(jax.random.key(0), 3))
-    shape = Shape(temperature=0.7, top_k=10, top_p=0.9)
-    program = draw_chains.lower(*arguments, 4, shape, ()).compile().as_text()
+    config = config_of(4, 6, temperature=0.7, top_k=10, top_p=0.9)
+    program = draw_chains.lower(*arguments, config, ()).compile().as_text()
     assert " sort(" not in program

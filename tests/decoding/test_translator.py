@@ -14,7 +14,7 @@ from transformer.decoding.mbr import expected_chrf
 from transformer.decoding.translator import Translator
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 from transformer.runtime.environment import CompileCounter
 from transformer.runtime.errors import UserError
 
@@ -27,7 +27,7 @@ SHORT = LINES[:4]  # of one width: one program
 def parts():
     config = small_config(model={"num_layers": 1})
     vocabulary = tokenizer.train(LINES, 300, "bpe")
-    model = Model(config.model, vocabulary.vocab_size)
+    model = ModelDef(config.model, vocabulary.vocab_size)
     return config, vocabulary, model, model.init(3)
 
 
@@ -76,10 +76,10 @@ def test_order_changes_nothing_but_the_order(parts, usual):
 @pytest.mark.slow
 def test_devices_change_nothing(parts, usual):
     translator, params = make(parts, devices=8)
-    spread = translator.hypotheses(params, LINES)
+    spread = translator.translate_nbest(params, LINES)
     assert [found[0].text for found in spread] == usual
     alone, params = make(parts)
-    for (one,), (other,) in zip(spread, alone.hypotheses(params, LINES), strict=True):
+    for (one,), (other,) in zip(spread, alone.translate_nbest(params, LINES), strict=True):
         assert one.score == pytest.approx(other.score, abs=1e-5)
 
 
@@ -102,10 +102,10 @@ def test_by_default_a_cpu_decodes_16_rows_at_once(parts, usual, fresh_programs):
     translator, params = make(parts, batch_rows=0)
     sixteen, _ = make(parts, batch_rows=16)
     with CompileCounter() as counter:
-        found = translator.hypotheses(params, SHORT)
+        found = translator.translate_nbest(params, SHORT)
     assert counter.count == 1
-    assert found == sixteen.hypotheses(params, SHORT)
-    for (one,), text in zip((translator.hypotheses(params, [line])[0] for line in SHORT), usual[:4], strict=True):
+    assert found == sixteen.translate_nbest(params, SHORT)
+    for (one,), text in zip((translator.translate_nbest(params, [line])[0] for line in SHORT), usual[:4], strict=True):
         assert one.text == text
 
 
@@ -130,9 +130,9 @@ def test_a_long_source_is_cut_and_counted(parts, capsys):
     head = " ".join(WORDS)
     got = translator.translate(params, [f"{head} has a cat", LINES[0], f"{head} sees"])
     assert got[0] == got[2] != got[1]
-    translator.say_counts()
+    translator.log_warnings()
     assert "2 sources are longer than decode.max_source_tokens = 8" in capsys.readouterr().err
-    translator.say_counts()
+    translator.log_warnings()
     assert capsys.readouterr().err == ""
 
 
@@ -155,7 +155,7 @@ def test_the_length_penalty_is_the_config_s(parts):
 
 def best(parts, **fields):
     translator, _ = make(parts, **fields)
-    return [found[0] for found in translator.hypotheses(eager(parts[3]), SHORT)]
+    return [found[0] for found in translator.translate_nbest(eager(parts[3]), SHORT)]
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_n_best_goes_on_from_the_best(parts, method):
     if method != "mbr":
         del fields["mbr_samples"]
     translator, params = make(parts, **fields)
-    several = translator.hypotheses(params, SHORT, n_best=4)
+    several = translator.translate_nbest(params, SHORT, n_best=4)
     single = translator.translate(params, SHORT)
     assert [found[0].text for found in several] == single
     assert all(len(found) == 4 for found in several)
@@ -199,8 +199,8 @@ def test_n_best_goes_on_from_the_best(parts, method):
 @pytest.mark.slow
 def test_mbr_takes_the_sample_most_like_the_others(parts):
     sampler, params = make(parts, method="sample", top_k=20)
-    samples = sampler.hypotheses(params, SHORT, n_best=8)
-    chosen = make(parts, method="mbr", mbr_samples=8, top_k=20)[0].hypotheses(params, SHORT, n_best=8)
+    samples = sampler.translate_nbest(params, SHORT, n_best=8)
+    chosen = make(parts, method="mbr", mbr_samples=8, top_k=20)[0].translate_nbest(params, SHORT, n_best=8)
     for drawn, ranked in zip(samples, chosen, strict=True):
         utilities = expected_chrf([one.text for one in drawn])
         assert ranked[0].text == drawn[int(np.argmax(utilities))].text
@@ -211,19 +211,19 @@ def test_mbr_takes_the_sample_most_like_the_others(parts):
 @pytest.mark.parametrize("size", [slow(1), 7])
 def test_samples_do_not_depend_on_grouping_or_order(parts, method, size):
     translator, params = make(parts, method=method)
-    usual = translator.hypotheses(params, LINES, n_best=2)
+    usual = translator.translate_nbest(params, LINES, n_best=2)
     order = np.random.default_rng(0).permutation(len(LINES))
     got = {}
     for start in range(0, len(order), size):
         group = order[start : start + size]
-        got.update(zip(group, translator.hypotheses(params, [LINES[i] for i in group], n_best=2), strict=True))
+        got.update(zip(group, translator.translate_nbest(params, [LINES[i] for i in group], n_best=2), strict=True))
     assert [got[i] for i in range(len(LINES))] == usual
 
 
 def test_a_seed_given_to_the_call_is_that_of_the_config(parts):
     translator, params = make(parts, method="sample")
     seeded, _ = make(parts, method="sample", seed=5)
-    assert translator.hypotheses(params, SHORT, seed=5) == seeded.hypotheses(params, SHORT)
+    assert translator.translate_nbest(params, SHORT, seed=5) == seeded.translate_nbest(params, SHORT)
 
 
 PREFIXES = ["the old", "", "blue trees have", "  ", "x", "the cat sees a"]
@@ -240,7 +240,7 @@ def test_translations_begin_and_hold_as_asked_whatever_the_grouping(parts):
 
     def run(chosen):
         asked = {"prefixes": [prefixes[i] for i in chosen], "constraints": [phrases[i] for i in chosen]}
-        return translator.hypotheses(params, [lines[i] for i in chosen], n_best=2, **asked)
+        return translator.translate_nbest(params, [lines[i] for i in chosen], n_best=2, **asked)
 
     together = run(range(len(lines)))
     for found, prefix, several in zip(together, prefixes, phrases, strict=True):
@@ -257,7 +257,7 @@ def test_translations_begin_and_hold_as_asked_whatever_the_grouping(parts):
 def test_sentences_without_wishes_are_not_changed_by_those_of_others(parts, usual):
     translator, params = make(parts)
     constraints = [["tree"] if i % 3 == 0 else [] for i in range(len(LINES))]
-    got = translator.hypotheses(params, LINES, constraints=constraints)
+    got = translator.translate_nbest(params, LINES, constraints=constraints)
     assert [found[0].text for i, found in enumerate(got) if i % 3] == [line for i, line in enumerate(usual) if i % 3]
     assert got[0][0].text != usual[0]
 
@@ -265,7 +265,7 @@ def test_sentences_without_wishes_are_not_changed_by_those_of_others(parts, usua
 @pytest.mark.slow
 def test_samples_may_have_a_prefix(parts):
     translator, params = make(parts, method="sample")
-    found = translator.hypotheses(params, LINES[:4], n_best=5, prefixes=["the old"] * 4)
+    found = translator.translate_nbest(params, LINES[:4], n_best=5, prefixes=["the old"] * 4)
     texts = [one.text for several in found for one in several]
     assert all(text.startswith("the old") for text in texts)
     assert len(set(texts)) > 10
@@ -293,16 +293,16 @@ def test_samples_may_have_a_prefix(parts):
 def test_what_cannot_be_is_refused(parts, fields, options, message):
     translator, params = make(parts, **fields)
     with pytest.raises(UserError, match=message) as caught:
-        translator.hypotheses(params, LINES[:2], **options)
+        translator.translate_nbest(params, LINES[:2], **options)
     assert "\n" not in str(caught.value)
 
 
 def test_nothing_can_be_asked_of_a_blank_source(parts):
     translator, params = make(parts)
     with pytest.raises(UserError, match="sentence 2: a blank source has no translation"):
-        translator.hypotheses(params, ["a", " "], prefixes=["", "a"])
+        translator.translate_nbest(params, ["a", " "], prefixes=["", "a"])
     for nothing in ({"prefixes": [" "], "constraints": [[]]}, {"prefixes": [None], "constraints": [None]}):
-        assert translator.hypotheses(params, [" "], **nothing)[0][0].text == ""
+        assert translator.translate_nbest(params, [" "], **nothing)[0][0].text == ""
 
 
 @pytest.mark.slow
@@ -310,7 +310,7 @@ def test_models_of_an_ensemble_decide_together(parts):
     config, vocabulary, model, params = parts
     mesh = make_mesh(config.mesh)
     other_config = small_config(model={"num_layers": 2, "emb_dim": 24, "norm": "pre"})
-    other = Model(other_config.model, vocabulary.vocab_size)
+    other = ModelDef(other_config.model, vocabulary.vocab_size)
     everything = (params, other.init(4))
     both = Translator((model, other), vocabulary, config.decode, mesh).translate(everything, LINES)
     alone = [
@@ -350,9 +350,9 @@ def test_equal_texts_of_beam_search_are_one_hypothesis(parts):
     tokens = [ids + [tokenizer.PAD] * (width - len(ids)) for ids in (cat, spelled, dog)]
     device = tokens, list(map(len, (cat, spelled, dog))), [-1.0, -2.0, -3.0], [True] * 3
     translator, params = answering(parts, *device, beam_size=3)
-    assert translator.hypotheses(params, ["a"], n_best=3) == [[("cat", -1.0, True), ("dog", -3.0, True)]]
+    assert translator.translate_nbest(params, ["a"], n_best=3) == [[("cat", -1.0, True), ("dog", -3.0, True)]]
     drawn, params = answering(parts, *device, method="sample")
-    assert [one.text for one in drawn.hypotheses(params, ["a"], n_best=3)[0]] == ["cat", "cat", "dog"]
+    assert [one.text for one in drawn.translate_nbest(params, ["a"], n_best=3)[0]] == ["cat", "cat", "dog"]
 
 
 @pytest.mark.reported
@@ -360,23 +360,23 @@ def test_translations_cut_at_their_limit_and_with_unk_are_counted(parts, capsys)
     cat = parts[1].encode(["cat cat"])[0].tolist()[:2]
     translator, params = answering(parts, [[*cat, 0], [tokenizer.UNK, cat[0], 2]], [2, 3], [-1.0, -2.0], [False, True])
     translator.translate(params, [*SHORT[:3], ""])
-    translator.say_counts()
+    translator.log_warnings()
     err = capsys.readouterr().err
     assert err == "warning: 3 translations are cut at source tokens + decode.max_extra_length = 10\n"
-    translator.hypotheses(params, SHORT[:2], n_best=2)
-    translator.say_counts()
+    translator.translate_nbest(params, SHORT[:2], n_best=2)
+    translator.log_warnings()
     err = capsys.readouterr().err
     assert "warning: 2 translations are cut at" in err
     assert "warning: 2 translations hold the unknown token, unk\n" in err
-    translator.say_counts()
+    translator.log_warnings()
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.reported
 def test_a_model_that_never_ends_says_so(parts, capsys):
     translator, params = make(parts)
-    found = translator.hypotheses(params, LINES)
+    found = translator.translate_nbest(params, LINES)
     count = sum(not one.finished for (one,) in found)
-    translator.say_counts()
+    translator.log_warnings()
     assert count > 10
     assert f"warning: {count} translations are cut at source tokens" in capsys.readouterr().err

@@ -50,13 +50,13 @@ def batches():
 
 def gradient_of(config):
     """(params, batch) → loss and gradients of its mean, with dropout, on a mesh."""
-    mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
+    mesh, model = make_mesh(config.mesh), registry.ModelDef(config.model, V)
 
     def objective(params, batch):
         with sharding.use_mesh(mesh):
             logits = model.bind(params)(*batch, jax.random.key(3), config.data.batching == "pack")
             sums = cross_entropy(logits, batch.target_BT, 0.1)
-            return sums.objective / sums.tokens
+            return sums.smoothed_nll / sums.tokens
 
     params = registry.abstract_params(model, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
@@ -70,7 +70,7 @@ def gradient_of(config):
 
 def results(config):
     """Loss and gradients at the start, and the losses of some updates, all of one compiled program."""
-    mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
+    mesh, model = make_mesh(config.mesh), registry.ModelDef(config.model, V)
     state = train_step.init_state(model, config, mesh)
     update, losses, grads = train_step.make_train_step(model, config, mesh), [], None
     for batch in batches():
@@ -136,7 +136,7 @@ def bytes_by_device(tree):
 def test_fsdp_stores_an_eighth_on_each_device(scan):
     """Params, both moments and the moving average, when made and after an update."""
     config = config_of((1, 8, 1, 1), {"ema_decay": 0.9}, **WIDE, scan_layers=scan, num_layers=2)
-    mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
+    mesh, model = make_mesh(config.mesh), registry.ModelDef(config.model, V)
     state = train_step.init_state(model, config, mesh)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert whole > 4 * 4 * model.num_params()
@@ -156,7 +156,7 @@ COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-a
 
 def collectives(config):
     """(what, shape, bytes) of each array that devices exchange in a compiled update of a config."""
-    mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
+    mesh, model = make_mesh(config.mesh), registry.ModelDef(config.model, V)
     state = train_step.abstract_state(model, config, mesh)
     return exchanged(train_step.make_train_step(model, config, mesh).lower(state, place(mesh)).compile().as_text())
 
@@ -175,7 +175,7 @@ def exchanged(text):
 
 def param_sizes(config):
     """Numbers in each param, and in all params of one layer with the embedding."""
-    params = registry.Model(config.model, V).init(0)
+    params = registry.ModelDef(config.model, V).init(0)
     layer = sum(leaf.size for leaf in jax.tree.leaves(params["decoder"][0]))
     return {leaf.size for leaf in jax.tree.leaves(params)}, layer + params["embeddings"]["shared"]["table"].size
 
@@ -200,7 +200,7 @@ def test_fsdp_devices_gather_params_and_exchange_gradients(scan):
     gathers = [size for what, _, size in large if what == "all-gather"]
     assert max(gathers) <= 4 * most
     if not scan:  # where a layer's params are used, and again in its backward pass
-        params = registry.Model(config.model, V).init(0)
+        params = registry.ModelDef(config.model, V).init(0)
         matrices = [leaf for leaf in jax.tree.leaves((params["encoder"], params["decoder"])) if leaf.ndim > 1]
         assert len(gathers) >= 2 * len(matrices)
 
@@ -231,7 +231,7 @@ def test_packed_rows_are_told_apart_on_a_mesh():
         config = config_of(sizes)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, batching="pack"))
         mesh = make_mesh(config.mesh)
-        params = train_step.init_state(registry.Model(config.model, V), config, mesh).params
+        params = train_step.init_state(registry.ModelDef(config.model, V), config, mesh).params
         grads.append(jax.device_get(gradient_of(config)(params, sharding.shard_batch(mesh, Batch(side, side)))))
     np.testing.assert_allclose(grads[1][0], grads[0][0], rtol=1e-5)
     difference = jax.tree.map(np.subtract, grads[1][1], grads[0][1])
@@ -245,7 +245,7 @@ def test_fsdp_on_tpus_scatters_the_sums_of_gradients():
     config = small_config(model=fields, data={"vocab_size": 320}, mesh={"data": 1, "fsdp": 4})
     mesh = make_mesh(config.mesh, aot.devices(parse_topology("v5e:2x2")))
     text = aot.compile_step(config, mesh, 16, 32, -1.0).text
-    leaves = jax.tree.leaves(registry.Model(config.model, 320).abstract_params)
+    leaves = jax.tree.leaves(registry.ModelDef(config.model, 320).abstract_params)
     matrices = sum(4 * leaf.size for leaf in leaves if leaf.ndim > 1)
     vectors = sum(4 * leaf.size for leaf in leaves if leaf.ndim == 1)
     sent = {one.kind: one.bytes for one in hlo_cost.collectives(Program(text), dict(mesh.shape))}
@@ -255,5 +255,5 @@ def test_fsdp_on_tpus_scatters_the_sums_of_gradients():
     # The gradient of looked-up embeddings: states change places, and each chip then adds up its part of the width.
     assert sent.get("all-to-all", 0) <= 2 * 4 * 16 * 32 * 512 // 4
     gathers = [size for what, _, size in exchanged(text) if what == "all-gather"]
-    layer = sum(4 * leaf.size for leaf in jax.tree.leaves(registry.Model(config.model, 320).init(0)["decoder"][0]))
+    layer = sum(4 * leaf.size for leaf in jax.tree.leaves(registry.ModelDef(config.model, 320).init(0)["decoder"][0]))
     assert max(gathers) <= layer + 4 * 320 * 512

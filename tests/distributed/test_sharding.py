@@ -106,7 +106,7 @@ def test_a_param_that_the_table_does_not_match_is_an_error(axes):
 )
 def test_a_model_that_the_mesh_does_not_divide_is_an_error_before_anything_compiles(mesh, message):
     config = small_config(model={"emb_dim": 20, "qkv_dim": 20, "value_dim": 20}, mesh=mesh)
-    model = registry.Model(config.model, 300)
+    model = registry.ModelDef(config.model, 300)
     with pytest.raises(UserError, match=message):
         train_step.init_state(model, config, make_mesh(config.mesh))
 

@@ -11,7 +11,7 @@ from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator as scoring
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 from transformer.runtime.errors import UserError
 
 HYPOTHESES = ["the cat sat on the mat", "Hello , World !", "it is 3 . 5 km away", "no match at all here"]
@@ -22,7 +22,7 @@ REFERENCES = ["the cat sat on a mat", "Hello, World!", "it is 3.5 km away", "som
 def evaluator():
     config = small_config(model={"num_layers": 1}, train={"batch_tokens": 64})
     vocabulary = tokenizer.train(HYPOTHESES + REFERENCES, 300, "bpe")
-    model = Model(config.model, vocabulary.vocab_size)
+    model = ModelDef(config.model, vocabulary.vocab_size)
     mesh = make_mesh(config.mesh)
     params = jax.device_put(model.init(0), sharding.replicated(mesh))
     return scoring.Evaluator(model, vocabulary, config, mesh), params, model, vocabulary

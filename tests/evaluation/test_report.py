@@ -15,7 +15,7 @@ from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import continuous, evaluator, report, significance
 from transformer.evaluation.evaluator import EvalDataset
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
 EVIL = "</script><script>document.title = 'broken'</script> & <b>bold</b> cat sees house"
@@ -30,7 +30,7 @@ def evaluation():
     """A model, a data set and the result of its evaluation."""
     config = small_config()
     vocabulary = tokenizer.train([*SOURCES[1:-1], EVIL], 290, "bpe")
-    model = Model(config.model, vocabulary.vocab_size)
+    model = ModelDef(config.model, vocabulary.vocab_size)
     mesh = make_mesh(config.mesh)
     params = jax.device_put(model.init(5), sharding.replicated(mesh))
     trained = RestoredModel("latest", [20], {}, config, vocabulary, model, params, mesh)

@@ -113,7 +113,7 @@ def nothing_is_cut(world: World, tally: Tally) -> None:
     sources = sources_of(world)
     with tally.one("no end of sentence"):
         translator = Translator(run.model, run.tokenizer, run.config.decode, run.mesh)
-        found = translator.hypotheses(run.params, sources)
+        found = translator.translate_nbest(run.params, sources)
         assert translator.translate(run.params, sources) == [best.text for best, *_ in found]
         assert len(found) == len(sources)
         open_ones = [one for (one, *_), source in zip(found, sources, strict=True) if source and not one.finished]

@@ -45,7 +45,7 @@ def poisoned(place: str, value: float, updates: range = range(AT, AT + 1), seed:
         def bad(params, batch, key):
             total, sums = objective(params, batch, key)
             change = jnp.multiply if place == "scale" else jnp.add
-            return change(total, poison), sums._replace(objective=change(sums.objective, poison))
+            return change(total, poison), sums._replace(objective=change(sums.smoothed_nll, poison))
 
         if place == "params":
             params = jax.tree.map(lambda leaf: leaf + poison, params)
@@ -97,7 +97,7 @@ def assert_not_applied(world: World) -> None:
     for _ in range(2):
         state, metrics = update(state, batch)
         states.append(jax.device_get(state))
-    assert not (np.isfinite(metrics.loss.objective) and np.isfinite(metrics.grad_norm))
+    assert not (np.isfinite(metrics.loss.smoothed_nll) and np.isfinite(metrics.grad_norm))
     before, after, last = (jax.tree.leaves(each) for each in states)
     assert not all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(after, last, strict=True))
@@ -187,7 +187,7 @@ def parts_of_a_batch(world: World, tally: Tally) -> None:
             def objective(params, batch, key):
                 logits = built.bind(params)(batch.source_BS, batch.target_BT, key)  # noqa: B023
                 sums = train_step.cross_entropy(logits, batch.target_BT, 0.1)
-                return sums.objective, sums
+                return sums.smoothed_nll, sums
 
             init = built.init
 

@@ -330,7 +330,7 @@ def command_and_api(world: World, folder: pathlib.Path, tally: Tally) -> None:
         assert list(text_files.decode_lines(stream, "stdin")) == LINES
     with tally.one("prefixes and phrases"):
         (folder / "phrases").write_bytes(b"red\thouse\r\n\r\n\r\ncat\r\n")
-        read = list(translate.read_together(iter(LINES), files["crlf"], folder / "phrases"))
+        read = list(translate.read_aligned_lines(iter(LINES), files["crlf"], folder / "phrases"))
         assert [one.prefix for one in read] == LINES
         assert [one.phrases for one in read] == [["red", "house"], [], [], ["cat"]]
     with tally.one("codes of subword-nmt"):

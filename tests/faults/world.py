@@ -121,7 +121,7 @@ class World:
         done = checkpoints.latest_valid_step() if done is None else done
         assert done is not None, "there is no checkpoint"
         config = checkpoints.config(done)
-        model = registry.Model(config.model, checkpoints.tokenizer(done).vocab_size)
+        model = registry.ModelDef(config.model, checkpoints.tokenizer(done).vocab_size)
         state = checkpoints.restore(done, train_step.abstract_state(model, config, mesh.make_mesh(config.mesh)))
         return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 

@@ -4,14 +4,15 @@ A chain is a table of logits [B, T, V, V]: sentence, position, last token, next 
 much probability as other tokens, so that a search which generates them is found out.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.decoding.base import IMPOSSIBLE, Hypotheses
-from transformer.decoding.beam_search import beam_search
+from transformer.decoding.base import NEG_INF, Hypotheses, SpecialIds
+from transformer.decoding.beam_search import SearchConfig, beam_search
 
 PAD, BOS, EOS, A, B = range(5)
 
@@ -38,19 +39,12 @@ def covered(attention_VS: np.ndarray, inputs: list[int], weight: float) -> float
 def search_with(step, cache, shape, limits_B, alpha=0.0, bos_id=BOS, pad_id=PAD, **options) -> Hypotheses:
     """`beam_search` with shape (B, N, T) and the ids of these chains."""
     batch_size, beam_size, max_length = shape
-    return beam_search(
-        step,
-        cache,
-        batch_size=batch_size,
-        beam_size=beam_size,
-        max_length=max_length,
-        max_lengths_B=jnp.asarray(limits_B, jnp.int32),
-        length_penalty=alpha,
-        bos_id=bos_id,
-        eos_id=EOS,
-        pad_id=pad_id,
-        **options,
-    )
+    assert len(limits_B) == batch_size
+    fields = {
+        field.name: options.pop(field.name) for field in dataclasses.fields(SearchConfig) if field.name in options
+    }
+    config = SearchConfig(beam_size, max_length, SpecialIds(pad_id, bos_id, EOS), length_penalty=alpha, **fields)
+    return beam_search(step, cache, jnp.asarray(limits_B, jnp.int32), config, **options)
 
 
 def random_chains(seed: int, batch_size: int, max_length: int, vocab_size: int, eos_logit: float = 0.0) -> np.ndarray:
@@ -88,7 +82,7 @@ def texts(found: Hypotheses, sentence: int) -> list[list[int]]:
     ):
         assert (tokens[length:] == PAD).all()
         assert (tokens[:length] != PAD).all()
-        if score != IMPOSSIBLE:
+        if score != NEG_INF:
             hypotheses.append(tokens[:length].tolist())
     return hypotheses
 

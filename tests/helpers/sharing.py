@@ -40,7 +40,7 @@ def share_programs(patch: pytest.MonkeyPatch) -> None:
     drawn = _once(_drawn, _training_key)
     init_state = train_step.init_state
 
-    def draw(model: registry.Model, config: Any, mesh: jax.sharding.Mesh) -> train_step.TrainState:
+    def draw(model: registry.ModelDef, config: Any, mesh: jax.sharding.Mesh) -> train_step.TrainState:
         state, shardings = drawn(init_state, model, config, mesh)
         return jax.device_put(state, shardings)
 
@@ -68,7 +68,7 @@ def _drawn(init_state: Callable, *args: Any) -> tuple[Any, Any]:
     return jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def _key(model: registry.Model) -> Any:
+def _key(model: registry.ModelDef) -> Any:
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.to_pure_dict(model.abstract_params))
     return model._graphdef, str(shapes)
 

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import small_config
 from tests.models.test_families import KINDS, family_config
 from tests.training.test_train_step import V, draw_batch
-from transformer.attention.dot_product import float32_product
+from transformer.attention.dot_product import einsum_f32
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS
 from transformer.distributed import sharding
@@ -43,7 +43,7 @@ FEW = {"num_layers": 1, "dtype": "bfloat16"}
     ids=["plain", "blockwise", "recurrent", "additive", "convolutional"],
 )
 def test_a_bfloat16_training_step_multiplies_nothing_in_float32_and_sums_nothing_in_bfloat16(config):
-    mesh, model = make_mesh(config.mesh), registry.Model(config.model, V)
+    mesh, model = make_mesh(config.mesh), registry.ModelDef(config.model, V)
     where = sharding.batch_sharding(mesh)
     batch = jax.tree.map(lambda ids: jax.ShapeDtypeStruct(ids.shape, ids.dtype, sharding=where), draw_batch())
     state = train_step.abstract_state(model, config, mesh)
@@ -72,16 +72,16 @@ def gradients(multiply, *operands):
 def test_of_float32_it_is_the_einsum_to_the_last_bit(how):
     operands = operands_of(how, jnp.float32)
     wanted = gradients(lambda *both: jnp.einsum(how, *both), *operands)
-    jax.tree.map(np.testing.assert_array_equal, gradients(lambda *both: float32_product(how, *both), *operands), wanted)
+    jax.tree.map(np.testing.assert_array_equal, gradients(lambda *both: einsum_f32(how, *both), *operands), wanted)
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_of_bfloat16_its_value_is_float32_and_its_gradients_are_right_to_rounding(how):
     operands = operands_of(how, jnp.bfloat16)
-    value, grads = gradients(lambda *both: float32_product(how, *both), *operands)
+    value, grads = gradients(lambda *both: einsum_f32(how, *both), *operands)
     wide = [operand.astype(jnp.float32) for operand in operands]
     wanted, wanted_grads = gradients(lambda *both: jnp.einsum(how, *both), *wide)
-    assert float32_product(how, *operands).dtype == jnp.float32
+    assert einsum_f32(how, *operands).dtype == jnp.float32
     np.testing.assert_allclose(value, wanted, rtol=1e-5)  # sums of products that float32 holds exactly
     for grad, right in zip(grads, wanted_grads, strict=True):
         assert grad.dtype == jnp.bfloat16
@@ -114,12 +114,12 @@ def test_every_gradient_of_a_full_batch_is_that_of_float32(fields, packed):
     ids[:, :, [15, 31] if packed else [31]] = EOS
     fields = {"num_layers": 1, "dropout_rate": 0.0, **fields}
     config = (family_config(**fields) if "family" in fields else small_config(model=fields)).model
-    params, found = registry.Model(config, V).init(0), {}
+    params, found = registry.ModelDef(config, V).init(0), {}
     for dtype in ("float32", "bfloat16"):
-        model = registry.Model(dataclasses.replace(config, dtype=dtype), V)
+        model = registry.ModelDef(dataclasses.replace(config, dtype=dtype), V)
 
         def objective(params, batch, model=model):
-            return cross_entropy(model.bind(params)(*batch, None, packed), batch.target_BT, 0.1).objective
+            return cross_entropy(model.bind(params)(*batch, None, packed), batch.target_BT, 0.1).smoothed_nll
 
         found[dtype] = jax.device_get(jax.jit(jax.grad(objective))(params, Batch(*ids)))
     for (path, wide), narrow in zip(

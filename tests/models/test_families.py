@@ -16,12 +16,12 @@ from transformer.config.validation import resolve
 from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.decoding import decode as decoding
-from transformer.decoding.decode import Request
+from transformer.decoding.decode import DecodeInputs
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.models import flops
 from transformer.models.base import shift_right
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 from transformer.planning import hlo, hlo_cost
 from transformer.runtime.errors import UserError
 from transformer.training import train_step
@@ -55,7 +55,7 @@ def drawn(model):
 
 @functools.cache
 def module(kind, **fields):
-    model = Model(family_config(**KINDS[kind], **fields).model, V)
+    model = ModelDef(family_config(**KINDS[kind], **fields).model, V)
     return model.bind(drawn(model))
 
 
@@ -69,7 +69,7 @@ def compiled(kind, packed=False):
 def test_causality_by_gradient(kind):
     """The logits of a place depend on the tokens before it, and on no other."""
     model = module(kind)
-    table = model._table("target")
+    table = model._embedding("target")
 
     @jax.jit
     def gradients(noise_BTD):
@@ -117,8 +117,8 @@ def test_every_source_token_reaches_every_logit(kind):
 @every_kind
 def test_cached_decoding_equals_decoding_at_once(kind):
     model, want, inputs = module(kind), compiled(kind)(SOURCE, TARGET), shift_right(TARGET)
-    step_attending = jax.jit(model.step_attending)
-    memory, cache = model.start(SOURCE, 2, TARGET.shape[1])
+    decode_step = jax.jit(functools.partial(model.decode_step, return_attention=True))
+    source, cache = model.init_decode(SOURCE, 2, TARGET.shape[1])
     other = jnp.where(inputs == BOS, BOS, 20)
     swap = jnp.asarray([[1, 0], [1, 0]], jnp.int32)
     weights = jax.jit(model.cross_attention)(SOURCE, TARGET).mean(2)[:, -1]
@@ -126,7 +126,7 @@ def test_cached_decoding_equals_decoding_at_once(kind):
         # The hypothesis that follows the target goes from beam to beam, and its past with it.
         mine = t % 2
         both = jnp.stack([inputs[:, t], other[:, t]] if not mine else [other[:, t], inputs[:, t]], 1)
-        logits, cache, attended = step_attending(memory, cache, both, jnp.int32(t))
+        logits, cache, attended = decode_step(source, cache, both, jnp.int32(t))
         np.testing.assert_allclose(logits[:, mine], want[:, t], atol=2e-5)
         np.testing.assert_allclose(attended[:, mine], weights[:, t], atol=2e-5)
         cache = cache.reorder(swap)
@@ -163,13 +163,13 @@ def test_params_are_as_many_as_the_layers_say():
     layer = 3 * D * 2 * D + 2 * D
     convolutional = L * (2 * layer + 3 * D * D)
     for family, count in (("recurrent", recurrent), ("convolutional", convolutional)):
-        assert Model(family_config(family=family).model, V).num_params() == table + count
-    assert Model(family_config(**KINDS["additive"]).model, V).num_params() == table + recurrent + D
+        assert ModelDef(family_config(family=family).model, V).num_params() == table + count
+    assert ModelDef(family_config(**KINDS["additive"]).model, V).num_params() == table + recurrent + D
 
 
 @functools.cache
 def outputs(family, **fields):
-    model = Model(family_config(family=family, **fields).model, V)
+    model = ModelDef(family_config(family=family, **fields).model, V)
     run = jax.jit(lambda params, key: model.bind(params)(SOURCE, TARGET, key))
     return np.asarray(run(drawn(model), jax.random.key(0)), np.float32)
 
@@ -197,7 +197,7 @@ def test_recomputed_convolutions_are_the_same():
 
 def test_stacked_convolutions_are_the_same():
     """The same layers, as a list and as one program over stacked params."""
-    listed, stacked = (Model(family_config(family="convolutional", scan_layers=s).model, V) for s in (False, True))
+    listed, stacked = (ModelDef(family_config(family="convolutional", scan_layers=s).model, V) for s in (False, True))
     params = drawn(listed)
     together = {
         name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name][i] for i in range(2)))
@@ -251,7 +251,7 @@ def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
     found = []
     for mesh in ({"data": 1}, {"data": 2, "fsdp": 4}):
         config = dataclasses.replace(family_config(family=family), mesh=small_config(mesh=mesh).mesh)
-        grid, model = make_mesh(config.mesh), Model(config.model, V)
+        grid, model = make_mesh(config.mesh), ModelDef(config.model, V)
         state = train_step.init_state(model, config, grid)
         batch = sharding.shard_batch(grid, Batch(*rows))
         update = train_step.make_train_step(model, config, grid).lower(state, batch).compile()
@@ -268,7 +268,7 @@ def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
 def test_it_learns_to_copy_and_beam_search_finds_the_copy(family):
     """Five tokens in any order: what only a decoder that looks at the source can say."""
     config = family_config(family=family, emb_dim=32, dropout_rate=0.0)
-    model = Model(config.model, 16)
+    model = ModelDef(config.model, 16)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **FAST))
     grid = make_mesh(config.mesh)
     update, state = train_step.make_train_step(model, config, grid), train_step.init_state(model, config, grid)
@@ -283,6 +283,6 @@ def test_it_learns_to_copy_and_beam_search_finds_the_copy(family):
     source, params = batch(64), state.params
     decode = dataclasses.replace(config.decode, beam_size=3, max_extra_length=2, coverage_penalty=0.1)
     run = jax.jit(functools.partial(decoding.decode, (model,), decode, 1))
-    found = np.asarray(run((params,), Request(jnp.asarray(source))).tokens_BNT[:, 0, :6])
+    found = np.asarray(run((params,), DecodeInputs(jnp.asarray(source))).tokens_BNT[:, 0, :6])
     assert (found == source).all(1).mean() > 0.9
     assert PAD not in found[:, :5]

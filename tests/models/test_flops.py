@@ -14,7 +14,7 @@ from transformer.data.batching import Batch
 from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
 from transformer.models import registry
-from transformer.models.flops import Spent
+from transformer.models.flops import TrainingCost
 from transformer.training import train_step
 
 V = 40
@@ -40,7 +40,7 @@ def traced(rows, source, target, vocab_size, **sections):
     """The training step of a config, traced for one batch shape."""
     config = small_config(**sections)
     mesh = make_mesh(config.mesh)
-    model = registry.Model(config.model, vocab_size)
+    model = registry.ModelDef(config.model, vocab_size)
     batch = Batch(*(jax.ShapeDtypeStruct((rows, width), np.int32) for width in (source, target)))
     update = train_step.make_train_step(model, config, mesh)
     return config, update.trace(train_step.abstract_state(model, config, mesh), batch)
@@ -85,7 +85,7 @@ def test_the_closed_form_is_every_product_for_every_combination_of_sizes(family)
     for values in itertools.product(*SIZES[family].values()):
         sizes = dict(zip(SIZES[family], values, strict=True))
         config = small_config(model={**unread, "family": family, **sizes}).model
-        model = registry.Model(config, V)
+        model = registry.ModelDef(config, V)
         params = nnx.to_pure_dict(model.abstract_params)
         program = jax.make_jaxpr(lambda params, *ids, model=model: model.bind(params)(*ids))(params, *ids)
         assert cost.forward_flops(config, V, 4, 6, 9) == dot_flops(program.jaxpr), sizes
@@ -100,7 +100,7 @@ def test_parts_one_after_the_other_cost_as_much_as_at_once(parts):
 
 def test_the_forward_pass_is_a_third():
     config = small_config()
-    model = registry.Model(config.model, V)
+    model = registry.ModelDef(config.model, V)
     ids = [jax.ShapeDtypeStruct((8, width), np.int32) for width in (6, 7)]
     forward = jax.make_jaxpr(lambda params, *ids: model.bind(params)(*ids))(model.init(0), *ids)
     assert cost.forward_flops(config.model, V, 8, 6, 7) == dot_flops(forward.jaxpr)
@@ -128,18 +128,18 @@ def test_the_paper_s_base_model_makes_fair_use_of_the_paper_s_hardware():
 
 
 def test_what_was_spent_survives_a_checkpoint():
-    spent = Spent(flops=1.5e18, tokens=28_800_000, source_tokens=2e7, seconds=2556.0)
-    assert Spent.of(spent.metrics()) == spent
-    assert Spent.of({"valid/bleu": 30.0}) is None
+    spent = TrainingCost(flops=1.5e18, tokens=28_800_000, source_tokens=2e7, seconds=2556.0)
+    assert TrainingCost.from_metrics(spent.metrics()) == spent
+    assert TrainingCost.from_metrics({"valid/bleu": 30.0}) is None
     assert spent.metrics()["train/hours"] == 0.71
 
 
 @pytest.mark.parametrize(
     ("spent", "text"),
     [
-        (Spent(1.24e15, 28_800_000, 0, 2556), "28.8 M target tokens, 1.2e+15 FLOPs, 0.71 hours"),
-        (Spent(3.3e18, 5_230_000_000, 0, 43_200), "5.2 G target tokens, 3.3e+18 FLOPs, 12.00 hours"),
-        (Spent(2e6, 999, 0, 1), "999 target tokens, 2.0e+06 FLOPs, 0.00 hours"),
+        (TrainingCost(1.24e15, 28_800_000, 0, 2556), "28.8 M target tokens, 1.2e+15 FLOPs, 0.71 hours"),
+        (TrainingCost(3.3e18, 5_230_000_000, 0, 43_200), "5.2 G target tokens, 3.3e+18 FLOPs, 12.00 hours"),
+        (TrainingCost(2e6, 999, 0, 1), "999 target tokens, 2.0e+06 FLOPs, 0.00 hours"),
     ],
 )
 def test_it_is_shown_in_few_digits(spent, text):

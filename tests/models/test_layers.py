@@ -8,7 +8,7 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from transformer.attention import dropout
-from transformer.attention.mask import Visible
+from transformer.attention.mask import AttentionMask
 from transformer.models import layers
 
 
@@ -49,7 +49,7 @@ def test_layer_norm_of_bfloat16_has_float32_statistics_and_gradients():
 
 
 def test_sinusoids_are_those_of_the_paper():
-    table = layers.sinusoids(50, 16)
+    table = layers.sinusoidal_position_encoding(50, 16)
     for position, pair in [(0, 0), (1, 0), (7, 3), (49, 7)]:
         angle = position / 10000 ** (2 * pair / 16)
         np.testing.assert_allclose(table[position, 2 * pair : 2 * pair + 2], [np.sin(angle), np.cos(angle)], atol=1e-6)
@@ -80,14 +80,14 @@ def test_feed_forward_is_equation_2():
 def test_key_and_value_widths_are_free_of_the_model_width(qkv_dim, value_dim):
     block = layers.MultiHeadAttention(8, 2, qkv_dim, value_dim, 0.0, "plain", nnx.Rngs(params=0))
     x = jax.random.normal(jax.random.key(4), (2, 3, 8))
-    assert block(x, x, Visible()).shape == (2, 3, 8)
+    assert block(x, x, AttentionMask()).shape == (2, 3, 8)
     assert block.query[...].shape == block.key[...].shape == (8, 2, qkv_dim // 2)
     assert block.value[...].shape == (8, 2, value_dim // 2)
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_residual_puts_norm_and_dropout_where_the_paper_does(norm):
-    block = layers.Residual(8, norm, 0.5, nnx.Rngs(params=0))
+    block = layers.ResidualBlock(8, norm, 0.5, nnx.Rngs(params=0))
     x = jax.random.normal(jax.random.key(5), (1, 2, 8))
     key = jax.random.key(6)
 

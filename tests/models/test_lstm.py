@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import slow
 from transformer.models import lstm
-from transformer.models.lstm import LstmState, Weights
+from transformer.models.lstm import LstmState, LstmWeights
 
 B, T, D, H = 2, 5, 3, 4
 KEEP = jnp.asarray([[0, 1, 1, 0, 1], [1, 1, 0, 0, 1]], bool)
@@ -17,7 +17,7 @@ def made():
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = ((B, T, D), (D, 4 * H), (H, 4 * H), (4 * H,))
     x, *weights = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-    return x, Weights(*weights)
+    return x, LstmWeights(*weights)
 
 
 def plain(x_BTD, weights, keep_BT=None, reverse=False):
@@ -54,7 +54,7 @@ def test_steps_one_by_one_are_the_same():
     state = LstmState(jnp.zeros((B, H)), jnp.zeros((B, H)))
     for t in range(T):
         gates = x_BTD[:, t] @ weights.input_DG + state.h @ weights.state_HG + weights.bias_G[None]
-        state, _ = lstm.cell(gates, state)
+        state, _ = lstm.lstm_cell(gates, state)
     np.testing.assert_allclose(state.h, lstm.lstm(x_BTD, weights)[:, -1], rtol=1e-5, atol=1e-6)
 
 
@@ -83,4 +83,4 @@ def test_bfloat16_keeps_its_memory_in_float32():
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), lstm.lstm(*made()), atol=0.05)
     state = LstmState(got[:, 0], jnp.zeros((B, H)))
-    assert lstm.cell(x_BTD[:, 0] @ weights.input_DG, state)[0].c.dtype == jnp.float32
+    assert lstm.lstm_cell(x_BTD[:, 0] @ weights.input_DG, state)[0].c.dtype == jnp.float32

@@ -11,11 +11,11 @@ NUMBERS = jnp.asarray([[1, 1, 1, 2, 2, 3, 0], [1] * 7, [0] * 7], jnp.int32)
 
 
 def test_sentences_are_numbered_and_padding_is_none():
-    np.testing.assert_array_equal(base.segments(ROWS), NUMBERS)
+    np.testing.assert_array_equal(base.segment_ids(ROWS), NUMBERS)
 
 
 def test_positions_start_anew_with_each_sentence():
-    np.testing.assert_array_equal(base.positions(NUMBERS), [[0, 1, 2, 0, 1, 0, 0], list(range(7)), list(range(7))])
+    np.testing.assert_array_equal(base.position_ids(NUMBERS), [[0, 1, 2, 0, 1, 0, 0], list(range(7)), list(range(7))])
 
 
 def test_the_decoder_is_fed_bos_and_all_but_the_end_of_each_sentence():

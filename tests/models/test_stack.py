@@ -10,14 +10,14 @@ from flax import nnx
 
 from tests.conftest import slow, small_config
 from tests.models.test_transformer import SOURCE, TARGET, V
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 from transformer.runtime.errors import UserError
 
 LAYERS = 3
 
 
 def model_of(**fields):
-    return Model(small_config(model={"num_layers": LAYERS, **fields}).model, V)
+    return ModelDef(small_config(model={"num_layers": LAYERS, **fields}).model, V)
 
 
 def loss_of(model, key=None):
@@ -86,8 +86,8 @@ def test_scanned_layers_decode_the_same():
         logits = []
         for model, held in ((plain, params), (scanned, stack(params))):
             module = model.bind(held)
-            memory, cache = module.start(SOURCE, 1, 4)
-            logits.append(module.step(memory, cache, jnp.full((2, 1), inputs, jnp.int32), jnp.int32(t))[0])
+            source, cache = module.init_decode(SOURCE, 1, 4)
+            logits.append(module.decode_step(source, cache, jnp.full((2, 1), inputs, jnp.int32), jnp.int32(t))[0])
         np.testing.assert_allclose(*logits, atol=1e-6)
 
 
@@ -117,7 +117,7 @@ def test_decay_spares_stacked_vectors():
     config = small_config(
         model={"num_layers": LAYERS, "scan_layers": True}, optimizer={"name": "adamw", "weight_decay": 0.5}
     )
-    params = jax.tree.map(jnp.ones_like, Model(config.model, V).init(0))
+    params = jax.tree.map(jnp.ones_like, ModelDef(config.model, V).init(0))
     optimizer = make_optimizer(config)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)

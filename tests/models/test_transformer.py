@@ -15,7 +15,7 @@ from transformer.config.validation import resolve
 from transformer.data.batching import PAD_EXAMPLE, JaggedArray
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.models.base import shift_right
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 from transformer.models.transformer import Transformer
 
 V = 50
@@ -30,7 +30,7 @@ def make(**fields) -> Transformer:
 
 @functools.cache
 def paper_params(**fields) -> float:
-    return Model(ModelConfig(**fields), 40_900).num_params() / 1e6
+    return ModelDef(ModelConfig(**fields), 40_900).num_params() / 1e6
 
 
 def test_base_has_the_paper_s_65_million_params():
@@ -46,7 +46,7 @@ def test_narrow_keys_have_the_paper_s_58_million_params():
     """Table 3, row B, key width 16: the values keep theirs."""
     config = default_config()
     config.model.qkv_dim = 8 * 16
-    assert abs(Model(resolve(config).model, 40_900).num_params() / 58e6 - 1) < 0.01
+    assert abs(ModelDef(resolve(config).model, 40_900).num_params() / 58e6 - 1) < 0.01
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
@@ -102,18 +102,18 @@ def test_cached_decoding_equals_decoding_at_once(norm, positions, value_dim):
     beams = 2
     inputs = shift_right(TARGET)
     want = model(SOURCE, TARGET)
-    memory, cache = model.start(SOURCE, beams, TARGET.shape[1])
+    source, cache = model.init_decode(SOURCE, beams, TARGET.shape[1])
     # Beam 0 follows the target; beam 1 goes elsewhere and must not disturb it.
     other = jnp.where(inputs == BOS, BOS, 20)
     for t in range(TARGET.shape[1]):
         both = jnp.stack([inputs[:, t], other[:, t]], 1)
-        logits, cache = model.step(memory, cache, both, jnp.int32(t))
+        logits, cache, _ = model.decode_step(source, cache, both, jnp.int32(t))
         np.testing.assert_allclose(logits[:, 0], want[:, t], atol=2e-5)
 
 
 def test_shared_embeddings_are_one_matrix_and_separate_ones_three():
     shared, separate = (
-        Model(dataclasses.replace(small_config().model, share_embeddings=share), V).num_params()
+        ModelDef(dataclasses.replace(small_config().model, share_embeddings=share), V).num_params()
         for share in (True, False)
     )
     assert separate - shared == 2 * V * 16
@@ -224,7 +224,7 @@ def test_weights_of_the_source_are_those_that_the_decoder_uses(norm):
     for number, layer in enumerate(model.decoder):
         cross, given_BHTS = layer.cross, weights_BLHTS[:, number]
 
-        def given(y, encoded, visible, key=None, cross=cross, given_BHTS=given_BHTS):
+        def given(y, encoded, mask, key=None, cross=cross, given_BHTS=given_BHTS):
             values_BSHK = cross.keys_values(encoded)[1]
             return cross.project(jnp.einsum("bhts,bshk->bthk", given_BHTS, values_BSHK))
 

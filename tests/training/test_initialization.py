@@ -37,7 +37,7 @@ def config_of(saved, model=None, **train):
 
 
 def first_state(config):
-    model, mesh = registry.Model(config.model, config.data.vocab_size), make_mesh(config.mesh)
+    model, mesh = registry.ModelDef(config.model, config.data.vocab_size), make_mesh(config.mesh)
     return initialization.initial_state(initialization.resolve_warm_start(config), model, config, mesh)
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from tensorboardX.proto import event_pb2
 
 from tests.conftest import ROOT
-from transformer.models.flops import Spent
+from transformer.models.flops import TrainingCost
 from transformer.models.loss import LossSums
 from transformer.runtime.errors import DivergedError, UserError
 from transformer.training.metrics import MetricsAccumulator, MetricWriter, peak_memory_mb
@@ -76,7 +76,7 @@ def test_a_skipped_update_is_said_and_counted(capsys):
 
 def test_what_was_spent_goes_on_from_the_sittings_before():
     clock = Clock()
-    meter = MetricsAccumulator(Spent(flops=1e18, tokens=1000, source_tokens=2000, seconds=3600), clock)
+    meter = MetricsAccumulator(TrainingCost(flops=1e18, tokens=1000, source_tokens=2000, seconds=3600), clock)
     meter.add(metrics(tokens=5), 1, slots=8, flops=3e18)
     clock.now += 30
     meter.reset()
@@ -84,7 +84,7 @@ def test_what_was_spent_goes_on_from_the_sittings_before():
         clock.now += 1000
     meter.add(metrics(tokens=7), 2, slots=8, flops=3e18)
     clock.now += 60
-    assert meter.cost() == Spent(flops=7e18, tokens=1012, source_tokens=2012, seconds=3690)
+    assert meter.cost() == TrainingCost(flops=7e18, tokens=1012, source_tokens=2012, seconds=3690)
     assert MetricsAccumulator().cost().seconds < 1
 
 

@@ -41,7 +41,7 @@ def draw_batch(rows=8, source=6, target=7, seed=0) -> Batch:
 def setup(data: int = 1, **model):
     config = small_config(model={"num_layers": 1, "dropout_rate": 0.0, **model}, mesh={"data": data})
     mesh = make_mesh(config.mesh)
-    built = registry.Model(config.model, V)
+    built = registry.ModelDef(config.model, V)
     return config, mesh, built, train_step.make_train_step(built, config, mesh)
 
 
@@ -96,7 +96,7 @@ def test_uneven_rows_are_one_batch():
     def objective(params, batch):
         logits = built.bind(params)(batch.source_BS, batch.target_BT)
         sums = train_step.cross_entropy(logits, batch.target_BT, config.optimizer.label_smoothing)
-        return sums.objective, sums.tokens
+        return sums.smoothed_nll, sums.tokens
 
     @jax.jit
     def grad(batch):
@@ -136,7 +136,7 @@ def test_parts_drop_different_units():
 
     def objective(params, batch, key):
         sums = train_step.cross_entropy(built.bind(params)(batch.source_BS, batch.target_BT, key), batch.target_BT, 0.0)
-        return sums.objective, sums
+        return sums.smoothed_nll, sums
 
     sums = jax.jit(
         lambda b, parts: train_step.accumulate_gradients(objective, built.init(0), b, jax.random.key(3), parts)[1],
@@ -144,7 +144,7 @@ def test_parts_drop_different_units():
     )
     keys = jax.random.split(jax.random.key(3), 2)
     alone = [jax.jit(objective)(built.init(0), batch, key)[0] for key in keys]
-    np.testing.assert_allclose(sums(twice, 2).objective, sum(alone), rtol=1e-5)
+    np.testing.assert_allclose(sums(twice, 2).smoothed_nll, sum(alone), rtol=1e-5)
     assert abs(float(alone[0] - alone[1])) > 1e-3
 
 
@@ -281,7 +281,7 @@ def test_evaluation_has_neither_dropout_nor_smoothing():
     batch = sharding.shard_batch(mesh, draw_batch())
     params = train_step.init_state(built, config, mesh).params
     sums = evaluator.make_eval_step(built, mesh)(params, batch)
-    assert sums.objective == sums.nll
+    assert sums.smoothed_nll == sums.nll
     again = evaluator.make_eval_step(built, mesh)(params, batch)
     assert sums.nll == again.nll
 

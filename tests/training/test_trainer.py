@@ -19,7 +19,7 @@ from transformer.checkpoints import loading
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.data.batching import Batch
 from transformer.evaluation.evaluator import CrossEntropy, Evaluator
-from transformer.models.flops import Spent
+from transformer.models.flops import TrainingCost
 from transformer.models.loss import LossSums
 from transformer.runtime import environment, signals
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
@@ -47,7 +47,7 @@ def make_updates(losses, monkeypatch):
     batches = (Batch(i, np.zeros((2, 3), np.int32)) for i in range(10))
     state = TrainState(jax.device_put(np.int32(0)), {}, ())
     updates = trainer.StepPipeline(
-        fake, state, batches, lambda batch: batch, lambda placed: 10 * placed.source_BS, Spent()
+        fake, state, batches, lambda batch: batch, lambda placed: 10 * placed.source_BS, TrainingCost()
     )
     add = updates.meter.add
     monkeypatch.setattr(updates.meter, "add", lambda m, s, **n: (fake.events.append(f"read {s}"), add(m, s, **n)))
@@ -63,7 +63,7 @@ def test_metrics_are_read_while_the_next_update_runs(monkeypatch):
     updates.flush()
     assert fake.events[5:] == ["read 3"]
     assert (updates.meter.updates, updates.meter.slots) == (3, 18)
-    assert updates.meter.cost()._replace(seconds=0) == Spent(flops=30, tokens=12, source_tokens=6)
+    assert updates.meter.cost()._replace(seconds=0) == TrainingCost(flops=30, tokens=12, source_tokens=6)
 
 
 def test_a_loss_that_is_no_number_stops_at_its_update(monkeypatch):
@@ -252,14 +252,14 @@ def test_what_a_run_has_cost_is_counted_over_all_its_sittings(data, whole, tmp_p
     batches = list(
         input_pipeline.train_iterator(input_pipeline.make_batch_schedule(config, ids), ids, start=0, num_steps=12)
     )
-    spent = Spent.of(CheckpointManager(whole).metrics(12))
+    spent = TrainingCost.from_metrics(CheckpointManager(whole).metrics(12))
     assert spent.tokens == sum(np.count_nonzero(batch.target_BT) for batch in batches)
     assert spent.source_tokens == sum(np.count_nonzero(batch.source_BS) for batch in batches)
     assert spent.flops == sum(flops.batch_flops(config.model, vocabulary.vocab_size, batch) for batch in batches)
     fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
-    before = Spent.of(CheckpointManager(tmp_path / "run").metrics(9))
+    before = TrainingCost.from_metrics(CheckpointManager(tmp_path / "run").metrics(9))
     fit(config, tmp_path / "run")
-    after = Spent.of(CheckpointManager(tmp_path / "run").metrics(12))
+    after = TrainingCost.from_metrics(CheckpointManager(tmp_path / "run").metrics(12))
     assert after._replace(seconds=0) == spent._replace(seconds=0)
     assert after.seconds > before.seconds > 0
     assert [line["train/flops"] for line in lines_of(tmp_path / "run")][-1] == spent.flops

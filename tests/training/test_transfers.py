@@ -24,7 +24,7 @@ from transformer.distributed import multihost, sharding
 from transformer.distributed.mesh import make_mesh, warm_up_collectives
 from transformer.export import verify
 from transformer.models import registry
-from transformer.models.flops import Spent
+from transformer.models.flops import TrainingCost
 from transformer.training import train_step, trainer
 
 READS = {
@@ -95,10 +95,10 @@ def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, em
         train={"ema_decay": ema, "accumulation_steps": parts},
     )
     mesh = make_mesh(config.mesh)
-    model = registry.Model(config.model, V)
+    model = registry.ModelDef(config.model, V)
     update, state = train_step.make_train_step(model, config, mesh), train_step.init_state(model, config, mesh)
     place = functools.partial(sharding.shard_batch, mesh, parts=parts)
-    updates = trainer.StepPipeline(update, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, Spent())
+    updates = trainer.StepPipeline(update, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, TrainingCost())
     for _ in range(3):
         updates.dispatch()
     updates.flush()

@@ -1,11 +1,11 @@
-"""Attention by blocks: the numbers of the plain path, in memory that grows with the length and not its square.
+"""Blockwise (flash) attention: the result of the reference implementation, in memory linear in the length.
 
-Keys pass by in blocks while each query keeps a running maximum, sum and weighted value (Milakov and
-Gimelshein 2018; Rabe and Staats 2021). The gradient computes the weights of each block anew (Dao et al.
-2022, algorithm 4). Blocks that a causal mask hides whole are not computed.
+The forward pass keeps an online softmax while blocks of keys pass (Milakov and Gimelshein 2018; Rabe and Staats 2021);
+the backward pass recomputes the weights of each block. Both follow FlashAttention-2 (Dao 2023): comments name the
+lines of its Algorithms 1 (forward) and 2 (backward). Blocks that a causal mask hides whole are skipped.
 
-B batch, T query length, S key length, H heads, K width per head; q and s in a name are a block's
-queries and keys, n and m how many blocks there are of them. Sums are float32.
+B batch, T query length, S key length, H heads, K width per head; q and s in a name are the queries and keys of one
+block, n and m the numbers of query and key blocks. i is the index of a query block, j of a key block. Sums are float32.
 """
 
 import dataclasses
@@ -16,273 +16,285 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from transformer.attention.dropout import Words, drop, head_words, kept_weights
-from transformer.attention.mask import LOWEST, Visible
+from transformer.attention.dropout import Seeds, apply_keep_mask, attention_keep_mask, head_seeds
+from transformer.attention.mask import MASK_VALUE, AttentionMask
 
 BLOCK = 128  # queries and keys of a block; larger ones are slower on a CPU (docs/log.md)
 
 
-class Drop(NamedTuple):
-    """Dropout of attention weights; see `kept_weights`."""
+class BlockwiseConfig(NamedTuple):
+    """Static settings; `ring_size` devices hold `keys_per_device` keys each where the length is sharded."""
 
-    rate: float
-    words: Words | None
-
-
-class Way(NamedTuple):
-    """How to attend: rate of dropout, queries and keys of a block, devices of a ring and keys of each."""
-
-    rate: float
-    sizes: tuple[int, int]
-    ring: tuple[int, int] = (1, 0)
+    dropout_rate: float
+    block_q: int
+    block_kv: int
+    ring_size: int = 1
+    keys_per_device: int = 0
 
 
-class Running(NamedTuple):
-    """What queries, by blocks, have gathered from the keys that have passed: weighted values, sums, maxima."""
+class OnlineSoftmaxState(NamedTuple):
+    """Unnormalized output, denominator and running maximum of each query: O, ℓ and m of Algorithm 1."""
 
-    sum_nBHqK: Array
-    total_nBHq: Array
-    highest_nBHq: Array
+    acc_nBHqK: Array
+    denominator_nBHq: Array
+    max_nBHq: Array
 
 
-class Looked(NamedTuple):
-    """Queries that have looked at all keys, as their gradient needs them: in `mean_BHT` that of their weights."""
+class Residuals(NamedTuple):
+    """Saved for the backward pass: inputs, output, and the log of each query's denominator (L of Algorithm 1)."""
 
     q_BHTK: Array
-    grad_BHTK: Array
-    mean_BHT: Array
-    log_total_BHT: Array
+    k_BHSK: Array
+    v_BHSK: Array
+    mask: AttentionMask
+    seeds: Seeds | None
+    out_BHTK: Array
+    logsumexp_BHT: Array
+
+
+class OutputGradient(NamedTuple):
+    """The gradient of the output, and of each query `delta` (D of Algorithm 2) and the log-sum-exp."""
+
+    dout_BHTK: Array
+    delta_BHT: Array
+    logsumexp_BHT: Array
 
 
 class Gradients(NamedTuple):
-    """Of queries, and by blocks of keys and values, as far as blocks have met; float32."""
+    """Gradients of queries and, by block, of keys and values, accumulated in float32."""
 
-    q_BHTK: Array
-    k_mBHsK: Array
-    v_mBHsK: Array
+    dq_BHTK: Array
+    dk_mBHsK: Array
+    dv_mBHsK: Array
 
 
 def blockwise_attention(
     q_BTHK: Array,
     k_BSHK: Array,
     v_BSHK: Array,
-    visible: Visible,
+    mask: AttentionMask,
     dropout_rate: float = 0.0,
     key: Array | None = None,
     block: int = BLOCK,
 ) -> Array:
-    """As `attention.dot_product_attention` under `visible`, to 1e-5, with the same dropout.
+    """Equals `dot_product.dot_product_attention` under `mask` to 1e-5, with the same dropout.
 
     Returns:
       [B, T, H, K] in the dtype of `v_BSHK`.
     """
-    *arrays, visible, sizes = in_blocks(q_BTHK, k_BSHK, v_BSHK, visible, block)
-    words = head_words(key, dropout_rate, q_BTHK.shape[0], q_BTHK.shape[2])
-    out_BHTK = _attend(*arrays, visible, words, Way(dropout_rate, sizes))
+    q_BHTK, k_BHSK, v_BHSK, mask, block_q, block_kv = to_blocks(q_BTHK, k_BSHK, v_BSHK, mask, block)
+    seeds = head_seeds(key, dropout_rate, q_BTHK.shape[0], q_BTHK.shape[2])
+    config = BlockwiseConfig(dropout_rate, block_q, block_kv)
+    out_BHTK = _attention(q_BHTK, k_BHSK, v_BHSK, mask, seeds, config)
     return jnp.swapaxes(out_BHTK, 1, 2)[:, : q_BTHK.shape[1]]
 
 
-def in_blocks(
-    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible: Visible, block: int
-) -> tuple[Array, Array, Array, Visible, tuple[int, int]]:
-    """Heads before lengths, lengths filled up to whole blocks, and the sizes of a block of queries and of keys."""
-    queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
-    size_q, size_s = min(block, queries), min(block, keys)
-    if keys % size_s and visible.keys_BS is None:
-        visible = dataclasses.replace(visible, keys_BS=jnp.ones(k_BSHK.shape[:2], jnp.int32))
-    visible = dataclasses.replace(
-        visible,
-        queries_BT=None if visible.queries_BT is None else _fill(visible.queries_BT, 1, size_q),
-        keys_BS=None if visible.keys_BS is None else _fill(visible.keys_BS, 1, size_s),
+def to_blocks(
+    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, mask: AttentionMask, block: int
+) -> tuple[Array, Array, Array, AttentionMask, int, int]:
+    """Puts heads before lengths and pads lengths to whole blocks; also returns block_q and block_kv."""
+    num_queries, num_keys = q_BTHK.shape[1], k_BSHK.shape[1]
+    block_q, block_kv = min(block, num_queries), min(block, num_keys)
+    q_ids_BT, kv_ids_BS = mask.q_segment_ids_BT, mask.kv_segment_ids_BS
+    if num_keys % block_kv and kv_ids_BS is None:
+        kv_ids_BS = jnp.ones(k_BSHK.shape[:2], jnp.int32)  # so that padded keys, of segment 0, are masked
+    mask = dataclasses.replace(
+        mask,
+        q_segment_ids_BT=None if q_ids_BT is None else _pad_to_multiple(q_ids_BT, 1, block_q),
+        kv_segment_ids_BS=None if kv_ids_BS is None else _pad_to_multiple(kv_ids_BS, 1, block_kv),
     )
     q_BHTK, k_BHSK, v_BHSK = (
-        _fill(jnp.swapaxes(array, 1, 2), 2, size)
-        for array, size in ((q_BTHK, size_q), (k_BSHK, size_s), (v_BSHK, size_s))
+        _pad_to_multiple(jnp.swapaxes(array, 1, 2), 2, size)
+        for array, size in ((q_BTHK, block_q), (k_BSHK, block_kv), (v_BSHK, block_kv))
     )
-    return q_BHTK, k_BHSK, v_BHSK, visible, (size_q, size_s)
+    return q_BHTK, k_BHSK, v_BHSK, mask, block_q, block_kv
 
 
-def _fill(array: Array, axis: int, block: int) -> Array:
-    """Zeros at the end, up to whole blocks; as segments they are padding."""
-    missing = -array.shape[axis] % block
-    return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)]) if missing else array
+def _pad_to_multiple(array: Array, axis: int, block: int) -> Array:
+    """Zeros at the end; as segment ids they are padding."""
+    padding = -array.shape[axis] % block
+    return jnp.pad(array, [(0, padding if i == axis else 0) for i in range(array.ndim)]) if padding else array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible: Visible, words: Words | None, way: Way) -> Array:
-    return _forward(q_BHTK, k_BHSK, v_BHSK, visible, words, way)[0]
+def _attention(
+    q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, mask: AttentionMask, seeds: Seeds | None, config: BlockwiseConfig
+) -> Array:
+    return _forward(q_BHTK, k_BHSK, v_BHSK, mask, seeds, config)[0]
 
 
 def _forward(
-    q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible: Visible, words: Words | None, way: Way
-) -> tuple[Array, tuple]:
-    """Output, and what the gradient needs: the inputs, the output and the log of each query's sum."""
-    meeting = Meeting(q_BHTK, k_BHSK, v_BHSK, visible, Drop(way.rate, words), way.sizes)
-    out_BHTK, log_total_BHT = settle(look(meeting, nothing_seen(meeting)), v_BHSK.dtype)
-    return out_BHTK, (q_BHTK, k_BHSK, v_BHSK, visible, words, out_BHTK, log_total_BHT)
+    q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, mask: AttentionMask, seeds: Seeds | None, config: BlockwiseConfig
+) -> tuple[Array, Residuals]:
+    inputs = BlockInputs(q_BHTK, k_BHSK, v_BHSK, mask, seeds, config)
+    out_BHTK, logsumexp_BHT = finalize(forward_blocks(inputs, init_state(inputs)), v_BHSK.dtype)
+    return out_BHTK, Residuals(q_BHTK, k_BHSK, v_BHSK, mask, seeds, out_BHTK, logsumexp_BHT)
 
 
-def _backward(way: Way, saved: tuple, grad_BHTK: Array) -> tuple:
-    meeting, looked = reopened(way, saved, grad_BHTK)
-    gradients = look_back(meeting, looked, no_gradients(meeting))
-    return *in_rows(gradients, *saved[:3]), None, None
+def _backward(config: BlockwiseConfig, saved: Residuals, dout_BHTK: Array) -> tuple:
+    inputs, output_gradient = unpack_residuals(config, saved, dout_BHTK)
+    return *merge_gradients(backward_blocks(inputs, output_gradient, init_gradients(inputs)), inputs), None, None
 
 
-_attend.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
-class Meeting(NamedTuple):
-    """Queries that meet keys, block by block: i is one of queries, j one of keys."""
+class BlockInputs(NamedTuple):
+    """The arrays of one attention, read block by block."""
 
     q_BHTK: Array
     k_BHSK: Array
     v_BHSK: Array
-    visible: Visible
-    drop: Drop
-    sizes: tuple[int, int]
+    mask: AttentionMask
+    seeds: Seeds | None
+    config: BlockwiseConfig
 
     def logits(self, i: Array, j: Array) -> tuple[Array, Array]:
-        """Scaled float32 logits, LOWEST where hidden, and the mask."""
-        size_q, size_s = self.sizes
-        q_BHqK, k_BHsK = _block(self.q_BHTK, i, size_q), _block(self.k_BHSK, j, size_s)
-        mask = self.visible.mask(size_q, size_s, i * size_q, j * size_s)
-        logits_BHqs = _product("bhqk,bhsk->bhqs", q_BHqK, k_BHsK) * q_BHqK.shape[-1] ** -0.5
-        return jnp.where(mask, logits_BHqs, LOWEST), mask
+        """Scaled float32 logits of a block, MASK_VALUE where masked, and the boolean mask."""
+        block_q, block_kv = self.config.block_q, self.config.block_kv
+        q_BHqK, k_BHsK = _slice_block(self.q_BHTK, i, block_q), _slice_block(self.k_BHSK, j, block_kv)
+        mask = self.mask.materialize(block_q, block_kv, i * block_q, j * block_kv)
+        logits_BHqs = _einsum("bhqk,bhsk->bhqs", q_BHqK, k_BHsK) * q_BHqK.shape[-1] ** -0.5
+        return jnp.where(mask, logits_BHqs, MASK_VALUE), mask
 
-    def dropped(self, weights_BHqs: Array, i: Array, j: Array) -> Array:
-        """Weights after dropout, or their gradient before it: both are scaled by the same bits."""
-        (rate, words), (size_q, size_s) = self.drop, self.sizes
-        if words is None:
+    def apply_dropout(self, weights_BHqs: Array, i: Array, j: Array) -> Array:
+        """Drops weights of a block, or back-propagates their gradient through the same dropout."""
+        rate, block_q, block_kv, *_ = self.config
+        if self.seeds is None:
             return weights_BHqs
-        query, key = self.visible.query_place(i * size_q), self.visible.key_place(j * size_s)
-        return drop(weights_BHqs, kept_weights(words, rate, query, size_q, key, size_s), rate)
+        q_position, kv_position = self.mask.q_position(i * block_q), self.mask.kv_position(j * block_kv)
+        keep_BHqs = attention_keep_mask(self.seeds, rate, q_position, block_q, kv_position, block_kv)
+        return apply_keep_mask(weights_BHqs, keep_BHqs, rate)
 
-    def last_keys(self, i: Array) -> Any:
-        """Blocks of keys up to the last that these queries see."""
-        size_q, size_s = self.sizes
-        blocks = self.k_BHSK.shape[2] // size_s
-        if not self.visible.causal:
-            return blocks
-        ahead = self.visible.query_place((i + 1) * size_q - 1) - self.visible.key_place(0)
-        return jnp.clip(ahead // size_s + 1, 0, blocks)
+    def num_kv_blocks(self, i: Array) -> Any:
+        """How many key blocks, from the first, these queries attend to: with blocks of 4, queries 4…7 to 2."""
+        block_q, block_kv = self.config.block_q, self.config.block_kv
+        total = self.k_BHSK.shape[2] // block_kv
+        if not self.mask.causal:
+            return total
+        last_position = self.mask.q_position((i + 1) * block_q - 1) - self.mask.kv_position(0)
+        return jnp.clip(last_position // block_kv + 1, 0, total)
 
-    def first_queries(self, j: Array) -> Any:
-        """The first block of queries that sees these keys."""
-        size_q, size_s = self.sizes
-        if not self.visible.causal:
+    def first_q_block(self, j: Array) -> Any:
+        """The first query block that attends to these keys: with blocks of 4, block 1 to keys 4…7."""
+        block_q, block_kv = self.config.block_q, self.config.block_kv
+        if not self.mask.causal:
             return 0
-        ahead = self.visible.key_place(j * size_s) - self.visible.query_place(0)
-        return jnp.clip(ahead // size_q, 0, self.q_BHTK.shape[2] // size_q)
+        first_position = self.mask.kv_position(j * block_kv) - self.mask.q_position(0)
+        return jnp.clip(first_position // block_q, 0, self.q_BHTK.shape[2] // block_q)
 
 
-def nothing_seen(meeting: Meeting) -> Running:
-    """Before the first keys."""
-    B, H, T, _ = meeting.q_BHTK.shape
-    size_q, width = meeting.sizes[0], meeting.v_BHSK.shape[-1]
-    shape = (T // size_q, B, H, size_q)
-    return Running(jnp.zeros((*shape, width), jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, LOWEST))
+def init_state(inputs: BlockInputs) -> OnlineSoftmaxState:
+    """The state before the first block of keys (Algorithm 1, line 5)."""
+    B, H, T, _ = inputs.q_BHTK.shape
+    block_q, width = inputs.config.block_q, inputs.v_BHSK.shape[-1]
+    shape = (T // block_q, B, H, block_q)
+    return OnlineSoftmaxState(
+        jnp.zeros((*shape, width), jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, MASK_VALUE)
+    )
 
 
-def look(meeting: Meeting, running: Running) -> Running:
-    """Lets all blocks of keys pass all blocks of queries."""
-    v_BHSK, size_s = meeting.v_BHSK, meeting.sizes[1]
+def forward_blocks(inputs: BlockInputs, state: OnlineSoftmaxState) -> OnlineSoftmaxState:
+    """Updates the state of all queries by all blocks of keys (Algorithm 1, lines 3 to 11)."""
+    v_BHSK, block_kv = inputs.v_BHSK, inputs.config.block_kv
 
-    def add_keys(i: Array, j: Array, running: Running) -> Running:
-        sum_BHqK, total_BHq, highest_BHq = running
-        logits_BHqs, _ = meeting.logits(i, j)
-        higher_BHq = jnp.maximum(highest_BHq, logits_BHqs.max(-1))
-        shrink_BHq = jnp.exp(highest_BHq - higher_BHq)
-        weights_BHqs = jnp.exp(logits_BHqs - higher_BHq[..., None])
-        total_BHq = total_BHq * shrink_BHq + weights_BHqs.sum(-1)
-        kept_BHqs = meeting.dropped(weights_BHqs, i, j).astype(v_BHSK.dtype)
-        sum_BHqK = sum_BHqK * shrink_BHq[..., None] + _product("bhqs,bhsk->bhqk", kept_BHqs, _block(v_BHSK, j, size_s))
-        return Running(sum_BHqK, total_BHq, higher_BHq)
+    def add_kv_block(i: Array, j: Array, state: OnlineSoftmaxState) -> OnlineSoftmaxState:
+        acc_BHqK, denominator_BHq, max_BHq = state
+        logits_BHqs, _ = inputs.logits(i, j)  # line 8
+        new_max_BHq = jnp.maximum(max_BHq, logits_BHqs.max(-1))  # line 9
+        rescale_BHq = jnp.exp(max_BHq - new_max_BHq)
+        weights_BHqs = jnp.exp(logits_BHqs - new_max_BHq[..., None])
+        denominator_BHq = denominator_BHq * rescale_BHq + weights_BHqs.sum(-1)
+        dropped_BHqs = inputs.apply_dropout(weights_BHqs, i, j).astype(v_BHSK.dtype)
+        update_BHqK = _einsum("bhqs,bhsk->bhqk", dropped_BHqs, _slice_block(v_BHSK, j, block_kv))
+        acc_BHqK = acc_BHqK * rescale_BHq[..., None] + update_BHqK  # line 10
+        return OnlineSoftmaxState(acc_BHqK, denominator_BHq, new_max_BHq)
 
-    def of_queries(block: tuple[Array, Running]) -> Running:
-        i, running = block
-        return jax.lax.fori_loop(0, meeting.last_keys(i), functools.partial(add_keys, i), running)
+    def update_q_block(block: tuple[Array, OnlineSoftmaxState]) -> OnlineSoftmaxState:
+        i, state = block
+        return jax.lax.fori_loop(0, inputs.num_kv_blocks(i), functools.partial(add_kv_block, i), state)
 
-    blocks = jnp.arange(running.sum_nBHqK.shape[0], dtype=jnp.int32)
-    return jax.lax.map(of_queries, (blocks, running))
-
-
-def settle(running: Running, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Output [B, H, T, K] and the log of each query's sum [B, H, T], when all keys have passed."""
-    out_nBHqK = (running.sum_nBHqK / running.total_nBHq[..., None]).astype(dtype)
-    return _join(out_nBHqK), _join(running.highest_nBHq + jnp.log(running.total_nBHq))
+    q_blocks = jnp.arange(state.acc_nBHqK.shape[0], dtype=jnp.int32)
+    return jax.lax.map(update_q_block, (q_blocks, state))
 
 
-def mean_gradient(grad_BHTK: Array, out_BHTK: Array) -> Array:
-    """The mean of the gradients of a query's weights, which each of them loses; the output tells it without them."""
-    return (grad_BHTK.astype(jnp.float32) * out_BHTK.astype(jnp.float32)).sum(-1)
+def finalize(state: OnlineSoftmaxState, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Output [B, H, T, K] and log-sum-exp [B, H, T] after the last block of keys (Algorithm 1, lines 12 and 13)."""
+    out_nBHqK = (state.acc_nBHqK / state.denominator_nBHq[..., None]).astype(dtype)
+    return _merge_blocks(out_nBHqK), _merge_blocks(state.max_nBHq + jnp.log(state.denominator_nBHq))
 
 
-def reopened(way: Way, saved: tuple, grad_BHTK: Array) -> tuple[Meeting, Looked]:
-    """What was saved for the gradient of attention: its queries and keys, and what the queries found."""
-    q_BHTK, k_BHSK, v_BHSK, visible, words, out_BHTK, log_total_BHT = saved
-    meeting = Meeting(q_BHTK, k_BHSK, v_BHSK, visible, Drop(way.rate, words), way.sizes)
-    return meeting, Looked(q_BHTK, grad_BHTK, mean_gradient(grad_BHTK, out_BHTK), log_total_BHT)
+def delta(dout_BHTK: Array, out_BHTK: Array) -> Array:
+    """rowsum(dO · O), float32 [B, H, T] (Algorithm 2, line 4)."""
+    return (dout_BHTK.astype(jnp.float32) * out_BHTK.astype(jnp.float32)).sum(-1)
 
 
-def no_gradients(meeting: Meeting) -> Gradients:
-    """Before the first keys."""
+def unpack_residuals(config: BlockwiseConfig, saved: Residuals, dout_BHTK: Array) -> tuple[BlockInputs, OutputGradient]:
+    """The inputs of the backward pass."""
+    inputs = BlockInputs(saved.q_BHTK, saved.k_BHSK, saved.v_BHSK, saved.mask, saved.seeds, config)
+    return inputs, OutputGradient(dout_BHTK, delta(dout_BHTK, saved.out_BHTK), saved.logsumexp_BHT)
+
+
+def init_gradients(inputs: BlockInputs) -> Gradients:
+    """Zeros (Algorithm 2, lines 3 and 7)."""
+    block_kv = inputs.config.block_kv
 
     def zeros(array: Array) -> Array:
         B, H, S, K = array.shape
-        return jnp.zeros((S // meeting.sizes[1], B, H, meeting.sizes[1], K), jnp.float32)
+        return jnp.zeros((S // block_kv, B, H, block_kv, K), jnp.float32)
 
-    q_BHTK = jnp.zeros(meeting.q_BHTK.shape, jnp.float32)
-    return Gradients(q_BHTK, zeros(meeting.k_BHSK), zeros(meeting.v_BHSK))
+    return Gradients(jnp.zeros(inputs.q_BHTK.shape, jnp.float32), zeros(inputs.k_BHSK), zeros(inputs.v_BHSK))
 
 
-def look_back(meeting: Meeting, looked: Looked, gradients: Gradients) -> Gradients:
-    """Adds the gradients of all blocks of queries and these keys."""
-    size_q, size_s = meeting.sizes
-    q_BHTK, grad_BHTK = looked.q_BHTK, looked.grad_BHTK
-    scale, last = q_BHTK.shape[-1] ** -0.5, q_BHTK.shape[2] // size_q
+def backward_blocks(inputs: BlockInputs, output: OutputGradient, gradients: Gradients) -> Gradients:
+    """Adds the gradients of all pairs of query and key blocks (Algorithm 2, lines 5 to 18)."""
+    q_BHTK, dout_BHTK = inputs.q_BHTK, output.dout_BHTK
+    block_q, block_kv = inputs.config.block_q, inputs.config.block_kv
+    scale, num_q_blocks = q_BHTK.shape[-1] ** -0.5, q_BHTK.shape[2] // block_q
 
-    def add_queries(j: Array, i: Array, running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        dq_BHTK, dk_BHsK, dv_BHsK = running
-        q_BHqK, grad_BHqK = _block(q_BHTK, i, size_q), _block(grad_BHTK, i, size_q)
-        logits_BHqs, mask = meeting.logits(i, j)
-        weights_BHqs = jnp.exp(logits_BHqs - _block(looked.log_total_BHT, i, size_q)[..., None])
-        kept_BHqs = meeting.dropped(weights_BHqs, i, j).astype(grad_BHTK.dtype)
-        dv_BHsK += _product("bhqs,bhqk->bhsk", kept_BHqs, grad_BHqK)
-        dweights_BHqs = _product("bhqk,bhsk->bhqs", grad_BHqK, _block(meeting.v_BHSK, j, size_s))
-        dweights_BHqs = meeting.dropped(dweights_BHqs, i, j) - _block(looked.mean_BHT, i, size_q)[..., None]
-        dlogits_BHqs = jnp.where(mask, weights_BHqs * dweights_BHqs * scale, 0.0).astype(q_BHTK.dtype)
-        dk_BHsK += _product("bhqs,bhqk->bhsk", dlogits_BHqs, q_BHqK)
-        dq_BHqK = _product("bhqs,bhsk->bhqk", dlogits_BHqs, _block(meeting.k_BHSK, j, size_s))
-        dq_BHqK += _block(dq_BHTK, i, size_q)
-        dq_BHTK = jax.lax.dynamic_update_slice_in_dim(dq_BHTK, dq_BHqK, i * size_q, axis=2)
+    def add_q_block(j: Array, i: Array, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        dq_BHTK, dk_BHsK, dv_BHsK = gradients
+        q_BHqK, dout_BHqK = _slice_block(q_BHTK, i, block_q), _slice_block(dout_BHTK, i, block_q)
+        logits_BHqs, mask = inputs.logits(i, j)  # line 10
+        weights_BHqs = jnp.exp(logits_BHqs - _slice_block(output.logsumexp_BHT, i, block_q)[..., None])  # line 11
+        dropped_BHqs = inputs.apply_dropout(weights_BHqs, i, j).astype(dout_BHTK.dtype)
+        dv_BHsK += _einsum("bhqs,bhqk->bhsk", dropped_BHqs, dout_BHqK)  # line 12
+        dweights_BHqs = _einsum("bhqk,bhsk->bhqs", dout_BHqK, _slice_block(inputs.v_BHSK, j, block_kv))  # line 13
+        delta_BHq1 = _slice_block(output.delta_BHT, i, block_q)[..., None]
+        dweights_BHqs = inputs.apply_dropout(dweights_BHqs, i, j) - delta_BHq1
+        dlogits_BHqs = jnp.where(mask, weights_BHqs * dweights_BHqs * scale, 0.0).astype(q_BHTK.dtype)  # line 14
+        dk_BHsK += _einsum("bhqs,bhqk->bhsk", dlogits_BHqs, q_BHqK)  # line 16
+        dq_BHqK = _einsum("bhqs,bhsk->bhqk", dlogits_BHqs, _slice_block(inputs.k_BHSK, j, block_kv))
+        dq_BHqK += _slice_block(dq_BHTK, i, block_q)
+        dq_BHTK = jax.lax.dynamic_update_slice_in_dim(dq_BHTK, dq_BHqK, i * block_q, axis=2)  # line 15
         return dq_BHTK, dk_BHsK, dv_BHsK
 
-    def of_keys(dq_BHTK: Array, block: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def add_kv_block(dq_BHTK: Array, block: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         j, dk_BHsK, dv_BHsK = block
-        step = functools.partial(add_queries, j)
-        dq_BHTK, *dkv = jax.lax.fori_loop(meeting.first_queries(j), last, step, (dq_BHTK, dk_BHsK, dv_BHsK))
+        body = functools.partial(add_q_block, j)
+        dq_BHTK, *dkv = jax.lax.fori_loop(inputs.first_q_block(j), num_q_blocks, body, (dq_BHTK, dk_BHsK, dv_BHsK))
         return dq_BHTK, tuple(dkv)
 
-    blocks = jnp.arange(gradients.k_mBHsK.shape[0], dtype=jnp.int32)
-    dq_BHTK, dkv = jax.lax.scan(of_keys, gradients.q_BHTK, (blocks, *gradients[1:]))
+    kv_blocks = jnp.arange(gradients.dk_mBHsK.shape[0], dtype=jnp.int32)
+    dq_BHTK, dkv = jax.lax.scan(add_kv_block, gradients.dq_BHTK, (kv_blocks, *gradients[1:]))
     return Gradients(dq_BHTK, *dkv)
 
 
-def in_rows(gradients: Gradients, *qkv: Array) -> tuple[Array, ...]:
-    """As arrays like those that they belong to: [B, H, T or S, K]."""
-    joined = (gradients.q_BHTK, _join(gradients.k_mBHsK), _join(gradients.v_mBHsK))
-    return tuple(gradient.astype(array.dtype) for gradient, array in zip(joined, qkv, strict=True))
+def merge_gradients(gradients: Gradients, inputs: BlockInputs) -> tuple[Array, ...]:
+    """Gradients [B, H, T or S, K] in the dtypes of q, k and v."""
+    merged = (gradients.dq_BHTK, _merge_blocks(gradients.dk_mBHsK), _merge_blocks(gradients.dv_mBHsK))
+    return tuple(gradient.astype(array.dtype) for gradient, array in zip(merged, inputs[:3], strict=True))
 
 
-def _block(array: Array, index: Array, size: int) -> Array:
+def _slice_block(array: Array, index: Array, size: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis=2)
 
 
-def _join(blocks: Array) -> Array:
+def _merge_blocks(blocks: Array) -> Array:
     """[blocks, B, H, size, …] → [B, H, blocks · size, …]."""
-    joined = jnp.moveaxis(blocks, 0, 2)
-    return joined.reshape(*joined.shape[:2], -1, *joined.shape[4:])
+    merged = jnp.moveaxis(blocks, 0, 2)
+    return merged.reshape(*merged.shape[:2], -1, *merged.shape[4:])
 
 
-def _product(how: str, one: Array, other: Array) -> Array:
-    return jnp.einsum(how, one, other, preferred_element_type=jnp.float32)
+def _einsum(subscripts: str, lhs: Array, rhs: Array) -> Array:
+    return jnp.einsum(subscripts, lhs, rhs, preferred_element_type=jnp.float32)

@@ -1,7 +1,7 @@
-"""Attention as pure functions of arrays (paper, section 3.2).
+"""Scaled dot-product attention and its KV cache: the reference implementation (paper, section 3.2).
 
 B batch, T query length, S key length, H heads, K width per head, N beams.
-Masks are boolean, True where a query may look, of shape [B or 1, 1, T or 1, S].
+Masks are boolean, True where a query attends to a key, of shape [B or 1, 1, T or 1, S].
 """
 
 import functools
@@ -10,33 +10,32 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from transformer.attention.dropout import drop, head_words, kept_weights
-from transformer.attention.mask import LOWEST
+from transformer.attention.dropout import apply_keep_mask, attention_keep_mask, head_seeds
+from transformer.attention.mask import MASK_VALUE
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def float32_product(how: str, one: Array, other: Array) -> Array:
-    """Einsum of two arrays of one dtype, as a softmax wants it: float32; its gradient multiplies in their dtype.
+def einsum_f32(subscripts: str, lhs: Array, rhs: Array) -> Array:
+    """Einsum of two arrays of one dtype with a float32 result; its gradient multiplies in the dtype of the operands.
 
-    Left to itself, JAX takes the float32 gradient for a reason to multiply in float32, at half the speed of bfloat16
-    or less. Of float32 arrays it is the einsum and its gradient.
+    Autodiff would multiply the float32 gradient in float32, at half the speed of bfloat16 or less.
     """
-    return jnp.einsum(how, one, other, preferred_element_type=jnp.float32)
+    return jnp.einsum(subscripts, lhs, rhs, preferred_element_type=jnp.float32)
 
 
-def _product_forward(how: str, one: Array, other: Array) -> tuple[Array, tuple[Array, Array]]:
-    return float32_product(how, one, other), (one, other)
+def _einsum_forward(subscripts: str, lhs: Array, rhs: Array) -> tuple[Array, tuple[Array, Array]]:
+    return einsum_f32(subscripts, lhs, rhs), (lhs, rhs)
 
 
-def _product_backward(how: str, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    one, other = saved
-    narrow = grad.astype(one.dtype)
-    (grad_one,) = jax.linear_transpose(lambda one: jnp.einsum(how, one, other), one)(narrow)
-    (grad_other,) = jax.linear_transpose(lambda other: jnp.einsum(how, one, other), other)(narrow)
-    return grad_one, grad_other
+def _einsum_backward(subscripts: str, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    lhs, rhs = saved
+    grad = grad.astype(lhs.dtype)
+    (grad_lhs,) = jax.linear_transpose(lambda lhs: jnp.einsum(subscripts, lhs, rhs), lhs)(grad)
+    (grad_rhs,) = jax.linear_transpose(lambda rhs: jnp.einsum(subscripts, lhs, rhs), rhs)(grad)
+    return grad_lhs, grad_rhs
 
 
-float32_product.defvjp(_product_forward, _product_backward)
+einsum_f32.defvjp(_einsum_forward, _einsum_backward)
 
 
 def dot_product_attention(
@@ -49,32 +48,34 @@ def dot_product_attention(
 ) -> Array:
     """softmax(q kᵀ / √K) v (paper, equation 1), the softmax in float32; memory grows with T · S.
 
-    A query that may look nowhere gets a finite average; its result must not be used. Without `key`
-    nothing is dropped.
+    A query whose keys are all masked gets a finite average, which must not be used. Without `key` there is no dropout.
 
     Returns:
       [B, T, H, K] in the dtype of `v_BSHK`.
     """
     weights_BHTS = attention_weights(q_BTHK, k_BSHK, mask).astype(v_BSHK.dtype)
     B, H, T, S = weights_BHTS.shape
-    words = head_words(key, dropout_rate, B, H)
-    if words is not None:
-        keep_BHTS = kept_weights(words, dropout_rate, jnp.int32(0), T, jnp.int32(0), S)
-        weights_BHTS = drop(weights_BHTS, keep_BHTS, dropout_rate)
+    seeds = head_seeds(key, dropout_rate, B, H)
+    if seeds is not None:
+        keep_BHTS = attention_keep_mask(seeds, dropout_rate, jnp.int32(0), T, jnp.int32(0), S)
+        weights_BHTS = apply_keep_mask(weights_BHTS, keep_BHTS, dropout_rate)
     return jnp.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK)
 
 
 def attention_weights(q_BTHK: Array, k_BSHK: Array, mask: Array) -> Array:
     """softmax(q kᵀ / √K), float32 [B, H, T, S]."""
     width = q_BTHK.shape[-1]
-    logits_BHTS = float32_product("bthk,bshk->bhts", q_BTHK, k_BSHK)
-    return jax.nn.softmax(jnp.where(mask, logits_BHTS * width**-0.5, LOWEST), axis=-1)
+    logits_BHTS = einsum_f32("bthk,bshk->bhts", q_BTHK, k_BSHK)
+    return jax.nn.softmax(jnp.where(mask, logits_BHTS * width**-0.5, MASK_VALUE), axis=-1)
 
 
 def write_cache(
     k_BHKS: Array, v_BHSK: Array, new_k_BNHK: Array, new_v_BNHK: Array, position: Array
 ) -> tuple[Array, Array]:
-    """The cache with keys and values of one step written at `position` of each beam: place position * N + n."""
+    """Writes keys and values of one decoding step into the cache.
+
+    Beam n writes its position t at index t * N + n of the S axis: with N = 2, [t0n0, t0n1, t1n0, t1n1, …].
+    """
     start = position * jnp.int32(new_k_BNHK.shape[1])
     return (
         jax.lax.dynamic_update_slice_in_dim(k_BHKS, new_k_BNHK.transpose(0, 2, 3, 1), start, axis=3),
@@ -82,42 +83,42 @@ def write_cache(
     )
 
 
-def cached_attention(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, ancestors_BNT: Array, position: Array) -> Array:
-    """One query for each beam over the cache of all beams of its sentence, as far as its own past goes.
+def cached_attention(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, beam_history_BNT: Array, position: Array) -> Array:
+    """Self-attention of one query per beam over the cache of all beams; each attends only to its hypothesis' history.
 
-    Hypotheses move between beams while the cache stays where it was written, which spares moving it at
-    every step; a hypothesis only knows where its past lies.
+    When hypotheses move between beams, only `beam_history_BNT` is reordered; keys and values stay where they were
+    written.
 
     Args:
-      k_BHKS, v_BHSK: of all positions, and of all beams of each: S = T * N.
-      ancestors_BNT: int32; the beam in which the hypothesis now in beam n wrote its position t.
-      position: int32 []; positions after it are not written yet.
+      k_BHKS, v_BHSK: the cache, S = T * N, laid out as in `write_cache`.
+      beam_history_BNT: int32; the beam that wrote position t of the hypothesis now in beam n.
+      position: int32 []; later positions are not written yet.
 
     Returns:
       [B, N, H, K]
     """
-    B, N, T = ancestors_BNT.shape
+    B, N, T = beam_history_BNT.shape
     beams_N = jnp.arange(N, dtype=jnp.int32)
-    is_own = ancestors_BNT[:, :, :, None] == beams_N[None, None, None, :]
+    is_own = beam_history_BNT[:, :, :, None] == beams_N[None, None, None, :]
     is_written = jnp.arange(T, dtype=jnp.int32) <= position
     mask = (is_own & is_written[None, None, :, None]).reshape(B, 1, N, T * N)
-    return step_attention(q_BNHK, k_BHKS, v_BHSK, mask)
+    return decode_attention(q_BNHK, k_BHKS, v_BHSK, mask)
 
 
-def step_attention(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, mask: Array) -> Array:
-    """The same as `dot_product_attention`, of a query for each beam, over keys and values in an order of their own.
+def decode_attention(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, mask: Array) -> Array:
+    """`dot_product_attention` of one query per beam over keys and values in the layout of the cache.
 
-    It is the order in which both products read them: with others XLA's CPU back end copies all keys and values in
-    every step, or takes a slow path.
+    Both products read them in this layout: with others XLA's CPU back end copies all keys and values in every step,
+    or takes a slow path.
 
     Returns:
       [B, N, H, K]
     """
-    weights_BHNS = step_weights(q_BNHK, k_BHKS, mask).astype(v_BHSK.dtype)
+    weights_BHNS = decode_attention_weights(q_BNHK, k_BHKS, mask).astype(v_BHSK.dtype)
     return jnp.einsum("bhns,bhsk->bhnk", weights_BHNS, v_BHSK).swapaxes(1, 2)
 
 
-def step_weights(q_BNHK: Array, k_BHKS: Array, mask: Array) -> Array:
+def decode_attention_weights(q_BNHK: Array, k_BHKS: Array, mask: Array) -> Array:
     """softmax(q kᵀ / √K), float32 [B, H, N, S]."""
     logits_BHNS = jnp.einsum("bnhk,bhks->bhns", q_BNHK, k_BHKS, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(jnp.where(mask, logits_BHNS * q_BNHK.shape[-1] ** -0.5, LOWEST), axis=-1)
+    return jax.nn.softmax(jnp.where(mask, logits_BHNS * q_BNHK.shape[-1] ** -0.5, MASK_VALUE), axis=-1)

@@ -1,7 +1,7 @@
-"""Attention by kernels that come with JAX: cuDNN's on NVIDIA GPUs, splash on TPUs; and where they can run.
+"""Fused attention kernels that come with JAX: cuDNN's on NVIDIA GPUs, splash attention on TPUs; and where they run.
 
-Both keep memory linear in the length: neither ever sees a mask of queries by keys. They drop no attention
-weights, and each device needs whole sentences: a length that the mesh splits takes the ring.
+Memory is linear in the length: neither materializes a T × S mask. Neither supports dropout of attention weights, and
+each device needs whole rows: a sharded length takes ring attention.
 
 B batch, T query length, S key length, H heads, K width per head.
 """
@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 
 from transformer.attention.dot_product import dot_product_attention
-from transformer.attention.mask import Visible
+from transformer.attention.mask import AttentionMask
 from transformer.config import Config, MeshConfig
 from transformer.config.validation import BLOCKWISE_FROM, KERNELS, AttentionUse, kernel_misfit
 from transformer.distributed import multihost, sharding
@@ -31,85 +31,87 @@ from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 
 HEADS, ROWS = ("batch", "length", "heads", "kv"), ("batch", "length")
-LANES = 128  # splash counts keys by these
+NUM_LANES = 128  # splash takes lengths that are multiples of it
 BLOCK = 512  # queries and keys of splash's largest block
-OLDEST_GPU = 8.0  # compute capability: Ampere
+MIN_COMPUTE_CAPABILITY = 8.0  # compute capability: Ampere
 TRIAL_LENGTH = 64  # tokens on either side
 TRIAL_ERROR = 0.05  # of bfloat16 against float32, relative to the norm: ten times what rounding makes
 
-# What trials of cuDNN found, by the width of a head: why it failed, empty where it works.
+# Why the trial of cuDNN failed, by the width of a head; empty where it works.
 _trials: dict[int, str] = {}
 
 
-def require(config: Config, mesh: Mesh) -> None:
+def check_supported(config: Config, mesh: Mesh) -> None:
     """Checks that a forced kernel can run on the mesh's devices, and tries cuDNN where training may choose it.
 
-    All processes must call it, before anything else is compiled: they agree here on what the trial found.
+    All processes must call it, before anything else is compiled: they agree here on the result of the trial.
 
     Raises:
-      UserError: what does not fit.
+      UserError: the kernel is not supported, and why.
     """
-    path = config.model.attention
-    use = dataclasses.replace(AttentionUse.of(config), parts=sharding.batch_divisor(mesh, "length"))
-    misfit = _misfit(path if path in KERNELS else "cudnn", mesh.devices.flat[0], use)
-    # Of long sequences, buckets have even widths: a longest row of 511 tokens makes one of 512.
+    attention = config.model.attention
+    spec = dataclasses.replace(AttentionUse.of(config), parts=sharding.batch_divisor(mesh, "length"))
+    kernel = attention if attention in KERNELS else "cudnn"
+    reason = _unsupported_reason(kernel, mesh.devices.flat[0], spec)
+    # Buckets of long sequences have even widths: a longest row of 511 tokens makes a bucket of 512.
     is_long = config.model.family == "attention" and config.data.longest_row + 1 >= BLOCKWISE_FROM
-    # Devices that are only described cannot try anything.
-    tries = not misfit and _is_here(mesh) and (path == "cudnn" or (path == "auto" and is_long))
-    if path in KERNELS and (misfit := misfit or (_trial(use.key_width) if tries else "")):
-        raise UserError(f"config.model.attention = {path}: {misfit}; auto takes what fits")
-    found = ("works" if cudnn_works(use.key_width) else "fails") if tries else ""
-    environment.set_trials({"cuDNN attention": found} if found else {})
+    # The devices of an ahead-of-time compilation cannot run anything.
+    needs_trial = not reason and _is_local(mesh) and (attention == "cudnn" or (attention == "auto" and is_long))
+    if attention in KERNELS and (reason := reason or (_trial(spec.key_width) if needs_trial else "")):
+        raise UserError(f"config.model.attention = {attention}: {reason}; auto takes what fits")
+    result = ("works" if cudnn_works(spec.key_width) else "fails") if needs_trial else ""
+    environment.set_trials({"cuDNN attention": result} if result else {})
 
 
-def _misfit(path: str, device: Any, use: AttentionUse) -> str:
-    """Why a kernel cannot do this on a device, for people; empty where it can."""
-    if device.platform != KERNELS[path]:
+def _unsupported_reason(kernel: str, device: Any, spec: AttentionUse) -> str:
+    """Why a kernel cannot compute this attention on a device; empty where it can."""
+    if device.platform != KERNELS[kernel]:
         kind = f"{device.platform} devices ({device.device_kind})"
-        return f"it runs on {KERNELS[path]} devices, and these are {kind}"
-    return (unfit_gpu(device) if path == "cudnn" else "") or kernel_misfit(path, use)
+        return f"it runs on {KERNELS[kernel]} devices, and these are {kind}"
+    return (unsupported_gpu_reason(device) if kernel == "cudnn" else "") or kernel_misfit(kernel, spec)
 
 
-def unfit_gpu(device: Any) -> str:
-    """Why cuDNN's attention cannot run on a GPU, for people; one that is described and not here tells nothing."""
-    capability = str(getattr(device, "compute_capability", OLDEST_GPU))
-    # That of an AMD GPU is a name, such as gfx942.
-    fits = capability.replace(".", "", 1).isdecimal() and float(capability) >= OLDEST_GPU
-    wanted = f"it needs an NVIDIA GPU of compute capability {OLDEST_GPU} or more"
-    return "" if fits else f"{wanted}, and these have {capability}"
+def unsupported_gpu_reason(device: Any) -> str:
+    """Why cuDNN's attention cannot run on a GPU; empty where it can, or where the device has no compute capability."""
+    capability = str(getattr(device, "compute_capability", MIN_COMPUTE_CAPABILITY))
+    # The capability of an AMD GPU is a name, such as gfx942.
+    is_supported = capability.replace(".", "", 1).isdecimal() and float(capability) >= MIN_COMPUTE_CAPABILITY
+    if is_supported:
+        return ""
+    return f"it needs an NVIDIA GPU of compute capability {MIN_COMPUTE_CAPABILITY} or more, and these have {capability}"
 
 
-def _is_here(mesh: Mesh) -> bool:
-    """Whether the mesh has devices of this process, and is not of devices that are only described."""
+def _is_local(mesh: Mesh) -> bool:
+    """Whether the mesh has devices of this process; false of the devices of an ahead-of-time compilation."""
     return not set(jax.local_devices()).isdisjoint(mesh.devices.flat)
 
 
-def here(q_BTHK: Array, v_BSHK: Array, visible: Visible, dropout_rate: float) -> str:
-    """The kernel that can attend so on the devices of the program that is traced; empty where none can."""
-    use = AttentionUse(
+def select_kernel(q_BTHK: Array, v_BSHK: Array, mask: AttentionMask, dropout_rate: float) -> str:
+    """The kernel that can compute this attention on the devices of the traced program; empty where none can."""
+    spec = AttentionUse(
         str(q_BTHK.dtype),
         q_BTHK.shape[-1],
         v_BSHK.shape[-1],
         dropout_rate,
-        packed=visible.queries_BT is not None,
+        packed=mask.q_segment_ids_BT is not None,
         parts=sharding.num_shards("length"),
     )
     platform = sharding.platform()
-    for path, wanted in KERNELS.items():
-        if platform == wanted and not kernel_misfit(path, use):
-            must_work = path == "cudnn" and jax.default_backend() == "gpu"  # else the GPU is only described
-            return path if not must_work or cudnn_works(use.key_width) else ""
+    for kernel, kernel_platform in KERNELS.items():
+        if platform == kernel_platform and not kernel_misfit(kernel, spec):
+            needs_trial = kernel == "cudnn" and jax.default_backend() == "gpu"  # not when compiling ahead of time
+            return kernel if not needs_trial or cudnn_works(spec.key_width) else ""
     return ""
 
 
 def cudnn_works(width: int) -> bool:
     """Whether cuDNN attends with heads of this width on the GPUs of all processes; the first call tries it.
 
-    All processes must call it alike. A failure of the trial is one warning.
+    All processes must call it with the same width. A failed trial is logged once.
     """
     is_first = width not in _trials
     failure = _trial(width)
-    if failure and is_first and not unfit_gpu(jax.local_devices()[0]):
+    if failure and is_first and not unsupported_gpu_reason(jax.local_devices()[0]):
         log_info(f"warning: no attention by cuDNN: {failure}; auto attends by blocks instead")
     return not failure
 
@@ -117,108 +119,114 @@ def cudnn_works(width: int) -> bool:
 def _trial(width: int) -> str:
     """Why cuDNN cannot attend with heads of this width on some process's GPUs; empty where it can."""
     if width not in _trials:
-        # A thread of its own knows nothing of the trace, the mesh and the transfer guard in which this is asked.
+        # In another thread, because the trace, the mesh and the transfer guard of the caller are thread-local.
         with ThreadPoolExecutor(1) as pool:
-            mine = unfit_gpu(jax.local_devices()[0]) or pool.submit(try_cudnn, width).result()
-        found = multihost.allgather("cuDNN attention", mine)
+            own_failure = unsupported_gpu_reason(jax.local_devices()[0]) or pool.submit(try_cudnn, width).result()
+        by_process = multihost.allgather("cuDNN attention", own_failure)
         failures = [
-            f"{text} on {multihost.process_name(i)}" if len(found) > 1 else text for i, text in enumerate(found) if text
+            f"{text} on {multihost.process_name(i)}" if len(by_process) > 1 else text
+            for i, text in enumerate(by_process)
+            if text
         ]
         _trials[width] = failures[0] if failures else ""
     return _trials[width]
 
 
 def try_cudnn(width: int) -> str:
-    """Runs cuDNN's attention and its gradient once, on all GPUs of this process together, against the plain path.
+    """Compares cuDNN's attention and its gradient with the reference implementation, on all GPUs of this process.
 
-    On some versions of CUDA and cuDNN it finds no execution plan (github.com/jax-ml/jax/issues/32430), and on several
-    GPUs it has failed where on one it works (27599).
+    Some versions of CUDA and cuDNN find no execution plan (github.com/jax-ml/jax/issues/32430), and several GPUs have
+    failed where one works (27599).
 
     Returns:
-      What went wrong, for people; empty where nothing did.
+      The failure, as a phrase of a message; empty where there is none.
     """
     devices = jax.local_devices()
     mesh = make_mesh(MeshConfig(data=len(devices)), devices)
     rng, shape = np.random.default_rng(0), (2 * len(devices), TRIAL_LENGTH, 2, width)
     qkvg = [rng.standard_normal(shape).astype(jnp.bfloat16) for _ in "qkvg"]
     lengths_B1 = rng.integers(1, TRIAL_LENGTH, (shape[0], 1))
-    keys_BS = (np.arange(TRIAL_LENGTH) < lengths_B1).astype(np.int32)
+    kv_ids_BS = (np.arange(TRIAL_LENGTH) < lengths_B1).astype(np.int32)
 
     def gradients(attend: Callable[..., Array], dtype: Any) -> list[np.ndarray]:
-        def of(qkvg: list[Array], keys_BS: Array) -> list[Array]:
+        def run(qkvg: list[Array], kv_ids_BS: Array) -> list[Array]:
             *qkv, grad_BTHK = (array.astype(dtype) for array in qkvg)
-            found: list[Array] = []
+            results: list[Array] = []
             with sharding.use_mesh(mesh):
-                for visible in (Visible(causal=True), Visible(keys_BS=keys_BS)):
-                    out_BTHK, pull = jax.vjp(lambda *qkv, visible=visible: attend(*qkv, visible), *qkv)
-                    found += [out_BTHK, *pull(grad_BTHK)]
-            return [array.astype(jnp.float32) for array in found]
+                for mask in (AttentionMask(causal=True), AttentionMask(kv_segment_ids_BS=kv_ids_BS)):
+                    out_BTHK, pull = jax.vjp(lambda *qkv, mask=mask: attend(*qkv, mask), *qkv)
+                    results += [out_BTHK, *pull(grad_BTHK)]
+            return [array.astype(jnp.float32) for array in results]
 
-        return jax.device_get(jax.jit(of)(*jax.device_put((qkvg, keys_BS), sharding.batch_sharding(mesh))))
+        return jax.device_get(jax.jit(run)(*jax.device_put((qkvg, kv_ids_BS), sharding.batch_sharding(mesh))))
 
-    def plain(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible: Visible) -> Array:
-        return dot_product_attention(q_BTHK, k_BSHK, v_BSHK, visible.mask(TRIAL_LENGTH, TRIAL_LENGTH))
+    def reference(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, mask: AttentionMask) -> Array:
+        return dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask.materialize(TRIAL_LENGTH, TRIAL_LENGTH))
 
     try:
-        found = gradients(cudnn_attention, jnp.bfloat16)
+        actual = gradients(cudnn_attention, jnp.bfloat16)
     except Exception as error:
         return f"a trial failed with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    wanted = gradients(plain, jnp.float32)
-    errors = [np.linalg.norm(one - two) / np.linalg.norm(two) for one, two in zip(found, wanted, strict=True)]
+    expected = gradients(reference, jnp.float32)
+    errors = [np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in zip(actual, expected, strict=True)]
     worst = float(np.max(errors))
     return "" if worst < TRIAL_ERROR else f"in a trial its numbers were off by {worst:.2g} of their norm"
 
 
-def cudnn_attention(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible: Visible) -> Array:
-    """As `attention.dot_product_attention` under `visible`, by cuDNN: [B, T, H, K], bfloat16.
+def cudnn_attention(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, mask: AttentionMask) -> Array:
+    """`dot_product.dot_product_attention` under `mask` by cuDNN: [B, T, H, K], bfloat16.
 
-    What is padding it learns from the length of each row, so rows are of one sentence, padded at the end. JAX refuses
-    it odd lengths in training: such arrays are filled up to even ones.
+    Padding is given by the length of each row, so a row is one sentence, padded at the end. JAX rejects odd lengths in
+    training: such arrays are padded to even ones.
     """
 
     def attend(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, lengths_B: Array | None) -> Array:
         (B, T), S = q_BTHK.shape[:2], k_BSHK.shape[1]
-        if lengths_B is None and S % 2 and not (visible.causal and T <= S):
-            lengths_B = jnp.full((B,), S, jnp.int32)  # else queries would see the key that is filled in
-        even = [_fill(array, array.shape[1] + array.shape[1] % 2) for array in (q_BTHK, k_BSHK, v_BSHK)]
+        if lengths_B is None and S % 2 and not (mask.causal and T <= S):
+            lengths_B = jnp.full((B,), S, jnp.int32)  # else queries would attend to the padded key
+        even = [_pad_to(array, array.shape[1] + array.shape[1] % 2) for array in (q_BTHK, k_BSHK, v_BSHK)]
         out_BTHK = jax.nn.dot_product_attention(
-            *even, is_causal=visible.causal, key_value_seq_lengths=lengths_B, implementation="cudnn"
+            *even, is_causal=mask.causal, key_value_seq_lengths=lengths_B, implementation="cudnn"
         )
         return out_BTHK[:, :T]
 
-    split = sharding.shard_map(attend, (HEADS, HEADS, HEADS, ("batch",)), HEADS)
-    return split(q_BTHK, k_BSHK, v_BSHK, key_lengths(visible))
+    sharded = sharding.shard_map(attend, (HEADS, HEADS, HEADS, ("batch",)), HEADS)
+    return sharded(q_BTHK, k_BSHK, v_BSHK, key_lengths(mask))
 
 
-def key_lengths(visible: Visible) -> Array | None:
-    """How many keys of each row are no padding, int32 [B]; None: all. A row of padding has one, for a finite mean."""
-    if visible.keys_BS is None:
+def key_lengths(mask: AttentionMask) -> Array | None:
+    """Number of keys of each row before its padding, int32 [B]; None: all. It is at least 1, for a finite mean."""
+    if mask.kv_segment_ids_BS is None:
         return None
-    return jnp.maximum((visible.keys_BS != 0).sum(axis=1, dtype=jnp.int32), 1)
+    return jnp.maximum((mask.kv_segment_ids_BS != 0).sum(axis=1, dtype=jnp.int32), 1)
 
 
-def splash_attention(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, visible: Visible, interpret: bool = False) -> Array:
-    """As `attention.dot_product_attention` under `visible`, by splash attention: [B, T, H, K].
+def splash_attention(
+    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, mask: AttentionMask, interpret: bool = False
+) -> Array:
+    """`dot_product.dot_product_attention` under `mask` by splash attention: [B, T, H, K].
 
     Args:
-      interpret: computes what the kernel would, slowly, where there is no TPU.
+      interpret: emulates the kernel, slowly, where there is no TPU.
     """
-    local = functools.partial(_splash, visible.causal, interpret)
-    split = sharding.shard_map(local, (HEADS, HEADS, HEADS, ROWS, ROWS), HEADS)
-    return split(q_BTHK, k_BSHK, v_BSHK, *segments(visible, q_BTHK.shape, k_BSHK.shape))
+    local = functools.partial(_splash, mask.causal, interpret)
+    sharded = sharding.shard_map(local, (HEADS, HEADS, HEADS, ROWS, ROWS), HEADS)
+    return sharded(q_BTHK, k_BSHK, v_BSHK, *splash_segment_ids(mask, q_BTHK.shape, k_BSHK.shape))
 
 
-def segments(visible: Visible, queries: tuple[int, ...], keys: tuple[int, ...]) -> tuple[Array | None, Array | None]:
-    """Numbers of queries [B, T] and keys [B, S] that see each other where they are equal; None: all do."""
-    keys_BS = visible.keys_BS
-    if keys_BS is None:
-        # Keys that fill up the last block come after all queries, where causality hides them.
-        if (visible.causal and queries[1] <= keys[1]) or not keys[1] % LANES:
+def splash_segment_ids(
+    mask: AttentionMask, q_shape: tuple[int, ...], k_shape: tuple[int, ...]
+) -> tuple[Array | None, Array | None]:
+    """Segment ids of queries [B, T] and keys [B, S], which attend where they are equal; None: everywhere."""
+    kv_ids_BS = mask.kv_segment_ids_BS
+    if kv_ids_BS is None:
+        # Padded keys of the last block come after all queries, where causality hides them.
+        if (mask.causal and q_shape[1] <= k_shape[1]) or not k_shape[1] % NUM_LANES:
             return None, None
-        keys_BS = jnp.ones(keys[:2], jnp.int32)
-    if visible.queries_BT is None:
-        return jnp.ones(queries[:2], jnp.int32), (keys_BS != 0).astype(jnp.int32)
-    return visible.queries_BT, keys_BS
+        kv_ids_BS = jnp.ones(k_shape[:2], jnp.int32)
+    if mask.q_segment_ids_BT is None:
+        return jnp.ones(q_shape[:2], jnp.int32), (kv_ids_BS != 0).astype(jnp.int32)
+    return mask.q_segment_ids_BT, kv_ids_BS
 
 
 def _splash(
@@ -227,37 +235,37 @@ def _splash(
     q_BTHK: Array,
     k_BSHK: Array,
     v_BSHK: Array,
-    queries_BT: Array | None,
-    keys_BS: Array | None,
+    q_ids_BT: Array | None,
+    kv_ids_BS: Array | None,
 ) -> Array:
-    """One device's rows and heads."""
+    """Attention of one device's rows and heads."""
     T, S, H, K = q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.shape[2], q_BTHK.shape[3]
-    filled = -(-T // LANES) * LANES, -(-S // LANES) * LANES
+    padded_T, padded_S = -(-T // NUM_LANES) * NUM_LANES, -(-S // NUM_LANES) * NUM_LANES
     q_BHTK, k_BHSK, v_BHSK = (
-        jnp.swapaxes(_fill(array, size), 1, 2)
-        for array, size in zip((q_BTHK * K**-0.5, k_BSHK, v_BSHK), (filled[0], filled[1], filled[1]), strict=True)
+        jnp.swapaxes(_pad_to(array, size), 1, 2)
+        for array, size in zip((q_BTHK * K**-0.5, k_BSHK, v_BSHK), (padded_T, padded_S, padded_S), strict=True)
     )
     ids = None
-    if queries_BT is not None and keys_BS is not None:
-        ids = splash.SegmentIds(_fill(queries_BT, filled[0]), _fill(keys_BS, filled[1]))
+    if q_ids_BT is not None and kv_ids_BS is not None:
+        ids = splash.SegmentIds(_pad_to(q_ids_BT, padded_T), _pad_to(kv_ids_BS, padded_S))
     with jax.numpy_dtype_promotion("standard"):
-        out_BHTK = jax.vmap(_kernel(H, *filled, causal, interpret))(q_BHTK, k_BHSK, v_BHSK, ids)
+        out_BHTK = jax.vmap(_kernel(H, padded_T, padded_S, causal, interpret))(q_BHTK, k_BHSK, v_BHSK, ids)
     return jnp.swapaxes(out_BHTK, 1, 2)[:, :T]
 
 
-def _fill(array: Array, length: int) -> Array:
-    """Zeros at the end, up to this length."""
+def _pad_to(array: Array, length: int) -> Array:
+    """Pads axis 1 with zeros to this length."""
     return jnp.pad(array, [(0, length - size if axis == 1 else 0) for axis, size in enumerate(array.shape)])
 
 
 @functools.lru_cache(maxsize=64)
 def _kernel(heads: int, queries: int, keys: int, causal: bool, interpret: bool) -> Any:
-    """The kernel for arrays [H, T or S, K]. Of long sentences, to find its blocks takes a minute."""
+    """Builds the kernel for arrays [H, T or S, K]; for long sequences that takes a minute."""
     block_q, block_s = math.gcd(queries, BLOCK), math.gcd(keys, BLOCK)
     sizes = splash.BlockSizes(*(block_q, block_s, block_s), *(block_q, block_s, block_s), *(block_q, block_s))
-    one = (splash.CausalMask if causal else splash.FullMask)((queries, keys))
+    mask = (splash.CausalMask if causal else splash.FullMask)((queries, keys))
     with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         kernel = splash.make_splash_mha_single_device(
-            splash.MultiHeadMask([one] * heads), block_sizes=sizes, interpret=interpret
+            splash.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret
         )
         return jax.device_get(kernel)

@@ -1,11 +1,10 @@
-"""Ring attention: the length split over devices, keys and values passed round them (Liu et al. 2023).
+"""Ring attention: the length is sharded, and keys and values rotate round the devices (Liu et al. 2023).
 
-Each device keeps its queries. Its keys and values go from device to device until all queries have met all
-keys, by the blocks of `blockwise`; in the backward pass the gradients of keys and values travel with them
-and come home. A device never holds more than its part of the length, and XLA sends the next part while one
-is computed with.
+Each device keeps its queries and computes with `blockwise`. After one step for each device all queries have met all
+keys. In the backward pass dK and dV rotate together with K and V, and so end where they belong. A device never holds
+more than its shard of the length, and XLA sends the next shard while one is computed with.
 
-B batch, T query length, S key length, H heads, K width per head: of one device's part.
+B batch, T query length, S key length, H heads, K width per head: of one device's shard.
 """
 
 import dataclasses
@@ -17,22 +16,22 @@ from jax import Array
 
 from transformer.attention.blockwise import (
     BLOCK,
-    Drop,
+    BlockInputs,
+    BlockwiseConfig,
     Gradients,
-    Meeting,
-    Running,
-    Way,
-    in_blocks,
-    in_rows,
-    look,
-    look_back,
-    no_gradients,
-    nothing_seen,
-    reopened,
-    settle,
+    OnlineSoftmaxState,
+    Residuals,
+    backward_blocks,
+    finalize,
+    forward_blocks,
+    init_gradients,
+    init_state,
+    merge_gradients,
+    to_blocks,
+    unpack_residuals,
 )
-from transformer.attention.dropout import Words, head_words
-from transformer.attention.mask import Visible
+from transformer.attention.dropout import Seeds, head_seeds
+from transformer.attention.mask import AttentionMask
 from transformer.distributed import sharding
 
 
@@ -40,85 +39,91 @@ def ring_attention(
     q_BTHK: Array,
     k_BSHK: Array,
     v_BSHK: Array,
-    visible: Visible,
+    mask: AttentionMask,
     dropout_rate: float = 0.0,
     key: Array | None = None,
     block: int = BLOCK,
 ) -> Array:
-    """As `blockwise.blockwise_attention`, on the current mesh, over the devices that split `length`.
+    """`blockwise.blockwise_attention` over the devices of the current mesh that shard `length`.
 
-    These must divide T and S: `sharding.shard_batch` sees to it.
+    Their number must divide T and S: `sharding.shard_batch` pads to it.
 
     Returns:
       [B, T, H, K] in the dtype of `v_BSHK`.
     """
-    words = head_words(key, dropout_rate, q_BTHK.shape[0], q_BTHK.shape[2])
-    local = functools.partial(_local, dropout_rate, block, sharding.num_shards("length"))
+    seeds = head_seeds(key, dropout_rate, q_BTHK.shape[0], q_BTHK.shape[2])
+    local = functools.partial(_local_attention, dropout_rate, block, sharding.num_shards("length"))
     heads = ("batch", "length", "heads", "kv")
-    split = sharding.shard_map(local, (heads, heads, heads, ("batch", "length"), ("batch", "heads")), heads)
-    return split(q_BTHK, k_BSHK, v_BSHK, visible, words)
+    sharded = sharding.shard_map(local, (heads, heads, heads, ("batch", "length"), ("batch", "heads")), heads)
+    return sharded(q_BTHK, k_BSHK, v_BSHK, mask, seeds)
 
 
-def _local(
-    rate: float,
+def _local_attention(
+    dropout_rate: float,
     block: int,
-    count: int,
+    ring_size: int,
     q_BTHK: Array,
     k_BSHK: Array,
     v_BSHK: Array,
-    visible: Visible,
-    words: Words | None,
+    mask: AttentionMask,
+    seeds: Seeds | None,
 ) -> Array:
-    """One of `count` devices."""
-    queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
-    first = sharding.axis_index("length") * queries
-    *qkv, visible, sizes = in_blocks(q_BTHK, k_BSHK, v_BSHK, dataclasses.replace(visible, first_query=first), block)
-    out_BHTK = _attend(*qkv, visible, words, Way(rate, sizes, (count, keys)))
-    return jnp.swapaxes(out_BHTK, 1, 2)[:, :queries]
+    """Attention of one device's queries."""
+    num_queries, num_keys = q_BTHK.shape[1], k_BSHK.shape[1]
+    mask = dataclasses.replace(mask, q_offset=sharding.axis_index("length") * num_queries)
+    q_BHTK, k_BHSK, v_BHSK, mask, block_q, block_kv = to_blocks(q_BTHK, k_BSHK, v_BSHK, mask, block)
+    config = BlockwiseConfig(dropout_rate, block_q, block_kv, ring_size, num_keys)
+    out_BHTK = _attention(q_BHTK, k_BHSK, v_BHSK, mask, seeds, config)
+    return jnp.swapaxes(out_BHTK, 1, 2)[:, :num_queries]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible: Visible, words: Words | None, way: Way) -> Array:
-    return _forward(q_BHTK, k_BHSK, v_BHSK, visible, words, way)[0]
+def _attention(
+    q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, mask: AttentionMask, seeds: Seeds | None, config: BlockwiseConfig
+) -> Array:
+    return _forward(q_BHTK, k_BHSK, v_BHSK, mask, seeds, config)[0]
 
 
-def _meet(here: Meeting, travelling: tuple, turn: Array, ring: tuple[int, int]) -> Meeting:
-    """This device's queries and the keys that have come after so many turns, from so many devices before it."""
-    k_BHSK, v_BHSK, keys_BS = travelling
-    count, keys = ring
-    first = (sharding.axis_index("length") - turn) % count * keys
-    visible = dataclasses.replace(here.visible, keys_BS=keys_BS, first_key=first)
-    return here._replace(k_BHSK=k_BHSK, v_BHSK=v_BHSK, visible=visible)
+def _with_remote_kv(local: BlockInputs, kv: tuple, step: Array) -> BlockInputs:
+    """Local queries with the keys and values that have arrived after `step` rotations.
+
+    With 4 devices, device 1 holds after step 0, 1, 2, 3 the keys of device 1, 0, 3, 2.
+    """
+    k_BHSK, v_BHSK, kv_segment_ids_BS = kv
+    owner = (sharding.axis_index("length") - step) % local.config.ring_size
+    kv_offset = owner * local.config.keys_per_device
+    mask = dataclasses.replace(local.mask, kv_segment_ids_BS=kv_segment_ids_BS, kv_offset=kv_offset)
+    return local._replace(k_BHSK=k_BHSK, v_BHSK=v_BHSK, mask=mask)
 
 
 def _forward(
-    q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, visible: Visible, words: Words | None, way: Way
-) -> tuple[Array, tuple]:
-    here, ring = Meeting(q_BHTK, k_BHSK, v_BHSK, visible, Drop(way.rate, words), way.sizes), way.ring
+    q_BHTK: Array, k_BHSK: Array, v_BHSK: Array, mask: AttentionMask, seeds: Seeds | None, config: BlockwiseConfig
+) -> tuple[Array, Residuals]:
+    local = BlockInputs(q_BHTK, k_BHSK, v_BHSK, mask, seeds, config)
 
-    def turn(number: Array, carry: tuple[tuple, Running]) -> tuple[tuple, Running]:
-        travelling, running = carry
-        onward = sharding.ring_permute("length", travelling, ring[0])
-        return onward, look(_meet(here, travelling, number, ring), running)
+    def ring_step(step: Array, carry: tuple[tuple, OnlineSoftmaxState]) -> tuple[tuple, OnlineSoftmaxState]:
+        kv, state = carry
+        next_kv = sharding.ring_permute("length", kv, config.ring_size)
+        return next_kv, forward_blocks(_with_remote_kv(local, kv, step), state)
 
-    start = (k_BHSK, v_BHSK, visible.keys_BS), nothing_seen(here)
-    _, running = jax.lax.fori_loop(0, ring[0], turn, start)
-    out_BHTK, log_total_BHT = settle(running, v_BHSK.dtype)
-    return out_BHTK, (q_BHTK, k_BHSK, v_BHSK, visible, words, out_BHTK, log_total_BHT)
-
-
-def _backward(way: Way, saved: tuple, grad_BHTK: Array) -> tuple:
-    (here, looked), ring = reopened(way, saved, grad_BHTK), way.ring
-
-    def turn(number: Array, carry: tuple[tuple, Gradients]) -> tuple[tuple, Gradients]:
-        travelling, gradients = carry
-        onward = sharding.ring_permute("length", travelling, ring[0])
-        dq_BHTK, *dkv = look_back(_meet(here, travelling, number, ring), looked, gradients)
-        return onward, Gradients(dq_BHTK, *sharding.ring_permute("length", dkv, ring[0]))
-
-    start = (here.k_BHSK, here.v_BHSK, here.visible.keys_BS), no_gradients(here)
-    _, gradients = jax.lax.fori_loop(0, ring[0], turn, start)
-    return *in_rows(gradients, *saved[:3]), None, None
+    init = (k_BHSK, v_BHSK, mask.kv_segment_ids_BS), init_state(local)
+    _, state = jax.lax.fori_loop(0, config.ring_size, ring_step, init)
+    out_BHTK, logsumexp_BHT = finalize(state, v_BHSK.dtype)
+    return out_BHTK, Residuals(q_BHTK, k_BHSK, v_BHSK, mask, seeds, out_BHTK, logsumexp_BHT)
 
 
-_attend.defvjp(_forward, _backward)
+def _backward(config: BlockwiseConfig, saved: Residuals, dout_BHTK: Array) -> tuple:
+    local, output_gradient = unpack_residuals(config, saved, dout_BHTK)
+
+    def ring_step(step: Array, carry: tuple[tuple, Gradients]) -> tuple[tuple, Gradients]:
+        kv, gradients = carry
+        next_kv = sharding.ring_permute("length", kv, config.ring_size)
+        dq_BHTK, *dkv = backward_blocks(_with_remote_kv(local, kv, step), output_gradient, gradients)
+        return next_kv, Gradients(dq_BHTK, *sharding.ring_permute("length", dkv, config.ring_size))
+
+    init = (local.k_BHSK, local.v_BHSK, local.mask.kv_segment_ids_BS), init_gradients(local)
+    _, gradients = jax.lax.fori_loop(0, config.ring_size, ring_step, init)
+    return *merge_gradients(gradients, local), None, None
+
+
+_attention.defvjp(_forward, _backward)

@@ -18,7 +18,7 @@ from transformer.config import Config, MeshConfig, schema
 from transformer.config.validation import HARMLESS
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed.mesh import make_mesh, warm_up_collectives
-from transformer.models.registry import Model, Params
+from transformer.models.registry import ModelDef, Params
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError, WorkdirError
 
@@ -40,7 +40,7 @@ class RestoredModel:
     metrics: Metrics
     config: Config
     tokenizer: Tokenizer
-    model: Model
+    model: ModelDef
     params: Params
     mesh: Mesh
 
@@ -100,14 +100,14 @@ def _read(checkpoints: CheckpointManager, which: str, steps: list[int]) -> Resto
     config = checkpoints.config(steps[-1])
     tokenizer = checkpoints.tokenizer(steps[-1])
     mesh = warm_up_collectives(make_mesh(MeshConfig()))
-    model = Model(config.model, tokenizer.vocab_size)
+    model = ModelDef(config.model, tokenizer.vocab_size)
     params = read_params(checkpoints, which, steps, config, model, mesh)
     metrics = checkpoints.metrics(steps[-1])
     return RestoredModel(which, steps, metrics, config, tokenizer, model, params, mesh)
 
 
 def read_params(
-    checkpoints: CheckpointManager, which: str, steps: list[int], config: Config, model: Model, mesh: Mesh
+    checkpoints: CheckpointManager, which: str, steps: list[int], config: Config, model: ModelDef, mesh: Mesh
 ) -> Params:
     """The params that `which` names: the mean of several, or of one the moving average if its run keeps one.
 
@@ -120,7 +120,7 @@ def read_params(
     return checkpoints.restore_params(steps[0], model, mesh, "ema" if config.train.ema_decay else "params")
 
 
-def average_params(checkpoints: CheckpointManager, steps: list[int], model: Model, mesh: Mesh) -> Params:
+def average_params(checkpoints: CheckpointManager, steps: list[int], model: ModelDef, mesh: Mesh) -> Params:
     """The mean of the params of several checkpoints, on the devices of `mesh`.
 
     They are read one after the other and summed in float32, so two copies are in memory and never more.

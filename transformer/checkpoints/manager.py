@@ -27,7 +27,7 @@ from transformer.config import Config, DecodeConfig, validation
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed import multihost
-from transformer.models.registry import Model, Params, abstract_params
+from transformer.models.registry import ModelDef, Params, abstract_params
 from transformer.runtime import environment, object_storage
 from transformer.runtime.errors import UserError, WorkdirError
 from transformer.runtime.files import sha256, user_error_on_oserror, write_atomic
@@ -279,7 +279,7 @@ class CheckpointManager:
             (self.folder / str(step)).rename(gone)
         _delete_folder(gone)
 
-    def restore_params(self, step: int, model: Model, mesh: Mesh, kind: str = "params") -> Params:
+    def restore_params(self, step: int, model: ModelDef, mesh: Mesh, kind: str = "params") -> Params:
         """The params alone, on the devices of `mesh`; with kind `ema` their moving average."""
         return _load_arrays(self.folder / str(step) / kind, abstract_params(model, mesh))
 

@@ -18,11 +18,11 @@ from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray, eval_batc
 from transformer.data.tokenizer import Tokenizer, truncate
 from transformer.decoding.decode import batch_rows
 from transformer.distributed import sharding
-from transformer.models.registry import Model, Params
+from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import UserError
 
-Links = list[tuple[int, int]]
-CELLS = 1 << 16  # of one head's weights over all rows of a batch, so that long sentences fit in memory
+Alignment = list[tuple[int, int]]
+MAX_CELLS = 1 << 16  # of one head's weights over all rows of a batch, so that long sentences fit in memory
 
 
 class Attention(NamedTuple):
@@ -50,7 +50,7 @@ class Aligner:
 
     def __init__(
         self,
-        model: Model,
+        model: ModelDef,
         tokenizer: Tokenizer,
         num_layers: int,
         config: DecodeConfig,
@@ -90,14 +90,14 @@ class Aligner:
                 ids = batch.source_BS[row, :S], batch.target_BT[row, :T]
                 yield filled[example], Attention(found_BLHTS[row, :, :, :T, :S], *ids)
 
-    def align(self, params: Params, sources: Sequence[str], translations: Sequence[str]) -> list[Links]:
+    def align(self, params: Params, sources: Sequence[str], translations: Sequence[str]) -> list[Alignment]:
         """For each pair, (source word, target word), counted from 0; a blank side has no links."""
-        links: list[Links] = [[] for _ in sources]
+        links: list[Alignment] = [[] for _ in sources]
         for place, attention in self.attention(params, sources, translations):
-            links[place] = self.links(attention)
+            links[place] = self.word_alignment(attention)
         return links
 
-    def links(self, attention: Attention) -> Links:
+    def word_alignment(self, attention: Attention) -> Alignment:
         """Each target word with the source word that it attends to most.
 
         Weights are averaged over the heads of the layer and over the pieces of a target word, and
@@ -117,7 +117,7 @@ class Aligner:
         return JaggedArray.from_sequences([truncate(ids, longest) for ids in self._tokenizer.encode(lines)])
 
     def _rows(self, width: int) -> int:
-        fitting = sharding.padded_batch_size(self._mesh, max(CELLS // width**2, 1), rows="decode_batch")
+        fitting = sharding.padded_batch_size(self._mesh, max(MAX_CELLS // width**2, 1), rows="decode_batch")
         return min(batch_rows(self._config, self._mesh), fitting)
 
 
@@ -130,6 +130,6 @@ def default_layer(num_layers: int) -> int:
     return num_layers if num_layers <= 3 else num_layers - 1
 
 
-def pharaoh(links: Links) -> str:
+def to_pharaoh(links: Alignment) -> str:
     """`0-0 1-2`: source word, hyphen, target word."""
     return " ".join(f"{source}-{target}" for source, target in links)

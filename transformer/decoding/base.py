@@ -1,4 +1,4 @@
-"""What beam search and sampling share: the step function they call, what they return, and how both are scored.
+"""What beam search and sampling share: step function, hypotheses, scores, and the loop over a growing KV cache.
 
 Shapes: B sentences, N hypotheses of each, T maximal length in tokens, V vocabulary, S source length.
 """
@@ -14,32 +14,28 @@ from transformer.models.base import Cache
 
 StepFn = Callable[[Cache, jax.Array, jax.Array], tuple[Any, ...]]
 """(cache, the last token of each hypothesis: int32 [B, N], its position from 0, BOS being at 0: int32 [])
-→ (logits of the next token: any float [B, N, V], the cache of the same shapes and dtypes), and, where a
-coverage penalty asks for it, a third: the attention paid to the source, float32 [B, N, S], of sum 1."""
+→ (logits of the next token: any float [B, N, V], the cache of the same shapes and dtypes), and for a coverage
+penalty a third: the cross-attention, float32 [B, N, S], of sum 1."""
 
-Reorder = Callable[[Cache, jax.Array], Cache]
-"""(cache, parents: int32 [B, N]) → the cache in which hypothesis n goes on from what was parents[b, n]."""
+ReorderCache = Callable[[Cache, jax.Array], Cache]
+"""(cache, parents: int32 [B, N]) → the cache in which hypothesis n continues what was parents[b, n]."""
 
-IMPOSSIBLE = -1e9
-"""The log-probability and the score of what cannot be: finite, so that sums and ratios stay free of NaN."""
+ResizeCache = Callable[[Cache, int], Cache]
+"""(cache, length) → the cache padded to hold so many positions."""
 
+NEG_INF = -1e9
+"""Log-probability and score of an impossible hypothesis: finite, so that sums and ratios stay free of NaN."""
 
-LEAST_ATTENTION = 1e-9  # keeps the logarithm of a coverage finite
-
-
-Grow = Callable[[Cache, int], Cache]
-"""(cache, length) → the cache with room for so many positions."""
-
-FIRST_ROOM = 16  # positions in a cache at first
+MIN_COVERAGE = 1e-9  # keeps the logarithm of a coverage finite
+INITIAL_CACHE_LENGTH = 16
 
 
 class Hypotheses(NamedTuple):
-    """N hypotheses of each sentence; a slot for which there is none has length 0.
+    """N hypotheses of each sentence; an empty one has length 0.
 
     tokens_BNT: int32, without BOS, with EOS where it was reached, PAD after.
-    lengths_BN: int32, tokens up to and with EOS.
-    scores_BN: float32, log-probability / length penalty, and what the search adds to it; IMPOSSIBLE in an
-      empty slot.
+    lengths_BN: int32, tokens including EOS.
+    scores_BN: float32, log-probability / length penalty + coverage penalty; NEG_INF for an empty hypothesis.
     finished_BN: bool, whether EOS was reached.
     """
 
@@ -49,53 +45,65 @@ class Hypotheses(NamedTuple):
     finished_BN: jax.Array
 
 
-def rooms(max_length: int) -> list[int]:
-    """How long a cache is, stage by stage: a step costs as much as there is room, and most sentences are short.
+def cache_lengths(max_length: int) -> list[int]:
+    """Lengths to which a KV cache is resized in turn, the last one `max_length`: 100 → [16, 32, 64, 100].
 
-    It doubles, for each stage is a program of its own, and the last is no shorter than the first. A length that is a
-    symbol (`jax.export`) has one stage.
+    The cost of a step is proportional to the cache length, and most sentences are short. Lengths double, because each
+    is a program of its own, and the last step adds at least INITIAL_CACHE_LENGTH: 70 → [16, 32, 70]. A symbolic length
+    (`jax.export`) has one stage.
     """
     if not isinstance(max_length, int):
         return [max_length]
-    doubled = (FIRST_ROOM << i for i in itertools.count())
-    return [*itertools.takewhile(lambda room: room + FIRST_ROOM <= max_length, doubled), max_length]
+    doubled = (INITIAL_CACHE_LENGTH << i for i in itertools.count())
+    return [*itertools.takewhile(lambda length: length + INITIAL_CACHE_LENGTH <= max_length, doubled), max_length]
 
 
-def run_stages(
-    goes_on: Callable[[Any], jax.Array], advance: Callable[[Any], Any], state: Any, max_length: int, grow: Grow | None
+def while_loop_with_growing_cache(
+    cond_fn: Callable[[Any], jax.Array],
+    body_fn: Callable[[Any], Any],
+    state: Any,
+    max_length: int,
+    resize: ResizeCache | None,
 ) -> Any:
-    """`advance`s a state, a named tuple with `position` and `cache`, while it `goes_on` and is not `max_length` long.
+    """`lax.while_loop` over decoding steps that enlarges the KV cache as hypotheses get longer.
+
+    With `cache_lengths` = [16, 32, 70] the program is
+
+        cache = resize(cache, 16); while cond and position < 16: body
+        if cond: cache = resize(cache, 32); while cond and position < 32: body
+                 if cond: cache = resize(cache, 70); while cond and position < 70: body
 
     Args:
-      grow: gives the cache more room at each of `rooms`; None: it has all it needs.
+      state: a named tuple with the fields `position`, of the last token, and `cache`.
+      resize: pads the cache; None: it holds `max_length` positions.
 
     Returns:
-      The last state, without its cache.
+      The final state, without its cache.
     """
-    if grow is None or _same_shapes(state.cache, jax.eval_shape(lambda: grow(state.cache, max_length))):
-        return _without_cache(jax.lax.while_loop(goes_on, advance, state))
+    if resize is None or _same_shapes(state.cache, jax.eval_shape(lambda: resize(state.cache, max_length))):
+        return _without_cache(jax.lax.while_loop(cond_fn, body_fn, state))
 
-    def run(state: Any, room: int, *larger: int) -> Any:
-        state = state._replace(cache=grow(state.cache, room))
-        state = jax.lax.while_loop(lambda now: goes_on(now) & (now.position < room), advance, state)
-        if not larger:
+    def run_stage(state: Any, length: int, *longer: int) -> Any:
+        state = state._replace(cache=resize(state.cache, length))
+        state = jax.lax.while_loop(lambda s: cond_fn(s) & (s.position < length), body_fn, state)
+        if not longer:
             return _without_cache(state)
-        return jax.lax.cond(goes_on(state), lambda state: run(state, *larger), _without_cache, state)
+        return jax.lax.cond(cond_fn(state), lambda s: run_stage(s, *longer), _without_cache, state)
 
-    return run(state, *rooms(max_length))
+    return run_stage(state, *cache_lengths(max_length))
 
 
 def _without_cache(state: Any) -> Any:
     return state._replace(cache=())
 
 
-def _same_shapes(one: Cache, other: Cache) -> bool:
-    one, other = (jax.tree.map(lambda leaf: leaf.shape, cache) for cache in (one, other))
-    return one == other
+def _same_shapes(old: Cache, new: Cache) -> bool:
+    old_shapes, new_shapes = (jax.tree.map(lambda leaf: leaf.shape, cache) for cache in (old, new))
+    return old_shapes == new_shapes
 
 
 class SpecialIds(NamedTuple):
-    """Token ids that mean something to a search; PAD and BOS are never generated."""
+    """Ids of the special tokens of a search; PAD and BOS are never generated."""
 
     pad: int
     bos: int
@@ -103,7 +111,7 @@ class SpecialIds(NamedTuple):
 
 
 def length_penalties(max_length: int, alpha: float | jax.Array, form: str = "gnmt") -> jax.Array:
-    """What a log-probability is divided by, float32 [1 + max_length], for each length, EOS counted.
+    """Length penalty of each length, EOS counted, float32 [1 + max_length]; scores are divided by it.
 
     gnmt: ((5 + length) / 6) ** alpha (Wu et al., 2016, equation 14); length: length ** alpha, so that
     alpha = 1 is the mean log-probability of a token. Both are 1 with alpha = 0.
@@ -113,33 +121,33 @@ def length_penalties(max_length: int, alpha: float | jax.Array, form: str = "gnm
     return base**alpha
 
 
-class Coverage(NamedTuple):
-    """A penalty on sources that a translation leaves out (Wu et al., 2016, equation 14).
+class CoveragePenalty(NamedTuple):
+    """Penalizes source tokens that a translation leaves out (Wu et al., 2016, equation 14).
 
-    It adds weight * Σ_s log(min(attention paid to s in all, 1)) to the score of a whole hypothesis; the
-    search goes by log-probability until then. The step function returns its attention too.
+    It adds weight * Σ_s log(min(total attention to s, 1)) to the score of a finished hypothesis; until then
+    hypotheses are ranked by log-probability. The step function must return its attention.
     """
 
     weight: float
     is_source_BS: jax.Array
 
-    def start(self, beam_size: int) -> jax.Array:
-        """Nothing attended to yet: zeros [B, N, S]."""
-        batch_size, width = self.is_source_BS.shape
-        return jnp.zeros((batch_size, beam_size, width), jnp.float32)
+    def init_state(self, beam_size: int) -> jax.Array:
+        """Total attention before the first step: zeros [B, N, S]."""
+        batch_size, source_length = self.is_source_BS.shape
+        return jnp.zeros((batch_size, beam_size, source_length), jnp.float32)
 
     def score(self, attended_BNS: jax.Array) -> jax.Array:
-        """float32 [B, N], at most 0."""
-        logs_BNS = jnp.log(jnp.clip(attended_BNS, LEAST_ATTENTION, 1.0))
+        """The penalty of each hypothesis, float32 [B, N], at most 0."""
+        logs_BNS = jnp.log(jnp.clip(attended_BNS, MIN_COVERAGE, 1.0))
         return self.weight * jnp.sum(jnp.where(self.is_source_BS[:, None, :], logs_BNS, 0.0), axis=2)
 
 
-def is_possible(log_probs: jax.Array) -> jax.Array:
-    """Whether a log-probability, or a score, is one of something that can be; false of NaN."""
-    # Far from both what models give and IMPOSSIBLE, so that adding to IMPOSSIBLE does not blur the line.
-    return log_probs > IMPOSSIBLE / 2
+def is_valid(log_probs: jax.Array) -> jax.Array:
+    """Whether a log-probability or score is that of a possible hypothesis; false of NaN."""
+    # Half of NEG_INF: adding real log-probabilities to NEG_INF does not reach it.
+    return log_probs > NEG_INF / 2
 
 
-def join(first: jax.Array, second: jax.Array) -> jax.Array:
+def concat_beams(first: jax.Array, second: jax.Array) -> jax.Array:
     """[B, M, ...] and [B, N, ...] → [B, M + N, ...]."""
     return jnp.concatenate([first, second], axis=1)

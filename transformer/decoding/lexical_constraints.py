@@ -20,24 +20,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.decoding.base import IMPOSSIBLE, is_possible, join
-from transformer.models.base import take_beams
+from transformer.decoding.base import NEG_INF, concat_beams, is_valid
+from transformer.models.base import gather_beams
 
 
-class Phrases(NamedTuple):
+class PhraseConstraints(NamedTuple):
     """The phrases of each sentence.
 
     tokens_BKL: int32, PAD after.
     lengths_BK: int32; 0 where there is no phrase.
-    borders_BKML: bool [B, K, L + 1, L]; at [m, l]: the first l tokens are the last l of the first m.
+    failure_table_BKML: bool [B, K, L + 1, L]; at [m, l]: the first l tokens are the last l of the first m.
     """
 
     tokens_BKL: jax.Array
     lengths_BK: jax.Array
-    borders_BKML: jax.Array
+    failure_table_BKML: jax.Array
 
 
-def phrases(tokens_BKL: jax.Array, pad_id: int) -> Phrases:
+def compile_phrases(tokens_BKL: jax.Array, pad_id: int) -> PhraseConstraints:
     """Makes ready what following the phrases needs; `tokens_BKL` is int32 with PAD after each phrase."""
     longest = tokens_BKL.shape[2]
     lengths_BK = jnp.sum(tokens_BKL != pad_id, axis=2, dtype=jnp.int32)
@@ -47,22 +47,22 @@ def phrases(tokens_BKL: jax.Array, pad_id: int) -> Phrases:
     same_BKLL = jnp.cumprod(shifted_BKLL == tokens_BKL[:, :, None, :], axis=3, dtype=jnp.int32) > 0
     same_BKLM = jnp.pad(same_BKLL, ((0, 0), (0, 0), (0, 1), (1, 0)), constant_values=True)
     met, border = np.arange(longest + 1)[:, None], np.arange(longest)[None, :]
-    borders_BKML = same_BKLM[:, :, np.maximum(met - border, 0), border] & (border <= met)[None, None]
-    return Phrases(tokens_BKL, lengths_BK, borders_BKML)
+    failure_table_BKML = same_BKLM[:, :, np.maximum(met - border, 0), border] & (border <= met)[None, None]
+    return PhraseConstraints(tokens_BKL, lengths_BK, failure_table_BKML)
 
 
-def start(these: Phrases, beam_size: int) -> jax.Array:
+def init_progress(these: PhraseConstraints, beam_size: int) -> jax.Array:
     """No progress with any phrase: int32 zeros [B, N, K]."""
     batch_size, count = these.lengths_BK.shape
     return jnp.zeros((batch_size, beam_size, count), jnp.int32)
 
 
-def advance(these: Phrases, progress_BCK: jax.Array, tokens_BC: jax.Array) -> jax.Array:
+def update_progress(these: PhraseConstraints, progress_BCK: jax.Array, tokens_BC: jax.Array) -> jax.Array:
     """How many first tokens of each phrase end a hypothesis that gained a token; a phrase once met stays met."""
     longest = these.tokens_BKL.shape[2]
     indices_BKC1 = jnp.swapaxes(progress_BCK, 1, 2)[..., None]
-    borders_BKCL = jnp.take_along_axis(these.borders_BKML, indices_BKC1, axis=2, mode="promise_in_bounds")
-    fits_BKCL = borders_BKCL & (these.tokens_BKL[:, :, None, :] == tokens_BC[:, None, :, None])
+    failure_table_BKCL = jnp.take_along_axis(these.failure_table_BKML, indices_BKC1, axis=2, mode="promise_in_bounds")
+    fits_BKCL = failure_table_BKCL & (these.tokens_BKL[:, :, None, :] == tokens_BC[:, None, :, None])
     fits_BKCL &= np.arange(longest)[None, None, None, :] < these.lengths_BK[:, :, None, None]
     steps = np.arange(1, longest + 1, dtype=np.int32)[None, None, None, :]
     reached_BCK = jnp.swapaxes(jnp.max(jnp.where(fits_BKCL, steps, 0), axis=3), 1, 2)
@@ -70,12 +70,12 @@ def advance(these: Phrases, progress_BCK: jax.Array, tokens_BC: jax.Array) -> ja
     return jnp.where(progress_BCK == lengths_B1K, lengths_B1K, reached_BCK)
 
 
-def all_met(these: Phrases, progress_BCK: jax.Array) -> jax.Array:
+def all_satisfied(these: PhraseConstraints, progress_BCK: jax.Array) -> jax.Array:
     """Whether each hypothesis holds all its phrases; bool [B, C]."""
     return jnp.all(progress_BCK == these.lengths_BK[:, None, :], axis=2)
 
 
-def placed(these: Phrases, progress_BCK: jax.Array) -> jax.Array:
+def num_satisfied_tokens(these: PhraseConstraints, progress_BCK: jax.Array) -> jax.Array:
     """How many tokens of its phrases each hypothesis has: those met, and the one under way furthest; int32 [B, C].
 
     Only one can be gone on with: two under way at once must not count more than one does.
@@ -87,7 +87,7 @@ def placed(these: Phrases, progress_BCK: jax.Array) -> jax.Array:
 
 
 def add_candidates(
-    these: Phrases,
+    these: PhraseConstraints,
     progress_BNK: jax.Array,
     log_probs_BNV: jax.Array,
     best_BC: jax.Array,
@@ -111,15 +111,15 @@ def add_candidates(
     tokens_BNM = jnp.concatenate([next_BNK, likely_BN1, jnp.full_like(likely_BN1, eos_id)], axis=2)
     first_N = jnp.arange(beam_size, dtype=jnp.int32) * jnp.int32(vocab_size)
     more_BM = (first_N[None, :, None] + tokens_BNM).reshape(batch_size, -1)
-    flat_BC = join(flat_BC, more_BM)
-    log_probs_BC = join(best_BC, take_beams(log_probs_BNV.reshape(batch_size, -1), more_BM))
+    flat_BC = concat_beams(flat_BC, more_BM)
+    log_probs_BC = concat_beams(best_BC, gather_beams(log_probs_BNV.reshape(batch_size, -1), more_BM))
     before = np.tri(flat_BC.shape[1], k=-1, dtype=bool)
     is_again_BC = jnp.any((flat_BC[:, :, None] == flat_BC[:, None, :]) & before[None], axis=2)
-    return jnp.where(is_again_BC, IMPOSSIBLE, log_probs_BC), flat_BC
+    return jnp.where(is_again_BC, NEG_INF, log_probs_BC), flat_BC
 
 
-def allocate(
-    these: Phrases,
+def dynamic_beam_allocation(
+    these: PhraseConstraints,
     progress_BCK: jax.Array,
     log_probs_BC: jax.Array,
     beam_size: int,
@@ -130,7 +130,7 @@ def allocate(
       progress_BCK: of the candidates themselves.
       log_probs_BC: of the candidates; IMPOSSIBLE for what has ended.
     """
-    bank_BC = placed(these, progress_BCK)
+    bank_BC = num_satisfied_tokens(these, progress_BCK)
     count = log_probs_BC.shape[1]
     ahead_BCC = log_probs_BC[:, None, :] > log_probs_BC[:, :, None]
     ahead_BCC |= (log_probs_BC[:, None, :] == log_probs_BC[:, :, None]) & np.tri(count, k=-1, dtype=bool)[None]
@@ -140,7 +140,7 @@ def allocate(
     if beam_size > 1:  # a beam of one would never place a phrase
         is_best_BC = jnp.argmax(log_probs_BC, axis=1, keepdims=True) == np.arange(count)[None, :]
         turn_BC = jnp.where(is_best_BC, -banks, turn_BC)
-    turn_BC += jnp.where(is_possible(log_probs_BC), 0, count * banks)
+    turn_BC += jnp.where(is_valid(log_probs_BC), 0, count * banks)
     _, kept_BN = jax.lax.top_k(-turn_BC, beam_size)
-    log_probs_BN, order_BN = jax.lax.top_k(take_beams(log_probs_BC, kept_BN), beam_size)
-    return log_probs_BN, take_beams(kept_BN, order_BN)
+    log_probs_BN, order_BN = jax.lax.top_k(gather_beams(log_probs_BC, kept_BN), beam_size)
+    return log_probs_BN, gather_beams(kept_BN, order_BN)

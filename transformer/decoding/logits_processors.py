@@ -14,7 +14,7 @@ import numpy as np
 from transformer.decoding.base import SpecialIds
 
 
-class Restrictions(NamedTuple):
+class LogitsConstraints(NamedTuple):
     """min_length and no_repeat_ngram are static.
 
     min_length: tokens before EOS, at least; a sentence's own limit comes first.
@@ -28,8 +28,8 @@ class Restrictions(NamedTuple):
     prefix_BP: jax.Array | None = None
 
 
-def allowed_next(
-    restrictions: Restrictions,
+def allowed_tokens_mask(
+    restrictions: LogitsConstraints,
     tokens_BNT: jax.Array,
     position: jax.Array,
     limits_B: jax.Array,
@@ -54,13 +54,13 @@ def allowed_next(
         is_long_B = position >= jnp.minimum(restrictions.min_length, limits_B - 1)
         allowed = allowed & ((np.arange(vocab_size) != ids.eos)[None, None, :] | is_long_B[:, None, None])
     if restrictions.no_repeat_ngram:
-        allowed = allowed & ~repeats(tokens_BNT, position, restrictions.no_repeat_ngram, vocab_size)
+        allowed = allowed & ~repeated_ngram_mask(tokens_BNT, position, restrictions.no_repeat_ngram, vocab_size)
     if restrictions.prefix_BP is not None:
-        allowed = _forced(restrictions.prefix_BP, position, ids.pad, allowed)
+        allowed = _force_prefix(restrictions.prefix_BP, position, ids.pad, allowed)
     return allowed
 
 
-def repeats(tokens_BNT: jax.Array, position: jax.Array, order: int, vocab_size: int) -> jax.Array:
+def repeated_ngram_mask(tokens_BNT: jax.Array, position: jax.Array, order: int, vocab_size: int) -> jax.Array:
     """The tokens that would repeat an n-gram of `order` tokens; bool [B, N, V]."""
     length = tokens_BNT.shape[2]
     ends = np.arange(order, length)  # where n-grams end that lie behind BOS
@@ -76,7 +76,7 @@ def repeats(tokens_BNT: jax.Array, position: jax.Array, order: int, vocab_size: 
     return empty_BNV.at[rows_B11[:, None, None], beams_1N1[None, :, None], tokens_BNT[:, :, order:]].max(same_BNE)
 
 
-def _forced(
+def _force_prefix(
     prefix_BP: jax.Array, position: jax.Array, pad_id: int, allowed: jax.Array | np.ndarray
 ) -> jax.Array | np.ndarray:
     """As long as a prefix lasts, its own next token and no other."""

@@ -1,6 +1,6 @@
 """What a person asks of one translation besides its source: how it begins, and which phrases it holds.
 
-Texts become ids here, and what cannot be met is refused before anything is searched. Widths are on a ladder,
+Texts become ids here, and what cannot be met is refused before anything is searched. Widths are powers of two,
 so that the shape the device sees depends on the sentence's own wish alone.
 
 B rows, P longest prefix, K phrases of a sentence, L longest phrase.
@@ -19,7 +19,7 @@ from transformer.runtime.errors import UserError
 SHORTEST_PREFIX, FEWEST_PHRASES, SHORTEST_PHRASE = 16, 4, 8  # lowest rungs: each shape is a program to compile
 
 
-class Shape(NamedTuple):
+class PaddedSizes(NamedTuple):
     """Widths P, K and L; 0 where nothing is asked."""
 
     prefix: int
@@ -27,15 +27,15 @@ class Shape(NamedTuple):
     phrase: int
 
 
-class Wish(NamedTuple):
+class DecodingConstraints(NamedTuple):
     """Ids without EOS."""
 
     prefix: np.ndarray
     phrases: list[np.ndarray]
 
-    def shape(self) -> Shape:
-        """The rungs of the ladder that hold it."""
-        return Shape(
+    def shape(self) -> PaddedSizes:
+        """The rungs of the round_up_to_power_of_two that hold it."""
+        return PaddedSizes(
             round_up_to_power_of_two(len(self.prefix), SHORTEST_PREFIX) if len(self.prefix) else 0,
             round_up_to_power_of_two(len(self.phrases), FEWEST_PHRASES) if self.phrases else 0,
             round_up_to_power_of_two(max(map(len, self.phrases)), SHORTEST_PHRASE) if self.phrases else 0,
@@ -46,13 +46,13 @@ class Wish(NamedTuple):
         return len(self.prefix) + sum(map(len, self.phrases))
 
 
-def make(
+def encode_constraints(
     tokenizer: Tokenizer,
     prefixes: Iterable[str | None] | None,
     constraints: Iterable[Iterable[str] | None] | None,
     limits: Sequence[int],
     first: int = 1,
-) -> list[Wish]:
+) -> list[DecodingConstraints]:
     """The wish for each sentence; a blank prefix and a list of no phrases ask nothing.
 
     Texts lose one line end at their end, if any.
@@ -68,13 +68,13 @@ def make(
         more than fits into the limit.
     """
     if prefixes is None and constraints is None:
-        return [Wish(np.zeros(0, np.int32), [])] * len(limits)
+        return [DecodingConstraints(np.zeros(0, np.int32), [])] * len(limits)
     prefixes, constraints = _items(prefixes, "prefixes", limits), _items(constraints, "constraints", limits)
     wishes = []
     for index, (prefix, phrases, limit) in enumerate(zip(prefixes, constraints, limits, strict=True)):
         where = f"sentence {first + index}"
         wish = _encode(tokenizer, prefix, phrases, where)
-        _check_room(wish, limit, where)
+        _check_length(wish, limit, where)
         wishes.append(wish)
     return wishes
 
@@ -89,7 +89,7 @@ def _items(given: Iterable[Any] | None, name: str, limits: Sequence[int]) -> lis
     return found
 
 
-def _encode(tokenizer: Tokenizer, prefix: str | None, phrases: Iterable[str] | None, where: str) -> Wish:
+def _encode(tokenizer: Tokenizer, prefix: str | None, phrases: Iterable[str] | None, where: str) -> DecodingConstraints:
     begins = "" if prefix is None else text_inputs.line(prefix, f"{where}, its prefix")
     asked = [] if phrases is None else text_inputs.items(phrases, f"{where}: expected a list of phrases")
     if not all(isinstance(phrase, str) and phrase.strip() for phrase in asked):
@@ -103,10 +103,10 @@ def _encode(tokenizer: Tokenizer, prefix: str | None, phrases: Iterable[str] | N
         if UNK in one:
             raise UserError(f"{where}: the vocabulary cannot write {text!r}; ask for other words")
     distinct = {one.tobytes(): one for one in ids[1:]}
-    return Wish(ids[0], list(distinct.values()))
+    return DecodingConstraints(ids[0], list(distinct.values()))
 
 
-def _check_room(wish: Wish, limit: int, where: str) -> None:
+def _check_length(wish: DecodingConstraints, limit: int, where: str) -> None:
     if not wish.length():
         return
     if not limit:
@@ -118,20 +118,20 @@ def _check_room(wish: Wish, limit: int, where: str) -> None:
         )
 
 
-def rectangles(
-    wishes: Sequence[Wish], examples_B: np.ndarray, shape: Shape
+def to_arrays(
+    wishes: Sequence[DecodingConstraints], examples_B: np.ndarray, shape: PaddedSizes
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """prefix_BP and phrases_BKL, int32 with PAD after, of the wishes that rows name; None where nothing is asked."""
-    rows = [wishes[i] if i != PAD_EXAMPLE else Wish(np.zeros(0, np.int32), []) for i in examples_B]
+    rows = [wishes[i] if i != PAD_EXAMPLE else DecodingConstraints(np.zeros(0, np.int32), []) for i in examples_B]
     prefix_BP, phrases_BKL = None, None
     if shape.prefix:
-        prefix_BP = _rectangle([row.prefix for row in rows], shape.prefix)
+        prefix_BP = _pad([row.prefix for row in rows], shape.prefix)
     if shape.phrases:
         nothing = np.zeros(0, np.int32)
         flat = [(row.phrases + [nothing] * shape.phrases)[k] for row in rows for k in range(shape.phrases)]
-        phrases_BKL = _rectangle(flat, shape.phrase).reshape(len(rows), shape.phrases, shape.phrase)
+        phrases_BKL = _pad(flat, shape.phrase).reshape(len(rows), shape.phrases, shape.phrase)
     return prefix_BP, phrases_BKL
 
 
-def _rectangle(sequences: Sequence[np.ndarray], width: int) -> np.ndarray:
+def _pad(sequences: Sequence[np.ndarray], width: int) -> np.ndarray:
     return JaggedArray.from_sequences(sequences).to_padded(np.arange(len(sequences)), width)

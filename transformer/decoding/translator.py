@@ -26,18 +26,18 @@ from transformer.data.text_files import one_line
 from transformer.data.tokenizer import UNK, Tokenizer, truncate
 from transformer.decoding import mbr, requests
 from transformer.decoding.base import Hypotheses
-from transformer.decoding.decode import Request, batch_rows, decode
-from transformer.decoding.requests import Wish
+from transformer.decoding.decode import DecodeInputs, batch_rows, decode
+from transformer.decoding.requests import DecodingConstraints
 from transformer.distributed import sharding
-from transformer.models.registry import Model, Params
+from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 
 # Taken to compile a program and, where there are several devices, to start one, so that threads start theirs one by
 # one, in the same order on all devices.
-_DEVICE = threading.Lock()
-MOST_WORKERS = 4  # batches that a CPU computes beside each other, each with a cache of its own
-WIDEST_BESIDE = 64  # wider ones have a CPU for themselves: their caches are large, and they keep all cores busy
+_DISPATCH_LOCK = threading.Lock()
+MAX_WORKERS = 4  # batches that a CPU computes beside each other, each with a cache of its own
+MAX_CONCURRENT_WIDTH = 64  # wider ones have a CPU for themselves: their caches are large, and they keep all cores busy
 
 
 class Hypothesis(NamedTuple):
@@ -64,14 +64,14 @@ class _Decoded(NamedTuple):
 class Translator:
     """Translates with one model or several, and any params of their shape; each shape is compiled once.
 
-    Safe to share between threads. It counts what a caller should know of, and `say_counts` says it.
+    Safe to share between threads. It counts what a caller should know of, and `log_warnings` says it.
     """
 
     def __init__(
-        self, model: Model | Sequence[Model], tokenizer: Tokenizer, config: DecodeConfig, mesh: jax.sharding.Mesh
+        self, model: ModelDef | Sequence[ModelDef], tokenizer: Tokenizer, config: DecodeConfig, mesh: jax.sharding.Mesh
     ):
-        self._models = (model,) if isinstance(model, Model) else tuple(model)
-        self._is_ensemble = not isinstance(model, Model)
+        self._models = (model,) if isinstance(model, ModelDef) else tuple(model)
+        self._is_ensemble = not isinstance(model, ModelDef)
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
         self._rows = batch_rows(config, mesh)
         self._workers = _workers(mesh)
@@ -93,9 +93,9 @@ class Translator:
           sentences: one line of text each.
           progress: called with the number of sentences translated by each batch.
         """
-        return [best_text(found) for found in self.hypotheses(params, sentences, progress=progress)]
+        return [first_text(found) for found in self.translate_nbest(params, sentences, progress=progress)]
 
-    def hypotheses(
+    def translate_nbest(
         self,
         params: Params | Sequence[Params],
         sentences: Iterable[str],
@@ -129,7 +129,7 @@ class Translator:
         sources = JaggedArray.from_sequences(self._encode([sentences[i] for i in filled]))
         limits = np.zeros(len(sentences), np.int64)
         limits[filled] = sources.lengths + self._config.max_extra_length
-        asked = requests.make(self._tokenizer, prefixes, constraints, limits.tolist(), first)
+        asked = requests.encode_constraints(self._tokenizer, prefixes, constraints, limits.tolist(), first)
         keys_N2 = self._keys(sources, self._config.seed if seed is None else seed)
         found: list[list[Hypothesis]] = [[Hypothesis("", 0.0, True)] for _ in sentences]
 
@@ -149,7 +149,7 @@ class Translator:
 
         with ThreadPoolExecutor(self._workers) as pool:
             for examples_B, request in self._requests(sources, [asked[i] for i in filled], keys_N2):
-                is_wide = request.source_BS.shape[1] > WIDEST_BESIDE
+                is_wide = request.source_BS.shape[1] > MAX_CONCURRENT_WIDTH
                 most = 0 if is_wide and self._workers > 1 else self._workers
                 collect_all_but(most)
                 running.append((examples_B, self._start(pool, count, params, request)))
@@ -157,7 +157,7 @@ class Translator:
             collect_all_but(0)
         return found
 
-    def say_counts(self) -> None:
+    def log_warnings(self) -> None:
         """Warns once of sources that were not read as they are, and of translations that are not whole."""
         with self._counting:
             counts, self._counts = self._counts, collections.Counter()
@@ -212,10 +212,10 @@ class Translator:
         return np.frombuffer(b"".join(digests), "<u4").astype(np.uint32).reshape(-1, 2)
 
     def _requests(
-        self, sources: JaggedArray, asked: Sequence[Wish], keys_N2: np.ndarray | None
-    ) -> Iterator[tuple[np.ndarray, Request]]:
-        """Every sentence once: those of a batch, PADDING_ROW where there is none, and what this host's devices get."""
-        groups: dict[requests.Shape, list[int]] = {}
+        self, sources: JaggedArray, asked: Sequence[DecodingConstraints], keys_N2: np.ndarray | None
+    ) -> Iterator[tuple[np.ndarray, DecodeInputs]]:
+        """Every sentence once: those of a batch, PAD_EXAMPLE where there is none, and what this host's devices get."""
+        groups: dict[requests.PaddedSizes, list[int]] = {}
         for index, wish in enumerate(asked):
             groups.setdefault(wish.shape(), []).append(index)
         # The longest first, so that at the end no worker waits for another.
@@ -227,10 +227,10 @@ class Translator:
                 here_B = examples_B[sharding.local_row_indices(self._mesh, self._rows, rows="decode_batch")]
                 source_BS = sources.to_padded(here_B, planned.bucket.source)
                 keys_B2 = None if keys_N2 is None else keys_N2[np.maximum(here_B, 0)]
-                yield examples_B, Request(source_BS, keys_B2, *requests.rectangles(asked, here_B, shape))
+                yield examples_B, DecodeInputs(source_BS, keys_B2, *requests.to_arrays(asked, here_B, shape))
 
     def _start(
-        self, pool: ThreadPoolExecutor, count: int, params: Params | Sequence[Params], request: Request
+        self, pool: ThreadPoolExecutor, count: int, params: Params | Sequence[Params], request: DecodeInputs
     ) -> Callable[[], Hypotheses]:
         """Begins with a batch; returns what gives its hypotheses."""
         if self._workers > 1:
@@ -239,15 +239,15 @@ class Translator:
         found = self._run(count, params, request)
         return lambda: found
 
-    def _run(self, count: int, params: Params | Sequence[Params], request: Request) -> Hypotheses:
+    def _run(self, count: int, params: Params | Sequence[Params], request: DecodeInputs) -> Hypotheses:
         """Hands a batch to the device; where threads compute their own, waits for it, so that no others get between."""
         placed = sharding.shard_batch(self._mesh, request, rows="decode_batch")
         shapes = count, str(jax.tree.map(np.shape, request))
-        with _DEVICE:
+        with _DISPATCH_LOCK:
             if count not in self._programs:
                 run = functools.partial(decode, self._models, self._config, count)
                 self._programs[count] = sharding.data_parallel_jit(self._mesh, run)
-        with _DEVICE if self._workers == 1 or shapes not in self._compiled else contextlib.nullcontext():
+        with _DISPATCH_LOCK if self._workers == 1 or shapes not in self._compiled else contextlib.nullcontext():
             found = self._programs[count](params if self._is_ensemble else (params,), placed)
             self._compiled.add(shapes)
         return found if self._workers == 1 else jax.block_until_ready(found)
@@ -283,9 +283,9 @@ def _workers(mesh: jax.sharding.Mesh) -> int:
     """How many batches run beside each other: on a CPU a thread computes its own, elsewhere it only hands it over."""
     if mesh.size > 1 or mesh.devices.item().platform != "cpu":
         return 1
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_WORKERS)
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MAX_WORKERS)
 
 
-def best_text(found: Sequence[Hypothesis]) -> str:
+def first_text(found: Sequence[Hypothesis]) -> str:
     """The text of the first hypothesis; empty where there is none."""
     return found[0].text if found else ""

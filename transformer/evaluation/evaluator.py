@@ -28,7 +28,7 @@ from transformer.distributed import consistency, multihost, sharding
 from transformer.evaluation import bleu_tokenizer
 from transformer.evaluation.metrics import DEFAULT_METRICS, Scores, check_lengths, extended_scores, score
 from transformer.models.loss import LossSums, cross_entropy
-from transformer.models.registry import Model, Params
+from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import DivergedError, UserError
 from transformer.runtime.files import user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
@@ -86,7 +86,7 @@ class EvalResult:
 class Evaluator:
     """Evaluates any params of a model; keeps compiled programs between evaluations."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, config: Config, mesh: Mesh):
+    def __init__(self, model: ModelDef, tokenizer: Tokenizer, config: Config, mesh: Mesh):
         self.translator = Translator(model, tokenizer, config.decode, mesh)
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
         self._eval_step = make_eval_step(model, mesh)
@@ -104,7 +104,7 @@ class Evaluator:
         check_lengths(len(sources), references)
         loss = self.teacher_forced_loss(params, sources, references[0])
         translations = self.translator.translate(params, sources, progress)
-        self.translator.say_counts()
+        self.translator.log_warnings()
         tokenizer = bleu_tokenizer.choose_bleu_tokenizer(self._config.data, references[0]).name
         scores = score(translations, references, metrics, tokenizer)
         return EvalResult(
@@ -156,7 +156,7 @@ class Evaluator:
         return max(train.batch_tokens // train.accumulation_steps // width // multiple, 1) * multiple
 
 
-def make_eval_step(model: Model, mesh: Mesh) -> Callable[[Params, Batch], LossSums]:
+def make_eval_step(model: ModelDef, mesh: Mesh) -> Callable[[Params, Batch], LossSums]:
     """Compiles the loss without dropout and label smoothing."""
 
     def eval_step(params: Params, batch: Batch) -> LossSums:
@@ -350,5 +350,5 @@ def baseline_translations(
     decode = validation.with_decode(baseline.config, dict(fields or {})).decode
     translator = Translator(baseline.model, baseline.tokenizer, decode, baseline.mesh)
     translations = translator.translate(baseline.params, dataset.sources)
-    translator.say_counts()
+    translator.log_warnings()
     return f"{path.name}, {baseline.description}", translations

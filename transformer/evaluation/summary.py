@@ -8,12 +8,12 @@ from transformer.evaluation import significance
 from transformer.evaluation.evaluator import EvalDataset, EvalResult
 from transformer.evaluation.metrics import DEFAULT_METRICS, METRIC_NAMES
 from transformer.evaluation.significance import SystemComparison
-from transformer.models.flops import Spent
+from transformer.models.flops import TrainingCost
 
 
 def as_json(restored: RestoredModel, result: EvalResult, comparison: SystemComparison | None = None) -> dict[str, Any]:
     """The fields of eval.py's JSON; non-finite values are null."""
-    cost = Spent.of(restored.metrics)
+    cost = TrainingCost.from_metrics(restored.metrics)
     fields = {
         "step": restored.step,
         "steps": restored.steps,  # several if their mean is evaluated
@@ -71,7 +71,7 @@ def format_table(restored: RestoredModel, dataset: EvalDataset, result: EvalResu
     if groups:
         cells = " · ".join(f"{words}: {group['bleu']:.1f} ({group['sentences']:,})" for words, group in groups.items())
         rows.append(f"  BLEU by words of the source (sentences)  {cells}")
-    cost = Spent.of(restored.metrics)
+    cost = TrainingCost.from_metrics(restored.metrics)
     if cost:
         rows.append(f"  trained on {cost}")
     return "\n".join(rows)

@@ -16,7 +16,7 @@ from transformer import command_line
 from transformer.checkpoints.loading import load_checkpoint
 from transformer.config import validation
 from transformer.export.ctranslate2 import QUANTIZATIONS
-from transformer.export.verify import NEEDS, PAIRS, _appearing, check_installed, write
+from transformer.export.verify import NEEDS, PAIRS, atomic_directory, check_installed, write
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     check_installed(args.format, f"--format={args.format}")
     trained = load_checkpoint(args.workdir, args.checkpoint)
     trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
-    with _appearing(pathlib.Path(args.output)) as folder:
+    with atomic_directory(pathlib.Path(args.output)) as folder:
         summary = write(trained, folder, args.format, args.quantization or "float32")
     log_info(
         f"{args.output}: {trained.description} as {args.format}, {summary['precision']}; the log-probabilities of "

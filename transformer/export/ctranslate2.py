@@ -14,8 +14,15 @@ import numpy as np
 from transformer.checkpoints.loading import RestoredModel
 from transformer.config import DecodeConfig, ModelConfig
 from transformer.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
-from transformer.export.jax_export import Score, longest
-from transformer.models.layers import EPSILON, FeedForward, LayerNorm, MultiHeadAttention, layers_of, sinusoids
+from transformer.export.jax_export import Score, max_length
+from transformer.models.layers import (
+    EPSILON,
+    FeedForward,
+    LayerNorm,
+    MultiHeadAttention,
+    sinusoidal_position_encoding,
+    unstack_layers,
+)
 from transformer.models.transformer import Transformer
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
@@ -56,8 +63,8 @@ def write(trained: RestoredModel, folder: pathlib.Path, quantization: str) -> Sc
         pre_norm=config.model.norm == "pre",
         activation=specs.Activation.RELU,
     )
-    _set_stack(spec.encoder, module, "source", longest(config))
-    _set_stack(spec.decoder, module, "target", longest(config))
+    _set_stack(spec.encoder, module, "source", max_length(config))
+    _set_stack(spec.decoder, module, "target", max_length(config))
     spec.decoder.projection.weight = _table(module, "output")
     words = vocabulary(trained.tokenizer)
     spec.register_source_vocabulary(words)
@@ -148,12 +155,12 @@ def _set_stack(spec: Any, module: Transformer, side: str, positions: int) -> Non
     embeddings = spec.embeddings[0] if side == "source" else spec.embeddings
     embeddings.weight = _table(module, side)
     if config.positions == "sinusoidal":
-        spec.position_encodings.encodings = sinusoids(positions, config.emb_dim)
+        spec.position_encodings.encodings = sinusoidal_position_encoding(positions, config.emb_dim)
     else:
         table = module.source_positions if side == "source" else module.target_positions
         spec.position_encodings.encodings = _array(table)
     stack = module.encoder if side == "source" else module.decoder
-    for layer_spec, layer in zip(spec.layer, layers_of(stack, config.num_layers), strict=True):
+    for layer_spec, layer in zip(spec.layer, unstack_layers(stack, config.num_layers), strict=True):
         _set_self_attention(layer_spec.self_attention, layer.attention)
         _set_norm(layer_spec.self_attention.layer_norm, layer.attention_residual.norm)
         if side == "target":

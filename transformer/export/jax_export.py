@@ -20,10 +20,10 @@ from flax import traverse_util
 from transformer.checkpoints.loading import RestoredModel
 from transformer.config import Config
 from transformer.data.batching import JaggedArray
-from transformer.decoding.decode import Request, decode
-from transformer.models.layers import sinusoids
-from transformer.models.loss import pick
-from transformer.models.registry import Model, Params
+from transformer.decoding.decode import DecodeInputs, decode
+from transformer.models.layers import sinusoidal_position_encoding
+from transformer.models.loss import target_logits
+from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_atomic
 
@@ -45,7 +45,7 @@ def write(trained: RestoredModel, folder: pathlib.Path) -> Score:
         raise UserError(
             f"decode.method = {config.decode.method}: the exported program searches by beam; add --decode.method=beam"
         )
-    model, params = with_table(config, trained.tokenizer.vocab_size, jax.device_get(trained.params))
+    model, params = with_position_table(config, trained.tokenizer.vocab_size, jax.device_get(trained.params))
     flat = {"/".join(map(str, path)): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
     np.savez(folder / PARAMS_FILE, **flat)
     rows, width, length = jax.export.symbolic_shape("rows, width, length")
@@ -54,10 +54,10 @@ def write(trained: RestoredModel, folder: pathlib.Path) -> Score:
 
     def translate(flat: dict[str, Any], source_BS: jax.Array) -> dict[str, jax.Array]:
         beams = config.decode.beam_size
-        return decode((model,), config.decode, beams, (nested(flat),), Request(source_BS))._asdict()
+        return decode((model,), config.decode, beams, (unflatten(flat),), DecodeInputs(source_BS))._asdict()
 
     def score(flat: dict[str, Any], source_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
-        return target_log_probs(model, nested(flat), source_BS, target_BT)
+        return target_log_probs(model, unflatten(flat), source_BS, target_BT)
 
     for function, arguments in ((translate, (source_BS,)), (score, (source_BS, target_BT))):
         exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shapes, *arguments)
@@ -67,33 +67,33 @@ def write(trained: RestoredModel, folder: pathlib.Path) -> Score:
     return functools.partial(score_with, folder)
 
 
-def longest(config: Config) -> int:
+def max_length(config: Config) -> int:
     """The most tokens that a sentence of an exported model may have: it looks positions up in a table."""
     if config.model.positions == "learned":
         return config.model.max_positions
     return max(POSITIONS, config.decode.max_source_tokens + config.decode.max_extra_length)
 
 
-def with_table(config: Config, vocab_size: int, params: Params) -> tuple[Model, Params]:
+def with_position_table(config: Config, vocab_size: int, params: Params) -> tuple[ModelDef, Params]:
     """The model in a form whose shapes may be symbols: plain attention, positions looked up in a table."""
     fields: dict[str, Any] = {"attention": "plain"}
     if config.model.positions == "sinusoidal":
-        rows = longest(config)
-        table_TD = sinusoids(rows, config.model.emb_dim)
+        rows = max_length(config)
+        table_TD = sinusoidal_position_encoding(rows, config.model.emb_dim)
         params = {**params, "source_positions": table_TD, "target_positions": table_TD}
         fields |= {"positions": "learned", "max_positions": rows}
-    return Model(dataclasses.replace(config.model, **fields), vocab_size), params
+    return ModelDef(dataclasses.replace(config.model, **fields), vocab_size), params
 
 
-def nested(flat: dict[str, Any]) -> Params:
+def unflatten(flat: dict[str, Any]) -> Params:
     """Params by path, as the model wants them; numbers in a path count layers."""
     paths = {tuple(int(part) if part.isdecimal() else part for part in name.split("/")): name for name in flat}
     return traverse_util.unflatten_dict({path: flat[name] for path, name in paths.items()})
 
 
-def target_log_probs(model: Model, params: Params, source_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
+def target_log_probs(model: ModelDef, params: Params, source_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
     """Of each target token given its source and the tokens before it, float32 [B, T]."""
-    return pick(jax.nn.log_softmax(model.bind(params)(source_BS, target_BT)), target_BT)
+    return target_logits(jax.nn.log_softmax(model.bind(params)(source_BS, target_BT)), target_BT)
 
 
 def score_with(folder: pathlib.Path, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -101,11 +101,11 @@ def score_with(folder: pathlib.Path, sources: Sequence[np.ndarray], targets: Seq
     with np.load(folder / PARAMS_FILE) as arrays:
         params = dict(arrays)
     program = jax.export.deserialize(bytearray((folder / "score.jax").read_bytes()))
-    found_BT = np.asarray(program.call(params, rectangle(sources), rectangle(targets)))
+    found_BT = np.asarray(program.call(params, pad(sources), pad(targets)))
     return [row[: len(target)] for row, target in zip(found_BT, targets, strict=True)]
 
 
-def rectangle(sentences: Sequence[np.ndarray]) -> np.ndarray:
+def pad(sentences: Sequence[np.ndarray]) -> np.ndarray:
     """int32 [B, T], PAD after each."""
     ragged = JaggedArray.from_sequences(sentences)
     return ragged.to_padded(np.arange(len(ragged)), int(ragged.lengths.max()))

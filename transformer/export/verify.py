@@ -16,8 +16,8 @@ import numpy as np
 from transformer.checkpoints.loading import RestoredModel
 from transformer.data.tokenizer import EOS, UNK
 from transformer.export import ctranslate2, jax_export
-from transformer.export.jax_export import Score, rectangle
-from transformer.models.registry import Model
+from transformer.export.jax_export import Score, pad
+from transformer.models.registry import ModelDef
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import user_error_on_oserror, write_atomic
 
@@ -27,10 +27,10 @@ NEEDS = {"ctranslate2": "ctranslate2", "jax": "flatbuffers"}
 # bounds only tell rounding from a model that is broken.
 PAIRS, LONGEST = 24, 40  # random sentences that are scored, and their tokens
 
-BOUNDS = {"float32": (1e-3, 1e-4), "bfloat16": (1.0, 0.1), "int8": (3.0, 0.3)}
+TOLERANCES = {"float32": (1e-3, 1e-4), "bfloat16": (1.0, 0.1), "int8": (3.0, 0.3)}
 
 
-class Difference(NamedTuple):
+class MaxAbsError(NamedTuple):
     """Between log-probabilities of what was written and those of the model, in nats a token."""
 
     largest: float
@@ -65,7 +65,7 @@ def write(trained: RestoredModel, folder: pathlib.Path, form: str, quantization:
         "steps": trained.steps,
         "largest_difference": difference.largest,
         "mean_difference": difference.mean,
-        "longest": jax_export.longest(trained.config),
+        "longest": jax_export.max_length(trained.config),
         "decode": dataclasses.asdict(trained.config.decode),
     }
     if form == "ctranslate2":
@@ -74,17 +74,17 @@ def write(trained: RestoredModel, folder: pathlib.Path, form: str, quantization:
     return summary
 
 
-def compare(trained: RestoredModel, precision: str, score: Score) -> Difference:
+def compare(trained: RestoredModel, precision: str, score: Score) -> MaxAbsError:
     """Holds the log-probabilities that `score` gives to random targets of random sources against the model's own.
 
     Raises:
       UserError: they differ by more than their precision explains.
     """
     sources, targets = random_sentences(trained, seed=0), random_sentences(trained, seed=1)
-    pairs = zip(score(sources, targets), own_log_probs(trained, precision, sources, targets), strict=True)
+    pairs = zip(score(sources, targets), reference_log_probs(trained, precision, sources, targets), strict=True)
     differences = np.concatenate([np.abs(got - own) for got, own in pairs])
-    found = Difference(float(differences.max()), float(differences.mean()))
-    bounds = BOUNDS[precision]
+    found = MaxAbsError(float(differences.max()), float(differences.mean()))
+    bounds = TOLERANCES[precision]
     if not (found.largest <= bounds[0] and found.mean <= bounds[1]):
         raise UserError(
             f"the exported model gives other log-probabilities: expected differences of at most {bounds[0]} nats a "
@@ -103,19 +103,19 @@ def random_sentences(trained: RestoredModel, seed: int) -> list[np.ndarray]:
     return [np.append(rng.integers(UNK + 1, size, length), EOS).astype(np.int32) for length in lengths]
 
 
-def own_log_probs(
+def reference_log_probs(
     trained: RestoredModel, precision: str, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
     """Of each target token, given its source and the tokens before it, by the model as it was loaded."""
     dtype = "bfloat16" if precision == "bfloat16" else "float32"
-    model = Model(dataclasses.replace(trained.config.model, dtype=dtype), trained.tokenizer.vocab_size)
+    model = ModelDef(dataclasses.replace(trained.config.model, dtype=dtype), trained.tokenizer.vocab_size)
     run = jax.jit(functools.partial(jax_export.target_log_probs, model))
-    found_BT = np.asarray(run(jax.device_get(trained.params), rectangle(sources), rectangle(targets)))
+    found_BT = np.asarray(run(jax.device_get(trained.params), pad(sources), pad(targets)))
     return [row[: len(target)] for row, target in zip(found_BT, targets, strict=True)]
 
 
 @contextlib.contextmanager
-def _appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def atomic_directory(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder beside its place, moved there at the end of the block; if that fails nothing is left."""
     if folder.exists():
         raise UserError(f"--output={folder}: expected a folder that does not exist yet; name another, or remove it")

@@ -1,15 +1,14 @@
-"""What attention replaced, second: gated convolutions, in the style of ConvS2S (Gehring et al. 2017).
+"""Convolutional encoder–decoder in the style of ConvS2S (Gehring et al. 2017).
 
-A layer is a convolution of twice the width, of which one half gates the other, and adds to what it is given;
-every layer of the decoder looks at the source. Sums of two are scaled by √½, which keeps their variance. Unlike
-there, weights are not normalised, scores are scaled by 1/√D, what is found in the source is not scaled, nor are the
-encoder's gradients, and the embeddings in the decoder's values are not dropped.
+A layer is a gated convolution (GLU) with a residual connection; every decoder layer has cross-attention. Sums of two
+are scaled by √½, which keeps their variance. Differences from ConvS2S: no weight normalization, attention scores
+scaled by 1/√D, no scaling of the context or of the encoder's gradients, no dropout of the embeddings in the values.
 
 B batch, S source length, T target length, D model width, N beams, W width of the convolution.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,51 +16,51 @@ from flax import nnx
 from jax import Array
 
 from transformer.attention.dropout import dropout
-from transformer.attention.mask import Visible
+from transformer.attention.mask import AttentionMask
 from transformer.config import ModelConfig
-from transformer.models.base import TextModel, move_beams, positions, segments, shift_right
+from transformer.models.base import Seq2SeqModel, position_ids, reorder_beams, segment_ids, shift_right
 from transformer.models.layers import (
-    SourceAttention,
+    CrossAttention,
     add_bias,
+    apply_layers,
+    attend,
     glorot,
-    layers_of,
     make_param,
-    make_stack,
-    run_stack,
-    use,
-    weighted,
+    read_param,
+    stack_layers,
+    unstack_layers,
 )
 
 Key = Array | None
 
 
-class Source(NamedTuple):
-    """The source as the decoder sees it: states and, added to their embeddings, values, [B, S, D] both."""
+class SourceStates(NamedTuple):
+    """Encoder states, and values (states plus embeddings), [B, S, D] both."""
 
     encoded_BSD: Array
     values_BSD: Array
-    visible: Visible
+    mask: AttentionMask
 
 
-class Memory(NamedTuple):
-    """The same with the keys of each layer, one for all beams, and the positions of the target [T, D]."""
+class EncodedSource(NamedTuple):
+    """The source with the keys of each decoder layer, shared by all beams; target position encodings [T, D]."""
 
-    source: Source
+    states: SourceStates
     keys: list[Array]
-    places_TD: Array
+    position_encodings_TD: Array
 
 
-class Cache(NamedTuple):
-    """What each layer of the decoder was given at the W - 1 places before, of each beam: [B, N, W - 1, D]."""
+class ConvCache(NamedTuple):
+    """Inputs of each decoder layer at the previous W - 1 positions of each beam: [B, N, W - 1, D]."""
 
     layers: list[Array]
 
-    def reorder(self, parents_BN: Array) -> "Cache":
-        """After hypotheses moved from beams `parents_BN`, int32 [B, N]: these places move along."""
-        return move_beams(self, parents_BN)
+    def reorder(self, parents_BN: Array) -> "ConvCache":
+        """Moves hypotheses, with their inputs, from beams `parents_BN`, int32 [B, N]."""
+        return reorder_beams(self, parents_BN)
 
-    def grow(self, max_length: int) -> "Cache":
-        """It has the same size whatever the length."""
+    def resize(self, cache_length: int) -> "ConvCache":
+        """Returns the cache unchanged: its size does not depend on the length."""
         return self
 
 
@@ -69,168 +68,186 @@ class GatedConvolution(nnx.Module):
     """x → a · σ(b), where a and b are convolutions of x (Dauphin et al. 2017)."""
 
     def __init__(self, width: int, kernel_width: int, dropout_rate: float, rngs: nnx.Rngs):
-        # The gate halves, dropout and W taps add up: such weights keep the variance (their section 3.5).
+        # Keeps the variance: the gate halves it, dropout and the W positions of the kernel add up (their section 3.5).
         init = jax.nn.initializers.normal((4.0 * (1.0 - dropout_rate) / (kernel_width * width)) ** 0.5)
         self.kernel = make_param(rngs, init, (kernel_width, width, 2 * width), ("conv_kernel", "embed", "gates"))
         self.bias = make_param(rngs, jax.nn.initializers.zeros, (2 * width,), ("norm",))
 
-    def __call__(self, x_BTD: Array, causal: bool, segments_BT: Array | None) -> Array:
-        """[B, T, D] → [B, T, D]; what is outside of the row, or of a place's own segment, is zero to it."""
-        taps = self.kernel.shape[0]
-        first = 1 - taps if causal else -(taps // 2)
-        near = [shifted(x_BTD, offset, segments_BT) for offset in range(first, first + taps)]
-        return self.gate(jnp.concatenate(near, axis=-1))
+    def __call__(self, x_BTD: Array, causal: bool, segment_ids_BT: Array | None) -> Array:
+        """[B, T, D] → [B, T, D]; positions outside the row or the segment are read as zeros."""
+        kernel_width = self.kernel.shape[0]
+        first = 1 - kernel_width if causal else -(kernel_width // 2)
+        window = [shift(x_BTD, offset, segment_ids_BT) for offset in range(first, first + kernel_width)]
+        return self.glu(jnp.concatenate(window, axis=-1))
 
-    def gate(self, near: Array) -> Array:
-        """From the taps of each place, one after the other: [..., W · D] → [..., D]."""
-        kernel = use(self.kernel, near.dtype)
-        both = jnp.einsum("...d,de->...e", near, kernel.reshape(-1, kernel.shape[-1]))
-        value, gate = jnp.split(add_bias(both, self.bias[...]), 2, axis=-1)
+    def glu(self, window: Array) -> Array:
+        """Convolves the window of each position and gates the result: [..., W · D] → [..., D]."""
+        kernel = read_param(self.kernel, window.dtype)
+        out = jnp.einsum("...d,de->...e", window, kernel.reshape(-1, kernel.shape[-1]))
+        value, gate = jnp.split(add_bias(out, self.bias[...]), 2, axis=-1)
         return value * jax.nn.sigmoid(gate)
 
 
 class EncoderLayer(nnx.Module):
-    """A gated convolution over both sides of each place."""
+    """A gated convolution centred at each position."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.dropout_rate = config.dropout_rate
         self.convolution = GatedConvolution(config.emb_dim, config.kernel_width, config.dropout_rate, rngs)
 
-    def __call__(self, x_BSD: Array, segments_BS: Array, key: Key) -> Array:
-        return half(x_BSD + self.convolution(dropout(x_BSD, self.dropout_rate, key), False, segments_BS))
+    def __call__(self, x_BSD: Array, segment_ids_BS: Array, key: Key) -> Array:
+        return scale_by_sqrt_half(
+            x_BSD + self.convolution(dropout(x_BSD, self.dropout_rate, key), False, segment_ids_BS)
+        )
 
 
 class DecoderLayer(nnx.Module):
-    """A gated convolution over each place and those before it, then attention to the source."""
+    """A causal gated convolution, then cross-attention."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.dropout_rate = config.dropout_rate
         self.convolution = GatedConvolution(config.emb_dim, config.kernel_width, config.dropout_rate, rngs)
-        self.attention = SourceAttention(config.emb_dim, config.attention_score, rngs)
+        self.attention = CrossAttention(config.emb_dim, config.attention_score, rngs)
         self.out = make_param(rngs, glorot(), (config.emb_dim, config.emb_dim), ("embed", "hidden"))
 
     def __call__(
-        self, x_BTD: Array, y_BTD: Array, source: Source, segments_BT: Array | None, key: Key
+        self, x_BTD: Array, y_BTD: Array, source: SourceStates, segment_ids_BT: Array | None, key: Key
     ) -> tuple[Array, Array]:
-        """`y_BTD` are the embedded inputs; the second result are the weights of the source, float32 [B, T, S]."""
-        convolved = self.convolution(dropout(x_BTD, self.dropout_rate, key), True, segments_BT)
-        return self.look(x_BTD, convolved, y_BTD, source, self.attention.keys(source.encoded_BSD))
+        """`y_BTD` are the embedded inputs. Also returns the cross-attention weights, float32 [B, T, S]."""
+        convolved = self.convolution(dropout(x_BTD, self.dropout_rate, key), True, segment_ids_BT)
+        return self.attend(x_BTD, convolved, y_BTD, source, self.attention.keys(source.encoded_BSD))
 
-    def look(
-        self, x_BTD: Array, convolved_BTD: Array, y_BTD: Array, source: Source, keys_BSD: Array
+    def attend(
+        self, x_BTD: Array, convolved_BTD: Array, y_BTD: Array, source: SourceStates, keys_BSD: Array
     ) -> tuple[Array, Array]:
-        """What comes after the convolution."""
-        weights_BTS = self.attention.weights(half(convolved_BTD + y_BTD), keys_BSD, source.visible)
-        found_BTD = weighted(weights_BTS, source.values_BSD)
-        found_BTD = jnp.einsum("btd,de->bte", found_BTD, use(self.out, found_BTD.dtype))
-        return half(x_BTD + half(convolved_BTD + found_BTD)), weights_BTS
+        """Cross-attention and residual connections, after the convolution."""
+        weights_BTS = self.attention.weights(scale_by_sqrt_half(convolved_BTD + y_BTD), keys_BSD, source.mask)
+        context_BTD = attend(weights_BTS, source.values_BSD)
+        context_BTD = jnp.einsum("btd,de->bte", context_BTD, read_param(self.out, context_BTD.dtype))
+        return scale_by_sqrt_half(x_BTD + scale_by_sqrt_half(convolved_BTD + context_BTD)), weights_BTS
 
     def step(
-        self, x_BND: Array, y_BND: Array, source: Source, keys_BSD: Array, before: Array
+        self, x_BND: Array, y_BND: Array, source: SourceStates, keys_BSD: Array, previous_BNWD: Array
     ) -> tuple[Array, Array, Array]:
-        """One place of every beam: its state, the cache moved on by it, and the weights of the source."""
-        near = jnp.concatenate([before, x_BND[:, :, None]], axis=2)
-        convolved_BND = self.convolution.gate(near.reshape(*near.shape[:2], -1))
-        x_BND, weights_BNS = self.look(x_BND, convolved_BND, y_BND, source, keys_BSD)
-        return x_BND, near[:, :, 1:], weights_BNS
+        """Computes one position of every beam: state, updated cache and cross-attention weights."""
+        window_BNWD = jnp.concatenate([previous_BNWD, x_BND[:, :, None]], axis=2)
+        convolved_BND = self.convolution.glu(window_BNWD.reshape(*window_BNWD.shape[:2], -1))
+        x_BND, weights_BNS = self.attend(x_BND, convolved_BND, y_BND, source, keys_BSD)
+        return x_BND, window_BNWD[:, :, 1:], weights_BNS
 
 
-class ConvolutionalModel(TextModel):
-    """Encoder and decoder of gated convolutions."""
+class ConvSeq2Seq(Seq2SeqModel):
+    """The model of `family = convolutional`."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
         super().__init__(config, vocab_size, rngs)
-        self.encoder = make_stack([EncoderLayer(config, rngs) for _ in range(config.num_layers)], config.scan_layers)
-        self.decoder = make_stack([DecoderLayer(config, rngs) for _ in range(config.num_layers)], config.scan_layers)
+        self.encoder = stack_layers([EncoderLayer(config, rngs) for _ in range(config.num_layers)], config.scan_layers)
+        self.decoder = stack_layers([DecoderLayer(config, rngs) for _ in range(config.num_layers)], config.scan_layers)
 
     def encode(self, source_BS: Array, key: Key = None, packed: bool = False) -> Array:
-        """As `TextModel.encode`."""
+        """Implements `Seq2SeqModel.encode`."""
         keys, embed_key = self._layer_keys(key)
-        segments_BS = segments(source_BS)
+        segment_ids_BS = segment_ids(source_BS)
 
         def call(layer: EncoderLayer, x_BSD: Array, layer_key: Key) -> Array:
-            return layer(x_BSD, segments_BS, layer_key)
+            return layer(x_BSD, segment_ids_BS, layer_key)
 
-        x_BSD = self._embed("source", source_BS, self._places("source", segments_BS, packed), embed_key)
-        return run_stack(self.encoder, x_BSD, keys, self.config.remat, call)
+        x_BSD = self._embed("source", source_BS, self._encodings("source", segment_ids_BS, packed), embed_key)
+        return apply_layers(self.encoder, x_BSD, keys, self.config.remat, call)
 
     def decode(
         self, encoded_BSD: Array, source_BS: Array, target_BT: Array, key: Key = None, packed: bool = False
     ) -> Array:
-        """As `TextModel.decode`."""
+        """Implements `Seq2SeqModel.decode`."""
         keys, embed_key = self._layer_keys(key)
-        inside = segments(target_BT) if packed else None
-        source, y_BTD = self._inputs(encoded_BSD, source_BS, target_BT, inside, embed_key)
+        segment_ids_BT = segment_ids(target_BT) if packed else None
+        source, y_BTD = self._decoder_inputs(encoded_BSD, source_BS, target_BT, segment_ids_BT, embed_key)
 
         def call(layer: DecoderLayer, x_BTD: Array, layer_key: Key) -> Array:
-            return layer(x_BTD, y_BTD, source, inside, layer_key)[0]
+            return layer(x_BTD, y_BTD, source, segment_ids_BT, layer_key)[0]
 
-        return self._logits(run_stack(self.decoder, y_BTD, keys, self.config.remat, call))
+        return self._logits(apply_layers(self.decoder, y_BTD, keys, self.config.remat, call))
 
     def cross_attention(self, source_BS: Array, target_BT: Array) -> Array:
-        """As `TextModel.cross_attention`; there is one head."""
-        source, y_BTD = self._inputs(self.encode(source_BS), source_BS, target_BT, None, None)
-        x_BTD, found = y_BTD, []
+        """Implements `Seq2SeqModel.cross_attention`, with one head."""
+        source, y_BTD = self._decoder_inputs(self.encode(source_BS), source_BS, target_BT, None, None)
+        x_BTD, weights = y_BTD, []
         for layer in self._decoder_layers():
             x_BTD, weights_BTS = layer(x_BTD, y_BTD, source, None, None)
-            found.append(weights_BTS)
-        return jnp.stack(found, axis=1)[:, :, None]
+            weights.append(weights_BTS)
+        return jnp.stack(weights, axis=1)[:, :, None]
 
-    def start(self, source_BS: Array, beams: int, max_length: int, room: int | None = None) -> tuple[Memory, Cache]:
-        """As `TextModel.start`; the cache has the same size whatever the length."""
+    def init_decode(
+        self, source_BS: Array, beams: int, max_length: int, cache_length: int | None = None
+    ) -> tuple[EncodedSource, ConvCache]:
+        """Implements `Seq2SeqModel.init_decode`; the size of the cache does not depend on the length."""
         source = self._source(self.encode(source_BS), source_BS, None)
         shape = (source_BS.shape[0], beams, self.config.kernel_width - 1, self.config.emb_dim)
         keys = [layer.attention.keys(source.encoded_BSD) for layer in self._decoder_layers()]
-        places_TD = self._positions("target", max_length)[0]
-        return Memory(source, keys, places_TD), Cache([jnp.zeros(shape, self.dtype) for _ in keys])
+        position_encodings_TD = self._position_encodings("target", max_length)[0]
+        return EncodedSource(source, keys, position_encodings_TD), ConvCache(
+            [jnp.zeros(shape, self.dtype) for _ in keys]
+        )
 
-    def advance(
-        self, memory: Memory, cache: Cache, inputs_BN: Array, position: Array, attending: bool
-    ) -> tuple[Array, Cache, Any]:
-        """As `TextModel.advance`."""
-        place_11D = jax.lax.dynamic_slice_in_dim(memory.places_TD, position, 1)[None]
-        y_BND = self._embed("target", inputs_BN, place_11D, None)
-        x_BND, weights_BNS, written = y_BND, None, []
-        for layer, keys_BSD, before in zip(self._decoder_layers(), memory.keys, cache.layers, strict=True):
-            x_BND, after, weights_BNS = layer.step(x_BND, y_BND, memory.source, keys_BSD, before)
-            written.append(after)
-        return self._logits(x_BND), Cache(written), weights_BNS if attending else None
+    def decode_step(
+        self,
+        source: EncodedSource,
+        cache: ConvCache,
+        inputs_BN: Array,
+        position: Array,
+        return_attention: bool = False,
+    ) -> tuple[Array, ConvCache, Array | None]:
+        """Implements `Seq2SeqModel.decode_step`."""
+        encoding_11D = jax.lax.dynamic_slice_in_dim(source.position_encodings_TD, position, 1)[None]
+        y_BND = self._embed("target", inputs_BN, encoding_11D, None)
+        x_BND, weights_BNS, layer_caches = y_BND, None, []
+        for layer, keys_BSD, previous in zip(self._decoder_layers(), source.keys, cache.layers, strict=True):
+            x_BND, layer_cache, weights_BNS = layer.step(x_BND, y_BND, source.states, keys_BSD, previous)
+            layer_caches.append(layer_cache)
+        return self._logits(x_BND), ConvCache(layer_caches), weights_BNS if return_attention else None
 
-    def _inputs(
-        self, encoded_BSD: Array, source_BS: Array, target_BT: Array, inside: Array | None, key: Key
-    ) -> tuple[Source, Array]:
-        """The source, and the embedded inputs of the decoder; `inside` are the segments of packed rows."""
+    def _decoder_inputs(
+        self, encoded_BSD: Array, source_BS: Array, target_BT: Array, segment_ids_BT: Array | None, key: Key
+    ) -> tuple[SourceStates, Array]:
+        """The source and the embedded decoder inputs; `segment_ids_BT` is None unless rows are packed."""
         ids_BT = shift_right(target_BT)
-        places = self._places("target", segments(target_BT), inside is not None)
-        return self._source(encoded_BSD, source_BS, inside), self._embed("target", ids_BT, places, key)
+        encodings = self._encodings("target", segment_ids(target_BT), segment_ids_BT is not None)
+        return self._source(encoded_BSD, source_BS, segment_ids_BT), self._embed("target", ids_BT, encodings, key)
 
-    def _source(self, encoded_BSD: Array, source_BS: Array, inside: Array | None) -> Source:
-        segments_BS = segments(source_BS)
-        embedded_BSD = self._embed("source", source_BS, self._places("source", segments_BS, inside is not None), None)
-        return Source(encoded_BSD, half(encoded_BSD + embedded_BSD), Visible(inside, segments_BS))
+    def _source(self, encoded_BSD: Array, source_BS: Array, segment_ids_BT: Array | None) -> SourceStates:
+        segment_ids_BS = segment_ids(source_BS)
+        encodings = self._encodings("source", segment_ids_BS, segment_ids_BT is not None)
+        embedded_BSD = self._embed("source", source_BS, encodings, None)
+        return SourceStates(
+            encoded_BSD, scale_by_sqrt_half(encoded_BSD + embedded_BSD), AttentionMask(segment_ids_BT, segment_ids_BS)
+        )
 
-    def _places(self, side: str, segments_BT: Array, packed: bool) -> Array:
-        return self._positions(side, segments_BT.shape[1], positions(segments_BT) if packed else None)
+    def _encodings(self, side: str, segment_ids_BT: Array, packed: bool) -> Array:
+        return self._position_encodings(side, segment_ids_BT.shape[1], position_ids(segment_ids_BT) if packed else None)
 
     def _decoder_layers(self) -> Sequence[DecoderLayer]:
-        return layers_of(self.decoder, self.config.num_layers)
+        return unstack_layers(self.decoder, self.config.num_layers)
 
 
-def shifted(x_BTD: Array, offset: int, segments_BT: Array | None) -> Array:
-    """What stands `offset` places after each place; zero outside of the row or of the place's segment."""
+def shift(x_BTD: Array, offset: int, segment_ids_BT: Array | None) -> Array:
+    """Shifts the row by `offset`; zeros outside of the row or of the position's segment.
+
+    x = [1, 2, 3, 4]: offset -1 → [0, 1, 2, 3], offset 2 → [3, 4, 0, 0].
+    """
     if offset == 0:
         return x_BTD
     length = x_BTD.shape[1]
-    here, there = (slice(max(-offset, 0), length - max(offset, 0)), slice(max(offset, 0), length + min(offset, 0)))
     if abs(offset) >= length:
         return jnp.zeros_like(x_BTD)
-    near_BTD = x_BTD[:, there]
-    if segments_BT is not None:
-        same_BT = segments_BT[:, here] == segments_BT[:, there]
-        near_BTD = jnp.where(same_BT[:, :, None], near_BTD, jnp.zeros((), x_BTD.dtype))
-    return jnp.pad(near_BTD, ((0, 0), (max(-offset, 0), max(offset, 0)), (0, 0)))
+    to = slice(max(-offset, 0), length - max(offset, 0))
+    origin = slice(max(offset, 0), length + min(offset, 0))
+    shifted_BTD = x_BTD[:, origin]
+    if segment_ids_BT is not None:
+        same_BT = segment_ids_BT[:, to] == segment_ids_BT[:, origin]
+        shifted_BTD = jnp.where(same_BT[:, :, None], shifted_BTD, jnp.zeros((), x_BTD.dtype))
+    return jnp.pad(shifted_BTD, ((0, 0), (max(-offset, 0), max(offset, 0)), (0, 0)))
 
 
-def half(x: Array) -> Array:
-    """A sum of two, of their variance."""
+def scale_by_sqrt_half(x: Array) -> Array:
+    """Scales a sum of two to their variance."""
     return x * jnp.asarray(0.5**0.5, x.dtype)

@@ -1,12 +1,10 @@
-"""What training costs, by arithmetic alone: FLOPs of a batch shape, and what a run has spent so far.
+"""Analytic FLOPs of a training step, and the accumulated cost of a run.
 
-Counted are the matrix products, two FLOPs a multiply-add: projections, attention scores and weighted
-values, feed-forward, output logits. Their backward pass multiplies twice as much, once for the gradient
-of either factor, so training is three times the forward pass. Padding, and what a causal mask hides,
-count like anything else: the hardware computes them. Not counted: softmax, LayerNorm, activations,
-dropout, embedding lookup, loss, optimizer, and what is computed again, as attention by blocks does in its
-backward pass; that it leaves out hidden blocks is not taken off either. The paper's Table 2 has another
-figure: time x GPUs x what such a GPU can sustain, whether it was used or not.
+Counts matrix products at two FLOPs a multiply-add: projections, attention scores and weighted values, feed-forward,
+output logits. The backward pass costs twice the forward pass, so training costs three times. Padding and masked
+positions count, because the hardware computes them. Not counted: softmax, LayerNorm, activations, dropout, embedding
+lookup, loss, optimizer and rematerialization; blocks that blockwise attention skips are not subtracted. The paper's
+Table 2 estimates another figure: time x GPUs x the sustained FLOPs of a GPU.
 
 S source length, T target length, D model width, F feed-forward width, L layers, V vocabulary.
 """
@@ -19,7 +17,7 @@ from transformer.data.batching import Batch
 
 
 def batch_flops(model: ModelConfig, vocab_size: int, batch: Batch) -> int:
-    """FLOPs of an update by one batch."""
+    """FLOPs of one update."""
     rows, source = batch.source_BS.shape
     return training_flops(model, vocab_size, rows, source, batch.target_BT.shape[1])
 
@@ -32,11 +30,11 @@ def training_flops(model: ModelConfig, vocab_size: int, rows: int, source: int, 
 def forward_flops(model: ModelConfig, vocab_size: int, rows: int, source: int, target: int) -> int:
     """FLOPs of encoder, decoder and logits over one batch, the whole target at once."""
     logits = 2 * target * model.emb_dim * vocab_size
-    return rows * (LAYERS[model.family](model, source, target) + logits)
+    return rows * (LAYER_FLOPS[model.family](model, source, target) + logits)
 
 
 def _attention_layers(model: ModelConfig, source: int, target: int) -> int:
-    """Of one sentence pair, as the two functions below."""
+    """FLOPs of the layers for one sentence pair, as the two functions below."""
     attention = (
         attention_flops(model, source, source)
         + attention_flops(model, target, target)
@@ -47,29 +45,29 @@ def _attention_layers(model: ModelConfig, source: int, target: int) -> int:
 
 
 def _recurrent_layers(model: ModelConfig, source: int, target: int) -> int:
-    """An LSTM of width w multiplies each of its inputs and the state before by 4 w."""
+    """An LSTM of width w multiplies its input and its previous state by matrices of 4 w columns."""
     D, above = model.emb_dim, model.num_layers - 1
     both_directions = 2 * (D + D // 2) * 4 * (D // 2)
     encoder = both_directions + above * (D + D) * 4 * D
     decoder = (D + D) * 4 * D + above * (2 * D + D) * 4 * D
     output = 2 * D * D
-    return 2 * (source * encoder + target * (decoder + output)) + _source_attention(model, source, target)
+    return 2 * (source * encoder + target * (decoder + output)) + _cross_attention(model, source, target)
 
 
 def _convolutional_layers(model: ModelConfig, source: int, target: int) -> int:
     D = model.emb_dim
     convolution = 2 * (source + target) * model.kernel_width * D * 2 * D
     output = 2 * target * D * D
-    return model.num_layers * (convolution + output + _source_attention(model, source, target))
+    return model.num_layers * (convolution + output + _cross_attention(model, source, target))
 
 
-def _source_attention(model: ModelConfig, source: int, target: int) -> int:
+def _cross_attention(model: ModelConfig, source: int, target: int) -> int:
     """One head with projections of queries and keys, scores and weighted values."""
     D = model.emb_dim
     return 2 * ((source + target) * D * D + 2 * source * target * D)
 
 
-LAYERS = {"attention": _attention_layers, "recurrent": _recurrent_layers, "convolutional": _convolutional_layers}
+LAYER_FLOPS = {"attention": _attention_layers, "recurrent": _recurrent_layers, "convolutional": _convolutional_layers}
 
 
 def attention_flops(model: ModelConfig, queries: int, keys: int) -> int:
@@ -79,14 +77,14 @@ def attention_flops(model: ModelConfig, queries: int, keys: int) -> int:
     return 2 * (projections + scores_and_values)
 
 
-class Spent(NamedTuple):
-    """What a run has cost since its first update, over all its sittings.
+class TrainingCost(NamedTuple):
+    """The cost of a run since its first update, across resumes.
 
     Attributes:
-      flops: of training, see above.
-      tokens, source_tokens: real ones that were trained on, a sentence once for each epoch.
-      seconds: wall-clock time of training with its wait for batches and its compilation, but without
-        validation and the writing of checkpoints. Updates that a kill made the run do again count once.
+      flops: of training, as counted by `training_flops`.
+      tokens, source_tokens: trained on, without padding, once for each epoch.
+      seconds: wall-clock time of training, with waiting for batches and compilation, without validation and
+        checkpointing. Updates repeated after a kill count once.
     """
 
     flops: float = 0.0
@@ -95,7 +93,7 @@ class Spent(NamedTuple):
     seconds: float = 0.0
 
     def metrics(self) -> dict[str, float]:
-        """As it is logged, and saved with a checkpoint."""
+        """The values as logged and saved with a checkpoint."""
         return {
             "train/flops": self.flops,
             "train/tokens": self.tokens,
@@ -104,8 +102,8 @@ class Spent(NamedTuple):
         }
 
     @classmethod
-    def of(cls, metrics: Mapping[str, float]) -> "Spent | None":
-        """As it was saved; None where it was not."""
+    def from_metrics(cls, metrics: Mapping[str, float]) -> "TrainingCost | None":
+        """Reads the values from saved metrics; None if they are missing."""
         names = cls().metrics()
         if not names.keys() <= metrics.keys():
             return None
@@ -113,10 +111,10 @@ class Spent(NamedTuple):
         return cls(flops, tokens, source_tokens, 3600 * hours)
 
     def __str__(self) -> str:
-        return f"{_short(self.tokens)} target tokens, {self.flops:.1e} FLOPs, {self.seconds / 3600:.2f} hours"
+        return f"{format_count(self.tokens)} target tokens, {self.flops:.1e} FLOPs, {self.seconds / 3600:.2f} hours"
 
 
-def _short(count: float) -> str:
+def format_count(count: float) -> str:
     """28.8 M for 28,800,000."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:

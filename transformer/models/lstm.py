@@ -1,9 +1,9 @@
-"""What attention replaced, first: encoder and decoder of LSTM layers, in the style of GNMT (Wu et al. 2016).
+"""LSTM encoder–decoder in the style of GNMT (Wu et al. 2016).
 
-The first layer of the encoder reads the source in both directions, half of the width each; every other layer adds
-to what it is given. The lowest layer of the decoder looks at the source, and all layers above it are given what it
-finds there, as in the GNMT of MLPerf, and here the output too: so all places of a target can be attended from at once,
-and what is sequential is the recurrence alone.
+The first encoder layer is bidirectional, half of the width each; all others have residual connections. The first
+decoder layer computes the queries of cross-attention, and all layers above it, and here the output too, receive its
+context, as in the GNMT of MLPerf: so attention runs for all target positions at once and only the recurrence is
+sequential.
 
 B batch, S source length, T target length, D model width, N beams, G gates of an LSTM.
 """
@@ -17,59 +17,61 @@ from flax import nnx
 from jax import Array
 
 from transformer.attention.dropout import dropout
-from transformer.attention.mask import Visible
+from transformer.attention.mask import AttentionMask
 from transformer.config import ModelConfig
 from transformer.distributed import sharding
-from transformer.models.base import TextModel, move_beams, segments, shift_right
-from transformer.models.layers import STATES, SourceAttention, glorot, make_param, use, weighted
+from transformer.models.base import Seq2SeqModel, reorder_beams, segment_ids, shift_right
+from transformer.models.layers import ACTIVATION_AXES, CrossAttention, attend, glorot, make_param, read_param
 
 
 class LstmState(NamedTuple):
-    """After a step: what the layer gives [B, H], and its memory cell, float32 [B, H]."""
+    """Output [B, H] and memory cell, float32 [B, H], after a step."""
 
     h: Array
     c: Array
 
 
-class Weights(NamedTuple):
-    """Of a layer, in the dtype it computes in: from the input, from the state before, and the bias of the gates."""
+class LstmWeights(NamedTuple):
+    """Weights of input and previous state, and bias of the gates, in the compute dtype."""
 
     input_DG: Array
     state_HG: Array
     bias_G: Array
 
 
-def cell(gates: Array, state: LstmState) -> tuple[LstmState, Array]:
-    """One step from the gates' inputs [..., G]; also the gates themselves, float32 [..., G]."""
+def lstm_cell(gates: Array, state: LstmState) -> tuple[LstmState, Array]:
+    """Computes one step from pre-activation gates [..., G]; also returns the activated gates, float32 [..., G]."""
     width = gates.shape[-1] // 4
-    wide = gates.astype(jnp.float32)
-    activated = jnp.concatenate([jax.nn.sigmoid(wide[..., : 3 * width]), jnp.tanh(wide[..., 3 * width :])], axis=-1)
+    gates_f32 = gates.astype(jnp.float32)
+    activated = jnp.concatenate(
+        [jax.nn.sigmoid(gates_f32[..., : 3 * width]), jnp.tanh(gates_f32[..., 3 * width :])], axis=-1
+    )
     i, f, o, g = jnp.split(activated, 4, axis=-1)
     c = f * state.c + i * g
     return LstmState((o * jnp.tanh(c)).astype(gates.dtype), c), activated
 
 
-def lstm(x_BTD: Array, weights: Weights, keep_BT: Array | None = None, reverse: bool = False) -> Array:
-    """All steps of a layer, one after the other, from a state of zeros.
+def lstm(x_BTD: Array, weights: LstmWeights, keep_BT: Array | None = None, reverse: bool = False) -> Array:
+    """Runs a layer over all steps from a state of zeros.
 
     Args:
-      keep_BT: bool, whether a step goes on from the state before or begins anew; None: all go on.
-      reverse: from the last step to the first.
+      keep_BT: bool, whether a step continues from the previous state; false resets it; None: all continue.
+      reverse: runs from the last step to the first.
 
     Returns:
       The states h [B, T, H].
     """
-    # Length first, so that a step's rows lie together; the narrow side of the product is what is turned round.
+    # Length first, so that the rows of a step are contiguous; the input is transposed, for the gates are wider.
     x_TBD = jnp.swapaxes(x_BTD, 0, 1)
-    x_TBG = _rows(x_TBD) @ weights.input_DG
+    x_TBG = _as_matrix(x_TBD) @ weights.input_DG
     x_TBG = x_TBG.reshape(*x_TBD.shape[:2], -1)
     keep_TB1 = None if keep_BT is None else keep_BT.T[:, :, None].astype(jnp.float32)
-    return jnp.swapaxes(recur(x_TBG, weights.state_HG, weights.bias_G, keep_TB1, reverse), 0, 1)
+    return jnp.swapaxes(lstm_scan(x_TBG, weights.state_HG, weights.bias_G, keep_TB1, reverse), 0, 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def recur(x_TBG: Array, state_HG: Array, bias_G: Array, keep_TB1: Array | None, reverse: bool) -> Array:
-    """What is sequential in a layer: gates' inputs [T, B, G] → states [T, B, H]; `keep_TB1` as `keep_BT`, float32."""
+def lstm_scan(x_TBG: Array, state_HG: Array, bias_G: Array, keep_TB1: Array | None, reverse: bool) -> Array:
+    """The recurrence: projected inputs [T, B, G] → states [T, B, H]; `keep_TB1` is `keep_BT` as float32."""
     return _forward(x_TBG, state_HG, bias_G, keep_TB1, reverse)[0]
 
 
@@ -81,8 +83,8 @@ def _forward(
 
     def step(state: LstmState, inputs: tuple[Array, Array | None]) -> tuple[LstmState, tuple]:
         x_BG, keep_B1 = inputs
-        before = LstmState(*(_kept(value, keep_B1) for value in state))
-        state, activated = cell(x_BG + before.h @ state_HG + bias_G[None], before)
+        previous = LstmState(*(_reset_state(value, keep_B1) for value in state))
+        state, activated = lstm_cell(x_BG + previous.h @ state_HG + bias_G[None], previous)
         return state, (state.h, state.c, activated.astype(x_BG.dtype))
 
     _, (h_TBH, c_TBH, gates_TBG) = jax.lax.scan(step, zero, (x_TBG, keep_TB1), reverse=reverse)
@@ -91,88 +93,88 @@ def _forward(
 
 def _backward(reverse: bool, saved: tuple, grad_TBH: Array) -> tuple[Array, Array, Array, Array | None]:
     h_TBH, c_TBH, gates_TBG, state_HG, keep_TB1 = saved
-    before_h, before_c = (_before(states, keep_TB1, reverse) for states in (h_TBH, c_TBH))
+    previous_h, previous_c = (_previous_states(states, keep_TB1, reverse) for states in (h_TBH, c_TBH))
     zero = LstmState(jnp.zeros(h_TBH.shape[1:], jnp.float32), jnp.zeros(c_TBH.shape[1:], jnp.float32))
 
-    def step(later: LstmState, inputs: tuple) -> tuple[LstmState, Array]:
-        grad_BH, c, c_before, gates, keep_B1 = inputs
+    def step(next_grad: LstmState, inputs: tuple) -> tuple[LstmState, Array]:
+        grad_BH, c, previous_c, gates, keep_B1 = inputs
         i, f, o, g = jnp.split(gates.astype(jnp.float32), 4, axis=-1)
-        squashed = jnp.tanh(c)
-        grad_h = later.h + grad_BH.astype(jnp.float32)
-        grad_c = later.c + grad_h * o * (1.0 - squashed * squashed)
+        tanh_c = jnp.tanh(c)
+        grad_h = next_grad.h + grad_BH.astype(jnp.float32)
+        grad_c = next_grad.c + grad_h * o * (1.0 - tanh_c * tanh_c)
         grads = (
             grad_c * g * i * (1.0 - i),
-            grad_c * c_before * f * (1.0 - f),
-            grad_h * squashed * o * (1.0 - o),
+            grad_c * previous_c * f * (1.0 - f),
+            grad_h * tanh_c * o * (1.0 - o),
             grad_c * i * (1.0 - g * g),
         )
         grad_BG = jnp.concatenate(grads, axis=-1).astype(gates.dtype)
-        grad_before = jax.lax.dot_general(
+        grad_previous_h = jax.lax.dot_general(
             grad_BG, state_HG, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
-        return LstmState(_kept(grad_before, keep_B1), _kept(grad_c * f, keep_B1)), grad_BG
+        return LstmState(_reset_state(grad_previous_h, keep_B1), _reset_state(grad_c * f, keep_B1)), grad_BG
 
-    inputs = (grad_TBH, c_TBH, before_c, gates_TBG, keep_TB1)
+    inputs = (grad_TBH, c_TBH, previous_c, gates_TBG, keep_TB1)
     _, grad_TBG = jax.lax.scan(step, zero, inputs, reverse=not reverse)
     return (
         grad_TBG,
-        _weight_gradient(before_h, grad_TBG),
+        _weight_gradient(previous_h, grad_TBG),
         grad_TBG.sum((0, 1)),
         None if keep_TB1 is None else jnp.zeros_like(keep_TB1),
     )
 
 
-def _weight_gradient(before_TBH: Array, grad_TBG: Array) -> Array:
-    """Of the product of each step, over all steps: [H, G]."""
-    before, grad = _rows(before_TBH), _rows(grad_TBG)
+def _weight_gradient(previous_TBH: Array, grad_TBG: Array) -> Array:
+    """The gradient of `state_HG`, summed over all steps: [H, G]."""
+    previous, grad = _as_matrix(previous_TBH), _as_matrix(grad_TBG)
     leading = list(range(grad.ndim - 1))
-    return jnp.tensordot(before, grad, (leading, leading))
+    return jnp.tensordot(previous, grad, (leading, leading))
 
 
-recur.defvjp(_forward, _backward)
+lstm_scan.defvjp(_forward, _backward)
 
 
-def _rows(x_TBD: Array) -> Array:
-    """As a matrix, whose products XLA's CPU back end makes faster; as it is where a mesh splits the batch.
+def _as_matrix(x_TBD: Array) -> Array:
+    """Flattens to a matrix, whose products are faster in XLA's CPU back end; unchanged where the batch is sharded.
 
-    XLA does not see that an axis is split once it is joined to another that comes before it, and gathers it.
+    XLA loses the sharding of an axis that is merged into an earlier one, and gathers it.
     """
     return x_TBD if sharding.num_shards("batch") > 1 else x_TBD.reshape(-1, x_TBD.shape[-1])
 
 
-def _kept(value: Array, keep_B1: Array | None) -> Array:
+def _reset_state(value: Array, keep_B1: Array | None) -> Array:
     return value if keep_B1 is None else value * jnp.broadcast_to(keep_B1.astype(value.dtype), value.shape)
 
 
-def _before(states_TBH: Array, keep_TB1: Array | None, reverse: bool) -> Array:
-    """The state from which each step went on."""
+def _previous_states(states_TBH: Array, keep_TB1: Array | None, reverse: bool) -> Array:
+    """The state from which each step continued."""
     end = ((0, 1), (0, 0), (0, 0)) if reverse else ((1, 0), (0, 0), (0, 0))
     shifted = jnp.pad(states_TBH[1:] if reverse else states_TBH[:-1], end)
-    return _kept(shifted, keep_TB1)
+    return _reset_state(shifted, keep_TB1)
 
 
 Key = Array | None
 
 
-class Memory(NamedTuple):
-    """The source as the decoder sees it, one for all beams: states and their keys [B, S, D]."""
+class EncodedSource(NamedTuple):
+    """Encoder states and their keys [B, S, D], shared by all beams."""
 
     encoded_BSD: Array
     keys_BSD: Array
-    visible: Visible
+    mask: AttentionMask
 
 
-class Cache(NamedTuple):
-    """The state of each layer of the decoder, of each beam: [B, N, D]."""
+class LstmCache(NamedTuple):
+    """The state of each decoder layer and beam: [B, N, D]."""
 
     layers: list[LstmState]
 
-    def reorder(self, parents_BN: Array) -> "Cache":
-        """After hypotheses moved from beams `parents_BN`, int32 [B, N]: states move along."""
-        return move_beams(self, parents_BN)
+    def reorder(self, parents_BN: Array) -> "LstmCache":
+        """Moves hypotheses, with their states, from beams `parents_BN`, int32 [B, N]."""
+        return reorder_beams(self, parents_BN)
 
-    def grow(self, max_length: int) -> "Cache":
-        """It has the same size whatever the length."""
+    def resize(self, cache_length: int) -> "LstmCache":
+        """Returns the cache unchanged: its size does not depend on the length."""
         return self
 
 
@@ -183,26 +185,28 @@ class Lstm(nnx.Module):
         self.reverse = reverse
         self.kernel_in = make_param(rngs, glorot(), (in_dim, 4 * width), ("hidden", "gates"))
         self.kernel_state = make_param(rngs, glorot(), (width, 4 * width), ("hidden", "gates"))
-        self.bias = make_param(rngs, _forget_nothing, (4 * width,), ("norm",))
+        self.bias = make_param(rngs, forget_bias_init, (4 * width,), ("norm",))
 
-    def weights(self, dtype: jnp.dtype) -> Weights:
-        """To compute with."""
-        return Weights(use(self.kernel_in, dtype), use(self.kernel_state, dtype), self.bias[...].astype(dtype))
+    def weights(self, dtype: jnp.dtype) -> LstmWeights:
+        """The weights in the compute dtype."""
+        return LstmWeights(
+            read_param(self.kernel_in, dtype), read_param(self.kernel_state, dtype), self.bias[...].astype(dtype)
+        )
 
-    def __call__(self, x_BTD: Array, segments_BT: Array | None) -> Array:
-        """[B, T, D in] → [B, T, width]; it begins anew where a segment does, and so at padding."""
-        keep_BT = None if segments_BT is None else goes_on(segments_BT, self.reverse)
+    def __call__(self, x_BTD: Array, segment_ids_BT: Array | None) -> Array:
+        """[B, T, D in] → [B, T, width]; the state is reset where a segment starts, and so at padding."""
+        keep_BT = None if segment_ids_BT is None else continues_segment(segment_ids_BT, self.reverse)
         return lstm(x_BTD, self.weights(x_BTD.dtype), keep_BT, self.reverse)
 
     def step(self, x_BND: Array, state: LstmState) -> LstmState:
-        """One place of every beam."""
+        """Computes one position of every beam."""
         weights = self.weights(x_BND.dtype)
         gates = x_BND @ weights.input_DG + state.h @ weights.state_HG
-        return cell(gates + jnp.broadcast_to(weights.bias_G, gates.shape), state)[0]
+        return lstm_cell(gates + jnp.broadcast_to(weights.bias_G, gates.shape), state)[0]
 
 
-class RecurrentModel(TextModel):
-    """Encoder and decoder of LSTM layers."""
+class LstmSeq2Seq(Seq2SeqModel):
+    """The model of `family = recurrent`; `lowest` is the first decoder layer."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
         super().__init__(config, vocab_size, rngs)
@@ -211,94 +215,110 @@ class RecurrentModel(TextModel):
         self.backward = Lstm(width, width // 2, rngs, reverse=True)
         self.encoder = nnx.List([Lstm(width, width, rngs) for _ in range(above)])
         self.lowest = Lstm(width, width, rngs)
-        self.attention = SourceAttention(width, config.attention_score, rngs)
+        self.attention = CrossAttention(width, config.attention_score, rngs)
         self.decoder = nnx.List([Lstm(2 * width, width, rngs) for _ in range(above)])
         self.out = make_param(rngs, glorot(), (2 * width, width), ("hidden", "gates"))
 
     def encode(self, source_BS: Array, key: Key = None, packed: bool = False) -> Array:
-        """As `TextModel.encode`."""
+        """Implements `Seq2SeqModel.encode`."""
         keys, embed_key = self._layer_keys(key)
-        # Padding must not reach a sentence from behind; rows of one sentence begin anew in that direction alone.
-        segments_BS = segments(source_BS)
-        ahead = segments_BS if packed else None
+        # The backward layer reads padding before the sentence, so its state is always reset; the others only if packed.
+        segment_ids_BS = segment_ids(source_BS)
+        forward_segments_BS = segment_ids_BS if packed else None
         x_BSD = self._embed("source", source_BS, None, embed_key)
-        x_BSD = jnp.concatenate([self.forward(x_BSD, ahead), self.backward(x_BSD, segments_BS)], axis=-1)
-        x_BSD = self._dropped(x_BSD, keys, 0)
+        x_BSD = jnp.concatenate(
+            [self.forward(x_BSD, forward_segments_BS), self.backward(x_BSD, segment_ids_BS)], axis=-1
+        )
+        x_BSD = self._dropout(x_BSD, keys, 0)
         for number, layer in enumerate(self.encoder, 1):
-            x_BSD = sharding.with_logical_constraint(x_BSD + self._dropped(layer(x_BSD, ahead), keys, number), STATES)
+            x_BSD = sharding.with_logical_constraint(
+                x_BSD + self._dropout(layer(x_BSD, forward_segments_BS), keys, number), ACTIVATION_AXES
+            )
         return x_BSD
 
     def decode(
         self, encoded_BSD: Array, source_BS: Array, target_BT: Array, key: Key = None, packed: bool = False
     ) -> Array:
-        """As `TextModel.decode`."""
+        """Implements `Seq2SeqModel.decode`."""
         return self._teacher_forced(encoded_BSD, source_BS, target_BT, key, packed)[0]
 
     def cross_attention(self, source_BS: Array, target_BT: Array) -> Array:
-        """As `TextModel.cross_attention`; there is one layer of one head."""
+        """Implements `Seq2SeqModel.cross_attention`, with one layer of one head."""
         weights_BTS = self._teacher_forced(self.encode(source_BS), source_BS, target_BT, None, False)[1]
         return weights_BTS[:, None, None]
 
     def _teacher_forced(
         self, encoded_BSD: Array, source_BS: Array, target_BT: Array, key: Key, packed: bool
     ) -> tuple[Array, Array]:
-        """Logits, and the weights of the source, float32 [B, T, S]."""
+        """Logits and cross-attention weights, float32 [B, T, S]."""
         keys, embed_key = self._layer_keys(key)
-        inside = segments(target_BT) if packed else None
-        memory = self._memory(encoded_BSD, source_BS, inside)
+        segment_ids_BT = segment_ids(target_BT) if packed else None
+        source = self._source(encoded_BSD, source_BS, segment_ids_BT)
         y_BTD = self._embed("target", shift_right(target_BT), None, embed_key)
-        x_BTD = self._dropped(self.lowest(y_BTD, inside), keys, 0)
-        context_BTD, weights_BTS = self._look(x_BTD, memory)
+        x_BTD = self._dropout(self.lowest(y_BTD, segment_ids_BT), keys, 0)
+        context_BTD, weights_BTS = self._attend(x_BTD, source)
         for number, layer in enumerate(self.decoder, 1):
-            found_BTD = layer(jnp.concatenate([x_BTD, context_BTD], axis=-1), inside)
-            x_BTD = sharding.with_logical_constraint(x_BTD + self._dropped(found_BTD, keys, number), STATES)
+            out_BTD = layer(jnp.concatenate([x_BTD, context_BTD], axis=-1), segment_ids_BT)
+            x_BTD = sharding.with_logical_constraint(x_BTD + self._dropout(out_BTD, keys, number), ACTIVATION_AXES)
         return self._output(x_BTD, context_BTD), weights_BTS
 
-    def start(self, source_BS: Array, beams: int, max_length: int, room: int | None = None) -> tuple[Memory, Cache]:
-        """As `TextModel.start`; the cache has the same size whatever the length."""
+    def init_decode(
+        self, source_BS: Array, beams: int, max_length: int, cache_length: int | None = None
+    ) -> tuple[EncodedSource, LstmCache]:
+        """Implements `Seq2SeqModel.init_decode`; the size of the cache does not depend on the length."""
         shape = (source_BS.shape[0], beams, self.config.emb_dim)
         empty = [
             LstmState(jnp.zeros(shape, self.dtype), jnp.zeros(shape, jnp.float32))
             for _ in range(self.config.num_layers)
         ]
-        return self._memory(self.encode(source_BS), source_BS, None), Cache(empty)
+        return self._source(self.encode(source_BS), source_BS, None), LstmCache(empty)
 
-    def advance(
-        self, memory: Memory, cache: Cache, inputs_BN: Array, position: Array, attending: bool
-    ) -> tuple[Array, Cache, Any]:
-        """As `TextModel.advance`."""
+    def decode_step(
+        self,
+        source: EncodedSource,
+        cache: LstmCache,
+        inputs_BN: Array,
+        position: Array,
+        return_attention: bool = False,
+    ) -> tuple[Array, LstmCache, Array | None]:
+        """Implements `Seq2SeqModel.decode_step`."""
         states = [self.lowest.step(self._embed("target", inputs_BN, None, None), cache.layers[0])]
         x_BND = states[0].h
-        context_BND, weights_BNS = self._look(x_BND, memory)
-        for layer, before in zip(self.decoder, cache.layers[1:], strict=True):
-            states.append(layer.step(jnp.concatenate([x_BND, context_BND], axis=-1), before))
+        context_BND, weights_BNS = self._attend(x_BND, source)
+        for layer, previous in zip(self.decoder, cache.layers[1:], strict=True):
+            states.append(layer.step(jnp.concatenate([x_BND, context_BND], axis=-1), previous))
             x_BND = x_BND + states[-1].h
-        return self._output(x_BND, context_BND), Cache(states), weights_BNS if attending else None
+        return self._output(x_BND, context_BND), LstmCache(states), weights_BNS if return_attention else None
 
-    def _memory(self, encoded_BSD: Array, source_BS: Array, queries_BT: Array | None) -> Memory:
-        return Memory(encoded_BSD, self.attention.keys(encoded_BSD), Visible(queries_BT, segments(source_BS)))
+    def _source(self, encoded_BSD: Array, source_BS: Array, segment_ids_BT: Array | None) -> EncodedSource:
+        return EncodedSource(
+            encoded_BSD, self.attention.keys(encoded_BSD), AttentionMask(segment_ids_BT, segment_ids(source_BS))
+        )
 
-    def _look(self, x_BTD: Array, memory: Memory) -> tuple[Array, Array]:
-        """What is found in the source, and the weights by which."""
-        weights_BTS = self.attention.weights(x_BTD, memory.keys_BSD, memory.visible)
-        return weighted(weights_BTS, memory.encoded_BSD), weights_BTS
+    def _attend(self, x_BTD: Array, source: EncodedSource) -> tuple[Array, Array]:
+        """Context of each query, and its attention weights."""
+        weights_BTS = self.attention.weights(x_BTD, source.keys_BSD, source.mask)
+        return attend(weights_BTS, source.encoded_BSD), weights_BTS
 
     def _output(self, x_BTD: Array, context_BTD: Array) -> Array:
         joined_BTD = jnp.concatenate([x_BTD, context_BTD], axis=-1)
-        return self._logits(jnp.einsum("bte,ed->btd", joined_BTD, use(self.out, joined_BTD.dtype)))
+        return self._logits(jnp.einsum("bte,ed->btd", joined_BTD, read_param(self.out, joined_BTD.dtype)))
 
-    def _dropped(self, x_BTD: Array, keys: Key, layer: int) -> Array:
+    def _dropout(self, x_BTD: Array, keys: Key, layer: int) -> Array:
         return dropout(x_BTD, self.config.dropout_rate, None if keys is None else keys[layer])
 
 
-def goes_on(segments_BT: Array, reverse: bool) -> Array:
-    """Whether a place is in the segment of the one that is read before it, bool [B, T]; of the first it is False."""
+def continues_segment(segment_ids_BT: Array, reverse: bool) -> Array:
+    """Whether a position is in the segment of the one read before it, bool [B, T]; false for the first.
+
+    segment ids [1, 1, 2, 0] → [F, T, F, F], and in reverse [T, F, F, F].
+    """
     end = ((0, 0), (0, 1)) if reverse else ((0, 0), (1, 0))
-    before_BT = jnp.pad(segments_BT[:, 1:] if reverse else segments_BT[:, :-1], end, constant_values=-1)
-    return segments_BT == before_BT
+    previous_BT = jnp.pad(segment_ids_BT[:, 1:] if reverse else segment_ids_BT[:, :-1], end, constant_values=-1)
+    return segment_ids_BT == previous_BT
 
 
-def _forget_nothing(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    """Zeros, but ones for the forget gate (Gers et al. 2000)."""
+def forget_bias_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Zeros, and ones for the forget gate (Gers et al. 2000)."""
     width = shape[0] // 4
     return jnp.zeros(shape, dtype).at[width : 2 * width].set(1)

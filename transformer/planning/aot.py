@@ -84,7 +84,7 @@ def compile_step(config: Config, mesh: Mesh, rows: int, length: int, effort: flo
     Args:
       effort: how hard XLA tries for speed of the program, from -1 to 0, which is its default.
     """
-    model = registry.Model(config.model, config.data.vocab_size)
+    model = registry.ModelDef(config.model, config.data.vocab_size)
     ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding.batch_sharding(mesh))
     update: Any = train_step.make_train_step(model, config, mesh)
     platform = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)

@@ -14,7 +14,7 @@ from transformer.config.warm_start import FREE
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed import multihost
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
@@ -119,7 +119,7 @@ def _resolve_steps(checkpoints: CheckpointManager, selector: str) -> str:
         raise type(error)(f"config.train.init_from with init_checkpoint = {selector}: {error}") from error
 
 
-def initial_state(warm_start: WarmStart | None, model: Model, config: Config, mesh: Mesh) -> TrainState:
+def initial_state(warm_start: WarmStart | None, model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
     """The state before the first update; step and optimizer state are new in any case."""
     state = train_step.init_state(model, config, mesh)
     if warm_start is None:

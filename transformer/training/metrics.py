@@ -19,7 +19,7 @@ from tensorboardX import SummaryWriter
 
 from transformer.distributed import multihost
 from transformer.distributed.sharding import allgather_to_devices
-from transformer.models.flops import Spent
+from transformer.models.flops import TrainingCost
 from transformer.runtime import object_storage
 from transformer.runtime.errors import DivergedError
 from transformer.runtime.files import METRICS_FILE, user_error_on_oserror, write_atomic
@@ -43,9 +43,9 @@ class MetricsAccumulator:
     """
 
     def __init__(
-        self, cost: Spent | None = None, clock: Callable[[], float] = time.perf_counter, skipped: int = 0
+        self, cost: TrainingCost | None = None, clock: Callable[[], float] = time.perf_counter, skipped: int = 0
     ) -> None:
-        self._clock, self._cost = clock, cost or Spent()
+        self._clock, self._cost = clock, cost or TrainingCost()
         self._cost_start = clock() - self._cost.seconds
         self.skipped = skipped
         self.reset()
@@ -62,15 +62,15 @@ class MetricsAccumulator:
         Raises:
           DivergedError: its loss or gradient is not finite.
         """
-        if not (math.isfinite(metrics.loss.objective) and math.isfinite(metrics.grad_norm)):
+        if not (math.isfinite(metrics.loss.smoothed_nll) and math.isfinite(metrics.grad_norm)):
             raise DivergedError(
-                f"the run diverged: at update {step} the loss is {float(metrics.loss.objective)} and the gradient norm "
-                f"{float(metrics.grad_norm)}; it was not made, and {DIVERGENCE_HINT}",
+                f"the run diverged: at update {step} the loss is {float(metrics.loss.smoothed_nll)} and the gradient "
+                f"norm {float(metrics.grad_norm)}; it was not made, and {DIVERGENCE_HINT}",
                 step,
             )
         if int(metrics.skipped) > self.skipped:
             self.skipped = int(metrics.skipped)
-            loss = float(metrics.loss.objective) / max(float(metrics.loss.tokens), 1)
+            loss = float(metrics.loss.smoothed_nll) / max(float(metrics.loss.tokens), 1)
             log_info(f"update {step:,} skipped: its loss of {loss:.3f} is a spike; {self.skipped:,} skipped so far")
         self.nll += float(metrics.loss.nll)
         self.correct += float(metrics.loss.correct)
@@ -85,7 +85,7 @@ class MetricsAccumulator:
             source_tokens=self._cost.source_tokens + float(metrics.source_tokens),
         )
 
-    def cost(self) -> Spent:
+    def cost(self) -> TrainingCost:
         """The cost of all sessions, this one included."""
         return self._cost._replace(seconds=self._clock() - self._cost_start)
 

@@ -25,7 +25,7 @@ from transformer.data.tokenizer import Tokenizer
 from transformer.distributed import consistency, mesh, multihost, sharding
 from transformer.evaluation import bleu_tokenizer
 from transformer.evaluation.evaluator import Evaluator
-from transformer.models.registry import Model
+from transformer.models.registry import ModelDef
 from transformer.runtime import environment
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
@@ -126,7 +126,7 @@ def make_mesh(config: Config) -> Mesh:
       UserError: the mesh does not fit the devices, or the config forces an attention kernel that they cannot run.
     """
     devices = mesh.warm_up_collectives(mesh.make_mesh(config.mesh))
-    fused.require(config, devices)
+    fused.check_supported(config, devices)
     return devices
 
 
@@ -222,7 +222,7 @@ def _tokenizer(resume: ResumePoint, path: epath.Path, corpus: corpora.Corpus) ->
     return input_pipeline.check_same_tokenizer(data, corpus, stored, resume.checkpoints.tokenizer(resume.step))
 
 
-def prepare_state(context: RunContext, model: Model) -> TrainState:
+def prepare_state(context: RunContext, model: ModelDef) -> TrainState:
     """The state of the checkpoint, or that of a new run: fresh params or those of `train.init_from`."""
     config, resume = context.config, context.resume
     context.checkpoints.clean_up(resume.step)
@@ -231,7 +231,7 @@ def prepare_state(context: RunContext, model: Model) -> TrainState:
     return context.checkpoints.restore(resume.step, train_step.abstract_state(model, config, context.mesh))
 
 
-def log_summary(context: RunContext, model: Model) -> None:
+def log_summary(context: RunContext, model: ModelDef) -> None:
     """Logs the sizes of model, data and batches, and what this session does differently from the last."""
     config, data, resume = context.config, context.data, context.resume
     schedule, devices = data.schedule, context.mesh

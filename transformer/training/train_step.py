@@ -18,7 +18,7 @@ from transformer.data.batching import Batch
 from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
 from transformer.models.loss import LossSums, cross_entropy
-from transformer.models.registry import Model, Params, _with_shardings
+from transformer.models.registry import ModelDef, Params, _with_shardings
 from transformer.training import optimizer as optimizer_lib
 from transformer.training.optimizer import make_optimizer, make_schedule
 
@@ -59,7 +59,7 @@ class StepMetrics(NamedTuple):
     skipped: Any = 0
 
 
-def state_shardings(model: Model, config: Config, mesh: Mesh) -> TrainState:
+def state_shardings(model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
     """The sharding of each array of the state; the optimizer's moments are sharded as their params."""
     params = sharding.param_shardings(mesh, model.abstract_params)
     shapes = nnx.to_pure_dict(model.abstract_params)
@@ -75,7 +75,7 @@ def state_shardings(model: Model, config: Config, mesh: Mesh) -> TrainState:
     return TrainState(cast(Any, replicated), params, opt_state, params if config.train.ema_decay else None)
 
 
-def init_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
+def init_state(model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
     """Initializes the state on the devices, already sharded."""
 
     def init() -> TrainState:
@@ -86,7 +86,7 @@ def init_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
     return jax.jit(init, out_shardings=state_shardings(model, config, mesh))()
 
 
-def abstract_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
+def abstract_state(model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, for restoring one."""
     shapes = nnx.to_pure_dict(model.abstract_params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
@@ -96,7 +96,7 @@ def abstract_state(model: Model, config: Config, mesh: Mesh) -> TrainState:
 
 
 def make_train_step(
-    model: Model, config: Config, mesh: Mesh
+    model: ModelDef, config: Config, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Returns the jitted update. It donates its state argument: go on with the state that it returns.
 
@@ -105,7 +105,7 @@ def make_train_step(
     Raises:
       UserError: the config forces an attention kernel that the mesh's devices cannot run.
     """
-    fused.require(config, mesh)
+    fused.check_supported(config, mesh)
     optimizer, schedule = make_optimizer(config), make_schedule(config)
     packed = config.data.batching == "pack"
 
@@ -113,7 +113,7 @@ def make_train_step(
         with sharding.use_mesh(mesh):
             logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key, packed)
             sums = cross_entropy(logits_BTV, batch.target_BT, config.optimizer.label_smoothing)
-        return sums.objective, sums
+        return sums.smoothed_nll, sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         # Made here: a key made outside would be a constant, read back from an accelerator while the step is lowered.
@@ -124,7 +124,9 @@ def make_train_step(
         tokens = jnp.maximum(sums.tokens, 1.0)
         grads = jax.tree.map(lambda grad: grad / tokens, grad_sums)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=sums.objective / tokens)
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, value=sums.smoothed_nll / tokens
+            )
         params = optax.apply_updates(state.params, updates)
         source_tokens, num_skipped = (
             (batch.source_BS != PAD).sum(dtype=jnp.float32),
@@ -133,7 +135,7 @@ def make_train_step(
         rate = schedule(state.step - optimizer_lib.num_skipped(state.opt_state))
         metrics = StepMetrics(sums, optax.tree.norm(grads), rate, source_tokens, num_skipped)
         ema = None if state.ema is None else update_ema(state.ema, params, state.step, config.train.ema_decay)
-        is_bad = ~(jnp.isfinite(sums.objective) & jnp.isfinite(metrics.grad_norm))
+        is_bad = ~(jnp.isfinite(sums.smoothed_nll) & jnp.isfinite(metrics.grad_norm))
         return optimizer_lib.where_tree(is_bad, state, TrainState(state.step + 1, params, opt_state, ema)), metrics
 
     shardings = state_shardings(model, config, mesh)

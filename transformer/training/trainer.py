@@ -64,7 +64,7 @@ class StepPipeline:
         batches: Iterator[Batch],
         shard: Callable[[Batch], Batch],
         flops_of: Callable[[Batch], float],
-        cost: flops.Spent,
+        cost: flops.TrainingCost,
     ):
         num_skipped = int(jax.device_get(optimizer.num_skipped(state.opt_state)))
         self.state, self.meter = state, MetricsAccumulator(cost, skipped=num_skipped)
@@ -128,7 +128,7 @@ class TrainingLoop:
         saved = context.resume.metrics
         # A score of another search or metric cannot be compared.
         self.early_stopping = EarlyStopping.from_metrics(saved if context.resume.scores_comparable else {})
-        self._cost = flops.Spent.of(saved) or flops.Spent()
+        self._cost = flops.TrainingCost.from_metrics(saved) or flops.TrainingCost()
         self._stragglers = StragglerDetector()
 
     def run(self, state: TrainState) -> None:
