@@ -135,7 +135,11 @@ def kernels_of(update: Callable[[], Tensor], repeats: int) -> list[tuple[str, fl
 
 def main() -> None:
     """Reads the flags, measures, prints."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/torch_transformer.py",
+        description=(__doc__ or "").split("\n")[0],
+        allow_abbrev=False,
+    )
     defaults = {"num_layers": 6, "emb_dim": 512, "mlp_dim": 2048, "num_heads": 8, "vocab_size": 37_000}
     for name, value in {**defaults, "rows": 624, "length": 40, "num_steps": 20}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value:,}")
