@@ -63,7 +63,7 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     consistency.assert_same_code()
     restored = load_checkpoint(args.workdir, args.checkpoint)
     changed = {name: value for name, value in fields.items() if value != getattr(restored.config.decode, name)}
-    restored = dataclasses.replace(restored, config=validation.with_decode(restored.config, fields))
+    restored = dataclasses.replace(restored, config=validation.override_decode(restored.config, fields))
     data = restored.config.data
     with multihost.primary_first("evaluation set"):
         dataset = evaluator.load_eval_dataset(data, args.split, args.source, args.reference)

@@ -87,7 +87,7 @@ def small_model(path: str) -> Config:
         "data": {"vocab_size": VOCAB},
         "mesh": {"data": 1, "sequence": int(parts or 1)},
     }
-    return validation.resolve(sections)
+    return validation.validate(sections)
 
 
 def growth(lengths: list[int], sizes: list[float]) -> float:

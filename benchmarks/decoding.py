@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     lines = list(text_files.read_lines(args.source))
     with tempfile.TemporaryDirectory() as folder:
         trained = load_checkpoint(args.workdir, args.checkpoint)
-        trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
+        trained = dataclasses.replace(trained, config=validation.override_decode(trained.config, fields))
         if args.engine == "ours":
             translate = ours(trained)
         else:

@@ -34,7 +34,7 @@ def layer_config(family: str, width: int, kernel_width: int = 3) -> ModelConfig:
         fields.update(num_heads=4, mlp_dim=4 * width, attention="plain")
     if family == "convolutional":
         fields.update(kernel_width=kernel_width)
-    return validation.resolve({"model": fields}).model
+    return validation.validate({"model": fields}).model
 
 
 def make_layer(family: str, width: int) -> Layer:

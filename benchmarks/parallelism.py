@@ -147,7 +147,7 @@ def family_config(family: str, width: int, dtype: str = "float32", attention: st
     fields: Row = {"family": family, "emb_dim": width, "num_layers": 1, "dropout_rate": 0.0, "dtype": dtype}
     if family == "attention":
         fields.update(num_heads=4, mlp_dim=4 * width, attention=attention)
-    return validation.resolve({"model": fields, "mesh": {"data": 1}})
+    return validation.validate({"model": fields, "mesh": {"data": 1}})
 
 
 def params(config: Config) -> int:

@@ -104,7 +104,7 @@ def row_config(base: Config, name: str) -> Config:
     for field, value in changes.items():
         section, _, key = field.partition(".")
         values[section][key] = value
-    return validation.resolve(values)
+    return validation.validate(values)
 
 
 def scaled(field: str, wanted: int, paper: int, own: int, name: str) -> int:
@@ -131,7 +131,7 @@ def result(config: Config, workdir: epath.Path, split: str) -> Found:
     path, config = result_path(workdir, split), schema.with_absolute_paths(config)
     if path.exists():
         kept = json.loads(path.read_text())
-        if changes := schema.differences(validation.resolve(kept["config"], is_new=False), config):
+        if changes := schema.diff(validation.validate(kept["config"], strict=False), config):
             raise UserError(
                 f"{path}: found with another config: {'; '.join(map(str, changes))}. Choose another --output, or "
                 "delete that folder"

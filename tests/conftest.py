@@ -87,7 +87,7 @@ def slow(*values, id=None):
 def small_config(**sections):
     """A config of a tiny model, each section's fields overridden by keyword: small_config(train={"seed": 1})."""
     from transformer.config import default_config
-    from transformer.config.validation import resolve
+    from transformer.config.validation import validate
 
     config = default_config()
     small = {
@@ -101,4 +101,4 @@ def small_config(**sections):
     for source in (small, sections):
         for section, fields in source.items():
             config[section].update(fields)
-    return resolve(config)
+    return validate(config)

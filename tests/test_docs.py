@@ -197,7 +197,7 @@ def test_readme_example_translates(monkeypatch):
     for options in calls:
         decode = {name: value for name, value in options.items() if name in schema.field_names("decode")}
         assert options.keys() - decode.keys() <= {"n_best", "prefixes", "constraints"}
-        validation.resolve({"decode": decode})
+        validation.validate({"decode": decode})
     assert len(calls) == 4
 
 

@@ -120,9 +120,9 @@ def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") ->
             config[section][field] = value
     flags = [(section, field) for section, field, _ in overrides]
     names = {f"{section}.{field}" for section, field in flags}
-    values = warm_start.with_sizes(validation.sections(config), flags, workdir)
-    checked, left_out = validation.without_unread(validation.typed(values), names)
-    validation.check(checked, needs_data, given=names)
+    values = warm_start.inherit_sizes(validation.to_sections(config), flags, workdir)
+    checked, left_out = validation.reset_inapplicable(validation.to_dataclasses(values), names)
+    validation.check_consistency(checked, needs_data, given=names)
     if left_out:
         log_info(f"left out of {given[0]}, as nothing reads it with the flags given: {', '.join(left_out)}")
     return checked, rest
@@ -149,7 +149,7 @@ def _load(path: str) -> config_dict.ConfigDict:
         raise UserError(_inside(path, file, error)) from error
     if not isinstance(config, (config_dict.ConfigDict, dict)):
         raise UserError(f"--config={path}: expected get_config to return a ConfigDict, got {type(config).__name__}")
-    given = validation.sections(config)
+    given = validation.to_sections(config)
     # Not flattened: fields that follow others, as qkv_dim follows emb_dim, must see overrides too.
     if isinstance(config, (config_dict.FrozenConfigDict, dict)):
         config = config_dict.ConfigDict(config, type_safe=False)
@@ -246,7 +246,7 @@ def _override(argument: str) -> tuple[str, str, int | float | bool | str]:
     """Section, field and value of one --config.SECTION.FIELD=VALUE."""
     name, _, text = argument.partition("=")
     parts = name.removeprefix("--config.").split(".")
-    validation.refuse_unknown("config", parts[:1], list(schema.SECTIONS))
+    validation.reject_unknown_fields("config", parts[:1], list(schema.SECTIONS))
     if len(parts) != 2:
         raise UserError(f"{argument}: expected --config.SECTION.FIELD=VALUE")
     section, field = parts
@@ -255,7 +255,7 @@ def _override(argument: str) -> tuple[str, str, int | float | bool | str]:
 
 def _parse(flag: str, section: str, field: str, text: str) -> int | float | bool | str:
     """The value of a flag in the type of its field."""
-    validation.refuse_unknown(f"config.{section}", [field], schema.field_names(section))
+    validation.reject_unknown_fields(f"config.{section}", [field], schema.field_names(section))
     kind = schema.field_type(section, field)
     try:
         return PARSERS[kind](text)

@@ -102,9 +102,9 @@ class TranslationModel:
 
     def translator(self, fields: dict[str, Any]) -> tuple[Translator, int]:
         """The translator that these decode fields ask for, the same one each time, and the seed."""
-        decode = validation.with_decode(self.first.config, fields).decode
+        decode = validation.override_decode(self.first.config, fields).decode
         for member in self._members[1:]:  # whose learned positions may cover less than this decoding asks for
-            validation.resolve(dataclasses.asdict(dataclasses.replace(member.config, decode=decode)), is_new=False)
+            validation.validate(dataclasses.asdict(dataclasses.replace(member.config, decode=decode)), strict=False)
         with self._lock:
             return self._translators(dataclasses.replace(decode, seed=0)), decode.seed
 

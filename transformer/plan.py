@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     """Checks flags and config before it imports JAX."""
     config, args = command_line.parse_with_config(_parser(), argv, needs_data=False)
     topologies = [parse_topology(name) for name in args.topology.split(",")]
-    length = args.length or config.data.longest_row
+    length = args.length or config.data.max_row_length
     if config.train.batch_tokens < length:
         raise UserError(
             f"--length={length}: config.train.batch_tokens = {config.train.batch_tokens} has no room for it"

@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     loaded = load(args.workdir, args.checkpoint, args.ensemble)
     translator, seed = loaded.translator(fields)
     # Alignments cut a long source where decoding does.
-    first = dataclasses.replace(loaded.first, config=validation.with_decode(loaded.first.config, fields))
+    first = dataclasses.replace(loaded.first, config=validation.override_decode(loaded.first.config, fields))
 
     def translate(group: list[Line], note: Note) -> list[str]:
         found = translator.translate_nbest(
@@ -214,7 +214,7 @@ def alignment_writer(args: argparse.Namespace, trained: RestoredModel) -> Iterat
     if not (args.alignments or args.attention):
         yield lambda sources, translations: None
         return
-    layers = config.model.looking_layers
+    layers = config.model.num_cross_attention_layers
     aligner = Aligner(trained.model, trained.tokenizer, layers, config.decode, trained.mesh, args.alignment_layer)
     done = 0
     with contextlib.ExitStack() as stack:

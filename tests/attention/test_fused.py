@@ -319,7 +319,7 @@ def test_auto_goes_without_cudnn_after_a_trial_that_fails_and_warns_once(machine
 
 def test_a_forced_kernel_says_why_its_trial_failed(machine):
     machine("no execution plans")
-    with pytest.raises(UserError, match=r"model\.attention = cudnn: no execution plans; auto takes what fits"):
+    with pytest.raises(UserError, match=r"model\.attention = cudnn: no execution plans; auto chooses a supported one"):
         required()
     machine("")
     fused._trials.clear()

@@ -96,9 +96,9 @@ def test_a_selector_on_the_command_line_leaves_out_what_the_file_sets_for_other_
     config = flags(flag, file=tmp_path / "own.py")
     name, _, value = flag.partition("=")
     for field in {*own, *left} - {name}:
-        wanted = left.get(field, own[field] if field == "data.name" else validation.default_of(config, field))
-        assert validation.value_of(config, field) == wanted, field
-    assert str(validation.value_of(config, name)) in (value, f"{value}.0")
+        wanted = left.get(field, own[field] if field == "data.name" else validation.default_value(config, field))
+        assert validation.get_field(config, field) == wanted, field
+    assert str(validation.get_field(config, name)) in (value, f"{value}.0")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_file_alone_is_still_held_to_what_is_read(tmp_path):
 def test_what_runs_have_kept_stays_readable_and_is_no_other_run(tmp_path):
     kept = {"model": {"max_positions": 512}, "data": {"batching": "pack", "num_buckets": 3}}
     old = validation.from_json(json.dumps(kept), "config.json")
-    new = validation.resolve({"data": {"batching": "pack"}})
+    new = validation.validate({"data": {"batching": "pack"}})
     assert workdir.check_resume_config(tmp_path, old, new) == [
         "model.max_positions: 512 → 1024",
         "data.num_buckets: 3 → 8",
@@ -137,7 +137,7 @@ def another(name, config):
     """A value of a field that differs from its own."""
     section, field = name.split(".")
     one_of = next(each for each in dataclasses.fields(schema.SECTIONS[section]) if each.name == field).metadata
-    value = validation.value_of(config, name)
+    value = validation.get_field(config, name)
     if name in ANOTHER:
         return ANOTHER[name]
     if one_of["one_of"]:
@@ -210,11 +210,11 @@ def test_every_field_is_read_or_refused(family, root):
     for method, name in itertools.product(METHODS, FIELDS):
         config = config_of(family, method)
         value = another(name, config)
-        assert value != validation.value_of(config, name), name
-        changed = validation.with_value(config, name, value)
-        if name in validation.unread(config):
+        assert value != validation.get_field(config, name), name
+        changed = validation.replace_field(config, name, value)
+        if name in validation.inapplicable_fields(config):
             with pytest.raises(UserError, match=name):
-                validation.check(changed)
+                validation.check_consistency(changed)
             refused_count += 1
         elif name.startswith(("model.", "optimizer.")):
             assert name in reads_of_training(family), f"{name} is neither read nor refused with {family}"

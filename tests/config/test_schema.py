@@ -7,7 +7,7 @@ import math
 import pytest
 
 from transformer.config import Config, default_config, schema, validation
-from transformer.config.validation import resolve
+from transformer.config.validation import validate
 from transformer.runtime.errors import UserError
 
 NUMBERS = [
@@ -25,11 +25,11 @@ def refused(match, **sections):
     for section, fields in sections.items():
         values[section] = {**values.get(section, {}), **fields} if isinstance(fields, dict) else fields
     with pytest.raises(UserError, match=match):
-        resolve(values)
+        validate(values)
 
 
 def test_the_defaults_are_valid_and_survive_json():
-    config = resolve(default_config())
+    config = validate(default_config())
     assert config == Config() == validation.from_json(config.to_json(), "config.json")
 
 
@@ -43,18 +43,18 @@ def test_every_field_is_documented_and_has_a_default_of_its_type():
 def test_key_and_value_widths_follow_the_model_width_until_they_are_set():
     config = default_config()
     config.model.emb_dim = 64
-    assert resolve(config).model.qkv_dim == resolve(config).model.value_dim == 64
-    assert resolve({"model": {"emb_dim": 64}}) == resolve(config)
+    assert validate(config).model.qkv_dim == validate(config).model.value_dim == 64
+    assert validate({"model": {"emb_dim": 64}}) == validate(config)
     config.model.qkv_dim = 32
-    assert (resolve(config).model.qkv_dim, resolve(config).model.value_dim) == (32, 64)
+    assert (validate(config).model.qkv_dim, validate(config).model.value_dim) == (32, 64)
     config.model.value_dim = 128
-    assert (resolve(config).model.qkv_dim, resolve(config).model.value_dim) == (32, 128)
+    assert (validate(config).model.qkv_dim, validate(config).model.value_dim) == (32, 128)
 
 
 def test_paths_become_absolute_and_addresses_stay(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     data = {"name": "text", "dir": "corpus", "data_dir": "gs://bucket/data", "tokenizer": "a.model"}
-    got = schema.with_absolute_paths(resolve({"data": data})).data
+    got = schema.with_absolute_paths(validate({"data": data})).data
     assert (got.dir, got.data_dir) == (str(tmp_path / "corpus"), "gs://bucket/data")
     assert (got.tokenizer, got.train) == (str(tmp_path / "a.model"), "")
     assert schema.with_absolute_paths(Config()) == Config()
@@ -103,7 +103,7 @@ IMPOSSIBLE = [
     (r"config\.model: expected a section of fields, got 3", {"model": 3}),
     (r"num_heads = 7 does not divide qkv_dim = 512", {"model": {"num_heads": 7}}),
     (r"num_heads = 8 does not divide value_dim = 100", {"model": {"value_dim": 100}}),
-    (r"expected an even width, sinusoidal positions need it; got 33", {"model": {"emb_dim": 33}}),
+    (r"expected an even width, required by sinusoidal positions; got 33", {"model": {"emb_dim": 33}}),
     (r"norm: expected one of post, pre, got 'middle'", {"model": {"norm": "middle"}}),
     (r"dtype: expected one of float32, bfloat16, got 'float16'", {"model": {"dtype": "float16"}}),
     (r"dropout_rate: expected at most 0.99, got 1.0", {"model": {"dropout_rate": 1.0}}),
@@ -122,9 +122,9 @@ IMPOSSIBLE = [
         r"valid_source and valid_target go together",
         {"data": {"name": "text", "train": "x.tsv", "valid_target": "y"}},
     ),
-    (r"batch_tokens: expected room for one sentence", {"train": {"batch_tokens": 100}}),
+    (r"batch_tokens: expected at least one sentence", {"train": {"batch_tokens": 100}}),
     (
-        r"batch_tokens: expected room for one sentence of data\.max_length rounded up to data\.length_multiple = 104",
+        r"batch_tokens: expected at least one sentence of data\.max_length rounded up to data\.length_multiple = 104",
         {"data": {"max_length": 100, "length_multiple": 8}, "train": {"batch_tokens": 100}},
     ),
     (
@@ -150,7 +150,7 @@ IMPOSSIBLE = [
     (r"epsilon: expected above 0, got 0", {"optimizer": {"epsilon": 0.0}}),
     (r"config\.mesh\.data: expected -1", {"mesh": {"data": 0}}),
     (r"config\.mesh\.tensor: expected at least -1, got -2", {"mesh": {"tensor": -2}}),
-    (r"-1 in one field at most, got it in data and fsdp; set mesh\.data to", {"mesh": {"fsdp": -1}}),
+    (r"-1 in at most one field, got it in data and fsdp; set mesh\.data to", {"mesh": {"fsdp": -1}}),
     (r"mesh\.tensor = 3 does not divide model\.num_heads = 8; set mesh\.tensor to 1", {"mesh": {"tensor": 3}}),
     (
         r"mesh\.fsdp = 3 does not divide model\.emb_dim = 512; set .* to 513",
@@ -161,7 +161,7 @@ IMPOSSIBLE = [
         {"mesh": {"tensor": 8}, "data": {"vocab_size": 4001}},
     ),
     (r"remat: expected one of none, dots, full", {"model": {"remat": "some"}}),
-    (r"spike_factor: expected 0 for none, or above 1, such as 2, got 1", {"train": {"spike_factor": 1.0}}),
+    (r"spike_factor: expected 0 \(off\), or above 1, such as 2, got 1", {"train": {"spike_factor": 1.0}}),
     (r"max_skipped_updates = 3: read only with spike_factor", {"train": {"max_skipped_updates": 3}}),
 ]
 
@@ -172,14 +172,14 @@ def test_what_cannot_be_is_refused_with_a_message(match, sections):
 
 
 def test_a_whole_number_is_a_float_but_not_the_other_way_round():
-    assert resolve({"optimizer": {"clip_norm": 5}}).optimizer.clip_norm == 5.0
+    assert validate({"optimizer": {"clip_norm": 5}}).optimizer.clip_norm == 5.0
     refused("expected int, got 5.0", train={"num_steps": 5.0})
 
 
 @pytest.mark.parametrize("values", [None, 3, [], "model"])
 def test_what_is_no_config_is_refused(values):
     with pytest.raises(UserError, match="expected sections"):
-        resolve(values)
+        validate(values)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model": {"num_layers": "six"}}'])
@@ -199,24 +199,24 @@ def test_what_runs_have_kept_stays_readable():
         refused(field, **{section: kept[section]}, train=kept["train"])
     read = validation.from_json(json.dumps(kept), "config.json")
     assert (read.data.num_buckets, read.decode.beam_size, read.optimizer.warmup_steps) == (4, 1, 4000)
-    assert validation.with_decode(read, {"method": "beam"}).decode.beam_size == 1
+    assert validation.override_decode(read, {"method": "beam"}).decode.beam_size == 1
     with pytest.raises(UserError, match="beam_size = 2: read only with method = beam"):
-        validation.with_decode(read, {"beam_size": 2})
+        validation.override_decode(read, {"beam_size": 2})
 
 
 def test_differences_name_field_old_and_new():
-    old, new = resolve({}), resolve({"train": {"seed": 3}, "model": {"norm": "pre"}})
-    assert list(map(str, schema.differences(old, new))) == ["model.norm: 'post' → 'pre'", "train.seed: 0 → 3"]
+    old, new = validate({}), validate({"train": {"seed": 3}, "model": {"norm": "pre"}})
+    assert list(map(str, schema.diff(old, new))) == ["model.norm: 'post' → 'pre'", "train.seed: 0 → 3"]
 
 
 def test_other_decode_fields_are_checked_with_the_whole():
-    config = resolve({"model": {"positions": "learned", "max_positions": 562}})
-    changed = validation.with_decode(config, {"beam_size": 7, "length_penalty": 1})
+    config = validate({"model": {"positions": "learned", "max_positions": 562}})
+    changed = validation.override_decode(config, {"beam_size": 7, "length_penalty": 1})
     assert changed == dataclasses.replace(
         config, decode=dataclasses.replace(config.decode, beam_size=7, length_penalty=1.0)
     )
     with pytest.raises(UserError, match="learned positions must cover the longest sequence, 563"):
-        validation.with_decode(config, {"max_extra_length": 51})
+        validation.override_decode(config, {"max_extra_length": 51})
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_other_decode_fields_are_checked_with_the_whole():
 def test_no_decode_field_is_set_where_nothing_reads_it(fields, match):
     refused(match, decode=fields)
     with pytest.raises(UserError, match=match):
-        validation.with_decode(resolve({}), fields)
+        validation.override_decode(validate({}), fields)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_no_decode_field_is_set_where_nothing_reads_it(fields, match):
     ],
 )
 def test_another_method_leaves_behind_what_it_does_not_read(own, fields, left):
-    changed = validation.with_decode(resolve({"decode": own}), fields)
+    changed = validation.override_decode(validate({"decode": own}), fields)
     assert changed.decode == dataclasses.replace(schema.DecodeConfig(), **{**left, **fields})
 
 
@@ -266,14 +266,14 @@ def test_what_is_given_is_read_whatever_its_value():
     """A default that is asked for by name is no less ignored."""
     for own, fields in (({}, {"method": "sample", "beam_size": 4}), ({"method": "mbr"}, {"length_penalty": 0.6})):
         with pytest.raises(UserError, match=r"read only with .*; leave \w+ out"):
-            validation.with_decode(resolve({"decode": own}), fields)
+            validation.override_decode(validate({"decode": own}), fields)
 
 
 def test_methods_read_their_fields():
-    resolve({"decode": {"method": "sample", "top_k": 5, "top_p": 0.5, "temperature": 0.5, "seed": 1}})
-    resolve({"decode": {"method": "mbr", "mbr_samples": 5}})
-    resolve({"decode": {"coverage_penalty": 0.2}})
+    validate({"decode": {"method": "sample", "top_k": 5, "top_p": 0.5, "temperature": 0.5, "seed": 1}})
+    validate({"decode": {"method": "mbr", "mbr_samples": 5}})
+    validate({"decode": {"coverage_penalty": 0.2}})
 
 
 def test_the_last_update_of_a_schedule_may_be_its_peak():
-    resolve({"optimizer": {"schedule": "linear", "warmup_steps": 99}, "train": {"num_steps": 100}})
+    validate({"optimizer": {"schedule": "linear", "warmup_steps": 99}, "train": {"num_steps": 100}})

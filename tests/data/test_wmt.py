@@ -232,7 +232,7 @@ def test_a_manual_folder_that_is_not_there_or_not_asked_for_is_refused(tmp_path,
     with pytest.raises(UserError, match="none: the folder does not exist"):
         corpus.open_corpus(data)
     with pytest.raises(UserError, match=r"manual_dir = .*: read only with name = wmt14_translate or wmt_t2t_translate"):
-        validation.resolve({"data": {"name": "cldr", "manual_dir": str(tmp_path)}})
+        validation.validate({"data": {"name": "cldr", "manual_dir": str(tmp_path)}})
 
 
 def test_other_languages_are_refused(filled):

@@ -77,7 +77,7 @@ def test_the_config_overrides_and_the_line_says_why():
 )
 def test_another_tokenizer_is_refused_before_anything_runs(data, match):
     with pytest.raises(UserError, match=match):
-        validation.resolve({"data": data})
+        validation.validate({"data": data})
 
 
 def test_what_cannot_have_four_tokens_is_told_by_chrf():

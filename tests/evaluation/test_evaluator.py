@@ -30,7 +30,7 @@ def evaluator():
 
 def test_the_loss_is_the_mean_over_all_tokens(evaluator):
     """Against the sum over single sentences, so that no batch weighs more than its tokens."""
-    room, params, model, vocabulary = evaluator
+    evaluator, params, model, vocabulary = evaluator
     sources, targets = HYPOTHESES * 5, REFERENCES * 5
     nll = count = 0.0
     logits = jax.jit(lambda source, target: model.bind(params)(source, target))
@@ -40,7 +40,7 @@ def test_the_loss_is_the_mean_over_all_tokens(evaluator):
         t = t[:, : (t != 0).sum()]
         nll -= float(log_p[np.arange(t.shape[1]), t[0]].sum())
         count += t.shape[1]
-    found = room.teacher_forced_loss(params, sources, targets)
+    found = evaluator.teacher_forced_loss(params, sources, targets)
     assert found.mean == pytest.approx(nll / count, rel=1e-5)
     assert found.tokens == 5 * count
     words = sum(len(target.split()) + 1 for target in REFERENCES)
@@ -58,7 +58,9 @@ def test_a_mesh_changes_nothing_but_rounding(evaluator):
     mesh = make_mesh(config.mesh)
     many = scoring.Evaluator(model, vocabulary, config, mesh)
     split = jax.device_put(params, sharding.param_shardings(mesh, model.abstract_params))
-    ours, theirs = (room.evaluate(held, HYPOTHESES, [REFERENCES]) for room, held in ((many, split), (one, params)))
+    ours, theirs = (
+        evaluator.evaluate(held, HYPOTHESES, [REFERENCES]) for evaluator, held in ((many, split), (one, params))
+    )
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
     assert ours.translations == theirs.translations
 
@@ -77,9 +79,9 @@ def test_no_more_goes_through_the_model_at_once_than_in_training(evaluator, monk
 
 
 def test_the_report_holds_a_translation_for_each_sentence(evaluator):
-    room, params, _, _ = evaluator
+    evaluator, params, _, _ = evaluator
     done = []
-    report = room.evaluate(params, [*HYPOTHESES, ""], [[*REFERENCES, ""]], progress=done.append)
+    report = evaluator.evaluate(params, [*HYPOTHESES, ""], [[*REFERENCES, ""]], progress=done.append)
     assert report.sentences == len(report.translations) == 5
     assert report.translations[-1] == ""
     assert sum(done) == 4  # a blank line costs no search
@@ -89,21 +91,21 @@ def test_the_report_holds_a_translation_for_each_sentence(evaluator):
 
 
 def test_an_empty_set_is_evaluated(evaluator):
-    room, params, _, _ = evaluator
-    report = room.evaluate(params, [], [[]])
+    evaluator, params, _, _ = evaluator
+    report = evaluator.evaluate(params, [], [[]])
     assert (report.sentences, report.loss, report.translations) == (0, 0.0, [])
 
 
 def test_counts_are_checked_before_anything_is_translated(evaluator, monkeypatch):
-    room, params, _, _ = evaluator
-    monkeypatch.setattr(room.translator, "translate", lambda *_: pytest.fail("translated"))
+    evaluator, params, _, _ = evaluator
+    monkeypatch.setattr(evaluator.translator, "translate", lambda *_: pytest.fail("translated"))
     with pytest.raises(UserError, match="got 4 sentences and 3 lines in reference 1"):
-        room.evaluate(params, HYPOTHESES, [REFERENCES[:3]])
+        evaluator.evaluate(params, HYPOTHESES, [REFERENCES[:3]])
 
 
 def test_a_very_long_line_is_cut_not_dropped(evaluator):
-    room, params, _, _ = evaluator
-    found = room.teacher_forced_loss(params, ["cat " * 5000], ["mat " * 5000])
+    evaluator, params, _, _ = evaluator
+    found = evaluator.teacher_forced_loss(params, ["cat " * 5000], ["mat " * 5000])
     assert np.isfinite(found.mean)
     assert found.words <= found.tokens == 74  # of the 5,001 words those in the first 74 tokens
 

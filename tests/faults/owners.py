@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.faults.table import Tally, row
 from tests.faults.world import KILLED, Command, World, data_fields
 from transformer.config import Config, schema, validation
-from transformer.config.validation import resolve
+from transformer.config.validation import validate
 from transformer.runtime.errors import UserError
 from transformer.training import workdir as workdirs
 
@@ -56,7 +56,7 @@ def other(section: str, field: dataclasses.Field) -> object:
 def config_that_reads(name: str) -> Config:
     """Defaults but for the fields that select the one of this name, so that something reads it."""
     sections = dataclasses.asdict(Config())
-    for reader in validation.READERS.get(name, ()):
+    for reader in validation.APPLICABLE_TO.get(name, ()):
         section, selector = reader.selector.split(".")
         sections[section][selector] = reader.values[0] if reader.values else type(sections[section][selector])(1)
     return Config(**{section: kind(**sections[section]) for section, kind in schema.SECTIONS.items()})
@@ -74,9 +74,9 @@ def run_resumed_as_another(world: World, tally: Tally) -> None:
                 changed = dataclasses.replace(getattr(old, section), **{field.name: after})
                 config = dataclasses.replace(old, **{section: changed})
                 change = f"{section}.{field.name}: {before!r} → {after!r}"
-                if field.name in validation.HARMLESS.get(section, ()) or field.name == "num_steps":
+                if field.name in validation.RESUMABLE_FIELDS.get(section, ()) or field.name == "num_steps":
                     assert workdirs.check_resume_config(pathlib.Path("run"), old, config) == [change]
-                    named = (f"`{section}.{field.name}`", f"`{section}.*`", field.name in schema.PATHS)
+                    named = (f"`{section}.{field.name}`", f"`{section}.*`", field.name in schema.PATH_FIELDS)
                     assert any(name is True or (name and name in documented) for name in named), "undocumented"
                     harmless += 1
                 else:
@@ -151,7 +151,7 @@ def bad_config(world: World, tally: Tally) -> None:
                 values[section] = {**values.get(section, {}), **fields} if isinstance(fields, dict) else fields
             begun = time.monotonic()
             with pytest.raises(UserError, match=match) as refused:
-                resolve(values)
+                validate(values)
             longest = max(longest, time.monotonic() - begun)
             assert longest < 2
             assert refused.value.exit_code == 2

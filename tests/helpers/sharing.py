@@ -76,7 +76,7 @@ def _key(model: registry.ModelDef) -> Any:
 def _training_key(*args: Any) -> Any:
     model, config, mesh = args[-3:]
     train = {name: value for name, value in dataclasses.asdict(config.train).items() if name not in HOST_FIELDS}
-    if not validation.ends_with_its_steps(config):
+    if not validation.schedule_depends_on_num_steps(config):
         del train["num_steps"]
     return _key(model), str(train), config.optimizer, config.model, config.data.batching, mesh
 

@@ -12,7 +12,7 @@ from flax import nnx
 from tests.conftest import slow, small_config
 from tests.models.test_transformer import SOURCE, TARGET, V, sentences
 from transformer.config import default_config
-from transformer.config.validation import resolve
+from transformer.config.validation import validate
 from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.decoding import decode as decoding
@@ -151,7 +151,7 @@ def test_sentences_in_a_packed_row_do_not_see_each_other(kind):
 def test_the_attention_is_a_distribution_over_the_source(kind):
     model = module(kind)
     weights_BLHTS = jax.jit(model.cross_attention)(SOURCE, TARGET)
-    assert weights_BLHTS.shape == (2, model.config.looking_layers, 1, TARGET.shape[1], SOURCE.shape[1])
+    assert weights_BLHTS.shape == (2, model.config.num_cross_attention_layers, 1, TARGET.shape[1], SOURCE.shape[1])
     np.testing.assert_allclose(weights_BLHTS.sum(-1), 1, rtol=1e-5)
     assert (weights_BLHTS[1, ..., 3:] == 0).all()  # padding
 
@@ -226,7 +226,7 @@ def test_bfloat16_is_close_and_its_logits_are_float32(family):
         ("recurrent", "model", {"positions": "learned"}, "read only with family = attention or convolutional"),
         ("recurrent", "model", {"remat": "full"}, "leave remat out .default: none., or change the family"),
         ("recurrent", "model", {"kernel_width": 5}, "read only with family = convolutional"),
-        ("recurrent", "model", {"emb_dim": 15}, "expected an even width, two directions share it; got 15"),
+        ("recurrent", "model", {"emb_dim": 15}, "expected an even width, split by two directions; got 15"),
         ("convolutional", "model", {"qkv_dim": 8}, "qkv_dim = 8: read only with family = attention"),
         ("convolutional", "model", {"kernel_width": 4}, "expected an odd number, got 4"),
         ("attention", "model", {"attention_score": "additive"}, "read only with family = recurrent or convolutional"),
@@ -239,7 +239,7 @@ def test_what_a_family_does_not_read_is_refused(family, section, fields, message
     config.model.family = family
     config[section].update(fields)
     with pytest.raises(UserError, match=message):
-        resolve(config)
+        validate(config)
 
 
 @pytest.mark.slow

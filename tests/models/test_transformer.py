@@ -11,7 +11,7 @@ from flax import nnx
 
 from tests.conftest import small_config
 from transformer.config import ModelConfig, default_config
-from transformer.config.validation import resolve
+from transformer.config.validation import validate
 from transformer.data.batching import PAD_EXAMPLE, JaggedArray
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.models.base import shift_right
@@ -46,7 +46,7 @@ def test_narrow_keys_have_the_paper_s_58_million_params():
     """Table 3, row B, key width 16: the values keep theirs."""
     config = default_config()
     config.model.qkv_dim = 8 * 16
-    assert abs(ModelDef(resolve(config).model, 40_900).num_params() / 58e6 - 1) < 0.01
+    assert abs(ModelDef(validate(config).model, 40_900).num_params() / 58e6 - 1) < 0.01
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])

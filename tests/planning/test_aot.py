@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import wmt14
-from transformer.config.validation import resolve
+from transformer.config.validation import validate
 from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
 from transformer.planning import aot, hlo_cost
@@ -23,7 +23,7 @@ def compiled(topology, attention, width):
     fields = wmt14.get_config("en_de_big")
     fields.model.update({"num_layers": 1, "dtype": "bfloat16", "attention": attention})
     fields.data.max_length = max(width, fields.data.max_length)
-    config = resolve(fields)
+    config = validate(fields)
     mesh = make_mesh(config.mesh, aot.devices(parse_topology(topology)))
     rows = aot.batch_rows(config, mesh, width)
     text = aot.compile_step(config, mesh, rows, width, -1.0).text

@@ -116,7 +116,7 @@ def test_its_path_means_the_same_wherever_it_is_read_again(monkeypatch, tmp_path
 def resolved(saved, flags=(), workdir="", **sections):
     """What train.py makes of a config file that leaves the model open."""
     sections = {"train": {"init_from": str(saved), **sections.pop("train", {})}, **sections}
-    return validation.typed(warm_start.with_sizes(sections, flags, str(workdir)))
+    return validation.to_dataclasses(warm_start.inherit_sizes(sections, flags, str(workdir)))
 
 
 @pytest.mark.reported
@@ -196,4 +196,4 @@ def test_a_size_that_the_base_kept_and_nothing_reads_is_left_out(saved, tmp_path
     config = resolved(tmp_path / "base")
     assert config.model.max_positions == small_config().model.max_positions != 512
     assert config.model.emb_dim == 16
-    validation.check(config, needs_data=False)
+    validation.check_consistency(config, needs_data=False)

@@ -23,7 +23,12 @@ from jax.sharding import Mesh
 from transformer.attention.dot_product import dot_product_attention
 from transformer.attention.mask import AttentionMask
 from transformer.config import Config, MeshConfig
-from transformer.config.validation import BLOCKWISE_FROM, KERNELS, AttentionUse, kernel_misfit
+from transformer.config.validation import (
+    BLOCKWISE_MIN_LENGTH,
+    FUSED_ATTENTION_PLATFORMS,
+    AttentionSpec,
+    unsupported_reason,
+)
 from transformer.distributed import multihost, sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.runtime import environment
@@ -50,25 +55,27 @@ def check_supported(config: Config, mesh: Mesh) -> None:
       UserError: the kernel is not supported, and why.
     """
     attention = config.model.attention
-    spec = dataclasses.replace(AttentionUse.of(config), parts=sharding.batch_divisor(mesh, "length"))
-    kernel = attention if attention in KERNELS else "cudnn"
+    spec = dataclasses.replace(
+        AttentionSpec.from_config(config), sequence_shards=sharding.batch_divisor(mesh, "length")
+    )
+    kernel = attention if attention in FUSED_ATTENTION_PLATFORMS else "cudnn"
     reason = _unsupported_reason(kernel, mesh.devices.flat[0], spec)
     # Buckets of long sequences have even widths: a longest row of 511 tokens makes a bucket of 512.
-    is_long = config.model.family == "attention" and config.data.longest_row + 1 >= BLOCKWISE_FROM
+    is_long = config.model.family == "attention" and config.data.max_row_length + 1 >= BLOCKWISE_MIN_LENGTH
     # The devices of an ahead-of-time compilation cannot run anything.
     needs_trial = not reason and _is_local(mesh) and (attention == "cudnn" or (attention == "auto" and is_long))
-    if attention in KERNELS and (reason := reason or (_trial(spec.key_width) if needs_trial else "")):
-        raise UserError(f"config.model.attention = {attention}: {reason}; auto takes what fits")
+    if attention in FUSED_ATTENTION_PLATFORMS and (reason := reason or (_trial(spec.key_width) if needs_trial else "")):
+        raise UserError(f"config.model.attention = {attention}: {reason}; auto chooses a supported one")
     result = ("works" if cudnn_works(spec.key_width) else "fails") if needs_trial else ""
     environment.set_trials({"cuDNN attention": result} if result else {})
 
 
-def _unsupported_reason(kernel: str, device: Any, spec: AttentionUse) -> str:
+def _unsupported_reason(kernel: str, device: Any, spec: AttentionSpec) -> str:
     """Why a kernel cannot compute this attention on a device; empty where it can."""
-    if device.platform != KERNELS[kernel]:
+    if device.platform != FUSED_ATTENTION_PLATFORMS[kernel]:
         kind = f"{device.platform} devices ({device.device_kind})"
-        return f"it runs on {KERNELS[kernel]} devices, and these are {kind}"
-    return (unsupported_gpu_reason(device) if kernel == "cudnn" else "") or kernel_misfit(kernel, spec)
+        return f"it runs on {FUSED_ATTENTION_PLATFORMS[kernel]} devices, and these are {kind}"
+    return (unsupported_gpu_reason(device) if kernel == "cudnn" else "") or unsupported_reason(kernel, spec)
 
 
 def unsupported_gpu_reason(device: Any) -> str:
@@ -88,17 +95,17 @@ def _is_local(mesh: Mesh) -> bool:
 
 def select_kernel(q_BTHK: Array, v_BSHK: Array, mask: AttentionMask, dropout_rate: float) -> str:
     """The kernel that can compute this attention on the devices of the traced program; empty where none can."""
-    spec = AttentionUse(
+    spec = AttentionSpec(
         str(q_BTHK.dtype),
         q_BTHK.shape[-1],
         v_BSHK.shape[-1],
         dropout_rate,
         packed=mask.q_segment_ids_BT is not None,
-        parts=sharding.num_shards("length"),
+        sequence_shards=sharding.num_shards("length"),
     )
     platform = sharding.platform()
-    for kernel, kernel_platform in KERNELS.items():
-        if platform == kernel_platform and not kernel_misfit(kernel, spec):
+    for kernel, kernel_platform in FUSED_ATTENTION_PLATFORMS.items():
+        if platform == kernel_platform and not unsupported_reason(kernel, spec):
             needs_trial = kernel == "cudnn" and jax.default_backend() == "gpu"  # not when compiling ahead of time
             return kernel if not needs_trial or cudnn_works(spec.key_width) else ""
     return ""

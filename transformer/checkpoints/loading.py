@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from transformer.checkpoints.manager import CheckpointManager, Metrics
 from transformer.config import Config, MeshConfig, schema
-from transformer.config.validation import HARMLESS
+from transformer.config.validation import RESUMABLE_FIELDS
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed.mesh import make_mesh, warm_up_collectives
 from transformer.models.registry import ModelDef, Params
@@ -206,8 +206,8 @@ def _other_run(checkpoints: CheckpointManager, step: int, newest: int) -> str:
     digest, digest_of_newest = (checkpoints.tokenizer(one).digest for one in (step, newest))
     if digest != digest_of_newest:
         return f"vocabulary {digest[:8]}, expected {digest_of_newest[:8]}"
-    changes = schema.differences(checkpoints.config(newest), checkpoints.config(step))
-    changes = [one for one in changes if one.section == "model" and one.field not in HARMLESS["model"]]
+    changes = schema.diff(checkpoints.config(newest), checkpoints.config(step))
+    changes = [one for one in changes if one.section == "model" and one.field not in RESUMABLE_FIELDS["model"]]
     return ", ".join(f"model.{one.field} = {one.new!r}, expected {one.old!r}" for one in changes)
 
 

@@ -1,4 +1,4 @@
-"""The config: fields with bounds and meaning, and what is checked before JAX is imported."""
+"""The config: schema and validation; imports no JAX."""
 
 from transformer.config.schema import (
     Config,

@@ -1,7 +1,7 @@
-"""Every field a run can be given: its default, its bounds, and what it means.
+"""The config schema: all fields with default, bounds and documentation.
 
-A config file is Python and runs; what it returns is checked by `validation`, before JAX is imported. The
-rooms receive the frozen dataclasses below.
+A config file is Python code; the ConfigDict that it returns is checked by `validation` before JAX is imported, and
+becomes the frozen dataclasses below.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ def _field(default: Any, doc: str, *, low: float | None = None, high: float | No
 
 
 def round_up(length: int, multiple: int) -> int:
-    """The least multiple that is not below a length."""
+    """The least multiple that is at least `length`."""
     return -(-length // multiple) * multiple
 
 
-TINY = 1e-30  # stands for "above zero" in a closed bound
+POSITIVE = 1e-30  # the closed lower bound that means "above 0"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class ModelConfig:
         1.0,
         "on the Glorot initialisation of queries, keys and values; 0.7071 is that of one matrix for all three, "
         "as fairseq has it",
-        low=TINY,
+        low=POSITIVE,
         high=10,
     )
     attention_score: str = _field(
@@ -84,14 +84,14 @@ class ModelConfig:
     )
 
     @property
-    def looking_layers(self) -> int:
-        """Layers of the decoder that attend to the source."""
+    def num_cross_attention_layers(self) -> int:
+        """The number of decoder layers with attention to the source."""
         return 1 if self.family == "recurrent" else self.num_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where sentences come from and how they become batches."""
+    """The data set, the vocabulary and batching."""
 
     name: str = _field("cldr", "a TFDS translation set (`cldr` is embedded), or `text` for your own files")
     source_language: str = _field("en", "language code translated from")
@@ -147,7 +147,7 @@ class DataConfig:
     )
 
     @property
-    def longest_row(self) -> int:
+    def max_row_length(self) -> int:
         """The width of the longest training row on the target side: max_length rounded up to length_multiple."""
         return round_up(self.max_length, self.length_multiple)
 
@@ -168,7 +168,7 @@ class OptimizerConfig:
     )
     beta1: float = _field(0.9, "decay of the first moment", low=0, high=0.999999)
     beta2: float = _field(0.98, "decay of the second moment", low=0, high=0.9999999)
-    epsilon: float = _field(1e-9, "added to the root of the second moment", low=TINY)
+    epsilon: float = _field(1e-9, "added to the root of the second moment", low=POSITIVE)
     weight_decay: float = _field(0.0, "adamw: decoupled decay of matrices, not of biases and LayerNorm", low=0)
     clip_norm: float = _field(0.0, "largest global norm of the gradient; 0 does not clip", low=0)
     label_smoothing: float = _field(0.1, "weight of the uniform distribution (paper, 5.4)", low=0, high=0.99)
@@ -176,7 +176,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop: how long, how much at once, how often it looks and saves."""
+    """The training loop: length, batch size, and intervals of logging, validation and checkpoints."""
 
     num_steps: int = _field(100_000, "updates of the whole run", low=1)
     batch_tokens: int = _field(25_000, "target tokens of the global batch, padding counted", low=1)
@@ -223,7 +223,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How translations are searched for, the same in validation, evaluation and translation."""
+    """Decoding, the same in validation, evaluation and translation."""
 
     method: str = _field(
         "beam",
@@ -244,7 +244,7 @@ class DecodeConfig:
     temperature: float = _field(1.0, "sample, mbr: logits are divided by it", low=0.01, high=100)
     top_k: int = _field(0, "sample, mbr: only among so many most probable tokens; 0: all", low=0)
     top_p: float = _field(
-        1.0, "sample, mbr: only among the fewest tokens of this share of the probability; 1: all", low=TINY, high=1
+        1.0, "sample, mbr: only among the fewest tokens of this share of the probability; 1: all", low=POSITIVE, high=1
     )
     seed: int = _field(0, "sample, mbr: of the samples; equal sentences get equal ones", low=0)
     mbr_samples: int = _field(16, "mbr: samples drawn of each sentence", low=2, high=1000)
@@ -259,7 +259,7 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How devices are arranged: the product of the four is the number used. -1, in one of them, takes all others."""
+    """The device mesh: the product of the four is the number of devices. One may be -1: all remaining devices."""
 
     data: int = _field(-1, "devices over which the rows of a batch are split; -1: all that are left", low=-1)
     fsdp: int = _field(
@@ -273,7 +273,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A run."""
+    """The config of a run."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -282,50 +282,50 @@ class Config:
     decode: DecodeConfig = DecodeConfig()
     mesh: MeshConfig = MeshConfig()
 
-    def to_json(self, **beside: str) -> str:
-        """The resolved config, one field a line, as the workdir and every checkpoint keep it.
+    def to_json(self, **extra: str) -> str:
+        """The config as JSON, one field a line, as saved in the workdir and in every checkpoint.
 
         Args:
-          beside: what goes into the same file besides the sections.
+          extra: further entries beside the sections.
         """
-        return json.dumps({**dataclasses.asdict(self), **beside}, indent=1) + "\n"
+        return json.dumps({**dataclasses.asdict(self), **extra}, indent=1) + "\n"
 
 
-RUN_ID = "run_id"  # in a workdir's config.json: the id of its run, which no field of the config sets
-TEXT_PATHS = ("dir", "train_source", "train_target", "valid_source", "valid_target", "train", "valid")
-PATHS = (*TEXT_PATHS, "data_dir", "manual_dir")
-WMT_NAMES = ("wmt14_translate", "wmt_t2t_translate")  # the sets of TFDS whose archives are fetched here
-TRAINED_TOKENIZERS = ("bpe", "unigram")  # any other value is a path
-FOLLOW_EMB_DIM = ("qkv_dim", "value_dim")
+RUN_ID = "run_id"  # the id of the run in a workdir's config.json, not a field
+TEXT_PATH_FIELDS = ("dir", "train_source", "train_target", "valid_source", "valid_target", "train", "valid")
+PATH_FIELDS = (*TEXT_PATH_FIELDS, "data_dir", "manual_dir")
+WMT_NAMES = ("wmt14_translate", "wmt_t2t_translate")  # data sets of TFDS whose archives `data.download` fetches
+TOKENIZER_ALGORITHMS = ("bpe", "unigram")  # any other value is a path
+DEFAULTS_TO_EMB_DIM = ("qkv_dim", "value_dim")
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}
 
 
 def default_config() -> config_dict.ConfigDict:
-    """All sections with their defaults, for a config file to change; unknown fields are refused.
+    """All sections with their defaults, to be changed by a config file; unknown fields are errors.
 
-    `model.qkv_dim` and `model.value_dim` follow `model.emb_dim` until they are set themselves.
+    `model.qkv_dim` and `model.value_dim` equal `model.emb_dim` unless set.
     """
     config = config_dict.ConfigDict(dataclasses.asdict(Config()))
-    for name in FOLLOW_EMB_DIM:
+    for name in DEFAULTS_TO_EMB_DIM:
         config.model[name] = config.model.get_oneway_ref("emb_dim")
     return config.lock()
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The config with its local paths made absolute, so that it means the same wherever it is read again."""
+    """Makes local paths absolute, so that the config does not depend on the current folder."""
 
     def absolute(path: str) -> str:
         return path if not path or "://" in path else os.path.abspath(os.path.expanduser(path))
 
     data, train = config.data, config.train
-    changed: dict[str, Any] = {name: absolute(getattr(data, name)) for name in PATHS}
-    if data.tokenizer not in TRAINED_TOKENIZERS:
-        changed["tokenizer"] = absolute(data.tokenizer)
+    paths: dict[str, Any] = {name: absolute(getattr(data, name)) for name in PATH_FIELDS}
+    if data.tokenizer not in TOKENIZER_ALGORITHMS:
+        paths["tokenizer"] = absolute(data.tokenizer)
     train = dataclasses.replace(train, init_from=absolute(train.init_from))
-    return dataclasses.replace(config, data=dataclasses.replace(data, **changed), train=train)
+    return dataclasses.replace(config, data=dataclasses.replace(data, **paths), train=train)
 
 
-class Change(NamedTuple):
+class FieldDiff(NamedTuple):
     """A field in which two configs differ."""
 
     section: str
@@ -337,15 +337,15 @@ class Change(NamedTuple):
         return f"{self.section}.{self.field}: {self.old!r} → {self.new!r}"
 
 
-def differences(old: Config, new: Config) -> list[Change]:
+def diff(old: Config, new: Config) -> list[FieldDiff]:
     """All fields in which two configs differ."""
-    changes = []
+    diffs = []
     for section in SECTIONS:
         for field in field_names(section):
-            before, after = (getattr(getattr(config, section), field) for config in (old, new))
-            if before != after:
-                changes.append(Change(section, field, before, after))
-    return changes
+            old_value, new_value = (getattr(getattr(config, section), field) for config in (old, new))
+            if old_value != new_value:
+                diffs.append(FieldDiff(section, field, old_value, new_value))
+    return diffs
 
 
 def field_type(section: str, name: str) -> type:

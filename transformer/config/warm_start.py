@@ -1,4 +1,4 @@
-"""The run that `train.init_from` names, as far as a config is checked against it: without JAX."""
+"""Completes a config by the saved config of the run that `train.init_from` names; imports no JAX."""
 
 import contextlib
 import json
@@ -7,52 +7,56 @@ from typing import Any
 
 from etils import epath
 
-from transformer.config.schema import FOLLOW_EMB_DIM, ModelConfig, field_default, field_names
+from transformer.config.schema import DEFAULTS_TO_EMB_DIM, ModelConfig, field_default, field_names
 from transformer.runtime import object_storage
 
-# Fields of the model in which a run and its base may differ, as trained params mean the same with any value of them.
-FREE = {
+# Fields of the model that may differ from the base run: they do not change the meaning of trained params.
+ALLOWED_MODEL_DIFFS = {
     *("dropout_rate", "attention_dropout_rate", "mlp_dropout_rate"),
     *("attention", "qkv_init_gain", "remat", "dtype"),
 }
 
 
-def with_sizes(values: dict[str, dict], flags: Collection[tuple[str, str]] = (), workdir: str = "") -> dict[str, dict]:
-    """Sections of a config whose open sizes of model and vocabulary are those of the base that it starts from.
+def inherit_sizes(
+    values: dict[str, dict], flags: Collection[tuple[str, str]] = (), workdir: str = ""
+) -> dict[str, dict]:
+    """Replaces sizes of model and vocabulary that are at their defaults by those of the base run.
 
     Args:
-      values: sections of fields; what is missing or at its default is open.
-      flags: (section, field) of what flags set, which is not open whatever its value.
-      workdir: where the run goes on if it has begun: then its own sizes count, and the base may be gone.
+      values: sections of fields.
+      flags: (section, field) set by flags, which are kept even at their defaults.
+      workdir: of the run. If it has checkpoints, its own sizes are used, and the base may be missing.
     """
     base = values.get("train", {}).get("init_from")
-    kept = isinstance(base, str) and base and ((workdir and _kept_config(workdir)) or _kept_config(base))
-    if not kept:
+    saved = isinstance(base, str) and base and ((workdir and _load_saved_config(workdir)) or _load_saved_config(base))
+    if not saved:
         return values
-    sizes = [("model", name) for name in field_names("model") if name not in FREE] + [("data", "vocab_size")]
-    filled = {**values, "model": {**values.get("model", {})}, "data": {**values.get("data", {})}}
-    width = filled["model"].get("emb_dim", ModelConfig.emb_dim)
+    sizes = [("model", name) for name in field_names("model") if name not in ALLOWED_MODEL_DIFFS] + [
+        ("data", "vocab_size")
+    ]
+    completed = {**values, "model": {**values.get("model", {})}, "data": {**values.get("data", {})}}
+    width = completed["model"].get("emb_dim", ModelConfig.emb_dim)
     for section, name in sizes:
-        default = width if name in FOLLOW_EMB_DIM else field_default(section, name)
-        if (section, name) not in flags and filled[section].get(name, default) == default:
-            filled[section][name] = kept.get(section, {}).get(name, field_default(section, name))
-    if filled["model"].get("positions") != "learned":  # nothing reads it then, but earlier versions kept one
-        own = values.get("model", {}).get("max_positions", field_default("model", "max_positions"))
-        filled["model"]["max_positions"] = own
-    return filled
+        default = width if name in DEFAULTS_TO_EMB_DIM else field_default(section, name)
+        if (section, name) not in flags and completed[section].get(name, default) == default:
+            completed[section][name] = saved.get(section, {}).get(name, field_default(section, name))
+    if completed["model"].get("positions") != "learned":  # otherwise unused, but saved by earlier versions
+        given = values.get("model", {}).get("max_positions", field_default("model", "max_positions"))
+        completed["model"]["max_positions"] = given
+    return completed
 
 
-def _kept_config(workdir: str) -> dict[str, dict[str, Any]]:
-    """The config in the newest checkpoint that has a readable one, not checked; empty where there is none."""
+def _load_saved_config(workdir: str) -> dict[str, dict[str, Any]]:
+    """The newest readable config in the checkpoints, without validation; {} if there is none."""
     if object_storage.unsupported_reason(workdir):
         return {}
     folder = epath.Path(workdir).expanduser() / "checkpoints"
     names: list[str] = []
-    with contextlib.suppress(OSError):  # who reads the run says what is wrong with it
+    with contextlib.suppress(OSError):  # reported when the run is loaded
         names = [path.name for path in folder.iterdir() if path.name.isdecimal()]
     for name in sorted(names, key=int, reverse=True):
         with contextlib.suppress(OSError, ValueError):
-            kept = json.loads((folder / name / "config.json").read_text())
-            if isinstance(kept, dict):
-                return kept
+            config = json.loads((folder / name / "config.json").read_text())
+            if isinstance(config, dict):
+                return config
     return {}

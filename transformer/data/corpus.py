@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from transformer.config.schema import PATHS, TRAINED_TOKENIZERS, WMT_NAMES, DataConfig
+from transformer.config.schema import PATH_FIELDS, TOKENIZER_ALGORITHMS, WMT_NAMES, DataConfig
 from transformer.data import local_text, prepared, text_files, wmt
 from transformer.data.prepared import RecordReader
 from transformer.runtime import object_storage
@@ -230,8 +230,8 @@ def validate_source(data: DataConfig) -> None:
 
 def _validate_addresses(data: DataConfig) -> None:
     """Raises a UserError if a path is in object storage that cannot be read here."""
-    tokenizer_field = () if data.tokenizer in TRAINED_TOKENIZERS else ("tokenizer",)
-    for field in (*PATHS, *tokenizer_field):
+    tokenizer_field = () if data.tokenizer in TOKENIZER_ALGORITHMS else ("tokenizer",)
+    for field in (*PATH_FIELDS, *tokenizer_field):
         if reason := object_storage.unsupported_reason(getattr(data, field)):
             raise UserError(f"config.data.{field}: {reason}")
     if reason := object_storage.unsupported_reason(os.environ.get("TFDS_DATA_DIR", "")):

@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
-from transformer.config.schema import TRAINED_TOKENIZERS, Config, DataConfig
+from transformer.config.schema import TOKENIZER_ALGORITHMS, Config, DataConfig
 from transformer.data import subword_nmt
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
@@ -164,7 +164,7 @@ def load_configured(data: DataConfig) -> Tokenizer | None:
     Raises:
       UserError: the model or the file of merges is missing or invalid, or the model's size is not that of the config.
     """
-    if data.tokenizer in TRAINED_TOKENIZERS:
+    if data.tokenizer in TOKENIZER_ALGORITHMS:
         return None
     if data.tokenizer.endswith(".codes"):
         _read_merges(data)

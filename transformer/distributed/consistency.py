@@ -54,7 +54,7 @@ def assert_same_config(config: Config) -> None:
     lead = validation.from_json(texts[0], "the config of host 0")
     for host, text in enumerate(texts):
         other = validation.from_json(text, f"the config of host {host}")
-        changes = [c for c in schema.differences(lead, other) if c.section != "data" or c.field not in schema.PATHS]
+        changes = [c for c in schema.diff(lead, other) if c.section != "data" or c.field not in schema.PATH_FIELDS]
         if changes:
             raise UserError(
                 f"the config differs between hosts, {multihost.process_name(0)} → {multihost.process_name(host)}: "

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from transformer.config.validation import does_not_divide
+from transformer.config.validation import divisibility_error
 from transformer.data.batching import BatchSchedule
 from transformer.distributed.mesh import MESH_AXES
 from transformer.runtime.errors import UserError
@@ -85,7 +85,7 @@ def param_shardings(mesh: Mesh, abstract_params: nnx.State) -> dict:
         for axis, names, size in zip(axes, _mesh_axes(axes), shape, strict=True):
             for name in names or ():  # one at most: no param is split by more
                 if size % mesh.shape[name]:
-                    raise UserError(does_not_divide(f"mesh.{name}", mesh.shape[name], AXIS_CONFIG_FIELD[axis], size))
+                    raise UserError(divisibility_error(f"mesh.{name}", mesh.shape[name], AXIS_CONFIG_FIELD[axis], size))
         return NamedSharding(mesh, logical_to_mesh(axes))
 
     flat = {path: of(path, param) for path, param in nnx.to_flat_state(abstract_params)}

@@ -347,7 +347,7 @@ def baseline_translations(
             f"--versus={path}: translates into {baseline.config.data.target_language!r}, expected {language!r}; "
             "name a model of the same direction"
         )
-    decode = validation.with_decode(baseline.config, dict(fields or {})).decode
+    decode = validation.override_decode(baseline.config, dict(fields or {})).decode
     translator = Translator(baseline.model, baseline.tokenizer, decode, baseline.mesh)
     translations = translator.translate(baseline.params, dataset.sources)
     translator.log_warnings()

@@ -248,7 +248,9 @@ def _attention(
     last = len(candidates) - 1
     selected = list(dict.fromkeys(candidates[quarter * last // 4] for quarter in (0, 2, 4))) if candidates else []
     config = restored.config
-    aligner = Aligner(restored.model, restored.tokenizer, config.model.looking_layers, config.decode, restored.mesh)
+    aligner = Aligner(
+        restored.model, restored.tokenizer, config.model.num_cross_attention_layers, config.decode, restored.mesh
+    )
     pairs = [[side[i] for _, i in selected] for side in sides]
     maps = dict(aligner.attention(restored.params, pairs[0], pairs[1]))
     return "".join(

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     args = _parse(rest)
     check_installed(args.format, f"--format={args.format}")
     trained = load_checkpoint(args.workdir, args.checkpoint)
-    trained = dataclasses.replace(trained, config=validation.with_decode(trained.config, fields))
+    trained = dataclasses.replace(trained, config=validation.override_decode(trained.config, fields))
     with atomic_directory(pathlib.Path(args.output)) as folder:
         summary = write(trained, folder, args.format, args.quantization or "float32")
     log_info(

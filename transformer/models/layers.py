@@ -24,7 +24,7 @@ from transformer.attention.dot_product import einsum_f32
 from transformer.attention.dropout import dropout
 from transformer.attention.mask import MASK_VALUE, AttentionMask
 from transformer.attention.ring import ring_attention
-from transformer.config.validation import BLOCKWISE_FROM, KERNELS
+from transformer.config.validation import BLOCKWISE_MIN_LENGTH, FUSED_ATTENTION_PLATFORMS
 from transformer.distributed import sharding
 
 Key = Array | None
@@ -257,13 +257,15 @@ class MultiHeadAttention(nnx.Module):
         )
         queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
         kernel = ""
-        if self.implementation in KERNELS or (self.implementation == "auto" and is_long(queries, keys)):
+        if self.implementation in FUSED_ATTENTION_PLATFORMS or (
+            self.implementation == "auto" and is_long(queries, keys)
+        ):
             kernel = fused.select_kernel(q_BTHK, v_BSHK, mask, 0.0 if key is None else self.dropout_rate)
         implementation = select_attention_impl(self.implementation, queries, keys, kernel)
         if implementation == "plain":
             mask_B1TS = mask.materialize(queries, keys)
             heads_BTHK = dot_product.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask_B1TS, self.dropout_rate, key)
-        elif implementation in KERNELS:
+        elif implementation in FUSED_ATTENTION_PLATFORMS:
             fused_attention = fused.splash_attention if implementation == "splash" else fused.cudnn_attention
             heads_BTHK = fused_attention(q_BTHK, k_BSHK, v_BSHK, mask)
         else:
@@ -290,7 +292,7 @@ class MultiHeadAttention(nnx.Module):
 
 def is_long(queries: int, keys: int) -> bool:
     """Whether `auto` avoids plain attention, which would take much memory."""
-    return queries * keys >= BLOCKWISE_FROM**2
+    return queries * keys >= BLOCKWISE_MIN_LENGTH**2
 
 
 def select_attention_impl(implementation: str, queries: int, keys: int, kernel: str = "") -> str:
@@ -300,7 +302,7 @@ def select_attention_impl(implementation: str, queries: int, keys: int, kernel: 
       kernel: the fused kernel that is supported here; any other is treated as auto.
     """
     ring = sharding.num_shards("length") > 1
-    if implementation == "auto" or (implementation in KERNELS and implementation != kernel):
+    if implementation == "auto" or (implementation in FUSED_ATTENTION_PLATFORMS and implementation != kernel):
         return "ring" if ring else (kernel or "blockwise") if is_long(queries, keys) else "plain"
     return "blockwise" if implementation == "ring" and not ring else implementation
 

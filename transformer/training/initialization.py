@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.config import Config, schema
-from transformer.config.warm_start import FREE
+from transformer.config.warm_start import ALLOWED_MODEL_DIFFS
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed import multihost
@@ -107,8 +107,8 @@ def check_base_unchanged(old: Config, config: Config, base_run_id: str, tokenize
 
 def _model_differences(base: Config, config: Config) -> list[str]:
     """Fields of the model in which params of `base` do not fit `config`, as 'model.field: old → new'."""
-    changes = [change for change in schema.differences(base, config) if change.section == "model"]
-    free = FREE if config.model.positions == "learned" else FREE | {"max_positions"}
+    changes = [change for change in schema.diff(base, config) if change.section == "model"]
+    free = ALLOWED_MODEL_DIFFS if config.model.positions == "learned" else ALLOWED_MODEL_DIFFS | {"max_positions"}
     return [str(change) for change in changes if change.field not in free]
 
 

@@ -211,7 +211,7 @@ class TrainingLoop:
             log_info(f"step {step:,}: {stale:,} validations without a better {metric}, so the run ends here")
             return True
         if step == self.context.start >= train.num_steps:
-            fixed = validation.ends_with_its_steps(self._config)
+            fixed = validation.schedule_depends_on_num_steps(self._config)
             advice = "longer runs of its schedule need another workdir" if fixed else "raise train.num_steps to go on"
             log_info(f"{self.context.workdir}: trained for {step:,} steps; {advice}")
         return step >= train.num_steps

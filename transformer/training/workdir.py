@@ -13,7 +13,7 @@ from etils import epath
 
 from transformer.config import schema
 from transformer.config.schema import RUN_ID, Config
-from transformer.config.validation import HARMLESS, ends_with_its_steps, unread
+from transformer.config.validation import RESUMABLE_FIELDS, inapplicable_fields, schedule_depends_on_num_steps
 from transformer.data.batching import PAD_EXAMPLE, BatchSchedule
 from transformer.data.corpus import Split
 from transformer.distributed import multihost
@@ -78,8 +78,8 @@ def check_resume_config(workdir: epath.Path, old: Config, config: Config) -> lis
     Raises:
       UserError: a field has changed that future updates depend on; the message names all of them.
     """
-    changes = schema.differences(old, config)
-    unused = unread(old).keys() & unread(config).keys()
+    changes = schema.diff(old, config)
+    unused = inapplicable_fields(old).keys() & inapplicable_fields(config).keys()
     conflicts = [
         change
         for change in changes
@@ -130,14 +130,14 @@ def save_config(workdir: epath.Path, config: Config, run_id: str = "") -> None:
             write_atomic(path, text)
 
 
-def _may_change(change: schema.Change, config: Config) -> bool:
+def _may_change(change: schema.FieldDiff, config: Config) -> bool:
     if (change.section, change.field) == ("train", "num_steps"):
-        return not ends_with_its_steps(config)
+        return not schedule_depends_on_num_steps(config)
     if (change.section, change.field) == ("data", "tokenizer"):
-        return not {change.old, change.new} & set(schema.TRAINED_TOKENIZERS)
+        return not {change.old, change.new} & set(schema.TOKENIZER_ALGORITHMS)
     if (change.section, change.field) == ("train", "init_from"):
         return bool(change.old and change.new)  # `initialization.check_base_unchanged` compares the runs
-    return change.field in HARMLESS.get(change.section, ())
+    return change.field in RESUMABLE_FIELDS.get(change.section, ())
 
 
 @contextlib.contextmanager
