@@ -236,11 +236,11 @@ def test_a_damaged_one_is_left_out_for_the_next(workdir, capsys, which, left):
 
 
 def test_too_few_to_average_are_counted(workdir):
-    with pytest.raises(UserError, match=r"expected 99 sound checkpoints to average, found 3 of 3; .*train\.keep_last"):
+    with pytest.raises(UserError, match=r"expected 99 valid checkpoints to average, found 3 of 3; .*train\.keep_last"):
         select(workdir, "average:99")
     CheckpointManager(workdir).remove(100)
     flip(workdir / "checkpoints" / "9" / "config.json")
-    with pytest.raises(UserError, match=r"expected 2 sound checkpoints to average, found 1 of 2"):
+    with pytest.raises(UserError, match=r"expected 2 valid checkpoints to average, found 1 of 2"):
         select(workdir, "average:2")
     with pytest.raises(UserError, match=r"with a validation score, found 1 of 2; .*train\.keep_best"):
         select(workdir, "best-average:2")

@@ -156,7 +156,7 @@ def test_what_a_file_manager_leaves_is_no_damage(workdir, name):
 def test_if_none_is_sound_nothing_starts_over(workdir):
     for name in ("9", "10", "100"):
         flip(workdir / "checkpoints" / name / "config.json")
-    with pytest.raises(WorkdirError, match=r"none of the checkpoints .* is sound"):
+    with pytest.raises(WorkdirError, match=r"none of the checkpoints .* is valid"):
         CheckpointManager(workdir).latest_valid_step()
 
 
@@ -172,7 +172,7 @@ def test_what_was_cut_short_does_not_count_and_is_cleared(workdir):
 def test_a_lost_manifest_is_damage_and_never_a_fresh_start(workdir, capsys):
     for name in ("9", "10", "100"):
         (workdir / "checkpoints" / name / manager.MANIFEST).unlink()
-    with pytest.raises(WorkdirError, match=r"none of the checkpoints .* is sound"):
+    with pytest.raises(WorkdirError, match=r"none of the checkpoints .* is valid"):
         CheckpointManager(workdir).latest_valid_step()
     assert capsys.readouterr().err.count("damaged") == 3
 

@@ -167,7 +167,7 @@ def none_is_sound(world: World, tally: Tally) -> None:
         with tally.one(f"train.py, {name}"):
             process = world.trained(run)
             assert process.code == 4, process.said()
-            assert "none of the checkpoints [5, 10, 15] is sound" in process.said()
+            assert "none of the checkpoints [5, 10, 15] is valid" in process.said()
             assert process.trace() == {}
         for which in ("latest", "best"):
             if tally.quick:
@@ -176,7 +176,7 @@ def none_is_sound(world: World, tally: Tally) -> None:
                 assert (refused.value.exit_code, heard.getvalue().count("damaged")) == (4, 3)
         for command in () if tally.quick else (["eval.py"], ["-m", "transformer.translate"]):
             with tally.one(f"{command}, {name}"):
-                Command(*command, f"--workdir={run}", stdin=b"red\n").expect(4, "damaged", "is sound")
+                Command(*command, f"--workdir={run}", stdin=b"red\n").expect(4, "damaged", "is valid")
         with tally.one(f"nothing was touched, {name}"):
             assert {path: path.read_bytes() for path in files_of(run) if path.name != "lock"} == before
 

@@ -83,7 +83,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(saved, tmp_path):
         initialization.resolve_warm_start(config_of(tmp_path))
     save(tmp_path, make_parts(), 5)
     flip(tmp_path / "checkpoints" / "5" / "config.json")
-    with pytest.raises(WorkdirError, match=r"none of the checkpoints \[5\] is sound"):
+    with pytest.raises(WorkdirError, match=r"none of the checkpoints \[5\] is valid"):
         initialization.resolve_warm_start(config_of(tmp_path))
 
 

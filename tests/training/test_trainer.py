@@ -547,7 +547,7 @@ def test_another_vocabulary_in_the_workdir_is_refused(data, whole, tmp_path):
 def test_if_no_checkpoint_is_sound_training_refuses_to_start_over(data, tmp_path):
     fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "3" / "config.json").write_text("{}")
-    with pytest.raises(WorkdirError, match="is sound"):
+    with pytest.raises(WorkdirError, match="is valid"):
         fit(config_of(data), tmp_path / "run")
 
 

@@ -1,10 +1,10 @@
-"""Checkpoints: state, config, tokenizer and metrics as one verified unit.
+"""Saves, verifies, lists, prunes and restores checkpoints.
 
-checkpoints/STEP/ holds params/, optimizer/ and, where a moving average is kept, ema/ (Orbax), config.json,
-tokenizer/ and manifest.json: the metrics, the digest of the training data, the host it was computed on, size
-and SHA-256 of every other file, and the SHA-256 of all that. It is written under another name and moved into
-place when it is whole. One whose files are not those of its manifest is reported as damaged, and the newest
-sound one is taken instead. Nothing found in it is ever executed.
+checkpoints/STEP/ holds params/, optimizer/ and, if a moving average is kept, ema/ (written by Orbax), config.json,
+tokenizer/ and manifest.json: metrics, digests of the data, the environment of the run, size and SHA-256 of every
+other file, and its own SHA-256. A checkpoint is written under another name and renamed when it is complete. One whose
+files differ from its manifest is reported as damaged, and the newest valid one is taken instead. Nothing in a
+checkpoint is ever executed.
 """
 
 import collections
@@ -33,18 +33,19 @@ from transformer.runtime.errors import UserError, WorkdirError
 from transformer.runtime.files import sha256, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
 
-VALID_BLEU = "valid/bleu"  # recorded with every checkpoint that was validated
-PARTS = {"params": "params", "optimizer": "opt_state", "ema": "ema"}  # folder of arrays → part of the state
+VALID_BLEU = "valid/bleu"  # recorded with every validated checkpoint
+PARTS = {"params": "params", "optimizer": "opt_state", "ema": "ema"}  # folder of arrays → field of the state
 TEMP_SUFFIXES = (".partial", ".removed")
-QUARANTINED_MANIFEST = "manifest.damaged.json"  # in object storage: the manifest of one that was put aside
+QUARANTINED_MANIFEST = "manifest.damaged.json"  # in object storage: marks a damaged checkpoint
+MANIFESTS = (MANIFEST, QUARANTINED_MANIFEST)
 
 
 class State(Protocol):
-    """What is kept of training: `training.train_step.TrainState`, a named tuple."""
+    """What a checkpoint keeps of `training.train_step.TrainState`, a named tuple."""
 
     @property
     def step(self) -> Any:
-        """The number of updates done."""
+        """Number of updates done."""
 
     @property
     def params(self) -> Params: ...
@@ -82,13 +83,13 @@ class CheckpointManager:
         self.folder = path / "checkpoints"
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, oldest first; whether they are sound is not looked at."""
+        """Steps of all checkpoints, oldest first, valid or not."""
         if not self.folder.exists():
             return []
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: expected a folder of checkpoints, found a file")
-        found = [path for path in self.folder.iterdir() if path.name.isdecimal()]
-        return sorted(int(path.name) for path in found if not self._is_remote or (path / MANIFEST).exists())
+        paths = [path for path in self.folder.iterdir() if path.name.isdecimal()]
+        return sorted(int(path.name) for path in paths if not self._is_remote or (path / MANIFEST).exists())
 
     def save(
         self,
@@ -101,41 +102,44 @@ class CheckpointManager:
         run_id: str = "",
         base_run_id: str = "",
     ) -> None:
-        """Writes the checkpoint of `state.step`; `data` are the digests of what it is trained and validated on.
+        """Writes the checkpoint of `state.step`.
+
+        Args:
+          data: digests of the training and validation data.
 
         Raises:
           UserError: it cannot be written, or not be read again.
         """
-        place = self.folder / str(int(jax.device_get(state.step)))
-        # Object storage renames nothing at once; there a checkpoint is one when its manifest is there.
-        folder = place if self._is_remote else place.parent / f"{place.name}.partial"
-        with user_error_on_oserror(f"{place}"):
+        final = self.folder / str(int(jax.device_get(state.step)))
+        # Object storage renames no folder atomically; there the manifest, written last, makes a checkpoint complete.
+        folder = final if self._is_remote else final.parent / f"{final.name}.partial"
+        with user_error_on_oserror(f"{final}"):
             if multihost.is_primary():
                 if folder.exists():
                     _delete_checkpoint(folder)
                 folder.mkdir(parents=True)
             multihost.barrier("checkpoint begun")
-            with object_storage.staged_write(folder) as target, FileHasher() as digests:
-                # On one host those of the params are taken while the optimizer's state is written.
-                _save_arrays(target, state, then=digests.add if multihost.process_count() == 1 else lambda folder: None)
+            with object_storage.staged_write(folder) as target, FileHasher() as hasher:
+                # A single process hashes the params while the optimizer state is written.
+                _save_arrays(target, state, on_written=hasher.add if multihost.process_count() == 1 else None)
                 multihost.barrier("arrays written")
                 if multihost.is_primary():
                     tokenizer.save(target / "tokenizer")
                     write_atomic(target / "config.json", config.to_json())
-                    digests.add(target)
-                    with _acknowledged(place):
-                        check_arrays(target, state)  # while the digests are taken
-                    files = digests.below(target)
+                    hasher.add(target)
+                    with _unreadable_reported(final):
+                        check_arrays(target, state)  # while the files are hashed
+                    files = hasher.digests(target)
             if multihost.is_primary():
                 manifest = Manifest(metrics, data, environment.fingerprint(), files, run_id, base_run_id)
                 write_atomic(folder / MANIFEST, manifest.to_json())
-                with _acknowledged(place):
+                with _unreadable_reported(final):
                     if _read_manifest(folder) != manifest:
                         raise CorruptCheckpointError(f"{MANIFEST} reads otherwise than it was written")
-                if folder != place:
-                    if place.exists():
-                        self.remove(int(place.name))
-                    folder.rename(place)
+                if folder != final:
+                    if final.exists():
+                        self.remove(int(final.name))
+                    folder.rename(final)
             multihost.barrier("checkpoint saved")
 
     @multihost.primary_only
@@ -147,89 +151,87 @@ class CheckpointManager:
             write_atomic(self.folder / str(step) / MANIFEST, manifest.to_json())
 
     def manifest(self, step: int) -> Manifest:
-        """What a checkpoint says of itself, not yet held against its files.
+        """The manifest of a checkpoint, not yet compared with its files.
 
         Raises:
-          Damaged: it cannot be read.
+          CorruptCheckpointError: it cannot be read.
         """
         return _read_manifest(self.folder / str(step))
 
     def verify(self, step: int, *, content: bool = True) -> None:
-        """Compares every file with the manifest; without `content` only which there are, and their sizes.
+        """Compares every file with the manifest; without `content` only names and sizes.
 
         Raises:
-          Damaged: a file is missing, is new, or has other content.
+          CorruptCheckpointError: a file is missing, added or changed.
         """
-        folder, written = self.folder / str(step), self.manifest(step).files
+        folder, expected = self.folder / str(step), self.manifest(step).files
         try:
-            found = {str(path.relative_to(folder)): path for path in iter_files(folder)}
-            odd = sorted(found.keys() ^ written.keys())
-            if odd:
-                raise CorruptCheckpointError(f"{odd[0]} is {'missing' if odd[0] in written else 'not part of it'}")
-            sizes = {name: path.stat().length for name, path in found.items()}
-            odd = sorted(name for name in found if sizes[name] != written[name][0])
-            if content and not odd:
-                with FileHasher() as digests:
-                    digests.add(folder)
-                    odd = sorted(dict(digests.below(folder).items() ^ written.items()))
+            paths = {str(path.relative_to(folder)): path for path in iter_files(folder)}
+            if unmatched := sorted(paths.keys() ^ expected.keys()):
+                name = unmatched[0]
+                raise CorruptCheckpointError(f"{name} is {'missing' if name in expected else 'not part of it'}")
+            changed = sorted(name for name, path in paths.items() if path.stat().length != expected[name][0])
+            if content and not changed:
+                with FileHasher() as hasher:
+                    hasher.add(folder)
+                    changed = sorted(dict(hasher.digests(folder).items() ^ expected.items()))
         except OSError as error:
             raise CorruptCheckpointError(f"a file cannot be read: {error}") from error
-        if odd:
-            raise CorruptCheckpointError(f"{odd[0]} has changed since it was written")
+        if changed:
+            raise CorruptCheckpointError(f"{changed[0]} has changed since it was written")
 
     def is_valid(self, step: int, *, content: bool = True) -> bool:
-        """Whether a checkpoint verifies; says what is wrong with it if not."""
+        """Whether a checkpoint verifies; logs what is wrong with it if not."""
         try:
             self.verify(step, content=content)
         except CorruptCheckpointError as damage:
-            gone = step not in self.steps()
-            log_info(f"checkpoint {step} " + ("was deleted just now" if gone else f"is damaged and skipped: {damage}"))
+            deleted = step not in self.steps()
+            log_info(
+                f"checkpoint {step} " + ("was deleted just now" if deleted else f"is damaged and skipped: {damage}")
+            )
             return False
         return True
 
     def latest_valid_step(self) -> int | None:
-        """The newest step that verifies; None if nothing was ever saved.
+        """The newest step that verifies; None without any checkpoint.
 
         Raises:
-          WorkdirError: there are checkpoints, and none of them is sound.
+          WorkdirError: none of the checkpoints is valid.
         """
         available = self.steps()
         for step in reversed(available):
             if self.is_valid(step):
                 return step
         if available:
-            raise WorkdirError(
-                f"{self.folder}: none of the checkpoints {available} is sound. Restore one from a copy, or start in "
-                "another workdir"
-            )
+            raise no_valid_checkpoint(self.folder, available)
         return None
 
     def steps_by_metric(self, steps: list[int]) -> list[int]:
-        """Those of the steps that have a score, best last; of equals the newest is the best.
+        """Sorts the steps that have a validation score, the best last; of equals the newest is the best.
 
-        Scores of different searches are different figures: those with another `decode` than the newest are left out.
+        Leaves out scores that cannot be compared with the newest, because of another metric or search.
         """
         metrics = {step: self.metrics(step) for step in sorted(steps, reverse=True)}
-        kinds = {step: self._kind(step) for step in metrics if VALID_BLEU in metrics[step]}
-        newest = next((kind for kind in kinds.values() if kind is not None), None)
+        definitions = {step: self._score_definition(step) for step in metrics if VALID_BLEU in metrics[step]}
+        newest = next((definition for definition in definitions.values() if definition is not None), None)
         metric = newest.metric if newest else "bleu"
-        merits = {
-            step: merit
-            for step, kind in kinds.items()
-            if kind in (newest, None) and (merit := best_metric.score(metric, metrics[step])) is not None
+        scores = {
+            step: score
+            for step, definition in definitions.items()
+            if definition in (newest, None) and (score := best_metric.score(metric, metrics[step])) is not None
         }
-        return sorted(merits, key=lambda step: (merits[step], step))
+        return sorted(scores, key=lambda step: (scores[step], step))
 
-    def _kind(self, step: int) -> "ScoreDefinition | None":
-        """What a checkpoint's score is; None if its config is not as written."""
+    def _score_definition(self, step: int) -> "ScoreDefinition | None":
+        """How a checkpoint was scored; None if its config has changed since it was written."""
         with contextlib.suppress(OSError, KeyError, CorruptCheckpointError, UserError):
-            written = self.manifest(step).files["config.json"][1]
-            if sha256(self.folder / str(step) / "config.json") == written:
+            digest = self.manifest(step).files["config.json"][1]
+            if sha256(self.folder / str(step) / "config.json") == digest:
                 return score_definition(self.config(step))
         return None
 
     def metrics(self, step: int) -> Metrics:
-        """The metrics recorded with a checkpoint; none if it is damaged."""
+        """The metrics recorded with a checkpoint; empty if its manifest is damaged."""
         try:
             return self.manifest(step).metrics
         except CorruptCheckpointError:
@@ -237,54 +239,57 @@ class CheckpointManager:
 
     @multihost.primary_only
     def clean_up(self, newest: int | None) -> None:
-        """Before training goes on from `newest`: clears what was cut short, and puts later, damaged ones aside."""
-        if not self.folder.exists():
-            return
-        for path in self.folder.iterdir():
+        """Deletes unfinished checkpoints, and quarantines those after `newest`, which are damaged."""
+        for path in self.folder.iterdir() if self.folder.exists() else ():
+            is_step = path.name.isdecimal()
             if path.name.endswith(TEMP_SUFFIXES):
                 _delete_folder(path)
-            elif self._is_remote and path.name.isdecimal():
-                if not (path / MANIFEST).exists() and not (path / QUARANTINED_MANIFEST).exists():
-                    path.rmtree()
-                elif newest is not None and int(path.name) > newest and (path / MANIFEST).exists():
-                    (path / QUARANTINED_MANIFEST).write_bytes((path / MANIFEST).read_bytes())
-                    (path / MANIFEST).unlink()
-            elif path.name.isdecimal() and newest is not None and int(path.name) > newest:
-                aside = path.parent / f"{path.name}.damaged"
-                if aside.exists():
-                    aside.rmtree()
-                path.rename(aside)
+            elif is_step and self._is_remote and not any((path / name).exists() for name in MANIFESTS):
+                path.rmtree()
+            elif is_step and newest is not None and int(path.name) > newest:
+                self._quarantine(path)
+
+    def _quarantine(self, path: epath.Path) -> None:
+        """Makes a damaged checkpoint not count, and keeps its files."""
+        if not self._is_remote:
+            quarantine = path.parent / f"{path.name}.damaged"
+            if quarantine.exists():
+                quarantine.rmtree()
+            path.rename(quarantine)
+        elif (path / MANIFEST).exists():
+            (path / QUARANTINED_MANIFEST).write_bytes((path / MANIFEST).read_bytes())
+            (path / MANIFEST).unlink()
 
     @multihost.primary_only
     def prune(self, keep_last: int, keep_best: int) -> None:
-        """Deletes all but the newest and the best ones; none unless the newest is whole."""
+        """Deletes all but the newest and the best checkpoints; none unless the newest is complete."""
         available = self.steps()
         best = self.steps_by_metric(available)
         keep = {*available[-keep_last:], *(best[-keep_best:] if keep_best else [])}
         surplus = [step for step in available if step not in keep]
-        if surplus and self.is_valid(available[-1], content=False):  # its digests were just taken
+        if surplus and self.is_valid(available[-1], content=False):  # its files were just hashed
             for step in surplus:
                 self.remove(step)
 
     @multihost.primary_only
     def remove(self, step: int) -> None:
-        """Deletes a checkpoint; it is gone from `steps` before its first file is."""
+        """Deletes a checkpoint; `steps` leaves it out before its first file is gone."""
         if self._is_remote:
             _delete_checkpoint(self.folder / str(step))
             return
-        gone = self.folder / f"{step}.removed"
+        removed = self.folder / f"{step}.removed"
         with user_error_on_oserror(f"--workdir={self.folder.parent}"):
-            if gone.exists():
-                gone.rmtree()
-            (self.folder / str(step)).rename(gone)
-        _delete_folder(gone)
+            if removed.exists():
+                removed.rmtree()
+            (self.folder / str(step)).rename(removed)
+        _delete_folder(removed)
 
     def restore_params(self, step: int, model: ModelDef, mesh: Mesh, kind: str = "params") -> Params:
-        """The params alone, on the devices of `mesh`; with kind `ema` their moving average."""
+        """Restores the params alone onto the devices of `mesh`; with kind `ema` their moving average."""
         return _load_arrays(self.folder / str(step) / kind, abstract_params(model, mesh))
 
     def restore(self, step: int, abstract_state: S) -> S:
-        """The whole state, as `abstract_state` has its shapes, dtypes and shardings: on any mesh."""
+        """Restores the whole state with the shapes, dtypes and shardings of `abstract_state`, on any mesh."""
         folder = self.folder / str(step)
         arrays = {PARTS[name]: _load_arrays(folder / name, tree) for name, tree in _trees(abstract_state).items()}
         counter = jax.device_put(np.asarray(step, np.int32), abstract_state.step.sharding)
@@ -301,67 +306,71 @@ class CheckpointManager:
 
 
 class ScoreDefinition(NamedTuple):
-    """What must be alike for scores to be compared: the metric, and how the translations are searched for."""
+    """What must be equal for scores to be compared: the metric, and the settings of the search."""
 
     metric: str
     search: DecodeConfig
 
 
 def score_definition(config: Config) -> ScoreDefinition:
-    """Of a config; what no score depends on is left at its default."""
+    """The score definition of a config; fields that do not change a score are at their defaults."""
     metric = best_metric.resolve(config)
     if metric == "loss":
-        cuts = {name: getattr(config.decode, name) for name in ("max_source_tokens", "max_extra_length")}
-        return ScoreDefinition(metric, DecodeConfig(**cuts))
+        limits = {name: getattr(config.decode, name) for name in ("max_source_tokens", "max_extra_length")}
+        return ScoreDefinition(metric, DecodeConfig(**limits))
     return ScoreDefinition(metric, dataclasses.replace(config.decode, batch_rows=DecodeConfig.batch_rows))
 
 
+def no_valid_checkpoint(folder: epath.Path, available: list[int]) -> WorkdirError:
+    """The error for checkpoints all of which are damaged."""
+    return WorkdirError(
+        f"{folder}: none of the checkpoints {available} is valid. Restore one from a copy, or start in another workdir"
+    )
+
+
 def _check_name(path: epath.Path) -> None:
-    """Refuses the local paths that TensorStore, which writes and reads the arrays, cannot open."""
+    """Raises a UserError for local paths that TensorStore, which writes and reads the arrays, cannot open."""
     name = str(path)
     if "\\" in name or name.encode(errors="ignore").decode() != name:
         raise UserError(f"{name!r}: checkpoints need a path in UTF-8 without backslashes; rename the folder")
 
 
 def _trees(state: State) -> dict[str, Any]:
-    """The parts of a state that have arrays, by the name of their folder."""
+    """The parts of a state that have arrays, by the names of their folders."""
     trees = {name: getattr(state, part) for name, part in PARTS.items()}
     return {name: tree for name, tree in trees.items() if tree is not None}
 
 
-def _save_arrays(folder: epath.Path, state: State, then: Callable[[epath.Path], None]) -> None:
-    """Writes the arrays of a state, each host its shards.
-
-    Args:
-      then: called with each folder that is written.
-    """
+def _save_arrays(folder: epath.Path, state: State, on_written: Callable[[epath.Path], None] | None) -> None:
+    """Writes the arrays of a state, each process its shards; calls `on_written` with each folder when it is done."""
     for name, tree in _trees(state).items():
         ocp.save(folder / name, tree)
-        then(folder / name)
+        if on_written:
+            on_written(folder / name)
 
 
 def check_arrays(folder: epath.Path, state: State) -> None:
-    """Reads the metadata of all arrays of a checkpoint from the store that restoring opens, and none of their data.
+    """Checks shape and dtype of all arrays of a checkpoint, read from the same store as when it is restored.
 
     On local disks it asks TensorStore itself: Orbax's own `metadata` takes 100 times as long.
 
     Raises:
-      Damaged: an array is missing, or has another shape or type than in the state.
+      CorruptCheckpointError: an array is missing, or has another shape or dtype than in the state.
     """
     for name, tree in _trees(state).items():
         try:
             written = collections.Counter(_stored_arrays(folder / name))
         except Exception as error:  # TensorStore raises ValueError for most of what may be wrong
             raise CorruptCheckpointError(f"{name}/ cannot be opened: {error}") from error
-        wanted = collections.Counter((tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
-        if written != wanted:
+        expected = collections.Counter((tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(tree))
+        if written != expected:
             raise CorruptCheckpointError(
-                f"{name}/: expected {wanted.total():,} arrays, found {(written & wanted).total():,} of them"
+                f"{name}/: expected {expected.total():,} arrays, found {(written & expected).total():,} of them"
             )
 
 
 def _stored_arrays(folder: epath.Path) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Yields shape and dtype of each array that Orbax merged from what the hosts wrote into a folder."""
+    """Yields shape and dtype of each array of a folder, merged by Orbax from what the processes wrote."""
     if object_storage.is_remote(folder):  # where Orbax knows how to open the store; the save takes far longer
         for leaf in jax.tree.leaves(ocp.metadata(folder).metadata):
             yield tuple(leaf.shape), str(leaf.dtype)
@@ -377,13 +386,13 @@ def _stored_arrays(folder: epath.Path) -> Iterator[tuple[tuple[int, ...], str]]:
 
 
 @contextlib.contextmanager
-def _acknowledged(place: epath.Path) -> Iterator[None]:
-    """Turns damage seen right after a save into a UserError."""
+def _unreadable_reported(path: epath.Path) -> Iterator[None]:
+    """Turns a CorruptCheckpointError right after a save into a UserError."""
     try:
         yield
     except CorruptCheckpointError as damage:
         raise UserError(
-            f"{place}: the checkpoint was written but cannot be read again, so it does not count: {damage}. Check the "
+            f"{path}: the checkpoint was written but cannot be read again, so it does not count: {damage}. Check the "
             "path and the disk, then resume"
         ) from damage
 
@@ -396,13 +405,13 @@ def _read_manifest(folder: epath.Path) -> Manifest:
 
 
 def _load_arrays(folder: epath.Path, abstract: Any) -> Any:
-    """Arrays as `abstract` has them, on its devices."""
-    with object_storage.staged_read(folder) as place:
-        return ocp.load(place, abstract)
+    """Reads arrays with the shapes, dtypes and shardings of `abstract`."""
+    with object_storage.staged_read(folder) as local:
+        return ocp.load(local, abstract)
 
 
 def _delete_folder(folder: epath.Path) -> None:
-    """Deletes what is no checkpoint any more; on NFS not while someone reads it, and then `prepare` comes again."""
+    """Deletes a removed checkpoint; on NFS that fails while someone reads it, and `clean_up` tries again."""
     try:
         folder.rmtree()
     except OSError as error:
@@ -410,7 +419,7 @@ def _delete_folder(folder: epath.Path) -> None:
 
 
 def _delete_checkpoint(folder: epath.Path) -> None:
-    """Deletes a checkpoint in object storage, or what is left of one; what makes it one goes first."""
+    """Deletes a checkpoint, complete or not; in object storage its manifest first."""
     if object_storage.is_remote(folder):
         (folder / MANIFEST).unlink(missing_ok=True)
     folder.rmtree()

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, in a file that vouches for all others and for itself."""
+"""The manifest of a checkpoint: its metrics, and size and SHA-256 of its files and of itself."""
 
 import dataclasses
 import hashlib
@@ -12,18 +12,21 @@ from etils import epath
 from transformer.runtime.files import sha256
 
 MANIFEST = "manifest.json"
-NUM_THREADS = 4  # that read and digest files
+NUM_THREADS = 4  # that hash files
 
 Metrics = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself: its metrics, digests of its data by kind, its host, and its files.
+    """The manifest of a checkpoint.
 
     Attributes:
-      run_id: of the run that saved it, the same from its first update on; empty where an earlier version saved it.
-      base_run_id: of the run that `train.init_from` names; empty if there is none, or it has none.
+      data: digests of the training and validation data.
+      host: the environment that it was computed in, see `runtime.environment.fingerprint`.
+      files: path below the checkpoint → size and SHA-256.
+      run_id: of the run that saved it; empty if an earlier version did.
+      base_run_id: of the run that `train.init_from` names; empty without one, or if that has no id.
     """
 
     metrics: Metrics
@@ -34,13 +37,13 @@ class Manifest:
     base_run_id: str = ""
 
     def to_json(self) -> str:
-        """As it is written, with a digest of itself."""
+        """Serializes the manifest, with a digest of itself."""
         values = dataclasses.asdict(self)
         return json.dumps({**values, "sha256": _digest_of_values(values)}, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Reads it again; a ValueError, TypeError, AttributeError or KeyError if it is not what was written."""
+        """Parses a manifest; raises a ValueError, TypeError, AttributeError or KeyError unless it is as written."""
         values = json.loads(text)
         if values.pop("sha256") != _digest_of_values(values):
             raise ValueError("it has changed since it was written")
@@ -52,11 +55,11 @@ class Manifest:
 
 
 class FileHasher:
-    """Takes the digests of files, several at once and in the background; use as a context."""
+    """Hashes files in background threads; use as a context."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(NUM_THREADS)
-        self._found: dict[epath.Path, Future[tuple[int, str]]] = {}
+        self._results: dict[epath.Path, Future[tuple[int, str]]] = {}
 
     def __enter__(self) -> "FileHasher":
         return self
@@ -65,18 +68,18 @@ class FileHasher:
         self._pool.shutdown(cancel_futures=True)
 
     def add(self, folder: epath.Path) -> None:
-        """Begins with the files below a folder that are not known yet."""
+        """Starts to hash the files below a folder, except those added before."""
         for path in iter_files(folder):
-            if path not in self._found:
-                self._found[path] = self._pool.submit(lambda path: (path.stat().length, sha256(path)), path)
+            if path not in self._results:
+                self._results[path] = self._pool.submit(lambda path: (path.stat().length, sha256(path)), path)
 
-    def below(self, folder: epath.Path) -> dict[str, tuple[int, str]]:
-        """Size and SHA-256 of each file, by its path below `folder`; waits for them."""
-        return {str(path.relative_to(folder)): future.result() for path, future in self._found.items()}
+    def digests(self, folder: epath.Path) -> dict[str, tuple[int, str]]:
+        """Waits for size and SHA-256 of each file, by its path below `folder`."""
+        return {str(path.relative_to(folder)): future.result() for path, future in self._results.items()}
 
 
 def iter_files(folder: epath.Path) -> Iterator[epath.Path]:
-    """All files below a checkpoint but its manifest, and those that a file manager or NFS may leave."""
+    """Yields all files below a checkpoint but its manifest and those that a file manager or NFS may leave."""
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name == MANIFEST or path.name.endswith(".partial"):
             continue
