@@ -408,7 +408,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data, whole, tmp_pat
                 return state, metrics
             if what == "loss":
                 bad = jax.device_put(np.float32(np.nan))
-                return state, metrics._replace(loss=metrics.loss._replace(objective=bad))
+                return state, metrics._replace(loss=metrics.loss._replace(smoothed_nll=bad))
             return state._replace(params=jax.tree.map(jax.jit(lambda leaf: leaf / 0.0), state.params)), metrics
 
         return run
