@@ -22,20 +22,24 @@ def vocabulary():
 
 def test_nothing_asked_is_nothing(vocabulary):
     for prefixes, constraints in ((None, None), (["", " "], None), (None, [[], []]), ([" ", ""], [[], ()])):
-        assert [wish.length() for wish in requests.encode_constraints(vocabulary, prefixes, constraints, [9, 0])] == [
+        assert [
+            encoded.length() for encoded in requests.encode_constraints(vocabulary, prefixes, constraints, [9, 0])
+        ] == [
             0,
             0,
         ]
-        assert requests.encode_constraints(vocabulary, prefixes, constraints, [9, 0])[0].shape() == PaddedSizes(0, 0, 0)
+        assert requests.encode_constraints(vocabulary, prefixes, constraints, [9, 0])[0].padded_sizes() == PaddedSizes(
+            0, 0, 0
+        )
 
 
 def test_ids_have_no_end_and_a_phrase_counts_once(vocabulary):
-    (wish,) = requests.encode_constraints(
+    (encoded,) = requests.encode_constraints(
         vocabulary, ["the old"], [["red house", "cat", "red house", "red  house"]], [99]
     )
-    assert vocabulary.decode(wish.prefix) == "the old"
-    assert [vocabulary.decode(phrase) for phrase in wish.phrases] == ["red house", "cat"]
-    assert EOS not in np.concatenate([wish.prefix, *wish.phrases])
+    assert vocabulary.decode(encoded.prefix) == "the old"
+    assert [vocabulary.decode(phrase) for phrase in encoded.phrases] == ["red house", "cat"]
+    assert EOS not in np.concatenate([encoded.prefix, *encoded.phrases])
 
 
 def test_what_fits_to_the_last_token_is_taken(vocabulary):
@@ -58,18 +62,22 @@ def test_text_without_a_spelling_is_refused():
 
 
 def test_shapes_are_on_a_ladder_and_rectangles_fill_them(vocabulary):
-    asked = requests.encode_constraints(
+    encoded_list = requests.encode_constraints(
         vocabulary, ["red", "", "x" * 20], [["cat"], [], ["a", "a", "z" * 10]], [99] * 3
     )
-    assert [wish.shape() for wish in asked] == [PaddedSizes(16, 4, 8), PaddedSizes(0, 0, 0), PaddedSizes(32, 4, 16)]
+    assert [encoded.padded_sizes() for encoded in encoded_list] == [
+        PaddedSizes(16, 4, 8),
+        PaddedSizes(0, 0, 0),
+        PaddedSizes(32, 4, 16),
+    ]
     rows_B = np.array([2, 0, PAD_EXAMPLE])
-    prefix_BP, phrases_BKL = requests.to_arrays(asked, rows_B, PaddedSizes(32, 4, 16))
+    prefix_BP, phrases_BKL = requests.to_arrays(encoded_list, rows_B, PaddedSizes(32, 4, 16))
     assert (prefix_BP.shape, phrases_BKL.shape) == ((3, 32), (3, 4, 16))
     assert prefix_BP.dtype == phrases_BKL.dtype == np.int32
     for row, index in enumerate(rows_B[:2]):
-        assert prefix_BP[row][prefix_BP[row] != PAD].tolist() == asked[index].prefix.tolist()
+        assert prefix_BP[row][prefix_BP[row] != PAD].tolist() == encoded_list[index].prefix.tolist()
         held = [phrase[phrase != PAD].tolist() for phrase in phrases_BKL[row]]
-        assert [phrase for phrase in held if phrase] == [phrase.tolist() for phrase in asked[index].phrases]
+        assert [phrase for phrase in held if phrase] == [phrase.tolist() for phrase in encoded_list[index].phrases]
     assert not prefix_BP[2].any()
     assert not phrases_BKL[2].any()
-    assert requests.to_arrays(asked, np.array([1]), PaddedSizes(0, 0, 0)) == (None, None)
+    assert requests.to_arrays(encoded_list, np.array([1]), PaddedSizes(0, 0, 0)) == (None, None)

@@ -1,4 +1,4 @@
-"""Sentences in, sentences out: order, neighbours, blank and long lines, and what decoding fields and wishes do."""
+"""Sentences in, sentences out: order, neighbours, blank and long lines, and what decoding fields and constraints do."""
 
 import dataclasses
 
@@ -335,7 +335,7 @@ def answering(parts, tokens, lengths, scores, finished, **fields):
     translator, params = make(parts, **fields)
     rows = translator._rows
     batch = Hypotheses(*(np.stack([np.array(values)] * rows) for values in (tokens, lengths, scores, finished)))
-    translator._run = lambda *_: batch
+    translator._execute = lambda *_: batch
     return translator, params
 
 

@@ -1,7 +1,7 @@
-"""What a person asks of one translation besides its source: how it begins, and which phrases it holds.
+"""Encodes what a caller asks of each translation: a forced prefix and phrases that it must hold.
 
-Texts become ids here, and what cannot be met is refused before anything is searched. Widths are powers of two,
-so that the shape the device sees depends on the sentence's own wish alone.
+Constraints that cannot be met are rejected here, before the search. Widths are padded to powers of two, so that the
+shape on the device depends on the sentence's own constraints alone.
 
 B rows, P longest prefix, K phrases of a sentence, L longest phrase.
 """
@@ -16,11 +16,11 @@ from transformer.data.batching import PAD_EXAMPLE, JaggedArray, round_up_to_powe
 from transformer.data.tokenizer import UNK, Tokenizer
 from transformer.runtime.errors import UserError
 
-SHORTEST_PREFIX, FEWEST_PHRASES, SHORTEST_PHRASE = 16, 4, 8  # lowest rungs: each shape is a program to compile
+MIN_PREFIX, MIN_PHRASES, MIN_PHRASE = 16, 4, 8  # smallest padded sizes: each shape is a program to compile
 
 
 class PaddedSizes(NamedTuple):
-    """Widths P, K and L; 0 where nothing is asked."""
+    """Padded sizes P, K and L; 0 where there is no such constraint."""
 
     prefix: int
     phrases: int
@@ -28,21 +28,21 @@ class PaddedSizes(NamedTuple):
 
 
 class DecodingConstraints(NamedTuple):
-    """Ids without EOS."""
+    """Token ids, without EOS, of one sentence's forced prefix and of its phrases; empty for no constraint."""
 
-    prefix: np.ndarray
-    phrases: list[np.ndarray]
+    prefix: np.ndarray = np.zeros(0, np.int32)
+    phrases: tuple[np.ndarray, ...] = ()
 
-    def shape(self) -> PaddedSizes:
-        """The rungs of the round_up_to_power_of_two that hold it."""
+    def padded_sizes(self) -> PaddedSizes:
+        """The sizes of the arrays that hold these constraints."""
         return PaddedSizes(
-            round_up_to_power_of_two(len(self.prefix), SHORTEST_PREFIX) if len(self.prefix) else 0,
-            round_up_to_power_of_two(len(self.phrases), FEWEST_PHRASES) if self.phrases else 0,
-            round_up_to_power_of_two(max(map(len, self.phrases)), SHORTEST_PHRASE) if self.phrases else 0,
+            round_up_to_power_of_two(len(self.prefix), MIN_PREFIX) if len(self.prefix) else 0,
+            round_up_to_power_of_two(len(self.phrases), MIN_PHRASES) if self.phrases else 0,
+            round_up_to_power_of_two(max(map(len, self.phrases)), MIN_PHRASE) if self.phrases else 0,
         )
 
     def length(self) -> int:
-        """Tokens of a translation that surely holds all of it, without EOS."""
+        """Tokens, without EOS, of a translation that is sure to hold all of them."""
         return len(self.prefix) + sum(map(len, self.phrases))
 
 
@@ -53,83 +53,84 @@ def encode_constraints(
     limits: Sequence[int],
     first: int = 1,
 ) -> list[DecodingConstraints]:
-    """The wish for each sentence; a blank prefix and a list of no phrases ask nothing.
+    """Encodes the constraints of each sentence; a blank prefix and an empty list of phrases are no constraint.
 
-    Texts lose one line end at their end, if any.
+    One line end at the end of a text is stripped.
 
     Args:
       prefixes: a text or None for each sentence, or None.
-      constraints: phrases or None for each sentence, or None; the same phrase twice is asked for once.
-      limits: the most tokens of each translation, EOS counted; 0 of a blank sentence, which is not translated.
-      first: what the first sentence is called in errors.
+      constraints: phrases or None for each sentence, or None; repeated phrases count once.
+      limits: the most tokens of each translation, EOS counted; 0 for a blank sentence, which is not translated.
+      first: number of the first sentence in errors.
 
     Raises:
-      UserError: other counts than sentences, no text, an empty phrase, text that the vocabulary cannot write, or
-        more than fits into the limit.
+      UserError: the counts differ, an item is not text, a phrase is empty, the vocabulary cannot spell a text, or the
+        constraints exceed the limit.
     """
     if prefixes is None and constraints is None:
-        return [DecodingConstraints(np.zeros(0, np.int32), [])] * len(limits)
+        return [DecodingConstraints()] * len(limits)
     prefixes, constraints = _items(prefixes, "prefixes", limits), _items(constraints, "constraints", limits)
-    wishes = []
+    encoded = []
     for index, (prefix, phrases, limit) in enumerate(zip(prefixes, constraints, limits, strict=True)):
         where = f"sentence {first + index}"
-        wish = _encode(tokenizer, prefix, phrases, where)
-        _check_length(wish, limit, where)
-        wishes.append(wish)
-    return wishes
+        sentence_constraints = _encode(tokenizer, prefix, phrases, where)
+        _check_length(sentence_constraints, limit, where)
+        encoded.append(sentence_constraints)
+    return encoded
 
 
-def _items(given: Iterable[Any] | None, name: str, limits: Sequence[int]) -> list[Any]:
-    """One for each sentence, None where nothing is asked."""
-    if given is None:
+def _items(values: Iterable[Any] | None, name: str, limits: Sequence[int]) -> list[Any]:
+    """One item for each sentence, None without constraint."""
+    if values is None:
         return [None] * len(limits)
-    found = text_inputs.items(given, f"{name}: expected a list with an item for each sentence")
-    if len(found) != len(limits):
-        raise UserError(f"{name}: expected one for each of {len(limits):,} sentences, got {len(found):,}")
-    return found
+    items = text_inputs.items(values, f"{name}: expected a list with an item for each sentence")
+    if len(items) != len(limits):
+        raise UserError(f"{name}: expected one for each of {len(limits):,} sentences, got {len(items):,}")
+    return items
 
 
 def _encode(tokenizer: Tokenizer, prefix: str | None, phrases: Iterable[str] | None, where: str) -> DecodingConstraints:
-    begins = "" if prefix is None else text_inputs.line(prefix, f"{where}, its prefix")
-    asked = [] if phrases is None else text_inputs.items(phrases, f"{where}: expected a list of phrases")
-    if not all(isinstance(phrase, str) and phrase.strip() for phrase in asked):
-        raise UserError(f"{where}: expected phrases that are not empty, got {asked!r}")
-    lines = [text_inputs.line(phrase, f"{where}, a phrase") for phrase in asked]
-    wanted = [begins if begins.strip() else "", *dict.fromkeys(lines)]
-    ids = [one[:-1] for one in tokenizer.encode(wanted)]
-    for text, one in zip(wanted, ids, strict=True):
+    prefix = "" if prefix is None else text_inputs.line(prefix, f"{where}, its prefix")
+    phrases = [] if phrases is None else text_inputs.items(phrases, f"{where}: expected a list of phrases")
+    if not all(isinstance(phrase, str) and phrase.strip() for phrase in phrases):
+        raise UserError(f"{where}: expected phrases that are not empty, got {phrases!r}")
+    phrases = [text_inputs.line(phrase, f"{where}, a phrase") for phrase in phrases]
+    texts = [prefix if prefix.strip() else "", *dict.fromkeys(phrases)]
+    prefix_ids, *phrase_ids = [ids[:-1] for ids in tokenizer.encode(texts)]
+    for text, ids in zip(texts, [prefix_ids, *phrase_ids], strict=True):
         if "\n" in text:
             raise UserError(f"{where}: a translation is one line, so it cannot hold {text!r}; leave out the line break")
-        if UNK in one:
+        if UNK in ids:
             raise UserError(f"{where}: the vocabulary cannot write {text!r}; ask for other words")
-    distinct = {one.tobytes(): one for one in ids[1:]}
-    return DecodingConstraints(ids[0], list(distinct.values()))
+    distinct = {ids.tobytes(): ids for ids in phrase_ids}
+    return DecodingConstraints(prefix_ids, tuple(distinct.values()))
 
 
-def _check_length(wish: DecodingConstraints, limit: int, where: str) -> None:
-    if not wish.length():
+def _check_length(constraints: DecodingConstraints, limit: int, where: str) -> None:
+    if not constraints.length():
         return
     if not limit:
-        raise UserError(f"{where}: a blank source has no translation, so nothing can be asked of it")
-    if wish.length() + 1 > limit:
+        raise UserError(f"{where}: a blank source has no translation, so it cannot have a prefix or phrases")
+    if constraints.length() + 1 > limit:
         raise UserError(
-            f"{where}: its prefix and phrases take {wish.length()} tokens and an end, but its translation has at most "
-            f"{limit} (source tokens + decode.max_extra_length); ask for less, or raise decode.max_extra_length"
+            f"{where}: its prefix and phrases take {constraints.length()} tokens and an end, but its translation has "
+            f"at most {limit} (source tokens + decode.max_extra_length); ask for less, or raise decode.max_extra_length"
         )
 
 
 def to_arrays(
-    wishes: Sequence[DecodingConstraints], examples_B: np.ndarray, shape: PaddedSizes
+    constraints: Sequence[DecodingConstraints], examples_B: np.ndarray, sizes: PaddedSizes
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """prefix_BP and phrases_BKL, int32 with PAD after, of the wishes that rows name; None where nothing is asked."""
-    rows = [wishes[i] if i != PAD_EXAMPLE else DecodingConstraints(np.zeros(0, np.int32), []) for i in examples_B]
+    """prefix_BP and phrases_BKL of these examples, int32 with PAD after; None where there is no such constraint."""
+    rows = [constraints[i] if i != PAD_EXAMPLE else DecodingConstraints() for i in examples_B]
     prefix_BP, phrases_BKL = None, None
-    if shape.prefix:
-        prefix_BP = _pad([row.prefix for row in rows], shape.prefix)
-    if shape.phrases:
-        nothing = np.zeros(0, np.int32)
-        flat = [(row.phrases + [nothing] * shape.phrases)[k] for row in rows for k in range(shape.phrases)]
-        phrases_BKL = _pad(flat, shape.phrase).reshape(len(rows), shape.phrases, shape.phrase)
+    if sizes.prefix:
+        prefix_BP = _pad([row.prefix for row in rows], sizes.prefix)
+    if sizes.phrases:
+        empty = np.zeros(0, np.int32)
+        padded = [(*row.phrases, *[empty] * (sizes.phrases - len(row.phrases))) for row in rows]
+        flat = [phrase for phrases in padded for phrase in phrases]
+        phrases_BKL = _pad(flat, sizes.phrase).reshape(len(rows), sizes.phrases, sizes.phrase)
     return prefix_BP, phrases_BKL
 
 

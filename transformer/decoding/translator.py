@@ -1,7 +1,7 @@
-"""Sentences → translations: encode, pad, search, detokenize, restore the order.
+"""Sentences → translations: encode, batch, search, detokenize, restore the order.
 
-The device sees a few fixed shapes only: a sentence's shape depends on its own length and wish, and the
-number of rows on `decode.batch_rows`, so its translation depends on neither batch size, order nor neighbours.
+The device sees a few fixed shapes only: the shape of a sentence depends on its own length and constraints, and the
+number of rows on `decode.batch_rows`. So a translation does not depend on batch size, order or the other sentences.
 
 B rows, S source length, P longest prefix, K phrases of a sentence, L longest phrase.
 """
@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -27,24 +27,27 @@ from transformer.data.tokenizer import UNK, Tokenizer, truncate
 from transformer.decoding import mbr, requests
 from transformer.decoding.base import Hypotheses
 from transformer.decoding.decode import DecodeInputs, batch_rows, decode
-from transformer.decoding.requests import DecodingConstraints
+from transformer.decoding.requests import DecodingConstraints, PaddedSizes
 from transformer.distributed import sharding
 from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 
-# Taken to compile a program and, where there are several devices, to start one, so that threads start theirs one by
-# one, in the same order on all devices.
+# Held to compile a program and, on several devices, to start one: threads start programs one by one, so that all
+# devices see them in the same order.
 _DISPATCH_LOCK = threading.Lock()
-MAX_WORKERS = 4  # batches that a CPU computes beside each other, each with a cache of its own
-MAX_CONCURRENT_WIDTH = 64  # wider ones have a CPU for themselves: their caches are large, and they keep all cores busy
+MAX_WORKERS = 4  # batches that a CPU computes concurrently, each with its own KV cache
+MAX_CONCURRENT_WIDTH = 64  # wider batches run alone on a CPU: their caches are large, and they keep all cores busy
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Hypothesis(NamedTuple):
     """One translation of a sentence.
 
     score: log-probability / length penalty, and what coverage adds; with decode.method = mbr the expected chrF.
-    finished: whether it came to its end within its limit.
+    finished: whether it reached EOS within its limit.
     """
 
     text: str
@@ -52,8 +55,8 @@ class Hypothesis(NamedTuple):
     finished: bool
 
 
-class _Decoded(NamedTuple):
-    """The fields of a hypothesis, and whether an unknown token is in it."""
+class _Detokenized(NamedTuple):
+    """The fields of a hypothesis, and whether it contains an unknown token."""
 
     text: str
     score: float
@@ -61,10 +64,30 @@ class _Decoded(NamedTuple):
     has_unknown: bool
 
 
-class Translator:
-    """Translates with one model or several, and any params of their shape; each shape is compiled once.
+class _Requests(NamedTuple):
+    """Everything asked of a list of sentences, encoded; blank sentences are left out.
 
-    Safe to share between threads. It counts what a caller should know of, and `log_warnings` says it.
+    indices: numbers of the sentences in the list.
+    keys_N2: data of their random keys; None for beam search.
+    """
+
+    indices: np.ndarray
+    sources: JaggedArray
+    constraints: list[DecodingConstraints]
+    keys_N2: np.ndarray | None
+
+
+class _Batch(NamedTuple):
+    """Numbers of a batch's sentences in the list, padding rows left out, and the rows of this process."""
+
+    indices: np.ndarray
+    inputs: DecodeInputs
+
+
+class Translator:
+    """Translates with one model or an ensemble, and any params of their shape; each shape is compiled once.
+
+    Safe to share between threads. It counts what callers should be warned of; `log_warnings` reports it.
     """
 
     def __init__(
@@ -74,26 +97,26 @@ class Translator:
         self._is_ensemble = not isinstance(model, ModelDef)
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
         self._rows = batch_rows(config, mesh)
-        self._workers = _workers(mesh)
+        self._workers = _num_workers(mesh)
         self._programs: dict[int, Callable[[Any, Any], Hypotheses]] = {}
         self._compiled: set[Any] = set()
         self._counts: collections.Counter[str] = collections.Counter()
-        self._counting = threading.Lock()
+        self._counts_lock = threading.Lock()
 
     def translate(
         self,
         params: Params | Sequence[Params],
         sentences: Iterable[str],
-        progress: Callable[[int], None] = lambda done: None,
+        progress: Callable[[int], None] = lambda count: None,
     ) -> list[str]:
-        """One translation for each sentence, in order; a blank sentence gives an empty one.
+        """Returns one translation for each sentence, in order; that of a blank sentence is empty.
 
         Args:
-          params: of the model, on the mesh; of several models, one of each.
+          params: of the model, on the mesh; for an ensemble, one of each model.
           sentences: one line of text each.
-          progress: called with the number of sentences translated by each batch.
+          progress: called with the number of sentences of each finished batch.
         """
-        return [first_text(found) for found in self.translate_nbest(params, sentences, progress=progress)]
+        return [first_text(hypotheses) for hypotheses in self.translate_nbest(params, sentences, progress=progress)]
 
     def translate_nbest(
         self,
@@ -105,66 +128,47 @@ class Translator:
         constraints: Iterable[Iterable[str] | None] | None = None,
         seed: int | None = None,
         first: int = 1,
-        progress: Callable[[int], None] = lambda done: None,
+        progress: Callable[[int], None] = lambda count: None,
     ) -> list[list[Hypothesis]]:
-        """At most `n_best` translations of each sentence, best first; samples in the order drawn.
+        """Returns at most `n_best` translations of each sentence, best first; samples in the order drawn.
 
-        Equal texts that beam search finds are one hypothesis, the best of them.
+        Hypotheses of beam search with equal texts are merged into the best of them.
 
         Args:
-          sentences: one line of text each, in any iterable; one line end at the end of a text is left out, and line
-            breaks within it are read as spaces.
-          prefixes: what each translation begins with; a blank one and None ask nothing.
+          sentences: any iterable of lines of text; one line end at the end of a text is stripped, and line breaks
+            within it are read as spaces.
+          prefixes: what each translation begins with; blank or None for no constraint.
           constraints: the phrases that each translation holds, or None.
           seed: of the samples, in place of `decode.seed`.
-          first: what the first sentence is called in errors.
+          first: number of the first sentence in errors.
 
         Raises:
-          UserError: more hypotheses than there are, what is no text, or wishes that cannot be met (see `wishes.make`).
+          UserError: n_best is too large, an item is not text, or a constraint cannot be met (see
+            `requests.encode_constraints`).
         """
-        sentences = self._lines(sentences, first)
-        count = self._count(n_best, constraints)
+        lines = self._lines(sentences, first)
+        count = self._num_hypotheses(n_best, constraints)
         params = sharding.replicate(self._mesh, params)
-        filled = [i for i, sentence in enumerate(sentences) if sentence.strip()]
-        sources = JaggedArray.from_sequences(self._encode([sentences[i] for i in filled]))
-        limits = np.zeros(len(sentences), np.int64)
-        limits[filled] = sources.lengths + self._config.max_extra_length
-        asked = requests.encode_constraints(self._tokenizer, prefixes, constraints, limits.tolist(), first)
-        keys_N2 = self._keys(sources, self._config.seed if seed is None else seed)
-        found: list[list[Hypothesis]] = [[Hypothesis("", 0.0, True)] for _ in sentences]
-
-        def collect(examples_B: np.ndarray, batch: Hypotheses) -> None:
-            real = examples_B[examples_B != PAD_EXAMPLE]  # padding rows come last
-            for example, row in zip(real, self._decoded(batch), strict=False):
-                found[filled[example]] = self._best(row, n_best)
-            progress(len(real))
-
-        # One batch more than there are workers is under way: the device works while the host turns one into text.
-        running: collections.deque[tuple[np.ndarray, Callable[[], Hypotheses]]] = collections.deque()
-
-        def collect_all_but(most: int) -> None:
-            while len(running) > most:
-                examples_B, batch = running.popleft()
-                collect(examples_B, batch())
-
+        request = self._encode_requests(
+            lines, prefixes, constraints, self._config.seed if seed is None else seed, first
+        )
+        translations: list[list[Hypothesis]] = [[Hypothesis("", 0.0, True)] for _ in lines]
         with ThreadPoolExecutor(self._workers) as pool:
-            for examples_B, request in self._requests(sources, [asked[i] for i in filled], keys_N2):
-                is_wide = request.source_BS.shape[1] > MAX_CONCURRENT_WIDTH
-                most = 0 if is_wide and self._workers > 1 else self._workers
-                collect_all_but(most)
-                running.append((examples_B, self._start(pool, count, params, request)))
-                collect_all_but(most)
-            collect_all_but(0)
-        return found
+            submit = functools.partial(self._submit, pool, count, params)
+            for batch, hypotheses in map_ordered(submit, self._batches(request), self._max_in_flight):
+                for index, row in zip(batch.indices, self._detokenize(hypotheses), strict=False):  # padding comes last
+                    translations[index] = self._rank(row, n_best)
+                progress(len(batch.indices))
+        return translations
 
     def log_warnings(self) -> None:
-        """Warns once of sources that were not read as they are, and of translations that are not whole."""
-        with self._counting:
+        """Logs, once, sources that were changed to be read, and translations that are truncated or hold unk."""
+        with self._counts_lock:
             counts, self._counts = self._counts, collections.Counter()
-        most, extra = self._config.max_source_tokens, self._config.max_extra_length
+        max_length, extra = self._config.max_source_tokens, self._config.max_extra_length
         for name, message in (
             ("line break", "sources hold line breaks, read as spaces; pass one line each"),
-            ("long", f"sources are longer than decode.max_source_tokens = {most}; cut to it"),
+            ("long", f"sources are longer than decode.max_source_tokens = {max_length}; cut to it"),
             ("unfinished", f"translations are cut at source tokens + decode.max_extra_length = {extra}"),
             ("unknown", "translations hold the unknown token, unk"),
         ):
@@ -172,17 +176,17 @@ class Translator:
                 log_info(f"warning: {counts[name]:,} {message}")
 
     def _lines(self, sentences: Iterable[str], first: int) -> list[str]:
-        given = text_inputs.items(sentences, "sentences: expected a list of sentences")
-        lines = [text_inputs.line(text, f"sentence {number}") for number, text in enumerate(given, first)]
+        texts = text_inputs.items(sentences, "sentences: expected a list of sentences")
+        lines = [text_inputs.line(text, f"sentence {number}") for number, text in enumerate(texts, first)]
         self._add("line break", sum("\n" in line for line in lines))
         return [one_line(line) for line in lines]
 
     def _add(self, name: str, count: int) -> None:
-        with self._counting:
+        with self._counts_lock:
             self._counts[name] += count
 
-    def _count(self, n_best: int, constraints: Iterable[Any] | None) -> int:
-        """How many hypotheses the device is asked for."""
+    def _num_hypotheses(self, n_best: int, constraints: Iterable[Any] | None) -> int:
+        """How many hypotheses of each sentence the device returns."""
         config = self._config
         if n_best < 1:
             raise UserError(f"n_best: expected at least 1, got {n_best}")
@@ -195,97 +199,138 @@ class Translator:
             raise UserError(f"n_best = {n_best}: expected at most decode.{name} = {getattr(config, name)}; raise that")
         return config.mbr_samples if config.method == "mbr" else n_best
 
-    def _encode(self, sentences: Sequence[str]) -> list[np.ndarray]:
-        longest = self._config.max_source_tokens
-        encoded = self._tokenizer.encode(sentences)
-        self._add("long", sum(len(ids) > longest for ids in encoded))
-        return [truncate(ids, longest) for ids in encoded]
+    def _encode_requests(
+        self,
+        lines: Sequence[str],
+        prefixes: Iterable[str | None] | None,
+        constraints: Iterable[Iterable[str] | None] | None,
+        seed: int,
+        first: int,
+    ) -> _Requests:
+        indices = [i for i, line in enumerate(lines) if line.strip()]
+        max_length = self._config.max_source_tokens
+        encoded = self._tokenizer.encode([lines[i] for i in indices])
+        self._add("long", sum(len(ids) > max_length for ids in encoded))
+        sources = JaggedArray.from_sequences([truncate(ids, max_length) for ids in encoded])
+        limits = np.zeros(len(lines), np.int64)
+        limits[indices] = sources.lengths + self._config.max_extra_length
+        all_constraints = requests.encode_constraints(self._tokenizer, prefixes, constraints, limits.tolist(), first)
+        keys_N2 = None if self._config.method == "beam" else sentence_keys(sources, seed)
+        return _Requests(np.array(indices, np.int64), sources, [all_constraints[i] for i in indices], keys_N2)
 
-    def _keys(self, sources: JaggedArray, seed: int) -> np.ndarray | None:
-        """A random key for each sentence from the seed and its own ids, so that its samples depend on nothing else."""
-        if self._config.method == "beam":
-            return None
-        digests = [
-            hashlib.blake2b(np.array([seed, *ids], "<u4").tobytes(), digest_size=8).digest()
-            for ids in np.split(sources.flat, sources.offsets[1:-1])
-        ]
-        return np.frombuffer(b"".join(digests), "<u4").astype(np.uint32).reshape(-1, 2)
+    def _batches(self, request: _Requests) -> Iterator[_Batch]:
+        """Every sentence once, grouped by the sizes of its constraints and by length, the longest first.
 
-    def _requests(
-        self, sources: JaggedArray, asked: Sequence[DecodingConstraints], keys_N2: np.ndarray | None
-    ) -> Iterator[tuple[np.ndarray, DecodeInputs]]:
-        """Every sentence once: those of a batch, PAD_EXAMPLE where there is none, and what this host's devices get."""
-        groups: dict[requests.PaddedSizes, list[int]] = {}
-        for index, wish in enumerate(asked):
-            groups.setdefault(wish.shape(), []).append(index)
-        # The longest first, so that at the end no worker waits for another.
-        for shape, members in sorted(groups.items(), reverse=True):
-            lengths = sources.lengths[members]
-            for planned in reversed(eval_batches(lengths, np.zeros_like(lengths), lambda width: self._rows)):
-                is_real_B = planned.examples_B != PAD_EXAMPLE
-                examples_B = np.where(is_real_B, np.array(members)[planned.examples_B], PAD_EXAMPLE)
-                here_B = examples_B[sharding.local_row_indices(self._mesh, self._rows, rows="decode_batch")]
-                source_BS = sources.to_padded(here_B, planned.bucket.source)
-                keys_B2 = None if keys_N2 is None else keys_N2[np.maximum(here_B, 0)]
-                yield examples_B, DecodeInputs(source_BS, keys_B2, *requests.to_arrays(asked, here_B, shape))
+        So no worker is left with a long batch at the end.
+        """
+        groups: dict[PaddedSizes, list[int]] = {}
+        for example, constraints in enumerate(request.constraints):
+            groups.setdefault(constraints.padded_sizes(), []).append(example)
+        for sizes, members in sorted(groups.items(), reverse=True):
+            lengths = request.sources.lengths[members]
+            for spec in reversed(eval_batches(lengths, np.zeros_like(lengths), lambda width: self._rows)):
+                is_real_B = spec.examples_B != PAD_EXAMPLE
+                examples_B = np.where(is_real_B, np.array(members)[spec.examples_B], PAD_EXAMPLE)
+                local_B = examples_B[sharding.local_row_indices(self._mesh, self._rows, rows="decode_batch")]
+                source_BS = request.sources.to_padded(local_B, spec.bucket.source)
+                keys_B2 = None if request.keys_N2 is None else request.keys_N2[np.maximum(local_B, 0)]
+                inputs = DecodeInputs(source_BS, keys_B2, *requests.to_arrays(request.constraints, local_B, sizes))
+                yield _Batch(request.indices[examples_B[is_real_B]], inputs)
 
-    def _start(
-        self, pool: ThreadPoolExecutor, count: int, params: Params | Sequence[Params], request: DecodeInputs
+    def _max_in_flight(self, batch: _Batch) -> int:
+        """Batches that may run while the next one is prepared or the last one detokenized."""
+        is_wide = batch.inputs.source_BS.shape[1] > MAX_CONCURRENT_WIDTH
+        return 0 if is_wide and self._workers > 1 else self._workers
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, count: int, params: Params | Sequence[Params], batch: _Batch
     ) -> Callable[[], Hypotheses]:
-        """Begins with a batch; returns what gives its hypotheses."""
+        """Starts a batch; returns a function that waits for its hypotheses."""
         if self._workers > 1:
-            return pool.submit(self._run, count, params, request).result
-        # In this thread: where there are several hosts, all must start the same in the same order.
-        found = self._run(count, params, request)
-        return lambda: found
+            return pool.submit(self._execute, count, params, batch.inputs).result
+        # In this thread: all processes must start the same programs in the same order.
+        hypotheses = self._execute(count, params, batch.inputs)
+        return lambda: hypotheses
 
-    def _run(self, count: int, params: Params | Sequence[Params], request: DecodeInputs) -> Hypotheses:
-        """Hands a batch to the device; where threads compute their own, waits for it, so that no others get between."""
-        placed = sharding.shard_batch(self._mesh, request, rows="decode_batch")
-        shapes = count, str(jax.tree.map(np.shape, request))
+    def _execute(self, count: int, params: Params | Sequence[Params], inputs: DecodeInputs) -> Hypotheses:
+        """Runs a batch; concurrent threads also wait for the result, so that no more batches than threads run."""
+        on_device = sharding.shard_batch(self._mesh, inputs, rows="decode_batch")
+        shapes = count, str(jax.tree.map(np.shape, inputs))
         with _DISPATCH_LOCK:
             if count not in self._programs:
-                run = functools.partial(decode, self._models, self._config, count)
-                self._programs[count] = sharding.data_parallel_jit(self._mesh, run)
+                program = functools.partial(decode, self._models, self._config, count)
+                self._programs[count] = sharding.data_parallel_jit(self._mesh, program)
         with _DISPATCH_LOCK if self._workers == 1 or shapes not in self._compiled else contextlib.nullcontext():
-            found = self._programs[count](params if self._is_ensemble else (params,), placed)
+            hypotheses = self._programs[count](params if self._is_ensemble else (params,), on_device)
             self._compiled.add(shapes)
-        return found if self._workers == 1 else jax.block_until_ready(found)
+        return hypotheses if self._workers == 1 else jax.block_until_ready(hypotheses)
 
-    def _decoded(self, batch: Hypotheses) -> Iterator[list[_Decoded]]:
-        """The hypotheses of each row, those of length 0 left out."""
-        tokens_BNT, lengths_BN, scores_BN, finished_BN = jax.device_get(batch)
-        for rows in zip(tokens_BNT, lengths_BN, scores_BN, finished_BN, strict=True):
+    def _detokenize(self, hypotheses: Hypotheses) -> Iterator[list[_Detokenized]]:
+        """The hypotheses of each row, without empty ones."""
+        tokens_BNT, lengths_BN, scores_BN, finished_BN = jax.device_get(hypotheses)
+        for row in zip(tokens_BNT, lengths_BN, scores_BN, finished_BN, strict=True):
             yield [
-                _Decoded(self._tokenizer.decode(ids.tolist()), float(score), bool(finished), UNK in ids[:length])
-                for ids, length, score, finished in zip(*rows, strict=True)
+                _Detokenized(self._tokenizer.decode(ids.tolist()), float(score), bool(finished), UNK in ids[:length])
+                for ids, length, score, finished in zip(*row, strict=True)
                 if length
             ]
 
-    def _best(self, found: list[_Decoded], n_best: int) -> list[Hypothesis]:
-        """The first `n_best` in the order of the method, counted."""
-        if self._config.method == "mbr" and found:
-            utilities = mbr.expected_chrf([one.text for one in found])
+    def _rank(self, hypotheses: list[_Detokenized], n_best: int) -> list[Hypothesis]:
+        """The first `n_best` in the order of the method; counts those to warn of."""
+        if self._config.method == "mbr" and hypotheses:
+            utilities = mbr.expected_chrf([hypothesis.text for hypothesis in hypotheses])
             order = np.argsort(-utilities, kind="stable")
-            found = [found[i]._replace(score=float(utilities[i])) for i in order]
+            hypotheses = [hypotheses[i]._replace(score=float(utilities[i])) for i in order]
         if self._config.method == "beam":
-            distinct: dict[str, _Decoded] = {}
-            for one in found:
-                distinct.setdefault(one.text, one)
-            found = list(distinct.values())
-        found = found[:n_best]
-        self._add("unfinished", sum(not one.finished for one in found))
-        self._add("unknown", sum(one.has_unknown for one in found))
-        return [Hypothesis(one.text, one.score, one.finished) for one in found]
+            distinct: dict[str, _Detokenized] = {}
+            for hypothesis in hypotheses:
+                distinct.setdefault(hypothesis.text, hypothesis)
+            hypotheses = list(distinct.values())
+        hypotheses = hypotheses[:n_best]
+        self._add("unfinished", sum(not hypothesis.finished for hypothesis in hypotheses))
+        self._add("unknown", sum(hypothesis.has_unknown for hypothesis in hypotheses))
+        return [Hypothesis(text, score, finished) for text, score, finished, _ in hypotheses]
 
 
-def _workers(mesh: jax.sharding.Mesh) -> int:
-    """How many batches run beside each other: on a CPU a thread computes its own, elsewhere it only hands it over."""
+def map_ordered(
+    submit: Callable[[Item], Callable[[], Result]], items: Iterable[Item], max_in_flight: Callable[[Item], int]
+) -> Iterator[tuple[Item, Result]]:
+    """Yields each item with its result, in order, while later items already run.
+
+    Args:
+      submit: starts an item; returns a function that waits for its result.
+      max_in_flight: how many items may be under way besides this one when it starts, and in all when the next is read.
+    """
+    in_flight: collections.deque[tuple[Item, Callable[[], Result]]] = collections.deque()
+
+    def finish(limit: int) -> Iterator[tuple[Item, Result]]:
+        while len(in_flight) > limit:
+            item, wait = in_flight.popleft()
+            yield item, wait()
+
+    for item in items:
+        yield from finish(max_in_flight(item))
+        in_flight.append((item, submit(item)))
+        yield from finish(max_in_flight(item))
+    yield from finish(0)
+
+
+def sentence_keys(sources: JaggedArray, seed: int) -> np.ndarray:
+    """A random key for each sentence, uint32 [N, 2], from the seed and its ids: its samples depend on nothing else."""
+    digests = [
+        hashlib.blake2b(np.array([seed, *ids], "<u4").tobytes(), digest_size=8).digest()
+        for ids in np.split(sources.flat, sources.offsets[1:-1])
+    ]
+    return np.frombuffer(b"".join(digests), "<u4").astype(np.uint32).reshape(-1, 2)
+
+
+def _num_workers(mesh: jax.sharding.Mesh) -> int:
+    """How many batches run concurrently: on a CPU each thread computes one, elsewhere a thread only dispatches."""
     if mesh.size > 1 or mesh.devices.item().platform != "cpu":
         return 1
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MAX_WORKERS)
 
 
-def first_text(found: Sequence[Hypothesis]) -> str:
-    """The text of the first hypothesis; empty where there is none."""
-    return found[0].text if found else ""
+def first_text(hypotheses: Sequence[Hypothesis]) -> str:
+    """The text of the first hypothesis; empty if there is none."""
+    return hypotheses[0].text if hypotheses else ""
