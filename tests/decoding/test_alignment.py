@@ -136,7 +136,7 @@ def test_what_fails_leaves_no_file(parts, tmp_path):
 
 
 def test_links_are_made_if_they_are_wanted(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(Aligner, "links", lambda *args: pytest.fail("nobody asked"))
+    monkeypatch.setattr(Aligner, "word_alignment", lambda *args: pytest.fail("nobody asked"))
     with translate.alignment_writer(flags(f"--attention={tmp_path}/b.npz"), parts) as note:
         note(LINES[:3], LINES[:3])
     with np.load(tmp_path / "b.npz") as arrays:

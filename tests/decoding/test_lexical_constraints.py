@@ -160,10 +160,10 @@ def test_a_phrase_comes_in_its_place_though_there_are_more_banks_than_beams():
 
 def walk(phrase, tokens, width=4):
     """The progress of one phrase after each token."""
-    these = lexical_constraints.compile_phrases(padded([[phrase]], 1, width), PAD)
+    compiled = lexical_constraints.compile_phrases(padded([[phrase]], 1, width), PAD)
     progress, seen = jnp.zeros((1, 1, 1), jnp.int32), []
     for token in tokens:
-        progress = lexical_constraints.update_progress(these, progress, jnp.full((1, 1), token, jnp.int32))
+        progress = lexical_constraints.update_progress(compiled, progress, jnp.full((1, 1), token, jnp.int32))
         seen.append(int(progress[0, 0, 0]))
     return seen
 
@@ -175,9 +175,9 @@ def test_progress_falls_back_to_the_longest_beginning_and_not_to_nothing():
 
 
 def test_what_is_placed_counts_one_phrase_under_way():
-    these = lexical_constraints.compile_phrases(padded([[(3, 4, 5), (4, 4)]], 2, 4), PAD)
+    compiled = lexical_constraints.compile_phrases(padded([[(3, 4, 5), (4, 4)]], 2, 4), PAD)
     progress = jnp.array([[[0, 0], [2, 1], [3, 1], [0, 2], [3, 2]]], jnp.int32)
-    assert lexical_constraints.num_satisfied_tokens(these, progress).tolist() == [[0, 2, 4, 2, 5]]
+    assert lexical_constraints.num_satisfied_tokens(compiled, progress).tolist() == [[0, 2, 4, 2, 5]]
 
 
 @pytest.mark.parametrize("beam_size", [1, 2])

@@ -1,8 +1,7 @@
-"""Which source words a translation comes from, read off the decoder's attention to the source.
+"""Word alignments from cross-attention.
 
-Source and translation are run through the model once more, teacher-forced, so that decoding is neither
-slowed nor changed by it, and any translation can be aligned, whoever made it. Words are what spaces
-separate, in both languages.
+Source and translation are run through the model once more, teacher-forced: decoding is neither slowed nor changed, and
+a translation from any system can be aligned. Words are separated by spaces, in both languages.
 
 L layers, H heads, T target tokens, S source tokens; EOS is the last token of both.
 """
@@ -22,14 +21,16 @@ from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import UserError
 
 Alignment = list[tuple[int, int]]
-MAX_CELLS = 1 << 16  # of one head's weights over all rows of a batch, so that long sentences fit in memory
+"""Pairs (source word, target word), counted from 0, sorted."""
+
+MAX_CELLS = 1 << 16  # attention weights of one head over all rows of a batch, so that long sentences fit in memory
 
 
 class Attention(NamedTuple):
-    """How the decoder weighs a source while it predicts each token of its translation.
+    """Cross-attention weights of one sentence pair.
 
     Attributes:
-      weights_LHTS: float32; each row of it sums to 1.
+      weights_LHTS: float32; each row sums to 1.
       source, target: the ids of the S and T tokens.
     """
 
@@ -39,10 +40,10 @@ class Attention(NamedTuple):
 
 
 class Aligner:
-    """Reads the attention of one model with any params of its shape; each shape is compiled once.
+    """Computes cross-attention and alignments of one model with any params of its shape; each shape is compiled once.
 
     Args:
-      layer: of the decoder, counted from 1, which alignments come from. Default: `default_layer`.
+      layer: decoder layer of alignments, counted from 1; default: `default_layer`.
 
     Raises:
       UserError: the model has no such layer.
@@ -70,66 +71,66 @@ class Aligner:
     def attention(
         self, params: Params, sources: Sequence[str], translations: Sequence[str]
     ) -> Iterator[tuple[int, Attention]]:
-        """The place and attention of each pair of which neither side is blank, in the order of the batches.
+        """Yields the index and attention of each pair without a blank side, in the order of the batches.
 
-        What decoding cuts of a long source is cut here too.
+        Long sources are truncated as in decoding.
         """
         params = sharding.replicate(self._mesh, params)
-        filled = [i for i, pair in enumerate(zip(sources, translations, strict=True)) if all(map(str.strip, pair))]
-        longest = self._config.max_source_tokens
-        source = self._encode([sources[i] for i in filled], longest)
-        target = self._encode([translations[i] for i in filled], longest + self._config.max_extra_length)
-        for planned in eval_batches(source.lengths, target.lengths, self._rows):
-            batch = make_batch(planned, source, target)
-            numbers = sharding.local_row_indices(self._mesh, len(planned.examples_B), rows="decode_batch")
-            here = make_batch(select_rows(planned, numbers), source, target)
-            placed = sharding.shard_batch(self._mesh, here, rows="decode_batch")
-            found_BLHTS = jax.device_get(self._weights(params, placed))
-            for row, example in enumerate(planned.examples_B[planned.examples_B != PAD_EXAMPLE]):
+        indices = [i for i, pair in enumerate(zip(sources, translations, strict=True)) if all(map(str.strip, pair))]
+        max_length = self._config.max_source_tokens
+        source = self._encode([sources[i] for i in indices], max_length)
+        target = self._encode([translations[i] for i in indices], max_length + self._config.max_extra_length)
+        for spec in eval_batches(source.lengths, target.lengths, self._rows):
+            batch = make_batch(spec, source, target)
+            local_rows = sharding.local_row_indices(self._mesh, len(spec.examples_B), rows="decode_batch")
+            local_batch = make_batch(select_rows(spec, local_rows), source, target)
+            on_device = sharding.shard_batch(self._mesh, local_batch, rows="decode_batch")
+            weights_BLHTS = jax.device_get(self._weights(params, on_device))
+            for row, example in enumerate(spec.examples_B[spec.examples_B != PAD_EXAMPLE]):
                 S, T = source.lengths[example], target.lengths[example]
                 ids = batch.source_BS[row, :S], batch.target_BT[row, :T]
-                yield filled[example], Attention(found_BLHTS[row, :, :, :T, :S], *ids)
+                yield indices[example], Attention(weights_BLHTS[row, :, :, :T, :S], *ids)
 
     def align(self, params: Params, sources: Sequence[str], translations: Sequence[str]) -> list[Alignment]:
-        """For each pair, (source word, target word), counted from 0; a blank side has no links."""
-        links: list[Alignment] = [[] for _ in sources]
-        for place, attention in self.attention(params, sources, translations):
-            links[place] = self.word_alignment(attention)
-        return links
+        """The alignment of each pair; empty if a side is blank."""
+        alignments: list[Alignment] = [[] for _ in sources]
+        for index, attention in self.attention(params, sources, translations):
+            alignments[index] = self.word_alignment(attention)
+        return alignments
 
     def word_alignment(self, attention: Attention) -> Alignment:
-        """Each target word with the source word that it attends to most.
+        """Pairs each target word with the source word that it attends to most.
 
-        Weights are averaged over the heads of the layer and over the pieces of a target word, and
-        summed over those of a source word.
+        Weights are averaged over the heads of the layer, summed over the subwords of a source word and of a target
+        word; a sum over target subwords has the same maximum as their mean.
         """
         weights_TS = attention.weights_LHTS[self.layer - 1].mean(0)
         source_words = np.array(self._tokenizer.word_ids(attention.source.tolist()))
         target_words = np.array(self._tokenizer.word_ids(attention.target.tolist()))
-        if source_words.max() < 0 or target_words.max() < 0:  # of a line that the tokenizer takes for spaces alone
+        if source_words.max() < 0 or target_words.max() < 0:  # the tokenizer normalizes the line to spaces
             return []
-        onto_SW = source_words[:, None] == np.arange(source_words.max() + 1)
-        from_WT = np.arange(target_words.max() + 1)[:, None] == target_words
-        words_WW = from_WT.astype(np.float32) @ weights_TS @ onto_SW.astype(np.float32)
-        return sorted((int(best), word) for word, best in enumerate(words_WW.argmax(1)))
+        is_source_word_SW = source_words[:, None] == np.arange(source_words.max() + 1)
+        is_target_word_WT = np.arange(target_words.max() + 1)[:, None] == target_words
+        words_WW = is_target_word_WT.astype(np.float32) @ weights_TS @ is_source_word_SW.astype(np.float32)
+        return sorted((int(source), target) for target, source in enumerate(words_WW.argmax(1)))
 
-    def _encode(self, lines: Sequence[str], longest: int) -> JaggedArray:
-        return JaggedArray.from_sequences([truncate(ids, longest) for ids in self._tokenizer.encode(lines)])
+    def _encode(self, lines: Sequence[str], max_length: int) -> JaggedArray:
+        return JaggedArray.from_sequences([truncate(ids, max_length) for ids in self._tokenizer.encode(lines)])
 
     def _rows(self, width: int) -> int:
-        fitting = sharding.padded_batch_size(self._mesh, max(MAX_CELLS // width**2, 1), rows="decode_batch")
-        return min(batch_rows(self._config, self._mesh), fitting)
+        max_rows = sharding.padded_batch_size(self._mesh, max(MAX_CELLS // width**2, 1), rows="decode_batch")
+        return min(batch_rows(self._config, self._mesh), max_rows)
 
 
 def default_layer(num_layers: int) -> int:
-    """The decoder layer, counted from 1, whose attention averaged over heads aligns best.
+    """The decoder layer, counted from 1, whose attention, averaged over heads, aligns best.
 
-    Of six layers that is the last but one (Garg et al. 2019, section 4.1). Of up to three it is the last: in a model of
-    two, the first layer's attention is noise.
+    The penultimate one of six (Garg et al. 2019, section 4.1); the last one of up to three, because the first layer of
+    two attends to noise.
     """
     return num_layers if num_layers <= 3 else num_layers - 1
 
 
-def to_pharaoh(links: Alignment) -> str:
+def to_pharaoh(alignment: Alignment) -> str:
     """`0-0 1-2`: source word, hyphen, target word."""
-    return " ".join(f"{source}-{target}" for source, target in links)
+    return " ".join(f"{source}-{target}" for source, target in alignment)
