@@ -44,7 +44,7 @@ def test_the_package_lists_its_commands(root):
     assert {f"python -m transformer.{name}" for name in others} | {"python eval.py"} < names
     assert "python -m transformer" not in names
     (line,) = (line for line in lines if "transformer.prepare " in line)
-    assert line.endswith("Makes the data of a config ahead of training: sentence pairs, vocabulary and token ids.")
+    assert line.endswith("Prepares the data of a config ahead of training: sentence pairs, vocabulary and token ids.")
 
 
 @pytest.mark.parametrize(
