@@ -55,6 +55,17 @@ def test_configs_and_data_import_no_jax():
     assert imported_by([*without, "transformer.models.flops"], "jax") == "False\n"
 
 
+def test_public_names_are_imported_at_first_use():
+    program = """if True:
+        import sys, transformer
+        assert transformer.default_config() and transformer.Config and transformer.UserError
+        assert "jax" not in sys.modules
+        assert transformer.TranslationModel.translate and "jax" in sys.modules
+        assert set(transformer.__all__) <= set(dir(transformer)) | set(transformer._LAZY)
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
 def test_no_module_imports_tensorflow():
     commands = [module for module in MODULES if not module.endswith("__main__")]
     assert imported_by(commands, "tensorflow") == "False\n"

@@ -5,18 +5,29 @@
     model = transformer.load("runs/mine", checkpoint="best")
     model.translate(["Good morning!"], beam_size=8)
 
-Importing this package imports neither JAX nor Flax: a config is checked before either is paid for.
+Importing this package imports neither JAX nor Flax, so that a config is validated before either is loaded.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformer.config import Config, default_config
     from transformer.inference import TranslationModel
+    from transformer.runtime.errors import UserError
 
 __version__ = "0.1.0"
+__all__ = ["Config", "TranslationModel", "UserError", "default_config", "load"]
+
+_LAZY = {
+    "Config": "transformer.config",
+    "TranslationModel": "transformer.inference",
+    "UserError": "transformer.runtime.errors",
+    "default_config": "transformer.config",
+}
 
 if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python -m transformer.NAME`
     from transformer.runtime import commands
@@ -27,7 +38,14 @@ if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python 
 def load(
     workdir: str | os.PathLike, checkpoint: str | int = "latest", ensemble: Sequence[str | os.PathLike] = ()
 ) -> "TranslationModel":
-    """Reads the trained model of a workdir once, to translate often: see `transformer.inference.load`."""
+    """Loads the trained model of a workdir: see `transformer.inference.load`."""
     from transformer import inference
 
     return inference.load(workdir, checkpoint, ensemble)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name at first use."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -15,21 +15,26 @@ from transformer.data import text_inputs
 from transformer.decoding.translator import Hypothesis, Translator, first_text
 from transformer.runtime.errors import UserError
 
-MAX_COMPILED = 32  # ways of decoding whose compiled programs are kept
+MAX_COMPILED = 32  # decode configs whose compiled programs are kept
 
 
 class TranslationModel:
-    """A model, or several as an ensemble, read from workdirs; threads may share it.
+    """A trained model, or several as an ensemble; threads may share it.
 
-    Each way of decoding is compiled once for each width of sentences, at first use, and kept.
+    Each decode config is compiled once for each width of sentences, at first use, and kept.
+
+    Attributes:
+      primary: the model whose tokenizer and decode config apply to all.
+      params: what `Translator.translate` takes.
     """
 
-    def __init__(self, members: Sequence[RestoredModel]):
-        self._members = members
-        model = members[0].model if len(members) == 1 else [member.model for member in members]
-        self._params: Any = members[0].params if len(members) == 1 else tuple(member.params for member in members)
+    def __init__(self, models: Sequence[RestoredModel]):
+        self._models, self.primary = models, models[0]
+        is_ensemble = len(models) > 1
+        definition = [model.model for model in models] if is_ensemble else self.primary.model
+        self.params: Any = tuple(model.params for model in models) if is_ensemble else self.primary.params
         self._translators = functools.lru_cache(MAX_COMPILED)(
-            lambda decode: Translator(model, members[0].tokenizer, decode, members[0].mesh)
+            lambda decode: Translator(definition, self.primary.tokenizer, decode, self.primary.mesh)
         )
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -65,32 +70,32 @@ class TranslationModel:
         constraints: Iterable[Iterable[str] | None] | None = None,
         **decode: int | float | str,
     ) -> list[str] | list[list[Hypothesis]]:
-        """One translation for each sentence, in order; a blank sentence gives an empty one.
+        """Returns one translation for each sentence, in order; that of a blank sentence is empty.
 
-        Where a list is meant, any iterable will do, in its own order: a Series, an array, a generator, a file. A line
-        end at the end of a text is left out. Warnings on stderr count long sources and translations cut at their limit.
+        Lists may be any iterable, such as a Series, an array, a generator or a file. One line end at the end of a text
+        is stripped. Warnings on stderr count long sources and translations cut at their limit.
 
         Args:
-          sentences: one line of text each; of a long one only the first `max_source_tokens` tokens count.
-          n_best: gives at most so many hypotheses (text, score, finished) of each sentence instead, best first; those
-            of beam search are all different.
-          prefixes: a text for each sentence that its translation begins with; blank or None for none.
-          constraints: a list of phrases for each sentence that its translation holds, or None.
+          sentences: one line of text each; a long one is cut to its first `max_source_tokens` tokens.
+          n_best: returns at most this many hypotheses (text, score, finished) of each sentence instead, best first;
+            those of beam search are all different.
+          prefixes: for each sentence a text that its translation begins with; blank or None for no constraint.
+          constraints: for each sentence a list of phrases that its translation holds, or None.
           decode: fields of the config's decode section, such as `beam_size=8`, in place of the model's own; with
-            another `method` those of the model's own that it does not read are left out.
+            another `method` the model's own fields that do not apply to it are left out.
 
         Raises:
-          UserError: what is no text, an unknown field, an impossible value, or a prefix or constraint that cannot be
-            met; or the model was loaded before this process was forked.
+          UserError: an item is not text, a field is unknown, a value is invalid, a prefix or constraint cannot be met,
+            or this process was forked after the model was loaded.
         """
-        if os.getpid() != self._process:  # where the threads of JAX are missing, and locks may never open
+        if os.getpid() != self._process:  # a fork lacks the threads of JAX, and its locks may stay locked
             raise UserError(
                 f"this model was loaded in process {self._process}, of which process {os.getpid()} is a fork, in which "
                 'JAX hangs: load it in each process, and start them with multiprocessing.get_context("spawn")'
             )
         translator, seed = self.translator(decode)
-        found = translator.translate_nbest(
-            self._params,
+        translations = translator.translate_nbest(
+            self.params,
             sentences,
             n_best=1 if n_best is None else n_best,
             prefixes=prefixes,
@@ -98,57 +103,46 @@ class TranslationModel:
             seed=seed,
         )
         translator.log_warnings()
-        return [first_text(one) for one in found] if n_best is None else found
+        return [first_text(hypotheses) for hypotheses in translations] if n_best is None else translations
 
     def translator(self, fields: dict[str, Any]) -> tuple[Translator, int]:
-        """The translator that these decode fields ask for, the same one each time, and the seed."""
-        decode = validation.override_decode(self.first.config, fields).decode
-        for member in self._members[1:]:  # whose learned positions may cover less than this decoding asks for
+        """Returns the translator for these decode fields, cached, and their seed."""
+        decode = validation.override_decode(self.primary.config, fields).decode
+        for member in self._models[1:]:  # its learned positions may be too few for these fields
             validation.validate(dataclasses.asdict(dataclasses.replace(member.config, decode=decode)), strict=False)
         with self._lock:
             return self._translators(dataclasses.replace(decode, seed=0)), decode.seed
-
-    @property
-    def first(self) -> RestoredModel:
-        """The model whose tokenizer and decoding are those of all."""
-        return self._members[0]
-
-    @property
-    def params(self) -> Any:
-        """What `Translator.translate` takes."""
-        return self._params
 
 
 def load(
     workdir: epath.PathLike, checkpoint: str | int = "latest", ensemble: Iterable[epath.PathLike] = ()
 ) -> TranslationModel:
-    """Reads the model of a workdir.
+    """Loads the model of a workdir.
 
     Args:
       workdir: a folder that train.py wrote.
       checkpoint: latest, best, a step, average:N or best-average:N; of each workdir.
-      ensemble: more workdirs, whose models' probabilities are averaged with those of the first. They must have
-        been trained with the same tokenizer; decoding is configured by the first.
+      ensemble: more workdirs, whose models' probabilities are averaged with those of the first. They must share its
+        tokenizer and languages; its decode config applies.
 
     Raises:
-      UserError: there is no such checkpoint, or a tokenizer is another.
+      UserError: the checkpoint does not exist, or tokenizers or languages differ.
     """
     if isinstance(ensemble, str | os.PathLike):
         raise UserError(f"ensemble: expected a list of workdirs, got one, {os.fspath(ensemble)!r}; put it into a list")
     ensemble = text_inputs.items(ensemble, "ensemble: expected a list of workdirs")
-    members = [load_checkpoint(folder, checkpoint) for folder in (workdir, *ensemble)]
-    for folder, member in zip(ensemble, members[1:], strict=True):
-        if member.tokenizer.digest != members[0].tokenizer.digest:
+    primary, *others = models = [load_checkpoint(folder, checkpoint) for folder in (workdir, *ensemble)]
+    for folder, member in zip(ensemble, others, strict=True):
+        if member.tokenizer.digest != primary.tokenizer.digest:
             raise UserError(
-                f"{folder}: expected the tokenizer of {workdir}, {members[0].tokenizer.digest[:12]}, got "
+                f"{folder}: expected the tokenizer of {workdir}, {primary.tokenizer.digest[:12]}, got "
                 f"{member.tokenizer.digest[:12]}; an ensemble shares one: train with data.tokenizer = its .model file"
             )
-        ours, theirs = (
-            (one.source_language, one.target_language) for one in (members[0].config.data, member.config.data)
+        expected, got = (
+            f"{data.source_language} to {data.target_language}" for data in (primary.config.data, member.config.data)
         )
-        if ours != theirs:
+        if got != expected:
             raise UserError(
-                f"{folder}: translates {theirs[0]} to {theirs[1]}, expected {ours[0]} to {ours[1]} as {workdir} does; "
-                "an ensemble has one direction"
+                f"{folder}: translates {got}, expected {expected} as {workdir} does; an ensemble has one direction"
             )
-    return TranslationModel(members)
+    return TranslationModel(models)

@@ -1,4 +1,4 @@
-"""Load once, translate often, from Python (`transformer.load`) or as a command that streams lines:
+"""The translate command: streams lines from stdin to stdout. Its Python API is `transformer.load`.
 
 python -m transformer.translate --workdir=DIR < source.txt > translations.txt
 """
@@ -6,13 +6,12 @@ python -m transformer.translate --workdir=DIR < source.txt > translations.txt
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
@@ -24,7 +23,7 @@ from transformer.config import validation
 from transformer.data import text_files
 from transformer.data.tokenizer import Tokenizer
 from transformer.decoding.alignment import Aligner, Alignment, Attention, to_pharaoh
-from transformer.decoding.translator import first_text
+from transformer.decoding.translator import Hypothesis, first_text
 from transformer.inference import load
 from transformer.runtime import environment, streams
 from transformer.runtime.errors import UserError
@@ -34,7 +33,7 @@ Item = TypeVar("Item")
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Items, such as lines, in groups of `size`, the last one shorter."""
+    """Yields items in groups of `size`, the last one shorter."""
     group: list[Item] = []
     try:
         for item in items:
@@ -42,7 +41,7 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
             if len(group) == size:
                 yield group
                 group = []
-    except UserError:  # a line that is no text: those before it still count
+    except UserError:  # an invalid line: those before it are still translated
         if group:
             yield group
         raise
@@ -53,14 +52,14 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def translate_stream(
     translate: Callable[[list[Item]], list[str]], items: Iterable[Item], out: BinaryIO, size: int
 ) -> None:
-    """Writes the lines that `translate` gives for each group of `size` items, as soon as it has them."""
+    """Writes the lines that `translate` returns for each group of `size` items, group by group."""
     for group in batched(items, size):
         out.write(streams.printable("".join(f"{line}\n" for line in translate(group)), out).encode())
         out.flush()
 
 
 class Line(NamedTuple):
-    """A line of the source, numbered from 1, with its lines of the other files."""
+    """A source line, numbered from 1, with its prefix and phrases."""
 
     number: int
     source: str
@@ -71,12 +70,12 @@ class Line(NamedTuple):
 def read_aligned_lines(
     sources: Iterable[str], prefix_file: epath.PathLike | None, constraint_file: epath.PathLike | None
 ) -> Iterator[Line]:
-    """Lines that belong together.
+    """Reads sources, prefixes and phrases line by line.
 
-    A line of the constraint file holds the phrases of its sentence with tabs between; an empty one, none.
+    Phrases of a line of the constraint file are separated by tabs.
 
     Raises:
-      UserError: the files have different counts of lines.
+      UserError: the numbers of lines differ.
     """
     others = [text_files.read_lines(path) if path else itertools.repeat("") for path in (prefix_file, constraint_file)]
     end = object()
@@ -92,53 +91,66 @@ def read_aligned_lines(
         yield Line(number, str(source), str(prefix) if prefix_file else None, split if constraint_file else None)
 
 
+def format_nbest(lines: Sequence[Line], translations: Sequence[Sequence[Hypothesis]]) -> list[str]:
+    """Lines of n-best lists, `INDEX ||| TEXT ||| SCORE`, INDEX from 0."""
+    return [
+        f"{line.number - 1} ||| {hypothesis.text} ||| {hypothesis.score:.6f}"
+        for line, hypotheses in zip(lines, translations, strict=True)
+        for hypothesis in hypotheses
+    ]
+
+
 def main(argv: list[str]) -> None:
     """Reads source lines on stdin and writes their translations to stdout, one for one."""
     fields, rest = command_line.decode_flags(argv)
     args = _parse(rest)
-    for flag, name, values in (
-        ("--beam_size", "beam_size", {"beam_size": args.beam_size}),
-        ("--mbr", "mbr_samples", {"method": "mbr", "mbr_samples": args.mbr}),
-    ):
-        if values[name]:
-            twice = sorted(fields.keys() & values.keys())
-            if twice:
-                raise UserError(f"{flag} and --decode.{twice[0]} set the same; give one of them")
-            fields.update(values)
+    fields = _add_shorthands(fields, args)
     environment.enable_compilation_cache()
-    loaded = load(args.workdir, args.checkpoint, args.ensemble)
-    translator, seed = loaded.translator(fields)
-    # Alignments cut a long source where decoding does.
-    first = dataclasses.replace(loaded.first, config=validation.override_decode(loaded.first.config, fields))
+    model = load(args.workdir, args.checkpoint, args.ensemble)
+    translator, seed = model.translator(fields)
 
-    def translate(group: list[Line], note: Note) -> list[str]:
-        found = translator.translate_nbest(
-            loaded.params,
-            [line.source for line in group],
+    def translate(group: list[Line]) -> list[str]:
+        sources = [line.source for line in group]
+        translations = translator.translate_nbest(
+            model.params,
+            sources,
             n_best=args.n_best or 1,
-            prefixes=[line.prefix or "" for line in group] if args.prefix_file else None,
-            constraints=[line.phrases or [] for line in group] if args.constraint_file else None,
+            prefixes=[line.prefix for line in group] if args.prefix_file else None,
+            constraints=[line.phrases for line in group] if args.constraint_file else None,
             seed=seed,
             first=group[0].number,
         )
-        if args.n_best is None:
-            best = [first_text(one) for one in found]
-            note([line.source for line in group], best)
-            return best
-        return [
-            f"{line.number - 1} ||| {one.text} ||| {one.score:.6f}"
-            for line, several in zip(group, found, strict=True)
-            for one in several
-        ]
+        if args.n_best:
+            return format_nbest(group, translations)
+        texts = [first_text(hypotheses) for hypotheses in translations]
+        write_alignments(sources, texts)
+        return texts
 
-    lines = read_aligned_lines(
-        text_files.decode_lines(sys.stdin.buffer, "stdin"), args.prefix_file, args.constraint_file
-    )
+    stdin = text_files.decode_lines(sys.stdin.buffer, "stdin")
+    lines = read_aligned_lines(stdin, args.prefix_file, args.constraint_file)
+    # With the fields of this command: alignments truncate a long source as decoding does.
+    primary = dataclasses.replace(model.primary, config=validation.override_decode(model.primary.config, fields))
     try:
-        with alignment_writer(args, first) as note:
-            translate_stream(functools.partial(translate, note=note), lines, sys.stdout.buffer, args.batch_size)
+        with alignment_writer(args, primary) as write_alignments:
+            translate_stream(translate, lines, sys.stdout.buffer, args.batch_size)
     finally:
         translator.log_warnings()
+
+
+def _add_shorthands(fields: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Adds the decode fields of --beam_size and --mbr.
+
+    Raises:
+      UserError: a --decode flag sets one of them too.
+    """
+    for flag, shorthand in (
+        ("--beam_size", {"beam_size": args.beam_size} if args.beam_size else {}),
+        ("--mbr", {"method": "mbr", "mbr_samples": args.mbr} if args.mbr else {}),
+    ):
+        if conflicts := sorted(fields.keys() & shorthand.keys()):
+            raise UserError(f"{flag} and --decode.{conflicts[0]} set the same; give one of them")
+        fields = fields | shorthand
+    return fields
 
 
 def _parse(rest: list[str]) -> argparse.Namespace:
@@ -177,11 +189,11 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     return args
 
 
-Note = Callable[[Sequence[str], Sequence[str]], None]
+WriteAlignments = Callable[[Sequence[str], Sequence[str]], None]
 
 
 def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
-    """What `recorded` reads."""
+    """Adds the flags that `alignment_writer` reads."""
     parser.add_argument(
         "--alignments", type=absolute_path, help="write word alignments there, 0-0 1-2 ..., a line for each translation"
     )
@@ -204,11 +216,11 @@ def check_alignment_flags(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def alignment_writer(args: argparse.Namespace, trained: RestoredModel) -> Iterator[Note]:
-    """What to call with sources and their translations, to note them in the files that the flags name.
+def alignment_writer(args: argparse.Namespace, trained: RestoredModel) -> Iterator[WriteAlignments]:
+    """Yields a function that writes alignments and attention of sources and translations to the files of the flags.
 
-    The files take their place when the block ends, and never if it fails. The .npz holds, for line n from 0,
-    `weights_n` float32 [L, H, T, S] and the pieces `source_n` and `target_n`; blank lines are left out.
+    The files appear when the block ends without an error. The .npz holds, for line n from 0, `weights_n` float32
+    [L, H, T, S] and the subword tokens `source_n` and `target_n`; blank lines are left out.
     """
     config = trained.config
     if not (args.alignments or args.attention):
@@ -216,25 +228,25 @@ def alignment_writer(args: argparse.Namespace, trained: RestoredModel) -> Iterat
         return
     layers = config.model.num_cross_attention_layers
     aligner = Aligner(trained.model, trained.tokenizer, layers, config.decode, trained.mesh, args.alignment_layer)
-    done = 0
+    num_lines = 0
     with contextlib.ExitStack() as stack:
         lines = _open(stack, args.alignments)
         arrays = _open(stack, args.attention)
         archive = arrays and stack.enter_context(zipfile.ZipFile(arrays, "w", zipfile.ZIP_DEFLATED))
 
-        def note(sources: Sequence[str], translations: Sequence[str]) -> None:
-            nonlocal done
-            links: list[Alignment] = [[] for _ in sources]
-            for place, attention in aligner.attention(trained.params, sources, translations):
+        def write(sources: Sequence[str], translations: Sequence[str]) -> None:
+            nonlocal num_lines
+            alignments: list[Alignment] = [[] for _ in sources]
+            for index, attention in aligner.attention(trained.params, sources, translations):
                 if lines:
-                    links[place] = aligner.word_alignment(attention)
+                    alignments[index] = aligner.word_alignment(attention)
                 if archive:
-                    _write_npz(archive, done + place, attention, trained.tokenizer)
+                    _write_npz(archive, num_lines + index, attention, trained.tokenizer)
             if lines:
-                lines.write("".join(f"{to_pharaoh(each)}\n" for each in links).encode())
-            done += len(sources)
+                lines.write("".join(f"{to_pharaoh(alignment)}\n" for alignment in alignments).encode())
+            num_lines += len(sources)
 
-        yield note
+        yield write
 
 
 def _open(stack: contextlib.ExitStack, path: str | None) -> BinaryIO | None:

@@ -354,7 +354,7 @@ def command_and_api(world: World, folder: pathlib.Path, tally: Tally) -> None:
     with tally.one("within a prefix: refused"):
         refused(lambda: model.translate(["red"], prefixes=["a\r\nb"]), "it cannot hold 'a\\r\\nb'")
     with tally.one("output"):
-        words = model.first.tokenizer
+        words = model.primary.tokenizer
         spelled = [4 + byte for byte in b"red\r\nhouse\r"]
         assert words.decode(spelled) == "red house"
         assert not any("\r\n" in text or text.endswith("\r") for text in plain)
