@@ -22,6 +22,7 @@ from transformer.attention import dot_product, fused
 from transformer.attention.mask import AttentionMask
 from transformer.config import MeshConfig
 from transformer.distributed import multihost, sharding
+from transformer.distributed import platform as platforms
 from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
 from transformer.models import layers, registry
@@ -153,7 +154,7 @@ def test_a_model_that_attends_by_splash_has_the_plain_one_s_loss_and_gradients_o
 
     splash_attention = fused.splash_attention
     monkeypatch.setattr(fused, "splash_attention", interpreted)
-    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(platforms, "current", lambda: "tpu")
     found, found_grads = loss_and_gradients(config_of("splash", (2, 2, 1)))
     assert len(called) == 3
     np.testing.assert_allclose(found, loss, rtol=1e-5)
@@ -183,7 +184,7 @@ def test_auto_takes_the_kernel_that_can_run_where_sentences_are_long():
     ],
 )
 def test_where_each_kernel_can_run(monkeypatch, platform, dtype, width, packed, rate, expected):
-    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    monkeypatch.setattr(platforms, "current", lambda: platform)
     q = jnp.zeros((1, 8, 2, width), dtype)
     visible = AttentionMask(jnp.ones((1, 8), jnp.int32)) if packed else AttentionMask()
     assert fused.select_kernel(q, q, visible, rate) == expected
@@ -193,8 +194,8 @@ def test_where_each_kernel_can_run(monkeypatch, platform, dtype, width, packed, 
 
 def test_the_platform_is_that_of_the_mesh():
     with sharding.use_mesh(make_mesh(MeshConfig(data=1))):
-        assert sharding.platform() == "cpu"
-    assert sharding.platform() == jax.default_backend()
+        assert platforms.current() == "cpu"
+    assert platforms.current() == jax.default_backend()
 
 
 CUDNN = {"attention": "cudnn", "dtype": "bfloat16"}
@@ -271,7 +272,7 @@ def machine(monkeypatch):
     """As on a machine with a GPU: takes what a trial of cuDNN finds there, and returns the widths that are tried."""
     monkeypatch.setattr(fused, "_trials", {})
     monkeypatch.setattr(fingerprint, "_trials", {})
-    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    monkeypatch.setattr(platforms, "current", lambda: "gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     def with_gpu(failure, capability="9.0"):

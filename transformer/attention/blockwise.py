@@ -18,8 +18,7 @@ from jax import Array
 
 from transformer.attention.dropout import Seeds, apply_keep_mask, attention_keep_mask, head_seeds
 from transformer.attention.mask import MASK_VALUE, AttentionMask
-
-BLOCK = 128  # queries and keys of a block; larger ones are slower on a CPU (docs/log.md)
+from transformer.distributed.platform import ATTENTION_BLOCK
 
 
 class BlockwiseConfig(NamedTuple):
@@ -75,7 +74,7 @@ def blockwise_attention(
     mask: AttentionMask,
     dropout_rate: float = 0.0,
     key: Array | None = None,
-    block: int = BLOCK,
+    block: int = ATTENTION_BLOCK,
 ) -> Array:
     """Equals `dot_product.dot_product_attention` under `mask` to 1e-5, with the same dropout.
 

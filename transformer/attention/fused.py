@@ -30,6 +30,7 @@ from transformer.config.validation import (
     unsupported_reason,
 )
 from transformer.distributed import multihost, sharding
+from transformer.distributed import platform as platforms
 from transformer.distributed.mesh import make_mesh
 from transformer.runtime import environment
 from transformer.runtime.errors import UserError
@@ -103,7 +104,7 @@ def select_kernel(q_BTHK: Array, v_BSHK: Array, mask: AttentionMask, dropout_rat
         packed=mask.q_segment_ids_BT is not None,
         sequence_shards=sharding.num_shards("length"),
     )
-    platform = sharding.platform()
+    platform = platforms.current()
     for kernel, kernel_platform in FUSED_ATTENTION_PLATFORMS.items():
         if platform == kernel_platform and not unsupported_reason(kernel, spec):
             needs_trial = kernel == "cudnn" and jax.default_backend() == "gpu"  # not when compiling ahead of time

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from transformer.attention.blockwise import (
-    BLOCK,
     BlockInputs,
     BlockwiseConfig,
     Gradients,
@@ -33,6 +32,7 @@ from transformer.attention.blockwise import (
 from transformer.attention.dropout import Seeds, head_seeds
 from transformer.attention.mask import AttentionMask
 from transformer.distributed import sharding
+from transformer.distributed.platform import ATTENTION_BLOCK
 
 
 def ring_attention(
@@ -42,7 +42,7 @@ def ring_attention(
     mask: AttentionMask,
     dropout_rate: float = 0.0,
     key: Array | None = None,
-    block: int = BLOCK,
+    block: int = ATTENTION_BLOCK,
 ) -> Array:
     """`blockwise.blockwise_attention` over the devices of the current mesh that shard `length`.
 

@@ -21,7 +21,7 @@ from transformer.decoding.base import CoveragePenalty, Hypotheses, SpecialIds, S
 from transformer.decoding.beam_search import SearchConfig, beam_search
 from transformer.decoding.logits_processors import LogitsConstraints
 from transformer.decoding.sampling import SamplingConfig, sample
-from transformer.distributed import sharding
+from transformer.distributed import platform, sharding
 from transformer.models.base import Cache
 from transformer.models.registry import ModelDef, Params
 
@@ -44,11 +44,8 @@ class DecodeInputs(NamedTuple):
 
 
 def batch_rows(config: DecodeConfig, mesh: Mesh) -> int:
-    """Rows of every batch: `decode.batch_rows`, or by platform where that is 0, padded to divide over the devices.
-
-    An accelerator decodes 256 sentences in about the time of 16; on a CPU they would wait for the slowest of them.
-    """
-    rows = config.batch_rows or (16 if mesh.devices.flat[0].platform == "cpu" else 256)
+    """Rows of every batch: `decode.batch_rows`, or by platform where that is 0, padded to divide over the devices."""
+    rows = config.batch_rows or platform.decode_rows(mesh)
     return sharding.padded_batch_size(mesh, rows, rows="decode_batch")
 
 

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import functools
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from transformer.decoding import mbr, requests
 from transformer.decoding.base import Hypotheses
 from transformer.decoding.decode import DecodeInputs, batch_rows, decode
 from transformer.decoding.requests import DecodingConstraints, PaddedSizes
-from transformer.distributed import sharding
+from transformer.distributed import platform, sharding
 from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
@@ -36,7 +35,6 @@ from transformer.runtime.logging import log_info
 # Held to compile a program and, on several devices, to start one: threads start programs one by one, so that all
 # devices see them in the same order.
 _DISPATCH_LOCK = threading.Lock()
-MAX_WORKERS = 4  # batches that a CPU computes concurrently, each with its own KV cache
 MAX_CONCURRENT_WIDTH = 64  # wider batches run alone on a CPU: their caches are large, and they keep all cores busy
 
 Item = TypeVar("Item")
@@ -97,7 +95,7 @@ class Translator:
         self._is_ensemble = not isinstance(model, ModelDef)
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
         self._rows = batch_rows(config, mesh)
-        self._workers = _num_workers(mesh)
+        self._workers = platform.decode_threads(mesh)
         self._programs: dict[int, Callable[[Any, Any], Hypotheses]] = {}
         self._compiled: set[Any] = set()
         self._counts: collections.Counter[str] = collections.Counter()
@@ -322,13 +320,6 @@ def sentence_keys(sources: JaggedArray, seed: int) -> np.ndarray:
         for ids in np.split(sources.flat, sources.offsets[1:-1])
     ]
     return np.frombuffer(b"".join(digests), "<u4").astype(np.uint32).reshape(-1, 2)
-
-
-def _num_workers(mesh: jax.sharding.Mesh) -> int:
-    """How many batches run concurrently: on a CPU each thread computes one, elsewhere a thread only dispatches."""
-    if mesh.size > 1 or mesh.devices.item().platform != "cpu":
-        return 1
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MAX_WORKERS)
 
 
 def first_text(hypotheses: Sequence[Hypothesis]) -> str:

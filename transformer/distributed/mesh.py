@@ -17,7 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.config import MeshConfig
-from transformer.distributed import multihost
+from transformer.distributed import multihost, platform
 from transformer.runtime.errors import UserError
 
 
@@ -103,7 +103,7 @@ def warm_up_collectives(mesh: Mesh) -> Mesh:
     Gloo, which CPUs use, gives up if one host comes 30 s after another to the first collective of a group, and
     compiling the programs that hold them may take longer on one.
     """
-    if multihost.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+    if multihost.process_count() == 1 or not platform.is_cpu(mesh):
         return mesh
     axes = [axis for axis in MESH_AXES if mesh.shape[axis] > 1]
     for names in itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(1, len(axes) + 1)):

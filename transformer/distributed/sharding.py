@@ -109,12 +109,6 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def platform() -> str:
-    """What runs the program that is traced: cpu, gpu or tpu."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def _current_mesh() -> AbstractMesh | None:
     """The mesh that XLA may split arrays over: none outside `on_mesh`, on one device, and inside `per_device`."""
     mesh = jax.sharding.get_abstract_mesh()

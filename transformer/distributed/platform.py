@@ -1,0 +1,48 @@
+"""What differs between CPUs and accelerators: every choice by platform is made here, with what it gains.
+
+Elsewhere the code is the same on all platforms. Some of it is written for XLA's CPU back end: beam search never slices
+what `top_k` returns (1 ms a step instead of 103) and takes it over blocks of tokens (0.8 ms instead of 1.1), and a
+random word serves four elements of dropout (7% of a training step). `command_line.reexec_with_huge_pages`, which has to come
+before JAX, saves a CPU a third of a step's CPU time. docs/log.md has the measurements.
+"""
+
+import os
+
+import jax
+from jax.sharding import Mesh
+
+ATTENTION_BLOCK = 128  # queries and keys of a block of blockwise attention; larger ones are slower on a CPU
+DECODE_ROWS, DECODE_ROWS_ON_CPU = 256, 16
+MAX_THREADS = 4  # each has a KV cache of its own
+
+
+def current() -> str:
+    """The platform of the program that is traced: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def is_cpu(mesh: Mesh) -> bool:
+    """Whether the devices of a mesh are CPUs."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def decode_rows(mesh: Mesh) -> int:
+    """Sentences that are decoded at once.
+
+    An accelerator decodes 256 in about the time of 16; on a CPU they would wait for the slowest of them, and KV caches
+    and logits would not fit its cache: 32 at once take 1.26 times the CPU time of 16.
+    """
+    return DECODE_ROWS_ON_CPU if is_cpu(mesh) else DECODE_ROWS
+
+
+def decode_threads(mesh: Mesh) -> int:
+    """Batches that are decoded concurrently, each by a thread.
+
+    A CPU runs the programs of one thread one after the other, so two threads take 0.55 of the time on two cores. An
+    accelerator queues them itself.
+    """
+    if mesh.size > 1 or not is_cpu(mesh):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_THREADS)
