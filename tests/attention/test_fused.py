@@ -207,10 +207,10 @@ CUDNN = {"attention": "cudnn", "dtype": "bfloat16"}
         ({"model": {"attention": "splash", "attention_dropout_rate": 0.1}}, "attention_dropout_rate = 0, got 0.1"),
         (
             {"model": {"attention": "splash"}, "mesh": {"sequence": 2}},
-            r"mesh\.sequence = 1, got 2, for which",
+            r"mesh\.sequence = 1, got 2, which needs ring",
         ),
         ({"model": {"attention": "cudnn"}}, r"model\.dtype = bfloat16, got float32"),
-        ({"model": {**CUDNN, "num_heads": 4}}, r"8 divides, at most 128, got model\.qkv_dim / num_heads = 4"),
+        ({"model": {**CUDNN, "num_heads": 4}}, r"divisible by 8 and at most 128, got model\.qkv_dim / num_heads = 4"),
         ({"model": {**CUDNN, "qkv_dim": 512}}, "keys and values of one width, got 256 and 8 a head"),
         ({"model": {**CUDNN, "qkv_dim": 512, "value_dim": 512}}, r"at most 128, got model\.qkv_dim / num_heads = 256"),
         ({"model": CUDNN, "data": {"batching": "pack", "num_buckets": 8}}, r"data\.batching = bucket, got pack"),
