@@ -222,7 +222,7 @@ def program_facts(compiled: Any) -> Row:
         "custom_calls": {target: calls.count(target) for target in sorted(set(calls))},
         "triton_products": text.count("__triton_gemm") + text.count("__triton_nested_gemm_fusion"),
         "fusions": len(re.findall(r"= [^=]* fusion\(", text)),
-        "gb_moved": round(hlo_cost.memory_bytes(hlo.Program(text)) / 1e9, 3),
+        "gb_moved": round(hlo_cost.hbm_bytes(hlo.Program(text)) / 1e9, 3),
         "temporaries_gib": round(compiled.memory_analysis().temp_size_in_bytes / 2**30, 3),
     }
 

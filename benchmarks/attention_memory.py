@@ -69,7 +69,7 @@ def temporary_mb(path: str, length: int, topology: Topology) -> float:
     from transformer.planning import aot
 
     config = small_model(path)
-    mesh = make_mesh(config.mesh, aot.devices(topology))
+    mesh = make_mesh(config.mesh, aot.topology_devices(topology))
     compiled = aot.compile_step(config, mesh, 1, length, EFFORT)
     found = round((compiled.temporaries if compiled.text else compiled.needed) / 2**20, 1)
     log_info(f"{path}, {length:,} tokens: {found:,} MiB")

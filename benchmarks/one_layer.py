@@ -75,15 +75,15 @@ def compiled(function: Callable, *shapes: Any) -> hlo.Program:
 
 
 def depth(program: hlo.Program) -> int:
-    """Sequential steps: how often the innermost of its loops runs; 1 where there is none.
+    """Sequential steps: the number of runs of the innermost loop; 1 without loops.
 
     Raises:
-      ValueError: the trips of a loop cannot be told.
+      ValueError: the trip count of a loop is unknown.
     """
-    found = max(visit.times for visit in program.visits())
+    steps = max(run.num_runs for run in program.iter_executed())
     if program.unknown_loops:
-        raise ValueError(f"cannot tell the trips of {program.unknown_loops}")
-    return found
+        raise ValueError(f"unknown trip counts of the loops {program.unknown_loops}")
+    return steps
 
 
 def flops(program: hlo.Program) -> int:
@@ -92,7 +92,7 @@ def flops(program: hlo.Program) -> int:
     Raises:
       ValueError: there are none, as where a GPU's compiler has made calls to a library of them.
     """
-    found = hlo_cost.flops(program)
+    found = hlo_cost.count_flops(program)
     if not found:
         raise ValueError("expected matrix products in the compiled program, found none; compile it for a CPU")
     return found

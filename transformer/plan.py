@@ -1,12 +1,12 @@
-"""Whether a config's training step fits on chips that are not here, how it communicates, and how fast it could be.
+"""Plans training on chips that are not attached: memory, communication and a bound of the speed of a config's step.
 
     python -m transformer.plan --config=configs/NAME.py --topology=v5e:4x4 [--fit] [--scaling] [--json]
 
-Compiles the real training step for the topology, on any machine with its compiler (`make plan` sets up that for
-TPU), and reads bytes, FLOPs and collectives from the compiled program. No data is needed: the batch is of the
-longest sentences, and the vocabulary is as large as the config says. Topologies: v5e:4x4, v5p:4x4x8, v6e:4x4,
-h100:8, h200:8, b200:8, and cpu:8 for simulated devices; several with commas. Tokens are slots of the target side,
-padding included. With --json the last line of stdout is one JSON object for each topology.
+Compiles the training step for the topology, on any machine with its compiler (`make plan` installs that for TPU), and
+reads bytes, FLOPs and collectives from the compiled program. Needs no data: the batch consists of sentences of
+maximum length. Topologies: v5e:4x4, v5p:4x4x8, v6e:4x4, h100:8, h200:8, b200:8, and cpu:8 for simulated devices;
+several with commas. Tokens are those of the target side, including padding. With --json the last line of stdout is
+one JSON object for each topology.
 """
 
 import argparse
@@ -33,14 +33,12 @@ Row = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
-    """Checks flags and config before it imports JAX."""
+    """Parses flags and config before JAX is imported."""
     config, args = command_line.parse_with_config(_parser(), argv, needs_data=False)
     topologies = [parse_topology(name) for name in args.topology.split(",")]
     length = args.length or config.data.max_row_length
     if config.train.batch_tokens < length:
-        raise UserError(
-            f"--length={length}: config.train.batch_tokens = {config.train.batch_tokens} has no room for it"
-        )
+        raise UserError(f"--length={length}: expected at most config.train.batch_tokens = {config.train.batch_tokens}")
     set_environment(topologies)
     if args.scaling:
         for topology in topologies:
@@ -49,12 +47,12 @@ def main(argv: list[str]) -> None:
     for topology in topologies:
         row = plan(config, topology, length, args.effort, find_largest=args.fit)
         rows.append(row)
-        print("\n".join(described(row)), flush=True)
+        print("\n".join(format_report(row)), flush=True)
         if args.scaling:
             row["scaling"] = scaling(config, topology, row)
             print("\n".join(["", *scaling_table(topology, row)]), flush=True)
     if len(rows) > 1:
-        print("\n".join(["", *summary(rows)]))
+        print("\n".join(["", *summary_table(rows)]))
     if args.json:
         for row in rows:
             print(json.dumps(row))
@@ -86,9 +84,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def set_environment(topologies: list[Topology]) -> None:
-    """What must be so before JAX is imported: this machine's own accelerator, if it has one, is left alone."""
+    """Sets the environment before JAX is imported, so that this machine's own accelerator is not used."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # Two plans at once are fine: neither of them touches a chip. The others keep libtpu from looking for one.
+    # Several processes may load libtpu at once, as none uses a chip. The other variables stop libtpu's search for one.
     for name, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
@@ -96,7 +94,7 @@ def set_environment(topologies: list[Topology]) -> None:
         ("TPU_LOG_DIR", "disabled"),
         ("TPU_STDERR_LOG_LEVEL", "3"),
         ("TF_CPP_MIN_LOG_LEVEL", "3"),
-        ("JAX_ENABLE_COMPILATION_CACHE", "false"),  # which cannot give back what is for other machines
+        ("JAX_ENABLE_COMPILATION_CACHE", "false"),  # it cannot load programs for other machines
     ):
         os.environ.setdefault(name, value)
     simulated = max((topology.chips for topology in topologies if topology.chip.platform == "cpu"), default=0)
@@ -106,14 +104,14 @@ def set_environment(topologies: list[Topology]) -> None:
 
 
 def plan(config: Config, topology: Topology, length: int, effort: float, *, find_largest: bool) -> Row:
-    """Compiles the training step and says what it needs, for one chip unless the key says otherwise."""
+    """Compiles the training step; the figures are of one chip unless the key says otherwise."""
     from transformer.distributed import sharding
     from transformer.distributed.mesh import make_mesh
     from transformer.planning import aot
 
-    mesh = make_mesh(config.mesh, aot.devices(topology))
+    mesh = make_mesh(config.mesh, aot.topology_devices(topology))
     rows = aot.batch_rows(config, mesh, length)
-    since = time.perf_counter()
+    start = time.perf_counter()
     compiled = aot.compile_step(config, mesh, rows, length, effort)
     row: Row = {
         "topology": topology.name,
@@ -123,12 +121,12 @@ def plan(config: Config, topology: Topology, length: int, effort: float, *, find
         "batch_tokens": config.train.batch_tokens,
         "rows": rows,
         "length": length,
-        "compile_s": round(time.perf_counter() - since, 1),
+        "compile_s": round(time.perf_counter() - start, 1),
         "bytes_per_chip": compiled.needed,
         "bytes_available": topology.chip.memory,
         "fits": bool(compiled.text) and compiled.needed <= topology.chip.memory,
         **{f"{part}_bytes": getattr(compiled, part) for part in ("arguments", "temporaries", "outputs", "code")},
-        **speed(config, topology, compiled, mesh, rows, length),
+        **cost_and_bounds(config, topology, compiled, mesh, rows, length),
     }
     if find_largest:
         unit = sharding.batch_divisor(mesh) * config.train.accumulation_steps
@@ -136,37 +134,44 @@ def plan(config: Config, topology: Topology, length: int, effort: float, *, find
         def needed(units: int) -> int:
             if units * unit == rows:
                 return compiled.needed
-            found = aot.compile_step(config, mesh, units * unit, length, effort).needed
-            log_info(f"{units * unit * length:,} tokens: {found / GIB:.2f} GiB a chip")
-            return found
+            size = aot.compile_step(config, mesh, units * unit, length, effort).needed
+            log_info(f"{units * unit * length:,} tokens: {size / GIB:.2f} GiB a chip")
+            return size
 
-        units = aot.largest(needed, topology.chip.memory, rows // unit)
+        units = aot.max_batch(needed, topology.chip.memory, rows // unit)
         row["fit_batch_tokens"] = units * unit * length
         row["fit_tokens_per_chip"] = units * unit * length // mesh.size
     return row
 
 
-def speed(config: Config, topology: Topology, compiled: "aot.Compiled", mesh: Any, rows: int, length: int) -> Row:
-    """FLOPs, traffic and bounds read from a program; of one too large to compile, its FLOPs by the closed form."""
-    closed = cost.training_flops(config.model, config.data.vocab_size, rows, length, length)
+def cost_and_bounds(
+    config: Config, topology: Topology, compiled: "aot.Compiled", mesh: Any, rows: int, length: int
+) -> Row:
+    """FLOPs, traffic and bounds of a program; only the closed form of its FLOPs if it is too large to compile."""
+    closed_form = cost.training_flops(config.model, config.data.vocab_size, rows, length, length)
     if not compiled.text:
-        return {"flops_per_step": closed, "flops_closed_form": closed, "collectives": {}, "tokens_per_s_bound": None}
+        return {
+            "flops_per_step": closed_form,
+            "flops_closed_form": closed_form,
+            "collectives": {},
+            "tokens_per_s_bound": None,
+        }
     program = Program(compiled.text)
-    flops, moved = hlo_cost.flops(program), hlo_cost.memory_bytes(program)
+    flops, moved = hlo_cost.count_flops(program), hlo_cost.hbm_bytes(program)
     if program.unknown_loops:
-        log_info(f"the trips of these loops could not be read, they count as one: {', '.join(program.unknown_loops)}")
-    sent = hlo_cost.collectives(program, dict(mesh.shape))
-    times = roofline.times(topology.chip, flops, moved, sent)
-    # However well it is compiled, a step reads its arguments and writes its results.
+        log_info(f"unknown trip counts of these loops are taken as 1: {', '.join(program.unknown_loops)}")
+    collectives = hlo_cost.collectives(program, dict(mesh.shape))
+    times = roofline.step_times(topology.chip, flops, moved, collectives)
+    # Every compilation of the step reads its arguments and writes its results.
     least = compiled.arguments + compiled.outputs + compiled.aliased
-    bound = roofline.times(topology.chip, flops, least, sent)
+    bound = roofline.step_times(topology.chip, flops, least, collectives)
     tokens = rows_per_batch(config.train.batch_tokens, length) * length
     return {
         "flops_per_step": flops * mesh.size,
-        "flops_closed_form": closed,
+        "flops_closed_form": closed_form,
         "memory_traffic_bytes": moved,
         "flops_per_byte": round(flops / max(moved, 1), 1),
-        "collectives": _by_kind(sent),
+        "collectives": _collectives_json(collectives),
         "compute_ms": round(1000 * times.compute, 3),
         "memory_ms": round(1000 * times.memory, 3),
         "state_ms": round(1000 * bound.memory, 3),
@@ -177,20 +182,20 @@ def speed(config: Config, topology: Topology, compiled: "aot.Compiled", mesh: An
     }
 
 
-def _by_kind(found: list[hlo_cost.Collective]) -> Row:
-    """Name → count, bytes, and bytes for each set of axes."""
+def _collectives_json(collectives: list[hlo_cost.Collective]) -> Row:
+    """Kind → count, bytes, and bytes for each set of axes."""
     kinds: Row = {}
-    for one in found:
-        kind = kinds.setdefault(one.kind, {"count": 0, "bytes": 0, "axes": {}})
-        axes = "+".join(one.axes) or "other"
-        kind["count"] += one.number
-        kind["bytes"] += one.bytes
-        kind["axes"][axes] = kind["axes"].get(axes, 0) + one.bytes
+    for collective in collectives:
+        kind = kinds.setdefault(collective.kind, {"count": 0, "bytes": 0, "axes": {}})
+        axes = "+".join(collective.axes) or "other"
+        kind["count"] += collective.num_runs
+        kind["bytes"] += collective.bytes
+        kind["axes"][axes] = kind["axes"].get(axes, 0) + collective.bytes
     return kinds
 
 
-def described(row: Row) -> list[str]:
-    """A plan as lines for a person."""
+def format_report(row: Row) -> list[str]:
+    """The lines of a plan for the terminal."""
     mesh = " ".join(f"{name}={size}" for name, size in row["mesh"].items()) or "one device"
     lines = [
         f"{row['topology']}: {row['chips']} chips, {mesh}, {row['dtype']}, {row['rows']} rows of {row['length']} + "
@@ -224,13 +229,13 @@ def _collective_lines(kinds: Row) -> list[str]:
     if not kinds:
         return ["collectives        none"]
     lines = []
-    for kind, found in kinds.items():
-        axes = ", ".join(f"{name} {_mib(size)}" for name, size in found["axes"].items())
-        lines.append(f"{kind:<18} {found['count']} of {_mib(found['bytes'])} in all; over {axes}")
+    for kind, total in kinds.items():
+        axes = ", ".join(f"{name} {_mib(size)}" for name, size in total["axes"].items())
+        lines.append(f"{kind:<18} {total['count']} of {_mib(total['bytes'])} in all; over {axes}")
     return lines
 
 
-def summary(rows: list[Row]) -> list[str]:
+def summary_table(rows: list[Row]) -> list[str]:
     """Several plans as a Markdown table."""
     lines = [
         "| topology | mesh | rows × length | memory of a chip | FLOPs a step | FLOPs a byte | collectives | compute, "
@@ -240,7 +245,7 @@ def summary(rows: list[Row]) -> list[str]:
     for row in rows:
         mesh = " ".join(f"{name}={size}" for name, size in row["mesh"].items())
         sent = ", ".join(
-            f"{found['count']} {kind} {_mib(found['bytes'])}" for kind, found in row["collectives"].items()
+            f"{total['count']} {kind} {_mib(total['bytes'])}" for kind, total in row["collectives"].items()
         )
         times = ", ".join(str(row.get(f"{name}_ms", "–")) for name in ("compute", "memory", "communication"))
         memory = f"{_gib(row['bytes_per_chip'])} of {_gib(row['bytes_available'])}" + (
@@ -257,7 +262,7 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def check_data_parallel(config: Config, topology: Topology) -> None:
-    """Refuses a mesh that --scaling cannot predict from, before anything is compiled."""
+    """Raises a UserError for a mesh that --scaling cannot predict from, before anything is compiled."""
     from transformer.distributed.mesh import MESH_AXES, mesh_shape
 
     shape = zip(MESH_AXES, mesh_shape(config.mesh, topology.chips), strict=True)
@@ -269,7 +274,7 @@ def check_data_parallel(config: Config, topology: Topology) -> None:
 
 
 def scaling(config: Config, topology: Topology, row: Row) -> list[Row]:
-    """Predicted efficiency of a chip as their number grows; nothing of a program too large to compile."""
+    """Predicted efficiency by the number of chips; empty for a program that is too large to compile."""
     if "memory_traffic_bytes" not in row:
         return []
     from transformer.models import registry
@@ -278,25 +283,25 @@ def scaling(config: Config, topology: Topology, row: Row) -> list[Row]:
     flops, moved = row["flops_per_step"] // row["chips"], row["memory_traffic_bytes"]
     gradients = row["collectives"].get("all-reduce", {"bytes": 4 * params})["bytes"]
     width = 2 if config.model.dtype == "bfloat16" else 4
-    ways = {
+    shardings = {
         "data-parallel": roofline.data_parallel(topology.chip, flops, moved, gradients),
         "fully sharded": roofline.fully_sharded(topology.chip, flops, moved, params, width),
     }
     return [
         {
-            "chips": one.chips,
-            "parameters": way,
-            **{f"{name}_ms": round(1000 * part, 6) for name, part in one.times._asdict().items()},
-            "efficiency_overlapped": round(one.overlapped, 6),
-            "efficiency_not_overlapped": round(one.apart, 6),
+            "chips": point.chips,
+            "parameters": sharding,
+            **{f"{name}_ms": round(1000 * part, 6) for name, part in point.step_times._asdict().items()},
+            "efficiency_overlapped": round(point.overlapped, 6),
+            "efficiency_not_overlapped": round(point.serial, 6),
         }
-        for way, scaled in ways.items()
-        for one in scaled
+        for sharding, points in shardings.items()
+        for point in points
     ]
 
 
 def scaling_table(topology: Topology, row: Row) -> list[str]:
-    """What `scaling` found as Markdown, each number of chips with as many tokens a chip as in this plan."""
+    """The result of `scaling` as Markdown; each chip has as many tokens as in this plan."""
     if not row["scaling"]:
         return [f"{topology.chip.name}: no efficiency is predicted, the step is too large to compile"]
     tokens = row["rows"] * row["length"] // row["chips"]
@@ -306,10 +311,10 @@ def scaling_table(topology: Topology, row: Row) -> list[str]:
         "| chips | parameters | compute ms | memory ms | communication ms | efficiency, overlapped | not overlapped |",
         "|---|---|---|---|---|---|---|",
     ]
-    for one in row["scaling"]:
-        times = " | ".join(f"{one[f'{name}_ms']:.1f}" for name in roofline.Times._fields)
-        shares = f"{one['efficiency_overlapped']:.1%} | {one['efficiency_not_overlapped']:.1%}"
-        lines.append(f"| {one['chips']:,} | {one['parameters']} | {times} | {shares} |")
+    for point in row["scaling"]:
+        times = " | ".join(f"{point[f'{name}_ms']:.1f}" for name in roofline.StepTimes._fields)
+        efficiencies = f"{point['efficiency_overlapped']:.1%} | {point['efficiency_not_overlapped']:.1%}"
+        lines.append(f"| {point['chips']:,} | {point['parameters']} | {times} | {efficiencies} |")
     return lines
 
 

@@ -113,7 +113,7 @@ def test_the_largest_batch_that_fits_does_and_a_larger_one_does_not():
     assert row["fit_tokens_per_chip"] * 8 == row["fit_batch_tokens"] > 1024
 
     def needed(tokens):
-        mesh = make_mesh(config.mesh, aot.devices(tight))
+        mesh = make_mesh(config.mesh, aot.topology_devices(tight))
         return aot.compile_step(config, mesh, tokens // 32, 32).needed
 
     found = row["fit_batch_tokens"]
@@ -149,9 +149,9 @@ def test_mistakes_are_told_before_jax_is_imported():
 def test_without_the_tpu_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"TPU compiler: run `make plan`, or pip install 'jax\[tpu\]=="):
-        aot.devices(parse_topology("v5e:4x4"))
+        aot.topology_devices(parse_topology("v5e:4x4"))
     with pytest.raises(UserError, match=r"GPU compiler: pip install 'jax\[cuda13\]=="):
-        aot.devices(parse_topology("h100:8"))
+        aot.topology_devices(parse_topology("h100:8"))
 
 
 @pytest.mark.parametrize(
@@ -174,20 +174,20 @@ def test_without_the_tpu_compiler_it_says_what_to_install(monkeypatch):
     ],
 )
 def test_what_a_program_too_large_would_need_is_read_from_the_compiler_s_message(message, gib):
-    assert aot.needed_bytes(message) == int(gib * 2**30)
+    assert aot.required_bytes(message) == int(gib * 2**30)
 
 
 def test_other_errors_of_the_compiler_stay_errors():
     with pytest.raises(RuntimeError, match="INTERNAL"):
-        aot.needed_bytes("INTERNAL: something else")
+        aot.required_bytes("INTERNAL: something else")
 
 
 def test_a_program_too_large_has_a_row_all_the_same(monkeypatch):
     monkeypatch.setattr(aot, "compile_step", lambda *_: aot.Compiled(0, 0, 0, 0, 0, 2**40, ""))
     row = planned()
     assert (row["fits"], row["bytes_per_chip"], row["tokens_per_s_bound"]) == (False, 2**40, None)
-    assert "does not fit" in "\n".join(plan.described(row))
-    assert "too much" in "\n".join(plan.summary([row, row]))
+    assert "does not fit" in "\n".join(plan.format_report(row))
+    assert "too much" in "\n".join(plan.summary_table([row, row]))
     row["scaling"] = plan.scaling(small_config(), parse_topology("cpu:8"), row)
     assert "too large to compile" in plan.scaling_table(parse_topology("cpu:8"), row)[0]
 
@@ -209,7 +209,7 @@ def test_the_tpu_compiler_says_how_much_too_large_a_program_is():
     model = {"num_layers": 1, "emb_dim": 128, "mlp_dim": 256}
     config = small_config(model=model, data={"vocab_size": 32000, "max_length": 256}, mesh={"data": -1})
     topology = parse_topology("v5e:2x2")
-    mesh = make_mesh(config.mesh, aot.devices(topology))
+    mesh = make_mesh(config.mesh, aot.topology_devices(topology))
     found = aot.compile_step(config, mesh, 2000, 256, -1.0)
     assert not found.text
     assert topology.chip.memory < found.needed < 1.2 * topology.chip.memory

@@ -243,7 +243,7 @@ def test_fsdp_on_tpus_scatters_the_sums_of_gradients():
     """Slices of 128 numbers, a row of the chip's registers: sums of narrower ones may reach every chip whole."""
     fields = {"num_layers": 1, "emb_dim": 512, "num_heads": 8, "mlp_dim": 512}
     config = small_config(model=fields, data={"vocab_size": 320}, mesh={"data": 1, "fsdp": 4})
-    mesh = make_mesh(config.mesh, aot.devices(parse_topology("v5e:2x2")))
+    mesh = make_mesh(config.mesh, aot.topology_devices(parse_topology("v5e:2x2")))
     text = aot.compile_step(config, mesh, 16, 32, -1.0).text
     leaves = jax.tree.leaves(registry.ModelDef(config.model, 320).abstract_params)
     matrices = sum(4 * leaf.size for leaf in leaves if leaf.ndim > 1)

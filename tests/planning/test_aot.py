@@ -24,11 +24,11 @@ def compiled(topology, attention, width):
     fields.model.update({"num_layers": 1, "dtype": "bfloat16", "attention": attention})
     fields.data.max_length = max(width, fields.data.max_length)
     config = validate(fields)
-    mesh = make_mesh(config.mesh, aot.devices(parse_topology(topology)))
+    mesh = make_mesh(config.mesh, aot.topology_devices(parse_topology(topology)))
     rows = aot.batch_rows(config, mesh, width)
     text = aot.compile_step(config, mesh, rows, width, -1.0).text
     closed = cost.training_flops(config.model, config.data.vocab_size, rows, width, width)
-    return text, hlo_cost.flops(Program(text)) * mesh.size, closed
+    return text, hlo_cost.count_flops(Program(text)) * mesh.size, closed
 
 
 @pytest.mark.gpu
@@ -67,7 +67,7 @@ def test_the_big_model_compiles_for_a_tpu_with_splash(width):
 @pytest.mark.gpu
 @pytest.mark.parametrize("topology", ["h200:1", "b200:1"])
 def test_other_gpus_are_described_well_enough_to_compile_for(topology):
-    (device,) = aot.devices(parse_topology(topology))
+    (device,) = aot.topology_devices(parse_topology(topology))
     assert device.device_kind == f"NVIDIA {topology[:4].upper()}"
     one = jax.sharding.SingleDeviceSharding(device)
     x = jax.ShapeDtypeStruct((64, 64), "bfloat16", sharding=one)

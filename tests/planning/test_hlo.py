@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from transformer.planning.hlo import Array, Program, arrays
+from transformer.planning.hlo import ArrayType, Program, parse_array_types
 
 TPU_LOOP = """HloModule jit_f, is_scheduled=true
 
@@ -37,7 +37,7 @@ def compiled(function, *shapes):
 
 
 def dots(program):
-    return [visit.times for visit in program.visits() if visit.instruction.opcode == "dot"]
+    return [run.num_runs for run in program.iter_executed() if run.instruction.opcode == "dot"]
 
 
 def scan(length, body):
@@ -63,8 +63,8 @@ def test_a_loop_whose_trips_depend_on_data_counts_once_and_is_named():
 @pytest.mark.parametrize(("direction", "times", "unknown"), [("LT", 4, []), ("NE", 1, ["loop"])])
 def test_where_no_trips_are_noted_the_counter_s_bounds_tell_them(direction, times, unknown):
     program = Program(TPU_LOOP.replace("DIRECTION", direction))
-    (tuple_,) = [visit for visit in program.visits() if visit.instruction.name == "t"]
-    assert (tuple_.times, program.unknown_loops) == (times, unknown)
+    (tuple_,) = [run for run in program.iter_executed() if run.instruction.name == "t"]
+    assert (tuple_.num_runs, program.unknown_loops) == (times, unknown)
 
 
 @pytest.mark.parametrize(("strides", "times"), [((1,), 4), ((2,), 2), ((3,), 2), ((1, 2), 2)])
@@ -76,8 +76,8 @@ def test_a_counter_may_grow_by_more_than_one_a_trip(strides, times):
         last = f"n{number}"
     text = TPU_LOOP.replace("DIRECTION", "LT").replace("tuple(%i, %x)", f"tuple(%{last}, %x)")
     program = Program(text.replace("  ROOT %t", "\n".join([*lines, "  ROOT %t"])))
-    (tuple_,) = [visit for visit in program.visits() if visit.instruction.name == "t"]
-    assert tuple_.times == times
+    (tuple_,) = [run for run in program.iter_executed() if run.instruction.name == "t"]
+    assert tuple_.num_runs == times
 
 
 def test_both_branches_of_a_condition_count():
@@ -86,17 +86,17 @@ def test_both_branches_of_a_condition_count():
 
 
 def test_types_are_read_with_their_memory():
-    assert arrays("f32[2,3]{1,0:T(8,128)S(1)}") == [Array("f32", (2, 3), 1)]
-    nested = arrays("((bf16[1024,16]{0,1:T(8,128)(2,1)}), /*index=1*/s32[]{:S(2)}, pred[8])")
-    assert nested == [Array("bf16", (1024, 16)), Array("s32", (), 2), Array("pred", (8,))]
+    assert parse_array_types("f32[2,3]{1,0:T(8,128)S(1)}") == [ArrayType("f32", (2, 3), 1)]
+    nested = parse_array_types("((bf16[1024,16]{0,1:T(8,128)(2,1)}), /*index=1*/s32[]{:S(2)}, pred[8])")
+    assert nested == [ArrayType("bf16", (1024, 16)), ArrayType("s32", (), 2), ArrayType("pred", (8,))]
     assert [array.size for array in nested] == [2 * 1024 * 16, 4, 8]
-    assert [array.size for array in arrays("s4[3] f8e4m3fn[5] c64[2] token[]")] == [2, 5, 16, 0]
+    assert [array.size for array in parse_array_types("s4[3] f8e4m3fn[5] c64[2] token[]")] == [2, 5, 16, 0]
 
 
 def test_an_instruction_s_parts():
     program = Program(TPU_LOOP)
     loop = program.entry["loop"]
-    assert (loop.opcode, loop.operands, loop.attribute("body"), loop.root) == ("while", ["given"], "%body", False)
+    assert (loop.opcode, loop.operands, loop.attribute("body"), loop.is_root) == ("while", ["given"], "%body", False)
     assert program.entry["out"].numbers("index") == [1]
     assert program.entry["out"].attribute("condition") == ""
     assert program.computations["cond"]["limit"].text == "6"

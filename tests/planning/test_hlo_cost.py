@@ -33,12 +33,12 @@ def test_matrix_products_of_a_scan_are_counted_by_its_trips():
     def function(x, w):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
-    assert hlo_cost.flops(program_of(function, (8, 16), (5, 16, 16))) == 5 * 2 * 8 * 16 * 16
+    assert hlo_cost.count_flops(program_of(function, (8, 16), (5, 16, 16))) == 5 * 2 * 8 * 16 * 16
 
 
 def test_batched_products():
     product = program_of(lambda x, y: jnp.einsum("bth,bsh->bts", x, y), (3, 5, 7), (3, 11, 7))
-    assert hlo_cost.flops(product) == 2 * 3 * 5 * 11 * 7
+    assert hlo_cost.count_flops(product) == 2 * 3 * 5 * 11 * 7
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_convolutions_count_real_products_alone(padding, stride, expected):
     def function(x, w):
         return jax.lax.conv_general_dilated(x, w, (stride,), padding, dimension_numbers=("NWC", "WIO", "NWC"))
 
-    assert hlo_cost.flops(program_of(function, (4, 10, 2), (3, 2, 3))) == expected
+    assert hlo_cost.count_flops(program_of(function, (4, 10, 2), (3, 2, 3))) == expected
 
 
 def test_a_batched_product_as_the_tpu_compiler_writes_it():
@@ -65,7 +65,7 @@ def test_a_batched_product_as_the_tpu_compiler_writes_it():
         "  ROOT %c = f32[16,16,256,256]{2,3,1,0:T(8,128)} convolution(%x, %y), window={size=16x16 stride=15x15 "
         "lhs_dilate=16x16}, dim_labels=0b1f_0o1i->01bf",
     )
-    assert hlo_cost.flops(program) == 2 * 16 * 16 * 256 * 256 * 64
+    assert hlo_cost.count_flops(program) == 2 * 16 * 16 * 256 * 256 * 64
 
 
 @pytest.mark.parametrize("target", ["__cublas$gemm", "__cublas$lt$matmul"])
@@ -79,8 +79,8 @@ def test_products_that_xla_leaves_to_cublas(target):
         f'backend_config={{"gemm_backend_config":{{"beta":0,"dot_dimension_numbers":{{{dimensions}}}}}}}',
         "  ROOT %product = bf16[3,5,11]{2,1,0} get-tuple-element(%both), index=0",
     )
-    assert hlo_cost.flops(program) == 2 * 3 * 5 * 11 * 7
-    assert hlo_cost.memory_bytes(program) == 2 * 3 * (7 * 5 + 7 * 11 + 5 * 11)
+    assert hlo_cost.count_flops(program) == 2 * 3 * 5 * 11 * 7
+    assert hlo_cost.hbm_bytes(program) == 2 * 3 * (7 * 5 + 7 * 11 + 5 * 11)
 
 
 def test_traffic_is_operands_and_results_of_main_memory():
@@ -91,14 +91,14 @@ def test_traffic_is_operands_and_results_of_main_memory():
         "  %done = f32[2,4]{1,0:S(1)} slice-done(%start)",
         "  ROOT %sum = f32[8,4]{1,0} add(%x, %near)",
     )
-    assert hlo_cost.memory_bytes(program) == 2 * 4 * 4 + 2 * 8 * 4 * 4
+    assert hlo_cost.hbm_bytes(program) == 2 * 4 * 4 + 2 * 8 * 4 * 4
 
 
 def test_a_loop_reads_the_slices_of_its_stack_and_not_the_stack():
     def function(x, w):
         return jax.lax.scan(lambda x, w: (jnp.sin(x) * w, w * 2), x, w)
 
-    moved = hlo_cost.memory_bytes(program_of(function, (1024,), (64, 1024)))
+    moved = hlo_cost.hbm_bytes(program_of(function, (1024,), (64, 1024)))
     row = 1024 * 4
     assert 4 * 64 * row <= moved <= 9 * 64 * row  # x and w in, x and 2w out; the stack each time would be 64 times that
 
@@ -110,7 +110,7 @@ def test_a_gradient_over_the_data_axes_is_one_reduction():
     rows, whole = on_mesh(("data", "fsdp")), on_mesh()
     found = hlo_cost.collectives(program_of(gradient, (16, 32), (64, 16), shardings=(whole, rows), out=whole), MESH)
     # w's gradient is the same in every column, which XLA knows.
-    assert [(one.kind, one.axes, one.chips, one.number) for one in found] == [("all-reduce", ("data", "fsdp"), 8, 1)]
+    assert [(one.kind, one.axes, one.chips, one.num_runs) for one in found] == [("all-reduce", ("data", "fsdp"), 8, 1)]
     assert found[0].bytes in (16 * 4, 16 * 32 * 4)
 
 

@@ -7,7 +7,7 @@ import pytest
 from transformer.planning import roofline
 from transformer.planning.hardware import CHIPS
 from transformer.planning.hlo_cost import Collective
-from transformer.planning.roofline import Times
+from transformer.planning.roofline import StepTimes
 
 CHIP = CHIPS["v5e"]._replace(
     flops=100.0, memory_bandwidth=10.0, link_bandwidth=4.0, network_bandwidth=0.5, slice_chips=256
@@ -26,24 +26,24 @@ def test_what_a_chip_must_send(kind, sent):
 
 
 def test_the_longest_of_three_is_the_bound():
-    times = roofline.times(CHIP, 200, 50, [Collective("all-reduce", ("data",), 2, 1, 12)])
-    assert times == Times(2.0, 5.0, 3.0)
-    assert (times.bound, times.bound_by, times.apart) == (5.0, "memory", 8.0)
+    times = roofline.step_times(CHIP, 200, 50, [Collective("all-reduce", ("data",), 2, 1, 12)])
+    assert times == StepTimes(2.0, 5.0, 3.0)
+    assert (times.bound, times.bound_by, times.serial) == (5.0, "memory", 8.0)
 
 
 def test_data_parallel_chips_send_almost_the_same_however_many_there_are():
     scaled = roofline.data_parallel(CHIP, flops=1000, memory_bytes=20, gradient_bytes=8)
     assert [one.chips for one in scaled] == [8, 16, 32, 64, 128, 256, 512, 1024]
-    assert scaled[0].times == Times(10.0, 2.0, 2 * 7 / 8 * 8 / 4)
+    assert scaled[0].step_times == StepTimes(10.0, 2.0, 2 * 7 / 8 * 8 / 4)
     assert scaled[0].overlapped == 1.0
-    assert scaled[0].apart == pytest.approx(10 / 13.5)
+    assert scaled[0].serial == pytest.approx(10 / 13.5)
     # Two slices: once around each, and a 256th of the gradients over the network.
-    assert scaled[6].times.communication == pytest.approx(2 * 255 / 256 * 8 / 4 + 2 / 2 * 8 / 256 / 0.5)
-    assert all(one.apart >= after.apart for one, after in itertools.pairwise(scaled))
+    assert scaled[6].step_times.communication == pytest.approx(2 * 255 / 256 * 8 / 4 + 2 / 2 * 8 / 256 / 0.5)
+    assert all(one.serial >= after.serial for one, after in itertools.pairwise(scaled))
 
 
 def test_sharded_chips_hold_less_and_send_more():
     whole = roofline.data_parallel(CHIP, flops=100, memory_bytes=1000, gradient_bytes=2 * 20)
     split = roofline.fully_sharded(CHIP, flops=100, memory_bytes=1000, params=20, bytes_each=2)
-    assert split[0].times.memory == pytest.approx((1000 - 24 * 20 * 7 / 8) / 10)
-    assert split[0].times.communication == pytest.approx(whole[0].times.communication * 3 / 2)
+    assert split[0].step_times.memory == pytest.approx((1000 - 24 * 20 * 7 / 8) / 10)
+    assert split[0].step_times.communication == pytest.approx(whole[0].step_times.communication * 3 / 2)

@@ -1,4 +1,4 @@
-"""The training step compiled ahead of time, for devices that need not be here."""
+"""Ahead-of-time compilation of the training step for devices that are not attached, and the largest batch that fits."""
 
 import importlib.metadata
 import importlib.util
@@ -21,15 +21,16 @@ from transformer.training import train_step
 
 
 class Compiled(NamedTuple):
-    """A program and the bytes of main memory that a chip needs for it.
+    """A compiled program and its HBM in bytes per chip.
 
     Attributes:
       arguments: state and batch.
-      temporaries: what is alive at the worst moment besides.
-      outputs: results that do not take the place of an argument.
-      code: the program itself.
-      text: the program as XLA prints it; empty where it is too large to compile.
-      needed: all of it, as the compiler says where it refuses.
+      temporaries: at the peak.
+      outputs: results without those aliased to arguments.
+      aliased: results aliased to arguments.
+      code: of the program.
+      needed: in all; if the program is too large, from the compiler's error.
+      text: as XLA prints it; "" if the program is too large.
     """
 
     arguments: int
@@ -41,17 +42,19 @@ class Compiled(NamedTuple):
     text: str
 
 
-def devices(topology: Topology) -> list[Any]:
-    """The devices of a topology, described and not there, or simulated ones.
+def topology_devices(topology: Topology) -> list[Any]:
+    """The devices of a topology: descriptions for ahead-of-time compilation, or simulated devices.
 
     Raises:
-      UserError: an arrangement that cannot be, or the compiler for it is not installed.
+      UserError: the topology is invalid, or its compiler is not installed.
     """
     if topology.chip.platform == "cpu":
-        found = jax.devices("cpu")
-        if len(found) < topology.chips:
-            raise UserError(f"--topology={topology.name}: JAX has already started with {len(found)} simulated devices")
-        return found[: topology.chips]
+        simulated = jax.devices("cpu")
+        if len(simulated) < topology.chips:
+            raise UserError(
+                f"--topology={topology.name}: JAX has already started with {len(simulated)} simulated devices"
+            )
+        return simulated[: topology.chips]
     tpu = topology.chip.platform == "tpu"
     compilers = ["libtpu"] if tpu else ["jax_cuda13_plugin", "jax_cuda12_plugin"]
     if not any(map(importlib.util.find_spec, compilers)):
@@ -73,7 +76,7 @@ def devices(topology: Topology) -> list[Any]:
 
 
 def batch_rows(config: Config, mesh: Mesh, length: int) -> int:
-    """Rows of a batch of this width, filled up so that they divide over the mesh and the parts of a step."""
+    """Rows of a batch of this width, padded to a multiple of mesh and accumulation steps."""
     rows = rows_per_batch(config.train.batch_tokens, length)
     return sharding.padded_batch_size(mesh, rows, config.train.accumulation_steps)
 
@@ -82,7 +85,10 @@ def compile_step(config: Config, mesh: Mesh, rows: int, length: int, effort: flo
     """Compiles the update for batches of this shape.
 
     Args:
-      effort: how hard XLA tries for speed of the program, from -1 to 0, which is its default.
+      config: of the run.
+      mesh: of the devices to compile for.
+      rows, length: of the batch.
+      effort: of XLA to optimize the program, from -1 to 0, its default.
     """
     model = registry.ModelDef(config.model, config.data.vocab_size)
     ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding.batch_sharding(mesh))
@@ -93,7 +99,7 @@ def compile_step(config: Config, mesh: Mesh, rows: int, length: int, effort: flo
     try:
         compiled = lowered.compile(compiler_options=compiler_options(platform, effort))
     except jax.errors.JaxRuntimeError as error:
-        return Compiled(0, 0, 0, 0, 0, needed_bytes(str(error)), "")
+        return Compiled(0, 0, 0, 0, 0, required_bytes(str(error)), "")
     memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     aliased, code = memory.alias_size_in_bytes, memory.generated_code_size_in_bytes
@@ -103,8 +109,8 @@ def compile_step(config: Config, mesh: Mesh, rows: int, length: int, effort: flo
 
 
 def compiler_options(platform: str, effort: float) -> dict[str, Any]:
-    """Options of this version of JAX for a platform and an effort, see `compile_step`."""
-    # Without a GPU to try them on, XLA would have Triton multiply all matrices, and finds no tiles for some.
+    """Compiler options of this version of JAX; `effort` as in `compile_step`."""
+    # Without a GPU for autotuning, XLA would use Triton for all matrix products, and finds no tiles for some.
     options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False} if platform == "cuda" else {}
     if hasattr(jax.config, "jax_exec_time_optimization_effort"):  # until JAX 0.10
         return {**options, "exec_time_optimization_effort": effort}
@@ -112,51 +118,51 @@ def compiler_options(platform: str, effort: float) -> dict[str, Any]:
     return {**options, "optimization_level": level}
 
 
-# The TPU compiler's words, as libtpu 0.0.42.1 says them, and as older ones did.
-_TOO_MUCH = re.compile(r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])")
+# The TPU compiler's error, by libtpu 0.0.42.1 ("required for HLO temporaries (20.5G)") and older ("Used 20.5G").
+_OUT_OF_MEMORY = re.compile(r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])")
 
 
-def needed_bytes(message: str) -> int:
-    """What a program would need, from the compiler's message that there is not so much; other errors stay errors."""
-    used = _TOO_MUCH.search(message)
+def required_bytes(message: str) -> int:
+    """The bytes that a program needs, from the compiler's out-of-memory error; raises other errors."""
+    used = _OUT_OF_MEMORY.search(message)
     if "RESOURCE_EXHAUSTED" not in message or not used:
         raise RuntimeError(message)
     return int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
 
 
-CLOSE = 0.04  # of what fits: how near the search comes to what does not
+TOLERANCE = 0.04  # of the result of `max_batch`
+MAX_UNITS = 2**20
 
-MOST = 2**20
 
+def max_batch(needed: Callable[[int], int], available: int, first: int = 1) -> int:
+    """The largest number of units, such as rows a chip, that fits into memory, within 4%; 0 if one does not fit.
 
-def largest(needed: Callable[[int], int], available: int, first: int = 1) -> int:
-    """The most units of batch, such as rows a chip, that need no more than is available; 0 where one does not fit.
-
-    Memory grows about evenly with the batch, so a line through two trials says what to try next; but what
-    counts is what was tried. The result is within 4% of the most.
+    Memory grows about linearly with the batch, so the next trial is where the line through the last two meets the
+    limit. The result is always a trial that fits.
 
     Args:
-      needed: bytes for so many units.
-      first: units to try first.
+      needed: bytes for a number of units.
+      available: bytes.
+      first: units of the first trial.
     """
-    tried: dict[int, int] = {}
-    units, fits, fails = first, 0, MOST
+    trials: dict[int, int] = {}
+    units, fits, fails = first, 0, MAX_UNITS
     while units:
-        tried[units] = needed(units)
-        if tried[units] <= available:
+        trials[units] = needed(units)
+        if trials[units] <= available:
             fits = units
         else:
             fails = units
-        nearest = fits + max(1, int(fits * CLOSE))
-        if nearest >= fails:
+        smallest_step = fits + max(1, int(fits * TOLERANCE))
+        if smallest_step >= fails:
             break
-        units = min(max(_on_line(tried, available), nearest), fails - 1, 8 * max(fits, 1))
+        units = min(max(_extrapolate(trials, available), smallest_step), fails - 1, 8 * max(fits, 1))
     return fits
 
 
-def _on_line(tried: dict[int, int], available: int) -> int:
-    """Where a line through the last two trials, or through one and zero, meets the limit."""
-    (low, low_bytes), (high, high_bytes) = [(0, 0), *tried.items()][-2:]
+def _extrapolate(trials: dict[int, int], available: int) -> int:
+    """Where the line through the last two trials, or through the only one and zero, meets the limit."""
+    (low, low_bytes), (high, high_bytes) = [(0, 0), *trials.items()][-2:]
     if low_bytes == high_bytes:
         return high
     return int(low + (available - low_bytes) * (high - low) / (high_bytes - low_bytes))

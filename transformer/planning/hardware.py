@@ -1,7 +1,7 @@
-"""What is published of the chips that a plan can be made for, and names of topologies such as v5e:4x4.
+"""Published figures of accelerators, and the parser of topologies such as v5e:4x4.
 
-Peaks are of dense bfloat16 matrix products. Bandwidths are in bytes a second; those of links and network
-count what one chip can send at a time over all of its ports, half of the "bidirectional" figure.
+Peaks are of dense bfloat16 matrix products. Bandwidths are in bytes a second; those of links and network are what one
+chip can send over all of its ports, half of the "bidirectional" figure.
 """
 
 import math
@@ -14,18 +14,18 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One kind of chip.
+    """A kind of chip.
 
     Attributes:
       name: as in a topology's name.
       platform: tpu, gpu or cpu.
       flops: peak FLOPs a second, bfloat16.
-      memory: bytes that a program can have, which is a little less than what is sold.
+      memory: bytes available to a program, a little less than what is sold.
       memory_bandwidth: of that memory.
       link_bandwidth: to other chips of the same slice or machine.
-      network_bandwidth: a chip's share of its host's network, to other slices.
-      slice_chips: how many chips the links join at most.
-      dims: numbers in a topology's name: 2 in v5e:4x4.
+      network_bandwidth: to other slices, a chip's share of its host's network.
+      slice_chips: the largest number of chips joined by links.
+      dims: of a topology: 2 in v5e:4x4.
       source: where the figures are published.
     """
 
@@ -41,8 +41,8 @@ class Chip(NamedTuple):
     source: str
 
 
-# Memory of TPUs is what libtpu 0.0.42.1 lets a program have: it names the figure where one needs more.
-# A simulated device is no hardware: its figures are round ones, for trying the command out.
+# Memory of TPUs is the limit in the out-of-memory error of libtpu 0.0.42.1. The figures of the simulated device are
+# made up, to try the command out.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -54,16 +54,21 @@ CHIPS = {
         Chip("h100", "gpu", 989e12, 84_929_347_584, 3.35e12, 450e9, 50e9, 8, 1, "nvidia.com/data-center/h100"),
         Chip("h200", "gpu", 989e12, 151_397_597_184, 4.8e12, 450e9, 50e9, 8, 1, "nvidia.com/data-center/h200"),
         Chip("b200", "gpu", 2250e12, 191_514_411_008, 8e12, 900e9, 50e9, 8, 1, "nvidia.com/data-center/dgx-b200"),
-        Chip("cpu", "cpu", 1e11, 4 * GIB, 2e10, 1e10, 1e9, 4096, 1, "round figures, of no hardware"),
+        Chip("cpu", "cpu", 1e11, 4 * GIB, 2e10, 1e10, 1e9, 4096, 1, "made up"),
     )
 }
 
 
 def _gpu_target(name: str, kind: str, capability: int, cores: int, l2_cache: int, clock_ghz: float) -> str:
-    """What XLA asks a GPU about itself, for compiling where there is none; the figures are of XLA's own list of GPUs.
+    """XLA's description of a GPU for ahead-of-time compilation, with the figures of XLA's own list of GPUs.
 
     Args:
-      kind: as JAX's `device_kind` has it.
+      name: of the chip.
+      kind: JAX's `device_kind`.
+      capability: major compute capability.
+      cores: streaming multiprocessors.
+      l2_cache: bytes.
+      clock_ghz: of the cores.
     """
     chip = CHIPS[name]
     return f"""
@@ -88,7 +93,7 @@ GPU_TARGETS = {
 
 
 class Topology(NamedTuple):
-    """Chips of one kind, arranged."""
+    """An arrangement of chips of one kind."""
 
     name: str
     chip: Chip
@@ -96,10 +101,10 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str) -> Topology:
-    """The topology of a name: v5e:AxB, v6e:AxB, v5p:AxBxC, h100:N, h200:N, b200:N, and cpu:N for simulated devices.
+    """Parses v5e:AxB, v6e:AxB, v5p:AxBxC, h100:N, h200:N, b200:N, and cpu:N for simulated devices.
 
     Raises:
-      UserError: a kind of chip that is not known, or an arrangement that is none.
+      UserError: an unknown kind of chip, or an invalid arrangement.
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:

@@ -1,7 +1,7 @@
-"""What one run of a compiled program costs a chip: FLOPs, bytes of main memory, and what is sent to other chips.
+"""The cost of one run of a compiled program per chip: FLOPs, HBM traffic and communication.
 
-FLOPs are those of matrix products, two a multiply-add, as in `cost`. Bytes of memory are what fusions and
-other scheduled instructions read and write, each operand once; of an operand that is only sliced, the slice.
+FLOPs are those of matrix products, two a multiply-add, as in `models.flops`. HBM traffic is what fusions and other
+scheduled instructions read and write: each operand once, or the slice if the operand is only sliced.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transformer.planning.hlo import Array, Computation, Instruction, Program, Visit
+from transformer.planning.hlo import ArrayType, Computation, Instruction, InstructionRun, Program
 
 Groups = frozenset[frozenset[int]]
 
@@ -21,300 +21,374 @@ _NO_TRAFFIC = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"),
     *("partition-id", "replica-id", "iota", "opt-barrier", "domain", "add-dependency", "async-start", "async-update"),
 }
-_SLICES = ("dynamic-slice", "slice", "gather")
+_SLICE_OPCODES = ("dynamic-slice", "slice", "gather")
 
 
 class Collective(NamedTuple):
-    """One kind of communication over the same axes of the mesh, all of it in one run of the program.
+    """All communication of one kind over the same mesh axes in one run of the program.
 
     Attributes:
       kind: such as all-reduce.
-      axes: mesh axes that it spans; empty where it matches none.
-      chips: that take part in each.
-      number: how many, those of loops as often as they run.
-      bytes: of the whole array that is summed, gathered or scattered, or that one chip passes on.
+      axes: mesh axes that it spans; empty if the groups match no axes.
+      chips: in a group.
+      num_runs: of such operations, including those of loops.
+      bytes: of the whole arrays that are summed, gathered or scattered, or that one chip passes on.
     """
 
     kind: str
     axes: tuple[str, ...]
     chips: int
-    number: int
+    num_runs: int
     bytes: int
 
 
-def flops(program: Program) -> int:
-    """FLOPs of all matrix products that one chip computes."""
-    return sum(visit.times * _flops(visit) for visit in program.visits())
+def count_flops(program: Program) -> int:
+    """FLOPs of all matrix products on one chip."""
+    return sum(run.num_runs * _instruction_flops(run) for run in program.iter_executed())
 
 
-def _flops(visit: Visit) -> int:
-    instruction = visit.instruction
+def _instruction_flops(run: InstructionRun) -> int:
+    """FLOPs of a matrix product: 2 × size of the result × contracted size.
+
+    %dot = f32[8,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+    """
+    instruction = run.instruction
     if instruction.opcode == "dot":
-        left = _operand(visit, 0).shape
+        left = _operand_array(run, 0).shape
         contracted = math.prod(left[axis] for axis in instruction.numbers("lhs_contracting_dims"))
         return 2 * math.prod(instruction.result[0].shape) * contracted
     if instruction.opcode == "custom-call":
-        return _cublas_flops(visit) if _is_cublas(instruction) else _kernel_flops(visit)
-    return _convolution_flops(visit) if instruction.opcode == "convolution" else 0
+        return _cublas_flops(run) if _is_cublas(instruction) else _kernel_flops(run)
+    return _convolution_flops(run) if instruction.opcode == "convolution" else 0
 
 
 def _is_cublas(instruction: Instruction) -> bool:
-    """Whether it is a matrix product that XLA leaves to cuBLAS or cuBLASLt."""
+    """Whether the instruction is a matrix product by cuBLAS or cuBLASLt."""
     return instruction.attribute("custom_call_target").strip('"') in _CUBLAS
 
 
 _CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
 
 
-def _cublas_flops(visit: Visit) -> int:
-    contracting = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', visit.instruction.rest)
+def _cublas_flops(run: InstructionRun) -> int:
+    """FLOPs of a cuBLAS product, whose result comes with a workspace:
+
+    %both = (bf16[3,5,11]{2,1,0}, s8[4194304]{0}) custom-call(%x, %y), custom_call_target="__cublas$gemm",
+      backend_config={"gemm_backend_config":{…"lhs_contracting_dimensions":["1"],…}}
+    """
+    contracting = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', run.instruction.rest)
     if not contracting:
-        raise ValueError(f"cannot read the dimensions of {visit.instruction.name}: {visit.instruction.rest[:120]!r}")
-    left = _operand(visit, 0).shape
+        raise ValueError(f"cannot read the dimensions of {run.instruction.name}: {run.instruction.rest[:120]!r}")
+    left = _operand_array(run, 0).shape
     contracted = math.prod(left[int(axis)] for axis in re.findall(r"\d+", contracting[1]))
-    return 2 * math.prod(visit.instruction.result[0].shape) * contracted
+    return 2 * math.prod(run.instruction.result[0].shape) * contracted
 
 
-class _Kernel(NamedTuple):
-    """An attention kernel: what it is called, which axis of its keys is their length, and its products of each width.
+class _AttentionKernel(NamedTuple):
+    """A fused attention kernel.
 
-    Every one multiplies queries by keys: forward also weights by values; the backward pass computes the weights and
-    their gradients anew, and each of three gradients is a product.
+    The forward pass multiplies queries by keys and weights by values. The backward pass recomputes the weights and
+    their gradients, and multiplies for each of the gradients of queries, keys and values.
+
+    Attributes:
+      name: prefix of the instruction's name, or its custom_call_target.
+      length_axis: of the keys.
+      key_products, value_products: the number of products with the width of keys, and of values.
     """
 
     name: str
-    length: int
-    of_keys: int
-    of_values: int
+    length_axis: int
+    key_products: int
+    value_products: int
 
 
-_KERNELS = (
-    _Kernel("splash_mha_fwd", -2, 1, 1),
-    _Kernel("splash_mha_dq", -2, 2, 1),
-    _Kernel("splash_mha_dkv", -2, 2, 2),
-    _Kernel('"__cudnn$fmhaSoftmaxBackward"', 1, 3, 2),
-    _Kernel('"__cudnn$fmhaSoftmax"', 1, 1, 1),
+_ATTENTION_KERNELS = (
+    _AttentionKernel("splash_mha_fwd", -2, 1, 1),
+    _AttentionKernel("splash_mha_dq", -2, 2, 1),
+    _AttentionKernel("splash_mha_dkv", -2, 2, 2),
+    _AttentionKernel('"__cudnn$fmhaSoftmaxBackward"', 1, 3, 2),
+    _AttentionKernel('"__cudnn$fmhaSoftmax"', 1, 1, 1),
 )
 
 
-def _kernel_flops(visit: Visit) -> int:
-    """Products of an attention kernel over all queries and keys, what a causal mask hides too, as in `cost`."""
-    name, target = visit.instruction.name, visit.instruction.attribute("custom_call_target")
-    for kernel in _KERNELS:
+def _kernel_flops(run: InstructionRun) -> int:
+    """FLOPs of an attention kernel over all pairs of query and key, masked ones included, as in `models.flops`.
+
+    %splash_mha_fwd.1 = f32[…] custom-call(%q, %k, %v, …), custom_call_target="tpu_custom_call"
+    %fmha = (bf16[…], u8[0]) custom-call(%q, %k, %v), custom_call_target="__cudnn$fmhaSoftmax"
+    """
+    name, target = run.instruction.name, run.instruction.attribute("custom_call_target")
+    for kernel in _ATTENTION_KERNELS:
         if name.startswith(kernel.name) or target == kernel.name:
-            operands = [array for index in range(len(visit.instruction.operands)) for array in _operands(visit, index)]
+            operands = [
+                array for index in range(len(run.instruction.operands)) for array in _operand_arrays(run, index)
+            ]
             q, k, v = [array.shape for array in operands if array.dtype in ("bf16", "f16", "f32")][:3]
-            widths = kernel.of_keys * q[-1] + kernel.of_values * v[-1]
-            return 2 * math.prod(q[:-1]) * k[kernel.length] * widths
+            widths = kernel.key_products * q[-1] + kernel.value_products * v[-1]
+            return 2 * math.prod(q[:-1]) * k[kernel.length_axis] * widths
     return 0
 
 
-def _convolution_flops(visit: Visit) -> int:
-    """The TPU compiler writes matrix products as convolutions, batches as dilated windows: only real products count."""
-    instruction = visit.instruction
-    left, right, out = (_operand(visit, 0).shape, _operand(visit, 1).shape, instruction.result[0].shape)
+def _convolution_flops(run: InstructionRun) -> int:
+    """FLOPs of a convolution without those of padding, strides and dilation.
+
+    The TPU compiler writes matrix products as convolutions, and batch axes as dilated windows. This is bhtk,bhsk->bhts
+    with b = h = 16: each output sees one position of the window of 16 x 16.
+
+        %c = f32[16,16,256,256] convolution(%x, %y), window={size=16x16 stride=15x15 lhs_dilate=16x16},
+          dim_labels=0b1f_0o1i->01bf
+    """
+    instruction = run.instruction
+    left, right, out = (_operand_array(run, 0).shape, _operand_array(run, 1).shape, instruction.result[0].shape)
     labels = re.split("_|->", instruction.attribute("dim_labels"))
     window = dict(part.split("=") for part in instruction.attribute("window").strip("{}").split())
     products = 1
     for label in (letter for letter in labels[0] if letter.isdigit()):
         size = left[labels[0].index(label)], right[labels[1].index(label)], out[labels[2].index(label)]
-        products *= _real_products(*size, **{name: _of(window, name, int(label)) for name in _WINDOW})
+        products *= _num_real_products(
+            *size, **{name: _window_value(window, name, int(label)) for name in _WINDOW_DEFAULTS}
+        )
     groups = max(instruction.numbers("batch_group_count") or [1])
     batch = -(-left[labels[0].index("b")] // groups)
     return 2 * products * batch * right[labels[1].index("i")] * right[labels[1].index("o")]
 
 
-_WINDOW = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
+_WINDOW_DEFAULTS = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
 
 
-def _of(window: Mapping[str, str], name: str, index: int) -> int:
-    """A window's number of one dimension; of padding, that before the first element."""
-    return int(window[name].split("x")[index].split("_")[0]) if name in window else int(_WINDOW[name].split("_")[0])
+def _window_value(window: Mapping[str, str], name: str, index: int) -> int:
+    """The value of a window's attribute for one dimension: 3 of stride=2x3; of pad=1_0x2_0 the low padding, 2."""
+    return (
+        int(window[name].split("x")[index].split("_")[0])
+        if name in window
+        else int(_WINDOW_DEFAULTS[name].split("_")[0])
+    )
 
 
-def _real_products(left: int, kernel: int, out: int, *, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """Pairs of an output and a kernel position that fall on an element, neither on padding nor between elements."""
-    at = np.arange(out)[:, None] * stride + np.arange(kernel) * rhs_dilate - pad
-    return int(((at >= 0) & (at % lhs_dilate == 0) & (at // lhs_dilate < left)).sum())
+def _num_real_products(
+    left: int, kernel: int, out: int, *, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
+) -> int:
+    """The number of (output, kernel) positions whose input is an element, neither padding nor a hole of dilation."""
+    position = np.arange(out)[:, None] * stride + np.arange(kernel) * rhs_dilate - pad
+    return int(((position >= 0) & (position % lhs_dilate == 0) & (position // lhs_dilate < left)).sum())
 
 
-def memory_bytes(program: Program) -> int:
-    """Bytes that one chip reads from and writes to its main memory."""
-    return sum(visit.times * _traffic(visit, program) for visit in program.visits() if not visit.fused)
+def hbm_bytes(program: Program) -> int:
+    """Bytes that one chip reads from and writes to HBM."""
+    runs = (run for run in program.iter_executed() if not run.is_fused)
+    return sum(run.num_runs * _instruction_hbm_bytes(run, program) for run in runs)
 
 
-def _traffic(visit: Visit, program: Program) -> int:
-    instruction = visit.instruction
+def _instruction_hbm_bytes(run: InstructionRun, program: Program) -> int:
+    """Bytes that one instruction reads from and writes to HBM; S(1) marks arrays in VMEM.
+
+    %sum = f32[8,4]{1,0} add(%x, %in_vmem)
+    %start = ((f32[8,4]{1,0}), f32[2,4]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:2], [0:4]}
+    """
+    instruction = run.instruction
     opcode = instruction.opcode
     if opcode in _NO_TRAFFIC or opcode.endswith("-done"):
         return 0
-    operands = [array for index in range(len(instruction.operands)) for array in _operands(visit, index)]
+    operands = [array for index in range(len(instruction.operands)) for array in _operand_arrays(run, index)]
     if opcode in ("copy-start", "slice-start"):
-        # The result is a tuple of source, destination and a flag, in some order: what moves is the smallest.
+        # The result is a tuple of source, destination and a flag, in some order: the smallest array is what moves.
         moved = min(array.size for array in instruction.result if array.shape)
-        places = {array.space for array in instruction.result if array.shape}
-        return 2 * moved if places == {0} else moved * (0 in places)
-    if opcode in _SLICES:
-        return _main([instruction.result[0]]) + (0 if operands[0].space else instruction.result[0].size)
+        spaces = {array.space for array in instruction.result if array.shape}
+        return 2 * moved if spaces == {0} else moved * (0 in spaces)
+    if opcode in _SLICE_OPCODES:
+        return _hbm_size([instruction.result[0]]) + (0 if operands[0].space else instruction.result[0].size)
     if opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * _main(operands[-1:] if opcode == "scatter" else operands[1:2])
+        return 2 * _hbm_size(operands[-1:] if opcode == "scatter" else operands[1:2])
     if opcode == "fusion":
-        return _fusion_traffic(visit, program)
+        return _fusion_hbm_bytes(run, program)
     if _is_cublas(instruction):
-        return _main(operands) + _main(instruction.result[:1])  # without what it may use to work in
-    return _main(operands) + _main(instruction.result)
+        return _hbm_size(operands) + _hbm_size(instruction.result[:1])  # without the workspace
+    return _hbm_size(operands) + _hbm_size(instruction.result)
 
 
-def _fusion_traffic(visit: Visit, program: Program) -> int:
-    """Operands that the fusion only slices count as the slices; a result updated in place counts as the update."""
-    inside = program.computations.get(visit.instruction.attribute("calls").lstrip("%"), {})
-    total = 0
-    updated = {}
+def _fusion_hbm_bytes(run: InstructionRun, program: Program) -> int:
+    """HBM traffic of a fusion: of an operand that it only slices, the slice; of a result updated in place, the update.
+
+    This fusion of a loop reads a row of %stack and writes a row of %out, not the arrays of 64 rows:
+
+        %fused (stack: f32[64,1024], out: f32[64,1024], i: s32[]) -> f32[64,1024] {
+          %row = f32[1,1024] dynamic-slice(%stack, %i, %zero), dynamic_slice_sizes={1,1024}
+          %double = f32[1,1024] multiply(%row, %two)
+          ROOT %update = f32[64,1024] dynamic-update-slice(%out, %double, %i, %zero)
+        }
+    """
+    inside = program.computations.get(run.instruction.attribute("calls").lstrip("%"), {})
+    read = 0
+    updated = {}  # parameter that is updated in place → size of the update
     for inner in inside.values():
         if inner.opcode == "dynamic-update-slice":
-            updated[_through(inside, inner.operands[0]).name] = inside[inner.operands[1]].result[0].size
+            updated[_resolve_alias(inside, inner.operands[0]).name] = inside[inner.operands[1]].result[0].size
     for inner in inside.values():
-        if inner.opcode != "parameter" or not _main(inner.result):
+        if inner.opcode != "parameter" or not _hbm_size(inner.result) or inner.name in updated:
             continue
         users = [user for user in inside.values() if inner.name in user.operands]
-        if inner.name in updated:
-            continue
-        if users and all(user.opcode in _SLICES and user.operands[0] == inner.name for user in users):
-            total += sum(user.result[0].size for user in users)
+        if users and all(user.opcode in _SLICE_OPCODES and user.operands[0] == inner.name for user in users):
+            read += sum(user.result[0].size for user in users)
         else:
-            total += _main(inner.result)
+            read += _hbm_size(inner.result)
     if updated:
-        return total + 2 * sum(updated.values())
-    return total + _main(visit.instruction.result)
+        return read + 2 * sum(updated.values())
+    return read + _hbm_size(run.instruction.result)
 
 
-def _through(computation: Computation, name: str) -> Instruction:
-    """The instruction behind those that only change the type."""
+def _resolve_alias(computation: Computation, name: str) -> Instruction:
+    """The instruction behind bitcasts, copies and conversions."""
     instruction = computation[name]
     while instruction.opcode in ("bitcast", "copy", "convert") and instruction.operands[0] in computation:
         instruction = computation[instruction.operands[0]]
     return instruction
 
 
-def _main(arrays: list[Array]) -> int:
+def _hbm_size(arrays: list[ArrayType]) -> int:
     return sum(array.size for array in arrays if not array.space)
 
 
-def _operands(visit: Visit, index: int) -> list[Array]:
-    source = visit.computation.get(visit.instruction.operands[index])
+def _operand_arrays(run: InstructionRun, index: int) -> list[ArrayType]:
+    source = run.computation.get(run.instruction.operands[index])
     return source.result if source else []
 
 
-def _operand(visit: Visit, index: int) -> Array:
-    return _operands(visit, index)[0]
+def _operand_array(run: InstructionRun, index: int) -> ArrayType:
+    return _operand_arrays(run, index)[0]
 
 
 def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     """All communication of one run, by kind and mesh axes.
 
     Args:
+      program: for one chip.
       mesh: axis names and sizes; devices are numbered along the mesh, its last axis fastest.
     """
-    names = _axes_by_groups(mesh)
-    found: dict[tuple, Collective] = {}
-    split: set[str] = set()
-    for visit in program.visits():
-        kind = visit.instruction.opcode.removesuffix("-start")
-        channel = visit.instruction.attribute("channel_id")
-        if visit.fused and _is_scatter(visit):
+    axes_of = _axes_by_groups(mesh)
+    totals: dict[tuple, Collective] = {}
+    counted_channels: set[str] = set()
+    for run in program.iter_executed():
+        kind = run.instruction.opcode.removesuffix("-start")
+        channel = run.instruction.attribute("channel_id")
+        if run.is_fused and _is_reduce_scatter(run):
             kind = "reduce-scatter"
-        elif kind not in COLLECTIVES or (visit.fused and channel in split):
-            continue  # where a transfer goes on during several fusions, each of them holds a copy of it
-        elif visit.fused:
-            split.add(channel)
-        groups = _groups(visit.instruction, math.prod(mesh.values()))
-        axes = _permuted_axes(groups, mesh) if kind == "collective-permute" else names.get(groups, ())
+        elif kind not in COLLECTIVES or (run.is_fused and channel in counted_channels):
+            continue  # a transfer that overlaps with several fusions has a copy in each of them
+        elif run.is_fused:
+            counted_channels.add(channel)
+        groups = _parse_groups(run.instruction, math.prod(mesh.values()))
+        axes = _permuted_axes(groups, mesh) if kind == "collective-permute" else axes_of.get(groups, ())
         chips = max((len(group) for group in groups), default=1)
-        sent = sum(array.size for index in range(len(visit.instruction.operands)) for array in _operands(visit, index))
-        size = visit.times * sent * (chips if kind == "all-gather" else 1)
-        old = found.get((kind, axes, chips), Collective(kind, axes, chips, 0, 0))
-        found[kind, axes, chips] = old._replace(number=old.number + visit.times, bytes=old.bytes + size)
-    return sorted(found.values(), key=lambda one: -one.bytes)
+        arrays = [array for i in range(len(run.instruction.operands)) for array in _operand_arrays(run, i)]
+        size = run.num_runs * sum(array.size for array in arrays) * (chips if kind == "all-gather" else 1)
+        total = totals.get((kind, axes, chips), Collective(kind, axes, chips, 0, 0))
+        totals[kind, axes, chips] = total._replace(num_runs=total.num_runs + run.num_runs, bytes=total.bytes + size)
+    return sorted(totals.values(), key=lambda total: -total.bytes)
 
 
-_SLICING = {
+_REDUCE_SCATTER_OPCODES = {
     *("all-reduce", "dynamic-slice", "get-tuple-element", "tuple", "bitcast", "reshape", "copy"),
     *("parameter", "constant", "partition-id", "replica-id", "add", "multiply", "divide", "remainder", "convert"),
 }
 
 
-def _is_scatter(visit: Visit) -> bool:
-    """On TPU a reduce-scatter is a fusion of an all-reduce, of several arrays even, with the slices a chip keeps."""
-    inside = visit.computation.values()
-    if visit.instruction.opcode != "all-reduce" or any(one.opcode not in _SLICING for one in inside):
+def _is_reduce_scatter(run: InstructionRun) -> bool:
+    """Whether an all-reduce is in a fusion that keeps only slices of the sums, as a reduce-scatter is written on TPU:
+
+    %sum-and-slice (p: f32[16]) -> f32[2] {
+      %p = f32[16]{0} parameter(0)
+      %sum = f32[16]{0} all-reduce(%p), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+      %id = u32[] partition-id()
+      ROOT %mine = f32[2]{0} dynamic-slice(%sum, %id), dynamic_slice_sizes={2}
+    }
+    """
+    inside = run.computation.values()
+    if run.instruction.opcode != "all-reduce" or any(inner.opcode not in _REDUCE_SCATTER_OPCODES for inner in inside):
         return False
-    sums, waiting = [one for one in inside if one.opcode == "dynamic-slice"], [visit.instruction.name]
-    while waiting:
-        users = [one for one in inside if waiting[0] in one.operands]
-        waiting = waiting[1:] + [one.name for one in users if one.opcode != "dynamic-slice"]
+    has_slice = any(inner.opcode == "dynamic-slice" for inner in inside)
+    to_follow = [run.instruction.name]  # values that contain a whole sum
+    while to_follow:
+        users = [inner for inner in inside if to_follow[0] in inner.operands]
+        to_follow = to_follow[1:] + [user.name for user in users if user.opcode != "dynamic-slice"]
         if not users:
-            return False  # a whole sum leaves the fusion
-    return bool(sums)
+            return False  # a whole sum is a result of the fusion
+    return has_slice
 
 
 def _axes_by_groups(mesh: Mapping[str, int]) -> dict[Groups, tuple[str, ...]]:
-    """Which axes a partition of the devices spans, for every choice among axes longer than 1."""
+    """Groups of devices → the mesh axes that they span, for all sets of axes longer than 1.
+
+    Example: data=2, fsdp=4 gives {0123, 4567} → fsdp, {04, 15, 26, 37} → data, {01234567} → data, fsdp.
+    """
     grid = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
-    long = [axis for axis, name in enumerate(mesh) if mesh[name] > 1]
-    table: dict[Groups, tuple[str, ...]] = {}
-    for length in range(1, len(long) + 1):
-        for chosen in itertools.combinations(long, length):
-            size = math.prod(grid.shape[axis] for axis in chosen)
-            rows = np.moveaxis(grid, chosen, range(-length, 0)).reshape(-1, size)
-            table[_frozen(rows)] = tuple(list(mesh)[axis] for axis in chosen)
-    return table
+    long_axes = [axis for axis, name in enumerate(mesh) if mesh[name] > 1]
+    axes_of: dict[Groups, tuple[str, ...]] = {}
+    for length in range(1, len(long_axes) + 1):
+        for axes in itertools.combinations(long_axes, length):
+            size = math.prod(grid.shape[axis] for axis in axes)
+            rows = np.moveaxis(grid, axes, range(-length, 0)).reshape(-1, size)
+            axes_of[_to_groups(rows)] = tuple(list(mesh)[axis] for axis in axes)
+    return axes_of
 
 
 def _permuted_axes(pairs: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """Axes along which the two ends of any pair differ."""
-    apart = [np.array(np.unravel_index(sorted(pair), tuple(mesh.values()))) for pair in pairs if len(pair) == 2]
-    return tuple(name for axis, name in enumerate(mesh) if any(ends[axis, 0] != ends[axis, 1] for ends in apart))
+    """The axes along which the devices of any pair differ."""
+    coordinates = [np.array(np.unravel_index(sorted(pair), tuple(mesh.values()))) for pair in pairs if len(pair) == 2]
+    return tuple(name for axis, name in enumerate(mesh) if any(ends[axis, 0] != ends[axis, 1] for ends in coordinates))
 
 
-def _groups(instruction: Instruction, devices: int) -> Groups:
-    """The devices that communicate with each other, in any of the ways in which XLA prints them."""
+def _parse_groups(instruction: Instruction, num_devices: int) -> Groups:
+    """The groups of devices that communicate, in each of XLA's notations:
+
+    replica_groups={{0,1},{2,3}}                       listed; {} is one group of all devices
+    source_target_pairs={{0,1},{1,2},{2,0}}            the pairs of a permutation
+    replica_groups=[4,2]<=[2,4]T(1,0)                  arange(8).reshape(2, 4).transpose(1, 0).reshape(4, 2)
+    replica_groups=mesh['a'=2,'b'=4] {'b'}             see `_parse_mesh_groups`
+    """
     text = instruction.attribute("replica_groups") or instruction.attribute("source_target_pairs")
     if text.startswith("mesh["):
-        # The attribute's own text stops at the first comma outside of brackets.
+        # `attribute` stops at the first comma outside of brackets.
         start = instruction.rest.index("replica_groups=")
-        return _mesh_groups(instruction.rest[start:])
+        return _parse_mesh_groups(instruction.rest[start:])
     iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
         shape, dims, order = ([int(n) for n in part.split(",")] if part else [] for part in iota.groups())
-        return _frozen(_iota(dims, order).reshape(shape))
-    listed = [[int(n) for n in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", text)]
-    return _frozen(listed or [list(range(devices))])
+        return _to_groups(_iota(dims, order).reshape(shape))
+    groups = [[int(n) for n in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", text)]
+    return _to_groups(groups or [list(range(num_devices))])
 
 
-def _mesh_groups(text: str) -> Groups:
-    """Groups such as mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'b'}: those along b; 'b':(2)4 is a part of b."""
-    parts = re.match(
+def _parse_mesh_groups(text: str) -> Groups:
+    """The groups along some axes of a mesh, or along parts of axes:
+
+    replica_groups=mesh['a'=2,'b'=4] {'b'}                                  {0123, 4567}
+    replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}        {04, 15, 26, 37}
+    replica_groups=mesh['a'=8] {'a':(2)4}         the inner 4 of a split into 2 × 4: {0123, 4567}
+    replica_groups=mesh['a'=8] {'a':(1)2}         the outer 2 of a split into 2 × 4: {04, 15, 26, 37}
+    """
+    match = re.match(
         r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}", text
     )
-    if not parts:
+    if not match:
         raise ValueError(f"cannot read {text[:120]!r}")
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", parts[1])}
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
     total = math.prod(sizes.values())
-    dims, order = ([int(n) for n in part.split(",")] if part else [] for part in parts.group(2, 3))
-    shape: list[int] = []
-    chosen: list[int] = []
-    pieces = {
-        name: (int(before), int(size)) for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", parts[4])
+    dims, order = ([int(n) for n in part.split(",")] if part else [] for part in match.group(2, 3))
+    axis_parts = {
+        name: (int(before), int(size)) for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", match[4])
     }
-    whole = set(re.findall(r"'([^']+)'", parts[4]))
+    group_names = set(re.findall(r"'([^']+)'", match[4]))
+    # Each axis becomes three: before the part, the part (by default the whole axis), and after it.
+    shape: list[int] = []
+    group_axes: list[int] = []
     for name, size in sizes.items():
-        before, middle = pieces.get(name, (1, size))
-        if name in whole:
-            chosen.append(len(shape) + 1)
-        shape += [before, middle, size // before // middle]
+        before, part = axis_parts.get(name, (1, size))
+        if name in group_names:
+            group_axes.append(len(shape) + 1)
+        shape += [before, part, size // before // part]
     grid = _iota(dims or [total], order).reshape(shape)
-    rows = np.moveaxis(grid, chosen, range(-len(chosen), 0))
-    return _frozen(rows.reshape(-1, math.prod(grid.shape[axis] for axis in chosen)))
+    rows = np.moveaxis(grid, group_axes, range(-len(group_axes), 0))
+    return _to_groups(rows.reshape(-1, math.prod(grid.shape[axis] for axis in group_axes)))
 
 
 def _iota(dims: list[int], order: list[int]) -> np.ndarray:
@@ -322,5 +396,5 @@ def _iota(dims: list[int], order: list[int]) -> np.ndarray:
     return grid.transpose(order) if order else grid
 
 
-def _frozen(rows: np.ndarray | list[list[int]]) -> Groups:
+def _to_groups(rows: np.ndarray | list[list[int]]) -> Groups:
     return frozenset(frozenset(int(device) for device in row) for row in rows)

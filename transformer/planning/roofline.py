@@ -1,6 +1,6 @@
-"""How fast a program could run at best: the longest of its arithmetic, its memory traffic and its communication.
+"""Roofline model: the time of a step is at least the longest of compute, memory traffic and communication.
 
-A chip can do no better than its published peaks, all three at once. So these are bounds, not forecasts.
+Assumes the published peaks of a chip, all three at once, so these are bounds and not forecasts.
 """
 
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ from typing import NamedTuple
 from transformer.planning.hardware import Chip
 from transformer.planning.hlo_cost import Collective
 
-SCALES = (8, 16, 32, 64, 128, 256, 512, 1024)
-STATE_TRAFFIC = 24  # bytes a parameter: Adam reads and writes the parameter and two moments, float32
+CHIP_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
+OPTIMIZER_BYTES_PER_PARAM = 24  # Adam reads and writes the parameter and two moments in float32
 
 
-class Times(NamedTuple):
-    """Seconds of one step that arithmetic, main memory and communication each need."""
+class StepTimes(NamedTuple):
+    """Seconds of compute, HBM traffic and communication of a step."""
 
     compute: float
     memory: float
@@ -22,7 +22,7 @@ class Times(NamedTuple):
 
     @property
     def bound(self) -> float:
-        """With all three at once."""
+        """The time of a step if all three overlap."""
         return max(self)
 
     @property
@@ -31,20 +31,20 @@ class Times(NamedTuple):
         return max(self._fields, key=lambda name: getattr(self, name))
 
     @property
-    def apart(self) -> float:
-        """With communication before or after the rest."""
+    def serial(self) -> float:
+        """The time of a step if communication does not overlap with the rest."""
         return max(self.compute, self.memory) + self.communication
 
 
-def times(chip: Chip, flops: int, memory_bytes: int, collectives: Iterable[Collective]) -> Times:
-    """Of a program, from what one chip computes, moves and sends."""
-    sent = sum(sent_bytes(one) for one in collectives)
-    return Times(flops / chip.flops, memory_bytes / chip.memory_bandwidth, sent / chip.link_bandwidth)
+def step_times(chip: Chip, flops: int, memory_bytes: int, collectives: Iterable[Collective]) -> StepTimes:
+    """The times of a program, from the FLOPs, HBM bytes and collectives of one chip."""
+    sent = sum(sent_bytes(collective) for collective in collectives)
+    return StepTimes(flops / chip.flops, memory_bytes / chip.memory_bandwidth, sent / chip.link_bandwidth)
 
 
 def sent_bytes(collective: Collective) -> float:
-    """Bytes that a chip must send whatever the algorithm, n chips and b bytes: all-reduce 2(n-1)/n · b, a permutation
-    or a broadcast b, others (n-1)/n · b.
+    """The least bytes that a chip sends, for n chips and b bytes: all-reduce 2(n-1)/n · b, permutation and broadcast b,
+    others (n-1)/n · b.
     """
     if collective.kind in ("collective-permute", "collective-broadcast"):
         return collective.bytes
@@ -52,52 +52,57 @@ def sent_bytes(collective: Collective) -> float:
     return 2 * share if collective.kind == "all-reduce" else share
 
 
-class Scaled(NamedTuple):
-    """A step on so many chips, each with the same number of tokens.
+class ScalingPoint(NamedTuple):
+    """Weak scaling: a step on a number of chips with the same number of tokens each.
 
     Attributes:
-      overlapped, apart: tokens a second and chip, over those of a chip that sends nothing; with
-        communication at the same time as the rest, and not.
+      overlapped, serial: efficiency, tokens a second and chip relative to a chip without communication, if
+        communication overlaps with the rest, and if not.
     """
 
     chips: int
-    times: Times
+    step_times: StepTimes
     overlapped: float
-    apart: float
+    serial: float
 
 
-def data_parallel(chip: Chip, flops: int, memory_bytes: int, gradient_bytes: int) -> list[Scaled]:
-    """Every chip holds all parameters; gradients are summed over all chips."""
+def data_parallel(chip: Chip, flops: int, memory_bytes: int, gradient_bytes: int) -> list[ScalingPoint]:
+    """Scaling if every chip holds all parameters and gradients are all-reduced over all chips."""
     return [
-        _scaled(chips, flops / chip.flops, memory_bytes / chip.memory_bandwidth, _send(chip, chips, 2, gradient_bytes))
-        for chips in SCALES
+        _scaling_point(
+            chips,
+            flops / chip.flops,
+            memory_bytes / chip.memory_bandwidth,
+            _communication_seconds(chip, chips, 2, gradient_bytes),
+        )
+        for chips in CHIP_COUNTS
     ]
 
 
-def fully_sharded(chip: Chip, flops: int, memory_bytes: int, params: int, bytes_each: int) -> list[Scaled]:
-    """Parameters, gradients and moments split over the chips of a slice; `memory_bytes` are the data-parallel step's.
+def fully_sharded(chip: Chip, flops: int, memory_bytes: int, params: int, bytes_each: int) -> list[ScalingPoint]:
+    """Scaling if parameters, gradients and moments are sharded over a slice; `memory_bytes` of the data-parallel step.
 
-    Parameters are gathered for the forward pass and again for the backward pass, gradients are reduced
-    and scattered, each in `bytes_each` bytes a number.
+    Parameters are all-gathered for the forward and again for the backward pass, gradients are reduce-scattered, with
+    `bytes_each` bytes a number.
     """
     scaled = []
-    for chips in SCALES:
-        within = min(chips, chip.slice_chips)
-        moved = memory_bytes - STATE_TRAFFIC * params * (1 - 1 / within)
-        sending = _send(chip, chips, 3, bytes_each * params)
-        scaled.append(_scaled(chips, flops / chip.flops, moved / chip.memory_bandwidth, sending))
+    for chips in CHIP_COUNTS:
+        chips_per_slice = min(chips, chip.slice_chips)
+        moved = memory_bytes - OPTIMIZER_BYTES_PER_PARAM * params * (1 - 1 / chips_per_slice)
+        communication = _communication_seconds(chip, chips, 3, bytes_each * params)
+        scaled.append(_scaling_point(chips, flops / chip.flops, moved / chip.memory_bandwidth, communication))
     return scaled
 
 
-def _send(chip: Chip, chips: int, passes: int, size: float) -> float:
-    """Seconds to pass an array `passes` times around the chips of a slice, and its parts twice around the slices."""
-    within = min(chips, chip.slice_chips)
-    slices = -(-chips // within)
-    links = passes * (within - 1) / within * size / chip.link_bandwidth
-    return links + 2 * (slices - 1) / slices * size / within / chip.network_bandwidth
+def _communication_seconds(chip: Chip, chips: int, passes: int, size: float) -> float:
+    """Seconds to pass an array `passes` times around a slice, and each chip's shard twice around the slices."""
+    chips_per_slice = min(chips, chip.slice_chips)
+    slices = -(-chips // chips_per_slice)
+    links = passes * (chips_per_slice - 1) / chips_per_slice * size / chip.link_bandwidth
+    return links + 2 * (slices - 1) / slices * size / chips_per_slice / chip.network_bandwidth
 
 
-def _scaled(chips: int, compute: float, memory: float, communication: float) -> Scaled:
-    each = Times(compute, memory, communication)
-    alone = max(compute, memory)
-    return Scaled(chips, each, alone / each.bound, alone / each.apart)
+def _scaling_point(chips: int, compute: float, memory: float, communication: float) -> ScalingPoint:
+    step = StepTimes(compute, memory, communication)
+    without_communication = max(compute, memory)
+    return ScalingPoint(chips, step, without_communication / step.bound, without_communication / step.serial)
