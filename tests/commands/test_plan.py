@@ -126,7 +126,7 @@ def test_the_largest_batch_that_fits_does_and_a_larger_one_does_not():
     [
         (["--topology=v9:4x4"], "unknown kind of chip 'v9'; known: v5e:NxN"),
         (["--topology=h100:16"], "at most 8 chips"),
-        (["--topology=cpu:8", "--length=4096"], "has no room"),
+        (["--topology=cpu:8", "--length=4096"], "expected at most config"),
         (["--topology=cpu:8", "--config.mesh.data=16"], "found only 8 devices"),
         (["--topology=cpu:8", "--config.mesh.fsdp=2", "--scaling"], "expected mesh.data alone, got mesh.fsdp = 2"),
     ],
