@@ -1,10 +1,10 @@
-"""A trained model for other programs: a CTranslate2 model, or functions that JAX runs without this package.
+"""The export command: converts a trained model to CTranslate2, or to functions that JAX runs without this package.
 
     python -m transformer.export --workdir=DIR --format=ctranslate2 --output=DIR [--quantization=int8]
     python -m transformer.export --workdir=DIR --format=jax --output=DIR
 
-Before the folder appears, what was written is loaded and scores random sentences: where its log-probabilities are
-not those of the model, nothing is exported. docs/export.md shows how to run both.
+Before the folder appears, the exported model is loaded and scores random sentences: unless its log-probabilities are
+those of the original, nothing is exported. docs/export.md shows how to run both.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from transformer.runtime.logging import log_info
 
 
 def main(argv: list[str]) -> None:
-    """Writes a trained model in the format of another program, and checks that it computes the same."""
+    """Converts a trained model to another format and verifies it."""
     fields, rest = command_line.decode_flags(argv)
     args = _parse(rest)
     check_installed(args.format, f"--format={args.format}")
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
 
 
 def _local(text: str) -> str:
-    """An argparse type."""
+    """An argparse type: a path that is not remote."""
     if object_storage.is_remote(text):
         raise argparse.ArgumentTypeError(f"expected a folder on this machine, got {text}")
     return command_line.absolute_path(text)

@@ -1,4 +1,4 @@
-"""A trained model as one that CTranslate2 runs (https://opennmt.net/CTranslate2), its tokenizer beside it.
+"""Converts a trained model to CTranslate2 (https://opennmt.net/CTranslate2).
 
 D model width, V vocabulary, T positions.
 """
@@ -32,22 +32,22 @@ SPECIALS = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", UNK: "<unk>"}
 
 
 def check(config: ModelConfig) -> None:
-    """Refuses what CTranslate2 cannot compute.
+    """Checks that CTranslate2 supports the model.
 
     Raises:
-      UserError: widths of keys or values other than the model's.
+      UserError: the width of keys or values differs from the model's.
     """
     for name in ("qkv_dim", "value_dim"):
         width = getattr(config, name)
         if width != config.emb_dim:
             raise UserError(
-                f"model.{name} = {width}: CTranslate2 knows keys and values of the model's width alone, model.emb_dim "
-                f"= {config.emb_dim}; use --format=jax, or train with {name} = emb_dim"
+                f"model.{name} = {width}: CTranslate2 supports only keys and values of the model's width, "
+                f"model.emb_dim = {config.emb_dim}; use --format=jax, or train with {name} = emb_dim"
             )
 
 
 def write(trained: RestoredModel, folder: pathlib.Path, quantization: str) -> Score:
-    """Writes model.bin, config.json and shared_vocabulary.json; returns what scores with the files themselves.
+    """Writes model.bin, config.json and shared_vocabulary.json; returns a function that scores with these files.
 
     Raises:
       UserError: see `check` and `vocabulary`.
@@ -65,7 +65,7 @@ def write(trained: RestoredModel, folder: pathlib.Path, quantization: str) -> Sc
     )
     _set_stack(spec.encoder, module, "source", max_length(config))
     _set_stack(spec.decoder, module, "target", max_length(config))
-    spec.decoder.projection.weight = _table(module, "output")
+    spec.decoder.projection.weight = _embedding_table(module, "output")
     words = vocabulary(trained.tokenizer)
     spec.register_source_vocabulary(words)
     spec.register_target_vocabulary(words)
@@ -90,19 +90,19 @@ def score_with(
     import ctranslate2
 
     program = ctranslate2.Translator(str(folder), device="cpu", compute_type=precision)
-    written = [[[words[i] for i in ids[:-1]] for ids in side] for side in (sources, targets)]
-    return [np.array(found.log_probs, np.float32) for found in program.score_batch(*written)]
+    tokens = [[[words[i] for i in ids[:-1]] for ids in side] for side in (sources, targets)]
+    return [np.array(result.log_probs, np.float32) for result in program.score_batch(*tokens)]
 
 
 def options(decode: DecodeConfig) -> dict[str, Any]:
-    """What `translate_batch` is to be given to search as this config does, as far as it can.
+    """Options of `translate_batch` for the same search as this config, as far as CTranslate2 can.
 
-    It ends a search once `patience` times as many hypotheses as beams have ended, as ours with `early_stopping` does
-    with a patience of 1; else ours ends when none could be better, and a patience of 3 finds nearly always the same.
-    It counts the end of a sentence in the length only where it returns it, and lets none be empty unless told.
+    CTranslate2 ends a search once `patience` × beam_size hypotheses have finished. A patience of 1 is our
+    `early_stopping`; without it our search ends when no hypothesis could be better, and a patience of 3 finds nearly
+    always the same. EOS counts in its length only if it is returned, and `min_decoding_length` is 1 by default.
     """
-    if unlike := differences(decode):
-        log_info(f"warning: CTranslate2 will not search as the config says: {'; '.join(unlike)}")
+    if unsupported := unsupported_fields(decode):
+        log_info(f"warning: CTranslate2 will not search as the config says: {'; '.join(unsupported)}")
     return {
         "beam_size": decode.beam_size,
         "length_penalty": decode.length_penalty,
@@ -115,45 +115,45 @@ def options(decode: DecodeConfig) -> dict[str, Any]:
     }
 
 
-def differences(decode: DecodeConfig) -> list[str]:
-    """The fields that CTranslate2 cannot follow, each with what it does instead; a beam of one ranks nothing."""
+def unsupported_fields(decode: DecodeConfig) -> list[str]:
+    """Fields that CTranslate2 does not support, each with what it does instead; with a beam of one none matters."""
     if decode.method != "beam":
         return [f"decode.method = {decode.method}: these options search by beam"]
     if decode.beam_size == 1:
         return []
-    found = []
+    unsupported = []
     if decode.length_penalty and decode.length_penalty_form != "length":
-        found.append(
+        unsupported.append(
             f"decode.length_penalty_form = {decode.length_penalty_form}: it divides by length^alpha alone, as "
             "--decode.length_penalty_form=length does here"
         )
     if decode.coverage_penalty:
-        found.append(f"decode.coverage_penalty = {decode.coverage_penalty}: these options set none")
+        unsupported.append(f"decode.coverage_penalty = {decode.coverage_penalty}: these options set none")
     for name in ("min_length", "no_repeat_ngram"):
         if value := getattr(decode, name):
-            found.append(f"decode.{name} = {value}: what is ruled out leaves its probability to the rest there")
-    return found
+            unsupported.append(f"decode.{name} = {value}: it renormalizes the probabilities of the other tokens")
+    return unsupported
 
 
 def vocabulary(tokenizer: Tokenizer) -> list[str]:
-    """The written form of each id, all different."""
+    """The text of each id, all different."""
     words = tokenizer.pieces(range(tokenizer.vocab_size))
     for special, word in SPECIALS.items():
         words[special] = word
-    twice = {word for word in words if words.count(word) > 1} if len(set(words)) < len(words) else set()
-    if twice:
+    duplicates = {word for word in words if words.count(word) > 1} if len(set(words)) < len(words) else set()
+    if duplicates:
         raise UserError(
-            f"the vocabulary writes several ids as {sorted(twice)}, and CTranslate2 tells ids apart by how they are "
+            f"the vocabulary writes several ids as {sorted(duplicates)}; CTranslate2 tells ids apart by how they are "
             "written; use --format=jax"
         )
     return words
 
 
 def _set_stack(spec: Any, module: Transformer, side: str, positions: int) -> None:
-    """Encoder or decoder."""
+    """Sets the weights of encoder (source) or decoder (target)."""
     config = module.config
     embeddings = spec.embeddings[0] if side == "source" else spec.embeddings
-    embeddings.weight = _table(module, side)
+    embeddings.weight = _embedding_table(module, side)
     if config.positions == "sinusoidal":
         spec.position_encodings.encodings = sinusoidal_position_encoding(positions, config.emb_dim)
     else:
@@ -173,7 +173,7 @@ def _set_stack(spec: Any, module: Transformer, side: str, positions: int) -> Non
 
 
 def _set_self_attention(spec: Any, attention: MultiHeadAttention) -> None:
-    """Queries, keys and values in one product, as CTranslate2 wants them: [3 D, D]."""
+    """Fuses queries, keys and values into one matrix: [3 D, D]."""
     parts = (attention.query, attention.key, attention.value)
     _set_linear(spec.linear[0], np.concatenate([_heads(part) for part in parts]))
     _set_linear(spec.linear[1], _output(attention))
@@ -213,7 +213,7 @@ def _output(attention: MultiHeadAttention) -> np.ndarray:
     return kernel.reshape(-1, kernel.shape[-1]).T
 
 
-def _table(module: Transformer, name: str) -> np.ndarray:
+def _embedding_table(module: Transformer, name: str) -> np.ndarray:
     """[V, D]."""
     return _array(module.embeddings["shared" if module.config.share_embeddings else name].table)
 

@@ -1,7 +1,7 @@
-"""A trained model as two functions that JAX runs without this package: `translate` and `score` (jax.export).
+"""Exports a trained model as two functions that JAX runs without this package: `translate` and `score` (jax.export).
 
-Both take the params as a dict of arrays, which lie beside them, and ids of any number of rows and any width; one
-file holds the program for CPU, CUDA and TPU.
+Both take the params as a dict of arrays, which are in a file beside them, and ids of any number of rows and any width;
+one file holds the program for CPU, CUDA and TPU.
 
 B rows, S source length, T target length or longest translation, N beams, V vocabulary, D model width.
 """
@@ -28,17 +28,17 @@ from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_atomic
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-POSITIONS = 2048  # rows of a table of sinusoids, at least; CTranslate2 itself cuts sources at 1,024 by default
+POSITIONS = 2048  # least rows of a table of sinusoids; CTranslate2 itself cuts sources at 1,024 by default
 PARAMS_FILE, PIECES_FILE = "params.npz", "pieces.json"
 
 Score = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], list[np.ndarray]]
 
 
 def write(trained: RestoredModel, folder: pathlib.Path) -> Score:
-    """Writes translate.jax, score.jax, params.npz and pieces.json; returns what scores with the files themselves.
+    """Writes translate.jax, score.jax, params.npz and pieces.json; returns a function that scores with these files.
 
     Raises:
-      UserError: decoding draws samples, for which the artifact would need a random key of each sentence.
+      UserError: the method samples, which would need a random key for each sentence.
     """
     config = trained.config
     if config.decode.method != "beam":
@@ -68,14 +68,14 @@ def write(trained: RestoredModel, folder: pathlib.Path) -> Score:
 
 
 def max_length(config: Config) -> int:
-    """The most tokens that a sentence of an exported model may have: it looks positions up in a table."""
+    """The most tokens of a sentence of an exported model, which looks positions up in a table."""
     if config.model.positions == "learned":
         return config.model.max_positions
     return max(POSITIONS, config.decode.max_source_tokens + config.decode.max_extra_length)
 
 
 def with_position_table(config: Config, vocab_size: int, params: Params) -> tuple[ModelDef, Params]:
-    """The model in a form whose shapes may be symbols: plain attention, positions looked up in a table."""
+    """The model in a form that supports symbolic shapes: plain attention, positions looked up in a table."""
     fields: dict[str, Any] = {"attention": "plain"}
     if config.model.positions == "sinusoidal":
         rows = max_length(config)
@@ -86,26 +86,26 @@ def with_position_table(config: Config, vocab_size: int, params: Params) -> tupl
 
 
 def unflatten(flat: dict[str, Any]) -> Params:
-    """Params by path, as the model wants them; numbers in a path count layers."""
+    """Nests params by path; a number in a path is the index of a layer."""
     paths = {tuple(int(part) if part.isdecimal() else part for part in name.split("/")): name for name in flat}
     return traverse_util.unflatten_dict({path: flat[name] for path, name in paths.items()})
 
 
 def target_log_probs(model: ModelDef, params: Params, source_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
-    """Of each target token given its source and the tokens before it, float32 [B, T]."""
+    """Log-probability of each target token given its source and the tokens before it, float32 [B, T]."""
     return target_logits(jax.nn.log_softmax(model.bind(params)(source_BS, target_BT)), target_BT)
 
 
 def score_with(folder: pathlib.Path, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Log-probabilities of the tokens of each target, by the files alone."""
+    """Log-probabilities of the tokens of each target by the exported program."""
     with np.load(folder / PARAMS_FILE) as arrays:
         params = dict(arrays)
     program = jax.export.deserialize(bytearray((folder / "score.jax").read_bytes()))
-    found_BT = np.asarray(program.call(params, pad(sources), pad(targets)))
-    return [row[: len(target)] for row, target in zip(found_BT, targets, strict=True)]
+    log_probs_BT = np.asarray(program.call(params, pad(sources), pad(targets)))
+    return [row[: len(target)] for row, target in zip(log_probs_BT, targets, strict=True)]
 
 
 def pad(sentences: Sequence[np.ndarray]) -> np.ndarray:
-    """int32 [B, T], PAD after each."""
-    ragged = JaggedArray.from_sequences(sentences)
-    return ragged.to_padded(np.arange(len(ragged)), int(ragged.lengths.max()))
+    """Pads sentences: int32 [B, T]."""
+    jagged = JaggedArray.from_sequences(sentences)
+    return jagged.to_padded(np.arange(len(jagged)), int(jagged.lengths.max()))
