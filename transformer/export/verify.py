@@ -89,8 +89,8 @@ def compare(trained: RestoredModel, precision: str, score: Score) -> Differences
     if not (differences.largest <= tolerance.largest and differences.mean <= tolerance.mean):
         raise UserError(
             f"the exported model gives other log-probabilities: expected differences of at most {tolerance.largest} "
-            f"nats a token, {tolerance.mean} on average, got {differences.largest:.3g} and {differences.mean:.3g}; nothing "
-            "was exported. Try another version of the package, or another --format"
+            f"nats a token, {tolerance.mean} on average, got {differences.largest:.3g} and {differences.mean:.3g}; "
+            "nothing was exported. Try another version of the package, or another --format"
         )
     return differences
 
