@@ -1,1 +1,1 @@
-"""Search over any step function, and what is asked of one translation."""
+"""Decoding: beam search and sampling over any step function, constraints, alignment, the translator."""

@@ -61,7 +61,7 @@ def apply_layers(
 
     Args:
       keys_L: dropout keys, one per layer; None: no dropout.
-      remat: what the backward pass recomputes, `none` or one of POLICIES (Chen et al. 2016). All-gathered
+      remat: what the backward pass recomputes, `none` or one of REMAT_POLICIES (Chen et al. 2016). All-gathered
         params are gathered again in any case, else each device would keep those of all layers.
     """
 
