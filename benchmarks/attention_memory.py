@@ -1,10 +1,10 @@
-"""Memory of the compiled training step against length, for each way to attend.
+"""Measures the memory of the compiled training step by length, for each attention implementation.
 
     python -m benchmarks.attention_memory [--topology=cpu:8] [--paths=plain,blockwise,ring:2,ring:4,ring:8,splash]
         [--lengths=1024,4096,16384,65536] [--plot=FILE.svg]
 
-Nothing is run: the compiler tells the size of the temporary arrays on each device, of one row of that many source
-and target tokens, 2+2 layers of width 64, 4 heads. ring:8 is a ring of 8 devices. splash needs a TPU topology, such
+Nothing is run: the compiler reports the size of temporary arrays on each device, for one row of that many source and
+target tokens, 2+2 layers of width 64 and 4 heads. ring:8 is a ring of 8 devices. splash needs a TPU topology, such
 as v5e:2x4, and its compiler (`make tpu-compiler`). The last line of stdout is one JSON object.
 """
 
@@ -29,7 +29,7 @@ EFFORT = -1.0  # of the compiler, as in `plan`
 
 
 def main(argv: list[str]) -> None:
-    """Reads the flags, compiles, prints."""
+    """Parses the flags, compiles and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention_memory", allow_abbrev=False)
     parser.add_argument("--topology", default="cpu:8", help="chips to compile for, as in transformer.plan")
     parser.add_argument(
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         help="values of model.attention; ring:N over N devices",
     )
     parser.add_argument("--lengths", default="1024,4096,16384,65536", help="tokens of a row on either side")
-    parser.add_argument("--plot", type=absolute_path, metavar="FILE.svg", help="draw it too")
+    parser.add_argument("--plot", type=absolute_path, metavar="FILE.svg", help="also draw a plot")
     args = parser.parse_args(argv[1:])
     lengths, topology, paths = two_or_more(args.lengths), parse_topology(args.topology), args.paths.split(",")
     for path in paths:
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
 
 
 def two_or_more(text: str) -> list[int]:
-    """Different lengths, ascending: growth needs two."""
+    """Parses at least two different lengths, ascending, as growth needs two."""
     words = text.split(",")
     lengths = sorted({int(word) for word in words if word.strip().isdecimal() and int(word)})
     if len(lengths) < max(len(words), 2):
@@ -64,39 +64,39 @@ def two_or_more(text: str) -> list[int]:
 
 
 def temporary_mb(path: str, length: int, topology: Topology) -> float:
-    """MiB of temporary arrays of one update on each device; all that it needs, where a chip has not so much."""
+    """MiB of temporary arrays of an update on each device; all memory needed, if a chip has less."""
     from transformer.distributed.mesh import make_mesh
     from transformer.planning import aot
 
     config = small_model(path)
     mesh = make_mesh(config.mesh, aot.topology_devices(topology))
     compiled = aot.compile_step(config, mesh, 1, length, EFFORT)
-    found = round((compiled.temporaries if compiled.text else compiled.needed) / 2**20, 1)
-    log_info(f"{path}, {length:,} tokens: {found:,} MiB")
-    return found
+    size = round((compiled.temporaries if compiled.text else compiled.needed) / 2**20, 1)
+    log_info(f"{path}, {length:,} tokens: {size:,} MiB")
+    return size
 
 
 def small_model(path: str) -> Config:
     """2+2 layers of width 64 without dropout."""
-    attention, _, parts = path.partition(":")
-    if parts and not (attention == "ring" and parts.isdecimal() and int(parts)):
+    attention, _, devices = path.partition(":")
+    if devices and not (attention == "ring" and devices.isdecimal() and int(devices)):
         raise UserError(f"--paths: expected values of model.attention, and ring:2, say, for two devices; got {path!r}")
     model = {"num_layers": 2, "emb_dim": 64, "qkv_dim": 64, "value_dim": 64, "mlp_dim": 128, "num_heads": 4}
     sections = {
         "model": {**model, "dropout_rate": 0.0, "attention": attention},
         "data": {"vocab_size": VOCAB},
-        "mesh": {"data": 1, "sequence": int(parts or 1)},
+        "mesh": {"data": 1, "sequence": int(devices or 1)},
     }
     return validation.validate(sections)
 
 
 def growth(lengths: list[int], sizes: list[float]) -> float:
-    """The exponent p of size ∝ length^p between the two longest."""
+    """The exponent p of size ∝ length^p between the two largest lengths."""
     return math.log(sizes[-1] / sizes[-2]) / math.log(lengths[-1] / lengths[-2])
 
 
 def show(table: dict[str, Any]) -> None:
-    """For people, on stderr."""
+    """Prints the table on stderr."""
     paths = [name for name in table if f"{name}_exponent" in table]
     print("| tokens | " + " | ".join(f"{path}, MiB" for path in paths) + " |", file=sys.stderr)
     print("|---|" + "---|" * len(paths), file=sys.stderr)
@@ -107,12 +107,12 @@ def show(table: dict[str, Any]) -> None:
 
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 380, 96, 80, 16, 44
-COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#7d3c98", "#b9770e", "#117a65", "#5d6d7e")
+COLORS = ("#c0392b", "#2471a3", "#1e8449", "#7d3c98", "#b9770e", "#117a65", "#5d6d7e")
 STYLE = "text{font:12px sans-serif;fill:#555}.grid{stroke:#ccc}polyline{fill:none;stroke-width:2}"
 
 
 def drawing(lengths: Sequence[int], sizes: Mapping[str, Sequence[float]]) -> str:
-    """Both axes logarithmic, so that a slope is an exponent: an SVG file."""
+    """An SVG plot with logarithmic axes, whose slopes are exponents."""
     smallest, largest = min(map(min, sizes.values())), max(map(max, sizes.values()))
     decades = range(math.floor(math.log10(smallest)), math.ceil(math.log10(largest)) + 1)
     x = Axis(math.log2(lengths[0]), math.log2(lengths[-1]), LEFT, WIDTH - RIGHT)
@@ -123,17 +123,17 @@ def drawing(lengths: Sequence[int], sizes: Mapping[str, Sequence[float]]) -> str
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(decade):.0f}" y2="{y(decade):.0f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(decade) + 4:.0f}" text-anchor="end">{10**decade:,} MiB</text>')
     for length in lengths:
-        place = f'x="{x(math.log2(length)):.0f}" y="{HEIGHT - BOTTOM + 18}"'
-        parts.append(f'<text {place} text-anchor="middle">{length:,}</text>')
+        position = f'x="{x(math.log2(length)):.0f}" y="{HEIGHT - BOTTOM + 18}"'
+        parts.append(f'<text {position} text-anchor="middle">{length:,}</text>')
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">tokens on either side</text>'
     )
-    for (path, row), colour in zip(sizes.items(), COLOURS * len(sizes), strict=False):
+    for (path, row), color in zip(sizes.items(), COLORS * len(sizes), strict=False):
         points = [(x(math.log2(length)), y(math.log10(size))) for length, size in zip(lengths, row, strict=True)]
-        places = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        parts.append(f'<polyline points="{places}" stroke="{colour}"/>')
+        polyline = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+        parts.append(f'<polyline points="{polyline}" stroke="{color}"/>')
         parts.append(
-            f'<text x="{points[-1][0] + 6:.0f}" y="{points[-1][1] + 4:.0f}" style="fill:{colour}">{path}</text>'
+            f'<text x="{points[-1][0] + 6:.0f}" y="{points[-1][1] + 4:.0f}" style="fill:{color}">{path}</text>'
         )
     return "\n".join([*parts, "</svg>", ""])
 

@@ -1,9 +1,9 @@
-"""What the digests of a checkpoint cost, and the look at its arrays' metadata that follows: their shares of a save.
+"""Measures the share of digests, and of the check of the arrays' metadata, in the time to save a checkpoint.
 
     python -m benchmarks.checkpoint_hashing [--megabytes=1000] [--rounds=5] [--folder=DIR]
 
-Params and the two moments of Adam make up the size. Each round saves them twice with `Checkpoints.save`, as training
-does, as it is and with nothing in place of SHA-256. The metadata are read again by themselves. The last line of stdout
+The size is that of params and the two moments of Adam. Each round saves them twice with `CheckpointManager.save`, with
+and without SHA-256, and checks the metadata separately. The last line of stdout
 is one JSON object; medians.
 """
 
@@ -32,7 +32,7 @@ WIDTH = 1024
 
 
 def make_state(megabytes: int) -> TrainState:
-    """Random params, with moments as Adam keeps them, of so many MB (10^6 bytes) in all; matrices of 4 x WIDTH^2."""
+    """Random params and Adam moments of about `megabytes` * 10^6 bytes in all, in matrices of 4 x WIDTH^2."""
     matrices = max(round(megabytes * 1e6 / 3 / (4 * 4 * WIDTH**2)), 1)
     keys = jax.random.split(jax.random.key(0), matrices)
     params = {f"kernel_{i}": jax.random.normal(key, (WIDTH, 4 * WIDTH)) for i, key in enumerate(keys)}
@@ -43,19 +43,19 @@ def make_state(megabytes: int) -> TrainState:
 
 
 def seconds_of_save(state: TrainState, folder: str, digests: bool) -> tuple[float, float]:
-    """Of one save, and of the check of its arrays; what the save before left to the disk is not in it."""
-    words = tokenizer.train(LINES, 280, "bpe")
+    """Seconds of one save, and of the check of its arrays; excludes pending writes of earlier saves."""
+    vocabulary = tokenizer.train(LINES, 280, "bpe")
     os.sync()
     with contextlib.nullcontext() if digests else mock.patch.object(manifest, "sha256", return_value=""):
-        begun = time.perf_counter()
-        CheckpointManager(folder).save(state, Config(), words, {}, {})
+        start = time.perf_counter()
+        CheckpointManager(folder).save(state, Config(), vocabulary, {}, {})
         saved = time.perf_counter()
     manager.check_arrays(CheckpointManager(folder).folder / "0", state)
-    return saved - begun, time.perf_counter() - saved
+    return saved - start, time.perf_counter() - saved
 
 
 def main(argv: list[str]) -> None:
-    """Prints a line a round, and the medians."""
+    """Prints a line for each round, and the medians."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.checkpoint_hashing", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
@@ -67,11 +67,11 @@ def main(argv: list[str]) -> None:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
     rounds = []
     for number in range(args.rounds):
-        found = {}
+        seconds = {}
         for digests in (True, False) if number % 2 else (False, True):
             with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-                found[digests] = seconds_of_save(state, folder, digests)
-        rounds.append((found[True][0], found[False][0], found[True][1]))
+                seconds[digests] = seconds_of_save(state, folder, digests)
+        rounds.append((seconds[True][0], seconds[False][0], seconds[True][1]))
         saved, without, check = rounds[-1]
         print(f"{size:,.0f} MB: save {saved:.2f} s, without digests {without:.2f} s, check of arrays {check:.3f} s")
     saved, without, check = (statistics.median(column) for column in zip(*rounds, strict=True))

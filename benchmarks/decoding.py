@@ -1,9 +1,9 @@
-"""Tokens a second of translating a file, warm, by this package or by CTranslate2 on weights exported from it.
+"""Benchmarks translation of a file, warm, by this package or by CTranslate2 with exported weights: tokens a second.
 
     python -m benchmarks.decoding --workdir=DIR --source=FILE [--engine=ours|ctranslate2] [--decode.beam_size=5]
 
-The whole file is translated once to compile and warm up, and then --repeats times; the median counts. Loading is not
-counted, tokenizing is. Tokens are pieces of the translations and the end of each. The last line of stdout is one JSON
+The file is translated once to compile and warm up, then --repeats times; the result is the median. It includes
+tokenization but not loading. Tokens are those of the translations, with EOS. The last line of stdout is one JSON
 object.
 """
 
@@ -32,13 +32,13 @@ Translate = Callable[[list[str]], list[str]]
 
 
 def main(argv: list[str]) -> None:
-    """Reads the flags, measures, prints."""
+    """Parses the flags, measures and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", allow_abbrev=False)
     add_model_flags(parser)
     parser.add_argument("--source", required=True, type=absolute_path, help="file to translate, a sentence a line")
     parser.add_argument("--engine", default="ours", choices=("ours", "ctranslate2"))
     parser.add_argument("--quantization", default="float32", choices=("float32", "int8"), help="of ctranslate2")
-    parser.add_argument("--patience", type=positive_int, default=1, help="of ctranslate2: 3 finds what ours finds")
+    parser.add_argument("--patience", type=positive_int, default=1, help="of ctranslate2: 3 gives the results of ours")
     parser.add_argument("--repeats", type=positive_int, default=3)
     fields, rest = decode_flags(argv)
     args = parser.parse_args(rest)
@@ -55,13 +55,13 @@ def main(argv: list[str]) -> None:
             translate = ours(trained)
         else:
             translate = ctranslate2(trained, pathlib.Path(folder), args.quantization, args.patience)
-        count = trained.tokenizer.encode(translate(lines))
+        encoded = trained.tokenizer.encode(translate(lines))
         seconds = []
         for _ in range(args.repeats):
             start = time.perf_counter()
             translate(lines)
             seconds.append(time.perf_counter() - start)
-    tokens, median = sum(map(len, count)), statistics.median(seconds)
+    tokens, median = sum(map(len, encoded)), statistics.median(seconds)
     log_info(f"{args.engine}: {tokens:,} tokens in {median:.2f} s")
     row = {
         "engine": args.engine,
@@ -76,13 +76,13 @@ def main(argv: list[str]) -> None:
 
 
 def ours(trained: RestoredModel) -> Translate:
-    """This package."""
+    """Translates with this package."""
     translator = Translator(trained.model, trained.tokenizer, trained.config.decode, trained.mesh)
     return lambda lines: translator.translate(trained.params, lines)
 
 
 def ctranslate2(trained: RestoredModel, folder: pathlib.Path, quantization: str, patience: int) -> Translate:
-    """CTranslate2, a worker for each core, on batches of 32 sentences sorted by length."""
+    """Translates with CTranslate2: a worker for each core, batches of 32 sentences sorted by length."""
     import ctranslate2
 
     summary = verify.write(trained, folder, "ctranslate2", quantization)
@@ -96,8 +96,8 @@ def ctranslate2(trained: RestoredModel, folder: pathlib.Path, quantization: str,
 
     def translate(lines: list[str]) -> list[str]:
         pieces = [[words[i] for i in line_ids[:-1]] for line_ids in tokenizer.encode(lines)]
-        found = program.translate_batch(pieces, **options)
-        return [tokenizer.decode(ids[word] for word in one.hypotheses[0]) for one in found]
+        results = program.translate_batch(pieces, **options)
+        return [tokenizer.decode(ids[word] for word in result.hypotheses[0]) for result in results]
 
     return translate
 

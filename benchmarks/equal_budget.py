@@ -1,11 +1,11 @@
-"""The three families of models at an equal budget: BLEU against time and against tokens; resumable.
+"""Compares the three model families at an equal budget: BLEU by time and by tokens; resumable.
 
     python -m benchmarks.equal_budget --config.data.dir=FOLDER [--config=configs/multi30k_families.py]
         [--families=attention,recurrent,convolutional] [--output=runs/families] [--split=test_2016_flickr]
 
-Trains CONFIG:FAMILY in a workdir of its own under --output, goes on where one was begun, and only reads one that is
-done. Prints a table, and writes it with two plots and equal_budget.json there. Hours are those of training on the
-machine at hand, without validation. The last line of stdout is one JSON object.
+Trains CONFIG:FAMILY in a workdir each under --output; resumes interrupted runs and reuses finished ones. Prints a
+table, and writes it with two plots and equal_budget.json to --output. Hours are those of training on this machine,
+without validation. The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -25,37 +25,37 @@ Row = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
-    """Trains and scores what is not done yet."""
+    """Trains and scores the families that are not finished."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.equal_budget", allow_abbrev=False)
     parser.add_argument("--config", default="configs/multi30k_families.py", help="file that takes :FAMILY")
     parser.add_argument("--families", default=",".join(FAMILIES), help="commas between")
     parser.add_argument("--output", default="runs/families", type=command_line.absolute_path, help="folder of all")
     parser.add_argument("--split", default="test_2016_flickr", help="that is scored at the end")
-    mine, rest = command_line.split_flags(argv[1:], "config")
-    fields = [flag for flag in mine if not flag.startswith("--config=")]
-    args = parser.parse_args([*rest, *(flag for flag in mine if flag not in fields)])
+    config_flags, rest = command_line.split_flags(argv[1:], "config")
+    fields = [flag for flag in config_flags if not flag.startswith("--config=")]
+    args = parser.parse_args([*rest, *(flag for flag in config_flags if flag not in fields)])
     unknown = [name for name in args.families.split(",") if name not in FAMILIES]
     if unknown:
         raise UserError(f"--families: expected some of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
-    output, found = epath.Path(args.output), {}
+    output, results = epath.Path(args.output), {}
     for family in args.families.split(","):
         config, _ = command_line.config_flags([argv[0], f"--config={args.config}:{family}", *fields])
         row = sweep.result(config, output / family, args.split)
-        found[family] = {**row, "curve": curve((output / family / "metrics.jsonl").read_text())}
-        write_atomic(output / "equal_budget.json", json.dumps(found, indent=1) + "\n")
-    write_atomic(output / "equal_budget.md", table(found) + "\n")
+        results[family] = {**row, "curve": curve((output / family / "metrics.jsonl").read_text())}
+        write_atomic(output / "equal_budget.json", json.dumps(results, indent=1) + "\n")
+    write_atomic(output / "equal_budget.md", table(results) + "\n")
     for axis, label in (
         ("minutes", "minutes of training, compilation included"),
         ("tokens", "target tokens trained on"),
     ):
-        lines = [Series(name, [(p[axis], p["bleu"]) for p in row["curve"]], True) for name, row in found.items()]
+        lines = [Series(name, [(p[axis], p["bleu"]) for p in row["curve"]], True) for name, row in results.items()]
         plots.write(output / f"bleu_by_{axis}.svg", "Validation BLEU", label, lines, log=False)
-    print(table(found))
-    print(json.dumps(found))
+    print(table(results))
+    print(json.dumps(results))
 
 
 def curve(metrics: str) -> list[Row]:
-    """Each validation: BLEU, loss, and what training had cost by then."""
+    """BLEU, loss and the cost of training so far, for each validation."""
     rows = [json.loads(line) for line in metrics.splitlines()]
     return [
         {
@@ -71,13 +71,13 @@ def curve(metrics: str) -> list[Row]:
     ]
 
 
-def table(found: dict[str, Row]) -> str:
-    """Markdown."""
+def table(results: dict[str, Row]) -> str:
+    """The results as Markdown."""
     lines = [
         "| family | params | test BLEU | perplexity | target tokens | FLOPs | minutes | tokens/s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for family, row in found.items():
+    for family, row in results.items():
         last = row["curve"][-1]
         rate = last["tokens"] / max(60 * last["minutes"], 1e-9)
         lines.append(

@@ -1,4 +1,4 @@
-"""What a measurement has found so far, on disk after each figure: whatever ends it costs only what it was at."""
+"""Results of a measurement, saved after each figure, so that an interruption loses only the current one."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ Row = dict[str, Any]
 
 
 class Findings:
-    """Of one phase of `benchmarks.accelerator`.
+    """Results of one phase of `benchmarks.accelerator`.
 
     Attributes:
       options: its flags.
-      ceiling: FLOPs a second of a large matrix product on this machine; 0 where it has not been measured.
+      ceiling: FLOPs a second of a large matrix product on this machine; 0 if not measured.
       row: the figures by name.
     """
 
@@ -31,18 +31,18 @@ class Findings:
         files.write_atomic(self._path, json.dumps(self.row, default=str))
 
     def add(self, group: str, key: str, value: Any) -> None:
-        """Puts one of a group of figures."""
+        """Adds one of a group of figures."""
         self.put(**{group: {**self.row.get(group, {}), key: value}})
 
     def put_kernels(self, times: list[KernelTime]) -> None:
-        """A summary, and all of them in kernels.json."""
+        """Adds a summary; writes all times to kernels.json."""
         self.put(profile=kernel_times.summary(times))
         path = pathlib.Path(self.options.output, "kernels.json")
         files.write_atomic(path, json.dumps({**read_json(path), self.name: times[:1500]}))
 
 
 def read_json(path: pathlib.Path) -> Row:
-    """An object from a file; empty where there is none yet."""
+    """A JSON object from a file; {} if it is missing."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text())
     return {}

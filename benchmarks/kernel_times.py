@@ -1,4 +1,4 @@
-"""Where the time of a profiled program goes: milliseconds of each kernel, from the file of JAX's profiler."""
+"""Profiles a program: milliseconds of each kernel, from the trace of JAX's profiler."""
 
 import pathlib
 import re
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-# The first pattern that a kernel's name matches is its kind.
+# A kernel's kind is that of the first pattern that its name matches.
 KINDS = {
     "attention": r"flash|fmha|sdpa|fprop|bprop|cudnn",
     "product": r"nvjet|cutlass|gemm|cublas|xmma|wgmma|matmul|dot|splitK",
@@ -23,7 +23,7 @@ KINDS = {
 
 
 class KernelTime(NamedTuple):
-    """Of one repeat: a kernel's milliseconds in all, and how often it was called."""
+    """Total milliseconds and calls of a kernel in one repeat."""
 
     name: str
     ms: float
@@ -31,7 +31,7 @@ class KernelTime(NamedTuple):
 
 
 def profile(run: Callable[[], Any], repeats: int) -> list[KernelTime]:
-    """Profiles `run`, which is warm, so many times; the costliest kernel first."""
+    """Profiles `repeats` calls of `run`, which must be compiled; the costliest kernel first."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(repeats):
@@ -69,7 +69,7 @@ def by_kind(times: list[KernelTime]) -> dict[str, float]:
 
 
 def summary(times: list[KernelTime], most: int = 30) -> dict[str, Any]:
-    """For a report."""
+    """The summary for a report."""
     return {
         "busy_ms": round(sum(time.ms for time in times), 3),
         "kernels": round(sum(time.calls for time in times), 1),

@@ -1,7 +1,7 @@
-"""One layer of each family, compiled for a length: its sequential depth, its FLOPs, and its paths.
+"""Sequential depth, FLOPs and path length of one layer of each family, for a sequence length.
 
-Nothing is run to find depth and FLOPs: they are read off the program that XLA compiles, loops counted by their
-trips. Paths are found by gradients.
+Depth and FLOPs are read from the program that XLA compiles, with loops counted by their trip counts; nothing is run for
+them. Path lengths are determined by gradients.
 
 T length, D width, H heads, K width per head, G gates of an LSTM.
 """
@@ -28,7 +28,7 @@ FAMILIES = ("attention", "recurrent", "convolutional")
 
 
 def layer_config(family: str, width: int, kernel_width: int = 3) -> ModelConfig:
-    """Of a layer on the plain path without dropout; attention has 4 heads and a feed-forward width of 4 D."""
+    """The config of a layer with plain attention and without dropout: 4 heads, feed-forward width 4 D."""
     fields: dict[str, Any] = {"family": family, "emb_dim": width, "dropout_rate": 0.0}
     if family == "attention":
         fields.update(num_heads=4, mlp_dim=4 * width, attention="plain")
@@ -38,7 +38,7 @@ def layer_config(family: str, width: int, kernel_width: int = 3) -> ModelConfig:
 
 
 def make_layer(family: str, width: int) -> Layer:
-    """A layer of the encoder with params of its own, [1, T, D] → [1, T, D]."""
+    """An encoder layer with its params, [1, T, D] → [1, T, D]."""
     config, rngs = layer_config(family, width), nnx.Rngs(params=0)
     if family == "recurrent":
         lstm = Lstm(width, width, rngs)
@@ -46,8 +46,8 @@ def make_layer(family: str, width: int) -> Layer:
     if family == "convolutional":
         gated = convolutional.EncoderLayer(config, rngs)
         return lambda x_1TD: gated(x_1TD, jnp.ones(x_1TD.shape[:2], jnp.int32), None)
-    attending = transformer.EncoderLayer(config, rngs)
-    return lambda x_1TD: attending(x_1TD, AttentionMask(), None)
+    layer = transformer.EncoderLayer(config, rngs)
+    return lambda x_1TD: layer(x_1TD, AttentionMask(), None)
 
 
 def layer_program(family: str, width: int, length: int) -> hlo.Program:
@@ -57,7 +57,7 @@ def layer_program(family: str, width: int, length: int) -> hlo.Program:
 
 
 def core_program(family: str, width: int, length: int) -> hlo.Program:
-    """What in a layer joins positions, without projections: scores and weighted values; the recurrence; the taps."""
+    """Only what mixes positions, without projections: QK^T and weighted values; recurrence; convolution."""
     if family == "attention":
         heads = jax.ShapeDtypeStruct((1, length, 4, width // 4), jnp.float32)
         mask = jnp.ones((1, 1, 1, 1), bool)
@@ -70,7 +70,7 @@ def core_program(family: str, width: int, length: int) -> hlo.Program:
 
 
 def compiled(function: Callable, *shapes: Any) -> hlo.Program:
-    """As XLA makes it for the default device."""
+    """Compiles a function for the default device."""
     return hlo.Program(jax.jit(function).lower(*shapes).compile().as_text() or "")
 
 
@@ -87,22 +87,22 @@ def depth(program: hlo.Program) -> int:
 
 
 def flops(program: hlo.Program) -> int:
-    """Of matrix products, those in a loop as often as it runs.
+    """FLOPs of matrix products, with loops counted by their trip counts.
 
     Raises:
-      ValueError: there are none, as where a GPU's compiler has made calls to a library of them.
+      ValueError: there are none, as a GPU's compiler has replaced them by library calls.
     """
-    found = hlo_cost.count_flops(program)
-    if not found:
+    count = hlo_cost.count_flops(program)
+    if not count:
         raise ValueError("expected matrix products in the compiled program, found none; compile it for a CPU")
-    return found
+    return count
 
 
 def one_operation(family: str, width: int, length: int) -> Callable[[Array], Array]:
-    """States [T, D] → states [T, D] after one operation at all positions at once.
+    """States [T, D] → states [T, D] after one sequential operation at all positions at once.
 
-    That is the layer itself where it is one, as attention and convolution are; a recurrent layer is a row of
-    them, each position taking its own input and the state of the one before.
+    This is a whole layer of attention or convolution, but one step of a recurrent layer, in which each position takes
+    its input and the state of the previous one.
     """
     if family != "recurrent":
         layer = make_layer(family, width)
@@ -111,14 +111,14 @@ def one_operation(family: str, width: int, length: int) -> Callable[[Array], Arr
     inputs_TD = jax.random.normal(jax.random.key(1), (length, width))
 
     def step(h_TD: Array) -> Array:
-        before = LstmState(jnp.pad(h_TD[:-1], ((1, 0), (0, 0))), jnp.zeros_like(h_TD))
-        return lstm.step(inputs_TD, before).h
+        previous = LstmState(jnp.pad(h_TD[:-1], ((1, 0), (0, 0))), jnp.zeros_like(h_TD))
+        return lstm.step(inputs_TD, previous).h
 
     return step
 
 
-def joined(operation: Callable[[Array], Array], width: int, length: int) -> np.ndarray:
-    """Which position depends on which after one operation, by gradient: bool [T to, T from]."""
+def dependencies(operation: Callable[[Array], Array], width: int, length: int) -> np.ndarray:
+    """Whether a position depends on another after one operation, by gradient: bool [T to, T from]."""
     x_TD = jax.random.normal(jax.random.key(0), (length, width))
     mix_D = jax.random.normal(jax.random.key(2), (width,))
     gradient = jax.jit(jax.jacrev(lambda x_TD: operation(x_TD) @ mix_D))
@@ -126,19 +126,19 @@ def joined(operation: Callable[[Array], Array], width: int, length: int) -> np.n
 
 
 def path_length(family: str, width: int, length: int) -> int:
-    """Operations that a signal passes through, at least, between the two positions for which that takes the most.
+    """The maximum over pairs of positions of the least number of operations between them (paper, Table 1).
 
-    Those of one layer for attention and recurrence; a convolution reaches its neighbours alone, so there it is
-    the number of layers. Pairs that a layer does not join, as later positions to earlier ones, do not count.
+    Within one layer for attention and recurrence; for convolution, which reaches only neighbours, the number of layers.
+    Pairs that a layer never connects, such as later positions to earlier ones, do not count.
 
     Raises:
       ValueError: the last position does not depend on the first.
     """
-    joins = joined(one_operation(family, width, length), width, length).astype(np.float32)
+    depends = dependencies(one_operation(family, width, length), width, length).astype(np.float32)
     reached = np.eye(length, dtype=bool)  # to, from
     count = 1 if family == "recurrent" else 0  # the first state takes its input
-    while (after := reached | (joins @ reached > 0)).sum() > reached.sum():
-        reached, count = after, count + 1
+    while (extended := reached | (depends @ reached > 0)).sum() > reached.sum():
+        reached, count = extended, count + 1
     if not reached[-1, 0]:
         raise ValueError(f"{family}: the last of {length} positions does not depend on the first")
     return count

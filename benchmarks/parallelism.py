@@ -1,14 +1,13 @@
-"""What self-attention trades against recurrence and convolution: the paper's Table 1, measured.
+"""Measures the paper's Table 1: attention, recurrence and convolution by depth, FLOPs, path length and speed.
 
     python -m benchmarks.parallelism [--lengths=16,32,…,4096] [--tokens=4096,…] [--width=128] [--program_only]
         [--families=attention,recurrent,convolutional] [--attention=plain] [--dtype=float32] [--output=runs/parallelism]
 
-Of one layer, read off the program that XLA compiles: sequential depth, and FLOPs with loops counted by their trips;
-by gradient, the longest path between two positions. Of training, 1+1 layers of each family with about equal params,
-attention on the plain path unless --attention names another: target tokens a second, temporary memory of the step and
-time to compile it, for each length and for each number of tokens in a batch. Prints tables, and writes them with plots
-and parallelism.json under --output. --program_only compiles single layers and trains nothing. The last line of stdout
-is one JSON object.
+For one layer, from the compiled program: sequential depth, and FLOPs with loops counted by their trip counts; by
+gradient: the longest path between two positions. For training of 1+1 layers of each family with about equal params,
+and plain attention unless --attention names another: target tokens a second, temporary memory and compile time, for
+each length and each number of tokens in a batch. Prints tables, and writes them with plots and parallelism.json to
+--output. --program_only only compiles single layers. The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -44,9 +43,9 @@ from transformer.training import train_step
 
 RESULT = "parallelism.json"
 VOCAB = 256
-PATH_LENGTHS = (16, 32, 64, 128)  # of which gradients are taken, from every position to every other
+PATH_LENGTHS = (16, 32, 64, 128)  # for gradients between all pairs of positions
 PATH_WIDTH = 16
-SECONDS = 1.0  # of training that each figure is the median step of, at least
+MIN_SECONDS = 1.0  # of timed steps, of which the median counts
 FORMULAS = {  # the paper's Table 1: work, sequential operations, longest path
     "attention": ("O(n² · d)", "O(1)", "O(1)"),
     "recurrent": ("O(n · d²)", "O(n)", "O(n)"),
@@ -57,7 +56,7 @@ Row = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
-    """Reads the flags, measures, writes, prints."""
+    """Parses the flags, measures, writes and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parallelism", allow_abbrev=False)
     parser.add_argument("--lengths", default="16,32,64,128,256,512,1024,2048,4096", help="tokens of a sentence")
     counts = "4096" if jax.default_backend() == "cpu" else "4096,16384,65536"
@@ -74,26 +73,26 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--families: expected some of {', '.join(FAMILIES)}, got {args.families!r}")
     output = epath.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    found: Row = {"device": str(jax.devices()[0].device_kind), "width": args.width, "lengths": lengths}
-    found["layer"] = {family: layer_figures(family, args.width, lengths) for family in families}
-    show_table_1(found["layer"])
+    results: Row = {"device": str(jax.devices()[0].device_kind), "width": args.width, "lengths": lengths}
+    results["layer"] = {family: layer_figures(family, args.width, lengths) for family in families}
+    show_table_1(results["layer"])
     if not args.program_only:
         other = {"dtype": args.dtype, "attention": args.attention}
         configs = {family: equal_config(family, args.width, **other) for family in families}
-        found["params"] = {family: params(config) for family, config in configs.items()}
-        found["training"] = []
+        results["params"] = {family: params(config) for family, config in configs.items()}
+        results["training"] = []
         for tokens, length in itertools.product(token_counts(args.tokens), lengths):
-            found["training"] += trained(configs, length, tokens)
-            write_atomic(output / RESULT, json.dumps(found, indent=1) + "\n")
-        show_training(found["training"])
-    write_atomic(output / RESULT, json.dumps(found, indent=1) + "\n")
-    draw(output, found)
+            results["training"] += measure_families(configs, length, tokens)
+            write_atomic(output / RESULT, json.dumps(results, indent=1) + "\n")
+        show_training(results["training"])
+    write_atomic(output / RESULT, json.dumps(results, indent=1) + "\n")
+    draw(output, results)
     log_info(f"plots and {RESULT}: {output}")
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 def token_counts(text: str) -> list[int]:
-    """Of batches, ascending."""
+    """Parses the numbers of tokens of batches, ascending."""
     words = text.split(",")
     counts = sorted({int(word) for word in words if word.strip().isdecimal() and int(word)})
     if len(counts) < len(words):
@@ -102,9 +101,9 @@ def token_counts(text: str) -> list[int]:
 
 
 def layer_figures(family: str, width: int, lengths: Sequence[int]) -> Row:
-    """Depth, FLOPs and path of one layer at each length, and the exponents by which they grow.
+    """Depth, FLOPs and path length of one layer at each length, and their growth exponents.
 
-    Compiled for a CPU wherever it runs: a GPU's compiler hands products to libraries, where they cannot be counted.
+    Always compiled for a CPU: a GPU's compiler uses library calls for products, which cannot be counted.
     """
     log_info(f"{family}: compiling a layer for each length")
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -128,7 +127,7 @@ def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
 
 
 def equal_config(family: str, width: int, dtype: str = "float32", attention: str = "plain") -> Config:
-    """1+1 layers of a family, of the width that comes nearest to the params of attention of the given width."""
+    """1+1 layers of a family, with the width whose params are closest to those of attention of the given width."""
 
     def config(width: int) -> Config:
         return family_config(family, width, dtype, attention)
@@ -138,8 +137,8 @@ def equal_config(family: str, width: int, dtype: str = "float32", attention: str
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if params(config(8 * middle)) < target else (low, middle)
-    near = [config(8 * number) for number in (max(low - 1, 1), low)]
-    return min(near, key=lambda one: abs(params(one) - target))
+    candidates = [config(8 * number) for number in (max(low - 1, 1), low)]
+    return min(candidates, key=lambda candidate: abs(params(candidate) - target))
 
 
 def family_config(family: str, width: int, dtype: str = "float32", attention: str = "plain") -> Config:
@@ -151,12 +150,12 @@ def family_config(family: str, width: int, dtype: str = "float32", attention: st
 
 
 def params(config: Config) -> int:
-    """How many numbers the model holds."""
+    """The number of params of the model."""
     return registry.ModelDef(config.model, VOCAB).num_params()
 
 
-def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
-    """Each family at one shape that memory holds; nothing where a batch does not hold a sentence."""
+def measure_families(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
+    """Measures each family at one batch shape; skips shapes without a row or too large for the memory."""
     if tokens < length:
         return []
     rows = []
@@ -167,7 +166,7 @@ def trained(configs: dict[str, Config], length: int, tokens: int) -> list[Row]:
         except jax.errors.JaxRuntimeError as error:
             if not errors.is_out_of_memory(error):
                 raise
-            log_info("out of memory: left out")
+            log_info("out of memory: skipped")
             continue
         rows.append({"family": family, "length": length, "tokens": tokens, **figures})
     return rows
@@ -188,7 +187,7 @@ def measure(config: Config, rows: int, length: int) -> Row:
     state, metrics = compiled(state, batch)
     jax.block_until_ready(metrics)
     times: list[float] = []
-    while sum(times) < SECONDS or len(times) < 3:
+    while sum(times) < MIN_SECONDS or len(times) < 3:
         since = time.perf_counter()
         state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
@@ -202,8 +201,8 @@ def measure(config: Config, rows: int, length: int) -> Row:
 
 
 def show_table_1(layers: dict[str, Row]) -> None:
-    """For people, on stderr: the paper's formula, and the measured exponent p of n^p."""
-    heads = "layer", "work", "n^p, whole layer", "what joins positions", "sequential", "n^p", "path", "n^p"
+    """Prints the paper's formulas and the measured exponents p of n^p on stderr."""
+    heads = "layer", "work", "n^p, whole layer", "position mixing", "sequential", "n^p", "path", "n^p"
     print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|", file=sys.stderr)
     for family, row in layers.items():
         work, sequential, path = FORMULAS[family]
@@ -216,7 +215,7 @@ def show_table_1(layers: dict[str, Row]) -> None:
 
 
 def show_training(rows: Sequence[Row]) -> None:
-    """For people, on stderr."""
+    """Prints the table on stderr."""
     names = ("target_tokens_per_s", "step_ms", "temporary_mb", "compile_s")
     print("\n| family | length | tokens | " + " | ".join(names) + " |\n" + "|---" * 7 + "|", file=sys.stderr)
     for row in rows:
@@ -224,24 +223,24 @@ def show_training(rows: Sequence[Row]) -> None:
         print(f"| {row['family']} | {row['length']:,} | {row['tokens']:,} | {values} |", file=sys.stderr)
 
 
-def draw(output: epath.Path, found: Row) -> None:
-    """One plot a figure."""
-    lengths, layers = found["lengths"], found["layer"]
-    for name, title in (("depth", "Sequential steps of one layer"), ("core_flops", "FLOPs that join positions")):
+def draw(output: epath.Path, results: Row) -> None:
+    """Writes a plot for each figure."""
+    lengths, layers = results["lengths"], results["layer"]
+    for name, title in (("depth", "Sequential steps of one layer"), ("core_flops", "FLOPs of position mixing")):
         lines = [Series(family, list(zip(lengths, row[name], strict=True)), True) for family, row in layers.items()]
         plots.write(output / f"{name}.svg", title, "length", lines)
     paths = [Series(name, list(zip(PATH_LENGTHS, row["path"], strict=True)), True) for name, row in layers.items()]
     plots.write(output / "path.svg", "Operations from the first position to the last", "length", paths)
-    rows = found.get("training", [])
+    rows = results.get("training", [])
     most = max((row["tokens"] for row in rows), default=0)
     for name, title in (
         ("target_tokens_per_s", "Training, target tokens a second"),
         ("temporary_mb", "Temporary memory of the step, MiB"),
         ("compile_s", "Time to compile the step, s"),
     ):
-        for axis, label, keep in _axes(rows, most):
-            kept = [row for row in rows if keep(row)]
-            lines = [Series(f, [(r[axis], r[name]) for r in kept if r["family"] == f], True) for f in layers]
+        for axis, label, is_on_axis in _axes(rows, most):
+            points = [row for row in rows if is_on_axis(row)]
+            lines = [Series(f, [(r[axis], r[name]) for r in points if r["family"] == f], True) for f in layers]
             plots.write(output / f"{name}.{axis}.svg", title, label, lines)
 
 

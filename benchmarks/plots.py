@@ -1,4 +1,4 @@
-"""Charts of `transformer.evaluation.charts` as SVG files, which show themselves in a page of documentation."""
+"""Writes charts of `transformer.evaluation.charts` as stand-alone SVG files for the documentation."""
 
 import html
 import re
@@ -22,16 +22,16 @@ text { font: 11px system-ui, sans-serif; fill: #5b6470 } .title { font-weight: 6
 
 
 def write(path: epath.PathLike, title: str, x_label: str, series: Sequence[charts.Series], log: bool = True) -> None:
-    """One line chart, log-log unless said otherwise; no file where there is nothing to draw."""
+    """Writes a line chart, log-log by default; writes nothing if there is nothing to draw."""
     figure = charts.line_chart(title, x_label, series, log)
     drawing = re.search(r"<svg[^>]*>(.*)</svg>", figure, re.DOTALL)
     if not drawing:
         return
     names = re.findall(r'<span class="key (s\d)">([^<]*)</span>', figure)
-    apart = min(130, (charts.WIDTH - charts.LEFT) // max(len(names), 1))
+    spacing = min(130, (charts.WIDTH - charts.LEFT) // max(len(names), 1))
     keys = "".join(
-        f'<text class="key {name}" x="{charts.LEFT + apart * place}" y="-6">— {text}</text>'
-        for place, (name, text) in enumerate(names)
+        f'<text class="key {name}" x="{charts.LEFT + spacing * position}" y="-6">— {text}</text>'
+        for position, (name, text) in enumerate(names)
     )
     width, height = charts.WIDTH, charts.HEIGHT + HEAD
     write_atomic(

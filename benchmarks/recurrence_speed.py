@@ -1,9 +1,9 @@
-"""One LSTM layer, forward and backward, against PyTorch's on the same CPU.
+"""Compares one LSTM layer, forward and backward, with that of PyTorch on the same CPU.
 
     python -m benchmarks.recurrence_speed [--batch=64] [--length=32] [--width=512] [--torch=PYTHON]
 
-PyTorch is no dependency: --torch names the interpreter of an environment that has it, which runs its layer in a
-process of its own. Each is timed in turn, three times; the median of the ratios is quoted. The last line of stdout is
+PyTorch is not a dependency: --torch names the Python of an environment that has it, which runs in its own process.
+Both are timed alternately, three times; the result is the median of the ratios. The last line of stdout is
 one JSON object.
 """
 
@@ -38,7 +38,7 @@ REPEATS = 15
 
 
 def main(argv: list[str]) -> None:
-    """Reads the flags, measures in turn, prints."""
+    """Parses the flags, measures alternately and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recurrence_speed", allow_abbrev=False)
     parser.add_argument("--batch", type=positive_int, default=64, help="sentences")
     parser.add_argument("--length", type=positive_int, default=32, help="steps")
@@ -52,20 +52,20 @@ def main(argv: list[str]) -> None:
         log_info(
             f"ours {rows[-1][0]:.1f} ms, PyTorch {rows[-1][1]:.1f} ms: {rows[-1][1] / rows[-1][0]:.2f} of its speed"
         )
-    ratio = statistics.median(theirs / ours for ours, theirs in rows)
+    ratio = statistics.median(torch / own for own, torch in rows)
     print(json.dumps({"ours_ms": [r[0] for r in rows], "torch_ms": [r[1] for r in rows], "speed": round(ratio, 2)}))
 
 
 def ours_ms(batch: int, length: int, width: int) -> float:
-    """Median time of one forward and backward pass."""
+    """Median milliseconds of one forward and backward pass."""
     import jax
 
     from transformer.models.lstm import LstmWeights, lstm
 
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (batch, length, width))
-    into, over = (jax.random.normal(key, (width, 4 * width)) * width**-0.5 for key in keys[1:])
-    weights = LstmWeights(into, over, jax.numpy.zeros(4 * width))
+    input_kernel, recurrent_kernel = (jax.random.normal(key, (width, 4 * width)) * width**-0.5 for key in keys[1:])
+    weights = LstmWeights(input_kernel, recurrent_kernel, jax.numpy.zeros(4 * width))
     gradient = jax.jit(jax.grad(lambda weights, x: lstm(x, weights).sum(), (0, 1)))
     times = []
     for _ in range(REPEATS + 2):
@@ -76,13 +76,13 @@ def ours_ms(batch: int, length: int, width: int) -> float:
 
 
 def torch_ms(python: str, sizes: list[int]) -> float:
-    """The same by torch.nn.LSTM with as many threads as there are cores."""
+    """Median milliseconds of torch.nn.LSTM with a thread for each core."""
     numbers = [str(number) for number in (*sizes, REPEATS, os.cpu_count() or 1)]
-    done = subprocess.run([python, "-c", TORCH, *numbers], capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [""])[-1]
+    process = subprocess.run([python, "-c", TORCH, *numbers], capture_output=True, text=True)
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or [""])[-1]
         raise UserError(f"--torch={python}: expected a Python that has PyTorch, got: {last}")
-    return float(done.stdout)
+    return float(process.stdout)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""The rows of the paper's Table 3 on any data set, scaled to any base model; resumable.
+"""Trains the rows of the paper's Table 3 on any data set, scaled to any base model; resumable.
 
     python -m benchmarks.sweep --table=3 --config=configs/demo.py [--config.SECTION.FIELD=VALUE …]
         [--rows=base,a-h1] [--seeds=3] [--output=runs/sweep] [--split=validation]
 
-The config is the base model; each row changes it as the paper's row changes the paper's base model: sizes by the same
-factor, rates to the same value, updates too (big has three times as many). Each row trains in a workdir of its own
-under --output, where a row that was begun goes on and one that is done is only read. Prints each row that is done
-there with its params, perplexity and BLEU, the paper's, and whether it came out on the same side of the base model,
-and writes table3.md, table3.json and table3.svg. With --seeds the base model is trained so often, and what is no more
-than those runs differ by is called chance. A row that diverges is named below the table, and the others go on. Two
-processes with other --rows may share --output; the command once more, when both are done, makes the table of all. The
-last line of stdout is one JSON object.
+The config is the base model. Each row changes it as in the paper: sizes and updates by the same factor (big has three
+times the updates), rates to the same value. Each row trains in a workdir under --output; interrupted rows are resumed
+and finished ones reused. Prints params, perplexity and BLEU of each finished row with those of the paper, and whether
+its difference to the base model has the same sign; writes table3.md, table3.json and table3.svg. With --seeds the base
+model is trained that many times, and smaller differences than between those runs are called chance. Diverged rows are
+listed below the table. Processes with different --rows may share --output; run the command again at the end for the
+table of all rows. The last line of stdout is one JSON object.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ from transformer.runtime.files import write_atomic
 from transformer.runtime.logging import log_info
 
 GROUPS = {"a": "A heads", "b": "B keys", "c": "C sizes", "d": "D rates", "e": "E places", "big": "big"}
-Found = dict[str, Any]
+Result = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
@@ -47,33 +46,33 @@ def main(argv: list[str]) -> None:
     unknown = [name for name in names if name not in ROWS]
     if unknown:
         raise UserError(f"--rows: expected some of {', '.join(ROWS)}, got {unknown[0]!r}")
-    output, found, diverged = epath.Path(args.output), {}, {}
-    wanted = [name for name in ROWS if name in names or result_path(output / name, args.split).exists()]
-    rows = {name: row_config(base, name) for name in wanted}
+    output, results, diverged = epath.Path(args.output), {}, {}
+    selected = [name for name in ROWS if name in names or result_path(output / name, args.split).exists()]
+    rows = {name: row_config(base, name) for name in selected}
     for name, config in rows.items():
         try:
-            found[name] = result(config, output / name, args.split)
+            results[name] = result(config, output / name, args.split)
         except DivergedError as error:
-            log_info(f"row {name} diverged, the others go on: {error}")
+            log_info(f"row {name} diverged; continuing with the others: {error}")
             diverged[name] = {"diverged": str(error)}
-        keep(output, found, diverged)
-    if args.seeds > 1 and "base" in found:
-        found["base"]["spread"] = spread(rows["base"], found["base"], output, args.split, args.seeds)
-        keep(output, found, diverged)
-    draw(output, found)
-    print(table(found, diverged))
+        save(output, results, diverged)
+    if args.seeds > 1 and "base" in results:
+        results["base"]["spread"] = spread(rows["base"], results["base"], output, args.split, args.seeds)
+        save(output, results, diverged)
+    draw(output, results)
+    print(table(results, diverged))
     log_info(f"table3.md, table3.json and table3.svg: {output}")
-    print(json.dumps(found | diverged))
+    print(json.dumps(results | diverged))
 
 
-def keep(output: epath.Path, found: dict[str, Found], diverged: dict[str, Found]) -> None:
-    """Writes what there is so far."""
-    write_atomic(output / "table3.json", json.dumps(found | diverged, indent=1) + "\n")
-    write_atomic(output / "table3.md", table(found, diverged) + "\n")
+def save(output: epath.Path, results: dict[str, Result], diverged: dict[str, Result]) -> None:
+    """Writes the table of the results so far."""
+    write_atomic(output / "table3.json", json.dumps(results | diverged, indent=1) + "\n")
+    write_atomic(output / "table3.md", table(results, diverged) + "\n")
 
 
-def spread(base: Config, first: Found, output: epath.Path, split: str, seeds: int) -> Found:
-    """How far apart the figures of the base model lie with so many seeds, the first of which is done."""
+def spread(base: Config, first: Result, output: epath.Path, split: str, seeds: int) -> Result:
+    """The range of the figures of the base model over several seeds, of which the first is `first`."""
     runs = [first]
     for seed in range(base.train.seed + 1, base.train.seed + seeds):
         config = dataclasses.replace(base, train=dataclasses.replace(base.train, seed=seed))
@@ -83,60 +82,60 @@ def spread(base: Config, first: Found, output: epath.Path, split: str, seeds: in
 
 
 def row_config(base: Config, name: str) -> Config:
-    """The base model changed as a row of the table changes the paper's.
+    """The config of a row: the base model, changed as in the paper.
 
     Raises:
-      UserError: a size that the row asks for is no whole number.
+      UserError: a scaled size is not an integer.
     """
     values = dataclasses.asdict(base)
     paper: dict[str, Any] = dataclasses.asdict(Config())
     changes: dict[str, Any] = {}
-    for field, wanted in ROWS[name].fields.items():
+    for field, paper_value in ROWS[name].fields.items():
         section, _, key = field.partition(".")
-        if type(wanted) is int:
-            changes[field] = scaled(field, wanted, paper[section][key], values[section][key], name)
+        if type(paper_value) is int:
+            changes[field] = scaled(field, paper_value, paper[section][key], values[section][key], name)
         else:
-            changes[field] = wanted
+            changes[field] = paper_value
     if "model.emb_dim" in changes:  # widths of keys and values follow, as in the paper
         for key in ("qkv_dim", "value_dim"):
-            wanted = ROWS[name].fields["model.emb_dim"]
-            changes[f"model.{key}"] = scaled(key, wanted, paper["model"]["emb_dim"], values["model"][key], name)
+            paper_width = ROWS[name].fields["model.emb_dim"]
+            changes[f"model.{key}"] = scaled(key, paper_width, paper["model"]["emb_dim"], values["model"][key], name)
     for field, value in changes.items():
         section, _, key = field.partition(".")
         values[section][key] = value
     return validation.validate(values)
 
 
-def scaled(field: str, wanted: int, paper: int, own: int, name: str) -> int:
-    """What the row makes of our own size: own · wanted / paper."""
-    if own * wanted % paper:
+def scaled(field: str, row_size: int, paper_base: int, base: int, name: str) -> int:
+    """The size of a row: base · row_size / paper_base."""
+    if base * row_size % paper_base:
         raise UserError(
-            f"config.{field} = {own}: row {name} asks for {wanted} / {paper} of it, which is no whole number; choose "
-            "another base model, or leave the row out of --rows"
+            f"config.{field} = {base}: row {name} needs {row_size} / {paper_base} of it, which is not an integer; "
+            "choose another base model, or leave the row out of --rows"
         )
-    return own * wanted // paper
+    return base * row_size // paper_base
 
 
 def result_path(workdir: epath.Path, split: str) -> epath.Path:
-    """Where a row that is done keeps what it came to, and by which config."""
+    """The file of a finished row with its result and config."""
     return workdir / f"result.{split}.json"
 
 
-def result(config: Config, workdir: epath.Path, split: str) -> Found:
-    """What a row came to: read where it was found before, else trained for, or gone on with.
+def result(config: Config, workdir: epath.Path, split: str) -> Result:
+    """The result of a row: saved, or else of a new or resumed training.
 
     Raises:
-      UserError: it was found before by another config.
+      UserError: the saved result has another config.
     """
     path, config = result_path(workdir, split), schema.with_absolute_paths(config)
     if path.exists():
-        kept = json.loads(path.read_text())
-        if changes := schema.diff(validation.validate(kept["config"], strict=False), config):
+        saved = json.loads(path.read_text())
+        if changes := schema.diff(validation.validate(saved["config"], strict=False), config):
             raise UserError(
-                f"{path}: found with another config: {'; '.join(map(str, changes))}. Choose another --output, or "
+                f"{path}: has another config: {'; '.join(map(str, changes))}. Choose another --output, or "
                 "delete that folder"
             )
-        return kept["found"]
+        return saved["found"]
     log_info(f"row {workdir.name}")
 
     from train import train
@@ -146,71 +145,70 @@ def result(config: Config, workdir: epath.Path, split: str) -> Found:
     train(config, workdir)
     trained = load_checkpoint(workdir, "latest")
     dataset = evaluator.load_eval_dataset(config.data, split, None, None)
-    result = evaluator.CheckpointEvaluator(dataset).evaluate(trained)
-    found = {
+    evaluation = evaluator.CheckpointEvaluator(dataset).evaluate(trained)
+    figures = {
         "params": trained.model.num_params(),
-        "perplexity": result.perplexity,
-        "bleu": result.scores["bleu"],
-        "signature": result.scores["bleu_signature"],
+        "perplexity": evaluation.perplexity,
+        "bleu": evaluation.scores["bleu"],
+        "signature": evaluation.scores["bleu_signature"],
         "step": trained.step,
     }
-    write_atomic(path, json.dumps({"found": found, "config": dataclasses.asdict(config)}, indent=1) + "\n")
-    return found
+    write_atomic(path, json.dumps({"found": figures, "config": dataclasses.asdict(config)}, indent=1) + "\n")
+    return figures
 
 
-def table(found: dict[str, Found], diverged: Iterable[str] = ()) -> str:
-    """Markdown: ours beside the paper's; a difference to the base model agrees if it has the paper's sign."""
+def table(results: dict[str, Result], diverged: Iterable[str] = ()) -> str:
+    """Our results and the paper's as Markdown; a row agrees if its difference to the base model has the same sign."""
     lines = [
         "| row | params, M | the paper's | perplexity | the paper's | agrees | BLEU | the paper's | agrees |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, ours in found.items():
+    for name, ours in results.items():
         row, millions = ROWS[name], ours["params"] / 1e6
-        agree = [agrees(found, name, key) for key in ("perplexity", "bleu")]
+        agree = [agrees(results, name, key) for key in ("perplexity", "bleu")]
         lines.append(
             f"| {name} | {millions:.2f} | {row.params or ''} | {ours['perplexity']:.3f} | {row.perplexity:.2f} "
             f"| {agree[0]} | {ours['bleu']:.1f} | {row.bleu:.1f} | {agree[1]} |"
         )
-    if apart := found.get("base", {}).get("spread"):
-        within = f"{apart['perplexity']:.3f} of perplexity and {apart['bleu']:.1f} of BLEU"
-        lines += ["", f"Chance: no more than {apart['seeds']} seeds of the base model differ by, {within}."]
+    if ranges := results.get("base", {}).get("spread"):
+        limits = f"{ranges['perplexity']:.3f} of perplexity and {ranges['bleu']:.1f} of BLEU"
+        lines += ["", f"Chance: at most the range over {ranges['seeds']} seeds of the base model, {limits}."]
     if names := ", ".join(diverged):
         lines += ["", f"Diverged: {names}."]
     return "\n".join(lines)
 
 
-def draw(output: epath.Path, found: dict[str, Found]) -> None:
-    """Losses by the paper's, a line for each group through the base model at 0, 0: one that rises agrees.
+def draw(output: epath.Path, results: dict[str, Result]) -> None:
+    """Plots our losses by the paper's, with a line for each group; rising lines agree with the paper.
 
-    They are drawn as doublings of the base model's: of small models on easy data they lie orders of magnitude apart.
+    Losses are in doublings of the base model's: those of small models on easy data differ by orders of magnitude.
     """
-    if "base" not in found:
+    if "base" not in results:
         return
 
-    def doublings(perplexity: float, of_base: float) -> float:
-        return math.log2(math.log(perplexity) / math.log(of_base))
+    def doublings(perplexity: float, base_perplexity: float) -> float:
+        return math.log2(math.log(perplexity) / math.log(base_perplexity))
 
     lines = []
     for group, title in GROUPS.items():
-        names = [name for name in found if name == "base" or name.partition("-")[0] == group]
-        theirs = [doublings(ROWS[name].perplexity, ROWS["base"].perplexity) for name in names]
-        ours = [doublings(found[name]["perplexity"], found["base"]["perplexity"]) for name in names]
-        lines.append(Series(title, sorted(zip(theirs, ours, strict=True)), True))
+        names = [name for name in results if name == "base" or name.partition("-")[0] == group]
+        paper = [doublings(ROWS[name].perplexity, ROWS["base"].perplexity) for name in names]
+        ours = [doublings(results[name]["perplexity"], results["base"]["perplexity"]) for name in names]
+        lines.append(Series(title, sorted(zip(paper, ours, strict=True)), True))
     title = "Rows of Table 3: loss in doublings of the base model's"
     plots.write(output / "table3.svg", title, "the same in the paper", lines, log=False)
 
 
-def agrees(found: dict[str, Found], name: str, key: str) -> str:
-    """Whether a row lies on the same side of the base model as in the paper: yes, no, or a difference by chance.
+def agrees(results: dict[str, Result], name: str, key: str) -> str:
+    """Whether the difference to the base model has the paper's sign: yes, no, or chance.
 
-    Empty where the paper's rows, or ours, are equal.
+    "" if the paper's difference, or ours, is 0.
     """
-    base, theirs = ROWS["base"], ROWS[name]
-    paper = getattr(theirs, key) - getattr(base, key)
-    ours = found[name][key] - found["base"][key] if "base" in found else 0.0
+    paper = getattr(ROWS[name], key) - getattr(ROWS["base"], key)
+    ours = results[name][key] - results["base"][key] if "base" in results else 0.0
     if not paper or not ours:
         return ""
-    if abs(ours) <= found["base"].get("spread", {}).get(key, 0.0):
+    if abs(ours) <= results["base"].get("spread", {}).get(key, 0.0):
         return "chance"
     return "yes" if (paper > 0) == (ours > 0) else "no"
 

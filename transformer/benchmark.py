@@ -1,10 +1,9 @@
-"""How fast a config trains here: target tokens per second over its own data, warm.
+"""Benchmarks training of a config on this machine: target tokens per second on its own data.
 
     python -m transformer.benchmark --config=configs/NAME.py [--input] [--num_steps=N]
 
-Every batch shape is compiled and run once before the clock starts. Tokens are real target tokens,
-padding left out. `--input` measures the data path alone: plan, assembly and prefetch, no device.
-The last line of stdout is one JSON object.
+Every batch shape is compiled and run once before timing. Tokens are real target tokens, without padding.
+`--input` measures the input pipeline alone. The last line of stdout is one JSON object.
 """
 
 import itertools
@@ -35,15 +34,15 @@ from transformer.runtime.logging import log_info
 from transformer.training import train_step
 from transformer.training.metrics import peak_memory_mb
 
-ROUNDS = 5  # timed apart, so that the median passes over a busy moment of the machine
+ROUNDS = 5  # timed separately: the median is robust against other load on the machine
 
 Row = dict[str, float | str | None]
 
 
 def main(argv: list[str]) -> None:
-    """Reads the flags, measures, prints."""
+    """Parses the flags, measures and prints."""
     parser = command_line.config_parser("python -m transformer.benchmark", __doc__)
-    parser.add_argument("--input", action="store_true", help="measure the data path alone")
+    parser.add_argument("--input", action="store_true", help="measure the input pipeline alone")
     parser.add_argument("--num_steps", type=positive_int, default=50, help="updates to time (default: 50)")
     config, args = command_line.parse_with_config(parser, argv)
     config = schema.with_absolute_paths(config)
@@ -53,13 +52,13 @@ def main(argv: list[str]) -> None:
         corpus = corpora.open_corpus(config.data)
         tokenizer = input_pipeline.get_tokenizer(tokenizers.inherit_tokenizer(config), corpus, epath.Path(folder))
     ids = input_pipeline.token_ids(config.data, corpus, "train", tokenizer)
-    plan = input_pipeline.make_batch_schedule(config, ids)
-    row = measure_input(plan, ids, args.num_steps) if args.input else measure(config, plan, ids, args.num_steps)
+    schedule = input_pipeline.make_batch_schedule(config, ids)
+    row = measure_input(schedule, ids, args.num_steps) if args.input else measure(config, schedule, ids, args.num_steps)
     print(json.dumps({**row, **sizes(config, tokenizer.vocab_size)}))
 
 
 def sizes(config: Config, vocab_size: int) -> Row:
-    """What was measured."""
+    """The sizes of model and batch."""
     model = config.model
     attends = model.family == "attention"
     return {
@@ -74,40 +73,40 @@ def sizes(config: Config, vocab_size: int) -> Row:
     }
 
 
-def measure_input(plan: BatchSchedule, ids: TokenIds, num_steps: int) -> Row:
-    """Real target tokens per second that the data path delivers, median of rounds."""
+def measure_input(schedule: BatchSchedule, ids: TokenIds, num_steps: int) -> Row:
+    """Real target tokens per second of the input pipeline, median of rounds."""
     rates = []
     for start in range(0, ROUNDS * num_steps, num_steps):
-        batches = input_pipeline.train_iterator(plan, ids, start=start, num_steps=start + num_steps)
+        batches = input_pipeline.train_iterator(schedule, ids, start=start, num_steps=start + num_steps)
         since = time.perf_counter()
         tokens = sum(real_tokens(batch) for batch in batches)
         rates.append(tokens / (time.perf_counter() - since))
     return {"input_target_tokens_per_s": round(float(np.median(rates)))}
 
 
-def measure(config: Config, plan: BatchSchedule, ids: TokenIds, num_steps: int) -> Row:
-    """Speed of the training step as the loop runs it, median of rounds."""
+def measure(config: Config, schedule: BatchSchedule, ids: TokenIds, num_steps: int) -> Row:
+    """Speed of training steps with input, median of rounds."""
     mesh = make_mesh(config.mesh)
     model = registry.ModelDef(config.model, config.data.vocab_size)
     update = train_step.make_train_step(model, config, mesh)
     state = train_step.init_state(model, config, mesh)
     parts = config.train.accumulation_steps
     compile_since = time.perf_counter()
-    for batch in one_of_each_shape(plan, ids):
+    for batch in batches_of_all_shapes(schedule, ids):
         state, metrics = update(state, sharding.shard_batch(mesh, batch, parts))
     jax.block_until_ready(metrics)
     compile_s = time.perf_counter() - compile_since
-    log_info(f"{len(plan.buckets)} shapes compiled or found in the cache, and run once: {compile_s:.1f} s")
-    each = max(num_steps // ROUNDS, 1)
-    batches = input_pipeline.train_iterator(plan, ids, start=0, num_steps=ROUNDS * each)
+    log_info(f"{len(schedule.buckets)} shapes compiled or loaded from the cache, and run once: {compile_s:.1f} s")
+    steps_per_round = max(num_steps // ROUNDS, 1)
+    batches = input_pipeline.train_iterator(schedule, ids, start=0, num_steps=ROUNDS * steps_per_round)
     rounds = []
     for number in range(1, ROUNDS + 1):
         tokens, flops, since = 0, 0, time.perf_counter()
-        for batch in itertools.islice(batches, each):
-            placed = sharding.shard_batch(mesh, batch, parts)
+        for batch in itertools.islice(batches, steps_per_round):
+            sharded = sharding.shard_batch(mesh, batch, parts)
             tokens += real_tokens(batch)
-            flops += cost.batch_flops(config.model, config.data.vocab_size, placed)
-            state, metrics = update(state, placed)
+            flops += cost.batch_flops(config.model, config.data.vocab_size, sharded)
+            state, metrics = update(state, sharded)
         jax.block_until_ready(metrics)
         rounds.append((time.perf_counter() - since, tokens, flops))
         log_info(f"round {number} of {ROUNDS}: {tokens / rounds[-1][0]:,.0f} target tokens/s")
@@ -115,8 +114,8 @@ def measure(config: Config, plan: BatchSchedule, ids: TokenIds, num_steps: int) 
     return {
         "params": model.num_params(),
         "target_tokens_per_s": round(float(np.median(tokens / seconds))),
-        "step_ms": round(1000 * float(np.median(seconds)) / each, 2),
-        "flops_per_step": round(float(flops.mean()) / each),
+        "step_ms": round(1000 * float(np.median(seconds)) / steps_per_round, 2),
+        "flops_per_step": round(float(flops.mean()) / steps_per_round),
         "flops_per_s": round(float(np.median(flops / seconds))),
         "compile_s": round(compile_s, 2),
         "peak_memory_mb": round(peak_memory_mb()),
@@ -124,20 +123,20 @@ def measure(config: Config, plan: BatchSchedule, ids: TokenIds, num_steps: int) 
     }
 
 
-def one_of_each_shape(plan: BatchSchedule, ids: TokenIds) -> Iterator[Batch]:
-    """One batch of each bucket."""
+def batches_of_all_shapes(schedule: BatchSchedule, ids: TokenIds) -> Iterator[Batch]:
+    """Yields one batch of each bucket."""
     seen = set()
-    for number in range(plan.steps_per_epoch):
-        bucket = plan.batch(number).bucket
+    for number in range(schedule.steps_per_epoch):
+        bucket = schedule.batch(number).bucket
         if bucket not in seen:
             seen.add(bucket)
-            yield next(input_pipeline.train_iterator(plan, ids, start=number, num_steps=number + 1))
-        if len(seen) == len(plan.buckets):
+            yield next(input_pipeline.train_iterator(schedule, ids, start=number, num_steps=number + 1))
+        if len(seen) == len(schedule.buckets):
             return
 
 
 def real_tokens(batch: Batch) -> int:
-    """Target tokens that are no padding."""
+    """The number of target tokens without padding."""
     return int(np.count_nonzero(batch.target_BT != PAD))
 
 

@@ -48,7 +48,7 @@ def test_a_signal_passes_one_operation_of_attention_and_all_of_a_recurrence(laye
 
 
 def test_a_layer_of_recurrence_joins_each_position_with_those_before_it():
-    joins = one_layer.joined(lambda x: one_layer.make_layer("recurrent", 8)(x[None])[0], 8, 12)
+    joins = one_layer.dependencies(lambda x: one_layer.make_layer("recurrent", 8)(x[None])[0], 8, 12)
     assert (joins == np.tri(12, dtype=bool)).all()
 
 
@@ -65,11 +65,11 @@ def test_what_memory_does_not_hold_is_left_out(monkeypatch):
 
     monkeypatch.setattr(parallelism, "measure", measure)
     configs = {family: parallelism.family_config(family, 16) for family in ("attention", "recurrent")}
-    assert [row["family"] for row in parallelism.trained(configs, 8, 16)] == ["recurrent"]
+    assert [row["family"] for row in parallelism.measure_families(configs, 8, 16)] == ["recurrent"]
 
 
 def test_a_gradient_of_zero_is_no_path():
-    assert not one_layer.joined(lambda x: x, 4, 5)[~np.eye(5, dtype=bool)].any()
+    assert not one_layer.dependencies(lambda x: x, 4, 5)[~np.eye(5, dtype=bool)].any()
 
 
 def test_exponents_are_those_of_powers():
@@ -103,7 +103,7 @@ def test_the_command_writes_its_tables_and_plots(tmp_path, capsys, monkeypatch, 
 
 def test_a_step_is_really_trained(monkeypatch):
     made, place = [], sharding.shard_batch
-    monkeypatch.setattr(parallelism, "SECONDS", 0.0)
+    monkeypatch.setattr(parallelism, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(sharding, "shard_batch", lambda mesh, batch: made.append(batch) or place(mesh, batch))
     ready = []
     monkeypatch.setattr(jax, "block_until_ready", lambda metrics: ready.append(float(metrics.loss.smoothed_nll)))

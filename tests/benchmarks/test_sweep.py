@@ -46,7 +46,7 @@ def test_the_paper_s_own_base_gives_the_paper_s_rows():
 
 
 def test_a_size_that_is_no_whole_number_is_refused():
-    with pytest.raises(UserError, match=r"config\.model\.num_layers = 2: row c-n2 asks for 2 / 6 of it"):
+    with pytest.raises(UserError, match=r"config\.model\.num_layers = 2: row c-n2 needs 2 / 6 of it"):
         sweep.row_config(small_config(model={**BASE, "num_layers": 2}), "c-n2")
 
 
@@ -74,7 +74,7 @@ def test_seeds_of_the_base_model_tell_what_is_chance(tmp_path, monkeypatch, caps
     lines = (tmp_path / "table3.md").read_text().splitlines()
     assert lines[3] == "| a-h4 | 0.00 |  | 5.100 | 5.00 | chance | 20.0 | 25.5 | yes |"
     assert lines[5] == (
-        "Chance: no more than 3 seeds of the base model differ by, 0.200 of perplexity and 1.5 of BLEU."
+        "Chance: at most the range over 3 seeds of the base model, 0.200 of perplexity and 1.5 of BLEU."
     )
 
 
@@ -107,7 +107,7 @@ def test_a_row_that_diverges_is_named_and_the_others_go_on(tmp_path, monkeypatch
     flags = ["--config=configs/demo.py", "--config.model.num_heads=8", "--rows=base,a-h4,a-h16", f"--output={tmp_path}"]
     sweep.main(["sweep", *flags])
     said = capsys.readouterr()
-    assert "row a-h4 diverged, the others go on: the loss of update 7 is nan" in said.err
+    assert "row a-h4 diverged; continuing with the others: the loss of update 7 is nan" in said.err
     found = json.loads(said.out.splitlines()[-1])
     assert found == json.loads((tmp_path / "table3.json").read_text())
     assert found["a-h4"] == {"diverged": "the loss of update 7 is nan"}

@@ -20,9 +20,9 @@ def run(root, *arguments):
 @pytest.mark.parametrize(
     ("module", "what"),
     [
-        ("training.train_step", "a module, and no command"),
-        ("data.corpus", "a module, and no command"),
-        ("trnslate", "no command"),
+        ("training.train_step", "a module, not a command"),
+        ("data.corpus", "a module, not a command"),
+        ("trnslate", "not a command"),
     ],
 )
 def test_a_module_that_is_no_command_says_so(root, module, what):

@@ -1,4 +1,4 @@
-"""Commands of the package, found in its source: train, eval, and what `python -m transformer.NAME` runs."""
+"""Discovers the commands in the source of the package: train, eval, and those of `python -m transformer.NAME`."""
 
 import ast
 import itertools
@@ -8,35 +8,35 @@ import sys
 from collections.abc import Sequence
 
 _PACKAGE = pathlib.Path(__file__).parent.parent
-_RUNS = '\nif __name__ == "__main__":\n'
+_MAIN_GUARD = '\nif __name__ == "__main__":\n'
 
 
 def find() -> dict[str, pathlib.Path]:
-    """The name of each command and its file; imports none of them.
+    """The name and file of each command; imports none of them.
 
-    train.py and eval.py lie beside the package in a checkout, and in it where it is installed.
+    train.py and eval.py are beside the package in a checkout, and inside it if it is installed.
     """
-    both = [folder / f"{name}.py" for name in ("train", "eval") for folder in (_PACKAGE, _PACKAGE.parent)]
-    found: dict[str, pathlib.Path] = {}
-    for path in [*both, *sorted(_PACKAGE.rglob("*.py"))]:
-        if path.is_file() and path != _PACKAGE / "__main__.py" and _RUNS in path.read_text():
-            found.setdefault(_module(path).removeprefix(f"{_PACKAGE.name}."), path)
-    return found
+    train_and_eval = [folder / f"{name}.py" for name in ("train", "eval") for folder in (_PACKAGE, _PACKAGE.parent)]
+    files: dict[str, pathlib.Path] = {}
+    for path in [*train_and_eval, *sorted(_PACKAGE.rglob("*.py"))]:
+        if path.is_file() and path != _PACKAGE / "__main__.py" and _MAIN_GUARD in path.read_text():
+            files.setdefault(_module(path).removeprefix(f"{_PACKAGE.name}."), path)
+    return files
 
 
 def _module(path: pathlib.Path) -> str:
-    """What -m takes to run a file; train or eval for those beside the package."""
+    """The module name of a file for -m; train or eval for those beside the package."""
     module = ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
     return module.removesuffix(".__main__")
 
 
 def descriptions() -> dict[str, str]:
-    """What to type after `python` → the first line of that command's docstring."""
+    """Arguments of `python` → first line of the docstring, for each command."""
     return {_invocation(path): description(path) for path in find().values()}
 
 
 def _invocation(path: pathlib.Path) -> str:
-    """What runs a file: its name, or -m and that of its module."""
+    """The arguments of `python` that run a file: its name, or -m and its module."""
     return path.name if path.parent == _PACKAGE.parent else f"-m {_module(path)}"
 
 
@@ -46,7 +46,7 @@ def description(path: pathlib.Path) -> str:
 
 
 def run(path: pathlib.Path, arguments: Sequence[str]) -> None:
-    """Runs a command as Python would, with these arguments."""
+    """Runs a command with these arguments, as Python would."""
     sys.argv = [str(path), *arguments]
     if path.parent == _PACKAGE.parent:
         runpy.run_path(str(path), run_name="__main__")
@@ -55,21 +55,21 @@ def run(path: pathlib.Path, arguments: Sequence[str]) -> None:
 
 
 def reject_non_commands(argv: Sequence[str]) -> None:
-    """Ends a process that was started as `python -m transformer.NAME` where that is no command, with exit code 2.
+    """Exits with code 2 if the process was started as `python -m transformer.NAME` and NAME is not a command.
 
-    Python would run such a module to its end, in silence and with exit code 0.
+    Python would run such a module silently and exit with code 0.
 
     Args:
-      argv: as `sys.orig_argv`.
+      argv: `sys.orig_argv`.
     """
-    name = next((after for flag, after in itertools.pairwise(argv) if flag == "-m"), "")
+    name = next((value for flag, value in itertools.pairwise(argv) if flag == "-m"), "")
     package, _, rest = name.partition(".")
     if package != _PACKAGE.name or not rest:
         return
     path = _PACKAGE.joinpath(*rest.split("."))
     files = [file for file in (path.with_suffix(".py"), path / "__main__.py") if file.is_file()]
-    if not any(_RUNS in file.read_text() for file in files):
-        what = "a module, and no command" if files else "no command"
+    if not any(_MAIN_GUARD in file.read_text() for file in files):
+        reason = "a module, not a command" if files else "not a command"
         if sys.stderr is not None:
-            print(f"python -m {name}: this is {what}; python -m {_PACKAGE.name} lists the commands", file=sys.stderr)
+            print(f"python -m {name}: this is {reason}; python -m {_PACKAGE.name} lists the commands", file=sys.stderr)
         sys.exit(2)
