@@ -7,7 +7,7 @@ FOLDER holds train, val and test_2016_flickr with .en and .de, one sentence a li
 data/task1/raw of https://github.com/multi30k/dataset, whose files may stay compressed.
 BLEU 38.9 on test_2016_flickr (sacreBLEU nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0), beam 5, the
 last checkpoint; nothing was chosen on that set. 8,000 updates of 28.4M target tokens and 3.8e14 FLOPs, in 100
-minutes on 2 cores of an AMD EPYC that other work shared, float32 (2026-11-20, commit e2f8182 with this file).
+minutes on 2 cores of a shared AMD EPYC, float32 (2026-11-20, commit e2f8182 with this file).
 
 Idle, the same cores train 13,000 target tokens/s, 36 minutes for the run, and 6.1 times what JoeyNMT 2.3.0 does
 (`python -m benchmarks.ab_compare`, median of three, 12,927 against 2,114; 2026-11-20, commit 3059c83); bfloat16 is no
@@ -47,6 +47,6 @@ def get_config() -> config_dict.ConfigDict:
 
     config.decode.beam_size = 5
     config.decode.length_penalty = 1.0
-    config.decode.max_extra_length = 20  # as of the training pairs; the nearer the limit, the sooner the search is sure
-    config.decode.batch_rows = 8  # for a CPU: fewer wait for the slowest of their batch; on a GPU set 0
+    config.decode.max_extra_length = 20  # as in the training pairs; a lower limit ends the search sooner
+    config.decode.batch_rows = 8  # for a CPU, where small batches wait less for their slowest sentence; on a GPU set 0
     return config

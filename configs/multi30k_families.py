@@ -1,10 +1,10 @@
-"""What attention replaced, at an equal budget: 1.8M params and 10 epochs of Multi30k, English to German.
+"""LSTM, convolution and attention at an equal budget: 1.8M params and 10 epochs of Multi30k, English to German.
 
     python -m benchmarks.equal_budget --config.data.dir=FOLDER --output=runs/families
 
 or one of them: `python train.py --config=configs/multi30k_families.py:recurrent --workdir=… --config.data.dir=FOLDER`.
-FOLDER as in configs/multi30k.py, and so are data, vocabulary and batches: attention is that model, the others
-have its number of params to 1%.
+FOLDER, data, vocabulary and batches as in configs/multi30k.py. Attention is that model; the others have its number of
+params within 1%.
 """
 
 from ml_collections import config_dict

@@ -1,15 +1,15 @@
-"""The models of the paper's Table 3, each with what the paper prints beside it: configs/paper.py:ROW.
+"""The models of the paper's Table 3, each with the results that the paper reports: configs/paper.py:ROW.
 
     python train.py --config=configs/paper.py:base --workdir=runs/base
     python -m benchmarks.sweep --table=3 --config=configs/paper.py --output=runs/table3
 
-ROW is base (the default), big, or one of ROWS below, named by its group and what it changes: a-h1, b-dk16, c-n2,
-d-drop0, e-learned … None has been trained at this size here.
+ROW is base (the default), big, or one of ROWS below, named by its group and its change: a-h1, b-dk16, c-n2,
+d-drop0, e-learned … None has been trained here at this size.
 
 Data and updates are those of configs/wmt14.py:en_de_base (en_de_big for big). The paper scored newstest2013, which is
-the validation split, by beam 4, alpha 0.6, without averaging checkpoints. Its counts of params agree with a shared
-vocabulary of 40,900 pieces for every row but big: there 36,100 would give the 213 million that it prints, and 40,900
-give 218. On its "about 37000 tokens" (section 5.1) base has 63 million, where it prints 65.
+the validation split, by beam 4, alpha 0.6, without averaging checkpoints. Its numbers of params agree with a shared
+vocabulary of 40,900 subword tokens for every row but big, whose 213 million would need 36,100 (40,900 give 218). With
+its "about 37000 tokens" (section 5.1) base has 63 million, and the paper reports 65.
 """
 
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ class Row(NamedTuple):
     """A row of Table 3: fields that differ from the base model, and the printed results.
 
     Attributes:
-      params: millions; None where the paper leaves the place blank, as in the base model's.
-      perplexity: per piece, on newstest2013.
+      params: millions; None if blank in the paper: the base model's.
+      perplexity: per subword token, on newstest2013.
       bleu: on newstest2013.
     """
 

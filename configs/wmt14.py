@@ -4,8 +4,8 @@
     python train.py --config=configs/wmt14.py:en_de_base --workdir=runs/en_de_base
     python eval.py --workdir=runs/en_de_base --checkpoint=average:5
 
-VARIANT is one of four. BLEU is the paper's on newstest2014, of tokenized text, which is scored higher than sacreBLEU
-scores the raw text; time is the paper's, on 8 P100.
+VARIANT is one of four. BLEU is the paper's on newstest2014, of tokenized text, and higher than sacreBLEU of raw text;
+time is the paper's, on 8 P100.
 
     VARIANT     languages          model               updates  --checkpoint  BLEU  time
     en_de_base  English to German  Table 3, base       100,000  average:5     27.3  12 hours
@@ -13,14 +13,14 @@ scores the raw text; time is the paper's, on 8 P100.
     en_fr_base  English to French  Table 3, base       100,000  average:5     38.1  12 hours
     en_fr_big   English to French  big, dropout 0.1    300,000  average:20    41.8  3.5 days
 
-Not trained here yet. On GPU and TPU add --config.model.dtype=bfloat16, and where a batch does not fit,
+Not trained here yet. On GPU and TPU add --config.model.dtype=bfloat16 and, if a batch does not fit,
 --config.train.accumulation_steps=4.
 
 Data for German: TFDS's wmt_t2t_translate, which is the paper's WMT14, 4.6M pairs, of four archives (1.7 GB). The
-vocabulary is a shared BPE of 37,000 pieces by SentencePiece; the paper made its own "of about 37000 tokens" on
+vocabulary is a shared BPE of 37,000 subword tokens by SentencePiece; the paper made its own "of about 37000 tokens" on
 tokenized text. Data for French: TFDS's wmt14_translate/fr-en, of six archives (6.7 GB), about 40M pairs, where the
 paper speaks of 36M. The paper has 32,000 word pieces here, made by a tool that is not public; this is a shared BPE of
-32,000 by SentencePiece. `prepare` fetches the archives or finds them in data.manual_dir.
+32,000 by SentencePiece. `prepare` downloads the archives or takes them from data.manual_dir.
 """
 
 from ml_collections import config_dict

@@ -29,7 +29,7 @@ POSITIVE = 1e-30  # the closed lower bound that means "above 0"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The model: sizes of the paper's base model unless said otherwise (Table 3)."""
+    """The model; the default sizes are those of the paper's base model (Table 3)."""
 
     family: str = _field(
         "attention",
@@ -39,8 +39,8 @@ class ModelConfig:
     num_layers: int = _field(6, "layers of the encoder and of the decoder each", low=1)
     emb_dim: int = _field(512, "model width D (paper: d_model)", low=1)
     num_heads: int = _field(8, "attention heads H", low=1)
-    qkv_dim: int = _field(512, "width per head times heads, H * K, of queries and keys; free of emb_dim", low=1)
-    value_dim: int = _field(512, "the same of values: Table 3 (B) varies the key width alone", low=1)
+    qkv_dim: int = _field(512, "width per head times heads, H * K, of queries and keys; independent of emb_dim", low=1)
+    value_dim: int = _field(512, "the same of values: Table 3 (B) varies only the key width", low=1)
     mlp_dim: int = _field(2048, "feed-forward width F (paper: d_ff)", low=1)
     norm: str = _field("post", "LayerNorm after the residual sum (paper) or before the layer", one_of=("post", "pre"))
     positions: str = _field("sinusoidal", "position encodings", one_of=("sinusoidal", "learned"))
@@ -53,32 +53,32 @@ class ModelConfig:
     mlp_dropout_rate: float = _field(0.0, "inside the feed-forward block, after its activation", low=0, high=0.99)
     attention: str = _field(
         "auto",
-        "plain; blockwise: memory linear in length; ring: the same with the length split over mesh.sequence; cudnn and "
-        "splash: kernels for GPU and TPU, in training, elsewhere as auto; auto: ring where mesh.sequence is above 1, "
-        "else from length 512 the kernel that can run, or by blocks",
+        "plain; blockwise: memory linear in length; ring: blockwise with the length split over mesh.sequence; cudnn, "
+        "splash: fused kernels for GPU and TPU in training, otherwise as auto; auto: ring if mesh.sequence is above "
+        "1, else from length 512 the supported kernel, or blockwise",
         one_of=("auto", "plain", "blockwise", "cudnn", "splash", "ring"),
     )
     qkv_init_gain: float = _field(
         1.0,
-        "on the Glorot initialisation of queries, keys and values; 0.7071 is that of one matrix for all three, "
-        "as fairseq has it",
+        "factor on the Glorot initialization of queries, keys and values; 0.7071 equals one matrix for all three, as "
+        "in fairseq",
         low=POSITIVE,
         high=10,
     )
     attention_score: str = _field(
         "dot",
-        "recurrent, convolutional: how the decoder scores a state of the source, by a dot product (Luong) or "
-        "additively (Bahdanau), in memory of target x source x width",
+        "recurrent, convolutional: attention score of the decoder: dot product (Luong) or additive (Bahdanau), whose "
+        "memory is target x source x width",
         one_of=("dot", "additive"),
     )
-    kernel_width: int = _field(3, "convolutional: places that a layer joins; odd", low=1, high=99)
+    kernel_width: int = _field(3, "convolutional: width of the kernels; odd", low=1, high=99)
     remat: str = _field(
         "none",
-        "what the backward pass computes again rather than keeps: none; dots: all but products with params; full: "
-        "whole layers",
+        "rematerialization, what the backward pass recomputes: none; dots: all but products with params; full: whole "
+        "layers",
         one_of=("none", "dots", "full"),
     )
-    scan_layers: bool = _field(False, "one program for all layers, over stacked params: compiles faster, runs slower")
+    scan_layers: bool = _field(False, "lax.scan over stacked params of all layers: compiles faster, runs slower")
     dtype: str = _field(
         "float32", "of activations; params, softmax and loss stay float32", one_of=("float32", "bfloat16")
     )
@@ -107,21 +107,23 @@ class DataConfig:
     valid: str = _field("", "text: both sides of validation in one file")
     columns: str = _field("", "tsv: which two columns are source and target, counted from 1, as in '1,2'")
     data_dir: str = _field(
-        "", "where prepared data, vocabularies and token ids are kept; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
+        "", "folder of prepared data, vocabularies and token ids; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
     )
     manual_dir: str = _field(
-        "", "a folder of WMT archives fetched by hand, by their own names; empty: downloads/manual under data_dir"
+        "", "folder of WMT archives fetched by hand, with their original names; empty: downloads/manual under data_dir"
     )
-    vocab_size: int = _field(37000, "pieces of the shared vocabulary, specials included", low=8, high=1_000_000)
+    vocab_size: int = _field(
+        37000, "subword tokens of the shared vocabulary, including special ones", low=8, high=1_000_000
+    )
     tokenizer: str = _field(
         "bpe",
-        "SentencePiece model type, bpe or unigram, or a path: a trained .model, merges of subword-nmt (.codes, whose "
-        "vocabulary is then every piece of the training text), or a .json that a run with such merges keeps",
+        "SentencePiece model type, bpe or unigram, or a path: a trained .model, BPE merges of subword-nmt (.codes, "
+        "whose vocabulary is all subword tokens of the training text), or the .json that a run with such merges saves",
     )
     tokenized: bool = _field(
         False,
-        "the text is lowercased words and punctuation with spaces between, as some published sets are: BLEU is then "
-        "that of sacrebleu -tok none -lc -s none, comparable with theirs and not with that of raw text",
+        "the text is lowercased and tokenized, as some published sets are: BLEU is then that of sacrebleu -tok none "
+        "-lc -s none, comparable with published scores of such sets and not with BLEU of raw text",
     )
     bleu_tokenizer: str = _field(
         "auto",
@@ -135,13 +137,11 @@ class DataConfig:
         "bucket: rows of one sentence, in shapes by length; pack: rows of several, in one shape",
         one_of=("bucket", "pack"),
     )
-    num_buckets: int = _field(
-        8, "bucket: shapes by length; more waste less padding, and compile longer", low=1, high=64
-    )
+    num_buckets: int = _field(8, "bucket: shapes by length; more give less padding, and compile longer", low=1, high=64)
     length_multiple: int = _field(
         1,
-        "widths of training batches are multiples of this, so the widest may exceed max_length, by which pairs are "
-        "still dropped; 8 suits the matrix units of a GPU",
+        "widths of training batches are multiples of this, so the widest may exceed max_length (longer pairs are still "
+        "dropped); 8 suits the matrix units of a GPU",
         low=1,
         high=1024,
     )
@@ -163,7 +163,7 @@ class OptimizerConfig:
     warmup_steps: int = _field(4000, "steps of linear warm-up; cosine, linear: fewer than train.num_steps", low=0)
     schedule: str = _field(
         "paper",
-        "what follows warm-up; cosine and linear reach zero at train.num_steps",
+        "learning rate after warm-up; cosine and linear reach zero at train.num_steps",
         one_of=("paper", "inverse_sqrt", "cosine", "linear", "constant"),
     )
     beta1: float = _field(0.9, "decay of the first moment", low=0, high=0.999999)
@@ -180,45 +180,43 @@ class TrainConfig:
 
     num_steps: int = _field(100_000, "updates of the whole run", low=1)
     batch_tokens: int = _field(25_000, "target tokens of the global batch, padding counted", low=1)
-    accumulation_steps: int = _field(
-        1, "parts of a batch that go through the model one after the other", low=1, high=4096
-    )
+    accumulation_steps: int = _field(1, "micro-batches of a batch, whose gradients are summed", low=1, high=4096)
     log_every_steps: int = _field(50, "steps between lines of metrics", low=1)
     eval_every_steps: int = _field(2_000, "steps between validations: loss and BLEU", low=1)
     checkpoint_every_steps: int = _field(1_000, "steps between checkpoints", low=1)
     best_metric: str = _field(
         "auto",
-        "which validation figure makes a checkpoint the best; auto: bleu, or chrf where most validation references "
-        "have under four tokens, decided when the run begins and kept in its config.json",
+        "validation metric of the best checkpoint; auto: bleu, or chrf if most validation references have under four "
+        "tokens, decided at the start of the run and saved in its config.json",
         one_of=("auto", "bleu", "chrf", "loss"),
     )
     early_stopping_patience: int = _field(
-        0, "validations without a better best_metric before the run ends; 0: none does", low=0
+        0, "validations without a better best_metric before the run ends; 0: off", low=0
     )
     keep_last: int = _field(5, "newest checkpoints to keep", low=1)
-    keep_best: int = _field(1, "checkpoints of the best best_metric to keep besides", low=0)
+    keep_best: int = _field(1, "further checkpoints to keep, with the best best_metric", low=0)
     ema_decay: float = _field(
         0.0,
-        "keeps a moving average of the params, which validation, eval and translate then use in their place (but "
-        "average:N means the params themselves): decay an update, min(this, (1 + step) / (10 + step)); 0: none",
+        "decay of a moving average of the params, min(this, (1 + step) / (10 + step)), which validation, eval and "
+        "translate use instead of the params (except average:N); 0: off",
         low=0,
         high=0.999999,
     )
     spike_factor: float = _field(
         0.0,
-        "an update whose loss is over this times the mean of about the last 50 is skipped, counted and logged; 0: none",
+        "skips updates whose loss is over this times the mean of about the last 50; 0: off",
         low=0,
     )
     max_skipped_updates: int = _field(
-        10, "with spike_factor: skipped of one spike at most; if the loss stays high, updates are made again", low=1
+        10, "with spike_factor: the most updates skipped in a row; if the loss stays high, training continues", low=1
     )
-    seed: int = _field(0, "of initialisation, data order and dropout", low=0)
+    seed: int = _field(0, "of initialization, data order and dropout", low=0)
     init_from: str = _field(
         "",
-        "a workdir whose params and vocabulary the run starts from, to fine-tune them; sizes of model and vocabulary "
-        "that are left at their defaults are then those of that run",
+        "workdir of the run to fine-tune: initial params and vocabulary; sizes of model and vocabulary at their "
+        "defaults become those of that run",
     )
-    init_checkpoint: str = _field("latest", "with init_from: which of its checkpoints, as eval.py's --checkpoint")
+    init_checkpoint: str = _field("latest", "with init_from: its checkpoint, as in eval.py --checkpoint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,44 +225,43 @@ class DecodeConfig:
 
     method: str = _field(
         "beam",
-        "beam search, a sample, or of mbr_samples samples the one most like the others by chrF (minimum Bayes risk)",
+        "beam search, sampling, or minimum Bayes risk: the one of mbr_samples samples most similar to the others "
+        "by chrF",
         one_of=("beam", "sample", "mbr"),
     )
     beam_size: int = _field(4, "hypotheses kept by beam search; 1 is greedy", low=1, high=1000)
     length_penalty: float = _field(0.6, "alpha of the length penalty (sample: of scores); 0 is none", low=0, high=10)
     length_penalty_form: str = _field(
         "gnmt",
-        "what log-probabilities are divided by: gnmt ((5 + length) / 6)^alpha, or length^alpha",
+        "divisor of log-probabilities: gnmt ((5 + length) / 6)^alpha, or length^alpha",
         one_of=("gnmt", "length"),
     )
-    coverage_penalty: float = _field(0.0, "beam: beta of GNMT's penalty on sources left out; 0 is none", low=0, high=10)
-    early_stopping: bool = _field(False, "beam: a sentence is done once beam_size hypotheses have ended, as in fairseq")
-    min_length: int = _field(0, "tokens of a translation, at least, its end not counted, where the limit allows", low=0)
-    no_repeat_ngram: int = _field(0, "no n-gram of so many tokens occurs twice in a translation; 0: any may", low=0)
-    temperature: float = _field(1.0, "sample, mbr: logits are divided by it", low=0.01, high=100)
-    top_k: int = _field(0, "sample, mbr: only among so many most probable tokens; 0: all", low=0)
+    coverage_penalty: float = _field(0.0, "beam: beta of GNMT's coverage penalty; 0 is none", low=0, high=10)
+    early_stopping: bool = _field(False, "beam: stop a sentence once beam_size hypotheses are finished, as in fairseq")
+    min_length: int = _field(0, "least tokens of a translation without EOS, within the maximum length", low=0)
+    no_repeat_ngram: int = _field(0, "no n-gram of this length occurs twice in a translation; 0: off", low=0)
+    temperature: float = _field(1.0, "sample, mbr: divisor of the logits", low=0.01, high=100)
+    top_k: int = _field(0, "sample, mbr: sample from this many most probable tokens; 0: all", low=0)
     top_p: float = _field(
-        1.0, "sample, mbr: only among the fewest tokens of this share of the probability; 1: all", low=POSITIVE, high=1
+        1.0, "sample, mbr: sample from the fewest tokens with this probability in sum; 1: all", low=POSITIVE, high=1
     )
-    seed: int = _field(0, "sample, mbr: of the samples; equal sentences get equal ones", low=0)
-    mbr_samples: int = _field(16, "mbr: samples drawn of each sentence", low=2, high=1000)
+    seed: int = _field(0, "sample, mbr: of the samples; equal sentences get equal samples", low=0)
+    mbr_samples: int = _field(16, "mbr: samples of each sentence", low=2, high=1000)
     max_extra_length: int = _field(50, "a translation has at most source length + this many tokens", low=1)
     batch_rows: int = _field(
         0,
-        "sentences decoded at once, a fixed shape, whatever --batch_size groups; 0: 16 on a CPU, 256 on a GPU or TPU",
+        "sentences decoded at once, whatever --batch_size is; 0: 16 on a CPU, 256 on a GPU or TPU",
         low=0,
     )
-    max_source_tokens: int = _field(512, "a longer source is translated from its first that many tokens", low=2)
+    max_source_tokens: int = _field(512, "longer sources are truncated to this many tokens", low=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """The device mesh: the product of the four is the number of devices. One may be -1: all remaining devices."""
 
-    data: int = _field(-1, "devices over which the rows of a batch are split; -1: all that are left", low=-1)
-    fsdp: int = _field(
-        1, "the same, and each stores one of so many parts of params and optimizer state; divides emb_dim", low=-1
-    )
+    data: int = _field(-1, "devices over which the rows of a batch are split; -1: all remaining", low=-1)
+    fsdp: int = _field(1, "the same, with params and optimizer state sharded over them; divides emb_dim", low=-1)
     tensor: int = _field(
         1, "devices over which heads, mlp_dim and the vocabulary are split; divides each of them", low=-1
     )

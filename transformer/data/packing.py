@@ -140,7 +140,7 @@ class _OpenRows:
         waste = np.where((left_s >= 0) & (left_t >= 0), 20 * np.abs(share_s - share_t) + share_s + share_t, np.inf)
         best = int(waste.argmin()) if len(waste) else -1
         if best < 0 or np.isinf(waste[best]):
-            # As many as hold `count` sentences of this class, since they share rows with each other too.
+            # Enough for `count` sentences of this class, since they share rows with each other too.
             num_new = -(-count // min(full_s // s, full_t // t))
             self._num_rows += num_new
             return _RowGroup(np.arange(self._num_rows - num_new, self._num_rows), self._capacity)
