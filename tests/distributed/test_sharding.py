@@ -158,7 +158,7 @@ def test_rows_and_widths_are_filled_up_to_divide():
     """So the plan of batches need not know the mesh."""
     mesh = make_mesh(MeshConfig(data=2, sequence=4))
     batch = Batch(np.ones((5, 7), np.int32), np.ones((5, 8), np.int32))
-    placed = sharding.shard_batch(mesh, batch, parts=2)
+    placed = sharding.shard_batch(mesh, batch, num_micro_batches=2)
     assert (placed.source_BS.shape, placed.target_BT.shape) == ((8, 8), (8, 8))
     assert int(placed.source_BS.sum()) == 35
     sentences = sharding.shard_batch(mesh, batch.source_BS, rows="decode_batch")

@@ -97,7 +97,7 @@ def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, em
     mesh = make_mesh(config.mesh)
     model = registry.ModelDef(config.model, V)
     update, state = train_step.make_train_step(model, config, mesh), train_step.init_state(model, config, mesh)
-    place = functools.partial(sharding.shard_batch, mesh, parts=parts)
+    place = functools.partial(sharding.shard_batch, mesh, num_micro_batches=parts)
     updates = trainer.StepPipeline(update, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, TrainingCost())
     for _ in range(3):
         updates.dispatch()

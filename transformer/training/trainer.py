@@ -158,7 +158,7 @@ class TrainingLoop:
 
     def _start_pipeline(self, state: TrainState) -> StepPipeline:
         context, data, train = self.context, self.context.data, self._config.train
-        sizes: dict[str, Any] = {"parts": train.accumulation_steps}
+        sizes: dict[str, Any] = {"num_micro_batches": train.accumulation_steps}
         batches = input_pipeline.train_iterator(
             data.schedule,
             data.ids,
