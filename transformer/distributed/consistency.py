@@ -1,6 +1,6 @@
-"""What all hosts of a run must have in common, and what becomes of it if they do not: a message on each of them.
+"""Checks that all processes run the same code, config and data; on a difference each reports it.
 
-A difference would not show by itself: every host would train on, each on rows of another batch.
+Without the checks every process would train on, with rows of different batches.
 """
 
 import os
@@ -17,26 +17,26 @@ from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_atomic
 
 VISIBILITY_TIMEOUT_S = (
-    15.0  # seconds until what one host wrote must be seen by all: a network file system may take some
+    15.0  # seconds in which all processes must see a file that one wrote: network file systems take some
 )
-MARKER_FILE = "hosts"  # the file by which hosts see that they share a workdir
+MARKER_FILE = "hosts"  # the file by which processes check that they share a workdir
 
 
-def assert_equal(what: str, mine: str, remedy: str) -> None:
-    """Raises a UserError on every host unless all give the same text."""
-    found = multihost.allgather(what, mine)
-    others = {i: text for i, text in enumerate(found) if text != found[0]}
+def assert_equal(what: str, text: str, remedy: str) -> None:
+    """Raises a UserError on every process unless all have the same text."""
+    texts = multihost.allgather(what, text)
+    others = {i: other for i, other in enumerate(texts) if other != texts[0]}
     if others:
         first = min(others)
         raise UserError(
-            f"{what} differs between hosts: {found[0]} on {multihost.process_name(0)}, {others[first]} on "
+            f"{what} differs between hosts: {texts[0]} on {multihost.process_name(0)}, {others[first]} on "
             f"{multihost.process_name(first)}"
             f"{f' and {len(others) - 1} more' if others.keys() - {first} else ''}; {remedy}"
         )
 
 
 def assert_same_code() -> None:
-    """Raises a UserError on every host unless all run the same program and versions of what it computes with."""
+    """Raises a UserError on every process unless all run the same code and versions of packages."""
     if multihost.process_count() > 1:
         assert_equal(
             "the code", f"version {code_version()}", "install the same commit and requirements.txt on every host"
@@ -44,17 +44,17 @@ def assert_same_code() -> None:
 
 
 def code_version() -> str:
-    """The digest of the code, and the versions of what it computes with."""
+    """The digest of the code and the versions of its packages."""
     return f"{code_digest()} with {', '.join(f'{name} {version}' for name, version in versions().items())}"
 
 
 def assert_same_config(config: Config) -> None:
-    """Raises a UserError on every host unless all have the same config; data may lie elsewhere on each."""
+    """Raises a UserError on every process unless all have the same config; paths of the data may differ."""
     texts = multihost.allgather("config", config.to_json())
-    lead = validation.from_json(texts[0], "the config of host 0")
+    primary = validation.from_json(texts[0], "the config of host 0")
     for host, text in enumerate(texts):
         other = validation.from_json(text, f"the config of host {host}")
-        changes = [c for c in schema.diff(lead, other) if c.section != "data" or c.field not in schema.PATH_FIELDS]
+        changes = [c for c in schema.diff(primary, other) if c.section != "data" or c.field not in schema.PATH_FIELDS]
         if changes:
             raise UserError(
                 f"the config differs between hosts, {multihost.process_name(0)} → {multihost.process_name(host)}: "
@@ -63,7 +63,7 @@ def assert_same_config(config: Config) -> None:
 
 
 def assert_same_data(data: str, tokenizer: str) -> None:
-    """Raises a UserError on every host unless all read the same data and vocabulary, by their digests."""
+    """Raises a UserError on every process unless all read the same data and vocabulary, by their digests."""
     assert_equal(
         "the data",
         f"digest {data[:16]}, vocabulary {tokenizer[:16]}",
@@ -72,37 +72,36 @@ def assert_same_data(data: str, tokenizer: str) -> None:
 
 
 def assert_shared_workdir(workdir: epath.Path) -> None:
-    """Raises a UserError on every host unless all see the workdir of the lead."""
+    """Raises a UserError on every process unless all see the workdir of the primary."""
     if multihost.process_count() == 1:
         return
-    mark = multihost.broadcast_from_primary("mark of the workdir", lambda: _write_marker(workdir))
-    blind = [
-        i for i, found in enumerate(multihost.allgather("workdir", str(_can_see(workdir, mark)))) if found != str(True)
-    ]
-    if blind:
+    marker = multihost.broadcast_from_primary("marker of the workdir", lambda: _write_marker(workdir))
+    answers = multihost.allgather("workdir", str(_can_see(workdir, marker)))
+    missing = [i for i, answer in enumerate(answers) if answer != str(True)]
+    if missing:
         raise UserError(
-            f"--workdir={workdir}: {_several(blind)} cannot see what {multihost.process_name(0)} writes there; "
+            f"--workdir={workdir}: {_names(missing)} cannot see what {multihost.process_name(0)} writes there; "
             "it must be a folder that all hosts share, or object storage such as gs://BUCKET/RUN"
         )
 
 
-def _several(numbers: Sequence[int]) -> str:
-    return multihost.process_name(numbers[0]) + (f" and {len(numbers) - 1} more" if len(numbers) > 1 else "")
+def _names(processes: Sequence[int]) -> str:
+    return multihost.process_name(processes[0]) + (f" and {len(processes) - 1} more" if len(processes) > 1 else "")
 
 
 def _write_marker(workdir: epath.Path) -> str:
-    mark = uuid.uuid4().hex
-    write_atomic(workdir / MARKER_FILE, f"{mark}\n{multihost.process_description()}\n")
-    return mark
+    marker = uuid.uuid4().hex
+    write_atomic(workdir / MARKER_FILE, f"{marker}\n{multihost.process_description()}\n")
+    return marker
 
 
-def _can_see(workdir: epath.Path, mark: str) -> bool:
+def _can_see(workdir: epath.Path, marker: str) -> bool:
     deadline = time.monotonic() + VISIBILITY_TIMEOUT_S
     while True:
         try:
-            if (workdir / MARKER_FILE).read_text().startswith(mark):
+            if (workdir / MARKER_FILE).read_text().startswith(marker):
                 return True
-            os.listdir(workdir) if "://" not in os.fspath(workdir) else None  # has NFS look again
+            os.listdir(workdir) if "://" not in os.fspath(workdir) else None  # makes NFS look again
         except OSError:
             pass
         if time.monotonic() > deadline:

@@ -1,8 +1,7 @@
-"""Launchers: who started this process, and which of the machine's GPUs it takes.
+"""Launchers (Slurm, mpirun, torchrun, TPU pods): detects them, and which GPUs of the machine a process takes.
 
-Slurm, mpirun and the like start a program many times, and tell each process in its environment which one it is.
-The functions of an `environment` depend on it alone: they ask neither a network nor, except on a machine that may be
-a TPU VM, JAX.
+A launcher starts a program several times, and gives each process its rank in environment variables. Functions of an
+`environment` depend on it alone: they ask neither the network nor, except on a machine that may be a TPU VM, JAX.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from transformer.runtime.errors import UserError
 
 
 class Launcher(NamedTuple):
-    """The environment variables in which a launcher counts processes: of the whole run, and of one machine."""
+    """The environment variables with a launcher's number and rank of processes, of the run and of one machine."""
 
     name: str
     size: str

@@ -1,7 +1,7 @@
-"""The mesh of devices: its axes, its shape, and which device stands where.
+"""The device mesh: axes, shape and order of devices.
 
-Neighbours in the mesh are neighbours in the machine. Several slices of TPUs are joined by a slow network, over which
-only gradients go: each has its part of the data.
+Neighbours in the mesh are neighbours in the machine. Several TPU slices are joined by a slow network, so they split
+the data only, and nothing but gradients crosses it.
 """
 
 import functools
@@ -22,10 +22,10 @@ from transformer.runtime.errors import UserError
 
 
 def create_device_mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """All devices in this shape, whose first axis is that of the data.
+    """Arranges all devices in this shape, whose first axis is the data axis.
 
     Raises:
-      UserError: several slices of TPUs would share anything but the data.
+      UserError: an axis other than that of the data would span several TPU slices.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
@@ -44,21 +44,20 @@ MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The devices of all hosts, arranged by the config; its -1 takes all that are left.
+    """The mesh over the devices of all processes; a size of -1 takes all that are left.
 
     Args:
-      devices: others instead, such as those of a topology that is not here.
+      devices: other devices, such as those of a topology to compile for.
 
     Raises:
-      UserError: JAX finds no device, or the sizes ask for more devices than there are, or with several hosts for
-        fewer, or would share anything but the data among slices of TPUs.
+      UserError: JAX finds no device, the sizes need more devices than there are, or with several processes fewer, or
+        an axis other than that of the data would span several TPU slices.
     """
     available = _all_devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(available))
     count = math.prod(shape)
     if count < len(available) and jax.process_count() > 1:
         raise UserError(f"config.mesh asks for {count} devices: with several hosts all {len(available)} must be used")
-    # Neighbours in the mesh are neighbours in the machine, where that is known.
     grid = (
         create_device_mesh(shape, available) if count == len(available) else np.array(available[:count]).reshape(shape)
     )
@@ -68,7 +67,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def _all_devices() -> list[jax.Device]:
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter where no plugin for such devices is installed
+    except (RuntimeError, AssertionError) as error:  # an AssertionError without a plugin for the platform
         platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = str(error).partition("\n")[0] or "no such devices, or no plugin of jax for them"
         raise UserError(
@@ -78,41 +77,41 @@ def _all_devices() -> list[jax.Device]:
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
-    """Sizes of the mesh's axes over so many devices.
+    """The sizes of the mesh axes over this number of devices.
 
     Raises:
-      UserError: more devices are asked for than there are, or -1 cannot be filled.
+      UserError: the sizes need more devices, or the axis of size -1 does not divide them.
     """
     sizes = [getattr(config, axis) for axis in MESH_AXES]
-    asked = math.prod(size for size in sizes if size != -1)
+    fixed = math.prod(size for size in sizes if size != -1)
     named = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size != 1)
-    if asked > devices:
-        raise UserError(f"config: {named} asks for {asked} devices: found only {devices} devices; set smaller sizes")
-    if -1 in sizes and devices % asked:
+    if fixed > devices:
+        raise UserError(f"config: {named} asks for {fixed} devices: found only {devices} devices; set smaller sizes")
+    if -1 in sizes and devices % fixed:
         filling = MESH_AXES[sizes.index(-1)]
         raise UserError(
-            f"config: {named}: the {devices} devices cannot be divided by {asked} to fill mesh.{filling}; set "
-            f"mesh.{filling} to {devices // asked} to use {devices // asked * asked} of them, or other sizes"
+            f"config: {named}: the {devices} devices cannot be divided by {fixed} to fill mesh.{filling}; set "
+            f"mesh.{filling} to {devices // fixed} to use {devices // fixed * fixed} of them, or other sizes"
         )
-    return tuple(devices // asked if size == -1 else size for size in sizes)
+    return tuple(devices // fixed if size == -1 else size for size in sizes)
 
 
 def warm_up_collectives(mesh: Mesh) -> Mesh:
-    """Connects the devices along each combination of axes, as collectives will use them, while hosts are together.
+    """Runs a collective along each combination of axes, at a time when all processes are here; returns the mesh.
 
-    Gloo, which CPUs use, gives up if one host comes 30 s after another to the first collective of a group, and
-    compiling the programs that hold them may take longer on one.
+    For CPUs only: Gloo fails if one process comes 30 s after another to the first collective of a group, and
+    compiling the program with that collective may take longer on one of them.
     """
     if multihost.process_count() == 1 or not platform.is_cpu(mesh):
         return mesh
     axes = [axis for axis in MESH_AXES if mesh.shape[axis] > 1]
     for names in itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(1, len(axes) + 1)):
-        together = functools.partial(jax.lax.psum, axis_name=names)
-        whole = PartitionSpec()
-        summed = jax.shard_map(together, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
-        where = NamedSharding(mesh, whole)
-        program = jax.jit(summed).lower(jax.ShapeDtypeStruct((), np.int32, sharding=where)).compile()
-        one = jax.make_array_from_callback((), where, lambda _: np.ones((), np.int32))
+        psum = functools.partial(jax.lax.psum, axis_name=names)
+        spec = PartitionSpec()
+        summed = jax.shard_map(psum, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        replicated = NamedSharding(mesh, spec)
+        program = jax.jit(summed).lower(jax.ShapeDtypeStruct((), np.int32, sharding=replicated)).compile()
+        ones = jax.make_array_from_callback((), replicated, lambda _: np.ones((), np.int32))
         multihost.barrier("connection")
-        jax.block_until_ready(program(one))
+        jax.block_until_ready(program(ones))
     return mesh

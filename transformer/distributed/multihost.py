@@ -1,8 +1,7 @@
-"""The processes of one run, called hosts: joining them, exchanging short texts, and ending together.
+"""Multi-host runs: the processes join, exchange short texts, and end together.
 
-JAX's own coordination service, which host 0 runs, carries it all. A process that is alone, and everything in
-it, goes on as if this room were not there: no service is started, no port opened. Host 0 is the lead: it alone
-writes logs, scores and what else a run has one of.
+Messages call a process a host. All goes through JAX's coordination service, which process 0 runs; a single process
+starts no service and opens no port. Process 0 is the primary: it alone writes logs, scores and other single files.
 """
 
 import argparse
@@ -18,13 +17,13 @@ from transformer.distributed.heartbeat import Heartbeat, report_on_sigabrt
 from transformer.runtime import logging
 from transformer.runtime.errors import StoppedError, UserError
 
-LONG_MS = 7 * 24 * 3600 * 1000  # waiting has no end of its own: a host that falls silent ends it
-JAX_SLACK = 60  # seconds that JAX waits longer than we do, so that the message is ours
+LONG_MS = 7 * 24 * 3600 * 1000  # no timeout of its own: the heartbeat ends a wait for a silent process
+JAX_SLACK = 60  # seconds that JAX waits longer, so that the user reads our message
 P = ParamSpec("P")
 
 
 class _SingleProcess:
-    """What there is of hosts in a process that is alone."""
+    """A process that is alone."""
 
     index, count = 0, 1
 
@@ -33,7 +32,7 @@ class _SingleProcess:
 
 
 class _ProcessGroup:
-    """This process among several."""
+    """This process as one of several."""
 
     def __init__(self, client: Any, index: int, count: int, timeout: float, lost_exit_code: int):
         self.index, self.count, self._client = index, count, client
@@ -46,18 +45,18 @@ class _ProcessGroup:
         folder = f"{name}/{number}"
         self._client.key_value_set(f"{folder}/{self.index}", text)
         self._client.wait_at_barrier(folder.replace("/", "."), LONG_MS)
-        found = dict(self._client.key_value_dir_get(f"{folder}/"))
-        return [found[f"{folder}/{i}"] for i in range(self.count)]
+        texts = dict(self._client.key_value_dir_get(f"{folder}/"))
+        return [texts[f"{folder}/{i}"] for i in range(self.count)]
 
 
 _group: _SingleProcess | _ProcessGroup = _SingleProcess()
 
 
 def is_multiprocess(args: argparse.Namespace) -> bool:
-    """Whether flags or surroundings name other processes; asks neither JAX nor a network.
+    """Whether flags or environment variables name other processes; asks neither JAX nor the network.
 
     Raises:
-      UserError: flags that do not go together.
+      UserError: invalid flags, or only some of them.
     """
     flags = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
     given = {name for name, value in flags.items() if value is not None}
@@ -78,24 +77,24 @@ def is_multiprocess(args: argparse.Namespace) -> bool:
 
 @contextlib.contextmanager
 def initialize(args: argparse.Namespace) -> Iterator[None]:
-    """Joins the other processes, if there are any, for the length of the block; every host leaves it together.
+    """Joins the other processes, if there are any, for the block, which all leave together.
 
-    An error in one host ends them all, each with a message. The process then ends inside this block, as
-    Python's own way out waits for the others.
+    An error in one process ends them all, each with a message. The process then ends inside this block, because
+    Python's normal exit would wait for the others.
     """
     global _group
     if not is_multiprocess(args):
         yield
         return
     _group = group = _join(args)
-    gone = f"{group.names[0]}, which all others depend on, has gone away"
-    with report_on_sigabrt(gone, args.lost_host_exit_code):
+    lost_primary = f"{group.names[0]}, which all others depend on, has gone away"
+    with report_on_sigabrt(lost_primary, args.lost_host_exit_code):
         group.heartbeat.start()
         stopped = None
         try:
             try:
                 yield
-            except StoppedError as error:  # on which all have agreed
+            except StoppedError as error:  # by a signal that all processes know of
                 stopped = error
             _leave(group)
         except BaseException as error:
@@ -106,20 +105,24 @@ def initialize(args: argparse.Namespace) -> Iterator[None]:
 
 def _join(args: argparse.Namespace) -> _ProcessGroup:
     import jax
-    from jax._src import distributed  # its client has no public name; Orbax takes it from here too
 
-    # JAX would take SIGTERM for itself; training has its own way to stop together.
+    # Private: the client of the coordination service has no public name; Orbax imports it from here too.
+    from jax._src import distributed
+
+    # JAX would handle SIGTERM itself; see `training.preemption`.
     jax.config.update("jax_enable_preemption_service", False)
     gpus = launchers.local_gpus(os.environ, launchers.count_gpus())
-    where = args.coordinator or f"the address that {launchers.detect_cluster(os.environ)} gives"
-    what = f"not all processes joined at {where} within {args.host_timeout} s (--host_timeout); see which did not start"
-    with report_on_sigabrt(what, args.lost_host_exit_code):
+    address = args.coordinator or f"the address that {launchers.detect_cluster(os.environ)} gives"
+    timed_out = (
+        f"not all processes joined at {address} within {args.host_timeout} s (--host_timeout); see which did not start"
+    )
+    with report_on_sigabrt(timed_out, args.lost_host_exit_code):
         jax.distributed.initialize(
             args.coordinator,
             args.num_processes,
             args.process_id,
             local_device_ids=gpus.ids,
-            # With the flags there is nothing to detect, and what JAX finds would be another's: a Slurm step, a pod.
+            # With the flags nothing is detected: what JAX finds may belong to another program, such as a Slurm step.
             cluster_detection_method="deactivate" if args.coordinator else None,
             initialization_timeout=args.host_timeout,
             heartbeat_timeout_seconds=args.host_timeout + JAX_SLACK,
@@ -137,7 +140,7 @@ def _join(args: argparse.Namespace) -> _ProcessGroup:
 
 
 def _leave(group: _ProcessGroup) -> None:
-    """Once all have come here, there is nothing to wait for any more."""
+    """Waits for all processes, and disconnects."""
     import jax
 
     group.allgather("done", "")
@@ -146,56 +149,56 @@ def _leave(group: _ProcessGroup) -> None:
 
 
 def process_description() -> str:
-    """This process, for people."""
+    """Process id and machine of this process, for messages."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def process_count() -> int:
-    """How many hosts there are."""
+    """The number of processes."""
     return _group.count
 
 
-def process_name(host: int) -> str:
-    """A host, for people."""
-    return _group.names[host] if isinstance(_group, _ProcessGroup) else process_description()
+def process_name(index: int) -> str:
+    """The name of a process, for messages."""
+    return _group.names[index] if isinstance(_group, _ProcessGroup) else process_description()
 
 
 def is_primary() -> bool:
-    """Whether this host writes what a run has one of."""
+    """Whether this process writes the files of the run."""
     return _group.index == 0
 
 
 def primary_only(function: Callable[P, None]) -> Callable[P, None]:
-    """The function, which other hosts than the lead leave out."""
+    """Decorates a function that only the primary process runs; on others it returns at once."""
 
     @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> None:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         if is_primary():
             function(*args, **kwargs)
 
-    return called
+    return wrapper
 
 
-def allgather(what: str, text: str) -> list[str]:
-    """What each host gives, in their order. All must call it, with the same sequence of names."""
-    return _group.allgather(what, text)
+def allgather(name: str, text: str) -> list[str]:
+    """The texts of all processes, by index. All must call it, in the same order of names."""
+    return _group.allgather(name, text)
 
 
-def barrier(what: str) -> None:
-    """Until all hosts are here."""
-    allgather(what, "")
+def barrier(name: str) -> None:
+    """Waits until all processes are here."""
+    allgather(name, "")
 
 
-def broadcast_from_primary(what: str, make: Callable[[], str]) -> str:
-    """What the lead makes; the others wait for it."""
-    return allgather(what, make() if is_primary() else "")[0]
+def broadcast_from_primary(name: str, make: Callable[[], str]) -> str:
+    """The text that the primary process makes; the others wait for it."""
+    return allgather(name, make() if is_primary() else "")[0]
 
 
 @contextlib.contextmanager
-def primary_first(what: str) -> Iterator[None]:
-    """The lead does the block while the others wait, to find done what can be shared."""
+def primary_first(name: str) -> Iterator[None]:
+    """Runs the block in the primary process, then in the others, which find its files."""
     if not is_primary():
-        barrier(what)
+        barrier(name)
     yield
     if is_primary():
-        barrier(what)
+        barrier(name)
