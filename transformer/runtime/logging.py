@@ -1,4 +1,4 @@
-"""Messages and progress of a command, on stderr; stdout is for results."""
+"""Messages and progress of a command on stderr; stdout is for results."""
 
 import contextlib
 import os
@@ -13,36 +13,36 @@ from transformer.runtime.errors import StoppedError, UserError, is_out_of_memory
 
 
 def log_error(message: str) -> None:
-    """The last words of a command, on stderr, under its name and that of the host if there are several."""
+    """Writes an error to stderr, with the name of the command and, of several processes, which one this is."""
     name = " ".join(filter(None, (os.path.basename(sys.argv[0]), _process_label)))
     _print(f"{name}: {message}")
 
 
-_process_label = ""  # of several, which one this is
+_process_label = ""  # which of several processes this is
 
 
 def set_process(index: int, count: int) -> None:
-    """From here on this process is one of several: it says which in its last words, and only host 0 tells the rest."""
+    """Makes this process one of several: errors name it, and only process 0 logs other messages."""
     global _process_label
-    _host = f"(host {index} of {count})" if count > 1 else ""
+    _process_label = f"(host {index} of {count})" if count > 1 else ""
 
 
 def log_info(message: str) -> None:
-    """Tells the person at the terminal, on stderr, what one host tells for all; stdout is for results."""
+    """Writes a message to stderr, on process 0 only."""
     if not _process_label or _process_label.startswith("(host 0 "):
         _print(message)
 
 
 def _print(message: str) -> None:
-    if sys.stderr is None:  # closed; print would take stdout instead
+    if sys.stderr is None:  # closed: print would write to stdout instead
         return
-    # Whoever read it may be gone: Ctrl-C ends `2>&1 | tee log` too, and saving must go on.
+    # Its reader may be gone: Ctrl-C ends `2>&1 | tee log` too, and saving must go on.
     with contextlib.suppress(OSError):
         print(streams.printable(message, sys.stderr), file=sys.stderr, flush=True)
 
 
 def report_error(error: BaseException) -> int:
-    """Prints an error, as one message if a person can mend it, and returns the exit code of its kind."""
+    """Prints an error, without a traceback if the user can correct it, and returns its exit code."""
     if isinstance(error, (UserError, StoppedError)):
         if str(error):
             log_error(str(error))
@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 
 def log_progress(items: Iterable[T], line: Callable[[int], str]) -> Iterator[T]:
-    """Yields the items; now and then says `line(count)`, count being how many are done with."""
+    """Yields the items, and logs `line(count)` every few seconds; `count` items are done."""
     due = time.monotonic() + LOG_INTERVAL_S
     for count, item in enumerate(items):
         if time.monotonic() > due:
