@@ -387,9 +387,9 @@ def compiled(topology, **fields):
     config = small_config(
         model=model, data={"max_length": 640}, train={"batch_tokens": 640}, mesh={"data": 2, "tensor": 2}
     )
-    mesh = make_mesh(config.mesh, aot.devices(parse_topology(topology)))
+    mesh = make_mesh(config.mesh, aot.topology_devices(parse_topology(topology)))
     text = aot.compile_step(config, mesh, 4, 640, -1.0).text
-    return text, hlo_cost.flops(Program(text)) * 4, cost.training_flops(config.model, 300, 4, 640, 640)
+    return text, hlo_cost.count_flops(Program(text)) * 4, cost.training_flops(config.model, 300, 4, 640, 640)
 
 
 @pytest.mark.tpu
@@ -407,7 +407,7 @@ def test_splash_compiles_for_a_tpu_forward_and_backward():
 def test_translation_on_tpus_encodes_by_splash_too():
     """Each device on its own, where nothing is left to split."""
     config = config_of("splash")
-    mesh = make_mesh(MeshConfig(), aot.devices(parse_topology("v5e:2x2")))
+    mesh = make_mesh(MeshConfig(), aot.topology_devices(parse_topology("v5e:2x2")))
     model = registry.ModelDef(config.model, 300)
     encode = jax.jit(sharding.data_parallel_jit(mesh, lambda params, ids: model.bind(params).encode(ids)))
     rows = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=sharding.batch_sharding(mesh, "decode_batch"))

@@ -220,7 +220,7 @@ def test_watching_scores_what_is_there_and_ends_on_a_signal(averaged):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         found = [json.loads(process.stdout.readline()) for _ in range(2)]
         process.terminate()
-        assert b"2 checkpoints scored; run again to go on" in process.communicate(timeout=60)[1]
+        assert b"2 checkpoints scored; run again to resume" in process.communicate(timeout=60)[1]
     assert process.returncode == 143
     assert [entry["step"] for entry in found] == [240, 250]
     written = (averaged / "evaluations.jsonl").read_text().splitlines()

@@ -202,7 +202,7 @@ def test_it_waits_for_more_until_a_signal(workdir, number):
 
     original = signal.signal(number, not_heeded)
     watching = continuous.CheckpointWatcher(workdir, lambda config: DATASET, one_more_then_stop)
-    with pytest.raises(StoppedError, match="3 checkpoints scored; run again to go on") as stopped:
+    with pytest.raises(StoppedError, match="3 checkpoints scored; run again to resume") as stopped:
         watching.run_forever(seconds=0.05)
     assert stopped.value.exit_code == 128 + number
     assert signal.signal(number, original) == not_heeded

@@ -155,8 +155,9 @@ def test_a_vocabulary_that_writes_two_ids_alike_is_refused(vocabulary):
 @pytest.mark.parametrize("form", ["ctranslate2", "jax"])
 def test_a_model_that_came_out_otherwise_is_refused_and_leaves_nothing(form, workdir, tmp_path, monkeypatch):
     pytest.importorskip(verify.NEEDS[form], reason="the export extra is not installed")
-    room = export_ctranslate2 if form == "ctranslate2" else jax_export
-    monkeypatch.setattr(room, "sinusoids", lambda length, width: np.zeros((length, width), np.float32))
+    module = export_ctranslate2 if form == "ctranslate2" else jax_export
+    zeros = lambda length, width: np.zeros((length, width), np.float32)  # noqa: E731
+    monkeypatch.setattr(module, "sinusoidal_position_encoding", zeros)
     flags = ["export", f"--workdir={workdir}", f"--format={form}", f"--output={tmp_path}/out"]
     with pytest.raises(UserError, match="gives other log-probabilities: expected differences of at most"):
         export.main(flags)

@@ -25,6 +25,8 @@ def run(*command: object, stdin: bytes = b"", code: int = 0) -> Finished:
     if argv[0] == "-m":
         argv = argv[1:]
     module = importlib.import_module(argv[0].removesuffix(".py"))
+    if hasattr(module, "__path__"):  # a folder, whose command is its __main__
+        module = importlib.import_module(f"{module.__name__}.__main__")
     argv[0] = getattr(module, "__file__", argv[0])
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf8", write_through=True) for _ in range(2))
     interrupt = signal.getsignal(signal.SIGINT)
