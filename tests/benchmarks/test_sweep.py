@@ -147,7 +147,7 @@ def test_what_is_done_is_read_and_what_is_not_is_trained_and_scored(family, tmp_
     monkeypatch.setattr(sweep, "log_info", lambda text: pytest.fail("trained again"))
     assert sweep.result(config, epath.Path(tmp_path / "base"), "validation") == found
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=3))
-    with pytest.raises(UserError, match=r"found with another config: train.num_steps: 2 → 3"):
+    with pytest.raises(UserError, match=r"has another config: train.num_steps: 2 → 3"):
         sweep.result(other, epath.Path(tmp_path / "base"), "validation")
 
 
