@@ -1,12 +1,16 @@
 """Checks of README.md, docs/ and CONTRIBUTING.md: links, fields, commands, examples and plain English."""
 
+import ast
 import importlib.util
 import inspect
+import io
 import os
 import re
 import shutil
 import subprocess
+import tokenize
 import tomllib
+from collections.abc import Iterator
 
 import pytest
 import yaml
@@ -242,3 +246,30 @@ def test_make_clean_leaves_what_was_trained(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"Makefile", "tests", "runs"}
     assert list((tmp_path / "tests").iterdir()) == []
     assert (tmp_path / "runs" / "demo" / "checkpoints").exists()
+
+
+CODE_TERMS = {r"\bslots?\b", r"\bpieces?\b", r"\blead (process|host)\b|\bhost 0\b"}  # terms of APIs and of formats
+SOURCES = sorted(path for folder in ("transformer", "benchmarks", "configs") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = [path for path in SOURCES if path.name not in ("lexicon.py", "templates.py")]  # sentences to translate
+
+
+def texts_of(source: str) -> Iterator[str]:
+    """Docstrings, messages and comments of a module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            yield node.value
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.string
+
+
+@pytest.mark.parametrize("path", [ROOT / "train.py", ROOT / "eval.py", *SOURCES], ids=lambda path: path.name)
+def test_code_and_messages_have_no_private_phrases(path):
+    for text in texts_of(path.read_text()):
+        for pattern in PRIVATE_PHRASES.keys() - CODE_TERMS:
+            found = re.search(rf"(?i).{{0,40}}(?:{pattern}).{{0,40}}", prose(text))
+            assert found is None, f"{found and found[0]!r}: say {PRIVATE_PHRASES[pattern]}"
+
+
+def test_a_private_phrase_in_a_message_is_found():
+    assert list(texts_of('f(f"{x}: put aside")  # a room of its own\n')) == [": put aside", "# a room of its own"]

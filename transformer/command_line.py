@@ -1,7 +1,7 @@
 """What every command shares: flags into a checked config, errors into a message and an exit code.
 
 Exit codes: 0 done, 1 a failure inside, 2 bad usage, config or input, 3 the run diverged,
-4 the workdir is held by another run or no checkpoint in it is sound, 143 / 130 / 129 saved and stopped
+4 the workdir is held by another run or no checkpoint in it is valid, 143 / 130 / 129 saved and stopped
 on SIGTERM / SIGINT / SIGHUP, 141 whoever read the results has gone, as `head` does.
 """
 
@@ -27,7 +27,7 @@ from transformer.runtime.logging import log_info, report_error
 
 
 def run(command: Callable[[list[str]], object]) -> None:
-    """Runs a command on sys.argv; errors a person can mend become one message and an exit code."""
+    """Runs a command on sys.argv; errors that a user can fix become one message and an exit code."""
     streams.prepare()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training takes it, Ctrl-C ends at once and quietly
     code: int | str | None = 0
@@ -47,7 +47,7 @@ def run(command: Callable[[list[str]], object]) -> None:
 
 
 def reexec_with_huge_pages() -> None:
-    """The first thing a training command does: starts anew with huge pages for memory from malloc.
+    """The first thing a training command does: restarts with huge pages for memory from malloc.
 
     glibc reads that setting at the start of a process alone. XLA's CPU back end takes its buffers from
     malloc at every step and gives them back; with small pages a third of a training step's CPU time
@@ -103,7 +103,7 @@ def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") ->
 
     The order of the flags does not matter. FILE may end in :NAME, which its `get_config` then receives. JAX
     is not imported, unless the config file does. Without `needs_data` the config may leave open where its text is.
-    A flag that selects, such as --config.model.family, leaves out what the file sets for other choices, and says so.
+    A flag that selects, such as --config.model.family, leaves out what the file sets for other choices and logs it.
     A run that has begun in `workdir` takes the sizes that it leaves to `train.init_from` from there.
 
     Raises:

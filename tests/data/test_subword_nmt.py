@@ -110,7 +110,7 @@ def test_other_codes_are_another_recipe(tmp_path):
     ("text", "message"),
     [
         ("e s\n", "whose first line is '#version: 0.2', got 'e s'"),
-        ("#version: 0.2\ne s\nest\n", "line 3: expected two pieces with a space between, got 'est'"),
+        ("#version: 0.2\ne s\nest\n", "line 3: expected two tokens with a space between, got 'est'"),
         (b"#version: 0.2\n\xff s\n", "in UTF-8, got other bytes"),
         (None, "the file is missing"),
     ],
@@ -145,7 +145,7 @@ def test_a_folder_of_codes_is_a_message(tmp_path):
 @pytest.mark.parametrize("model", ['{"pieces": []}', "{", json.dumps({"pieces": 3, "merges": []})])
 def test_a_damaged_vocabulary_is_refused(tmp_path, model):
     (tmp_path / "x.json").write_text(model)
-    with pytest.raises(UserError, match="expected a vocabulary of subword-nmt codes"):
+    with pytest.raises(UserError, match="expected a vocabulary of BPE merges"):
         tokenizer.load(tmp_path / "x.json")
 
 

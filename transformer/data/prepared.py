@@ -182,7 +182,7 @@ class PreparedDataset:
         return {path.name: path for path in paths}
 
     def _remedy(self) -> str:
-        return f"restore it, or delete the folder {self.folder} and run again to prepare it anew"
+        return f"restore it, or delete the folder {self.folder} and run again to prepare it again"
 
     def _load_or_record_digests(self) -> dict[str, str]:
         """File name → recorded SHA-256; recorded at the first opening, after the numbers of records are verified."""

@@ -33,7 +33,7 @@ def parse(text: str, path: str) -> Merges:
     for number, line in enumerate(lines, 2):
         pair = line.strip("\r ").split(" ")
         if len(pair) != 2:
-            raise UserError(f"{path}, line {number}: expected two pieces with a space between, got {line[:60]!r}")
+            raise UserError(f"{path}, line {number}: expected two tokens with a space between, got {line[:60]!r}")
         merges.append((pair[0], pair[1]))
     return tuple(merges)
 
@@ -125,4 +125,4 @@ def load(model: bytes, path: str) -> SubwordProcessor:
         merges = tuple((str(left), str(right)) for left, right in fields["merges"])
         return SubwordProcessor(merges, [str(piece) for piece in fields["pieces"]])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: expected a vocabulary of subword-nmt codes, got something else: {error}") from error
+        raise UserError(f"{path}: expected a vocabulary of BPE merges, got something else: {error}") from error

@@ -115,7 +115,7 @@ class Heartbeat:
     def _timeout_message(self, process: int, why: str) -> str:
         return (
             f"{self._names[process]} has been silent for {self._timeout:.0f} s (--host_timeout), {why}. See what "
-            "became of it, and start all hosts again to go on from the last checkpoint"
+            "became of it, and start all hosts again to resume from the last checkpoint"
         )
 
     def _abort_on_peer(self, code: int, message: str) -> None:

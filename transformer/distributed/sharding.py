@@ -98,7 +98,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, rows: str = "batch") -> NamedSharding:
-    """The sharding of ids [B, T] by rows; whole rows, as packed sentences are told apart along the length."""
+    """The sharding of ids [B, T] by rows; whole rows, as packed sentences are separated along the length."""
     return NamedSharding(mesh, logical_to_mesh((rows,)))
 
 

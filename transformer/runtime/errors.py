@@ -1,4 +1,4 @@
-"""Errors that a person can mend, each with the exit code of its kind (see `command_line`)."""
+"""Errors that a user can fix, each with the exit code of its kind (see `command_line`)."""
 
 import errno
 
@@ -20,7 +20,7 @@ class DivergedError(UserError):
 
 
 class WorkdirError(UserError):
-    """The workdir is held by another run, or no checkpoint in it is sound."""
+    """The workdir is held by another run, or no checkpoint in it is valid."""
 
     exit_code = 4
 

@@ -105,7 +105,7 @@ def user_error_on_oserror(what: str) -> Iterator[None]:
 
 
 def append(path: epath.PathLike, content: bytes) -> None:
-    """Adds to the end of a file; an object in storage is written anew."""
+    """Adds to the end of a file; an object in storage is written again."""
     path = epath.Path(path)
     if object_storage.is_remote(path):
         write_atomic(path, (path.read_bytes() if path.exists() else b"") + content)

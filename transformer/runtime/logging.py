@@ -36,7 +36,7 @@ def log_info(message: str) -> None:
 def _print(message: str) -> None:
     if sys.stderr is None:  # closed: print would write to stdout instead
         return
-    # Its reader may be gone: Ctrl-C ends `2>&1 | tee log` too, and saving must go on.
+    # Its reader may be gone: Ctrl-C ends `2>&1 | tee log` too, and saving must continue.
     with contextlib.suppress(OSError):
         print(streams.printable(message, sys.stderr), file=sys.stderr, flush=True)
 

@@ -49,7 +49,7 @@ def unsupported_reason(path: epath.PathLike) -> str | None:
 
 
 def filesystem(path: epath.PathLike) -> Any:
-    """The fsspec file system of an address, which asks anew for every listing: others write there too."""
+    """The fsspec file system of an address, which asks the storage again for every listing: others write there too."""
     import fsspec
 
     for kind in ("gs", "gcs", "s3"):
@@ -140,7 +140,7 @@ class LockHeldError(Exception):
 
 
 class Lock:
-    """An object that says who holds a folder, and is written anew every few seconds as long as that is so.
+    """An object that says who holds a folder, and is written again every few seconds as long as that is so.
 
     Args:
       who: this process, for people.

@@ -19,7 +19,7 @@ def handled_signals() -> list[signal.Signals]:
 
 def preempted(number: int, done: int) -> StoppedError:
     """What ends a run that was asked to stop and has saved step `done`."""
-    return StoppedError(number, f"stopped by {signal.Signals(number).name}; saved step {done:,}; run again to go on")
+    return StoppedError(number, f"stopped by {signal.Signals(number).name}; saved step {done:,}; run again to resume")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Standard streams of a command: what happens where one is closed, full, or read by nobody.
 
 Results go to stdout and messages to stderr, and neither ever to the other. A result that cannot be written is an
-error; a message that cannot be written is lost, and the command goes on.
+error; a message that cannot be written is lost, and the command continues.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class _Results(io.FileIO):
 
 
 class _Messages(io.FileIO):
-    """Standard error, which loses what cannot be written: training and saving must go on."""
+    """Standard error, which loses what cannot be written: training and saving must continue."""
 
     def write(self, data: Any) -> int:
         with contextlib.suppress(OSError):
@@ -46,7 +46,7 @@ class _Messages(io.FileIO):
 
 
 def prepare() -> None:
-    """Makes the standard streams of this process keep their promises; starts it anew if one of them is closed."""
+    """Makes the standard streams of this process keep their promises; restarts it if one of them is closed."""
     closed = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
     if closed:
         for number in closed:

@@ -98,7 +98,7 @@ def abstract_state(model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
 def make_train_step(
     model: ModelDef, config: Config, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Returns the jitted update. It donates its state argument: go on with the state that it returns.
+    """Returns the jitted update. It donates its state argument: continue with the state that it returns.
 
     It returns the state unchanged if the loss or the gradient is not finite.
 

@@ -212,7 +212,7 @@ class TrainingLoop:
             return True
         if step == self.context.start >= train.num_steps:
             fixed = validation.schedule_depends_on_num_steps(self._config)
-            advice = "longer runs of its schedule need another workdir" if fixed else "raise train.num_steps to go on"
+            advice = "longer runs of its schedule need another workdir" if fixed else "raise train.num_steps"
             log_info(f"{self.context.workdir}: trained for {step:,} steps; {advice}")
         return step >= train.num_steps
 

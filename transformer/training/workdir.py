@@ -107,7 +107,7 @@ def run_id(workdir: epath.Path, checkpoint: str, id_of_checkpoint: str | None) -
     if saved and id_of_checkpoint and saved != id_of_checkpoint:
         raise UserError(
             f"{checkpoint} is of another run (id {id_of_checkpoint[:8]}) than {workdir / CONFIG_FILE} ({saved[:8]}). "
-            "Move it elsewhere to go on with this run; to start from it, name its workdir as train.init_from in a new "
+            "Move it elsewhere to continue this run; to start from it, name its workdir as train.init_from in a new "
             "--workdir"
         )
     return id_of_checkpoint or saved or uuid.uuid4().hex
