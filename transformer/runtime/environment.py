@@ -1,7 +1,7 @@
-"""The host that a run computes on: what must stay the same for a run resumed on a CPU to be exact to the last bit.
+"""The environment of a run: code, versions and hardware that a bit-exact resume depends on, and the compilation cache.
 
-On a GPU last bits may differ even so: it adds up the gradients of embeddings in no fixed order, and may choose other
-kernels each time it compiles.
+On a GPU last bits may differ in the same environment: gradients of embeddings are summed in no fixed order, and each
+compilation may choose other kernels.
 """
 
 import functools
@@ -26,12 +26,12 @@ _trials: dict[str, str] = {}
 
 
 def fingerprint() -> dict[str, str]:
-    """Code, versions, compiler flags, devices, cores and kernels that were tried, each as text under its name."""
+    """Code, versions, compiler flags, devices, cores and results of kernel trials, as text by name."""
     return {**_fixed_properties(), **_trials}
 
 
 def set_trials(trials: Mapping[str, str]) -> None:
-    """What trials of kernels found, on which the programs of this process depend: name → result."""
+    """Sets the results of kernel trials, on which the programs of this process depend: name → result."""
     _trials.clear()
     _trials.update(trials)
 
@@ -55,14 +55,14 @@ def _fixed_properties() -> dict[str, str]:
 
 
 def diff(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """What of one host is not so on the other, as 'name: old → new'; nothing where the old one is not known."""
+    """The differences of two environments, as 'name: old → new'; empty if the old one is not known."""
     names = [*old, *(name for name in new if name not in old)] if old else []
     pairs = [(name, old.get(name, "none"), new.get(name, "none")) for name in names]
     return [f"{name}: {before or 'none'} → {after or 'none'}" for name, before, after in pairs if before != after]
 
 
 def cpu() -> str:
-    """The kind of CPU: its architecture, and a digest of the instructions that it has."""
+    """The architecture of the CPU, and a digest of its instruction set."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -72,7 +72,7 @@ def cpu() -> str:
 
 
 def _available_cpus() -> int:
-    """Those that this process may use: XLA splits its sums by their number."""
+    """The number of cores that this process may use: XLA splits its sums by it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, each with the exit code of its kind (see `command_line`)."""
+"""Errors that the user can correct, each with its exit code (see `command_line`)."""
 
 import errno
 
@@ -20,13 +20,13 @@ class DivergedError(UserError):
 
 
 class WorkdirError(UserError):
-    """The workdir is held by another run, or no checkpoint in it is valid."""
+    """The workdir is held by another run, or none of its checkpoints is valid."""
 
     exit_code = 4
 
 
 class StoppedError(BaseException):
-    """The run was asked to stop by a signal and has saved its state; no error, so that nothing takes it for one."""
+    """A signal stopped the run after it saved its state; not an Exception, so that nothing handles it as an error."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
@@ -34,6 +34,6 @@ class StoppedError(BaseException):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, of devices or of the host, or the disk ran out; XLA and TensorStore have no class for this."""
+    """Whether device memory, host memory or disk ran out; XLA and TensorStore have no exception class for it."""
     is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return is_disk or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

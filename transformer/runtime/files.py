@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their digests, and what the file system refuses."""
+"""Atomic writes, digests of files, and errors of the file system as UserErrors."""
 
 import contextlib
 import errno
@@ -19,17 +19,16 @@ from transformer.runtime.errors import UserError
 
 
 def write_atomic(path: epath.PathLike, content: bytes | str) -> None:
-    """Writes a file beside its place and moves it there, so that nobody ever reads half of it."""
+    """Writes a file under another name and renames it, so that it is never read half-written."""
     with open_atomic(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def open_atomic(path: epath.PathLike) -> Iterator[BinaryIO]:
-    """The same piece by piece: the file takes its place at the end of the block, and never if that fails.
+    """Opens a file to write that replaces `path` at the end of the block, unless that fails.
 
-    A link is followed, and what is there and no regular file, such as a pipe or a device, stays and is sent it all;
-    so does the file that standard output goes to.
+    Links are followed. A pipe, a device or the file that standard output goes to is not replaced but written to.
     """
     path = epath.Path(path)
     _reject_directory(path)
@@ -59,9 +58,9 @@ def open_atomic(path: epath.PathLike) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: epath.PathLike) -> None:
-    """Raises an OSError where `growing` could not begin, before work is spent on what goes there; makes the folder.
+    """Raises an OSError if a file cannot be written, before work is spent on its content; makes its folder.
 
-    Addresses, pipes and devices are not asked: they tell when something is sent to them.
+    Object storage, pipes and devices are not checked.
     """
     path = epath.Path(path)
     _reject_directory(path)
@@ -77,7 +76,7 @@ def _reject_directory(path: epath.Path) -> None:
 
 
 def reject_pipe(path: epath.PathLike) -> None:
-    """Raises a UserError for a pipe, a socket or a device in place of a file that is read more than once."""
+    """Raises a UserError for a pipe, a socket or a device, which cannot be read more than once."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # epath takes a pipe for a file
         raise UserError(
             f"{path}: expected a file, which can be read more than once, got a pipe or device; write it to a file first"
@@ -85,7 +84,7 @@ def reject_pipe(path: epath.PathLike) -> None:
 
 
 def _stdio_descriptor(path: epath.Path) -> int | None:
-    """The number of standard output or error where the path names what it goes to, such as /dev/stdout does."""
+    """The descriptor of standard output or error if the path names where it goes, as /dev/stdout does."""
     with contextlib.suppress(OSError):
         named = os.stat(path)
         return next((number for number in (1, 2) if os.path.samestat(named, os.fstat(number))), None)
@@ -94,7 +93,7 @@ def _stdio_descriptor(path: epath.Path) -> int | None:
 
 @contextlib.contextmanager
 def user_error_on_oserror(what: str) -> Iterator[None]:
-    """Turns what the file system refuses into a UserError; `what` names the path and where it comes from."""
+    """Turns errors of file system and object storage into a UserError; `what` names the path and its origin."""
     try:
         yield
     except Exception as error:
@@ -105,7 +104,7 @@ def user_error_on_oserror(what: str) -> Iterator[None]:
 
 
 def append(path: epath.PathLike, content: bytes) -> None:
-    """Adds to the end of a file; an object in storage is written again."""
+    """Appends to a file; an object in storage is written again."""
     path = epath.Path(path)
     if object_storage.is_remote(path):
         write_atomic(path, (path.read_bytes() if path.exists() else b"") + content)
