@@ -144,13 +144,13 @@ def test_one_process_at_a_time_holds_a_folder(bucket, quick):
 def test_the_lock_of_a_dead_process_is_taken_and_it_learns_so_if_it_lives(bucket, quick, monkeypatch):
     path, losers = epath.Path(bucket) / "dead" / "lock", []
     silent = threading.Event()
-    kept = object_storage.Lock._keep
+    kept = object_storage.Lock._refresh
 
     def keep(self):
-        silent.wait(20) if self._who == "first" else None
+        silent.wait(20) if self._owner == "first" else None
         kept(self)
 
-    monkeypatch.setattr(object_storage.Lock, "_keep", keep)
+    monkeypatch.setattr(object_storage.Lock, "_refresh", keep)
     first = object_storage.Lock(path, "first", losers.append)
     since = time.monotonic()
     with object_storage.Lock(path, "second", losers.append):

@@ -1,8 +1,8 @@
-"""Object storage, gs:// and s3://: what it lacks of a file system, made up for.
+"""Object storage, gs:// and s3://: emulates appending, atomic folders and locks.
 
-An object appears whole, and only whole, when it is written. But nothing there can be appended to, renamed at
-once or locked. So a log is written beside and copied as it grows, what has several files is complete when its
-last one is there, and a lock is an object that its holder touches again and again.
+Storage writes whole objects and can neither append, rename a folder atomically nor lock. So a log is written locally
+and copied as it grows, a folder is complete once its last object exists, and a lock is an object that its holder
+rewrites every few seconds.
 """
 
 import contextlib
@@ -23,9 +23,11 @@ from typing import Any
 from etils import epath
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
-LOCK_REFRESH_S = 5.0  # seconds between two touches of a lock
-LOCK_TIMEOUT_S = 25.0  # seconds without one after which its holder is taken for dead
-LOCK_SETTLE_S = 1.0  # seconds in which two that take a lock at once find out, where the storage does not say it at once
+LOCK_REFRESH_S = 5.0  # seconds between two writes of a lock by its holder
+LOCK_TIMEOUT_S = 25.0  # seconds without one after which the lock is taken over
+LOCK_SETTLE_S = (
+    1.0  # seconds in which two processes that take a lock at once find out, on storage without conditional writes
+)
 SYNC_INTERVAL_S = 20.0  # seconds between two copies of a log
 
 
@@ -35,7 +37,7 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def unsupported_reason(path: epath.PathLike) -> str | None:
-    """Why an address cannot be used, if so; None for addresses that can, and for all other paths."""
+    """Why an address cannot be used; None if it can, and for local paths."""
     kind, _, rest = os.fspath(path).partition("://")
     if not rest:
         return None
@@ -49,7 +51,7 @@ def unsupported_reason(path: epath.PathLike) -> str | None:
 
 
 def filesystem(path: epath.PathLike) -> Any:
-    """The fsspec file system of an address, which asks the storage again for every listing: others write there too."""
+    """The fsspec file system of an address, without a cache of listings, as others write there too."""
     import fsspec
 
     for kind in ("gs", "gcs", "s3"):
@@ -58,36 +60,36 @@ def filesystem(path: epath.PathLike) -> Any:
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether an error is what storage says of a path, as OSError is of a file: of access, buckets or the network."""
+    """Whether an error comes from the storage client: of access, buckets or the network."""
     return type(error).__module__.split(".")[0] in ("gcsfs", "s3fs", "botocore", "aiobotocore", "aiohttp", "google")
 
 
 def upload(local: epath.PathLike, folder: epath.PathLike) -> None:
-    """Copies all files below a local folder; the storage has them all when it returns."""
+    """Uploads all files below a local folder."""
     root = pathlib.Path(local)
     names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
     filesystem(folder).put([str(root / name) for name in names], [f"{folder}/{name}" for name in names])
 
 
 def download(folder: epath.PathLike, local: epath.PathLike) -> None:
-    """Copies all objects below an address into a local folder."""
+    """Downloads all objects below an address into a local folder."""
     files = filesystem(folder)
     root = files._strip_protocol(os.fspath(folder))
-    found = [path for path in files.find(root) if not path.endswith("/")]
-    places = [os.path.join(local, os.path.relpath(path, root)) for path in found]
-    for place in places:
-        os.makedirs(os.path.dirname(place), exist_ok=True)
-    files.get(found, places)
+    objects = [path for path in files.find(root) if not path.endswith("/")]
+    targets = [os.path.join(local, os.path.relpath(path, root)) for path in objects]
+    for target in targets:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+    files.get(objects, targets)
 
 
 def needs_staging(folder: epath.PathLike) -> bool:
-    """Whether Orbax cannot write and read there itself: TensorStore could on S3, but Orbax 0.12 does not ask it."""
+    """Whether Orbax cannot read and write there itself: S3, which TensorStore supports but Orbax 0.12 does not use."""
     return os.fspath(folder).startswith("s3://")
 
 
 @contextlib.contextmanager
 def staged_write(folder: epath.Path) -> Iterator[epath.Path]:
-    """Where to write what is to be in a folder: that folder, or a local one that is uploaded at the end."""
+    """The folder to write to: the given one, or a local one that is uploaded at the end."""
     if not needs_staging(folder):
         yield folder
         return
@@ -98,7 +100,7 @@ def staged_write(folder: epath.Path) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def staged_read(folder: epath.Path) -> Iterator[epath.Path]:
-    """Where to read what is in a folder: that folder, or a local copy."""
+    """The folder to read from: the given one, or a local copy."""
     if not needs_staging(folder):
         yield folder
         return
@@ -108,10 +110,10 @@ def staged_read(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 class SyncedDirectory:
-    """A local folder of files that grow, copied to an address every now and then; a local address is that folder.
+    """A local folder of growing files, copied to an address every few seconds; a local path is used itself.
 
     Attributes:
-      folder: to write in.
+      folder: to write to.
     """
 
     def __init__(self, address: epath.Path, *names: str):
@@ -123,45 +125,45 @@ class SyncedDirectory:
                 (self.folder / name).write_bytes((self._address / name).read_bytes())
 
     def sync(self, now: bool = False) -> None:
-        """Copies what there is, if it is time or asked for."""
+        """Copies the files if it is time, or `now`."""
         if self._address and (now or time.monotonic() - self._copied > SYNC_INTERVAL_S):
             upload(self.folder, self._address)
             self._copied = time.monotonic()
 
     def close(self) -> None:
-        """Copies for the last time."""
+        """Copies the files a last time, and deletes the local folder."""
         self.sync(now=True)
         if self._address:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class LockHeldError(Exception):
-    """A lock that another process holds; the message says who."""
+    """Another process holds the lock; the message names it."""
 
 
 class Lock:
-    """An object that says who holds a folder, and is written again every few seconds as long as that is so.
+    """A lock on a folder: an object with its holder, who rewrites it every few seconds.
 
     Args:
-      who: this process, for people.
-      lost: called, in a thread, if another process took the lock meanwhile: it was taken for dead.
+      owner: description of this process, for messages.
+      on_lost: called in a thread, with the new holder, if another process has taken the lock over.
 
     Raises:
-      Held: another process is alive and has it.
+      LockHeldError: another process holds the lock.
     """
 
-    def __init__(self, path: epath.Path, who: str, lost: Callable[[str], None]):
-        self._path, self._who, self._lost = path, who, lost
-        self._files, self._mine, self._beats = filesystem(path), uuid.uuid4().hex, 0
-        self._over = threading.Event()
-        self._take()
-        threading.Thread(target=self._keep, name="lock", daemon=True).start()
+    def __init__(self, path: epath.Path, owner: str, on_lost: Callable[[str], None]):
+        self._path, self._owner, self._on_lost = path, owner, on_lost
+        self._files, self._id, self._beats = filesystem(path), uuid.uuid4().hex, 0
+        self._closed = threading.Event()
+        self._acquire()
+        threading.Thread(target=self._refresh, name="lock", daemon=True).start()
 
     def close(self) -> None:
-        """Gives the folder free."""
-        self._over.set()
+        """Releases the lock."""
+        self._closed.set()
         with contextlib.suppress(Exception):
-            if self._holder()[0] == self._mine:
+            if self._holder()[0] == self._id:
                 self._path.unlink()
 
     def __enter__(self) -> "Lock":
@@ -170,73 +172,73 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _take(self) -> None:
-        before, since = self._holder(), time.monotonic()
-        while before[0]:
+    def _acquire(self) -> None:
+        last, since = self._holder(), time.monotonic()
+        while last[0]:
             if time.monotonic() - since > LOCK_TIMEOUT_S:
                 self._path.unlink(missing_ok=True)  # of a process that died
                 break
             time.sleep(LOCK_REFRESH_S / 5)
             now = self._holder()
-            if now[0] and now != before:
+            if now[0] and now != last:
                 raise LockHeldError(now[1])
-            before = now
+            last = now
         try:
             self._files.pipe_file(os.fspath(self._path), self._content(), mode="create")
         except FileExistsError as error:
             raise LockHeldError(self._holder()[1]) from error
         time.sleep(LOCK_SETTLE_S)
-        if self._holder()[0] != self._mine:
+        if self._holder()[0] != self._id:
             raise LockHeldError(self._holder()[1])
 
-    def _keep(self) -> None:
-        while not self._over.wait(LOCK_REFRESH_S):
+    def _refresh(self) -> None:
+        while not self._closed.wait(LOCK_REFRESH_S):
             with contextlib.suppress(Exception):  # the storage may be out of reach for a while
                 holder = self._holder()
-                if holder[0] not in (self._mine, ""):
-                    self._lost(holder[1])
+                if holder[0] not in (self._id, ""):
+                    self._on_lost(holder[1])
                     return
                 self._beats += 1
                 self._files.pipe_file(os.fspath(self._path), self._content())
 
     def _content(self) -> bytes:
-        return json.dumps([self._mine, self._who, self._beats]).encode()
+        return json.dumps([self._id, self._owner, self._beats]).encode()
 
     def _holder(self) -> tuple[str, str, int]:
-        """Mark, name and beats of the holder; empty where there is none."""
+        """Id, description and number of writes of the holder; empty without one."""
         try:
-            mark, who, beats = json.loads(self._files.cat_file(os.fspath(self._path)))
+            holder_id, owner, beats = json.loads(self._files.cat_file(os.fspath(self._path)))
         except FileNotFoundError:
             return "", "", 0
         except (ValueError, TypeError):
             return "unreadable", "another process", 0
-        return str(mark), str(who), int(beats)
+        return str(holder_id), str(owner), int(beats)
 
 
 _remote_urls: dict[str, str] = {}
 
 
 def local_cache_dir(address: str) -> str:
-    """The local folder that stands for an address of prepared data, to be filled by `fetch` and `publish`."""
-    mark = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
+    """The local cache of an address of prepared data; `pull` and `push` copy its folders."""
+    digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    local = str(caches / "transformer-jax" / "data" / mark)
+    local = str(caches / "transformer-jax" / "data" / digest)
     _remote_urls[local] = address.rstrip("/")
     return local
 
 
 def _remote_url(folder: epath.PathLike) -> str | None:
-    """The address that a local folder stands for."""
+    """The address of a folder in a local cache; None for other folders."""
     text = os.fspath(folder)
-    found = [local for local in _remote_urls if text.startswith(local + os.sep)]
-    return _remote_urls[found[0]] + text[len(found[0]) :].replace(os.sep, "/") if found else None
+    caches = [local for local in _remote_urls if text.startswith(local + os.sep)]
+    return _remote_urls[caches[0]] + text[len(caches[0]) :].replace(os.sep, "/") if caches else None
 
 
 COMPLETE = ".complete"  # the object that is written last
 
 
 def pull(folder: epath.PathLike) -> bool:
-    """Fills a folder that is not there yet from the address it stands for; False if there is nothing."""
+    """Downloads a folder of a local cache unless it exists; returns whether it did."""
     address = _remote_url(folder)
     if address is None or os.path.exists(folder) or not epath.Path(f"{address}/{COMPLETE}").exists():
         return False
@@ -257,7 +259,7 @@ def pull(folder: epath.PathLike) -> bool:
 
 
 def push(folder: epath.PathLike) -> None:
-    """Copies a folder, once it is complete, to the address it stands for, if that has none yet."""
+    """Uploads a complete folder of a local cache, unless its address has one."""
     address = _remote_url(folder)
     if address is None or epath.Path(f"{address}/{COMPLETE}").exists():
         return

@@ -1,7 +1,7 @@
-"""Standard streams of a command: what happens where one is closed, full, or read by nobody.
+"""Standard streams of a command that may be closed, full, or without a reader.
 
-Results go to stdout and messages to stderr, and neither ever to the other. A result that cannot be written is an
-error; a message that cannot be written is lost, and the command continues.
+Results go to stdout, messages to stderr. A result that cannot be written is an error; a message that cannot be
+written is dropped, and the command continues.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ class _Results(io.FileIO):
     """Standard output, whose errors end the command.
 
     Raises:
-      UserError: what is written cannot be, as the stream is closed or its disk full.
-      StoppedError: whoever read it has gone; the exit code is that of a process that SIGPIPE ends.
+      UserError: the stream is closed, or its disk full.
+      StoppedError: its reader is gone; the exit code is that of a process ended by SIGPIPE.
     """
 
     def write(self, data: Any) -> int:
@@ -37,7 +37,7 @@ class _Results(io.FileIO):
 
 
 class _Messages(io.FileIO):
-    """Standard error, which loses what cannot be written: training and saving must continue."""
+    """Standard error, which drops what it cannot write: training and saving must continue."""
 
     def write(self, data: Any) -> int:
         with contextlib.suppress(OSError):
@@ -46,31 +46,30 @@ class _Messages(io.FileIO):
 
 
 def prepare() -> None:
-    """Makes the standard streams of this process keep their promises; restarts it if one of them is closed."""
+    """Wraps the standard streams of this process; re-executes it if one of them is closed."""
     closed = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
     if closed:
         for number in closed:
-            # Whatever was opened meanwhile may have this number. To write to stdout and to read from stdin
-            # stay errors.
+            # A file opened since may have this descriptor. Writing to stdout and reading from stdin stay errors.
             _send_to_null(number, os.O_RDONLY if number == 1 else os.O_WRONLY)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    # Not those of a caller that has put its own there.
+    # Leaves streams that a caller has replaced.
     if sys.stdout is sys.__stdout__:
         sys.stdout = _as_text(_Results(1, "w", closefd=False), sys.stdout)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _as_text(_Messages(2, "w", closefd=False), sys.stderr)
 
 
-def _as_text(raw: io.FileIO, before: Any) -> TextIO:
-    """A stream of text in the encoding of the one before it; characters that it has not are escaped."""
-    before.flush()
-    flushes = before.line_buffering or before.write_through
+def _as_text(raw: io.FileIO, original: Any) -> TextIO:
+    """A text stream in the encoding of the original one; characters that it lacks are escaped."""
+    original.flush()
+    flushes = original.line_buffering or original.write_through
     buffer = io.BufferedWriter(raw)
-    return io.TextIOWrapper(buffer, encoding=before.encoding, errors="backslashreplace", line_buffering=flushes)
+    return io.TextIOWrapper(buffer, encoding=original.encoding, errors="backslashreplace", line_buffering=flushes)
 
 
 def discard_results() -> None:
-    """Drops what stdout could not write: Python would complain once more when it closes it."""
+    """Drops what stdout could not write: Python would report it again when it closes the stream."""
     if sys.stdout is not None and sys.stdout.fileno() == 1:
         _send_to_null(1, os.O_WRONLY)
 
@@ -84,5 +83,5 @@ def _send_to_null(number: int, flags: int) -> None:
 
 
 def printable(text: str, stream: IO[Any]) -> str:
-    """Text for a stream: on a terminal, which would obey them, control characters but tab and line feed are escaped."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text) if stream.isatty() else text
+    """Escapes control characters, except tab and line feed, if the stream is a terminal."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text) if stream.isatty() else text
