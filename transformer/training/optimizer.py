@@ -1,4 +1,4 @@
-"""The optimizer (paper, section 5.3): learning-rate schedule, Adam, and skipping of updates with a loss spike."""
+"""The optimizer (paper, section 5.3): learning-rate schedule, Adam, loss spikes skipped, and the moving average of params."""
 
 import functools
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from transformer.config import Config, TrainConfig
+from transformer.models.registry import Params
 
 LOSS_EMA_DECAY = 0.98  # of the mean loss with which a loss is compared: about the last 50 updates
 
@@ -118,3 +119,11 @@ def weight_decay_mask(stacked: bool, params: optax.Params) -> optax.Params:
         return param.ndim > (2 if stacked and path[0].key in ("encoder", "decoder") else 1)
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
+    """decay · ema + (1 - decay) · params; a smaller decay of (1 + step) / (10 + step) forgets the first params soon."""
+    num_updates = step.astype(jnp.float32)
+    weight = 1.0 - jnp.minimum(decay, (1.0 + num_updates) / (10.0 + num_updates))
+    # Unlike `optax.incremental_update`, this leaves an average that equals the params as it is, to the last bit.
+    return jax.tree.map(lambda old, new: old + weight * (new - old), ema, params)

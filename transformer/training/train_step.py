@@ -20,7 +20,7 @@ from transformer.distributed import sharding
 from transformer.models.loss import LossSums, cross_entropy
 from transformer.models.registry import ModelDef, Params, _with_shardings
 from transformer.training import optimizer as optimizer_lib
-from transformer.training.optimizer import make_optimizer, make_schedule
+from transformer.training.optimizer import make_optimizer, make_schedule, update_ema
 
 
 class TrainState(NamedTuple):
@@ -145,14 +145,6 @@ def make_train_step(
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-
-
-def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
-    """decay · ema + (1 - decay) · params; a smaller decay of (1 + step) / (10 + step) forgets the first params soon."""
-    num_updates = step.astype(jnp.float32)
-    weight = 1.0 - jnp.minimum(decay, (1.0 + num_updates) / (10.0 + num_updates))
-    # Unlike `optax.incremental_update`, this leaves an average that equals the params as it is, to the last bit.
-    return jax.tree.map(lambda old, new: old + weight * (new - old), ema, params)
 
 
 def accumulate_gradients(
