@@ -1,4 +1,4 @@
-"""The optimizer (paper, section 5.3): learning-rate schedule, Adam, loss spikes skipped, and the moving average of params."""
+"""The optimizer (paper, section 5.3): learning-rate schedule, Adam, skipped loss spikes, moving average of params."""
 
 import functools
 from typing import Any, NamedTuple
