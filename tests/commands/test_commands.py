@@ -66,6 +66,7 @@ def test_the_package_lists_its_commands(root):
 def test_the_program_runs_the_command_that_is_named(argument, code, out, err, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bin/transformer", argument])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.delitem(sys.modules, "transformer.prepare", raising=False)  # as in a process that has just begun
     with pytest.raises(SystemExit, match=str(code)) if code else contextlib.nullcontext():
         program.script()
     said = capsys.readouterr()

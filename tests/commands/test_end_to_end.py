@@ -326,7 +326,7 @@ def test_bad_training_data_is_one_message_and_leaves_nothing_harmed(case, folder
     ("flag", "code", "message"),
     [
         ("--config.data.vocab_size=30000", 2, "vocab_size = 30000: cannot train"),
-        ("--config.data.max_length=2", 2, "none of the"),
+        ("--config.data.max_length=2", 2, "training pairs are longer; raise it"),
         ("--config.mesh.data=64", 2, "found only"),
         ("--config.data.tokenizer=none.model", 2, "none.model"),
         slow("--config.optimizer.learning_rate=1e30", 3, "the run diverged"),

@@ -14,18 +14,21 @@ from transformer.models.flops import TrainingCost
 def as_json(restored: RestoredModel, result: EvalResult, comparison: SystemComparison | None = None) -> dict[str, Any]:
     """The fields of eval.py's JSON; non-finite values are null."""
     cost = TrainingCost.from_metrics(restored.metrics)
+    first = (*DEFAULT_METRICS, "length_ratio")
+    headline = {name: value for name, value in result.scores.items() if name.removesuffix("_signature") in first}
     fields = {
         "step": restored.step,
         "steps": restored.steps,  # several if their mean is evaluated
         "sentences": result.sentences,
         "loss": result.loss,
-        **result.scores,
+        **headline,
         "seconds": round(result.seconds, 3),
         "train_flops": cost and cost.flops,
         "train_tokens": cost and cost.tokens,
         "train_hours": cost and cost.seconds / 3600,
         "perplexity": finite(result.perplexity),
         "word_perplexity": finite(result.word_perplexity),
+        **{name: value for name, value in result.scores.items() if name not in headline},
     }
     if comparison:
         fields["versus"] = significance.as_json(comparison)
