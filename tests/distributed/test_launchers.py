@@ -255,7 +255,7 @@ def test_jax_is_given_the_device_ids(monkeypatch, capsys):
 def test_srun_gives_each_task_its_gpus(tmp_path):
     """A real srun, on a node with eight devices that are configured as GPUs."""
     program = (
-        "import os; from transformer import launchers; "
+        "import os; from transformer.distributed import launchers; "
         "print(os.environ['SLURM_LOCALID'], *launchers.local_gpus(os.environ, 8), sep=':')"
     )
     layouts = {
@@ -281,7 +281,7 @@ def test_srun_gives_each_task_its_gpus(tmp_path):
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun, of Debian's openmpi-bin")
 def test_mpirun_gives_each_process_its_gpus():
     program = (
-        "import os; from transformer import launchers; "
+        "import os; from transformer.distributed import launchers; "
         "print(launchers.local_rank_and_size(os.environ), launchers.local_gpus(os.environ, 8).ids)"
     )
     mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, "-c", program]
