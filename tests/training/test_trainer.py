@@ -187,6 +187,22 @@ def test_nothing_recompiles_once_each_bucket_was_seen(whole):
     assert [line["train/compiles"] for line in lines_of(whole) if "train/compiles" in line][-1] == 2
 
 
+@pytest.mark.reported
+def test_the_log_is_copied_before_a_checkpoint_is_saved(data, tmp_path, monkeypatch):
+    """A process that is killed in between loses no metrics of updates that a checkpoint holds."""
+    events = []
+    for owner, name in ((trainer.MetricWriter, "sync"), (CheckpointManager, "save")):
+        called = getattr(owner, name)
+
+        def noted(*args, _name=name, _called=called, **kwargs):
+            events.append(_name)
+            return _called(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+    fit(config_of(data), tmp_path / "run")
+    assert events == ["sync", "save"] * 4
+
+
 @pytest.mark.parametrize("stop", [3, 9])
 def test_resume_is_exact(data, whole, tmp_path, stop):
     """Data order, dropout, optimizer and learning rate go on as if nothing had happened, to the last bit."""

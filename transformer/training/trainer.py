@@ -184,8 +184,8 @@ class TrainingLoop:
             self._log(pipeline, step, writer)
         if saves:
             with pipeline.meter.pause():
+                writer.sync()  # first: a kill in between must not leave a checkpoint that is ahead of the log
                 self._save(pipeline.state, step)
-                writer.sync()
                 if evaluates and not signal_number:
                     self.evaluate(pipeline.state.eval_params, step, writer)
                 self.context.checkpoints.prune(train.keep_last, train.keep_best)
