@@ -7,6 +7,7 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,9 @@ def write(
     trained.tokenizer.save(folder)
     score: Score
     if format_name == "ctranslate2":
+        if quantization != "float32":  # its wide tolerance would hide a small mistake
+            with tempfile.TemporaryDirectory() as exact:
+                compare(trained, "float32", ctranslate2.write(trained, pathlib.Path(exact), "float32"))
         precision, score = quantization, ctranslate2.write(trained, folder, quantization)
     else:
         precision, score = trained.config.model.dtype, jax_export.write(trained, folder)
