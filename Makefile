@@ -1,6 +1,6 @@
 # make demo · make test · make test-all · make lint · make faults · make test-tpu · make test-gpu · make plan.
 # PYTHON names the interpreter, VENV the environment, TESTS some files of tests instead of all, TIERS some tiers of
-# test-all (slow, hosts, faults). QUICK=1 makes faults as short as in make test-all, ROWS picks rows of it.
+# test-all (slow, hosts, faults, demos). QUICK=1 makes faults as short as in make test-all, ROWS picks rows of it.
 PYTHON ?= python3
 VENV ?= .venv
 ACCELERATOR ?=
@@ -23,9 +23,9 @@ demo: $(VENV)/installed$(ACCELERATOR)
 	$(RUN) eval.py --workdir=$(WORKDIR) --checkpoint=best
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -n 2 --dist worksteal -m "not ($(OTHER_TIERS))" $(TESTS)
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not ($(OTHER_TIERS) or demos)" $(TESTS)
 
-# Every other tier, or those that TIERS names; what needs the compiler of an accelerator is skipped, with a reason.
+# Every other tier but demos, or those that TIERS names; what needs the compiler of an accelerator is skipped, with a reason.
 test-all: $(VENV)/installed-dev
 	$(RUN) -m pytest -n 2 --dist worksteal -m "$(or $(TIERS),$(OTHER_TIERS))" $(TESTS)
 

@@ -47,7 +47,7 @@ def number_links(source, target):
     return {f"{sides[0].index(number)}-{sides[1].index(number)}" for number in shared}
 
 
-@pytest.mark.slow
+@pytest.mark.demos
 @pytest.mark.parametrize(("source", "target"), [("en", "fr"), ("en", "es"), ("de", "en")])
 def test_demo_learns_every_direction(tmp_path, source, target):
     """BLEU of at least 95 on test sentences it never saw."""
