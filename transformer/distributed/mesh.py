@@ -20,6 +20,8 @@ from transformer.config import MeshConfig
 from transformer.distributed import multihost, platform
 from transformer.runtime.errors import UserError
 
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
 
 def create_device_mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """Arranges all devices in this shape, whose first axis is the data axis.
@@ -38,9 +40,6 @@ def create_device_mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> np.nda
         )
     within, across = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
     return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-
-
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

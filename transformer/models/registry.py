@@ -73,8 +73,9 @@ class ModelDef:
 def abstract_params(model: ModelDef, mesh: Mesh) -> Params:
     """Shapes, dtypes and shardings of the params, for restoring them."""
     shardings = sharding.param_shardings(mesh, model.abstract_params)
-    return _with_shardings(nnx.to_pure_dict(model.abstract_params), shardings)
+    return with_shardings(nnx.to_pure_dict(model.abstract_params), shardings)
 
 
-def _with_shardings(shapes: Any, shardings: Any) -> Any:
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes and dtypes with a sharding for each, as restoring takes them."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

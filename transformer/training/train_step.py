@@ -18,7 +18,7 @@ from transformer.data.batching import Batch
 from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
 from transformer.models.loss import LossSums, cross_entropy
-from transformer.models.registry import ModelDef, Params, _with_shardings
+from transformer.models.registry import ModelDef, Params, with_shardings
 from transformer.training import optimizer as optimizer_lib
 from transformer.training.optimizer import make_optimizer, make_schedule, update_ema
 
@@ -92,7 +92,7 @@ def abstract_state(model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(make_optimizer(config).init, shapes)
     state = TrainState(step, shapes, opt_state, shapes if config.train.ema_decay else None)
-    return _with_shardings(state, state_shardings(model, config, mesh))
+    return with_shardings(state, state_shardings(model, config, mesh))
 
 
 def make_train_step(
