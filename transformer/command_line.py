@@ -256,7 +256,7 @@ def _override(argument: str) -> tuple[str, str, int | float | bool | str]:
 def _parse(flag: str, section: str, field: str, text: str) -> int | float | bool | str:
     """The value of a flag in the type of its field."""
     validation.reject_unknown_fields(f"config.{section}", [field], schema.field_names(section))
-    kind = schema.field_type(section, field)
+    kind = type(schema.field_default(section, field))
     try:
         return PARSERS[kind](text)
     except (ValueError, KeyError, OverflowError) as error:

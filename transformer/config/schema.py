@@ -336,18 +336,13 @@ class FieldDiff(NamedTuple):
 
 def diff(old: Config, new: Config) -> list[FieldDiff]:
     """All fields in which two configs differ."""
-    diffs = []
-    for section in SECTIONS:
-        for field in field_names(section):
-            old_value, new_value = (getattr(getattr(config, section), field) for config in (old, new))
-            if old_value != new_value:
-                diffs.append(FieldDiff(section, field, old_value, new_value))
-    return diffs
-
-
-def field_type(section: str, name: str) -> type:
-    """The type of a field."""
-    return next(typing.cast(type, field.type) for field in dataclasses.fields(SECTIONS[section]) if field.name == name)
+    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    return [
+        FieldDiff(section, field, value, after[section][field])
+        for section, fields in before.items()
+        for field, value in fields.items()
+        if value != after[section][field]
+    ]
 
 
 def field_default(section: str, name: str) -> Any:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import re
 import types
 import typing
@@ -30,16 +31,8 @@ from transformer.runtime.errors import UserError
 
 BLOCKWISE_MIN_LENGTH = 512  # from this length on `auto` chooses attention with memory linear in the length
 
-FUSED_ATTENTION_PLATFORMS = {
-    "cudnn": "gpu",
-    "splash": "tpu",
-}  # values of model.attention that need a platform
-
-
-def check_limits(config: Config) -> None:
-    """Raises a UserError if the mesh cannot split the model or the attention kernel does not support the config."""
-    _check_mesh(config)
-    _check_kernel(config)
+FUSED_ATTENTION_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # values of model.attention that need a platform
+DECAY_TO_ZERO_SCHEDULES = ("cosine", "linear")  # at train.num_steps
 
 
 def _check_mesh(config: Config) -> None:
@@ -111,24 +104,12 @@ def unsupported_reason(kernel: str, spec: AttentionSpec) -> str:
     return "it does not support packed rows: expected data.batching = bucket, got pack" if spec.packed else ""
 
 
-def _check_kernel(config: Config) -> None:
-    """Checks the kernel as far as the platform is not needed; `fused` checks that."""
-    kernel = config.model.attention
-    if kernel not in FUSED_ATTENTION_PLATFORMS:
-        return
-    if reason := unsupported_reason(kernel, AttentionSpec.from_config(config)):
-        raise UserError(f"config.model.attention = {kernel}: {reason}; auto chooses a supported one")
-
-
 def divisibility_error(mesh_field: str, shards: int, field: str, size: int) -> str:
     """The message for a mesh that cannot split a dimension of the model."""
     return (
         f"config.{mesh_field} = {shards} does not divide {field} = {size}; set {mesh_field} to "
         f"{math.gcd(shards, size)}, or {field} to {-(-size // shards) * shards}"
     )
-
-
-DECAY_TO_ZERO_SCHEDULES = ("cosine", "linear")  # at train.num_steps
 
 
 class Condition(NamedTuple):
@@ -154,52 +135,40 @@ def _unset(*selectors: str) -> tuple[Condition, ...]:
     return tuple(Condition(selector, ("",)) for selector in selectors)
 
 
-ATTENTION_ONLY = Condition("model.family", ("attention",))
-TEXT_FILES = Condition("data.name", ("text",))
-SAMPLING = Condition("decode.method", ("sample", "mbr"))
-APPLICABLE_TO: dict[str, tuple[Condition, ...]] = {  # field → all conditions must hold; fields not listed always apply
-    **{
-        f"model.{name}": (ATTENTION_ONLY,)
-        for name in (
-            "num_heads mlp_dim norm mlp_dropout_rate attention_dropout_rate attention qkv_init_gain qkv_dim value_dim"
-        ).split()
-    },
-    **{
-        f"model.{name}": (Condition("model.family", ("attention", "convolutional")),)
-        for name in ("positions", "remat", "scan_layers")
-    },
-    "model.max_positions": (
-        Condition("model.family", ("attention", "convolutional")),
-        Condition("model.positions", ("learned",)),
+_ATTENTION = Condition("model.family", ("attention",))
+_NOT_RECURRENT = Condition("model.family", ("attention", "convolutional"))
+_TEXT_FILES = Condition("data.name", ("text",))
+_CONDITIONS: tuple[tuple[str, tuple[Condition, ...]], ...] = (  # fields, and the conditions that must all hold
+    ("model.num_heads model.mlp_dim model.norm model.mlp_dropout_rate model.attention_dropout_rate", (_ATTENTION,)),
+    ("model.attention model.qkv_init_gain model.qkv_dim model.value_dim", (_ATTENTION,)),
+    ("model.positions model.remat model.scan_layers", (_NOT_RECURRENT,)),
+    ("model.max_positions", (_NOT_RECURRENT, Condition("model.positions", ("learned",)))),
+    ("model.attention_score", (Condition("model.family", ("recurrent", "convolutional")),)),
+    ("model.kernel_width", (Condition("model.family", ("convolutional",)),)),
+    ("mesh.tensor mesh.sequence", (_ATTENTION,)),
+    ("data.columns", (_TEXT_FILES,)),
+    ("data.dir", (_TEXT_FILES, *_unset("data.train_source", "data.train"))),
+    ("data.train", (_TEXT_FILES, *_unset("data.dir", "data.train_source"))),
+    ("data.valid", (_TEXT_FILES, *_unset("data.dir", "data.valid_source"))),
+    ("data.train_source data.train_target", (_TEXT_FILES, *_unset("data.dir", "data.train"))),
+    ("data.valid_source data.valid_target", (_TEXT_FILES, *_unset("data.dir", "data.valid"))),
+    ("data.manual_dir", (Condition("data.name", WMT_NAMES),)),
+    ("data.tokenizer", _unset("train.init_from")),
+    ("data.bleu_tokenizer", (Condition("data.tokenized", (False,)),)),
+    ("data.num_buckets", (Condition("data.batching", ("bucket",)),)),
+    ("optimizer.weight_decay", (Condition("optimizer.name", ("adamw",)),)),
+    ("train.max_skipped_updates", (Condition("train.spike_factor"),)),
+    ("train.init_checkpoint", (Condition("train.init_from"),)),
+    ("decode.beam_size decode.coverage_penalty decode.early_stopping", (Condition("decode.method", ("beam",)),)),
+    ("decode.length_penalty decode.length_penalty_form", (Condition("decode.method", ("beam", "sample")),)),
+    (
+        "decode.temperature decode.top_k decode.top_p decode.seed",
+        (Condition("decode.method", ("sample", "mbr")),),
     ),
-    "model.attention_score": (Condition("model.family", ("recurrent", "convolutional")),),
-    "model.kernel_width": (Condition("model.family", ("convolutional",)),),
-    "mesh.tensor": (ATTENTION_ONLY,),
-    "mesh.sequence": (ATTENTION_ONLY,),
-    "data.columns": (TEXT_FILES,),
-    "data.dir": (TEXT_FILES, *_unset("data.train_source", "data.train")),
-    "data.train": (TEXT_FILES, *_unset("data.dir", "data.train_source")),
-    "data.valid": (TEXT_FILES, *_unset("data.dir", "data.valid_source")),
-    **{f"data.train_{side}": (TEXT_FILES, *_unset("data.dir", "data.train")) for side in ("source", "target")},
-    **{f"data.valid_{side}": (TEXT_FILES, *_unset("data.dir", "data.valid")) for side in ("source", "target")},
-    "data.manual_dir": (Condition("data.name", WMT_NAMES),),
-    "data.tokenizer": _unset("train.init_from"),
-    "data.bleu_tokenizer": (Condition("data.tokenized", (False,)),),
-    "data.num_buckets": (Condition("data.batching", ("bucket",)),),
-    "optimizer.weight_decay": (Condition("optimizer.name", ("adamw",)),),
-    "train.max_skipped_updates": (Condition("train.spike_factor"),),
-    "train.init_checkpoint": (Condition("train.init_from"),),
-    **{
-        f"decode.{name}": (Condition("decode.method", ("beam",)),)
-        for name in ("beam_size", "coverage_penalty", "early_stopping")
-    },
-    **{
-        f"decode.{name}": (Condition("decode.method", ("beam", "sample")),)
-        for name in ("length_penalty", "length_penalty_form")
-    },
-    **{f"decode.{name}": (SAMPLING,) for name in ("temperature", "top_k", "top_p", "seed")},
-    "decode.mbr_samples": (Condition("decode.method", ("mbr",)),),
-}
+    ("decode.mbr_samples", (Condition("decode.method", ("mbr",)),)),
+)
+# Fields that are not listed always apply.
+APPLICABLE_TO = {name: conditions for names, conditions in _CONDITIONS for name in names.split()}
 
 
 def validate(values: Any, needs_data: bool = True, strict: bool = True) -> Config:
@@ -252,27 +221,27 @@ def check_consistency(
       given: fields set on the command line or in a call, such as model.family, which must apply whatever their value.
     """
     _check_data(config.data, needs_data)
-    _reject_unused(config, strict, given)
-    _check_combinations(config)
-    if strict:
-        _check_schedule_length(config)
-
-
-def _reject_unused(config: Config, strict: bool, given: Collection[str]) -> None:
-    """Raises a UserError for a field that does not apply and is given or, if `strict`, not at its default."""
     for name, condition in inapplicable_fields(config).items():
         if name in given or (strict and get_field(config, name) != default_value(config, name)):
             raise UserError(_inapplicable_message(config, name, condition))
+    _check_combinations(config)
+    _check_mesh(config)
+    kernel = config.model.attention
+    reason = unsupported_reason(kernel, AttentionSpec.from_config(config))
+    if kernel in FUSED_ATTENTION_PLATFORMS and reason:  # `fused` checks the platform
+        raise UserError(f"config.model.attention = {kernel}: {reason}; auto chooses a supported one")
+    optimizer, steps = config.optimizer, config.train.num_steps
+    if strict and schedule_depends_on_num_steps(config) and optimizer.warmup_steps >= steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule falls from its peak to 0 at "
+            f"train.num_steps = {steps}: expected fewer steps, got {optimizer.warmup_steps}; change either"
+        )
 
 
 def inapplicable_fields(config: Config) -> dict[str, Condition]:
     """The fields that do not apply in this config, each with the first condition that does not hold."""
-    inapplicable = {}
-    for name, conditions in APPLICABLE_TO.items():
-        failed = [condition for condition in conditions if not condition.holds(config)]
-        if failed:
-            inapplicable[name] = failed[0]
-    return inapplicable
+    failed = {name: [c for c in conditions if not c.holds(config)] for name, conditions in APPLICABLE_TO.items()}
+    return {name: conditions[0] for name, conditions in failed.items() if conditions}
 
 
 def reset_inapplicable(config: Config, given: Collection[str]) -> tuple[Config, list[str]]:
@@ -299,8 +268,7 @@ def reset_inapplicable(config: Config, given: Collection[str]) -> tuple[Config, 
 
 def get_field(config: Config, name: str) -> Any:
     """The value of section.field."""
-    section, field = name.split(".")
-    return getattr(getattr(config, section), field)
+    return operator.attrgetter(name)(config)
 
 
 def replace_field(config: Config, name: str, value: Any) -> Config:
@@ -409,17 +377,6 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"config.train.spike_factor: expected 0 (off), or above 1, such as 2, got {train.spike_factor}")
     if optimizer.schedule in ("paper", "inverse_sqrt") and not optimizer.warmup_steps:
         raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")
-    check_limits(config)
-
-
-def _check_schedule_length(config: Config) -> None:
-    """Rejects a warm-up that is longer than the run, which would train but hardly as intended."""
-    optimizer, steps = config.optimizer, config.train.num_steps
-    if optimizer.schedule in DECAY_TO_ZERO_SCHEDULES and optimizer.warmup_steps >= steps:
-        raise UserError(
-            f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule falls from its peak to 0 at "
-            f"train.num_steps = {steps}: expected fewer steps, got {optimizer.warmup_steps}; change either"
-        )
 
 
 def override_decode(config: Config, fields: dict[str, Any]) -> Config:
