@@ -241,13 +241,13 @@ def test_bad_text_leaves_nothing_behind(tmp_path, train, says):
 
 def test_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch):
     write(tmp_path / "text", train__en=["a"], train__de=["b"])
-    examples = local_text.ParallelText._examples
+    shards = local_text.ParallelText._shards
 
     def change(self, *args):
         write(tmp_path / "text", train__de=["c"])
-        yield from examples(self, *args)
+        return shards(self, *args)
 
-    monkeypatch.setattr(local_text.ParallelText, "_examples", change)
+    monkeypatch.setattr(local_text.ParallelText, "_shards", change)
     with pytest.raises(UserError, match="changed while they were being read"):
         build(config(dir=tmp_path / "text"), tmp_path / "data")
     assert not list((tmp_path / "data").glob("**/*record*"))

@@ -7,7 +7,6 @@ all splits, are computed in one pass over the data and cached beside it (`Corpus
 """
 
 import array
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -26,7 +25,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from transformer.config.schema import PATH_FIELDS, TOKENIZER_ALGORITHMS, WMT_NAMES, DataConfig
+from transformer.config.schema import PATH_FIELDS, WMT_NAMES, DataConfig
 from transformer.data import local_text, prepared, text_files, wmt
 from transformer.data.prepared import RecordReader
 from transformer.runtime import object_storage
@@ -107,8 +106,10 @@ class Split:
                 yield from (pairs[row - first] for row in rows)
 
     def _read(self, first: int, last: int) -> list[Pair]:
-        with self._user_errors():
+        try:
             return [_parse(record, self._languages) for record in self._records.read(first, last)]
+        except Exception as error:  # ArrayRecord and protobuf raise exceptions of their own
+            raise UserError(f"the prepared data of split {self.name!r} cannot be read: {error}") from error
 
     def sources(self) -> list[str]:
         """All source sentences in order."""
@@ -117,13 +118,6 @@ class Split:
     def targets(self) -> list[str]:
         """All target sentences in order."""
         return [target for _, target in self]
-
-    @contextlib.contextmanager
-    def _user_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # ArrayRecord and protobuf raise exceptions of their own
-            raise UserError(f"the prepared data of split {self.name!r} cannot be read: {error}") from error
 
 
 def _parse(record: bytes, languages: tuple[str, str]) -> Pair:
@@ -177,7 +171,10 @@ class Corpus:
         if metadata.held_out:
             self._split_rows["validation"] = ("train", np.array(metadata.held_out))
         self.names = list(self._split_rows)
-        self._digests = {name: _split_digest(metadata, *source) for name, source in self._split_rows.items()}
+        self._digests = {}
+        for name, (prepared_split, indices) in self._split_rows.items():
+            content = b"all" if indices is None else indices.astype("<i8").tobytes()
+            self._digests[name] = hashlib.sha256(metadata.digests[prepared_split].encode() + content).hexdigest()
         self.digest = hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()
         _log_metadata(metadata)
 
@@ -205,7 +202,7 @@ def open_corpus(data: DataConfig) -> Corpus:
       UserError: as `validate_source`, or the data cannot be prepared, is damaged, or leaves no training pair.
     """
     validate_source(data)
-    name, folder = _dataset_name(data), data_dir(data)
+    name, folder = re.split("[/:]", data.name)[0], data_dir(data)  # without config and version
     make_builder: Callable[[], Any] = functools.partial(_tfds_builder, data)
     if data.name == "text":
         make_builder = functools.partial(local_text.ParallelText, local_text.find_splits(data), folder)
@@ -221,21 +218,14 @@ def validate_source(data: DataConfig) -> None:
 
     Imports no JAX and reads no sentence; `open_corpus` may still find invalid content.
     """
-    _validate_addresses(data)
+    addresses = {f"config.data.{field}": getattr(data, field) for field in (*PATH_FIELDS, "tokenizer")}
+    for name, address in (addresses | {"TFDS_DATA_DIR": os.environ.get("TFDS_DATA_DIR", "")}).items():
+        if reason := object_storage.unsupported_reason(address):
+            raise UserError(f"{name}: {reason}")
     if data.name == "text":
         local_text.find_splits(data)
     else:
         _validate_tfds(data)
-
-
-def _validate_addresses(data: DataConfig) -> None:
-    """Raises a UserError if a path is in object storage that cannot be read here."""
-    tokenizer_field = () if data.tokenizer in TOKENIZER_ALGORITHMS else ("tokenizer",)
-    for field in (*PATH_FIELDS, *tokenizer_field):
-        if reason := object_storage.unsupported_reason(getattr(data, field)):
-            raise UserError(f"config.data.{field}: {reason}")
-    if reason := object_storage.unsupported_reason(os.environ.get("TFDS_DATA_DIR", "")):
-        raise UserError(f"TFDS_DATA_DIR: {reason}")
 
 
 def _validate_tfds(data: DataConfig) -> None:
@@ -313,11 +303,8 @@ def _config_names(name: str, data_dir: str) -> list[str]:
 
 def _match_config(configs: list[str], languages: tuple[str, str]) -> str:
     """The config for two languages in either order, named as in TFDS: de-en, pt_to_en, ende; or ""."""
-    for first, second in (languages, languages[::-1]):
-        for separator in ("-", "_to_", "_", ""):
-            if f"{first}{separator}{second}" in configs:
-                return f"{first}{separator}{second}"
-    return ""
+    candidates = [separator.join(pair) for pair in (languages, languages[::-1]) for separator in ("-", "_to_", "_", "")]
+    return next((name for name in candidates if name in configs), "")
 
 
 def _unknown_dataset_message(name: str, error: str, data_dir: str) -> str:
@@ -347,7 +334,7 @@ def load_or_compute_metadata(
     splits = {name: Split(name, "", languages, data.records(name), None, strip_cr) for name in data.names}
     scans = {name: _scan_pairs(split) for name, split in splits.items()}
     train = scans["train"]
-    rows = np.flatnonzero(~train.is_blank)
+    blank, rows = np.flatnonzero(train.is_blank), np.flatnonzero(~train.is_blank)
     if not len(rows):
         raise UserError(f"all {len(splits['train']):,} training pairs have a blank side: nothing is left to train on")
     held_out = [] if "validation" in splits else rows[_select_validation(train.source_hashes[rows])].tolist()
@@ -355,7 +342,7 @@ def load_or_compute_metadata(
         digests={name: scan.digest for name, scan in scans.items()},
         pairs={name: len(split) for name, split in splits.items()},
         line_breaks={name: scan.line_breaks for name, scan in scans.items()},
-        blank=np.flatnonzero(train.is_blank).tolist(),
+        blank=blank.tolist(),
         held_out=held_out,
     )
     _save_metadata(path, data.digest(), metadata)
@@ -431,11 +418,6 @@ def _load_metadata(path: epath.Path, data_digest: str) -> CorpusMetadata | None:
     return CorpusMetadata(**metadata) if key == [METADATA_VERSION, data_digest] else None
 
 
-def _split_digest(metadata: CorpusMetadata, prepared_split: str, rows: np.ndarray | None) -> str:
-    rows_bytes = b"all" if rows is None else rows.astype("<i8").tobytes()
-    return hashlib.sha256(metadata.digests[prepared_split].encode() + rows_bytes).hexdigest()
-
-
 def _log_metadata(metadata: CorpusMetadata) -> None:
     num_train = metadata.pairs["train"]
     if metadata.blank:
@@ -446,8 +428,3 @@ def _log_metadata(metadata: CorpusMetadata) -> None:
     if metadata.held_out:
         held_out = f"{len(metadata.held_out):,} of {num_train:,} training pairs"
         log_info(f"data: no validation split: {held_out} are held out as one")
-
-
-def _dataset_name(data: DataConfig) -> str:
-    """The name of the data set without config and version."""
-    return re.split("[/:]", data.name)[0]

@@ -64,7 +64,7 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
         """Reads everything once to find errors and count pairs before anything is written."""
         del dl_manager  # whose extraction needs TensorFlow
         sources = self._pairs_by_split()
-        lengths = {split: _shard_lengths(_with_progress(split, pairs())) for split, pairs in sources.items()}
+        lengths = {split: _shard_lengths(split, pairs()) for split, pairs in sources.items()}
         if not lengths["train"]:
             raise UserError(f"{self.source_description}: no pairs of sentences to train on; got 0")
         self.info.metadata["empty_splits"] = [split for split in lengths if not lengths[split]]
@@ -74,23 +74,15 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
 
     def _shards(self, split: str, pairs: Iterator[Pair], lengths: list[int]) -> list[Callable[[], Iterator]]:
         """One generator for each shard; TFDS runs them in order, so they share one pass over the pairs."""
-        examples = self._examples(split, pairs, sum(lengths))
+        rows = log_progress(pairs, lambda count: f"data: prepared {count:,} of {sum(lengths):,} pairs of {split}")
+        examples = ((row, dict(zip(self.languages, pair, strict=True))) for row, pair in enumerate(rows))
         return [functools.partial(itertools.islice, examples, length) for length in lengths]
 
-    def _examples(self, split: str, pairs: Iterator[Pair], total: int) -> Iterator[tuple[int, dict[str, str]]]:
-        rows = log_progress(pairs, lambda count: f"data: prepared {count:,} of {total:,} pairs of {split}")
-        for row, pair in enumerate(rows):
-            yield row, dict(zip(self.languages, pair, strict=True))
 
-
-def _with_progress(split: str, pairs: Iterator[Pair]) -> Iterator[Pair]:
-    return log_progress(pairs, lambda count: f"data: read {count:,} pairs of {split}")
-
-
-def _shard_lengths(pairs: Iterator[Pair]) -> list[int]:
+def _shard_lengths(split: str, pairs: Iterator[Pair]) -> list[int]:
     """The number of pairs in each shard of about _SHARD_BYTES."""
     lengths, count, size = [], 0, 0
-    for source, target in pairs:
+    for source, target in log_progress(pairs, lambda count: f"data: read {count:,} pairs of {split}"):
         count += 1
         size += len(source) + len(target)
         if size >= _SHARD_BYTES:
