@@ -27,7 +27,7 @@ Value = tuple[Any, ...]
 
 Sampler = Callable[[random.Random], Value]
 
-Renderer = Callable[[Value, str], InflectedValue]
+Renderer = Callable[..., InflectedValue | str]  # of the parts of a value and the language
 
 _PRONOUNS = {
     "en": ("he", "she", "they", "they"),
@@ -129,8 +129,8 @@ def _days(first_year: int, last_year: int) -> range:
     return range(datetime.date(first_year, 1, 1).toordinal(), datetime.date(last_year, 12, 31).toordinal())
 
 
-def _person(value: Value, language: str) -> InflectedValue:
-    sort, *who = value
+def _person(sort: str, *who_and_language: str) -> InflectedValue:
+    *who, language = who_and_language
     if sort == "kin":
         possessor, noun = who
         agreement = grammar.AGREEMENT[_RELATIVES[noun]["fr"].gender]
@@ -146,59 +146,45 @@ def _person_identity(value: Value) -> frozenset[Any]:
     return frozenset(value[2:] if value[0] == "kin" else value[1:])
 
 
-def _thing(value: Value, language: str) -> InflectedValue:
-    noun, adjective = value
+def _thing(noun: str, adjective: str, language: str) -> InflectedValue:
     return grammar.noun_phrase(words.THINGS[noun][language], words.ADJECTIVES[adjective][language], language)
 
 
-def _things(value: Value, language: str) -> InflectedValue:
-    count, noun, adjective = value
+def _things(count: int, noun: str, adjective: str, language: str) -> str:
     word = words.THINGS[noun][language]
     numeral = format(locale.cardinal(count, language), "f" if word.gender == "f" else "")
-    return InflectedValue(
-        {"": grammar.counted_noun_phrase(word, words.ADJECTIVES[adjective][language], numeral, language)}
-    )
+    return grammar.counted_noun_phrase(word, words.ADJECTIVES[adjective][language], numeral, language)
 
 
 def _definite(nouns: dict[str, dict[str, words.Noun]]) -> SlotType:
     return SlotType(
         _one_of(tuple(nouns)),
-        lambda value, language: grammar.definite_noun_phrase(value[0], nouns[value[0]][language], language),
+        lambda noun, language: grammar.definite_noun_phrase(noun, nouns[noun][language], language),
     )
 
 
 def _bare(nouns: dict[str, dict[str, words.Noun]]) -> SlotType:
-    return SlotType(
-        _one_of(tuple(nouns)), lambda value, language: InflectedValue({"": nouns[value[0]][language].singular})
-    )
-
-
-def _written(sample: Sampler, write: Callable[..., str]) -> SlotType:
-    """A slot type with a single form, given by `write`."""
-    return SlotType(sample, lambda value, language: InflectedValue({"": write(*value, language)}))
-
-
-def _inflected(sample: Sampler, write: Callable[..., InflectedValue]) -> SlotType:
-    return SlotType(sample, lambda value, language: write(*value, language))
+    return SlotType(_one_of(tuple(nouns)), lambda noun, language: nouns[noun][language].singular)
 
 
 def _compared(unit: str, amounts: Sequence[Decimal | int]) -> SlotType:
     """Two amounts of one unit, with the forms `low` and `high`."""
 
-    def render(value: Value, language: str) -> InflectedValue:
-        low, high = (locale.quantity(unit, amount, language) for amount in value)
-        return InflectedValue({"low": low, "high": high})
+    def render(low: Decimal | int, high: Decimal | int, language: str) -> InflectedValue:
+        return InflectedValue(
+            {"low": locale.quantity(unit, low, language), "high": locale.quantity(unit, high, language)}
+        )
 
     return SlotType(_two_of(amounts), render)
 
 
-def _span(value: Value, language: str) -> InflectedValue:
-    start, end = (locale.time_of_day(minute, language) for minute in value)
-    return InflectedValue({"start": start, "end": end, "bare": locale.clock(value[0], language)})
+def _span(start: int, end: int, language: str) -> InflectedValue:
+    forms = {"start": locale.time_of_day(start, language), "end": locale.time_of_day(end, language)}
+    return InflectedValue({**forms, "bare": locale.clock(start, language)})
 
 
 def _measured(*options: tuple[str, Sequence[Decimal | int]]) -> SlotType:
-    return _written(_sample_quantity(*options), locale.quantity)
+    return SlotType(_sample_quantity(*options), locale.quantity)
 
 
 SLOT_TYPES = {
@@ -210,20 +196,20 @@ SLOT_TYPES = {
     "place": _definite(words.PLACES),
     "food": _bare(words.FOODS),
     "drink": _bare(words.DRINKS),
-    "country": _inflected(_one_of(tuple(words.TERRITORIES)), locale.country),
-    "city": _written(_one_of(words.CITY_ZONES), locale.city),
-    "language": _inflected(_one_of(words.SPOKEN), locale.language_name),
-    "time": _written(_one_of(_MINUTES), locale.time_of_day),
+    "country": SlotType(_one_of(tuple(words.TERRITORIES)), locale.country),
+    "city": SlotType(_one_of(words.CITY_ZONES), locale.city),
+    "language": SlotType(_one_of(words.SPOKEN), locale.language_name),
+    "time": SlotType(_one_of(_MINUTES), locale.time_of_day),
     "span": SlotType(_two_of(_MINUTES), _span),
-    "weekday": _inflected(_one_of(range(7)), locale.weekday),
-    "past": _inflected(_one_of(_days(1960, 2019)), locale.date),
-    "coming": _inflected(_one_of(_days(2027, 2035)), locale.date),
-    "month": _written(_all_of(range(1990, 2020), range(1, 13)), locale.month),
-    "soon": _written(_all_of(range(2027, 2036), range(1, 13)), locale.month),
-    "year": _written(_one_of(range(1950, 2020)), lambda year, language: str(year)),
-    "lapse": _inflected(_sample_lapse, locale.relative_time),
-    "price": _written(_sample_price, locale.price),
-    "sum": _written(_sample_sum, locale.sum_of_money),
+    "weekday": SlotType(_one_of(range(7)), locale.weekday),
+    "past": SlotType(_one_of(_days(1960, 2019)), locale.date),
+    "coming": SlotType(_one_of(_days(2027, 2035)), locale.date),
+    "month": SlotType(_all_of(range(1990, 2020), range(1, 13)), locale.month),
+    "soon": SlotType(_all_of(range(2027, 2036), range(1, 13)), locale.month),
+    "year": SlotType(_one_of(range(1950, 2020)), lambda year, language: str(year)),
+    "lapse": SlotType(_sample_lapse, locale.relative_time),
+    "price": SlotType(_sample_price, locale.price),
+    "sum": SlotType(_sample_sum, locale.sum_of_money),
     "percent": _measured(("percent", [Decimal(n) / 200 for n in range(3, 80)])),
     "hours": _measured(("duration-hour", _HALVES)),
     "minutes": _measured(("duration-minute", range(2, 60))),
@@ -238,12 +224,12 @@ SLOT_TYPES = {
     "meters": _compared("length-meter", (*_HALVES, *range(21, 100), *range(100, 1200, 10))),
     "degrees": _compared("temperature-celsius", range(2, 41)),
     "shares": _compared("percent", [Decimal(n) / 200 for n in range(4, 180)]),
-    "small": _inflected(_one_of(range(2, 13)), locale.cardinal),
-    "years": _inflected(_one_of(range(2, 61)), locale.cardinal),
-    "count": _inflected(_one_of(range(2, 100)), locale.cardinal),
-    "many": _inflected(_one_of(range(100, 1000)), locale.cardinal),
-    "ordinal": _inflected(_one_of(range(2, 21)), locale.ordinal),
-    "inhabitants": _written(_one_of(range(115_000, 4_000_000, 10_000)), locale.number),
+    "small": SlotType(_one_of(range(2, 13)), locale.cardinal),
+    "years": SlotType(_one_of(range(2, 61)), locale.cardinal),
+    "count": SlotType(_one_of(range(2, 100)), locale.cardinal),
+    "many": SlotType(_one_of(range(100, 1000)), locale.cardinal),
+    "ordinal": SlotType(_one_of(range(2, 21)), locale.ordinal),
+    "inhabitants": SlotType(_one_of(range(115_000, 4_000_000, 10_000)), locale.number),
 }
 
 
@@ -252,7 +238,7 @@ def sample_values(slots: Sequence[str], rng: random.Random) -> dict[str, Value]:
     values: dict[str, Value] = {}
     taken: dict[str, frozenset[Any]] = {}
     for slot in slots:
-        name = slot.rstrip("0123456789")
+        name = slot.rstrip(string.digits)
         slot_type = SLOT_TYPES[name]
         family = slot_type.family or name
         value = slot_type.sample(rng)
@@ -261,11 +247,6 @@ def sample_values(slots: Sequence[str], rng: random.Random) -> dict[str, Value]:
         values[slot] = value
         taken[family] = taken.get(family, frozenset()) | slot_type.identity(value)
     return values
-
-
-def render_values(values: Mapping[str, Value], language: str) -> dict[str, InflectedValue]:
-    """Renders the values in one language, for `str.format_map`."""
-    return {slot: SLOT_TYPES[slot.rstrip("0123456789")].render(value, language) for slot, value in values.items()}
 
 
 Pair = tuple[str, str]
@@ -290,18 +271,17 @@ _CITATION = """\
 }"""
 
 
-def _slots(template: Template) -> list[str]:
-    """The slots of a template, each once, in English order."""
-    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template.en) if name))
-
-
-_SLOTS = [(template, _slots(template)) for template in TEMPLATES]
+# Each template with its slots, each once, in English order.
+_SLOTS = [
+    (template, list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template.en) if name)))
+    for template in TEMPLATES
+]
 
 
 def render(template: Template, values: Mapping[str, Value], language: str) -> str:
     """The sentence of a template in one language: slots filled, words contracted, first letter capitalized."""
-    text = getattr(template, language).format_map(render_values(values, language))
-    text = contract(text, language)
+    rendered = {slot: SLOT_TYPES[slot.rstrip(string.digits)].render(*value, language) for slot, value in values.items()}
+    text = contract(getattr(template, language).format_map(rendered), language)
     return text[0].upper() + text[1:]
 
 

@@ -4,6 +4,7 @@ Every function is pure: words of `lexicon` in, inflected text out.
 """
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from transformer.data.cldr.lexicon import EDGE_PLACES, TERRITORIES, TERRITORY_ARTICLES, Adjective, Noun
@@ -68,9 +69,16 @@ _CONTRACTIONS = {
         (r"\by (?=[Hh]?[iíIÍ](?!e))", "e "),
     ),
 }
-_COMPILED = {
-    language: [(re.compile(pattern), replacement) for pattern, replacement in rules]
-    for language, rules in _CONTRACTIONS.items()
+# By language and whether the noun is feminine; other numbers are not inflected.
+_NUMBERS = {
+    ("fr", True): ((r"un$", "une"),),
+    ("es", True): ((r"uno$", "una"), (r"ientos\b", "ientas")),
+    ("es", False): ((r"veintiuno", "veintiún"), (r"uno$", "un")),
+}
+_ORDINALS = {
+    ("fr", True): ((r"ier$", "ière"),),
+    ("es", True): ((r"o\b", "a"),),
+    ("es", False): ((r"(primer|tercer)o$", r"\1"),),
 }
 
 
@@ -108,31 +116,25 @@ class InflectedValue:
 
 def contract(text: str, language: str) -> str:
     """Joins articles and elides vowels: de le → du, le or → l'or, a el → al, zu der → zur, y Irlanda → e Irlanda."""
-    for pattern, replacement in _COMPILED[language]:
-        text = pattern.sub(replacement, text)
+    return _substitute(text, _CONTRACTIONS[language])
+
+
+def _substitute(text: str, rules: Iterable[tuple[str, str]]) -> str:
+    """Applies substitutions, each a pattern and its replacement, in turn."""
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
     return text
-
-
-def _french_plural(word: str) -> str:
-    if word.endswith(("s", "x")):
-        return word
-    return word + ("x" if word.endswith("eau") else "s")
-
-
-def _spanish_plural(word: str) -> str:
-    return word + ("s" if word[-1] in "aeo" else "es")
 
 
 def _describe(noun: str, gender: str, plural: bool, adjective: Adjective, language: str) -> str:
     """A noun with its adjective, agreeing, in English, French or Spanish."""
     word = adjective.feminine if gender == "f" else adjective.masculine
-    if language == "fr":
-        if plural:
-            word = _french_plural(word)
-        elif gender == "m" and re.match(_FRENCH_VOWEL, noun):
-            word = adjective.before_vowel
+    if language == "fr" and plural and not word.endswith(("s", "x")):
+        word += "x" if word.endswith("eau") else "s"
+    if language == "fr" and not plural and gender == "m" and re.match(_FRENCH_VOWEL, noun):
+        word = adjective.before_vowel
     if language == "es" and plural:
-        word = _spanish_plural(word)
+        word += "s" if word[-1] in "aeo" else "es"
     return f"{word} {noun}" if language == "en" or adjective.comes_first else f"{noun} {word}"
 
 
@@ -227,21 +229,9 @@ def possessive(possessor: str, noun: Noun, language: str) -> dict[str, str]:
 
 def inflect_number(words: str, language: str, feminine: bool) -> str:
     """Inflects a spelled-out cardinal before a noun: vingt et une, veintiún, doscientas."""
-    if language == "fr" and feminine and words.endswith("un"):
-        return words + "e"
-    if language == "es" and feminine:
-        return re.sub(r"ientos\b", "ientas", re.sub(r"uno$", "una", words))
-    if language == "es":
-        return re.sub(r"uno$", "un", words.replace("veintiuno", "veintiún"))
-    return words
+    return _substitute(words, _NUMBERS.get((language, feminine), ()))
 
 
 def inflect_ordinal(words: str, language: str, feminine: bool) -> str:
     """Inflects a spelled-out ordinal before a noun: premier or première, tercer or tercera."""
-    if language == "fr" and feminine:
-        return re.sub("ier$", "ière", words)
-    if language == "es" and feminine:
-        return re.sub(r"o\b", "a", words)
-    if language == "es":
-        return re.sub(r"(primer|tercer)o$", r"\1", words)
-    return words
+    return _substitute(words, _ORDINALS.get((language, feminine), ()))
