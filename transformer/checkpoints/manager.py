@@ -11,8 +11,8 @@ import collections
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,26 +40,23 @@ QUARANTINED_MANIFEST = "manifest.damaged.json"  # in object storage: marks a dam
 MANIFESTS = (MANIFEST, QUARANTINED_MANIFEST)
 
 
-class State(Protocol):
-    """What a checkpoint keeps of `training.train_step.TrainState`, a named tuple."""
+class TrainState(NamedTuple):
+    """Params, optimizer state and step.
+
+    Attributes:
+      step: number of updates done, int32.
+      ema: exponential moving average of the params, float32; None where `train.ema_decay` is 0.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params | None = None
 
     @property
-    def step(self) -> Any:
-        """Number of updates done."""
-
-    @property
-    def params(self) -> Params: ...
-
-    @property
-    def opt_state(self) -> Any: ...
-
-    @property
-    def ema(self) -> Params | None: ...
-
-    def _replace(self, *, step: Any = ..., params: Any = ..., opt_state: Any = ..., ema: Any = ...) -> Any: ...
-
-
-S = TypeVar("S", bound=State)
+    def eval_params(self) -> Params:
+        """The moving average if there is one, else the params."""
+        return self.params if self.ema is None else self.ema
 
 
 class CorruptCheckpointError(Exception):
@@ -79,7 +76,9 @@ class CheckpointManager:
         self._is_remote = object_storage.is_remote(path)
         if not self._is_remote:
             path = path.expanduser().resolve()  # Orbax takes no relative path
-            _check_name(path)
+            name = str(path)
+            if "\\" in name or name.encode(errors="ignore").decode() != name:  # TensorStore cannot open it
+                raise UserError(f"{name!r}: checkpoints need a path in UTF-8 without backslashes; rename the folder")
         self.folder = path / "checkpoints"
 
     def steps(self) -> list[int]:
@@ -93,7 +92,7 @@ class CheckpointManager:
 
     def save(
         self,
-        state: State,
+        state: TrainState,
         config: Config,
         tokenizer: Tokenizer,
         data: dict[str, str],
@@ -120,8 +119,10 @@ class CheckpointManager:
                 folder.mkdir(parents=True)
             multihost.barrier("checkpoint begun")
             with object_storage.staged_write(folder) as target, FileHasher() as hasher:
-                # A single process hashes the params while the optimizer state is written.
-                _save_arrays(target, state, on_written=hasher.add if multihost.process_count() == 1 else None)
+                for name, tree in _trees(state).items():  # each process its shards
+                    ocp.save(target / name, tree)
+                    if multihost.process_count() == 1:
+                        hasher.add(target / name)  # while the next part is written
                 multihost.barrier("arrays written")
                 if multihost.is_primary():
                     tokenizer.save(target / "tokenizer")
@@ -185,10 +186,8 @@ class CheckpointManager:
         try:
             self.verify(step, content=content)
         except CorruptCheckpointError as damage:
-            deleted = step not in self.steps()
-            log_info(
-                f"checkpoint {step} " + ("was deleted just now" if deleted else f"is damaged and skipped: {damage}")
-            )
+            what = f"is damaged and skipped: {damage}" if step in self.steps() else "was deleted just now"
+            log_info(f"checkpoint {step} {what}")
             return False
         return True
 
@@ -199,12 +198,10 @@ class CheckpointManager:
           WorkdirError: none of the checkpoints is valid.
         """
         available = self.steps()
-        for step in reversed(available):
-            if self.is_valid(step):
-                return step
-        if available:
+        newest = next(filter(self.is_valid, reversed(available)), None)
+        if available and newest is None:
             raise no_valid_checkpoint(self.folder, available)
-        return None
+        return newest
 
     def steps_by_metric(self, steps: list[int]) -> list[int]:
         """Sorts the steps that have a validation score, the best last; of equals the newest is the best.
@@ -288,7 +285,7 @@ class CheckpointManager:
         """Restores the params alone onto the devices of `mesh`; with kind `ema` their moving average."""
         return _load_arrays(self.folder / str(step) / kind, abstract_params(model, mesh))
 
-    def restore(self, step: int, abstract_state: S) -> S:
+    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """Restores the whole state with the shapes, dtypes and shardings of `abstract_state`, on any mesh."""
         folder = self.folder / str(step)
         arrays = {PARTS[name]: _load_arrays(folder / name, tree) for name, tree in _trees(abstract_state).items()}
@@ -328,28 +325,13 @@ def no_valid_checkpoint(folder: epath.Path, available: list[int]) -> WorkdirErro
     )
 
 
-def _check_name(path: epath.Path) -> None:
-    """Raises a UserError for local paths that TensorStore, which writes and reads the arrays, cannot open."""
-    name = str(path)
-    if "\\" in name or name.encode(errors="ignore").decode() != name:
-        raise UserError(f"{name!r}: checkpoints need a path in UTF-8 without backslashes; rename the folder")
-
-
-def _trees(state: State) -> dict[str, Any]:
+def _trees(state: TrainState) -> dict[str, Any]:
     """The parts of a state that have arrays, by the names of their folders."""
     trees = {name: getattr(state, part) for name, part in PARTS.items()}
     return {name: tree for name, tree in trees.items() if tree is not None}
 
 
-def _save_arrays(folder: epath.Path, state: State, on_written: Callable[[epath.Path], None] | None) -> None:
-    """Writes the arrays of a state, each process its shards; calls `on_written` with each folder when it is done."""
-    for name, tree in _trees(state).items():
-        ocp.save(folder / name, tree)
-        if on_written:
-            on_written(folder / name)
-
-
-def check_arrays(folder: epath.Path, state: State) -> None:
+def check_arrays(folder: epath.Path, state: TrainState) -> None:
     """Checks shape and dtype of all arrays of a checkpoint, read from the same store as when it is restored.
 
     On local disks it asks TensorStore itself: Orbax's own `metadata` takes 100 times as long.

@@ -1,5 +1,6 @@
 """The manifest of a checkpoint: its metrics, and size and SHA-256 of its files and of itself."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -54,15 +55,12 @@ class Manifest:
         return cls(metrics, data, host, files, str(values.get("run_id", "")), str(values.get("base_run_id", "")))
 
 
-class FileHasher:
+class FileHasher(contextlib.AbstractContextManager):
     """Hashes files in background threads; use as a context."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(NUM_THREADS)
         self._results: dict[epath.Path, Future[tuple[int, str]]] = {}
-
-    def __enter__(self) -> "FileHasher":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from transformer.attention import fused
+from transformer.checkpoints.manager import TrainState
 from transformer.config import Config
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import PAD
@@ -21,25 +22,6 @@ from transformer.models.loss import LossSums, cross_entropy
 from transformer.models.registry import ModelDef, Params, with_shardings
 from transformer.training import optimizer as optimizer_lib
 from transformer.training.optimizer import make_optimizer, make_schedule, update_ema
-
-
-class TrainState(NamedTuple):
-    """Params, optimizer state and step.
-
-    Attributes:
-      step: number of updates done, int32.
-      ema: exponential moving average of the params, float32; None where `train.ema_decay` is 0.
-    """
-
-    step: jax.Array
-    params: Params
-    opt_state: optax.OptState
-    ema: Params | None = None
-
-    @property
-    def eval_params(self) -> Params:
-        """The moving average if there is one, else the params."""
-        return self.params if self.ema is None else self.ema
 
 
 class StepMetrics(NamedTuple):
