@@ -6,7 +6,6 @@ Without the checks every process would train on, with rows of different batches.
 import os
 import time
 import uuid
-from collections.abc import Sequence
 
 from etils import epath
 
@@ -16,9 +15,8 @@ from transformer.runtime.environment import code_digest, versions
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_atomic
 
-VISIBILITY_TIMEOUT_S = (
-    15.0  # seconds in which all processes must see a file that one wrote: network file systems take some
-)
+# Seconds in which all processes must see a file that one wrote: network file systems take some.
+VISIBILITY_TIMEOUT_S = 15.0
 MARKER_FILE = "hosts"  # the file by which processes check that they share a workdir
 
 
@@ -77,16 +75,13 @@ def assert_shared_workdir(workdir: epath.Path) -> None:
         return
     marker = multihost.broadcast_from_primary("marker of the workdir", lambda: _write_marker(workdir))
     answers = multihost.allgather("workdir", str(_can_see(workdir, marker)))
-    missing = [i for i, answer in enumerate(answers) if answer != str(True)]
+    missing = [multihost.process_name(i) for i, answer in enumerate(answers) if answer != str(True)]
     if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"--workdir={workdir}: {_names(missing)} cannot see what {multihost.process_name(0)} writes there; "
+            f"--workdir={workdir}: {missing[0]}{others} cannot see what {multihost.process_name(0)} writes there; "
             "it must be a folder that all hosts share, or object storage such as gs://BUCKET/RUN"
         )
-
-
-def _names(processes: Sequence[int]) -> str:
-    return multihost.process_name(processes[0]) + (f" and {len(processes) - 1} more" if len(processes) > 1 else "")
 
 
 def _write_marker(workdir: epath.Path) -> str:

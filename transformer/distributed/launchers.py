@@ -90,7 +90,10 @@ def local_gpus(environment: Mapping[str, str], gpus: int) -> LocalGpus:
     """
     for name in CHOSEN:
         if (text := environment.get(name)) and text != "all":
-            return LocalGpus(_ids(name, text))
+            try:
+                return LocalGpus([int(each) for each in text.split(",")])
+            except ValueError as error:
+                raise UserError(f"{name}={text}: expected numbers of GPUs with commas between, such as 0,1") from error
     platforms = set(filter(None, environment.get("JAX_PLATFORMS", "").split(",")))
     seen = _visible(environment, gpus)
     if not seen or (platforms and not platforms & GPU_PLATFORMS):
@@ -158,10 +161,7 @@ def _visible(environment: Mapping[str, str], gpus: int) -> int:
 
 def _started_by(environment: Mapping[str, str]) -> Launcher | None:
     """The first of LAUNCHERS whose variables are there."""
-    for launcher in LAUNCHERS:
-        if environment.keys() >= {launcher.size, launcher.rank, launcher.local_size, launcher.local_rank}:
-            return launcher
-    return None
+    return next((launcher for launcher in LAUNCHERS if environment.keys() >= {*launcher[1:]}), None)
 
 
 def _slurm_tasks(environment: Mapping[str, str]) -> int:
@@ -192,13 +192,6 @@ def _is_tpu_vm() -> bool:
     from jax._src import cloud_tpu_init
 
     return cloud_tpu_init.running_in_cloud_tpu_vm
-
-
-def _ids(name: str, text: str) -> list[int]:
-    try:
-        return [int(each) for each in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"{name}={text}: expected numbers of GPUs with commas between, such as 0,1") from error
 
 
 def _int(environment: Mapping[str, str], name: str) -> int:

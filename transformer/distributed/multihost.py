@@ -86,6 +86,8 @@ def initialize(args: argparse.Namespace) -> Iterator[None]:
     if not is_multiprocess(args):
         yield
         return
+    import jax
+
     _group = group = _join(args)
     lost_primary = f"{group.names[0]}, which all others depend on, has gone away"
     with report_on_sigabrt(lost_primary, args.lost_host_exit_code):
@@ -96,7 +98,9 @@ def initialize(args: argparse.Namespace) -> Iterator[None]:
                 yield
             except StoppedError as error:  # by a signal that all processes know of
                 stopped = error
-            _leave(group)
+            group.allgather("done", "")
+            group.heartbeat.stop()
+            jax.distributed.shutdown()
         except BaseException as error:
             group.heartbeat.abort(error)
     if stopped:
@@ -135,17 +139,8 @@ def _join(args: argparse.Namespace) -> _ProcessGroup:
                 f"warning: {gpus.idle} of this machine's GPUs stay idle; start as many processes on it as divide their "
                 "number, or one, which takes them all"
             )
-        count, timeout = state.num_processes, args.host_timeout
-        return _ProcessGroup(state.client, state.process_id, count, timeout, args.lost_host_exit_code)
-
-
-def _leave(group: _ProcessGroup) -> None:
-    """Waits for all processes, and disconnects."""
-    import jax
-
-    group.allgather("done", "")
-    group.heartbeat.stop()
-    jax.distributed.shutdown()
+        numbers = state.process_id, state.num_processes, args.host_timeout, args.lost_host_exit_code
+        return _ProcessGroup(state.client, *numbers)
 
 
 def process_description() -> str:

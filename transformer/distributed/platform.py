@@ -6,10 +6,10 @@ random word serves four elements of dropout (7% of a training step). `command_li
 to come before JAX, saves a CPU a third of a step's CPU time. docs/log.md has the measurements.
 """
 
-import os
-
 import jax
 from jax.sharding import Mesh
+
+from transformer.runtime import environment
 
 ATTENTION_BLOCK = 128  # queries and keys of a block of blockwise attention; larger ones are slower on a CPU
 DECODE_ROWS, DECODE_ROWS_ON_CPU = 256, 16
@@ -44,5 +44,4 @@ def decode_threads(mesh: Mesh) -> int:
     """
     if mesh.size > 1 or not is_cpu(mesh):
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_THREADS)
+    return min(environment.available_cpus(), MAX_THREADS)

@@ -7,8 +7,8 @@ with these shardings; XLA derives the communication between devices.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -102,11 +102,9 @@ def batch_sharding(mesh: Mesh, rows: str = "batch") -> NamedSharding:
     return NamedSharding(mesh, logical_to_mesh((rows,)))
 
 
-@contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[None]:
+def use_mesh(mesh: Mesh) -> AbstractContextManager:
     """Inside a traced function: the block may split arrays over this mesh."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        yield
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def _current_mesh() -> AbstractMesh | None:

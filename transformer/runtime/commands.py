@@ -32,12 +32,10 @@ def _module(path: pathlib.Path) -> str:
 
 def descriptions() -> dict[str, str]:
     """Arguments of `python` → first line of the docstring, for each command."""
-    return {_invocation(path): description(path) for path in find().values()}
-
-
-def _invocation(path: pathlib.Path) -> str:
-    """The arguments of `python` that run a file: its name, or -m and its module."""
-    return path.name if path.parent == _PACKAGE.parent else f"-m {_module(path)}"
+    return {
+        path.name if path.parent == _PACKAGE.parent else f"-m {_module(path)}": description(path)
+        for path in find().values()
+    }
 
 
 def description(path: pathlib.Path) -> str:

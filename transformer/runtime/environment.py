@@ -21,7 +21,6 @@ SETTINGS = (
     "jax_threefry_partitionable",
 )
 
-
 _trials: dict[str, str] = {}
 
 
@@ -50,7 +49,7 @@ def _fixed_properties() -> dict[str, str]:
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "processes": str(jax.process_count()),
         "CPU": cpu(),
-        "cores": str(_available_cpus()),
+        "cores": str(available_cpus()),
     }
 
 
@@ -71,7 +70,7 @@ def cpu() -> str:
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
-def _available_cpus() -> int:
+def available_cpus() -> int:
     """The number of cores that this process may use: XLA splits its sums by it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -25,9 +25,8 @@ from etils import epath
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 LOCK_REFRESH_S = 5.0  # seconds between two writes of a lock by its holder
 LOCK_TIMEOUT_S = 25.0  # seconds without one after which the lock is taken over
-LOCK_SETTLE_S = (
-    1.0  # seconds in which two processes that take a lock at once find out, on storage without conditional writes
-)
+# Seconds in which two processes that take a lock at once find out, on storage without conditional writes.
+LOCK_SETTLE_S = 1.0
 SYNC_INTERVAL_S = 20.0  # seconds between two copies of a log
 
 
@@ -141,7 +140,7 @@ class LockHeldError(Exception):
     """Another process holds the lock; the message names it."""
 
 
-class Lock:
+class Lock(contextlib.AbstractContextManager):
     """A lock on a folder: an object with its holder, who rewrites it every few seconds.
 
     Args:
@@ -165,9 +164,6 @@ class Lock:
         with contextlib.suppress(Exception):
             if self._holder()[0] == self._id:
                 self._path.unlink()
-
-    def __enter__(self) -> "Lock":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -246,7 +242,6 @@ def pull(folder: epath.PathLike) -> bool:
     os.makedirs(parent, exist_ok=True)
     partial = tempfile.mkdtemp(prefix="fetch-", dir=parent)
     try:
-        filesystem(address)
         download(address, partial)
         os.remove(os.path.join(partial, COMPLETE))
         os.rename(partial, folder)
