@@ -171,14 +171,13 @@ _CONDITIONS: tuple[tuple[str, tuple[Condition, ...]], ...] = (  # fields, and th
 APPLICABLE_TO = {name: conditions for names, conditions in _CONDITIONS for name in names.split()}
 
 
-def validate(values: Any, needs_data: bool = True, strict: bool = True) -> Config:
+def validate(values: Any, strict: bool = True) -> Config:
     """Validates a ConfigDict or nested mapping and returns it as frozen dataclasses.
 
     With `train.init_from`, sizes of model and vocabulary at their defaults become those of that run.
 
     Args:
       values: sections of fields.
-      needs_data: whether text files must be named.
       strict: also rejects fields that do not apply, and schedules longer than the run. Not for saved configs, which
         must stay readable.
 
@@ -186,7 +185,7 @@ def validate(values: Any, needs_data: bool = True, strict: bool = True) -> Confi
       UserError: as `to_dataclasses` and `check_consistency`.
     """
     config = to_dataclasses(warm_start.inherit_sizes(to_sections(values)) if strict else values)
-    check_consistency(config, needs_data, strict)
+    check_consistency(config, strict=strict)
     return config
 
 
@@ -217,7 +216,8 @@ def check_consistency(
 
     Args:
       config: with valid fields.
-      needs_data, strict: as in `validate`.
+      needs_data: whether text files must be named.
+      strict: as in `validate`.
       given: fields set on the command line or in a call, such as model.family, which must apply whatever their value.
     """
     _check_data(config.data, needs_data)

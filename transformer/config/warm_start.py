@@ -31,12 +31,10 @@ def inherit_sizes(
     saved = isinstance(base, str) and base and ((workdir and _load_saved_config(workdir)) or _load_saved_config(base))
     if not saved:
         return values
-    sizes = [("model", name) for name in field_names("model") if name not in ALLOWED_MODEL_DIFFS] + [
-        ("data", "vocab_size")
-    ]
+    sizes = [("model", name) for name in field_names("model") if name not in ALLOWED_MODEL_DIFFS]
     completed = {**values, "model": {**values.get("model", {})}, "data": {**values.get("data", {})}}
     width = completed["model"].get("emb_dim", ModelConfig.emb_dim)
-    for section, name in sizes:
+    for section, name in [*sizes, ("data", "vocab_size")]:
         default = width if name in DEFAULTS_TO_EMB_DIM else field_default(section, name)
         if (section, name) not in flags and completed[section].get(name, default) == default:
             completed[section][name] = saved.get(section, {}).get(name, field_default(section, name))

@@ -10,7 +10,7 @@ import pathlib
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from transformer.data.prepared import file_lock
@@ -73,9 +73,7 @@ class DownloadManager:
             except DownloadError as error:
                 missing[archive] = str(error)
         if missing:
-            names = "\n".join(
-                f"  {archive.name}  from {archive.url}  ({reason})" for archive, reason in missing.items()
-            )
+            names = "\n".join(f"  {each.name}  from {each.url}  ({reason})" for each, reason in missing.items())
             raise UserError(
                 f"{len(missing)} of {len(files) + len(missing)} archives are missing. Run again to resume what can be "
                 f"downloaded, or put these files, unchanged and under these names, into {self._manual} "
@@ -144,35 +142,6 @@ def _download(archive: Download, path: pathlib.Path) -> VerifiedFile:
             break
         if partial.stat().st_size <= start:
             raise DownloadError(f"the connection ended after {partial.stat().st_size:,} bytes")
-    return _verify_and_rename(archive, partial, path)
-
-
-def _resume(archive: Download, partial: pathlib.Path, start: int) -> bool:
-    """Appends what the server sends from byte `start` on; returns whether all announced bytes were received."""
-    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={start}-"} if start else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-        if response.status != http.client.PARTIAL_CONTENT:
-            start = 0  # the server sends the whole file
-        announced = int(response.headers.get("Content-Length") or 0)
-        name, total = archive.name, archive.size or announced + start
-        received = 0
-        with partial.open("ab" if start else "wb") as file:
-            blocks = log_progress(
-                _blocks(response), lambda _: f"data: {name}: {_mb(start + received)} of {_mb(total)} MB"
-            )
-            for block in blocks:
-                file.write(block)
-                received += len(block)
-    return received >= announced
-
-
-def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    while block := response.read1(CHUNK_BYTES):
-        yield block
-
-
-def _verify_and_rename(archive: Download, partial: pathlib.Path, path: pathlib.Path) -> VerifiedFile:
-    """Renames a complete download if its digest is right, else deletes it."""
     size, digest = partial.stat().st_size, sha256(partial)
     if archive.sha256 and digest != archive.sha256:
         partial.unlink()
@@ -185,6 +154,24 @@ def _verify_and_rename(archive: Download, partial: pathlib.Path, path: pathlib.P
     if not archive.sha256:
         log_info(f"data: {path}: its checksum is unknown; sha256 {digest}")
     return VerifiedFile(path, digest)
+
+
+def _resume(archive: Download, partial: pathlib.Path, start: int) -> bool:
+    """Appends what the server sends from byte `start` on; returns whether all announced bytes were received."""
+    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        if response.status != http.client.PARTIAL_CONTENT:
+            start = 0  # the server sends the whole file
+        announced = int(response.headers.get("Content-Length") or 0)
+        name, total = archive.name, archive.size or announced + start
+        received = 0
+        with partial.open("ab" if start else "wb") as file:
+            blocks = iter(lambda: response.read1(CHUNK_BYTES), b"")
+            logged = log_progress(blocks, lambda _: f"data: {name}: {_mb(start + received)} of {_mb(total)} MB")
+            for block in logged:
+                file.write(block)
+                received += len(block)
+    return received >= announced
 
 
 def _mb(size: int) -> str:

@@ -5,6 +5,7 @@ state of the iterator is the step at which it starts.
 """
 
 import array
+import contextlib
 import itertools
 import json
 import os
@@ -109,35 +110,32 @@ def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) 
     return tokenizer
 
 
-def _configured_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer | None:
-    """The tokenizer of a file that the config names; None if the config only says how to train one."""
-    # A file of merges is applied to the corpus: other merges may give a vocabulary of the same size.
-    return (
-        get_or_train_tokenizer(data, corpus) if data.tokenizer.endswith(".codes") else tokenizers.load_configured(data)
-    )
-
-
 def get_or_train_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
     """The tokenizer that the config names, or else that of the corpus, cached beside the prepared data."""
     if configured := tokenizers.load_configured(data):
         return configured
     split = corpus.split("train")
-    languages = f"{corpus.source_language}-{corpus.target_language}"
-    key = f"{split.digest[:24]}-{languages}-{tokenizers.cache_key(data)}"
-    folder = epath.Path(corpora.data_dir(data)) / "vocabularies" / key
-    with user_error_on_oserror(f"{folder}, under config.data.data_dir"):
-        object_storage.pull(folder)
+    with _cache_folder(data, corpus, split, "vocabularies", tokenizers.cache_key(data)) as folder:
         for path in sorted(folder.glob("*.model")):
             if sha256(path) == path.stem:
-                object_storage.push(folder)  # an earlier attempt may have failed
                 return tokenizers.check_vocab_size(tokenizers.load(path), data)
             log_info(f"{path}: damaged; training the vocabulary again")
             path.unlink()
         log_info(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} subword tokens")
         trained = tokenizers.build(data, _Sentences(split))
         trained.save(folder, f"{trained.digest}.model")
-        object_storage.push(folder)
     return trained
+
+
+@contextlib.contextmanager
+def _cache_folder(data: DataConfig, corpus: corpora.Corpus, split: Split, kind: str, key: str) -> Iterator[epath.Path]:
+    """The folder for what is made of a split, beside the prepared data; kept equal to its copy in object storage."""
+    name = f"{split.digest[:24]}-{corpus.source_language}-{corpus.target_language}-{key}"
+    folder = epath.Path(corpora.data_dir(data)) / kind / name
+    with user_error_on_oserror(f"{folder}, under config.data.data_dir"):
+        object_storage.pull(folder)
+        yield folder
+        object_storage.push(folder)  # also what exists here, as an earlier attempt may have failed
 
 
 def check_same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path, trained: Tokenizer) -> Tokenizer:
@@ -146,7 +144,9 @@ def check_same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath
     Raises:
       UserError: the workdir's tokenizer is missing or another one, or the config names another.
     """
-    configured = _configured_tokenizer(data, corpus) or trained
+    # A file of merges is applied to the corpus: other merges may give a vocabulary of the same size.
+    is_merges = data.tokenizer.endswith(".codes")
+    configured = get_or_train_tokenizer(data, corpus) if is_merges else tokenizers.load_configured(data) or trained
     if configured.digest != trained.digest:
         raise UserError(
             f"config.data.tokenizer = {data.tokenizer}: is not the vocabulary of the run in {stored.parent}: expected "
@@ -183,23 +183,15 @@ class _Sentences:
 def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokenizer: Tokenizer) -> TokenIds:
     """The ids of a split, from the cache beside the prepared data, or tokenized now and cached there."""
     split = corpus.split(split_name)
-    languages = f"{corpus.source_language}-{corpus.target_language}"
-    key = f"{split.digest[:24]}-{languages}-{tokenizer.digest[:24]}"
-    folder = epath.Path(corpora.data_dir(data)) / "token_ids" / key
-    with user_error_on_oserror(f"{folder}, under config.data.data_dir"):
-        object_storage.pull(folder)
+    with _cache_folder(data, corpus, split, "token_ids", tokenizer.digest[:24]) as folder:
         if folder.exists():
             try:
-                ids = _load_ids(folder)
+                return _load_ids(folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log_info(f"{folder}: damaged ({error}); tokenizing again")
                 shutil.rmtree(folder)
-            else:
-                object_storage.push(folder)  # an earlier attempt may have failed
-                return ids
         log_info(f"tokenizing {split_name}: {len(split):,} pairs")
         _write_ids(folder, split, tokenizer)
-        object_storage.push(folder)
         return _load_ids(folder)
 
 
@@ -212,10 +204,10 @@ def _write_ids(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
     try:
         lengths = {"source": array.array("q"), "target": array.array("q")}
         with (partial / "source.ids").open("wb") as source, (partial / "target.ids").open("wb") as target:
-            chunks = log_progress(
-                _chunks(split), lambda count: f"tokenized {count * CHUNK_PAIRS:,} of {len(split):,} pairs"
-            )
-            for pairs in chunks:
+            pairs_left = iter(split)
+            chunks = iter(lambda: list(itertools.islice(pairs_left, CHUNK_PAIRS)), [])
+            progress = "tokenized {:,} of {:,} pairs"
+            for pairs in log_progress(chunks, lambda count: progress.format(count * CHUNK_PAIRS, len(split))):
                 for side, name, file in ((0, "source", source), (1, "target", target)):
                     sequences = tokenizer.encode([pair[side] for pair in pairs])
                     lengths[name].extend(len(ids) for ids in sequences)
@@ -232,12 +224,6 @@ def _write_ids(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _chunks(split: Split) -> Iterator[list[tuple[str, str]]]:
-    pairs_left = iter(split)
-    while pairs := list(itertools.islice(pairs_left, CHUNK_PAIRS)):
-        yield pairs
 
 
 def _load_ids(folder: epath.Path) -> TokenIds:

@@ -135,6 +135,7 @@ class PreparedDataset:
 
     def __init__(self, builder: Any):
         self.folder = epath.Path(builder.data_path)
+        self._remedy = f"restore it, or delete the folder {self.folder} and run again to prepare it again"
         self._empty = list((builder.info.metadata or {}).get("empty_splits", []))
         self._splits = dict(builder.info.splits)
         if builder.info.file_format is None or builder.info.file_format.value != "array_record":
@@ -163,18 +164,15 @@ class PreparedDataset:
             return RecordReader([], [])
         for name, path in self._files(split).items():
             if not path.exists():
-                raise UserError(f"{path}: missing from the prepared data; {self._remedy()}")
+                raise UserError(f"{path}: missing from the prepared data; {self._remedy}")
             if text_files.file_digest(path) != self._digests[name]:
-                raise UserError(f"{path}: changed since it was prepared (digest differs); {self._remedy()}")
+                raise UserError(f"{path}: changed since it was prepared (digest differs); {self._remedy}")
         info = self._splits[split]  # not its file_instructions: they read a name such as "train[1]" as a slice
         return RecordReader([os.fspath(path) for path in info.filepaths], list(info.shard_lengths))
 
     def _files(self, split: str) -> dict[str, epath.Path]:
         paths = [epath.Path(path) for path in self._splits[split].filepaths]
         return {path.name: path for path in paths}
-
-    def _remedy(self) -> str:
-        return f"restore it, or delete the folder {self.folder} and run again to prepare it again"
 
     def _load_or_record_digests(self) -> dict[str, str]:
         """File name → recorded SHA-256; recorded at the first opening, after the numbers of records are verified."""
@@ -187,7 +185,7 @@ class PreparedDataset:
                     return digests
             except (ValueError, TypeError):
                 pass
-            raise UserError(f"{path}: damaged; {self._remedy()}")
+            raise UserError(f"{path}: damaged; {self._remedy}")
         for split in self._splits:
             self._check_num_records(split)
         digests = {name: text_files.file_digest(self.folder / name) for name in sorted(needed)}
@@ -202,9 +200,9 @@ class PreparedDataset:
                 count = reader.num_records()
                 reader.close()
             except (RuntimeError, OSError) as error:
-                raise UserError(f"{path}: missing or damaged ({error}); {self._remedy()}") from error
+                raise UserError(f"{path}: missing or damaged ({error}); {self._remedy}") from error
             if count != expected:
-                raise UserError(f"{path}: expected {expected:,} records, got {count:,}; {self._remedy()}")
+                raise UserError(f"{path}: expected {expected:,} records, got {count:,}; {self._remedy}")
 
 
 def prepare(make_builder: Callable[[], Any], *, owned: bool) -> PreparedDataset:

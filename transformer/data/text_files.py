@@ -13,7 +13,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import zstandard
@@ -144,14 +144,8 @@ def open_bytes(path: epath.PathLike) -> Iterator[io.BufferedIOBase]:
         start = io.BufferedReader(raw)
         if not start.peek(1):  # gzip would read an archive of 0 bytes as an empty file
             raise EOFError(_TRUNCATED)
-        with contextlib.closing(_decompressed(start, extension)) as stream:
+        with _DECOMPRESSORS[extension](start) as stream:
             yield stream
-
-
-def _decompressed(raw: io.BufferedReader, extension: str) -> io.BufferedIOBase:
-    if extension == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    return lzma.LZMAFile(raw) if extension == ".xz" else io.BufferedReader(_ZstdReader(raw), _CHUNK)
 
 
 class _ZstdReader(io.RawIOBase):
@@ -180,6 +174,13 @@ class _ZstdReader(io.RawIOBase):
         buffer[:count] = self._decompressed[:count]
         self._decompressed = self._decompressed[count:]
         return count
+
+
+_DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".zst": lambda raw: io.BufferedReader(_ZstdReader(raw), _CHUNK),
+}
 
 
 def _decode(line: bytes, path: epath.PathLike, number: int) -> str:

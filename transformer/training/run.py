@@ -182,7 +182,12 @@ def prepare_data(resume: ResumePoint, path: epath.Path) -> TrainingData:
         digests = {"training": train.digest, "validation": validation.digest}
         _check_data(resume, path, validation, digests)
         metric = _decide_best_metric(config, validation.targets())
-        tokenizer = _tokenizer(resume, path, corpus)
+        stored = path / "tokenizer"
+        if resume.step is None:
+            tokenizer = input_pipeline.get_tokenizer(tokenizers.inherit_tokenizer(config), corpus, stored)
+        else:
+            trained = resume.checkpoints.tokenizer(resume.step)
+            tokenizer = input_pipeline.check_same_tokenizer(config.data, corpus, stored, trained)
         ids = input_pipeline.token_ids(config.data, corpus, "train", tokenizer)
     consistency.assert_same_data(corpus.digest, tokenizer.digest)
     schedule = input_pipeline.make_batch_schedule(config, ids)
@@ -213,13 +218,6 @@ def _decide_best_metric(config: Config, references: list[str]) -> str:
     if reason:
         log_info(reason)
     return metric
-
-
-def _tokenizer(resume: ResumePoint, path: epath.Path, corpus: corpora.Corpus) -> Tokenizer:
-    data, stored = resume.config.data, path / "tokenizer"
-    if resume.step is None:
-        return input_pipeline.get_tokenizer(tokenizers.inherit_tokenizer(resume.config), corpus, stored)
-    return input_pipeline.check_same_tokenizer(data, corpus, stored, resume.checkpoints.tokenizer(resume.step))
 
 
 def prepare_state(context: RunContext, model: ModelDef) -> TrainState:

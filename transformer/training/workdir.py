@@ -149,14 +149,11 @@ def dump_batch_on_divergence(workdir: epath.Path, plan: BatchSchedule, split: Sp
         if error.step is None:
             raise
         path = workdir / DIVERGED_FILE
-        _write_dump(path, _describe_batch(plan, split, error))
+        if multihost.is_primary():
+            text = json.dumps(_describe_batch(plan, split, error), ensure_ascii=False, indent=1)
+            with user_error_on_oserror(f"{path}"):
+                write_atomic(path, text + "\n")
         raise DivergedError(f"{error}. The sentence pairs of its batch are in {path}", error.step) from error
-
-
-@multihost.primary_only
-def _write_dump(path: epath.Path, values: dict[str, Any]) -> None:
-    with user_error_on_oserror(f"{path}"):
-        write_atomic(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 
 def _describe_batch(plan: BatchSchedule, split: Split, error: DivergedError) -> dict[str, Any]:
