@@ -214,17 +214,14 @@ def line_of(name: str, row: Row) -> str:
 
 def table(results: Row) -> str:
     """Markdown, of the training steps."""
-    lines = [
-        "",
-        "| training step | ms | slots/s | TFLOP/s | MFU | of measured | compile, s |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heads = ("training step", "ms", "slots/s", "TFLOP/s", "MFU", "of measured", "compile, s")
+    rows = []
     for name, row in results.items():
         if "slots_per_s" in row and "tflops" in row:
-            shares = [f"{row[key]:.1%}" if key in row else "" for key in ("mfu", "mfu_of_measured")]
-            speed = f"{row['step_ms']:.2f} | {row['slots_per_s']:,} | {row['tflops']:.1f}"
-            lines.append(f"| {name} | {speed} | {' | '.join(shares)} | {row['compile_s']:.1f} |")
-    return "\n".join(lines)
+            speed = f"{row['step_ms']:.2f}", f"{row['slots_per_s']:,}", f"{row['tflops']:.1f}"
+            shares = (f"{row[key]:.1%}" if key in row else "" for key in ("mfu", "mfu_of_measured"))
+            rows.append((name, *speed, *shares, f"{row['compile_s']:.1f}"))
+    return "\n".join(["", *command_line.markdown_table(heads, rows)])
 
 
 if __name__ == "__main__":

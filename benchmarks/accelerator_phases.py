@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks import kernel_times
 from benchmarks.findings import Findings, Row
 from benchmarks.kernel_times import KernelTime
+from benchmarks.timing import compile_update, seconds_of
 from transformer import benchmark, command_line
 from transformer.attention import blockwise, fused
 from transformer.attention.dot_product import dot_product_attention
@@ -188,30 +189,13 @@ def training(
     flops_per_s = float(row["flops_per_s"] or 0)
     found.put(**row, slots_per_s=round(1000 * bucket.rows * bucket.target / float(row["step_ms"] or 1)))
     found.put(**shares(found, flops_per_s, jax.devices()[0].device_kind, jax.device_count()))
-    program, run = compiled_update(config, next(input_pipeline.train_iterator(plan, ids, start=0, num_steps=1)))
+    batch = next(input_pipeline.train_iterator(plan, ids, start=0, num_steps=1))
+    program, run, _ = compile_update(config, config.data.vocab_size, batch)  # the cache on disk has the program
     found.put(**program_facts(program))
     if keep_program:
         with gzip.open(pathlib.Path(found.options.output, f"hlo_{found.name}.txt.gz"), "wt") as file:
             file.write(program.as_text())
-    profile(found, run)
-
-
-def compiled_update(config: Config, batch: Batch) -> tuple[Any, Callable[[], Any]]:
-    """The program of an update, which the cache on disk has, and what runs it once more; warm."""
-    mesh = make_mesh(config.mesh)
-    model = ModelDef(config.model, config.data.vocab_size)
-    state: Any = train_step.init_state(model, config, mesh)
-    placed = sharding.shard_batch(mesh, batch, config.train.accumulation_steps)
-    update: Any = train_step.make_train_step(model, config, mesh)
-    compiled = update.lower(state, placed).compile()
-
-    def run() -> Any:
-        nonlocal state
-        state, metrics = compiled(state, placed)
-        return metrics
-
-    jax.block_until_ready(run())
-    return compiled, run
+    found.put_kernels(kernel_times.profile(run, 3))
 
 
 def program_facts(compiled: Any) -> Row:
@@ -250,7 +234,7 @@ def beam_search(found: Findings) -> None:
             "tokens_per_s": round(int(lengths_B.sum()) / seconds),
         }
         found.add("decode", f"{rows} sentences, beam 4", row)
-    profile(found, functools.partial(run, (params,), request))
+    found.put_kernels(kernel_times.profile(functools.partial(run, (params,), request), 3))
 
 
 def torch_training(found: Findings, variant: str) -> None:
@@ -330,22 +314,9 @@ def random_ids(config: Config, count: int, width: int) -> JaggedArray:
 
 def timed(function: Callable[..., Any], *arguments: Any, about: float = 0.5, smoke: bool = False) -> float:
     """Seconds of a call, warm: the median of three rounds, of about so many seconds together."""
-
-    def seconds_of(count: int) -> float:
-        since = time.perf_counter()
-        for _ in range(count):
-            result = function(*arguments)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - since) / count
-
-    seconds_of(1)
-    count = 1 if smoke else min(max(int(about / 3 / max(seconds_of(1), 1e-6)), 3), 200)
-    return statistics.median(seconds_of(count) for _ in range(3))
-
-
-def profile(found: Findings, run: Callable[[], Any]) -> None:
-    """Milliseconds by kernel of what is run thrice; must be warm."""
-    found.put_kernels(kernel_times.profile(run, 3))
+    seconds_of(function, *arguments)
+    count = 1 if smoke else min(max(int(about / 3 / max(seconds_of(function, *arguments), 1e-6)), 3), 200)
+    return statistics.median(seconds_of(function, *arguments, count=count) for _ in range(3))
 
 
 def shares(found: Findings, flops_per_s: float, device: str, devices: int) -> Row:

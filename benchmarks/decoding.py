@@ -14,9 +14,9 @@ import os
 import pathlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 
+from benchmarks.timing import seconds_of
 from transformer.checkpoints.loading import RestoredModel, load_checkpoint
 from transformer.command_line import absolute_path, add_model_flags, decode_flags, positive_int, run
 from transformer.config import validation
@@ -56,11 +56,7 @@ def main(argv: list[str]) -> None:
         else:
             translate = ctranslate2(trained, pathlib.Path(folder), args.quantization, args.patience)
         encoded = trained.tokenizer.encode(translate(lines))
-        seconds = []
-        for _ in range(args.repeats):
-            start = time.perf_counter()
-            translate(lines)
-            seconds.append(time.perf_counter() - start)
+        seconds = [seconds_of(translate, lines) for _ in range(args.repeats)]
     tokens, median = sum(map(len, encoded)), statistics.median(seconds)
     log_info(f"{args.engine}: {tokens:,} tokens in {median:.2f} s")
     row = {

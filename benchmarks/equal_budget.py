@@ -73,18 +73,15 @@ def curve(metrics: str) -> list[Row]:
 
 def table(results: dict[str, Row]) -> str:
     """The results as Markdown."""
-    lines = [
-        "| family | params | test BLEU | perplexity | target tokens | FLOPs | minutes | tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ("family", "params", "test BLEU", "perplexity", "target tokens", "FLOPs", "minutes", "tokens/s")
+    rows = []
     for family, row in results.items():
         last = row["curve"][-1]
         rate = last["tokens"] / max(60 * last["minutes"], 1e-9)
-        lines.append(
-            f"| {family} | {row['params']:,} | {row['bleu']:.1f} | {row['perplexity']:.2f} | {last['tokens']:,.0f} "
-            f"| {last['flops']:.1e} | {last['minutes']:.1f} | {rate:,.0f} |"
-        )
-    return "\n".join(lines)
+        quality = f"{row['bleu']:.1f}", f"{row['perplexity']:.2f}"
+        cost = f"{last['tokens']:,.0f}", f"{last['flops']:.1e}", f"{last['minutes']:.1f}", f"{rate:,.0f}"
+        rows.append((family, f"{row['params']:,}", *quality, *cost))
+    return "\n".join(command_line.markdown_table(heads, rows))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from jax import Array
 
 from transformer.attention.dot_product import dot_product_attention
 from transformer.attention.mask import AttentionMask
-from transformer.config import ModelConfig, validation
+from transformer.config import Config, validation
 from transformer.models import convolutional, transformer
 from transformer.models.lstm import Lstm, LstmState, lstm_scan
 from transformer.planning import hlo, hlo_cost
@@ -27,19 +27,17 @@ Layer = Callable[[Array], Array]
 FAMILIES = ("attention", "recurrent", "convolutional")
 
 
-def layer_config(family: str, width: int, kernel_width: int = 3) -> ModelConfig:
-    """The config of a layer with plain attention and without dropout: 4 heads, feed-forward width 4 D."""
-    fields: dict[str, Any] = {"family": family, "emb_dim": width, "dropout_rate": 0.0}
+def family_config(family: str, width: int, dtype: str = "float32", attention: str = "plain") -> Config:
+    """1+1 layers without dropout; attention has 4 heads and a feed-forward width of 4 D."""
+    fields: dict[str, Any] = {"family": family, "emb_dim": width, "num_layers": 1, "dropout_rate": 0.0, "dtype": dtype}
     if family == "attention":
-        fields.update(num_heads=4, mlp_dim=4 * width, attention="plain")
-    if family == "convolutional":
-        fields.update(kernel_width=kernel_width)
-    return validation.validate({"model": fields}).model
+        fields.update(num_heads=4, mlp_dim=4 * width, attention=attention)
+    return validation.validate({"model": fields, "mesh": {"data": 1}})
 
 
 def make_layer(family: str, width: int) -> Layer:
     """An encoder layer with its params, [1, T, D] → [1, T, D]."""
-    config, rngs = layer_config(family, width), nnx.Rngs(params=0)
+    config, rngs = family_config(family, width).model, nnx.Rngs(params=0)
     if family == "recurrent":
         lstm = Lstm(width, width, rngs)
         return lambda x_1TD: lstm(x_1TD, None)

@@ -11,11 +11,10 @@ each length and each number of tokens in a batch. Prints tables, and writes them
 """
 
 import argparse
+import bisect
 import itertools
 import json
 import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,23 +22,20 @@ import jax
 import numpy as np
 from etils import epath
 
-from benchmarks import one_layer, plots
-from benchmarks.attention_memory import two_or_more
-from benchmarks.one_layer import FAMILIES
+from benchmarks import one_layer, plots, timing
+from benchmarks.attention_memory import distinct_numbers, exponent
+from benchmarks.one_layer import FAMILIES, family_config
 from transformer import command_line
-from transformer.command_line import positive_int
-from transformer.config import Config, validation
+from transformer.command_line import markdown_table, positive_int
+from transformer.config import Config
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS, UNK
-from transformer.distributed import sharding
-from transformer.distributed.mesh import make_mesh
 from transformer.evaluation.charts import Series
 from transformer.models import registry
 from transformer.runtime import errors
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_atomic
 from transformer.runtime.logging import log_info
-from transformer.training import train_step
 
 RESULT = "parallelism.json"
 VOCAB = 256
@@ -68,36 +64,27 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", default="runs/parallelism", type=command_line.absolute_path, help="folder")
     parser.add_argument("--program_only", action="store_true", help="compile single layers, train nothing")
     args = parser.parse_args(argv[1:])
-    lengths, families = two_or_more(args.lengths), args.families.split(",")
+    lengths, families = distinct_numbers("--lengths", args.lengths, least=2), args.families.split(",")
     if not set(families) <= set(FAMILIES):
         raise UserError(f"--families: expected some of {', '.join(FAMILIES)}, got {args.families!r}")
     output = epath.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     results: Row = {"device": str(jax.devices()[0].device_kind), "width": args.width, "lengths": lengths}
     results["layer"] = {family: layer_figures(family, args.width, lengths) for family in families}
-    show_table_1(results["layer"])
+    log_info("\n".join(table_1(results["layer"])))
     if not args.program_only:
         other = {"dtype": args.dtype, "attention": args.attention}
         configs = {family: equal_config(family, args.width, **other) for family in families}
         results["params"] = {family: params(config) for family, config in configs.items()}
         results["training"] = []
-        for tokens, length in itertools.product(token_counts(args.tokens), lengths):
+        for tokens, length in itertools.product(distinct_numbers("--tokens", args.tokens), lengths):
             results["training"] += measure_families(configs, length, tokens)
             write_atomic(output / RESULT, json.dumps(results, indent=1) + "\n")
-        show_training(results["training"])
+        log_info("\n".join(["", *training_table(results["training"])]))
     write_atomic(output / RESULT, json.dumps(results, indent=1) + "\n")
     draw(output, results)
     log_info(f"plots and {RESULT}: {output}")
     print(json.dumps(results))
-
-
-def token_counts(text: str) -> list[int]:
-    """Parses the numbers of tokens of batches, ascending."""
-    words = text.split(",")
-    counts = sorted({int(word) for word in words if word.strip().isdecimal() and int(word)})
-    if len(counts) < len(words):
-        raise UserError(f"--tokens: expected different numbers with commas between, got {text!r}")
-    return counts
 
 
 def layer_figures(family: str, width: int, lengths: Sequence[int]) -> Row:
@@ -121,11 +108,6 @@ def layer_figures(family: str, width: int, lengths: Sequence[int]) -> Row:
     return figures
 
 
-def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
-    """p of value ∝ length^p, by least squares over all lengths."""
-    return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
-
-
 def equal_config(family: str, width: int, dtype: str = "float32", attention: str = "plain") -> Config:
     """1+1 layers of a family, with the width whose params are closest to those of attention of the given width."""
 
@@ -133,20 +115,9 @@ def equal_config(family: str, width: int, dtype: str = "float32", attention: str
         return family_config(family, width, dtype, attention)
 
     target = params(family_config("attention", width))
-    low, high = 1, width  # in steps of 8
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if params(config(8 * middle)) < target else (low, middle)
-    candidates = [config(8 * number) for number in (max(low - 1, 1), low)]
+    number = bisect.bisect_left(range(width), target, lo=1, key=lambda number: params(config(8 * number)))
+    candidates = [config(8 * n) for n in (max(number - 1, 1), number)]
     return min(candidates, key=lambda candidate: abs(params(candidate) - target))
-
-
-def family_config(family: str, width: int, dtype: str = "float32", attention: str = "plain") -> Config:
-    """1+1 layers without dropout; attention has 4 heads and a feed-forward width of 4 D."""
-    fields: Row = {"family": family, "emb_dim": width, "num_layers": 1, "dropout_rate": 0.0, "dtype": dtype}
-    if family == "attention":
-        fields.update(num_heads=4, mlp_dim=4 * width, attention=attention)
-    return validation.validate({"model": fields, "mesh": {"data": 1}})
 
 
 def params(config: Config) -> int:
@@ -174,53 +145,38 @@ def measure_families(configs: dict[str, Config], length: int, tokens: int) -> li
 
 def measure(config: Config, rows: int, length: int) -> Row:
     """Compiles one update for a batch of full sentences, and times it."""
-    mesh = make_mesh(config.mesh)
-    model = registry.ModelDef(config.model, VOCAB)
-    update = train_step.make_train_step(model, config, mesh)
     ids = np.random.default_rng(0).integers(UNK + 1, VOCAB, (rows, length), np.int32)
     ids[:, -1] = EOS
-    batch = sharding.shard_batch(mesh, Batch(ids, ids))
-    since = time.perf_counter()
-    compiled = update.lower(train_step.abstract_state(model, config, mesh), batch).compile()  # type: ignore[attr-defined]
-    compile_s = time.perf_counter() - since
-    state = train_step.init_state(model, config, mesh)
-    state, metrics = compiled(state, batch)
-    jax.block_until_ready(metrics)
+    update = timing.compile_update(config, VOCAB, Batch(ids, ids))
     times: list[float] = []
     while sum(times) < MIN_SECONDS or len(times) < 3:
-        since = time.perf_counter()
-        state, metrics = compiled(state, batch)
-        jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - since)
+        times.append(timing.seconds_of(update.run))
     return {
         "target_tokens_per_s": round(rows * length / statistics.median(times)),
         "step_ms": round(1000 * statistics.median(times), 2),
-        "temporary_mb": round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 1),
-        "compile_s": round(compile_s, 2),
+        "temporary_mb": round(update.program.memory_analysis().temp_size_in_bytes / 2**20, 1),
+        "compile_s": round(update.compile_s, 2),
     }
 
 
-def show_table_1(layers: dict[str, Row]) -> None:
-    """Prints the paper's formulas and the measured exponents p of n^p on stderr."""
+def table_1(layers: dict[str, Row]) -> list[str]:
+    """The paper's formulas and the measured exponents p of n^p."""
     heads = "layer", "work", "n^p, whole layer", "position mixing", "sequential", "n^p", "path", "n^p"
-    print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|", file=sys.stderr)
+    rows = []
     for family, row in layers.items():
         work, sequential, path = FORMULAS[family]
-        print(
-            f"| {family} | {work} | {row['flops_exponent']:.2f} | {row['core_flops_exponent']:.2f} | {sequential} "
-            f"| {row['depth_exponent']:.2f} | {path} | {row['path_exponent']:.2f} |",
-            file=sys.stderr,
+        whole, mixing, depth, longest = (
+            f"{row[f'{key}_exponent']:.2f}" for key in ("flops", "core_flops", "depth", "path")
         )
-    print("O(log_k n) takes dilated convolutions; these are not, and need n / (k - 1) · 2 layers.", file=sys.stderr)
+        rows.append((family, work, whole, mixing, sequential, depth, path, longest))
+    note = "O(log_k n) takes dilated convolutions; these are not, and need n / (k - 1) · 2 layers."
+    return [*markdown_table(heads, rows), note]
 
 
-def show_training(rows: Sequence[Row]) -> None:
-    """Prints the table on stderr."""
-    names = ("target_tokens_per_s", "step_ms", "temporary_mb", "compile_s")
-    print("\n| family | length | tokens | " + " | ".join(names) + " |\n" + "|---" * 7 + "|", file=sys.stderr)
-    for row in rows:
-        values = " | ".join(f"{row[name]:,}" for name in names)
-        print(f"| {row['family']} | {row['length']:,} | {row['tokens']:,} | {values} |", file=sys.stderr)
+def training_table(rows: Sequence[Row]) -> list[str]:
+    """The results of training by family and batch shape."""
+    names = ("length", "tokens", "target_tokens_per_s", "step_ms", "temporary_mb", "compile_s")
+    return markdown_table(("family", *names), ((row["family"], *(f"{row[name]:,}" for name in names)) for row in rows))
 
 
 def draw(output: epath.Path, results: Row) -> None:

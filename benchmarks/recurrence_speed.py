@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 
 from transformer.command_line import positive_int, reexec_with_huge_pages, run
 from transformer.runtime.errors import UserError
@@ -60,6 +59,7 @@ def ours_ms(batch: int, length: int, width: int) -> float:
     """Median milliseconds of one forward and backward pass."""
     import jax
 
+    from benchmarks.timing import seconds_of
     from transformer.models.lstm import LstmWeights, lstm
 
     keys = jax.random.split(jax.random.key(0), 3)
@@ -67,11 +67,7 @@ def ours_ms(batch: int, length: int, width: int) -> float:
     input_kernel, recurrent_kernel = (jax.random.normal(key, (width, 4 * width)) * width**-0.5 for key in keys[1:])
     weights = LstmWeights(input_kernel, recurrent_kernel, jax.numpy.zeros(4 * width))
     gradient = jax.jit(jax.grad(lambda weights, x: lstm(x, weights).sum(), (0, 1)))
-    times = []
-    for _ in range(REPEATS + 2):
-        start = time.perf_counter()
-        jax.block_until_ready(gradient(weights, x))
-        times.append(time.perf_counter() - start)
+    times = [seconds_of(gradient, weights, x) for _ in range(REPEATS + 2)]
     return 1000 * statistics.median(times[2:])
 
 

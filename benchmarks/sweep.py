@@ -87,21 +87,14 @@ def row_config(base: Config, name: str) -> Config:
     Raises:
       UserError: a scaled size is not an integer.
     """
-    values = dataclasses.asdict(base)
-    paper: dict[str, Any] = dataclasses.asdict(Config())
-    changes: dict[str, Any] = {}
-    for field, paper_value in ROWS[name].fields.items():
+    values, paper = dataclasses.asdict(base), dataclasses.asdict(Config())
+    fields = dict(ROWS[name].fields)
+    if "model.emb_dim" in fields:  # widths of keys and values follow, as in the paper
+        fields["model.qkv_dim"] = fields["model.value_dim"] = fields["model.emb_dim"]
+    for field, value in fields.items():
         section, _, key = field.partition(".")
-        if type(paper_value) is int:
-            changes[field] = scaled(field, paper_value, paper[section][key], values[section][key], name)
-        else:
-            changes[field] = paper_value
-    if "model.emb_dim" in changes:  # widths of keys and values follow, as in the paper
-        for key in ("qkv_dim", "value_dim"):
-            paper_width = ROWS[name].fields["model.emb_dim"]
-            changes[f"model.{key}"] = scaled(key, paper_width, paper["model"]["emb_dim"], values["model"][key], name)
-    for field, value in changes.items():
-        section, _, key = field.partition(".")
+        if type(value) is int:
+            value = scaled(field, value, paper[section][key], values[section][key], name)
         values[section][key] = value
     return validation.validate(values)
 
@@ -159,17 +152,15 @@ def result(config: Config, workdir: epath.Path, split: str) -> Result:
 
 def table(results: dict[str, Result], diverged: Iterable[str] = ()) -> str:
     """Our results and the paper's as Markdown; a row agrees if its difference to the base model has the same sign."""
-    lines = [
-        "| row | params, M | the paper's | perplexity | the paper's | agrees | BLEU | the paper's | agrees |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    ours_and_paper = "perplexity", "the paper's", "agrees", "BLEU", "the paper's", "agrees"
+    heads = "row", "params, M", "the paper's", *ours_and_paper
+    rows = []
     for name, ours in results.items():
         row, millions = ROWS[name], ours["params"] / 1e6
-        agree = [agrees(results, name, key) for key in ("perplexity", "bleu")]
-        lines.append(
-            f"| {name} | {millions:.2f} | {row.params or ''} | {ours['perplexity']:.3f} | {row.perplexity:.2f} "
-            f"| {agree[0]} | {ours['bleu']:.1f} | {row.bleu:.1f} | {agree[1]} |"
-        )
+        perplexity = f"{ours['perplexity']:.3f}", f"{row.perplexity:.2f}", agrees(results, name, "perplexity")
+        bleu = f"{ours['bleu']:.1f}", f"{row.bleu:.1f}", agrees(results, name, "bleu")
+        rows.append((name, f"{millions:.2f}", row.params or "", *perplexity, *bleu))
+    lines = command_line.markdown_table(heads, rows)
     if ranges := results.get("base", {}).get("spread"):
         limits = f"{ranges['perplexity']:.3f} of perplexity and {ranges['bleu']:.1f} of BLEU"
         lines += ["", f"Chance: at most the range over {ranges['seeds']} seeds of the base model, {limits}."]

@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ml_collections import config_dict
 
@@ -330,3 +330,9 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
         metavar="CODE",
         help="exit code of the others then, by which a scheduler can tell it from a failure inside (default: 1)",
     )
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """The lines of a Markdown table."""
+    head, *body = (f"| {' | '.join(map(str, row))} |" for row in (heads, *rows))
+    return [head, "|" + "---|" * len(heads), *body]

@@ -237,11 +237,11 @@ def _collective_lines(kinds: Row) -> list[str]:
 
 def summary_table(rows: list[Row]) -> list[str]:
     """Several plans as a Markdown table."""
-    lines = [
-        "| topology | mesh | rows × length | memory of a chip | FLOPs a step | FLOPs a byte | collectives | compute, "
-        "memory, communication ms | tokens/s as compiled | bound | compiled in s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = (
+        *("topology", "mesh", "rows × length", "memory of a chip", "FLOPs a step", "FLOPs a byte", "collectives"),
+        *("compute, memory, communication ms", "tokens/s as compiled", "bound", "compiled in s"),
+    )
+    table = []
     for row in rows:
         mesh = " ".join(f"{name}={size}" for name, size in row["mesh"].items())
         sent = ", ".join(
@@ -257,8 +257,8 @@ def summary_table(rows: list[Row]) -> list[str]:
             *(str(row.get("flops_per_byte", "–")), sent, times, *(f"{value:,}" if value else "–" for value in speeds)),
             str(row["compile_s"]),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        table.append(cells)
+    return command_line.markdown_table(heads, table)
 
 
 def check_data_parallel(config: Config, topology: Topology) -> None:
@@ -305,17 +305,14 @@ def scaling_table(topology: Topology, row: Row) -> list[str]:
     if not row["scaling"]:
         return [f"{topology.chip.name}: no efficiency is predicted, the step is too large to compile"]
     tokens = row["rows"] * row["length"] // row["chips"]
-    lines = [
-        f"{topology.chip.name}, {tokens:,} tokens a chip:",
-        "",
-        "| chips | parameters | compute ms | memory ms | communication ms | efficiency, overlapped | not overlapped |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heads = ("chips", "parameters", *(f"{name} ms" for name in roofline.StepTimes._fields))
+    table = []
     for point in row["scaling"]:
-        times = " | ".join(f"{point[f'{name}_ms']:.1f}" for name in roofline.StepTimes._fields)
-        efficiencies = f"{point['efficiency_overlapped']:.1%} | {point['efficiency_not_overlapped']:.1%}"
-        lines.append(f"| {point['chips']:,} | {point['parameters']} | {times} | {efficiencies} |")
-    return lines
+        times = (f"{point[f'{name}_ms']:.1f}" for name in roofline.StepTimes._fields)
+        efficiencies = f"{point['efficiency_overlapped']:.1%}", f"{point['efficiency_not_overlapped']:.1%}"
+        table.append((f"{point['chips']:,}", point["parameters"], *times, *efficiencies))
+    lines = command_line.markdown_table((*heads, "efficiency, overlapped", "not overlapped"), table)
+    return [f"{topology.chip.name}, {tokens:,} tokens a chip:", "", *lines]
 
 
 def _gib(size: int) -> str:

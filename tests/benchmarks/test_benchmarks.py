@@ -57,7 +57,7 @@ def test_a_figure_that_cannot_be_compared_is_refused(tmp_path):
 @pytest.mark.parametrize("lengths", ["512", "512,512", "a,b", "512,", "0,512", "-1,512"])
 def test_lengths_without_growth_are_refused(lengths):
     with pytest.raises(UserError, match="at least two different numbers"):
-        attention_memory.two_or_more(lengths)
+        attention_memory.distinct_numbers("--lengths", lengths, least=2)
 
 
 @pytest.mark.slow
@@ -72,8 +72,8 @@ def test_the_compiled_step_grows_with_the_length_by_blocks_and_with_its_square_w
             ("ring:4", 16384),
         ]
     }
-    assert attention_memory.growth([1024, 4096], [used["plain", 1024], used["plain", 4096]]) > 1.9
-    assert attention_memory.growth([4096, 16384], [used["blockwise", 4096], used["blockwise", 16384]]) < 1.1
+    assert attention_memory.exponent([1024, 4096], [used["plain", 1024], used["plain", 4096]]) > 1.9
+    assert attention_memory.exponent([4096, 16384], [used["blockwise", 4096], used["blockwise", 16384]]) < 1.1
     assert used["blockwise", 4096] < used["plain", 4096] / 20
     assert used["ring:4", 16384] == pytest.approx(used["blockwise", 4096], rel=0.3)
 
@@ -82,7 +82,7 @@ def test_the_compiled_step_grows_with_the_length_by_blocks_and_with_its_square_w
 def test_the_compiled_step_of_a_tpu_grows_with_the_length_by_splash():
     topology = parse_topology("v5e:2x2")
     used = [attention_memory.temporary_mb("splash", length, topology) for length in (1024, 4096)]
-    assert attention_memory.growth([1024, 4096], used) < 1.1
+    assert attention_memory.exponent([1024, 4096], used) < 1.1
 
 
 @pytest.mark.parametrize("path", ["ring:0", "ring:two", "plain:2", "fast"])
@@ -91,9 +91,10 @@ def test_a_way_to_attend_that_is_none_is_refused(path):
         attention_memory.small_model(path)
 
 
-def test_the_drawing_has_a_line_for_each_way_its_slope_the_exponent():
+def test_the_drawing_has_a_line_for_each_way_its_slope_the_exponent(tmp_path):
     sizes = {"plain": [1.0, 16.0, 256.0], "blockwise": [1.0, 4.0, 16.0]}
-    root = ElementTree.fromstring(attention_memory.drawing([1024, 4096, 16384], sizes))
+    attention_memory.draw(tmp_path / "plot.svg", [1024, 4096, 16384], sizes)
+    root = ElementTree.fromstring((tmp_path / "plot.svg").read_text())
     lines = {}
     for line in root.iter("{http://www.w3.org/2000/svg}polyline"):
         points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]

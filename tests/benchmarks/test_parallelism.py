@@ -104,7 +104,9 @@ def test_the_command_writes_its_tables_and_plots(tmp_path, capsys, monkeypatch, 
 def test_a_step_is_really_trained(monkeypatch):
     made, place = [], sharding.shard_batch
     monkeypatch.setattr(parallelism, "MIN_SECONDS", 0.0)
-    monkeypatch.setattr(sharding, "shard_batch", lambda mesh, batch: made.append(batch) or place(mesh, batch))
+    monkeypatch.setattr(
+        sharding, "shard_batch", lambda mesh, batch, *rest: made.append(batch) or place(mesh, batch, *rest)
+    )
     ready = []
     monkeypatch.setattr(jax, "block_until_ready", lambda metrics: ready.append(float(metrics.loss.smoothed_nll)))
     found = parallelism.measure(parallelism.family_config("recurrent", 16), 2, 8)
@@ -122,7 +124,7 @@ def test_a_family_that_is_none_is_refused():
 @pytest.mark.parametrize("tokens", ["", "a", "64,64", "0"])
 def test_batches_without_a_number_are_refused(tokens):
     with pytest.raises(UserError, match="--tokens: expected different numbers"):
-        parallelism.token_counts(tokens)
+        parallelism.distinct_numbers("--tokens", tokens)
 
 
 def test_a_plot_is_a_file_that_shows_itself(tmp_path):
