@@ -7,7 +7,7 @@ for the attention weights. Its cache has the methods `reorder` and `resize`.
 B batch, S source length, T target length, D model width, N beams, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from transformer.distributed import sharding
 from transformer.models.layers import (
     ACTIVATION_AXES,
     Embedding,
+    Key,
     make_param,
     read_param,
     sinusoidal_position_encoding,
@@ -56,8 +57,6 @@ def shift_right(target_BT: Array) -> Array:
     previous_BT = jnp.pad(target_BT[:, :-1], ((0, 0), (1, 0)), constant_values=EOS)
     return jnp.where(previous_BT == EOS, BOS, previous_BT)
 
-
-Key = Array | None
 
 Cache = Any
 """Any pytree of arrays: the decoder's state of each hypothesis."""
@@ -166,6 +165,20 @@ def gather_beams(values: jax.Array, beams: jax.Array) -> jax.Array:
     """values [B, M, ...], beams int32 [B, N] within 0..M-1 → [B, N, ...]; batched, so that B stays sharded."""
     indices = beams.reshape(beams.shape + (1,) * (values.ndim - 2))
     return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
+
+
+class FixedSizeCache(NamedTuple):
+    """What each decoder layer keeps of each beam, arrays [B, N, ...] whose size does not depend on the length."""
+
+    layers: list[Any]
+
+    def reorder(self, parents_BN: Array) -> "FixedSizeCache":
+        """Moves hypotheses, with what is kept of them, from beams `parents_BN`, int32 [B, N]."""
+        return reorder_beams(self, parents_BN)
+
+    def resize(self, cache_length: int) -> "FixedSizeCache":
+        """Returns the cache unchanged."""
+        return self
 
 
 def reorder_beams(cache: Cache, parents_BN: jax.Array) -> Cache:

@@ -18,9 +18,10 @@ from jax import Array
 from transformer.attention.dropout import dropout
 from transformer.attention.mask import AttentionMask
 from transformer.config import ModelConfig
-from transformer.models.base import Seq2SeqModel, position_ids, reorder_beams, segment_ids, shift_right
+from transformer.models.base import FixedSizeCache, Seq2SeqModel, position_ids, segment_ids, shift_right
 from transformer.models.layers import (
     CrossAttention,
+    Key,
     add_bias,
     apply_layers,
     attend,
@@ -30,8 +31,6 @@ from transformer.models.layers import (
     stack_layers,
     unstack_layers,
 )
-
-Key = Array | None
 
 
 class SourceStates(NamedTuple):
@@ -48,20 +47,6 @@ class EncodedSource(NamedTuple):
     states: SourceStates
     keys: list[Array]
     position_encodings_TD: Array
-
-
-class ConvCache(NamedTuple):
-    """Inputs of each decoder layer at the previous W - 1 positions of each beam: [B, N, W - 1, D]."""
-
-    layers: list[Array]
-
-    def reorder(self, parents_BN: Array) -> "ConvCache":
-        """Moves hypotheses, with their inputs, from beams `parents_BN`, int32 [B, N]."""
-        return reorder_beams(self, parents_BN)
-
-    def resize(self, cache_length: int) -> "ConvCache":
-        """Returns the cache unchanged: its size does not depend on the length."""
-        return self
 
 
 class GatedConvolution(nnx.Module):
@@ -179,24 +164,24 @@ class ConvSeq2Seq(Seq2SeqModel):
 
     def init_decode(
         self, source_BS: Array, beams: int, max_length: int, cache_length: int | None = None
-    ) -> tuple[EncodedSource, ConvCache]:
+    ) -> tuple[EncodedSource, FixedSizeCache]:
         """Implements `Seq2SeqModel.init_decode`; the size of the cache does not depend on the length."""
         source = self._source(self.encode(source_BS), source_BS, None)
         shape = (source_BS.shape[0], beams, self.config.kernel_width - 1, self.config.emb_dim)
         keys = [layer.attention.keys(source.encoded_BSD) for layer in self._decoder_layers()]
         position_encodings_TD = self._position_encodings("target", max_length)[0]
-        return EncodedSource(source, keys, position_encodings_TD), ConvCache(
+        return EncodedSource(source, keys, position_encodings_TD), FixedSizeCache(
             [jnp.zeros(shape, self.dtype) for _ in keys]
         )
 
     def decode_step(
         self,
         source: EncodedSource,
-        cache: ConvCache,
+        cache: FixedSizeCache,
         inputs_BN: Array,
         position: Array,
         return_attention: bool = False,
-    ) -> tuple[Array, ConvCache, Array | None]:
+    ) -> tuple[Array, FixedSizeCache, Array | None]:
         """Implements `Seq2SeqModel.decode_step`."""
         encoding_11D = jax.lax.dynamic_slice_in_dim(source.position_encodings_TD, position, 1)[None]
         y_BND = self._embed("target", inputs_BN, encoding_11D, None)
@@ -204,7 +189,7 @@ class ConvSeq2Seq(Seq2SeqModel):
         for layer, keys_BSD, previous in zip(self._decoder_layers(), source.keys, cache.layers, strict=True):
             x_BND, layer_cache, weights_BNS = layer.step(x_BND, y_BND, source.states, keys_BSD, previous)
             layer_caches.append(layer_cache)
-        return self._logits(x_BND), ConvCache(layer_caches), weights_BNS if return_attention else None
+        return self._logits(x_BND), FixedSizeCache(layer_caches), weights_BNS if return_attention else None
 
     def _decoder_inputs(
         self, encoded_BSD: Array, source_BS: Array, target_BT: Array, segment_ids_BT: Array | None, key: Key

@@ -20,8 +20,8 @@ from transformer.attention.dropout import dropout
 from transformer.attention.mask import AttentionMask
 from transformer.config import ModelConfig
 from transformer.distributed import sharding
-from transformer.models.base import Seq2SeqModel, reorder_beams, segment_ids, shift_right
-from transformer.models.layers import ACTIVATION_AXES, CrossAttention, attend, glorot, make_param, read_param
+from transformer.models.base import FixedSizeCache, Seq2SeqModel, segment_ids, shift_right
+from transformer.models.layers import ACTIVATION_AXES, CrossAttention, Key, attend, glorot, make_param, read_param
 
 
 class LstmState(NamedTuple):
@@ -153,29 +153,12 @@ def _previous_states(states_TBH: Array, keep_TB1: Array | None, reverse: bool) -
     return _reset_state(shifted, keep_TB1)
 
 
-Key = Array | None
-
-
 class EncodedSource(NamedTuple):
     """Encoder states and their keys [B, S, D], shared by all beams."""
 
     encoded_BSD: Array
     keys_BSD: Array
     mask: AttentionMask
-
-
-class LstmCache(NamedTuple):
-    """The state of each decoder layer and beam: [B, N, D]."""
-
-    layers: list[LstmState]
-
-    def reorder(self, parents_BN: Array) -> "LstmCache":
-        """Moves hypotheses, with their states, from beams `parents_BN`, int32 [B, N]."""
-        return reorder_beams(self, parents_BN)
-
-    def resize(self, cache_length: int) -> "LstmCache":
-        """Returns the cache unchanged: its size does not depend on the length."""
-        return self
 
 
 class Lstm(nnx.Module):
@@ -264,23 +247,23 @@ class LstmSeq2Seq(Seq2SeqModel):
 
     def init_decode(
         self, source_BS: Array, beams: int, max_length: int, cache_length: int | None = None
-    ) -> tuple[EncodedSource, LstmCache]:
+    ) -> tuple[EncodedSource, FixedSizeCache]:
         """Implements `Seq2SeqModel.init_decode`; the size of the cache does not depend on the length."""
         shape = (source_BS.shape[0], beams, self.config.emb_dim)
         empty = [
             LstmState(jnp.zeros(shape, self.dtype), jnp.zeros(shape, jnp.float32))
             for _ in range(self.config.num_layers)
         ]
-        return self._source(self.encode(source_BS), source_BS, None), LstmCache(empty)
+        return self._source(self.encode(source_BS), source_BS, None), FixedSizeCache(empty)
 
     def decode_step(
         self,
         source: EncodedSource,
-        cache: LstmCache,
+        cache: FixedSizeCache,
         inputs_BN: Array,
         position: Array,
         return_attention: bool = False,
-    ) -> tuple[Array, LstmCache, Array | None]:
+    ) -> tuple[Array, FixedSizeCache, Array | None]:
         """Implements `Seq2SeqModel.decode_step`."""
         states = [self.lowest.step(self._embed("target", inputs_BN, None, None), cache.layers[0])]
         x_BND = states[0].h
@@ -288,7 +271,7 @@ class LstmSeq2Seq(Seq2SeqModel):
         for layer, previous in zip(self.decoder, cache.layers[1:], strict=True):
             states.append(layer.step(jnp.concatenate([x_BND, context_BND], axis=-1), previous))
             x_BND = x_BND + states[-1].h
-        return self._output(x_BND, context_BND), LstmCache(states), weights_BNS if return_attention else None
+        return self._output(x_BND, context_BND), FixedSizeCache(states), weights_BNS if return_attention else None
 
     def _source(self, encoded_BSD: Array, source_BS: Array, segment_ids_BT: Array | None) -> EncodedSource:
         return EncodedSource(

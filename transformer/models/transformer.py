@@ -17,6 +17,7 @@ from transformer.config import ModelConfig
 from transformer.models.base import Seq2SeqModel, position_ids, segment_ids, shift_right
 from transformer.models.layers import (
     FeedForward,
+    Key,
     LayerNorm,
     MultiHeadAttention,
     ResidualBlock,
@@ -25,8 +26,6 @@ from transformer.models.layers import (
     stack_layers,
     unstack_layers,
 )
-
-Key = Array | None
 
 
 class LayerKVCache(NamedTuple):

@@ -216,17 +216,10 @@ class NullMetricWriter:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def sync(self) -> None:
-        """Nothing."""
+    def _do_nothing(self, *_: object) -> None:
+        """In place of each method of `MetricWriter`."""
 
-    def advance(self, step: int) -> None:
-        """Nothing."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def log(self, message: str) -> None:
-        """Nothing."""
+    sync = advance = write = log = _do_nothing
 
 
 def open_metric_writer(workdir: epath.Path, start: int, num_steps: int) -> MetricWriter | NullMetricWriter:
