@@ -14,21 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from transformer.attention.blockwise import (
-    BlockInputs,
-    BlockwiseConfig,
-    Gradients,
-    OnlineSoftmaxState,
-    Residuals,
-    backward_blocks,
-    finalize,
-    forward_blocks,
-    init_gradients,
-    init_state,
-    merge_gradients,
-    to_blocks,
-    unpack_residuals,
-)
+from transformer.attention import blockwise
+from transformer.attention.blockwise import BlockInputs, BlockwiseConfig, Gradients, OnlineSoftmaxState, Residuals
 from transformer.attention.dropout import Seeds, head_seeds
 from transformer.attention.mask import AttentionMask
 from transformer.distributed import sharding
@@ -71,7 +58,7 @@ def _local_attention(
     """Attention of one device's queries."""
     num_queries, num_keys = q_BTHK.shape[1], k_BSHK.shape[1]
     mask = dataclasses.replace(mask, q_offset=sharding.axis_index("length") * num_queries)
-    q_BHTK, k_BHSK, v_BHSK, mask, block_q, block_kv = to_blocks(q_BTHK, k_BSHK, v_BSHK, mask, block)
+    q_BHTK, k_BHSK, v_BHSK, mask, block_q, block_kv = blockwise.to_blocks(q_BTHK, k_BSHK, v_BSHK, mask, block)
     config = BlockwiseConfig(dropout_rate, block_q, block_kv, ring_size, num_keys)
     out_BHTK = _attention(q_BHTK, k_BHSK, v_BHSK, mask, seeds, config)
     return jnp.swapaxes(out_BHTK, 1, 2)[:, :num_queries]
@@ -104,26 +91,26 @@ def _forward(
     def ring_step(step: Array, carry: tuple[tuple, OnlineSoftmaxState]) -> tuple[tuple, OnlineSoftmaxState]:
         kv, state = carry
         next_kv = sharding.ring_permute("length", kv, config.ring_size)
-        return next_kv, forward_blocks(_with_remote_kv(local, kv, step), state)
+        return next_kv, blockwise.forward_blocks(_with_remote_kv(local, kv, step), state)
 
-    init = (k_BHSK, v_BHSK, mask.kv_segment_ids_BS), init_state(local)
+    init = (k_BHSK, v_BHSK, mask.kv_segment_ids_BS), blockwise.init_state(local)
     _, state = jax.lax.fori_loop(0, config.ring_size, ring_step, init)
-    out_BHTK, logsumexp_BHT = finalize(state, v_BHSK.dtype)
+    out_BHTK, logsumexp_BHT = blockwise.finalize(state, v_BHSK.dtype)
     return out_BHTK, Residuals(q_BHTK, k_BHSK, v_BHSK, mask, seeds, out_BHTK, logsumexp_BHT)
 
 
 def _backward(config: BlockwiseConfig, saved: Residuals, dout_BHTK: Array) -> tuple:
-    local, output_gradient = unpack_residuals(config, saved, dout_BHTK)
+    local, output_gradient = blockwise.unpack_residuals(config, saved, dout_BHTK)
 
     def ring_step(step: Array, carry: tuple[tuple, Gradients]) -> tuple[tuple, Gradients]:
         kv, gradients = carry
         next_kv = sharding.ring_permute("length", kv, config.ring_size)
-        dq_BHTK, *dkv = backward_blocks(_with_remote_kv(local, kv, step), output_gradient, gradients)
+        dq_BHTK, *dkv = blockwise.backward_blocks(_with_remote_kv(local, kv, step), output_gradient, gradients)
         return next_kv, Gradients(dq_BHTK, *sharding.ring_permute("length", dkv, config.ring_size))
 
-    init = (local.k_BHSK, local.v_BHSK, local.mask.kv_segment_ids_BS), init_gradients(local)
+    init = (local.k_BHSK, local.v_BHSK, local.mask.kv_segment_ids_BS), blockwise.init_gradients(local)
     _, gradients = jax.lax.fori_loop(0, config.ring_size, ring_step, init)
-    return *merge_gradients(gradients, local), None, None
+    return *blockwise.merge_gradients(gradients, local), None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -53,15 +53,6 @@ class Hypothesis(NamedTuple):
     finished: bool
 
 
-class _Detokenized(NamedTuple):
-    """The fields of a hypothesis, and whether it contains an unknown token."""
-
-    text: str
-    score: float
-    finished: bool
-    has_unknown: bool
-
-
 class _Requests(NamedTuple):
     """Everything asked of a list of sentences, encoded; blank sentences are left out.
 
@@ -263,31 +254,34 @@ class Translator:
             self._compiled.add(shapes)
         return hypotheses if self._workers == 1 else jax.block_until_ready(hypotheses)
 
-    def _detokenize(self, hypotheses: Hypotheses) -> Iterator[list[_Detokenized]]:
-        """The hypotheses of each row, without empty ones."""
+    def _detokenize(self, hypotheses: Hypotheses) -> Iterator[list[tuple[Hypothesis, bool]]]:
+        """The hypotheses of each row, without empty ones, each with whether it contains an unknown token."""
         tokens_BNT, lengths_BN, scores_BN, finished_BN = jax.device_get(hypotheses)
         for row in zip(tokens_BNT, lengths_BN, scores_BN, finished_BN, strict=True):
             yield [
-                _Detokenized(self._tokenizer.decode(ids.tolist()), float(score), bool(finished), UNK in ids[:length])
+                (Hypothesis(self._tokenizer.decode(ids.tolist()), float(score), bool(finished)), UNK in ids[:length])
                 for ids, length, score, finished in zip(*row, strict=True)
                 if length
             ]
 
-    def _rank(self, hypotheses: list[_Detokenized], n_best: int) -> list[Hypothesis]:
+    def _rank(self, hypotheses: list[tuple[Hypothesis, bool]], n_best: int) -> list[Hypothesis]:
         """The first `n_best` in the order of the method; counts those to warn of."""
         if self._config.method == "mbr" and hypotheses:
-            utilities = mbr.expected_chrf([hypothesis.text for hypothesis in hypotheses])
-            order = np.argsort(-utilities, kind="stable")
-            hypotheses = [hypotheses[i]._replace(score=float(utilities[i])) for i in order]
+            utilities = mbr.expected_chrf([hypothesis.text for hypothesis, _ in hypotheses])
+            scored = [
+                (hypothesis._replace(score=float(utility)), has_unknown)
+                for (hypothesis, has_unknown), utility in zip(hypotheses, utilities, strict=True)
+            ]
+            hypotheses = [scored[i] for i in np.argsort(-utilities, kind="stable")]
         if self._config.method == "beam":
-            distinct: dict[str, _Detokenized] = {}
-            for hypothesis in hypotheses:
-                distinct.setdefault(hypothesis.text, hypothesis)
+            distinct: dict[str, tuple[Hypothesis, bool]] = {}
+            for item in hypotheses:
+                distinct.setdefault(item[0].text, item)
             hypotheses = list(distinct.values())
         hypotheses = hypotheses[:n_best]
-        self._add("unfinished", sum(not hypothesis.finished for hypothesis in hypotheses))
-        self._add("unknown", sum(hypothesis.has_unknown for hypothesis in hypotheses))
-        return [Hypothesis(text, score, finished) for text, score, finished, _ in hypotheses]
+        self._add("unfinished", sum(not hypothesis.finished for hypothesis, _ in hypotheses))
+        self._add("unknown", sum(has_unknown for _, has_unknown in hypotheses))
+        return [hypothesis for hypothesis, _ in hypotheses]
 
 
 def map_ordered(

@@ -92,28 +92,26 @@ class DecoderLayer(nnx.Module):
         self.mlp_residual = make_residual(config, rngs)
 
     def __call__(
-        self, x_BTD: Array, encoded_BSD: Array, self_mask: AttentionMask, cross_mask: AttentionMask, key: Key
+        self,
+        x_BTD: Array,
+        encoded_BSD: Array,
+        self_mask: AttentionMask,
+        cross_mask: AttentionMask,
+        key: Key,
+        weights: list[Array] | None = None,
     ) -> Array:
+        """Calls the layer; appends its cross-attention weights, float32 [B, H, T, S], to `weights` if given."""
         keys = split_key(key, 6)
-        x_BTD = self.attention_residual(x_BTD, lambda y: self.attention(y, y, self_mask, keys[0]), keys[1])
-        x_BTD = self.cross_residual(x_BTD, lambda y: self.cross(y, encoded_BSD, cross_mask, keys[2]), keys[3])
-        return self.mlp_residual(x_BTD, lambda y: self.mlp(y, keys[4]), keys[5])
-
-    def cross_attention_weights(
-        self, x_BTD: Array, encoded_BSD: Array, self_mask: AttentionMask, cross_mask: AttentionMask
-    ) -> tuple[Array, Array]:
-        """Calls the layer without dropout; also returns its cross-attention weights, float32 [B, H, T, S]."""
-        weights_BHTS = jnp.zeros(())
 
         def cross_attend(y_BTD: Array) -> Array:
-            nonlocal weights_BHTS
-            k_BSHK, _ = self.cross.keys_values(encoded_BSD)
-            weights_BHTS = self.cross.attention_weights(y_BTD, k_BSHK, cross_mask)
-            return self.cross(y_BTD, encoded_BSD, cross_mask)
+            if weights is not None:
+                k_BSHK, _ = self.cross.keys_values(encoded_BSD)
+                weights.append(self.cross.attention_weights(y_BTD, k_BSHK, cross_mask))
+            return self.cross(y_BTD, encoded_BSD, cross_mask, keys[2])
 
-        x_BTD = self.attention_residual(x_BTD, lambda y: self.attention(y, y, self_mask))
-        x_BTD = self.cross_residual(x_BTD, cross_attend)
-        return self.mlp_residual(x_BTD, self.mlp), weights_BHTS
+        x_BTD = self.attention_residual(x_BTD, lambda y: self.attention(y, y, self_mask, keys[0]), keys[1])
+        x_BTD = self.cross_residual(x_BTD, cross_attend, keys[3])
+        return self.mlp_residual(x_BTD, lambda y: self.mlp(y, keys[4]), keys[5])
 
     def step(
         self,
@@ -205,10 +203,9 @@ class Transformer(Seq2SeqModel):
         inputs_BT = shift_right(target_BT)
         x_BTD = self._embed("target", inputs_BT, self._position_encodings("target", inputs_BT.shape[1]), None)
         self_mask, cross_mask = AttentionMask(causal=True), AttentionMask(kv_segment_ids_BS=segment_ids(source_BS))
-        weights = []
+        weights: list[Array] = []
         for layer in unstack_layers(self.decoder, self.config.num_layers):
-            x_BTD, weights_BHTS = layer.cross_attention_weights(x_BTD, encoded_BSD, self_mask, cross_mask)
-            weights.append(weights_BHTS)
+            x_BTD = layer(x_BTD, encoded_BSD, self_mask, cross_mask, None, weights)
         return jnp.stack(weights, axis=1)
 
     def init_decode(

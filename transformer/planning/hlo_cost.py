@@ -120,10 +120,7 @@ def _kernel_flops(run: InstructionRun) -> int:
     name, target = run.instruction.name, run.instruction.attribute("custom_call_target")
     for kernel in _ATTENTION_KERNELS:
         if name.startswith(kernel.name) or target == kernel.name:
-            operands = [
-                array for index in range(len(run.instruction.operands)) for array in _operand_arrays(run, index)
-            ]
-            q, k, v = [array.shape for array in operands if array.dtype in ("bf16", "f16", "f32")][:3]
+            q, k, v = [array.shape for array in _operands(run) if array.dtype in ("bf16", "f16", "f32")][:3]
             widths = kernel.key_products * q[-1] + kernel.value_products * v[-1]
             return 2 * math.prod(q[:-1]) * k[kernel.length_axis] * widths
     return 0
@@ -153,16 +150,12 @@ def _convolution_flops(run: InstructionRun) -> int:
     return 2 * products * batch * right[labels[1].index("i")] * right[labels[1].index("o")]
 
 
-_WINDOW_DEFAULTS = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
+_WINDOW_DEFAULTS = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
 
 
 def _window_value(window: Mapping[str, str], name: str, index: int) -> int:
     """The value of a window's attribute for one dimension: 3 of stride=2x3; of pad=1_0x2_0 the low padding, 2."""
-    return (
-        int(window[name].split("x")[index].split("_")[0])
-        if name in window
-        else int(_WINDOW_DEFAULTS[name].split("_")[0])
-    )
+    return int(window[name].split("x")[index].split("_")[0]) if name in window else _WINDOW_DEFAULTS[name]
 
 
 def _num_real_products(
@@ -189,7 +182,7 @@ def _instruction_hbm_bytes(run: InstructionRun, program: Program) -> int:
     opcode = instruction.opcode
     if opcode in _NO_TRAFFIC or opcode.endswith("-done"):
         return 0
-    operands = [array for index in range(len(instruction.operands)) for array in _operand_arrays(run, index)]
+    operands = _operands(run)
     if opcode in ("copy-start", "slice-start"):
         # The result is a tuple of source, destination and a flag, in some order: the smallest array is what moves.
         moved = min(array.size for array in instruction.result if array.shape)
@@ -248,13 +241,14 @@ def _hbm_size(arrays: list[ArrayType]) -> int:
     return sum(array.size for array in arrays if not array.space)
 
 
-def _operand_arrays(run: InstructionRun, index: int) -> list[ArrayType]:
-    source = run.computation.get(run.instruction.operands[index])
-    return source.result if source else []
+def _operands(run: InstructionRun) -> list[ArrayType]:
+    """The arrays of all operands; tuples are flattened."""
+    sources = (run.computation.get(name) for name in run.instruction.operands)
+    return [array for source in sources if source for array in source.result]
 
 
 def _operand_array(run: InstructionRun, index: int) -> ArrayType:
-    return _operand_arrays(run, index)[0]
+    return run.computation[run.instruction.operands[index]].result[0]
 
 
 def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
@@ -279,8 +273,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         groups = _parse_groups(run.instruction, math.prod(mesh.values()))
         axes = _permuted_axes(groups, mesh) if kind == "collective-permute" else axes_of.get(groups, ())
         chips = max((len(group) for group in groups), default=1)
-        arrays = [array for i in range(len(run.instruction.operands)) for array in _operand_arrays(run, i)]
-        size = run.num_runs * sum(array.size for array in arrays) * (chips if kind == "all-gather" else 1)
+        size = run.num_runs * sum(array.size for array in _operands(run)) * (chips if kind == "all-gather" else 1)
         total = totals.get((kind, axes, chips), Collective(kind, axes, chips, 0, 0))
         totals[kind, axes, chips] = total._replace(num_runs=total.num_runs + run.num_runs, bytes=total.bytes + size)
     return sorted(totals.values(), key=lambda total: -total.bytes)
