@@ -1,4 +1,4 @@
-"""The Python API: load a trained model once, translate often. `transformer.load` is `load` here."""
+"""The Python API: load a trained model once, translate and score often. `transformer.load` is `load` here."""
 
 import dataclasses
 import functools
@@ -10,12 +10,14 @@ from typing import Any, overload
 from etils import epath
 
 from transformer.checkpoints.loading import RestoredModel, load_checkpoint
-from transformer.config import validation
+from transformer.config import DecodeConfig, validation
 from transformer.data import text_inputs
+from transformer.decoding.scorer import Scorer, TargetScore
 from transformer.decoding.translator import Hypothesis, Translator, first_text
 from transformer.runtime.errors import UserError
 
 MAX_COMPILED = 32  # decode configs whose compiled programs are kept
+SCORE_FIELDS = ("max_source_tokens", "max_extra_length", "batch_rows")  # of the decode section
 
 
 class TranslationModel:
@@ -26,16 +28,20 @@ class TranslationModel:
     Attributes:
       primary: the model whose tokenizer and decode config apply to all.
       params: what `Translator.translate` takes.
+      all_params: what `Scorer.score` takes: those of each model.
+      scorer: scores given translations.
     """
 
     def __init__(self, models: Sequence[RestoredModel]):
         self._models, self.primary = models, models[0]
         is_ensemble = len(models) > 1
         definition = [model.model for model in models] if is_ensemble else self.primary.model
-        self.params: Any = tuple(model.params for model in models) if is_ensemble else self.primary.params
+        self.all_params = tuple(model.params for model in models)
+        self.params: Any = self.all_params if is_ensemble else self.primary.params
         self._translators = functools.lru_cache(MAX_COMPILED)(
             lambda decode: Translator(definition, self.primary.tokenizer, decode, self.primary.mesh)
         )
+        self.scorer = Scorer([model.model for model in models], self.primary.tokenizer, self.primary.mesh)
         self._lock = threading.Lock()
         self._process = os.getpid()
 
@@ -88,11 +94,7 @@ class TranslationModel:
           UserError: an item is not text, a field is unknown, a value is invalid, a prefix or constraint cannot be met,
             or this process was forked after the model was loaded.
         """
-        if os.getpid() != self._process:  # a fork lacks the threads of JAX, and its locks may stay locked
-            raise UserError(
-                f"this model was loaded in process {self._process}, of which process {os.getpid()} is a fork, in which "
-                'JAX hangs: load it in each process, and start them with multiprocessing.get_context("spawn")'
-            )
+        self._reject_fork()
         translator, seed = self.translator(decode)
         translations = translator.translate_nbest(
             self.params,
@@ -105,13 +107,52 @@ class TranslationModel:
         translator.log_warnings()
         return [first_text(hypotheses) for hypotheses in translations] if n_best is None else translations
 
+    def score(self, sources: Iterable[str], targets: Iterable[str], **decode: int) -> list[TargetScore]:
+        """Returns the log-probability of each target given its source, in order, and of each token.
+
+        Natural logarithms; the end of the sentence is a token too. Warnings on stderr count pairs that are truncated
+        or have a blank side.
+
+        Args:
+          sources: one line of text each.
+          targets: a translation of each.
+          decode: `max_source_tokens` and `max_extra_length`, which limit the lengths, and `batch_rows`, in place of the
+            model's own.
+
+        Raises:
+          UserError: an item is not text, the numbers of lines differ, another field is given, a value is invalid, or
+            this process was forked after the model was loaded.
+        """
+        self._reject_fork()
+        config = self.scoring_config(decode)
+        scores = self.scorer.score(self.all_params, sources, targets, config)
+        self.scorer.log_warnings(config)
+        return scores
+
+    def scoring_config(self, fields: dict[str, Any]) -> DecodeConfig:
+        """The decode config with these fields, of which scoring reads SCORE_FIELDS alone; others are errors."""
+        if unread := sorted(fields.keys() - set(SCORE_FIELDS)):
+            raise UserError(f"scoring reads decode.{', '.join(SCORE_FIELDS)}, got {unread[0]}; leave it out")
+        return self._decode_config(fields)
+
+    def _reject_fork(self) -> None:
+        if os.getpid() != self._process:  # a fork lacks the threads of JAX, and its locks may stay locked
+            raise UserError(
+                f"this model was loaded in process {self._process}, of which process {os.getpid()} is a fork, in which "
+                'JAX hangs: load it in each process, and start them with multiprocessing.get_context("spawn")'
+            )
+
     def translator(self, fields: dict[str, Any]) -> tuple[Translator, int]:
         """Returns the translator for these decode fields, cached, and their seed."""
+        decode = self._decode_config(fields)
+        with self._lock:
+            return self._translators(dataclasses.replace(decode, seed=0)), decode.seed
+
+    def _decode_config(self, fields: dict[str, Any]) -> DecodeConfig:
         decode = validation.override_decode(self.primary.config, fields).decode
         for member in self._models[1:]:  # its learned positions may be too few for these fields
             validation.validate(dataclasses.asdict(dataclasses.replace(member.config, decode=decode)), strict=False)
-        with self._lock:
-            return self._translators(dataclasses.replace(decode, seed=0)), decode.seed
+        return decode
 
 
 def load(

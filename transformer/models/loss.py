@@ -46,6 +46,12 @@ def cross_entropy(logits_BTV: Array, target_BT: Array, label_smoothing: float) -
     return LossSums(total(smoothed_nll_BT), total(nll_BT), total(correct_BT), is_token_BT.astype(jnp.float32).sum())
 
 
+def target_log_probs(logits_BTV: Array, target_BT: Array) -> Array:
+    """The log-probability of each target token, float32 [B, T]; meaningless at padding."""
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    return target_logits(logits_BTV, target_BT) - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
 def target_logits(logits_BTV: Array, target_BT: Array) -> Array:
     """The logit of each target token, float32 [B, T]."""
     if sharding.num_shards("vocab") == 1:

@@ -1,0 +1,148 @@
+"""Log-probabilities of given translations under a model, teacher-forced; EOS included.
+
+The device sees a few fixed shapes only, as in decoding: the score of a pair depends on no other pair.
+
+B rows, S source length, T target length, V vocabulary.
+"""
+
+import collections
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from transformer.config import DecodeConfig
+from transformer.data import text_inputs
+from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray, eval_batches, make_batch, select_rows
+from transformer.data.text_files import one_line
+from transformer.data.tokenizer import Tokenizer, truncate
+from transformer.decoding.decode import batch_rows, ensemble_log_probs
+from transformer.distributed import sharding
+from transformer.models.loss import target_log_probs
+from transformer.models.registry import ModelDef, Params
+from transformer.runtime.errors import UserError
+from transformer.runtime.logging import log_info
+
+MAX_BATCH_TOKENS = 1 << 14  # of a batch, whose logits are MAX_BATCH_TOKENS * V floats
+
+
+class TargetScore(NamedTuple):
+    """The natural logarithm of a target's probability given its source, and that of each of its tokens.
+
+    log_prob: the sum of the tokens'.
+    tokens: subword tokens, EOS last.
+    token_log_probs: of each token, given the source and the tokens before it.
+    """
+
+    log_prob: float
+    tokens: list[str]
+    token_log_probs: list[float]
+
+
+class Scorer:
+    """Scores with one model or an ensemble, and any params of their shape; each shape is compiled once.
+
+    Safe to share between threads. It counts what callers should be warned of; `log_warnings` reports it.
+    """
+
+    def __init__(self, models: Sequence[ModelDef], tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
+        self._tokenizer, self._mesh = tokenizer, mesh
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._counts_lock = threading.Lock()
+
+        def program(params: Sequence[Params], batch: Batch) -> jax.Array:
+            logits = [
+                model.bind(leaves)(batch.source_BS, batch.target_BT)
+                for model, leaves in zip(models, params, strict=True)
+            ]
+            return target_log_probs(ensemble_log_probs(logits), batch.target_BT)
+
+        self._log_probs = sharding.data_parallel_jit(mesh, program)
+
+    def score(
+        self,
+        params: Sequence[Params],
+        sources: Iterable[str],
+        targets: Iterable[str],
+        config: DecodeConfig,
+    ) -> list[TargetScore]:
+        """Scores each target given its source, in order; counts pairs that are truncated or blank.
+
+        Args:
+          params: of each model.
+          sources, targets: any iterables of lines of text; one line end at the end of a text is stripped.
+          config: its `max_source_tokens` and `max_extra_length` limit the lengths, as in decoding.
+
+        Raises:
+          UserError: an item is not text, or the numbers of sources and targets differ.
+        """
+        source_lines, target_lines = _lines(sources, "source"), _lines(targets, "target")
+        if len(source_lines) != len(target_lines):
+            raise UserError(
+                f"expected a target for each source, got {len(source_lines):,} sources, {len(target_lines):,} targets"
+            )
+        source = self._encode(source_lines, config.max_source_tokens, "sources")
+        target = self._encode(target_lines, config.max_source_tokens + config.max_extra_length, "targets")
+        self._add("blank", sum(not (a.strip() and b.strip()) for a, b in zip(source_lines, target_lines, strict=True)))
+        scores = []
+        for ids, log_probs in zip(target, self.log_probs(params, source, target, config), strict=True):
+            scores.append(
+                TargetScore(float(log_probs.sum(dtype=np.float64)), self._tokenizer.pieces(ids), log_probs.tolist())
+            )
+        return scores
+
+    def log_probs(
+        self, params: Sequence[Params], source: Sequence[np.ndarray], target: Sequence[np.ndarray], config: DecodeConfig
+    ) -> list[np.ndarray]:
+        """Log-probability of each target token, float32, in the order of the pairs; all are ids."""
+        params = sharding.replicate(self._mesh, tuple(params))
+        sources, targets = JaggedArray.from_sequences(source), JaggedArray.from_sequences(target)
+        log_probs: list[np.ndarray] = [np.zeros(0, np.float32)] * len(targets)
+        for spec in eval_batches(sources.lengths, targets.lengths, self._rows_of(config)):
+            local_rows = sharding.local_row_indices(self._mesh, len(spec.examples_B), rows="decode_batch")
+            batch = make_batch(select_rows(spec, local_rows), sources, targets)
+            on_device = sharding.shard_batch(self._mesh, batch, rows="decode_batch")
+            log_probs_BT = jax.device_get(self._log_probs(params, on_device))
+            for row, example in enumerate(spec.examples_B[spec.examples_B != PAD_EXAMPLE]):  # padding comes last
+                log_probs[example] = log_probs_BT[row, : targets.lengths[example]]
+        return log_probs
+
+    def log_warnings(self, config: DecodeConfig) -> None:
+        """Logs, once, how many pairs were truncated or have a blank side."""
+        with self._counts_lock:
+            counts, self._counts = self._counts, collections.Counter()
+        limits = f"decode.max_source_tokens = {config.max_source_tokens}", f"{config.max_extra_length} more"
+        for name, message in (
+            ("sources", f"sources are longer than {limits[0]}; scored as if they were cut to it"),
+            ("targets", f"targets are longer than {limits[0]} and {limits[1]}; scored as if they were cut to it"),
+            ("blank", "pairs have a blank side; the score of a blank target is that of its end alone"),
+        ):
+            if counts[name]:
+                log_info(f"warning: {counts[name]:,} {message}")
+
+    def _add(self, name: str, count: int) -> None:
+        with self._counts_lock:
+            self._counts[name] += count
+
+    def _encode(self, lines: Sequence[str], max_length: int, side: str) -> list[np.ndarray]:
+        encoded = self._tokenizer.encode(lines)
+        self._add(side, sum(len(ids) > max_length for ids in encoded))
+        return [truncate(ids, max_length) for ids in encoded]
+
+    def _rows_of(self, config: DecodeConfig) -> Callable[[int], int]:
+        rows = batch_rows(config, self._mesh)
+
+        def rows_of(width: int) -> int:
+            return min(
+                rows,
+                sharding.padded_batch_size(self._mesh, max(MAX_BATCH_TOKENS // width, 1), rows="decode_batch"),
+            )
+
+        return rows_of
+
+
+def _lines(given: Iterable[Any], side: str) -> list[str]:
+    texts = text_inputs.items(given, f"{side}s: expected a list of texts")
+    return [one_line(text_inputs.line(text, f"{side} {number}")) for number, text in enumerate(texts, 1)]

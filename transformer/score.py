@@ -1,0 +1,114 @@
+"""Writes the log-probability of each given translation under a trained model, one number a line.
+
+    python -m transformer.score --workdir=DIR --source=FILE --target=FILE > scores.txt
+
+Natural logarithms, the end of the sentence included. With --per_token each line is a JSON object with `log_prob`, the
+subword `tokens` and their `log_probs`. From Python: `transformer.load(DIR).score(sources, targets)`.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from transformer import command_line
+from transformer.data import text_files
+from transformer.decoding.scorer import TargetScore
+from transformer.inference import load
+from transformer.runtime import environment, streams
+from transformer.runtime.errors import UserError
+from transformer.runtime.files import check_writable, open_atomic, user_error_on_oserror
+from transformer.runtime.logging import log_info, log_progress
+
+GROUP = 4096  # pairs that are read and sorted into batches at once
+
+
+def main(argv: list[str]) -> None:
+    """Reads the pairs, writes their scores in order, and logs the mean."""
+    fields, rest = command_line.decode_flags(argv)
+    args = _parse(rest)
+    for path in (args.source, args.target):
+        text_files.check_readable(path)
+    num_pairs = sum(1 for _ in text_files.read_parallel(args.source, args.target))  # invalid lines cost no time later
+    environment.enable_compilation_cache()
+    model = load(args.workdir, args.checkpoint, args.ensemble)
+    config = model.scoring_config(fields)
+    pairs = text_files.read_parallel(args.source, args.target)
+    groups = iter(lambda: list(itertools.islice(pairs, GROUP)), [])
+    done, num_tokens, log_prob = 0, 0, 0.0
+    with _output(args.output) as out:
+        for group in log_progress(groups, lambda count: f"{count * GROUP:,} of {num_pairs:,} pairs scored"):
+            sources, targets = zip(*group, strict=True)
+            scores = model.scorer.score(model.all_params, sources, targets, config)
+            out.write(streams.printable("".join(format_line(score, args.per_token) for score in scores), out).encode())
+            out.flush()
+            done += len(group)
+            num_tokens += sum(len(score.tokens) for score in scores)
+            log_prob += sum(score.log_prob for score in scores)
+    model.scorer.log_warnings(config)
+    if done:
+        mean = -log_prob / num_tokens
+        log_info(
+            f"{model.primary.description}: {done:,} pairs, {num_tokens:,} target tokens, {mean:.4f} nats a token, "
+            f"perplexity {math.exp(min(mean, 700)):.4g}"
+        )
+    else:
+        log_info("the files are empty, so there is nothing to score")
+
+
+def format_line(score: TargetScore, per_token: bool) -> str:
+    """The line of one pair."""
+    if not per_token:
+        return f"{score.log_prob:.6f}\n"
+    values = {
+        "log_prob": round(score.log_prob, 6),
+        "tokens": score.tokens,
+        "log_probs": [round(log_prob, 6) for log_prob in score.token_log_probs],
+    }
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+@contextlib.contextmanager
+def _output(path: str | None) -> Iterator[BinaryIO]:
+    """Standard output, or a file that appears at the end of the block."""
+    if not path:
+        yield sys.stdout.buffer
+        return
+    with user_error_on_oserror(f"--output={path}"):
+        check_writable(path)
+        with open_atomic(path) as file:
+            yield file
+
+
+def _parse(rest: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m transformer.score",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="--decode.max_source_tokens and --decode.max_extra_length limit the lengths, as in translation.",
+        allow_abbrev=False,
+    )
+    path = command_line.absolute_path
+    command_line.add_model_flags(parser)
+    parser.add_argument("--source", required=True, type=path, help="text file, one sentence a line")
+    parser.add_argument("--target", required=True, type=path, help="text file of their translations, line by line")
+    parser.add_argument("--output", type=path, help="where the scores go (default: standard output)")
+    parser.add_argument("--per_token", action="store_true", help="write tokens and their log-probabilities as JSON")
+    parser.add_argument(
+        "--ensemble",
+        type=command_line.absolute_paths,
+        default=[],
+        help="more workdirs of the same tokenizer, commas between: the models' probabilities are averaged",
+    )
+    args = parser.parse_args(rest)
+    if args.output and os.path.realpath(args.output) in map(os.path.realpath, (args.source, args.target)):
+        raise UserError(f"--output={args.output} would overwrite what is read; name another file")
+    return args
+
+
+if __name__ == "__main__":
+    command_line.run(main)
