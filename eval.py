@@ -56,7 +56,8 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     from transformer.checkpoints.loading import load_checkpoint
     from transformer.config import validation
     from transformer.distributed import consistency
-    from transformer.evaluation import bleu_tokenizer, evaluator, report, significance, summary
+    from transformer.evaluation import bleu_tokenizer, evaluator, report, significance, summary, systems
+    from transformer.evaluation import comparison as comparisons
 
     if args.output:
         check_output(args.output)
@@ -71,7 +72,7 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     baseline = None
     if args.versus:
         checkpoint = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
-        baseline = evaluator.baseline_translations(args.versus, checkpoint, dataset, data.target_language, fields)
+        baseline = systems.baseline_system(args.versus, checkpoint, dataset, data.target_language, fields)
     result = evaluate_with_progress(evaluator.CheckpointEvaluator(dataset), restored)
     log_samples(dataset, result)
     log_info(summary.format_table(restored, dataset, result))
@@ -80,9 +81,10 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     if baseline:
         _, sources, references = dataset
         tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, references[0]).name
-        comparison = significance.compare_systems(*baseline, result.translations, references, tokenizer)
-        log_info(f"\n{significance.format_table(comparison)}\n")
-        log_info(significance.format_examples(comparison, sources, references, result.translations))
+        both = systems.label_pair(baseline, args.versus, systems.evaluated(args.workdir, restored, result.translations))
+        comparison = comparisons.compare(both, sources, references, tokenizer)
+        log_info(f"\n{significance.format_table(both[1].label, both[0].label, comparison.tests[0])}\n")
+        log_info(comparisons.format_examples(comparison))
     report.write(args.workdir, restored, dataset, result, comparison, changed)
     if multihost.is_primary():
         print(json.dumps(summary.as_json(restored, result, comparison)))

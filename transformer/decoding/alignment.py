@@ -27,16 +27,19 @@ MAX_CELLS = 1 << 16  # attention weights of one head over all rows of a batch, s
 
 
 class Attention(NamedTuple):
-    """Cross-attention weights of one sentence pair.
+    """Attention weights of one sentence pair, float32; each row sums to 1.
 
     Attributes:
-      weights_LHTS: float32; each row sums to 1.
+      weights_LHTS: of cross-attention.
       source, target: the ids of the S and T tokens.
+      encoder_LHSS, decoder_LHTT: of self-attention; None if it was not asked for or the architecture has none.
     """
 
     weights_LHTS: np.ndarray
     source: np.ndarray
     target: np.ndarray
+    encoder_LHSS: np.ndarray | None = None
+    decoder_LHTT: np.ndarray | None = None
 
 
 class Aligner:
@@ -44,6 +47,7 @@ class Aligner:
 
     Args:
       layer: decoder layer of alignments, counted from 1; default: `default_layer`.
+      self_attention: whether self-attention is returned too.
 
     Raises:
       UserError: the model has no such layer.
@@ -57,14 +61,16 @@ class Aligner:
         config: DecodeConfig,
         mesh: jax.sharding.Mesh,
         layer: int | None = None,
+        self_attention: bool = False,
     ):
         self.layer = default_layer(num_layers) if layer is None else layer
         if not 1 <= self.layer <= num_layers:
             raise UserError(f"expected an alignment layer from 1 to {num_layers}, got {layer}")
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
 
-        def weights(params: Params, batch: Batch) -> jax.Array:
-            return model.bind(params).cross_attention(batch.source_BS, batch.target_BT)
+        def weights(params: Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+            module, ids = model.bind(params), (batch.source_BS, batch.target_BT)
+            return module.cross_attention(*ids), module.self_attention(*ids) if self_attention else None
 
         self._weights = sharding.data_parallel_jit(mesh, weights)
 
@@ -85,11 +91,12 @@ class Aligner:
             local_rows = sharding.local_row_indices(self._mesh, len(spec.examples_B), rows="decode_batch")
             local_batch = make_batch(select_rows(spec, local_rows), source, target)
             on_device = sharding.shard_batch(self._mesh, local_batch, rows="decode_batch")
-            weights_BLHTS = jax.device_get(self._weights(params, on_device))
+            weights_BLHTS, of_self = jax.device_get(self._weights(params, on_device))
             for row, example in enumerate(spec.examples_B[spec.examples_B != PAD_EXAMPLE]):
                 S, T = source.lengths[example], target.lengths[example]
                 ids = batch.source_BS[row, :S], batch.target_BT[row, :T]
-                yield indices[example], Attention(weights_BLHTS[row, :, :, :T, :S], *ids)
+                own = (of_self[0][row, :, :, :S, :S], of_self[1][row, :, :, :T, :T]) if of_self else (None, None)
+                yield indices[example], Attention(weights_BLHTS[row, :, :, :T, :S], *ids, *own)
 
     def align(self, params: Params, sources: Sequence[str], translations: Sequence[str]) -> list[Alignment]:
         """The alignment of each pair; empty if a side is blank."""

@@ -68,10 +68,15 @@ def make_bleu(tokenizer: str) -> BLEU:
     return BLEU(tokenize=tokenizer)
 
 
+def split_words(lines: Sequence[str], tokenizer: str) -> list[list[str]]:
+    """The tokens that BLEU counts, with a tokenizer named as in `choose_bleu_tokenizer`."""
+    tokenize: Any = make_bleu(tokenizer).tokenizer
+    return [tokenize(line.lower() if tokenizer == PUBLISHED else line).split() for line in lines]
+
+
 def count_short(references: Sequence[str], tokenizer: str) -> int:
     """The number of references with under four tokens, which have no 4-grams for BLEU."""
-    tokenize: Any = make_bleu(tokenizer).tokenizer
-    return sum(len(tokenize(line).split()) < 4 for line in references)
+    return sum(len(words) < 4 for words in split_words(references, tokenizer))
 
 
 def _script(language: str) -> str:

@@ -1,5 +1,6 @@
-"""Line and bar charts as SVG, styled by the page (`report_html`)."""
+"""Line charts, bar charts and histograms as SVG, styled by the page (`report_html`)."""
 
+import collections
 import html
 import math
 from collections.abc import Sequence
@@ -8,16 +9,40 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 34
 MAX_POINTS = 400  # of a line
+MIN_LABEL_WIDTH = 22  # of a bar that has its value above it
 
 Point = tuple[float, float]
 
 
 class Series(NamedTuple):
-    """A named line of points by increasing x; `markers` draws the points too."""
+    """A named line of points by increasing x.
+
+    Attributes:
+      markers: whether points are drawn too.
+      color: from 1; 0 for the line's number in the chart.
+      faint: whether the line is drawn thin, as one of two of a color.
+    """
 
     name: str
     points: Sequence[Point]
     markers: bool = False
+    color: int = 0
+    faint: bool = False
+
+
+class Bars(NamedTuple):
+    """The bars of one name, one in each group.
+
+    Attributes:
+      values: from 0 up.
+      notes: shown while the pointer is on a bar.
+      intervals: half the widths of confidence intervals; none are drawn if it is empty.
+    """
+
+    name: str
+    values: Sequence[float]
+    notes: Sequence[str]
+    intervals: Sequence[float] = ()
 
 
 class Axis(NamedTuple):
@@ -39,54 +64,106 @@ class LogAxis(Axis):
         return Axis(math.log(self.low), math.log(self.high), self.start, self.end)(math.log(value))
 
 
-def line_chart(title: str, x_label: str, series: Sequence[Series], log: bool = False) -> str:
-    """A figure with a line for each series, "" without finite points; `log` is for both axes."""
+def line_chart(title: str, x_label: str, series: Sequence[Series], log: bool = False, log_y: bool = False) -> str:
+    """A figure with a line for each series, "" without finite points; `log` is for both axes, `log_y` for one."""
+    log_y = log or log_y
 
     def is_drawn(point: Point) -> bool:
-        return all(math.isfinite(number) and (number > 0 or not log) for number in point)
+        x, y = point
+        return math.isfinite(x) and math.isfinite(y) and (x > 0 or not log) and (y > 0 or not log_y)
 
     lines = [line._replace(points=downsample([p for p in line.points if is_drawn(p)])) for line in series]
-    lines = [line for line in lines if line.points]
+    lines = [line._replace(color=line.color or i) for i, line in enumerate((l for l in lines if l.points), 1)]
     if not lines:
         return ""
     xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
-    axis_type, x_ticks_of, y_ticks_of = (LogAxis, power_ticks, log_ticks) if log else (Axis, ticks, ticks)
-    x_ticks, y_ticks = x_ticks_of(min(xs), max(xs), 5), y_ticks_of(min(ys), max(ys), 5)
-    x = axis_type(min(xs), max(max(xs), min(xs) + 1e-9), LEFT, WIDTH - RIGHT)
-    y = axis_type(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), HEIGHT - BOTTOM, TOP)
+    x_ticks = (power_ticks if log else ticks)(min(xs), max(xs), 5)
+    y_ticks = (log_ticks if log_y else ticks)(min(ys), max(ys), 5)
+    x = (LogAxis if log else Axis)(min(xs), max(max(xs), min(xs) + 1e-9), LEFT, WIDTH - RIGHT)
+    low, high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+    y = (LogAxis if log_y else Axis)(low, high, HEIGHT - BOTTOM, TOP)
     parts = [_grid(x, y, x_ticks, y_ticks, x_label)]
-    for number, line in enumerate(lines, 1):
+    for line in lines:
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
-        parts.append(f'<polyline class="line s{number}" points="{path}"/>')
+        parts.append(f'<polyline class="line s{line.color}{" faint" if line.faint else ""}" points="{path}"/>')
         for a, b in line.points:
             tip = f"<title>{html.escape(line.name)}, {x_label} {format_si(a)}: {b:.4g}</title>"
-            css_class = f"dot s{number}" if line.markers else "hit"
+            css_class = f"dot s{line.color}" if line.markers else "hit"
             radius = 3 if line.markers else 6
             parts.append(f'<circle class="{css_class}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="{radius}">{tip}</circle>')
-    keys = [f'<span class="key s{i}">{html.escape(line.name)}</span>' for i, line in enumerate(lines, 1)]
-    return _figure(title, "" if lines[0].name == title else "".join(keys), "".join(parts))
+    keys = [(line.name, f"s{line.color}{' faint' if line.faint else ''}") for line in lines]
+    return _figure(title, [] if lines[0].name == title else keys, "".join(parts))
 
 
-def bar_chart(title: str, x_label: str, bars: Sequence[tuple[str, float, str]]) -> str:
-    """A figure with a bar for each (name, value, note), from 0; "" without bars."""
-    if not bars:
+def bar_chart(title: str, x_label: str, groups: Sequence[str], series: Sequence[Bars]) -> str:
+    """A figure with a bar of each series in each group, from 0; "" without groups."""
+    if not groups:
         return ""
-    y_ticks = ticks(0, max(max(value for _, value, _ in bars), 1e-9), 5)
-    y, step = Axis(0, y_ticks[-1], HEIGHT - BOTTOM, TOP), (WIDTH - LEFT - RIGHT) / len(bars)
+    tops = [
+        max(value + interval for value, interval in zip(bars.values, bars.intervals or (0,) * len(groups), strict=True))
+        for bars in series
+    ]
+    y_ticks = ticks(0, max(*tops, 1e-9), 5)
+    y, step = Axis(0, y_ticks[-1], HEIGHT - BOTTOM, TOP), (WIDTH - LEFT - RIGHT) / len(groups)
+    width = step * 0.72 / len(series)
     parts = [_grid(Axis(0, 1, LEFT, WIDTH - RIGHT), y, [], y_ticks, x_label)]
-    for i, (name, value, note) in enumerate(bars):
-        left, wide, top = LEFT + i * step + step * 0.18, step * 0.64, y(value)
-        parts.append(
-            f'<rect class="bar" x="{left:.1f}" y="{top:.1f}" width="{wide:.1f}" height="{y(0) - top:.1f}" rx="2">'
-            f"<title>{html.escape(note)}</title></rect>"
-            f'<text class="value" x="{left + wide / 2:.1f}" y="{top - 4:.1f}">{value:.1f}</text>'
-            f'<text class="tick mid" x="{left + wide / 2:.1f}" y="{HEIGHT - BOTTOM + 14}">{html.escape(name)}</text>'
-        )
-    return _figure(title, "", "".join(parts))
+    for i, group in enumerate(groups):
+        middle = LEFT + (i + 0.5) * step
+        parts.append(f'<text class="tick mid" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 14}">{html.escape(group)}</text>')
+        for j, bars in enumerate(series):
+            left = middle + (j - len(series) / 2) * width
+            parts.append(_bar(left, width, y, bars.values[i], f"s{j + 1}", bars.notes[i]))
+            label_y = y(bars.values[i])
+            if bars.intervals:
+                low, high = (bars.values[i] + sign * bars.intervals[i] for sign in (-1, 1))
+                label_y = y(high)
+                x = left + width / 2
+                parts.append(
+                    f'<line class="interval" x1="{x:.1f}" x2="{x:.1f}" y1="{y(max(low, 0)):.1f}" y2="{label_y:.1f}"/>'
+                )
+            if width >= MIN_LABEL_WIDTH:
+                parts.append(
+                    f'<text class="value" x="{left + width / 2:.1f}" y="{label_y - 4:.1f}">{bars.values[i]:.1f}</text>'
+                )
+    keys = [(bars.name, f"s{j}") for j, bars in enumerate(series, 1)]
+    return _figure(title, keys if len(series) > 1 else [], "".join(parts))
 
 
-def _figure(title: str, legend: str, drawing: str) -> str:
+def histogram(title: str, x_label: str, values: Sequence[float], width: float, names: tuple[str, str]) -> str:
+    """A figure with the counts of values in bins of a width; names of negative and positive values; "" without values.
+
+    Values of 0 are left out of the bars, and their number is in the axis label.
+    """
+    bins = collections.Counter(
+        math.floor(value / width) if value > 0 else math.ceil(value / width) - 1 for value in values if value
+    )
+    if not bins:
+        return ""
+    edge = max(max(bins) + 1, -min(bins)) * width
+    y_ticks = ticks(0, max(bins.values()), 5)
+    x, y = Axis(-edge, edge, LEFT, WIDTH - RIGHT), Axis(0, y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    equal = len(values) - bins.total()
+    label = f"{x_label}; {equal:,} equal sentences are not shown" if equal else x_label
+    parts = [_grid(x, y, ticks(-edge, edge, 6), y_ticks, label)]
+    for number, count in sorted(bins.items()):
+        left, right = number * width, (number + 1) * width
+        note = f"{left:g} to {right:g}: {count:,} sentences"
+        color = "s1" if number < 0 else "s2"
+        parts.append(_bar(x(left) + 0.5, x(right) - x(left) - 1, y, count, color, note))
+    return _figure(title, [(names[0], "s1"), (names[1], "s2")], "".join(parts))
+
+
+def _bar(left: float, width: float, y: Axis, value: float, color: str, note: str) -> str:
+    return (
+        f'<rect class="bar {color}" x="{left:.1f}" y="{y(value):.1f}" width="{width:.1f}" '
+        f'height="{y(0) - y(value):.1f}" rx="1"><title>{html.escape(note)}</title></rect>'
+    )
+
+
+def _figure(title: str, keys: Sequence[tuple[str, str]], drawing: str) -> str:
+    """The figure with a legend of (name, CSS class)."""
     name = html.escape(title)
+    legend = "".join(f'<span class="key {css_class}">{html.escape(key)}</span>' for key, css_class in keys)
     return (
         f'<figure class="chart"><figcaption>{name}<span class="legend">{legend}</span></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{drawing}</svg></figure>'

@@ -1,7 +1,7 @@
 """Evaluation: a model and a data set → translations and scores.
 
 `Evaluator` is what the trainer calls for validation and `CheckpointEvaluator` for eval.py; a data set is an
-`EvalDataset`. Below them: the files of translations in a workdir, and the translations of a baseline to compare with.
+`EvalDataset`. Below them: the files of translations in a workdir.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from transformer.checkpoints.loading import RestoredModel, load_checkpoint
-from transformer.config import Config, DataConfig, validation
+from transformer.checkpoints.loading import RestoredModel
+from transformer.config import Config, DataConfig
 from transformer.data import corpus, text_files
 from transformer.data.batching import Batch, JaggedArray, eval_batches, make_batch, select_rows
 from transformer.data.tokenizer import Tokenizer, truncate
@@ -283,25 +283,33 @@ def result_name(
       fields: of decoding, other than the checkpoint's own. They are part of the name, so that results of decoding by
         the config are not mistaken for others.
     """
-    name, suffix = dataset.name, "".join(f".{name}={value}" for name, value in sorted((fields or {}).items()))
-    if _registered_digest(workdir, dataset) != dataset.digest:
-        name += f"-{dataset.digest[:8]}"
-    return f"{restored.tag}.{name}{suffix}"
+    suffix = "".join(f".{name}={value}" for name, value in sorted((fields or {}).items()))
+    _register(workdir, dataset)
+    return f"{restored.tag}.{set_name(workdir, dataset)}{suffix}"
 
 
-def _registered_digest(workdir: epath.PathLike, dataset: EvalDataset) -> str:
-    """The digest of the first data set of that name in the workdir; registers this one if there is none."""
-    path = epath.Path(workdir) / "translations" / DATASETS_FILE
+def set_name(workdir: epath.PathLike, dataset: EvalDataset) -> str:
+    """SET, as in `result_name`."""
+    first = _registered_digests(workdir).get(dataset.name, dataset.digest)
+    return dataset.name if first == dataset.digest else f"{dataset.name}-{dataset.digest[:8]}"
+
+
+def _registered_digests(workdir: epath.PathLike) -> dict[str, str]:
+    """The digest of the first data set of each name in the workdir."""
     try:
-        digests = {**json.loads(path.read_text())}
+        return {**json.loads((epath.Path(workdir) / "translations" / DATASETS_FILE).read_text())}
     except (OSError, ValueError, TypeError):
-        digests = {}
+        return {}
+
+
+def _register(workdir: epath.PathLike, dataset: EvalDataset) -> None:
+    """Makes a data set the first of its name, if there is none."""
+    path, digests = epath.Path(workdir) / "translations" / DATASETS_FILE, _registered_digests(workdir)
     if dataset.name not in digests and multihost.is_primary():
         # In a read-only workdir the name is not registered, but then no files are written either.
         with contextlib.suppress(UserError), user_error_on_oserror(f"{path}"):
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, json.dumps({**digests, dataset.name: dataset.digest}, indent=1) + "\n")
-    return digests.get(dataset.name, dataset.digest)
 
 
 def translations_path(
@@ -309,46 +317,3 @@ def translations_path(
 ) -> epath.Path:
     """WORKDIR/translations/NAME.txt, with the name of `result_name`."""
     return epath.Path(workdir) / "translations" / f"{result_name(workdir, restored, dataset, fields)}.txt"
-
-
-def baseline_translations(
-    path: epath.PathLike,
-    checkpoint: str,
-    dataset: EvalDataset,
-    language: str,
-    fields: Mapping[str, Any] | None = None,
-) -> tuple[str, Sequence[str]]:
-    """The name of a baseline system, and its translations of the same sources.
-
-    Args:
-      path: a workdir, whose model translates them now, or a file of translations.
-      checkpoint: of the workdir.
-      dataset: whose sources are translated.
-      language: code of the target language.
-      fields: of decoding, instead of the workdir's own.
-
-    Raises:
-      UserError: the path is neither, the number of lines is wrong, or the model translates into another language.
-    """
-    path = epath.Path(path)
-    if not path.is_dir():
-        lines = list(text_files.read_lines(path))
-        if len(lines) != len(dataset.sources):
-            raise UserError(
-                f"--versus={path}: expected a translation of each of the {len(dataset.sources):,} sentences of "
-                f"{dataset.name}, got {len(lines):,} lines; name translations of the same set"
-            )
-        return path.name, lines
-    if not (path / "checkpoints").is_dir():
-        raise UserError(f"--versus={path}: expected a workdir of train.py or a file of translations, found neither")
-    baseline = load_checkpoint(path, checkpoint)
-    if baseline.config.data.target_language != language:
-        raise UserError(
-            f"--versus={path}: translates into {baseline.config.data.target_language!r}, expected {language!r}; "
-            "name a model of the same direction"
-        )
-    decode = validation.override_decode(baseline.config, dict(fields or {})).decode
-    translator = Translator(baseline.model, baseline.tokenizer, decode, baseline.mesh)
-    translations = translator.translate(baseline.params, dataset.sources)
-    translator.log_warnings()
-    return f"{path.name}, {baseline.description}", translations

@@ -20,10 +20,10 @@ CELL_PIXELS = 18  # pixels
 def attention_heatmaps(
     title: str, weights_LHTS: np.ndarray, source: Sequence[str], target: Sequence[str], layer: int
 ) -> str:
-    """The heat maps of one sentence.
+    """The heat maps of one attention of a sentence: from target tokens to source tokens.
 
     Args:
-      title: of the sentence.
+      title: of the attention.
       weights_LHTS: attention.
       source, target: subword tokens in SentencePiece's notation.
       layer: whose mean over heads is enlarged at first, counted from 1.
@@ -39,7 +39,7 @@ def attention_heatmaps(
         ]
         rows.append(f'<div class="layer"><span class="layer-name">layer {i + 1}</span>{"".join(cells)}</div>')
     return (
-        f'<section class="attention"><h3>{html.escape(title)}</h3>'
+        f'<section class="attention"><h4>{html.escape(title)}</h4>'
         f'<p class="shown">layer {layer}, mean of heads</p>'
         f'<div class="scroll">{_labelled_heatmap(first, source, target)}</div>'
         f'<div class="scroll">{"".join(rows)}</div></section>'
@@ -75,8 +75,8 @@ def _labelled_heatmap(address: str, source: Sequence[str], target: Sequence[str]
 
 
 def display_token(piece: str) -> str:
-    """A subword token without spaces; ␣ if it is only a space."""
-    return html.escape(piece.replace(SPACE, " ").strip() or "␣")
+    """A subword token with a dot for the space before it, which shows where a word begins."""
+    return html.escape(piece.replace(SPACE, "·"))
 
 
 def png_data_uri(weights_TS: np.ndarray) -> str:

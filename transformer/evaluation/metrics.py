@@ -109,18 +109,21 @@ def bleu_by_source_length(
     tokenizer: str = DEFAULT,
 ) -> dict[str, Scores]:
     """Number of sentences and corpus BLEU of sources with 0 to 10 words, 11 to 20, …; skips empty groups."""
+    scores: dict[str, Scores] = {}
+    for name, members in group_by_length([len(source.split()) for source in sources]).items():
+        group, *group_references = [[lines[i] for i in members] for lines in (hypotheses, *references)]
+        bleu = make_metric("bleu", tokenizer).corpus_score(group, group_references).score
+        scores[name] = {"sentences": len(members), "bleu": bleu}
+    return scores
+
+
+def group_by_length(lengths: Sequence[int]) -> dict[str, list[int]]:
+    """The indices of lengths from 0 to 10, 11 to 20, …, by the names of these groups; skips empty ones."""
     names = _length_names()
     groups: dict[str, list[int]] = {name: [] for name in names}
-    for i, source in enumerate(sources):
-        words = len(source.split())
-        groups[names[sum(words > limit for limit in LENGTH_BOUNDS)]].append(i)
-    scores: dict[str, Scores] = {}
-    for name, members in groups.items():
-        if members:
-            group, *group_references = [[lines[i] for i in members] for lines in (hypotheses, *references)]
-            bleu = make_metric("bleu", tokenizer).corpus_score(group, group_references).score
-            scores[name] = {"sentences": len(members), "bleu": bleu}
-    return scores
+    for i, length in enumerate(lengths):
+        groups[names[sum(length > limit for limit in LENGTH_BOUNDS)]].append(i)
+    return {name: members for name, members in groups.items() if members}
 
 
 def _length_names() -> list[str]:

@@ -1,12 +1,13 @@
 """Builds the HTML report of an evaluation: reports/ and report.html in the workdir.
 
 A self-contained page: scores with signatures, learning curves, the comparison with another system, worst and best
-sentences, and attention to the source by layer and head.
+sentences, and attention by layer and head.
 """
 
 import contextlib
 import datetime
 import html
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,16 +16,30 @@ from typing import Any
 from etils import epath
 
 from transformer.checkpoints.loading import RestoredModel
-from transformer.decoding.alignment import Aligner
+from transformer.config import DataConfig
+from transformer.decoding.alignment import Aligner, Attention
 from transformer.distributed import multihost
-from transformer.evaluation import summary
-from transformer.evaluation.charts import Series, bar_chart, line_chart
+from transformer.evaluation import comparison_html, summary
+from transformer.evaluation.bleu_tokenizer import choose_bleu_tokenizer
+from transformer.evaluation.charts import Series, line_chart
+from transformer.evaluation.comparison import Comparison, by_length
 from transformer.evaluation.continuous import read_evaluations
 from transformer.evaluation.evaluator import EvalDataset, EvalResult, result_name
 from transformer.evaluation.heatmaps import attention_heatmaps
-from transformer.evaluation.metrics import METRIC_NAMES
-from transformer.evaluation.report_html import Cell, render_page, section, sentence, stat_cards, table
-from transformer.evaluation.significance import ALPHA, SystemComparison, sentence_score
+from transformer.evaluation.metrics import group_by_length
+from transformer.evaluation.report_html import (
+    DIFF_LEGEND,
+    Cell,
+    details,
+    render_page,
+    section,
+    sentence,
+    stat_cards,
+    table,
+)
+from transformer.evaluation.significance import sentence_score
+from transformer.evaluation.systems import System, evaluated
+from transformer.models.flops import format_count
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import METRICS_FILE, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
@@ -33,14 +48,11 @@ REPORT_FILE = "report.html"
 NUM_SENTENCES = 8  # shown as worst, and as best
 MAX_RANKED = 2000  # sentences
 MIN_WORDS = 4  # of a source shown as best or with its attention
+MAX_SHARED = 0.5  # share of the words of a sentence that one shown before it may have
 MAX_ATTENTION_TOKENS = 40  # of a sentence whose attention is shown
-DIFF_LEGEND = (
-    'Marked: <mark class="odd">words of a translation</mark> that the reference lacks, and <mark class="lack">words of '
-    "the reference</mark> that the translation lacks."
-)
 ATTENTION_NOTE = (
-    "Rows are tokens of the translation, columns tokens of the source; the opacity is the weight, from 0 to 1. "
-    "Press a small map to enlarge it."
+    "Rows are the tokens that attend, columns those that they attend to; the opacity is the weight, from 0 to 1. A dot "
+    "begins a word. Press a small map to enlarge it."
 )
 
 
@@ -49,7 +61,7 @@ def write(
     restored: RestoredModel,
     dataset: EvalDataset,
     result: EvalResult,
-    comparison: SystemComparison | None = None,
+    comparison: Comparison | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes reports/NAME[.versus-BASELINE].html, named by `result_name`, and the newest also as report.html.
@@ -65,7 +77,7 @@ def write(
       fields: of decoding, other than the checkpoint's own.
     """
     name = result_name(workdir, restored, dataset, fields)
-    suffix = re.sub(r"[^\w.-]+", "-", f".versus-{comparison.name}") if comparison else ""
+    suffix = re.sub(r"[^\w.-]+", "-", f".versus-{comparison.systems[0].name}") if comparison else ""
     path, newest = epath.Path(workdir) / "reports" / f"{name}{suffix}.html", epath.Path(workdir) / REPORT_FILE
     text = build(workdir, restored, dataset, result, comparison)  # runs the model on all hosts
     if not multihost.is_primary():
@@ -87,7 +99,7 @@ def build(
     restored: RestoredModel,
     dataset: EvalDataset,
     result: EvalResult,
-    comparison: SystemComparison | None = None,
+    comparison: Comparison | None = None,
 ) -> str:
     """The page as HTML."""
     data = restored.config.data
@@ -98,22 +110,28 @@ def build(
     )
     ranked = rank_sentences(dataset, result.translations)
     sample = f", of {len(ranked):,} sentences ranked, evenly spread" if len(ranked) < result.sentences else ""
-    note = f"By chrF2{sample}. {DIFF_LEGEND}"
-    best = best_sentences(dataset, ranked)
+    note = f"By chrF2, of different lengths{sample}. {DIFF_LEGEND}"
+    this = evaluated(workdir, restored, result.translations)
+    systems = comparison.systems if comparison else [this]
+    worst = varied_sentences(dataset, ranked)
     return render_page(
         f"{epath.Path(workdir).name}: translation report",
         subtitle,
         [
             _stat_cards(result),
+            _runs(systems),
             section("scores", "Scores", _score_table(result)),
-            section("curves", "Learning curves", _curves(workdir, dataset.name)),
-            section("length", "BLEU by source length", _length_chart(result)),
-            _comparison(dataset, result, comparison) if comparison else "",
-            section("worst", "Worst sentences", _sentences(dataset, result, ranked[:NUM_SENTENCES]), note),
-            section("best", "Best sentences", _sentences(dataset, result, best), note),
-            section(
-                "attention", "Attention to the source", _attention(restored, dataset, result, ranked), ATTENTION_NOTE
+            section("curves", "Learning curves", _curves(systems, dataset.name)),
+            *(
+                comparison_html.sections(comparison)
+                if comparison
+                else [section("length", "BLEU by source length", _length_chart(this, dataset, data))]
             ),
+            section("worst", "Worst sentences", _sentences(dataset, result, worst), note),
+            section(
+                "best", "Best sentences", _sentences(dataset, result, best_sentences(dataset, ranked, worst)), note
+            ),
+            section("attention", "Attention", _attention(restored, dataset, result, ranked), ATTENTION_NOTE),
             section("config", "Config", _config(restored)),
         ],
     )
@@ -126,16 +144,51 @@ def rank_sentences(dataset: EvalDataset, translations: Sequence[str]) -> list[tu
     return sorted((sentence_score(translations[i], references, i), i) for i in range(0, len(translations), step))
 
 
-def best_sentences(dataset: EvalDataset, ranked: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
-    """The best sentences except those shown as worst; the longest first among equal scores."""
+def varied_sentences(dataset: EvalDataset, ranked: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """The first NUM_SENTENCES, taken in turn from each group of lengths, without any that repeats words of another.
+
+    Repeats fill up what is missing.
+    """
+    groups = group_by_length([len(dataset.sources[i].split()) for _, i in ranked]).values()
+    in_turn = [ranked[i] for turn in itertools.zip_longest(*groups) for i in turn if i is not None]
+    shown: list[tuple[float, int]] = []
+    words: list[set[str]] = []
+    for each in in_turn:
+        own = set(dataset.sources[each[1]].split())
+        if all(len(own & other) <= MAX_SHARED * min(len(own), len(other)) for other in words):
+            shown.append(each)
+            words.append(own)
+        if len(shown) == NUM_SENTENCES:
+            break
+    repeats = [each for each in in_turn if each not in shown]
+    rank = {each: number for number, each in enumerate(ranked)}
+    return sorted([*shown, *repeats[: NUM_SENTENCES - len(shown)]], key=lambda each: rank[each])
+
+
+def best_sentences(
+    dataset: EvalDataset, ranked: Sequence[tuple[float, int]], worst: Sequence[tuple[float, int]]
+) -> list[tuple[float, int]]:
+    """Some of the best sentences that are not among the worst, of different lengths and words."""
     words = [len(source.split()) for source in dataset.sources]
-    candidates = [each for each in ranked[NUM_SENTENCES:] if words[each[1]] >= MIN_WORDS]
-    return sorted(candidates, key=lambda each: (-each[0], -words[each[1]], each[1]))[:NUM_SENTENCES]
+    candidates = [each for each in ranked if each not in worst and words[each[1]] >= MIN_WORDS]
+    return varied_sentences(dataset, sorted(candidates, key=lambda each: (-each[0], -words[each[1]], each[1])))
 
 
 def _config(restored: RestoredModel) -> str:
-    fields = html.escape(restored.config.to_json())
-    return f"<details><summary>all fields</summary><pre>{fields}</pre></details>"
+    return details("all fields", f"<pre>{html.escape(restored.config.to_json())}</pre>")
+
+
+def _runs(systems: Sequence[System]) -> str:
+    """Size and cost of each model whose training is known."""
+    names = ["system", "checkpoint", "params", "target tokens", "FLOPs", "hours"]
+    rows = []
+    for system in systems:
+        if run := system.run:
+            cost = run.cost
+            costs = (format_count(cost.tokens), f"{cost.flops:.1e}", f"{cost.seconds / 3600:.2f}") if cost else "–––"
+            numbers = [Cell(text, "number") for text in (format_count(run.num_params), *costs)]
+            rows.append([Cell(system.label), Cell(run.description), *numbers])
+    return table([Cell(name, "number" if i > 1 else "") for i, name in enumerate(names)], rows) if rows else ""
 
 
 def _stat_cards(result: EvalResult) -> str:
@@ -155,36 +208,54 @@ def _score_table(result: EvalResult) -> str:
     return table([Cell("score"), Cell("value", "number"), Cell("signature or meaning")], rows)
 
 
-def _length_chart(result: EvalResult) -> str:
-    groups = result.scores["bleu_by_source_length"]
-    bars = [(words, group["bleu"], f"{group['sentences']:,} sentences") for words, group in groups.items()]
-    return f'<div class="charts">{bar_chart("BLEU", "words of the source", bars)}</div>' if bars else ""
+def _length_chart(system: System, dataset: EvalDataset, data: DataConfig) -> str:
+    """BLEU with bootstrap intervals."""
+    groups = group_by_length([len(source.split()) for source in dataset.sources])
+    tokenizer = choose_bleu_tokenizer(data, dataset.references[0]).name
+    breakdown = by_length("bleu", [system], dataset.references, groups, "source", tokenizer)
+    chart = comparison_html.breakdown_chart(breakdown, [system])
+    return f'<div class="charts">{chart}</div>' if chart else ""
 
 
-def _curves(workdir: epath.PathLike, name: str) -> str:
+def _curves(systems: Sequence[System], name: str) -> str:
     """Loss, BLEU, learning rate and speed by step, with the results of --watch on this data set."""
-    metrics = list(_read_metrics(epath.Path(workdir) / METRICS_FILE))
-    evaluations = {entry["step"]: entry for entry in read_evaluations(workdir) if entry["name"] == name}
+    runs = [(system.label, system.run) for system in systems if system.run]
+    many = len(runs) > 1
+    metrics = [list(_read_metrics(run.workdir / METRICS_FILE)) for _, run in runs]
+    evaluations = [
+        {entry["step"]: entry for entry in read_evaluations(run.workdir) if entry["name"] == name} for _, run in runs
+    ]
 
-    def training(title: str, key: str, markers: bool = False) -> Series:
-        return Series(title, [(m["step"], m[key]) for m in metrics if key in m], markers)
+    def lines(title: str, key: str, *, validation: bool = False, faint: bool = False) -> list[Series]:
+        return [
+            Series(
+                f"{label}, {title}" if many else title,
+                [(m["step"], m[key]) for m in run_metrics if key in m],
+                markers=validation,
+                color=number if many else 0,
+                faint=faint and many,
+            )
+            for number, ((label, _), run_metrics) in enumerate(zip(runs, metrics, strict=True), 1)
+        ]
 
-    def evaluated(key: str) -> Series:
-        return Series(
-            name, [(step, evaluations[step][key]) for step in sorted(evaluations) if key in evaluations[step]], True
-        )
+    def evaluated_lines(key: str) -> list[Series]:
+        return [
+            Series(
+                f"{label}, {name}" if many else name,
+                [(step, entries[step][key]) for step in sorted(entries) if key in entries[step]],
+                markers=True,
+                color=number + 2 if many else 0,
+            )
+            for number, ((label, _), entries) in enumerate(zip(runs, evaluations, strict=True), 1)
+        ]
 
+    speed = "target tokens per second"
+    losses = [*lines("training", "train/loss", faint=True), *lines("validation", "valid/loss", validation=True)]
     charts = [
-        line_chart(
-            "loss, nats per token",
-            "step",
-            [training("training", "train/loss"), training("validation", "valid/loss", True), evaluated("loss")],
-        ),
-        line_chart("BLEU", "step", [training("validation", "valid/bleu", True), evaluated("bleu")]),
-        line_chart("learning rate", "step", [training("learning rate", "train/learning_rate")]),
-        line_chart(
-            "target tokens per second", "step", [training("target tokens per second", "train/target_tokens_per_s")]
-        ),
+        line_chart("loss, nats per token", "step", [*losses, *evaluated_lines("loss")], log_y=True),
+        line_chart("BLEU", "step", [*lines("validation", "valid/bleu", validation=True), *evaluated_lines("bleu")]),
+        line_chart("learning rate", "step", lines("learning rate", "train/learning_rate")),
+        line_chart(speed, "step", lines(speed, "train/target_tokens_per_s")),
     ]
     drawn = "".join(charts)
     return f'<div class="charts">{drawn}</div>' if drawn else ""
@@ -198,24 +269,6 @@ def _read_metrics(path: epath.Path) -> Iterator[dict[str, Any]]:
                 values = json.loads(line)
                 float(values["step"])
                 yield values
-
-
-def _comparison(dataset: EvalDataset, result: EvalResult, comparison: SystemComparison) -> str:
-    rows = []
-    for each in comparison.tests:
-        p_values = (f"{p:.4f}" for p in (each.bootstrap_p, each.randomization_p))
-        numbers = [f"{each.score:.2f}", f"{each.baseline_score:.2f}", f"{each.difference:+.2f}", *p_values]
-        verdict = "significant" if each.is_significant else "may be chance"
-        rows.append([Cell(METRIC_NAMES[each.metric]), *(Cell(number, "number") for number in numbers), Cell(verdict)])
-    names = ["this", "other", "difference", "bootstrap p", "randomization p"]
-    content = table([Cell("score"), *(Cell(name, "number") for name in names), Cell("")], rows)
-    _, sources, references = dataset
-    for i, score, baseline_score in comparison.sentences:
-        pair = [("this", result.translations[i]), ("other", comparison.translations[i])]
-        title = f"sentence {i + 1:,} · chrF2 {score:.1f} against {baseline_score:.1f}"
-        content += sentence(title, sources[i], references[0][i], pair)
-    note = f"Significant: both p below {ALPHA}. Then the sentences that differ most in chrF2."
-    return section("versus", f"Against {comparison.name}", content, note)
 
 
 def _sentences(dataset: EvalDataset, result: EvalResult, ranked: Sequence[tuple[float, int]]) -> str:
@@ -248,18 +301,32 @@ def _attention(
     last = len(candidates) - 1
     selected = list(dict.fromkeys(candidates[quarter * last // 4] for quarter in (0, 2, 4))) if candidates else []
     config = restored.config
-    aligner = Aligner(
-        restored.model, restored.tokenizer, config.model.num_cross_attention_layers, config.decode, restored.mesh
-    )
+    layers = config.model.num_cross_attention_layers
+    aligner = Aligner(restored.model, restored.tokenizer, layers, config.decode, restored.mesh, self_attention=True)
     pairs = [[side[i] for _, i in selected] for side in sides]
     maps = dict(aligner.attention(restored.params, pairs[0], pairs[1]))
     return "".join(
-        attention_heatmaps(
-            f"sentence {i + 1:,} · chrF2 {score:.1f}",
-            maps[number].weights_LHTS,
-            restored.tokenizer.pieces(maps[number].source),
-            restored.tokenizer.pieces(maps[number].target),
-            aligner.layer,
-        )
+        f"<h3>sentence {i + 1:,} · chrF2 {score:.1f}</h3>{_attention_maps(restored, maps[number], aligner.layer)}"
         for number, (score, i) in enumerate(selected)
     )
+
+
+def _attention_maps(restored: RestoredModel, attention: Attention, layer: int) -> str:
+    """Cross-attention and, of a Transformer, self-attention of one sentence."""
+    source, target = (restored.tokenizer.pieces(ids) for ids in (attention.source, attention.target))
+    kinds = [
+        ("translation to source", attention.weights_LHTS, source, target),
+        ("source to itself", attention.encoder_LHSS, source, source),
+        ("translation to what precedes it", attention.decoder_LHTT, inputs_of(target), target),
+    ]
+    drawn = [
+        attention_heatmaps(title, weights, columns, rows, min(layer, len(weights)))
+        for title, weights, columns, rows in kinds
+        if weights is not None
+    ]
+    return f'<div class="maps">{"".join(drawn)}</div>'
+
+
+def inputs_of(tokens: Sequence[str]) -> list[str]:
+    """The tokens that the decoder reads where it writes these: each one after the one before it, <s> first."""
+    return ["<s>", *tokens[:-1]]

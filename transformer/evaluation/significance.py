@@ -1,4 +1,4 @@
-"""Compares two systems: significance of the difference, and the sentences that differ most.
+"""Significance of the difference between two systems.
 
 Both tests are those of sacreBLEU, with its seed ($SACREBLEU_SEED) and its numbers of samples: paired bootstrap
 resampling (Koehn 2004) and paired approximate randomization (Riezler and Maxwell 2005).
@@ -76,7 +76,7 @@ def paired_tests(
             f"expected two systems with equal numbers of translations, got {len(translations):,} and {len(baseline):,}"
         )
     if not translations:
-        raise UserError("--versus: there are no sentences to compare; name a set that is not empty")
+        raise UserError("there are no sentences to compare; name a set that is not empty")
     systems: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), ("system", list(translations))]
     results = {}
     for test in TESTS:
@@ -99,33 +99,10 @@ def _paired_test_result(results: dict[str, tuple], metric: str, index: int) -> P
         baseline_score=baseline.score,
         bootstrap_p=bootstrap_p,
         randomization_p=randomization_p,
-        interval=bootstrap.ci,
-        baseline_interval=baseline.ci,
+        interval=float(bootstrap.ci),
+        baseline_interval=float(baseline.ci),
         signatures=(str(results["bs"][0][key]), str(results["ar"][0][key])),
     )
-
-
-class SentenceDifference(NamedTuple):
-    """A sentence by its number in the data set, from 0, with the chrF2 of both systems."""
-
-    number: int
-    score: float
-    baseline_score: float
-
-
-def largest_differences(
-    translations: Sequence[str], baseline: Sequence[str], references: Sequence[Sequence[str]], count: int = 5
-) -> list[SentenceDifference]:
-    """The `count` sentences with the largest gain in chrF2, best first, and with the largest loss, worst last."""
-    differences = [
-        SentenceDifference(i, *(sentence_score(side[i], references, i) for side in (translations, baseline)))
-        for i in range(len(translations))
-        if translations[i] != baseline[i]
-    ]
-    ranked = sorted(differences, key=lambda each: each.baseline_score - each.score)
-    better = [each for each in ranked if each.score > each.baseline_score][:count]
-    worse = [each for each in ranked if each.score < each.baseline_score][-count:]
-    return better + worse
 
 
 def sentence_score(hypothesis: str, references: Sequence[Sequence[str]], index: int) -> float:
@@ -136,32 +113,10 @@ def sentence_score(hypothesis: str, references: Sequence[Sequence[str]], index: 
     return CHRF().sentence_score(hypothesis, sentence_references).score
 
 
-class SystemComparison(NamedTuple):
-    """The evaluated system compared with a baseline, given by its name and translations."""
-
-    name: str
-    translations: Sequence[str]
-    tests: list[PairedTestResult]
-    sentences: list[SentenceDifference]
-
-
-def compare_systems(
-    name: str,
-    baseline: Sequence[str],
-    translations: Sequence[str],
-    references: Sequence[Sequence[str]],
-    tokenizer: str = DEFAULT,
-    samples: int = 0,
-) -> SystemComparison:
-    """Compares by DEFAULT_METRICS; `samples` and errors as in `paired_tests`."""
-    tests = paired_tests(translations, baseline, references, tokenizer, samples=samples)
-    return SystemComparison(name, baseline, tests, largest_differences(translations, baseline, references))
-
-
-def as_json(comparison: SystemComparison) -> dict[str, Any]:
-    """The `versus` object of eval.py's JSON."""
-    fields: dict[str, Any] = {"name": comparison.name}
-    for each in comparison.tests:
+def as_json(name: str, tests: Sequence[PairedTestResult]) -> dict[str, Any]:
+    """The `versus` object of eval.py's JSON; `name` is that of the baseline."""
+    fields: dict[str, Any] = {"name": name}
+    for each in tests:
         fields[each.metric] = {
             "ours": each.score,
             "theirs": each.baseline_score,
@@ -173,36 +128,21 @@ def as_json(comparison: SystemComparison) -> dict[str, Any]:
     return fields
 
 
-def format_table(comparison: SystemComparison) -> str:
-    """The table for the terminal."""
+def format_table(name: str, baseline: str, tests: Sequence[PairedTestResult]) -> str:
+    """The table of a system and a baseline, by their names, for the terminal."""
+    width = max(13, len(name) + 2, len(baseline) + 2)
     rows = [
-        f"against {comparison.name}",
-        f"  {'':<8}{'this':>13}{'other':>15}{'difference':>13}{'bootstrap p':>13}{'randomization p':>17}",
+        f"{name} compared with {baseline}",
+        f"  {'':<8}{name:>{width}}{baseline:>{width + 2}}{'difference':>13}{'bootstrap p':>13}{'randomization p':>17}",
     ]
-    for each in comparison.tests:
+    for each in tests:
         verdict = "significant" if each.is_significant else "may be chance"
+        score, baseline_score = f"{each.score:.2f} ±{each.interval:4.2f}", f"{each.baseline_score:.2f} "
+        baseline_score += f"±{each.baseline_interval:4.2f}"
         rows.append(
-            f"  {METRIC_NAMES[each.metric]:<8}{each.score:7.2f} ±{each.interval:4.2f}{each.baseline_score:9.2f} "
-            f"±{each.baseline_interval:4.2f}{each.difference:+13.2f}{each.bootstrap_p:13.4f}"
-            f"{each.randomization_p:17.4f}   {verdict}"
+            f"  {METRIC_NAMES[each.metric]:<8}{score:>{width}}{baseline_score:>{width + 2}}{each.difference:+13.2f}"
+            f"{each.bootstrap_p:13.4f}{each.randomization_p:17.4f}   {verdict}"
         )
     rows.append(f"  significant: both p below {ALPHA}; ±: 95% interval of the bootstrap")
-    rows += [f"  {signature}" for signature in comparison.tests[0].signatures]
+    rows += [f"  {signature}" for signature in tests[0].signatures]
     return "\n".join(rows)
-
-
-def format_examples(
-    comparison: SystemComparison,
-    sources: Sequence[str],
-    references: Sequence[Sequence[str]],
-    translations: Sequence[str],
-) -> str:
-    """The sentences that differ most, for the terminal."""
-    return "\n".join(
-        f"  sentence {each.number + 1:,}: chrF2 {each.score:.1f} against {each.baseline_score:.1f}\n"
-        f"    source      {sources[each.number]}\n"
-        f"    this        {translations[each.number]}\n"
-        f"    other       {comparison.translations[each.number]}\n"
-        f"    reference   {references[0][each.number]}\n"
-        for each in comparison.sentences
-    )

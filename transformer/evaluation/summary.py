@@ -5,13 +5,13 @@ from typing import Any
 
 from transformer.checkpoints.loading import RestoredModel
 from transformer.evaluation import significance
+from transformer.evaluation.comparison import Comparison
 from transformer.evaluation.evaluator import EvalDataset, EvalResult
 from transformer.evaluation.metrics import DEFAULT_METRICS, METRIC_NAMES
-from transformer.evaluation.significance import SystemComparison
 from transformer.models.flops import TrainingCost
 
 
-def as_json(restored: RestoredModel, result: EvalResult, comparison: SystemComparison | None = None) -> dict[str, Any]:
+def as_json(restored: RestoredModel, result: EvalResult, comparison: Comparison | None = None) -> dict[str, Any]:
     """The fields of eval.py's JSON; non-finite values are null."""
     cost = TrainingCost.from_metrics(restored.metrics)
     first = (*DEFAULT_METRICS, "length_ratio")
@@ -31,7 +31,7 @@ def as_json(restored: RestoredModel, result: EvalResult, comparison: SystemCompa
         **{name: value for name, value in result.scores.items() if name not in headline},
     }
     if comparison:
-        fields["versus"] = significance.as_json(comparison)
+        fields["versus"] = significance.as_json(comparison.systems[0].name, comparison.tests[0])
     return fields
 
 

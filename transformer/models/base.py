@@ -107,6 +107,14 @@ class Seq2SeqModel(nnx.Module):
         """
         raise NotImplementedError
 
+    def self_attention(self, source_BS: Array, target_BT: Array) -> tuple[Array, Array] | None:
+        """Self-attention weights of encoder and decoder, teacher-forced; None if the architecture has none.
+
+        Returns:
+          float32 [B, L, H, S, S] and [B, L, H, T, T]; rows of padding are meaningless.
+        """
+        return None
+
     def init_decode(
         self, source_BS: Array, beams: int, max_length: int, cache_length: int | None = None
     ) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ B batch, S source length, T target length, D model width, V vocabulary, N beams,
 H heads, K width per head, L layers.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -65,6 +66,20 @@ class EncodedSource(NamedTuple):
     mask: AttentionMask
 
 
+def recorded(
+    attention: MultiHeadAttention, mask: AttentionMask, weights: list[Array], memory_BSD: Array | None = None
+) -> Callable[[Array], Array]:
+    """Attention of its input to itself, or to a memory, that appends its weights, float32 [B, H, T, S], to a list."""
+
+    def attend(y_BTD: Array) -> Array:
+        attended_BSD = y_BTD if memory_BSD is None else memory_BSD
+        k_BSHK, _ = attention.keys_values(attended_BSD)
+        weights.append(attention.attention_weights(y_BTD, k_BSHK, mask))
+        return attention(y_BTD, attended_BSD, mask)
+
+    return attend
+
+
 class EncoderLayer(nnx.Module):
     """Self-attention, then feed-forward."""
 
@@ -79,6 +94,12 @@ class EncoderLayer(nnx.Module):
         x_BSD = self.attention_residual(x_BSD, lambda y: self.attention(y, y, mask, keys[0]), keys[1])
         return self.mlp_residual(x_BSD, lambda y: self.mlp(y, keys[2]), keys[3])
 
+    def self_attention_weights(self, x_BSD: Array, mask: AttentionMask) -> tuple[Array, Array]:
+        """Calls the layer without dropout; also returns its attention weights, float32 [B, H, S, S]."""
+        weights: list[Array] = []
+        x_BSD = self.attention_residual(x_BSD, recorded(self.attention, mask, weights))
+        return self.mlp_residual(x_BSD, self.mlp), weights[0]
+
 
 class DecoderLayer(nnx.Module):
     """Causal self-attention, cross-attention, then feed-forward."""
@@ -92,26 +113,25 @@ class DecoderLayer(nnx.Module):
         self.mlp_residual = make_residual(config, rngs)
 
     def __call__(
-        self,
-        x_BTD: Array,
-        encoded_BSD: Array,
-        self_mask: AttentionMask,
-        cross_mask: AttentionMask,
-        key: Key,
-        weights: list[Array] | None = None,
+        self, x_BTD: Array, encoded_BSD: Array, self_mask: AttentionMask, cross_mask: AttentionMask, key: Key
     ) -> Array:
-        """Calls the layer; appends its cross-attention weights, float32 [B, H, T, S], to `weights` if given."""
         keys = split_key(key, 6)
-
-        def cross_attend(y_BTD: Array) -> Array:
-            if weights is not None:
-                k_BSHK, _ = self.cross.keys_values(encoded_BSD)
-                weights.append(self.cross.attention_weights(y_BTD, k_BSHK, cross_mask))
-            return self.cross(y_BTD, encoded_BSD, cross_mask, keys[2])
-
         x_BTD = self.attention_residual(x_BTD, lambda y: self.attention(y, y, self_mask, keys[0]), keys[1])
-        x_BTD = self.cross_residual(x_BTD, cross_attend, keys[3])
+        x_BTD = self.cross_residual(x_BTD, lambda y: self.cross(y, encoded_BSD, cross_mask, keys[2]), keys[3])
         return self.mlp_residual(x_BTD, lambda y: self.mlp(y, keys[4]), keys[5])
+
+    def attention_weights(
+        self, x_BTD: Array, encoded_BSD: Array, self_mask: AttentionMask, cross_mask: AttentionMask
+    ) -> tuple[Array, Array, Array]:
+        """Calls the layer without dropout.
+
+        Returns:
+          Its output, and the weights of self-attention, float32 [B, H, T, T], and cross-attention [B, H, T, S].
+        """
+        weights: list[Array] = []
+        x_BTD = self.attention_residual(x_BTD, recorded(self.attention, self_mask, weights))
+        x_BTD = self.cross_residual(x_BTD, recorded(self.cross, cross_mask, weights, encoded_BSD))
+        return self.mlp_residual(x_BTD, self.mlp), *weights
 
     def step(
         self,
@@ -199,14 +219,29 @@ class Transformer(Seq2SeqModel):
 
     def cross_attention(self, source_BS: Array, target_BT: Array) -> Array:
         """Implements `Seq2SeqModel.cross_attention`."""
+        return self._decoder_attention(source_BS, target_BT)[1]
+
+    def self_attention(self, source_BS: Array, target_BT: Array) -> tuple[Array, Array]:
+        """Implements `Seq2SeqModel.self_attention`."""
+        x_BSD = self._embed("source", source_BS, self._position_encodings("source", source_BS.shape[1]), None)
+        mask, weights = AttentionMask(kv_segment_ids_BS=segment_ids(source_BS)), []
+        for layer in unstack_layers(self.encoder, self.config.num_layers):
+            x_BSD, weights_BHSS = layer.self_attention_weights(x_BSD, mask)
+            weights.append(weights_BHSS)
+        return jnp.stack(weights, axis=1), self._decoder_attention(source_BS, target_BT)[0]
+
+    def _decoder_attention(self, source_BS: Array, target_BT: Array) -> tuple[Array, Array]:
+        """Weights of self-attention and of cross-attention: [B, L, H, T, T] and [B, L, H, T, S]."""
         encoded_BSD = self.encode(source_BS)
         inputs_BT = shift_right(target_BT)
         x_BTD = self._embed("target", inputs_BT, self._position_encodings("target", inputs_BT.shape[1]), None)
         self_mask, cross_mask = AttentionMask(causal=True), AttentionMask(kv_segment_ids_BS=segment_ids(source_BS))
-        weights: list[Array] = []
+        weights = []
         for layer in unstack_layers(self.decoder, self.config.num_layers):
-            x_BTD = layer(x_BTD, encoded_BSD, self_mask, cross_mask, None, weights)
-        return jnp.stack(weights, axis=1)
+            x_BTD, *layer_weights = layer.attention_weights(x_BTD, encoded_BSD, self_mask, cross_mask)
+            weights.append(layer_weights)
+        of_self, of_cross = (jnp.stack(each, axis=1) for each in zip(*weights, strict=True))
+        return of_self, of_cross
 
     def init_decode(
         self, source_BS: Array, beams: int, max_length: int, cache_length: int | None = None

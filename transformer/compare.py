@@ -1,0 +1,133 @@
+"""Compares systems on a test set: a page of scores, significance, breakdowns and sentences.
+
+    python -m transformer.compare runs/a runs/b [runs/c …]
+    python -m transformer.compare a.txt b.txt --reference=FILE[,FILE…] [--source=FILE]
+
+Each system is a workdir, of which the newest translations by eval.py are taken, or a file of translations, one sentence
+a line, of any program. The first one is the baseline. A table goes to stderr, one JSON object last to stdout.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from etils import epath
+
+from transformer import command_line
+from transformer.config import DataConfig
+from transformer.data import corpus, text_files
+from transformer.evaluation import bleu_tokenizer, comparison, comparison_html, significance, systems
+from transformer.evaluation.evaluator import EvalDataset, load_eval_dataset
+from transformer.evaluation.report_html import render_page
+from transformer.evaluation.systems import System
+from transformer.runtime.errors import UserError
+from transformer.runtime.files import check_writable, user_error_on_oserror, write_atomic
+from transformer.runtime.logging import log_info
+
+
+def main(argv: list[str]) -> None:
+    """Reads the translations, compares them, writes the page."""
+    args = _parse(argv[1:])
+    with user_error_on_oserror(f"--output={args.output}"):
+        check_writable(args.output)
+    test_set = load_test_set(args)
+    dataset = test_set.dataset
+    compared = load_systems(args.systems, dataset)
+    tokenizer = bleu_tokenizer.choose_bleu_tokenizer(test_set.data, dataset.references[0])
+    log_info(str(tokenizer))
+    result = comparison.compare(compared, dataset.sources, dataset.references, tokenizer.name, test_set.training)
+    for system, tests in zip(compared[1:], result.tests, strict=True):
+        log_info(f"\n{significance.format_table(system.label, compared[0].label, tests)}\n")
+    subtitle = f"{dataset.name}, {len(dataset.references[0]):,} sentences · " + " · ".join(
+        f"{system.label}: {system.name}" for system in compared
+    )
+    title = " and ".join(system.label for system in compared)
+    with user_error_on_oserror(f"--output={args.output}"):
+        write_atomic(args.output, render_page(f"{title} compared", subtitle, comparison_html.sections(result)))
+    log_info(f"page: {args.output}")
+    print(json.dumps({**comparison.as_json(result), "page": args.output}))
+
+
+class TestSet(NamedTuple):
+    """What systems are compared on.
+
+    Attributes:
+      dataset: its sources are empty if they are unknown.
+      data: for the choice of BLEU's tokenizer.
+      training: text in which words are counted; None for the references.
+    """
+
+    dataset: EvalDataset
+    data: DataConfig
+    training: Iterable[str] | None
+
+
+def load_test_set(args: argparse.Namespace) -> TestSet:
+    """The files of the flags, or the split of the first workdir.
+
+    Raises:
+      UserError: there is neither, or a file is missing.
+    """
+    workdirs = [path for path in args.systems if os.path.isdir(path)]
+    data = systems.read_config(workdirs[0]).data if workdirs else DataConfig(target_language="")
+    training = text_files.read_lines(args.frequency_corpus) if args.frequency_corpus else None
+    if args.reference:
+        if workdirs and not args.source:
+            raise UserError(f"{workdirs[0]}: its translations are found by their sources; add --source=FILE")
+        if args.source:
+            return TestSet(load_eval_dataset(data, None, args.source, args.reference), data, training)
+        references = [list(text_files.read_lines(path)) for path in args.reference]
+        return TestSet(EvalDataset(epath.Path(args.reference[0]).name, [], references), data, training)
+    if not workdirs:
+        raise UserError("files of translations need --reference=FILE, got none; --source=FILE is optional")
+    dataset = load_eval_dataset(data, args.split, None, None)
+    if training is None:
+        training = (target for _, target in corpus.open_corpus(data).split("train"))
+    return TestSet(dataset, data, training)
+
+
+def load_systems(paths: list[str], dataset: EvalDataset) -> list[System]:
+    """The translations of each workdir or file."""
+    files = [os.fspath(systems.newest_translations(path, dataset)) if os.path.isdir(path) else path for path in paths]
+    return [
+        System(label, file, systems.read_translations(file, dataset, file))
+        for label, file in zip(systems.labels(paths), files, strict=True)
+    ]
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m transformer.compare", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
+    path = command_line.absolute_path
+    parser.add_argument("systems", nargs="+", type=path, help="workdirs or files of translations, the baseline first")
+    parser.add_argument("--source", type=path, help="text file of the sources, one sentence a line")
+    parser.add_argument(
+        "--reference", type=command_line.absolute_paths, default=[], help="its references; several with commas between"
+    )
+    parser.add_argument("--split", help="split of the first workdir's data set (default: test)")
+    parser.add_argument(
+        "--frequency_corpus",
+        type=path,
+        help="text in which words are counted (default: the training text of the first workdir, or the references)",
+    )
+    parser.add_argument(
+        "--output", type=path, default=path("comparison.html"), help="the page (default: comparison.html)"
+    )
+    args = parser.parse_args(arguments)
+    if len(args.systems) < 2:
+        raise UserError(f"expected two systems or more, got {len(args.systems)}; name the baseline first")
+    if args.source and not args.reference:
+        raise UserError("--source goes with --reference, got none")
+    if args.reference and args.split:
+        raise UserError("expected --split, or --reference, got both")
+    read = filter(None, (*args.systems, args.source, args.frequency_corpus, *args.reference))
+    if os.path.realpath(args.output) in map(os.path.realpath, read):
+        raise UserError(f"--output={args.output} would overwrite what is read; name another file")
+    return args
+
+
+if __name__ == "__main__":
+    command_line.run(main)

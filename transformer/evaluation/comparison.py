@@ -1,0 +1,287 @@
+"""Compares systems on a test set: where they differ, by length, by frequency of words, by n-grams, by sentence.
+
+The first system is the baseline: each of the others is compared with it. The analyses are those of compare-mt (Neubig
+et al. 2019) and MT-Telescope (Rei et al. 2021).
+"""
+
+import collections
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transformer.evaluation import significance
+from transformer.evaluation.bleu_tokenizer import split_words
+from transformer.evaluation.metrics import METRIC_NAMES, group_by_length, make_metric
+from transformer.evaluation.significance import PairedTestResult, paired_tests, sentence_score
+from transformer.evaluation.systems import System
+
+FREQUENCIES = {"0": 0, "1": 1, "2-4": 4, "5-9": 9, "10-99": 99, "100-999": 999, "1000+": math.inf}  # group → largest
+NUM_RESAMPLES = 1000
+MAX_NGRAM, NUM_NGRAMS = 4, 10  # longest n-grams; shown of each side
+SMOOTHING = 1.0  # added to each count of matches
+
+Words = Sequence[Sequence[str]]
+
+
+class Breakdown(NamedTuple):
+    """Scores of all systems by groups of sentences or words.
+
+    Attributes:
+      key: of the JSON.
+      title: of the chart, the metric first.
+      x_label: what the groups are of.
+      unit: what is counted: sentences or words.
+      counts: by group.
+      scores, intervals: of each system by group; half the width of a 95% interval, or no intervals at all.
+    """
+
+    key: str
+    title: str
+    x_label: str
+    unit: str
+    counts: dict[str, int]
+    scores: list[dict[str, float]]
+    intervals: list[dict[str, float]]
+
+
+class NgramDifference(NamedTuple):
+    """An n-gram, how often each of two systems matches it in the references, and how often these hold it.
+
+    log_odds: log((matches + 1) / (baseline_matches + 1)).
+    """
+
+    text: str
+    matches: int
+    baseline_matches: int
+    total: int
+    log_odds: float
+
+
+class Comparison(NamedTuple):
+    """Systems, the first of which is the baseline, compared on one test set.
+
+    Attributes:
+      sources: empty if unknown.
+      tests: of each system but the baseline.
+      breakdowns: by length and by frequency of words.
+      ngrams: of each system but the baseline: those that differ most in favor of the baseline, and of the system.
+      sentence_scores: chrF2 of each sentence, by system.
+    """
+
+    systems: Sequence[System]
+    sources: Sequence[str]
+    references: Sequence[Sequence[str]]
+    tests: list[list[PairedTestResult]]
+    breakdowns: list[Breakdown]
+    ngrams: list[tuple[list[NgramDifference], list[NgramDifference]]]
+    sentence_scores: list[list[float]]
+
+    def differences(self, system: int) -> list[float]:
+        """The chrF2 of each sentence minus the baseline's."""
+        return [a - b for a, b in zip(self.sentence_scores[system], self.sentence_scores[0], strict=True)]
+
+
+def compare(
+    systems: Sequence[System],
+    sources: Sequence[str],
+    references: Sequence[Sequence[str]],
+    tokenizer: str,
+    training: Iterable[str] | None = None,
+    samples: int = 0,
+) -> Comparison:
+    """Compares systems.
+
+    Args:
+      systems: two or more; the first is the baseline.
+      sources: for the lengths; those of the first references if it is empty.
+      references: one or several lists, each as long as the translations.
+      tokenizer: of BLEU, also for words, named as in `choose_bleu_tokenizer`.
+      training: text of the target language in which words are counted; None: the first references.
+      samples: of the significance tests, as in `paired_tests`.
+
+    Raises:
+      UserError: as `paired_tests`.
+    """
+    baseline, *others = systems
+    tests = [
+        paired_tests(each.translations, baseline.translations, references, tokenizer, samples=samples)
+        for each in others
+    ]
+    words = [split_words(each.translations, tokenizer) for each in systems]
+    reference_words = split_words(references[0], tokenizer)
+    lengths = [len(line.split()) for line in sources] if sources else [len(line) for line in reference_words]
+    counted = _split_lines(training, tokenizer) if training else reference_words
+    counts = collections.Counter(word for line in counted for word in line)
+    side = "source" if sources else "reference"
+    breakdowns = [
+        by_length(name, systems, references, group_by_length(lengths), side, tokenizer) for name in ("bleu", "chrf")
+    ]
+    breakdowns.append(by_frequency(words, reference_words, counts, "training text" if training else "references"))
+    matches = [count_matches(each, reference_words) for each in words]
+    totals = collections.Counter(ngram for line in reference_words for ngram in ngrams_of(line))
+    return Comparison(
+        systems,
+        sources,
+        references,
+        tests,
+        breakdowns,
+        [ngram_differences(matches[0], each, totals) for each in matches[1:]],
+        [[sentence_score(line, references, i) for i, line in enumerate(each.translations)] for each in systems],
+    )
+
+
+def _split_lines(lines: Iterable[str], tokenizer: str) -> Iterator[list[str]]:
+    """The words of a long text, of which only a part is in memory."""
+    lines = iter(lines)
+    while group := list(itertools.islice(lines, 4096)):
+        yield from split_words(group, tokenizer)
+
+
+def by_length(
+    metric: str,
+    systems: Sequence[System],
+    references: Sequence[Sequence[str]],
+    groups: Mapping[str, Sequence[int]],
+    side: str,
+    tokenizer: str,
+) -> Breakdown:
+    """A corpus metric of the sentences of each length, with bootstrap intervals."""
+    scores: list[dict[str, float]] = [{} for _ in systems]
+    intervals: list[dict[str, float]] = [{} for _ in systems]
+    for group, members in groups.items():
+        group_references = [[lines[i] for i in members] for lines in references]
+        for number, system in enumerate(systems):
+            found, interval = score_with_interval(
+                metric, [system.translations[i] for i in members], group_references, tokenizer
+            )
+            scores[number][group], intervals[number][group] = found, interval
+    counts = {group: len(members) for group, members in groups.items()}
+    title = f"{METRIC_NAMES[metric]} by {side} length"
+    return Breakdown(
+        f"{metric}_by_{side}_length", title, f"words of the {side}", "sentences", counts, scores, intervals
+    )
+
+
+def score_with_interval(
+    metric: str, translations: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str
+) -> tuple[float, float]:
+    """A corpus score, and half the width of its 95% bootstrap interval."""
+    found = make_metric(metric, tokenizer).corpus_score(list(translations), list(references), n_bootstrap=NUM_RESAMPLES)
+    return float(found.score), float(found._ci)  # sacreBLEU has no public name for it
+
+
+def by_frequency(systems: Sequence[Words], references: Words, counts: Mapping[str, int], text: str) -> Breakdown:
+    """F1 of the words of each frequency, in percent.
+
+    Precision is the share of a system's words that match the reference of their sentence, each as often as it is
+    there; recall is the share of the references' words that are matched.
+    """
+
+    def group_of(word: str) -> str:
+        return next(name for name, largest in FREQUENCIES.items() if counts.get(word, 0) <= largest)
+
+    expected = collections.Counter(group_of(word) for line in references for word in line)
+    scores = []
+    for lines in systems:
+        produced = collections.Counter(group_of(word) for line in lines for word in line)
+        matched: collections.Counter[str] = collections.Counter()
+        for line, reference in zip(lines, references, strict=True):
+            for word, count in (collections.Counter(line) & collections.Counter(reference)).items():
+                matched[group_of(word)] += count
+        scores.append(
+            {name: 200 * matched[name] / (produced[name] + expected[name]) for name in FREQUENCIES if expected[name]}
+        )
+    groups = {name: expected[name] for name in FREQUENCIES if expected[name]}
+    title, x_label = "F1 of words by frequency", f"occurrences of the word in the {text}"
+    return Breakdown("f1_by_frequency", title, x_label, "words", groups, scores, [])
+
+
+def ngrams_of(words: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    """All n-grams up to MAX_NGRAM words."""
+    return (tuple(words[i : i + n]) for n in range(1, MAX_NGRAM + 1) for i in range(len(words) - n + 1))
+
+
+def count_matches(system: Words, references: Words) -> collections.Counter[tuple[str, ...]]:
+    """How often a system's n-grams are in the reference of their sentence, each at most as often as it is there."""
+    matches: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for line, reference in zip(system, references, strict=True):
+        matches.update(collections.Counter(ngrams_of(line)) & collections.Counter(ngrams_of(reference)))
+    return matches
+
+
+def ngram_differences(
+    baseline: Mapping[tuple[str, ...], int],
+    system: Mapping[tuple[str, ...], int],
+    totals: Mapping[tuple[str, ...], int],
+) -> tuple[list[NgramDifference], list[NgramDifference]]:
+    """The n-grams that differ most in favor of the baseline, and of the system, by smoothed log-odds.
+
+    Of equal odds the longer n-gram comes first, and n-grams within one that is listed with the same counts are left
+    out.
+    """
+    found = [
+        NgramDifference(
+            " ".join(ngram),
+            system.get(ngram, 0),
+            baseline.get(ngram, 0),
+            totals[ngram],
+            math.log((system.get(ngram, 0) + SMOOTHING) / (baseline.get(ngram, 0) + SMOOTHING)),
+        )
+        for ngram in baseline.keys() | system.keys()
+    ]
+    found.sort(key=lambda each: (-abs(each.log_odds), -len(each.text.split()), each.text))
+    return _distinct(each for each in found if each.log_odds < 0), _distinct(
+        each for each in found if each.log_odds > 0
+    )
+
+
+def _distinct(ngrams: Iterable[NgramDifference]) -> list[NgramDifference]:
+    kept: list[NgramDifference] = []
+    for each in ngrams:
+        if not any(f" {each.text} " in f" {other.text} " and each[1:3] == other[1:3] for other in kept):
+            kept.append(each)
+        if len(kept) == NUM_NGRAMS:
+            break
+    return kept
+
+
+def largest_differences(comparison: Comparison, count: int = 5) -> list[int]:
+    """Indices of the sentences with the largest gains of system 1 in chrF2, best first, and losses, worst last."""
+    differences = comparison.differences(1)
+    ranked = sorted(range(len(differences)), key=lambda i: -differences[i])
+    better = [i for i in ranked if differences[i] > 0][:count]
+    return better + [i for i in ranked if differences[i] < 0][-count:]
+
+
+def format_examples(comparison: Comparison) -> str:
+    """The sentences in which system 1 differs most from the baseline, for the terminal."""
+    baseline, system = comparison.systems[:2]
+    width = max(12, *(len(each.label) + 2 for each in (baseline, system)))
+    blocks = []
+    for i in largest_differences(comparison):
+        scores = [scores[i] for scores in comparison.sentence_scores]
+        rows = [("source", comparison.sources[i])] if comparison.sources else []
+        rows += [(each.label, each.translations[i]) for each in (system, baseline)]
+        rows.append(("reference", comparison.references[0][i]))
+        title = f"  sentence {i + 1:,}: chrF2 {scores[1]:.1f} against {scores[0]:.1f}\n"
+        blocks.append(title + "".join(f"    {name:<{width}}{text}\n" for name, text in rows))
+    return "\n".join(blocks)
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """The JSON of `transformer.compare`: `systems`, each with scores by metric, length and frequency."""
+    systems = []
+    for number, system in enumerate(comparison.systems):
+        fields: dict[str, Any] = {"name": system.label, "path": system.name}
+        for test in comparison.tests[max(number - 1, 0)]:
+            score, interval = (
+                (test.baseline_score, test.baseline_interval) if number == 0 else (test.score, test.interval)
+            )
+            fields |= {test.metric: score, f"{test.metric}_interval": interval}
+        fields |= {breakdown.key: breakdown.scores[number] for breakdown in comparison.breakdowns}
+        if number:
+            baseline = comparison.systems[0].label
+            fields["versus"] = significance.as_json(baseline, comparison.tests[number - 1])
+        systems.append(fields)
+    return {"sentences": len(comparison.references[0]), "systems": systems}

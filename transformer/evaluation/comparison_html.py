@@ -1,0 +1,180 @@
+"""The sections of a page on a comparison of systems: `transformer.compare`, and the report of `eval.py --versus`."""
+
+from collections.abc import Sequence
+
+from transformer.evaluation.charts import Bars, bar_chart, histogram
+from transformer.evaluation.comparison import Breakdown, Comparison, NgramDifference, System
+from transformer.evaluation.metrics import METRIC_NAMES
+from transformer.evaluation.report_html import (
+    DIFF_LEGEND,
+    Cell,
+    details,
+    escape,
+    section,
+    sentence,
+    sentence_browser,
+    table,
+)
+from transformer.evaluation.significance import ALPHA
+
+BIN_WIDTHS = (0.5, 1, 2, 5, 10)  # of the histogram, in chrF2; the smallest that needs at most MAX_BINS
+MAX_BINS = 40
+MAX_SENTENCES = 5000  # on the page, the ones that differ most
+WON_LEGEND = (
+    f'{DIFF_LEGEND} <mark class="won">Words that match</mark> the reference, but that another system there lacks.'
+)
+
+
+def sections(comparison: Comparison) -> list[str]:
+    """Scores, breakdowns, n-grams, and all sentences."""
+    baseline, count = comparison.systems[0].label, len(comparison.references[0])
+    charts = "".join(breakdown_chart(each, comparison.systems) for each in comparison.breakdowns)
+    charts += "".join(
+        difference_histogram(comparison, number, f"{system.label} − {baseline}")
+        for number, system in enumerate(comparison.systems[1:], 1)
+    )
+    tables = "".join(breakdown_table(each, comparison.systems) for each in comparison.breakdowns)
+    return [
+        section(
+            "versus",
+            f"Compared with {baseline}",
+            score_table(comparison),
+            f"±: 95% interval of the bootstrap. Significant: both p below {ALPHA}. {count:,} sentences.",
+        ),
+        section(
+            "breakdowns",
+            "Where they differ",
+            f'<div class="charts">{charts}</div>{details("the same as tables", tables)}',
+            "Lines on bars are 95% intervals of the bootstrap. F1 counts words by precision and recall.",
+        ),
+        section(
+            "ngrams",
+            "N-grams that one system matches more often",
+            "".join(
+                ngram_tables(baseline, system.label, pair)
+                for system, pair in zip(comparison.systems[1:], comparison.ngrams, strict=True)
+            ),
+            "How often each n-gram of up to four words matches the reference of its sentence. Log-odds: log((a + 1) / "
+            "(b + 1)).",
+        ),
+        sentence_section(comparison),
+    ]
+
+
+def score_table(comparison: Comparison) -> str:
+    """Each metric of each system, and the tests against the baseline."""
+    rows = []
+    for index, test in enumerate(comparison.tests[0]):
+        numbers = [f"{test.baseline_score:.2f} ± {test.baseline_interval:.2f}", "", "", ""]
+        rows.append(_row(METRIC_NAMES[test.metric], comparison.systems[0].label, numbers, "baseline"))
+        for system, tests in zip(comparison.systems[1:], comparison.tests, strict=True):
+            each = tests[index]
+            numbers = [
+                f"{each.score:.2f} ± {each.interval:.2f}",
+                f"{each.difference:+.2f}",
+                f"{each.bootstrap_p:.4f}",
+                f"{each.randomization_p:.4f}",
+            ]
+            rows.append(_row("", system.label, numbers, "significant" if each.is_significant else "may be chance"))
+    names = ["value", "difference", "bootstrap p", "randomization p"]
+    signatures = [test.signatures[0] for test in comparison.tests[0]]
+    notes = "".join(f"<p class='soft'>{escape(signature)}</p>" for signature in signatures)
+    head = [Cell("score"), Cell("system"), *(Cell(name, "number") for name in names), Cell("")]
+    return table(head, rows) + details("signatures", notes)
+
+
+def _row(metric: str, system: str, numbers: Sequence[str], verdict: str) -> list[Cell]:
+    return [Cell(metric), Cell(system), *(Cell(number, "number") for number in numbers), Cell(verdict)]
+
+
+def breakdown_chart(breakdown: Breakdown, systems: Sequence[System]) -> str:
+    """Grouped bars."""
+    series = [
+        Bars(
+            system.label,
+            list(scores.values()),
+            [
+                f"{system.label}, {group}: {score:.1f}, {breakdown.counts[group]:,} {breakdown.unit}"
+                for group, score in scores.items()
+            ],
+            list(intervals.values()),
+        )
+        for system, scores, intervals in zip(
+            systems, breakdown.scores, breakdown.intervals or [{} for _ in systems], strict=True
+        )
+    ]
+    return bar_chart(breakdown.title, breakdown.x_label, list(breakdown.counts), series)
+
+
+def breakdown_table(breakdown: Breakdown, systems: Sequence[System]) -> str:
+    """The numbers of the chart."""
+    head = [breakdown.x_label, breakdown.unit, *(system.label for system in systems)]
+    rows = []
+    for group, count in breakdown.counts.items():
+        values = [f"{scores[group]:.1f}" for scores in breakdown.scores]
+        if breakdown.intervals:
+            values = [
+                f"{value} ± {intervals[group]:.1f}"
+                for value, intervals in zip(values, breakdown.intervals, strict=True)
+            ]
+        rows.append([Cell(group), *(Cell(value, "number") for value in (f"{count:,}", *values))])
+    cells = [Cell(name, "number" if number else "") for number, name in enumerate(head)]
+    return f"<h3>{escape(breakdown.title)}</h3>{table(cells, rows)}"
+
+
+def difference_histogram(comparison: Comparison, system: int, title: str) -> str:
+    """How many sentences differ by how much."""
+    differences = comparison.differences(system)
+    largest = max(map(abs, differences), default=0.0)
+    width = next((width for width in BIN_WIDTHS if 2 * largest / width <= MAX_BINS), BIN_WIDTHS[-1])
+    names = tuple(f"{comparison.systems[i].label} better" for i in (0, system))
+    return histogram(f"Sentences by {title}", "difference in chrF2", differences, width, (names[0], names[1]))
+
+
+def ngram_tables(baseline: str, system: str, pair: tuple[list[NgramDifference], list[NgramDifference]]) -> str:
+    """Two tables side by side: in favor of the baseline, and of the system."""
+    head = [Cell("n-gram"), *(Cell(name, "number") for name in (baseline, system, "references", "log-odds"))]
+    blocks = []
+    for name, ngrams in zip((baseline, system), pair, strict=True):
+        rows = [
+            [
+                Cell(each.text, "words"),
+                *(Cell(f"{count:,}", "number") for count in (each.baseline_matches, each.matches, each.total)),
+                Cell(f"{each.log_odds:+.2f}", "number"),
+            ]
+            for each in ngrams
+        ]
+        content = table(head, rows) if rows else '<p class="soft">none</p>'
+        blocks.append(f'<div class="card"><h3>more often by {escape(name)}</h3>{content}</div>')
+    return f'<div class="charts">{"".join(blocks)}</div>'
+
+
+def sentence_section(comparison: Comparison) -> str:
+    """All sentences, those with the largest gains first, with a filter and other orders."""
+    systems, scores = comparison.systems, comparison.sentence_scores
+    spread = [max(each) - min(each) for each in zip(*scores, strict=True)]
+    shown = sorted(range(len(spread)), key=lambda i: -spread[i])[:MAX_SENTENCES]
+    gains = [comparison.differences(number) for number in range(1, len(systems))]
+    shown.sort(key=lambda i: (-gains[0][i], i))
+    articles = []
+    for i in shown:
+        title = f"sentence {i + 1:,} · chrF2 " + ", ".join(
+            f"{each[i]:.1f} {system.label}" for system, each in zip(systems, scores, strict=True)
+        )
+        values = {"number": float(i + 1), **{f"gain{number}": gain[i] for number, gain in enumerate(gains, 1)}}
+        articles.append(
+            sentence(
+                title,
+                comparison.sources[i] if comparison.sources else None,
+                comparison.references[0][i],
+                [(system.label, system.translations[i]) for system in systems],
+                values,
+            )
+        )
+    orders = []
+    for number, system in enumerate(systems[1:], 1):
+        orders += [(f"{system.label} better first", f"gain{number}", -1)]
+        orders += [(f"{systems[0].label} better than {system.label} first", f"gain{number}", 1)]
+    orders.append(("in the order of the test set", "number", 1))
+    part = f"The {len(shown):,} of {len(spread):,} sentences that differ most. " if len(shown) < len(spread) else ""
+    return section("sentences", "All sentences", sentence_browser(articles, orders), f"{part}{WON_LEGEND}")

@@ -1,0 +1,167 @@
+"""The systems that are compared: a workdir, whose model translates now or has done so, or a file of translations."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from transformer.checkpoints.loading import RestoredModel, load_checkpoint
+from transformer.config import Config, validation
+from transformer.data import text_files
+from transformer.decoding.translator import Translator
+from transformer.evaluation.evaluator import EvalDataset, set_name
+from transformer.models.flops import TrainingCost
+from transformer.runtime.errors import UserError
+from transformer.runtime.files import user_error_on_oserror
+
+
+class TrainingRun(NamedTuple):
+    """What is known of a checkpoint's training."""
+
+    workdir: epath.Path
+    description: str
+    num_params: int
+    cost: TrainingCost | None
+
+    @classmethod
+    def of(cls, workdir: epath.PathLike, restored: RestoredModel) -> "TrainingRun":
+        """The run of a restored model."""
+        cost = TrainingCost.from_metrics(restored.metrics)
+        return cls(epath.Path(workdir), restored.description, restored.model.num_params(), cost)
+
+
+class System(NamedTuple):
+    """Translations of a test set.
+
+    Attributes:
+      label: short, for tables and charts.
+      name: in full.
+      translations: one for each sentence.
+      run: of the model; None if unknown.
+    """
+
+    label: str
+    name: str
+    translations: Sequence[str]
+    run: TrainingRun | None = None
+
+
+def labels(paths: Sequence[epath.PathLike]) -> list[str]:
+    """The base names of different paths, or where some are equal, the parts by which the paths differ.
+
+    runs/a and runs/b → a, b; a/translations/800.test.txt and b/translations/800.test.txt → a, b. Equal paths get
+    numbers.
+    """
+    parts = [os.fspath(path).rstrip("/").split("/") for path in paths]
+    distinct = len({tuple(each) for each in parts})
+    for length in range(1, max(map(len, parts)) + 1):
+        ends = [each[-length:] for each in parts]
+        if len(set(map(tuple, ends))) == distinct:
+            break
+    while distinct > 1 and all(len(end) > 1 for end in ends) and len({end[-1] for end in ends}) == 1:
+        ends = [end[:-1] for end in ends]
+    names = ["/".join(end) for end in ends]
+    return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def baseline_system(
+    path: epath.PathLike,
+    checkpoint: str,
+    dataset: EvalDataset,
+    language: str,
+    fields: Mapping[str, Any] | None = None,
+) -> System:
+    """A baseline for `eval.py --versus`, and its translations of the same sources.
+
+    Args:
+      path: a workdir, whose model translates them now, or a file of translations.
+      checkpoint: of the workdir.
+      dataset: whose sources are translated.
+      language: code of the target language.
+      fields: of decoding, instead of the workdir's own.
+
+    Raises:
+      UserError: the path is neither, the number of lines is wrong, or the model translates into another language.
+    """
+    path = epath.Path(path)
+    if not path.is_dir():
+        return System(path.name, path.name, read_translations(path, dataset, f"--versus={path}"))
+    if not (path / "checkpoints").is_dir():
+        raise UserError(f"--versus={path}: expected a workdir of train.py or a file of translations, found neither")
+    restored = load_checkpoint(path, checkpoint)
+    if restored.config.data.target_language != language:
+        raise UserError(
+            f"--versus={path}: translates into {restored.config.data.target_language!r}, expected {language!r}; "
+            "name a model of the same direction"
+        )
+    decode = validation.override_decode(restored.config, dict(fields or {})).decode
+    translator = Translator(restored.model, restored.tokenizer, decode, restored.mesh)
+    translations = translator.translate(restored.params, dataset.sources)
+    translator.log_warnings()
+    run = TrainingRun.of(path, restored)
+    return System(path.name, f"{path.name}, {restored.description}", translations, run)
+
+
+def evaluated(workdir: epath.PathLike, restored: RestoredModel, translations: Sequence[str]) -> System:
+    """The system that eval.py evaluates."""
+    name = epath.Path(workdir).name
+    return System(name, f"{name}, {restored.description}", translations, TrainingRun.of(workdir, restored))
+
+
+def label_pair(baseline: System, path: epath.PathLike, system: System) -> list[System]:
+    """A baseline read from `path` and the system of a workdir, with labels that differ."""
+    assert system.run
+    names = labels([path, system.run.workdir])
+    if os.fspath(path) == os.fspath(system.run.workdir) and baseline.run:
+        names = [baseline.run.description, system.run.description]
+    return [each._replace(label=name) for each, name in zip((baseline, system), names, strict=True)]
+
+
+def read_translations(path: epath.PathLike, dataset: EvalDataset, name: str) -> list[str]:
+    """The lines of a file, one for each sentence; errors name `name`.
+
+    Raises:
+      UserError: the file is missing, or the number of lines is wrong.
+    """
+    lines, expected = list(text_files.read_lines(path)), len(dataset.references[0])
+    if len(lines) != expected:
+        raise UserError(
+            f"{name}: expected a translation of each of the {expected:,} sentences of {dataset.name}, got "
+            f"{len(lines):,} lines; name translations of the same set"
+        )
+    return lines
+
+
+def read_config(workdir: epath.PathLike) -> Config:
+    """The config of a workdir.
+
+    Raises:
+      UserError: it is no workdir.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir}: expected a workdir of train.py or a file of translations, found neither")
+    with user_error_on_oserror(f"{path}"):
+        return validation.from_json(path.read_text(), str(path))
+
+
+def newest_translations(workdir: epath.PathLike, dataset: EvalDataset) -> epath.Path:
+    """The file of translations that eval.py wrote for the newest step evaluated on a data set, decoded by the config.
+
+    Raises:
+      UserError: there is none.
+    """
+    workdir = epath.Path(workdir)
+    pattern = re.compile(rf"(\d+)(-(best-)?average-\d+)?\.{re.escape(set_name(workdir, dataset))}\.txt")
+    folder, found = workdir / "translations", []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := pattern.fullmatch(path.name):
+            found.append((int(match[1]), path.stat().mtime, path))
+    if not found:
+        raise UserError(
+            f"{workdir}: expected translations of {dataset.name} in translations/, found none; run python eval.py "
+            f"--workdir={workdir} on the same set first"
+        )
+    return max(found)[2]
