@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
     subtitle = f"{dataset.name}, {len(dataset.references[0]):,} sentences · " + " · ".join(
         f"{system.label}: {system.name}" for system in compared
     )
-    title = " and ".join(system.label for system in compared)
+    *first, last = (system.label for system in compared)
+    title = f"{', '.join(first)} and {last}"
     with user_error_on_oserror(f"--output={args.output}"):
         write_atomic(args.output, render_page(f"{title} compared", subtitle, comparison_html.sections(result)))
     log_info(f"page: {args.output}")

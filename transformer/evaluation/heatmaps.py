@@ -71,7 +71,7 @@ def _labelled_heatmap(address: str, source: Sequence[str], target: Sequence[str]
     for i, piece in enumerate(target):
         y = top + CELL_PIXELS * i + CELL_PIXELS / 2 + 4
         parts.append(f'<text class="piece end" x="{left - 5}" y="{y}">{display_token(piece)}</text>')
-    return f'<svg class="heat" width="{width}" height="{height}" role="img">{"".join(parts)}</svg>'
+    return f'<svg class="heat" width="{width}" viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
 
 
 def display_token(piece: str) -> str:

@@ -49,7 +49,7 @@ NUM_SENTENCES = 8  # shown as worst, and as best
 MAX_RANKED = 2000  # sentences
 MIN_WORDS = 4  # of a source shown as best or with its attention
 MAX_SHARED = 0.5  # share of the words of a sentence that one shown before it may have
-MAX_ATTENTION_TOKENS = 40  # of a sentence whose attention is shown
+MAX_ATTENTION_TOKENS = 30  # of a sentence whose attention is shown
 ATTENTION_NOTE = (
     "Rows are the tokens that attend, columns those that they attend to; the opacity is the weight, from 0 to 1. A dot "
     "begins a word. Press a small map to enlarge it."
@@ -113,7 +113,7 @@ def build(
     note = f"By chrF2, of different lengths{sample}. {DIFF_LEGEND}"
     this = evaluated(workdir, restored, result.translations)
     systems = comparison.systems if comparison else [this]
-    worst = varied_sentences(dataset, ranked)
+    worst = varied_sentences(dataset, ranked[: max(len(ranked) // 4, NUM_SENTENCES)])
     return render_page(
         f"{epath.Path(workdir).name}: translation report",
         subtitle,
@@ -229,7 +229,7 @@ def _curves(systems: Sequence[System], name: str) -> str:
     def lines(title: str, key: str, *, validation: bool = False, faint: bool = False) -> list[Series]:
         return [
             Series(
-                f"{label}, {title}" if many else title,
+                ", ".join(filter(None, (label if many else "", title))),
                 [(m["step"], m[key]) for m in run_metrics if key in m],
                 markers=validation,
                 color=number if many else 0,
@@ -254,8 +254,8 @@ def _curves(systems: Sequence[System], name: str) -> str:
     charts = [
         line_chart("loss, nats per token", "step", [*losses, *evaluated_lines("loss")], log_y=True),
         line_chart("BLEU", "step", [*lines("validation", "valid/bleu", validation=True), *evaluated_lines("bleu")]),
-        line_chart("learning rate", "step", lines("learning rate", "train/learning_rate")),
-        line_chart(speed, "step", lines(speed, "train/target_tokens_per_s")),
+        line_chart("learning rate", "step", lines("" if many else "learning rate", "train/learning_rate")),
+        line_chart(speed, "step", lines("" if many else speed, "train/target_tokens_per_s")),
     ]
     drawn = "".join(charts)
     return f'<div class="charts">{drawn}</div>' if drawn else ""

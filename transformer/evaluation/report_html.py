@@ -35,7 +35,7 @@ th { text-align: left; font-weight: 500; }
 th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--edge); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.note { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }
-.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 12px; }
+.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 12px; }
 .maps > *, .charts > * { min-width: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 16px; }
 .chart, .card, .sentence, .attention { background: var(--card); border: 1px solid var(--edge); border-radius: 10px;
@@ -53,7 +53,7 @@ figcaption { font-size: .9rem; display: flex; justify-content: space-between; fl
 .key.faint::before { height: 1px; }
 svg { display: block; max-width: 100%; }
 .chart svg { width: 100%; height: auto; }
-svg.heat { max-width: none; }
+svg.heat { height: auto; }
 .grid { stroke: var(--edge); }
 .line { fill: none; stroke: var(--color); stroke-width: 1.8; stroke-linejoin: round; }
 .line.faint { stroke-width: 1; opacity: .6; }
@@ -70,8 +70,8 @@ image, .map img { image-rendering: pixelated; }
 @media (prefers-color-scheme: dark) { image, .map img { filter: brightness(1.7); } }
 .sentence dl { display: grid; grid-template-columns: 6.5rem 1fr; gap: 2px 12px; margin: 6px 0 0; }
 dt { color: var(--soft); font-size: .88rem; overflow-wrap: anywhere; }
-@media (max-width: 560px) { body { padding: 20px 12px 60px; } .chart text { font-size: 15px; } .chart text.value {
-  font-size: 13px; } .sentence dl { grid-template-columns: 1fr; gap: 0; } dt { margin-top: 4px; } }
+@media (max-width: 560px) { body { padding: 20px 12px 60px; } .chart text { font-size: 13.5px; } svg.heat {
+  max-width: none; } .sentence dl { grid-template-columns: 1fr; gap: 0; } dt { margin-top: 4px; } }
 dd { margin: 0; overflow-wrap: anywhere; }
 mark { border-radius: 3px; padding: 0 3px; background: var(--odd); color: var(--odd-ink); text-decoration: underline
   wavy 1px; }
@@ -85,7 +85,9 @@ mark.won { background: var(--won); color: var(--won-ink); text-decoration: none;
 .list .sentence { content-visibility: auto; contain-intrinsic-size: auto 9rem; }
 details { margin: 12px 0; }
 summary { cursor: pointer; color: var(--soft); font-size: .9rem; }
-td.words { overflow-wrap: anywhere; min-width: 7rem; }
+td.words { min-width: 8.5rem; }
+.charts + .charts { margin-top: 16px; }
+.card table { font-size: .85rem; }
 .layer { display: flex; gap: 8px; align-items: center; margin-top: 8px; }
 .layer-name { width: 4rem; flex: none; font-size: .85rem; color: var(--soft); }
 .map { flex: none; background: none; border: 1px solid var(--edge); border-radius: 6px; padding: 4px; cursor:
