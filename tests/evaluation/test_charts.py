@@ -3,10 +3,11 @@
 import math
 import re
 
+import numpy as np
 import pytest
 
 from transformer.evaluation import charts
-from transformer.evaluation.charts import Series
+from transformer.evaluation.charts import Bars, Series
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_each_line_has_a_name_and_a_colour_of_its_own():
 def test_what_is_no_number_is_left_out_and_nothing_gives_nothing():
     assert len(circles(charts.line_chart("t", "x", [Series("a", [(0, 1.0), (1, math.nan), (2, 3.0)])]))) == 2
     assert charts.line_chart("t", "x", [Series("a", []), Series("b", [(0, math.inf)])]) == ""
-    assert charts.bar_chart("t", "x", []) == ""
+    assert charts.bar_chart("t", "x", [], []) == ""
 
 
 def test_long_runs_are_thinned_to_what_can_be_seen():
@@ -62,11 +63,45 @@ def test_long_runs_are_thinned_to_what_can_be_seen():
     assert charts.downsample(points[:1]) == points[:1]
 
 
-def test_bars_are_as_high_as_their_values():
-    svg = charts.bar_chart("BLEU", "words", [("0-10", 20.0, "5 sentences"), ("11-20", 10.0, "7 sentences")])
-    heights = [float(height) for height in re.findall(r'<rect class="bar".*? height="([\d.]+)"', svg)]
-    assert heights[0] == pytest.approx(2 * heights[1], rel=1e-2)
+def test_bars_are_as_high_as_their_values_and_stand_side_by_side():
+    series = [Bars("a", [20.0, 10.0], ["5 sentences", "7 sentences"], [2.0, 1.0]), Bars("b", [15.0, 5.0], ["x", "y"])]
+    svg = charts.bar_chart("BLEU", "words", ["0-10", "11-20"], series)
+    bars = re.findall(r'<rect class="bar (s\d)" x="([\d.]+)" y="[\d.]+" width="([\d.]+)" height="([\d.]+)"', svg)
+    colors, lefts, widths, heights = zip(*bars, strict=True)
+    assert colors == ("s1", "s2", "s1", "s2")
+    assert np.array(heights, float) / float(heights[0]) == pytest.approx([1, 0.75, 0.5, 0.25], rel=1e-2)
+    assert float(lefts[1]) == pytest.approx(float(lefts[0]) + float(widths[0]), abs=0.2)
     assert "<title>5 sentences</title>" in svg
+    assert svg.count('class="interval"') == 2
+    assert 'class="key s2">b<' in svg
+
+
+def test_an_interval_does_not_leave_the_chart():
+    svg = charts.bar_chart("BLEU", "words", ["0-10"], [Bars("a", [99.0], [""], [5.0])])
+    assert min(map(float, re.findall(r'y2="([\d.]+)"', svg))) >= charts.TOP
+
+
+def test_a_histogram_counts_each_value_once_by_its_sign():
+    svg = charts.histogram("t", "difference", [-0.5, -1, -1.5, 0, 0, 0.5, 1, 3], 1, ("a better", "b better"))
+    bars = re.findall(r'class="bar (s\d)".*?<title>(.*?)</title>', svg)
+    assert bars == [
+        ("s1", "-2 to -1: 2 sentences"),
+        ("s1", "-1 to 0: 1 sentences"),
+        ("s2", "0 to 1: 1 sentences"),
+        ("s2", "1 to 2: 1 sentences"),
+        ("s2", "3 to 4: 1 sentences"),
+    ]
+    assert "2 equal sentences are not shown" in svg
+    assert charts.histogram("t", "x", [0.0], 1, ("a", "b")) == ""
+
+
+def test_lines_of_one_run_share_a_color_and_a_log_axis_may_be_of_the_values_alone():
+    lines = [Series("a", [(0, 1.0), (5, 10.0), (10, 100.0)], color=2, faint=True), Series("b", [(10, 1.0)], True, 2)]
+    svg = charts.line_chart("loss", "step", lines, log_y=True)
+    assert 'class="line s2 faint"' in svg
+    assert 'class="dot s2"' in svg
+    (_, bottom), (_, middle), (_, top) = circles(svg)[:3]
+    assert middle == pytest.approx((top + bottom) / 2, abs=0.2)
 
 
 def test_numbers_are_short():

@@ -46,5 +46,7 @@ def test_each_layer_and_head_has_a_map_and_each_piece_a_label():
     assert page.count('class="piece end"') == 5
     assert "c&lt;t" in page
     assert "c<t" not in page
-    assert "␣" in page
+    assert ">·die<" in page
+    assert ">ze<" in page
+    assert ">·<" in page
     assert heatmaps.png_data_uri(weights[1].mean(0)) in page

@@ -1,5 +1,6 @@
 """The report that a person opens: everything is in it, nothing is fetched, and a browser shows it."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,8 +14,10 @@ from transformer.checkpoints.loading import RestoredModel
 from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
-from transformer.evaluation import continuous, evaluator, report, significance
+from transformer.evaluation import comparison as comparisons
+from transformer.evaluation import continuous, evaluator, report, systems
 from transformer.evaluation.evaluator import EvalDataset
+from transformer.models.flops import TrainingCost, format_count
 from transformer.models.registry import ModelDef
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]
@@ -49,7 +52,9 @@ def workdir(evaluation, tmp_path_factory):
         continuous.append_evaluation(workdir, {"step": step, "name": "mine", "bleu": bleu, "loss": 2.5})
     translations = evaluation[2].translations
     baseline = [*DATASET.references[0][:9], *translations[9:]]
-    comparison = significance.compare_systems("the other", baseline, translations, DATASET.references, samples=50)
+    other = systems.System("other", "the other", baseline)
+    this = systems.evaluated(workdir, evaluation[0], translations)
+    comparison = comparisons.compare([other, this], SOURCES, DATASET.references, "13a", samples=50)
     report.write(workdir, *evaluation, comparison)
     return workdir
 
@@ -79,12 +84,28 @@ def test_sentences_are_ranked_and_shown_once(evaluation, workdir):
     ranked = report.rank_sentences(DATASET, evaluation[2].translations)
     assert ranked == sorted(ranked)
     assert len(ranked) == len(SOURCES)
-    worst = {place for _, place in ranked[: report.NUM_SENTENCES]}
-    good = report.best_sentences(DATASET, ranked)
+    worst = report.varied_sentences(DATASET, ranked[: report.NUM_SENTENCES])
+    assert worst == ranked[: report.NUM_SENTENCES]
+    good = report.best_sentences(DATASET, ranked, worst)
     assert [score for score, _ in good] == sorted((score for score, _ in good), reverse=True)
-    assert not worst & {place for _, place in good}
+    assert not set(worst) & set(good)
     assert section_of(page, "worst").count('<article class="sentence">') == report.NUM_SENTENCES
     assert '<mark class="odd">' in section_of(page, "worst")
+
+
+def test_sentences_that_are_shown_differ_in_words_and_length():
+    """Eight short ones that are nearly equal leave places for others, though these are not as good."""
+    short = [f"the cat sees the dog {i}" for i in range(8)]
+    others = [
+        " ".join(f"{kind}{i}" for i in range(length)) for kind, length in (("a", 4), ("b", 15), ("c", 25), ("d", 60))
+    ]
+    sources = [*short, *others]
+    dataset = EvalDataset("s", sources, [sources])
+    ranked = [(100.0 - i, i) for i in range(len(sources))]
+    shown = [sources[i] for _, i in report.varied_sentences(dataset, ranked)]
+    assert set(others) < set(shown)
+    assert shown[0] == short[0]
+    assert len(shown) == report.NUM_SENTENCES  # repeats fill up the rest
 
 
 def test_large_sets_are_ranked_in_part(evaluation, monkeypatch):
@@ -92,11 +113,17 @@ def test_large_sets_are_ranked_in_part(evaluation, monkeypatch):
     assert 5 <= len(report.rank_sentences(DATASET, evaluation[2].translations)) <= 10
 
 
+KINDS = ("translation to source", "source to itself", "translation to what precedes it")
+
+
 def test_attention_has_a_map_for_each_layer_and_head(workdir):
+    """Of cross-attention, and of the self-attention of encoder and decoder."""
     attention = section_of((workdir / "report.html").read_text(), "attention")
-    sentences = attention.count('<section class="attention">')
+    sentences = attention.count("<h3>sentence")
     assert 1 <= sentences <= 3
-    assert attention.count('class="map"') == sentences * 2 * (1 + 2)
+    assert re.findall("<h4>(.*?)</h4>", attention) == [*KINDS] * sentences
+    assert attention.count('class="map"') == sentences * 3 * 2 * (1 + 2)
+    assert attention.count(">&lt;s&gt;<") == sentences  # what the decoder reads first
 
 
 @pytest.mark.reported
@@ -107,10 +134,43 @@ def test_attention_opens_on_the_layer_that_aligns(workdir):
 
 
 def test_the_other_system_is_compared(workdir):
-    versus = section_of((workdir / "report.html").read_text(), "versus")
-    assert "Against the other" in versus
-    assert versus.count('<article class="sentence">') == 5
-    assert "<dt>other</dt>" in versus
+    page = (workdir / "report.html").read_text()
+    assert "Compared with other" in section_of(page, "versus")
+    assert '<td class="">run</td>' in section_of(page, "versus")
+    browsed = section_of(page, "sentences")
+    assert browsed.count('<article class="sentence"') == len(SOURCES)
+    assert "<dt>other</dt>" in browsed
+    assert "<dt>run</dt>" in browsed
+
+
+def test_curves_of_two_runs_are_named_by_run(evaluation, workdir, tmp_path):
+    trained, _, result = evaluation
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 10, "valid/bleu": 8.5, "train/loss": 3.0}) + "\n")
+    pair = systems.label_pair(
+        systems.evaluated(tmp_path, trained, SOURCES),
+        tmp_path,
+        systems.evaluated(workdir, trained, result.translations),
+    )
+    comparison = comparisons.compare(pair, SOURCES, DATASET.references, "13a", samples=20)
+    page = report.build(workdir, trained, DATASET, result, comparison)
+    curves = section_of(page, "curves")
+    assert f"{tmp_path.name}, validation, step 10: 8.5" in curves
+    assert "run, validation, step 20: 17.5" in curves
+    assert "run, mine, step 10: 12.25" in curves
+    assert re.findall(r'<td class="">checkpoint 20</td><td class="number">(.*?)</td>', page)[0] == (
+        format_count(trained.model.num_params())
+    )
+
+
+def test_the_header_has_the_size_and_cost_of_the_model(evaluation, tmp_path):
+    trained, dataset, result = evaluation
+    metrics = TrainingCost(2.5e13, 2.8e6, 2e6, 5400).metrics()
+    page = report.build(tmp_path, dataclasses.replace(trained, metrics=metrics), dataset, result)
+    header = page[: page.index('<section id="scores">')]
+    for cell in ("2.8 M", "2.5e+13", "1.50"):
+        assert f'<td class="number">{cell}</td>' in header
+    assert '<section id="length">' in page
+    assert 'class="interval"' in section_of(page, "length")
 
 
 def test_an_empty_set_and_a_bare_workdir_make_a_page(evaluation, tmp_path):
@@ -131,7 +191,8 @@ def test_each_set_keeps_its_page_and_the_newest_is_on_top(evaluation, workdir, t
     digest = other.digest
     report.write(tmp_path, *evaluation)
     report.write(tmp_path, trained, other, result)
-    comparison = significance.SystemComparison("runs/a b, checkpoint 3", [], [], [])
+    other = systems.System("b", "runs/a b, checkpoint 3", [])
+    comparison = comparisons.Comparison([other], [], [[]], [], [], [], [])
     report.write(tmp_path, *evaluation, comparison, {"beam_size": 1})
     kept = {path.name: path.read_text() for path in (tmp_path / "reports").iterdir()}
     assert kept == {
@@ -161,7 +222,18 @@ def test_a_browser_shows_it(workdir, tmp_path):
     page.write_text((workdir / "report.html").read_text().replace("</body>", press))
     shown = browse(page, tmp_path, "--dump-dom")
     assert "<title>run: translation report</title>" in shown.stdout  # the sentence that would change it did not
-    for name in ("scores", "curves", "length", "versus", "worst", "best", "attention", "config"):
+    for name in (
+        "scores",
+        "curves",
+        "versus",
+        "breakdowns",
+        "ngrams",
+        "sentences",
+        "worst",
+        "best",
+        "attention",
+        "config",
+    ):
         assert f'<section id="{name}">' in shown.stdout
     assert '<p class="shown">layer 1, head 2</p>' in shown.stdout
     assert len(re.findall('aria-pressed="true"', shown.stdout)) == shown.stdout.count('<section class="attention">')

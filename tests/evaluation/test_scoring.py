@@ -1,4 +1,4 @@
-"""A set is opened with all its references, a model is scored on it, and others are fit to be compared with."""
+"""A set is opened with all its references, and a model is scored on it."""
 
 import dataclasses
 import os
@@ -7,7 +7,7 @@ import types
 import jax
 import pytest
 
-from tests.checkpoints.test_manager import make_parts, save
+from tests.checkpoints.test_manager import make_parts
 from transformer.checkpoints.loading import RestoredModel
 from transformer.distributed import sharding
 from transformer.evaluation import evaluator as scoring
@@ -127,34 +127,3 @@ def test_a_loss_that_is_no_number_is_no_result(monkeypatch):
     monkeypatch.setattr(scoring.Evaluator, "teacher_forced_loss", lambda *args: CrossEntropy(float("nan"), 1, 1))
     with pytest.raises(DivergedError, match="checkpoint 7: its loss is nan"):
         scoring.CheckpointEvaluator(DATASET).evaluate(make_trained())
-
-
-@pytest.mark.slow
-def test_another_workdir_translates_the_same_sources(result, tmp_path):
-    save(tmp_path / "other", make_parts(), 0)
-    name, translations = scoring.baseline_translations(tmp_path / "other", "latest", DATASET, "de")
-    assert name == "other, checkpoint 0"
-    assert translations == result.translations
-
-
-def test_a_file_of_translations_needs_no_model(tmp_path):
-    path = write(tmp_path / "theirs.txt", ["x", "y", "z"])
-    assert scoring.baseline_translations(path, "latest", DATASET, "de") == ("theirs.txt", ["x", "y", "z"])
-
-
-def test_what_cannot_be_compared_is_refused(tmp_path):
-    other = make_parts()
-    save(tmp_path / "other", other, 0)
-    (tmp_path / "empty").mkdir()
-    cases = {
-        write(tmp_path / "short", ["x"]): r"each of the 3 sentences of mine, got 1 lines",
-        str(tmp_path / "empty"): "expected a workdir of train.py or a file of translations",
-        str(tmp_path / "none"): "there is no such file",
-    }
-    for path, message in cases.items():
-        with pytest.raises(UserError, match=message):
-            scoring.baseline_translations(path, "latest", DATASET, "de")
-    with pytest.raises(UserError, match="translates into 'de', expected 'fr'"):
-        scoring.baseline_translations(tmp_path / "other", "latest", DATASET, "fr")
-    with pytest.raises(UserError, match="expected latest, best"):
-        scoring.baseline_translations(tmp_path / "other", "99", DATASET, "de")

@@ -17,7 +17,7 @@ from transformer.checkpoints import loading
 from transformer.config import DataConfig
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline, parallel_formats, subword_nmt, text_files, tokenizer
-from transformer.evaluation import evaluator
+from transformer.evaluation import evaluator, systems
 from transformer.evaluation.evaluator import Evaluator
 from transformer.runtime.errors import UserError
 
@@ -325,7 +325,7 @@ def command_and_api(world: World, folder: pathlib.Path, tally: Tally) -> None:
             assert found.sources == found.references[0] == LINES
     with tally.one("translations to compare with"):
         chosen = evaluator.EvalDataset("set", LINES, [LINES])
-        assert evaluator.baseline_translations(files["crlf"], "latest", chosen, "de")[1] == LINES
+        assert systems.baseline_system(files["crlf"], "latest", chosen, "de").translations == LINES
     with tally.one("stdin"), files["crlf"].open("rb") as stream:
         assert list(text_files.decode_lines(stream, "stdin")) == LINES
     with tally.one("prefixes and phrases"):

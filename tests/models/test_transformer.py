@@ -230,3 +230,25 @@ def test_weights_of_the_source_are_those_that_the_decoder_uses(norm):
 
         object.__setattr__(layer, "cross", given)
     np.testing.assert_allclose(model(SOURCE, TARGET), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_weights_of_self_attention_are_those_that_the_layers_use(norm):
+    model = make(norm=norm)
+    encoder_BLHSS, decoder_BLHTT = model.self_attention(SOURCE, TARGET)
+    assert encoder_BLHSS.shape == (2, 2, 2, SOURCE.shape[1], SOURCE.shape[1])
+    assert decoder_BLHTT.shape == (2, 2, 2, TARGET.shape[1], TARGET.shape[1])
+    assert (encoder_BLHSS[1, ..., 3:] == 0).all()  # padding
+    assert (np.triu(np.asarray(decoder_BLHTT), 1) == 0).all()  # causal
+    logits = model(SOURCE, TARGET)
+    for layers, weights in ((model.encoder, encoder_BLHSS), (model.decoder, decoder_BLHTT)):
+        for number, layer in enumerate(layers):
+            attention, given_BHTT = layer.attention, weights[:, number]
+
+            def given(y, same, mask, key=None, attention=attention, given_BHTT=given_BHTT):
+                values_BTHK = attention.keys_values(y)[1]
+                return attention.project(jnp.einsum("bhts,bshk->bthk", given_BHTT, values_BTHK))
+
+            object.__setattr__(layer, "attention", given)
+    is_token = np.asarray(TARGET != PAD)
+    np.testing.assert_allclose(model(SOURCE, TARGET)[is_token], logits[is_token], rtol=1e-4, atol=1e-5)

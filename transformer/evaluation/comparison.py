@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 from transformer.evaluation import significance
 from transformer.evaluation.bleu_tokenizer import split_words
-from transformer.evaluation.metrics import METRIC_NAMES, group_by_length, make_metric
-from transformer.evaluation.significance import PairedTestResult, paired_tests, sentence_score
+from transformer.evaluation.metrics import METRIC_NAMES, group_by_length
+from transformer.evaluation.significance import PairedTestResult, paired_tests, score_with_interval, sentence_score
 from transformer.evaluation.systems import System
 
 FREQUENCIES = {"0": 0, "1": 1, "2-4": 4, "5-9": 9, "10-99": 99, "100-999": 999, "1000+": math.inf}  # group → largest
-NUM_RESAMPLES = 1000
 MAX_NGRAM, NUM_NGRAMS = 4, 10  # longest n-grams; shown of each side
 SMOOTHING = 1.0  # added to each count of matches
 
@@ -161,14 +160,6 @@ def by_length(
     return Breakdown(
         f"{metric}_by_{side}_length", title, f"words of the {side}", "sentences", counts, scores, intervals
     )
-
-
-def score_with_interval(
-    metric: str, translations: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str
-) -> tuple[float, float]:
-    """A corpus score, and half the width of its 95% bootstrap interval."""
-    found = make_metric(metric, tokenizer).corpus_score(list(translations), list(references), n_bootstrap=NUM_RESAMPLES)
-    return float(found.score), float(found._ci)  # sacreBLEU has no public name for it
 
 
 def by_frequency(systems: Sequence[Words], references: Words, counts: Mapping[str, int], text: str) -> Breakdown:

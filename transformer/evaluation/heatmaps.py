@@ -15,6 +15,7 @@ from transformer.data.tokenizer import SPACE
 
 COLOR = (42, 111, 219)
 CELL_PIXELS = 18  # pixels
+MIN_SCALE = 0.75  # to which a large map shrinks where its column is narrow; beyond, it scrolls
 
 
 def attention_heatmaps(
@@ -71,7 +72,8 @@ def _labelled_heatmap(address: str, source: Sequence[str], target: Sequence[str]
     for i, piece in enumerate(target):
         y = top + CELL_PIXELS * i + CELL_PIXELS / 2 + 4
         parts.append(f'<text class="piece end" x="{left - 5}" y="{y}">{display_token(piece)}</text>')
-    return f'<svg class="heat" width="{width}" viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
+    size = f'width="{width}" viewBox="0 0 {width} {height}" style="min-width: {MIN_SCALE * width:.0f}px"'
+    return f'<svg class="heat" {size} role="img">{"".join(parts)}</svg>'
 
 
 def display_token(piece: str) -> str:

@@ -49,7 +49,7 @@ NUM_SENTENCES = 8  # shown as worst, and as best
 MAX_RANKED = 2000  # sentences
 MIN_WORDS = 4  # of a source shown as best or with its attention
 MAX_SHARED = 0.5  # share of the words of a sentence that one shown before it may have
-MAX_ATTENTION_TOKENS = 30  # of a sentence whose attention is shown
+MAX_ATTENTION_TOKENS = 40  # of a sentence whose attention is shown
 ATTENTION_NOTE = (
     "Rows are the tokens that attend, columns those that they attend to; the opacity is the weight, from 0 to 1. A dot "
     "begins a word. Press a small map to enlarge it."

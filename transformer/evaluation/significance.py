@@ -105,6 +105,17 @@ def _paired_test_result(results: dict[str, tuple], metric: str, index: int) -> P
     )
 
 
+def score_with_interval(
+    metric: str, translations: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str
+) -> tuple[float, float]:
+    """A corpus score, and half the width of its 95% bootstrap interval; arguments as in `paired_tests`."""
+    instances = {metric: make_metric(metric, tokenizer)}
+    # A test of a baseline alone is its bootstrap. Metric.corpus_score(n_bootstrap=…) fails where chrF2 is always 0.
+    _, results = PairedTest([("", list(translations))], instances, [list(lines) for lines in references], "bs")()
+    ((result,),) = (found for name, found in results.items() if name != "System")
+    return float(result.score), float(result.ci)
+
+
 def sentence_score(hypothesis: str, references: Sequence[Sequence[str]], index: int) -> float:
     """chrF2 of one sentence against its references; 100 if both are blank."""
     sentence_references = [lines[index] for lines in references]

@@ -49,18 +49,21 @@ class System(NamedTuple):
 
 
 def labels(paths: Sequence[epath.PathLike]) -> list[str]:
-    """The base names of different paths, or where some are equal, the parts by which the paths differ.
+    """For each path its shortest end that no other path has, without what all of them end in.
 
     runs/a and runs/b → a, b; a/translations/800.test.txt and b/translations/800.test.txt → a, b. Equal paths get
     numbers.
     """
     parts = [os.fspath(path).rstrip("/").split("/") for path in paths]
-    distinct = len({tuple(each) for each in parts})
-    for length in range(1, max(map(len, parts)) + 1):
-        ends = [each[-length:] for each in parts]
-        if len(set(map(tuple, ends))) == distinct:
-            break
-    while distinct > 1 and all(len(end) > 1 for end in ends) and len({end[-1] for end in ends}) == 1:
+
+    def end_of(path: list[str]) -> list[str]:
+        others = [other for other in parts if other != path]
+        lengths = range(1, len(path) + 1)
+        distinct = (k for k in lengths if all(other[-k:] != path[-k:] for other in others))
+        return path[-next(distinct, len(path)) :]
+
+    ends = [end_of(path) for path in parts]
+    while all(len(end) > 1 for end in ends) and len({end[-1] for end in ends}) == 1:
         ends = [end[:-1] for end in ends]
     names = ["/".join(end) for end in ends]
     return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]
