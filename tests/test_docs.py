@@ -21,6 +21,7 @@ from transformer import command_line, inference
 from transformer.config import schema, validation
 from transformer.data import tokenizer
 from transformer.data.cldr import generator
+from transformer.decoding.scorer import TargetScore
 from transformer.decoding.translator import Hypothesis
 
 PAGES = {
@@ -196,13 +197,18 @@ def test_readme_example_translates(monkeypatch):
             calls.append(options)
             return [[Hypothesis("", 0.0, True)]] if "n_best" in options else [""]
 
+        def score(self, sources, targets):
+            inspect.signature(inference.TranslationModel.score).bind(self, sources, targets)
+            calls.append({})
+            return [TargetScore(0.0, [], [])]
+
     monkeypatch.setattr(inference, "load", lambda workdir, checkpoint, ensemble: Model())
     exec(compile(body, "README.md", "exec"), {})
     for options in calls:
         decode = {name: value for name, value in options.items() if name in schema.field_names("decode")}
         assert options.keys() - decode.keys() <= {"n_best", "prefixes", "constraints"}
         validation.validate({"decode": decode})
-    assert len(calls) == 4
+    assert len(calls) == 5
 
 
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

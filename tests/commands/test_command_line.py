@@ -100,6 +100,7 @@ def test_a_path_is_made_absolute_and_never_empty(monkeypatch):
 PATH_FLAGS = {
     "eval": ["workdir", "source", "reference", "output", "versus"],
     "transformer.translate": ["workdir", "ensemble", "prefix_file", "constraint_file", "alignments", "attention"],
+    "transformer.score": ["workdir", "ensemble", "source", "target", "output"],
     "transformer.export": ["workdir", "output"],
 }
 

@@ -40,7 +40,7 @@ def test_the_package_lists_its_commands(root):
     lines = done.stdout.splitlines()
     assert lines[0].startswith("python train.py ")
     names = {line.split("  ")[0].strip() for line in lines[:-2]}
-    others = {"translate", "prepare", "benchmark", "plan", "export"}
+    others = {"translate", "score", "compare", "prepare", "benchmark", "plan", "export"}
     assert {f"python -m transformer.{name}" for name in others} | {"python eval.py"} < names
     assert "python -m transformer" not in names
     (line,) = (line for line in lines if "transformer.prepare " in line)

@@ -70,7 +70,8 @@ image, .map img { image-rendering: pixelated; }
 @media (prefers-color-scheme: dark) { image, .map img { filter: brightness(1.7); } }
 .sentence dl { display: grid; grid-template-columns: 6.5rem 1fr; gap: 2px 12px; margin: 6px 0 0; }
 dt { color: var(--soft); font-size: .88rem; overflow-wrap: anywhere; }
-@media (max-width: 560px) { body { padding: 20px 12px 60px; } .chart text { font-size: 13.5px; } .sentence dl { grid-template-columns: 1fr; gap: 0; } dt { margin-top: 4px; } }
+@media (max-width: 560px) { body { padding: 20px 12px 60px; } .chart text { font-size: 13.5px; }
+  .sentence dl { grid-template-columns: 1fr; gap: 0; } dt { margin-top: 4px; } }
 dd { margin: 0; overflow-wrap: anywhere; }
 mark { border-radius: 3px; padding: 0 3px; background: var(--odd); color: var(--odd-ink); text-decoration: underline
   wavy 1px; }

@@ -112,6 +112,7 @@ def score_with_interval(
     instances = {metric: make_metric(metric, tokenizer)}
     # A test of a baseline alone is its bootstrap. Metric.corpus_score(n_bootstrap=…) fails where chrF2 is always 0.
     _, results = PairedTest([("", list(translations))], instances, [list(lines) for lines in references], "bs")()
+    result: Any
     ((result,),) = (found for name, found in results.items() if name != "System")
     return float(result.score), float(result.ci)
 

@@ -131,7 +131,8 @@ class DecoderLayer(nnx.Module):
         weights: list[Array] = []
         x_BTD = self.attention_residual(x_BTD, recorded(self.attention, self_mask, weights))
         x_BTD = self.cross_residual(x_BTD, recorded(self.cross, cross_mask, weights, encoded_BSD))
-        return self.mlp_residual(x_BTD, self.mlp), *weights
+        weights_BHTT, weights_BHTS = weights
+        return self.mlp_residual(x_BTD, self.mlp), weights_BHTT, weights_BHTS
 
     def step(
         self,
