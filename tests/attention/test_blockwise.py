@@ -64,7 +64,7 @@ def test_values_and_gradients_are_those_of_the_plain_path(kind, lengths):
 
 
 @pytest.mark.slow
-def test_a_query_that_sees_nothing_is_finite_with_finite_gradient():
+def test_a_query_that_sees_no_key_gives_finite_output_and_gradient():
     visible = AttentionMask(jnp.full((B, 9), 7, jnp.int32), jnp.ones((B, 9), jnp.int32))
     q, k, v = (draw(seed, 9) for seed in range(3))
     value, grads = jax.value_and_grad(lambda *qkv: blockwise_attention(*qkv, visible, block=4).sum(), (0, 1, 2))(

@@ -52,7 +52,7 @@ def test_large_logits_stay_finite_and_right():
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def test_a_query_that_may_look_nowhere_is_finite_with_finite_gradient():
+def test_a_query_without_visible_keys_gives_finite_output_and_gradient():
     q, k, v = draw(2, (1, 2, 1, 4), (1, 3, 1, 4), (1, 3, 1, 4))
     nowhere = jnp.zeros((1, 1, 1, 3), bool)
     value, grad = jax.value_and_grad(lambda q: dot_product.dot_product_attention(q, k, v, nowhere).sum())(q)

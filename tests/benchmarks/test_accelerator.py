@@ -57,7 +57,7 @@ def test_one_phase_of_each_kind_is_measured(tmp_path):
     assert results["multi30k"]["scores"]["steps"] == [6, 8]
 
 
-def test_a_phase_that_takes_too_long_is_ended_and_keeps_what_it_found(tmp_path):
+def test_a_phase_over_its_time_limit_is_ended_and_keeps_its_results(tmp_path):
     args = options(tmp_path)
     path = accelerator.scratch_path(args, "probe")
     path.parent.mkdir()

@@ -86,12 +86,12 @@ def test_the_compiled_step_of_a_tpu_grows_with_the_length_by_splash():
 
 
 @pytest.mark.parametrize("path", ["ring:0", "ring:two", "plain:2", "fast"])
-def test_a_way_to_attend_that_is_none_is_refused(path):
+def test_an_unknown_attention_implementation_is_refused(path):
     with pytest.raises(UserError, match=r"ring:2, say|expected one of auto, plain"):
         attention_memory.small_model(path)
 
 
-def test_the_drawing_has_a_line_for_each_way_its_slope_the_exponent(tmp_path):
+def test_the_plot_has_a_line_for_each_implementation_with_its_exponent_as_slope(tmp_path):
     sizes = {"plain": [1.0, 16.0, 256.0], "blockwise": [1.0, 4.0, 16.0]}
     attention_memory.draw(tmp_path / "plot.svg", [1024, 4096, 16384], sizes)
     root = ElementTree.fromstring((tmp_path / "plot.svg").read_text())

@@ -116,7 +116,7 @@ def test_a_step_is_really_trained(monkeypatch):
     assert min(found.values()) > 0
 
 
-def test_a_family_that_is_none_is_refused():
+def test_an_unknown_family_is_refused():
     with pytest.raises(UserError, match="--families: expected some of attention, recurrent"):
         parallelism.main(["parallelism", "--families=attention,lstm"])
 

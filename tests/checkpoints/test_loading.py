@@ -91,7 +91,7 @@ def test_a_workdir_without_checkpoints_is_an_error(tmp_path):
     assert CheckpointManager(tmp_path).latest_valid_step() is None
 
 
-def test_if_the_one_with_a_score_is_damaged_the_newest_sound_is_taken(parts, tmp_path, capsys):
+def test_if_the_best_checkpoint_is_damaged_the_latest_valid_one_is_selected(parts, tmp_path, capsys):
     for done in (3, 5):
         save(tmp_path, parts, done)
     CheckpointManager(tmp_path).update_metrics(3, {manager.VALID_BLEU: 30.0})
@@ -106,7 +106,7 @@ def test_best_needs_a_score(parts, tmp_path):
         select(tmp_path, "best")
 
 
-def test_a_damaged_one_gives_way_but_not_one_asked_for_by_number(workdir, capsys):
+def test_a_damaged_checkpoint_falls_back_unless_it_was_selected_by_number(workdir, capsys):
     flip(files(workdir / "checkpoints" / "9" / "params")[-1])
     assert select(workdir, "best") == [10]
     assert "checkpoint 9 is damaged" in capsys.readouterr().err
@@ -247,7 +247,7 @@ def test_too_few_to_average_are_counted(workdir):
 
 
 @pytest.mark.parametrize("which", ["average:2", "best-average:2"])
-def test_if_none_is_sound_there_is_nothing_to_average(workdir, which):
+def test_without_a_valid_checkpoint_averaging_fails(workdir, which):
     for name in ("9", "10", "100"):
         flip(workdir / "checkpoints" / name / "config.json")
     with pytest.raises(WorkdirError, match="none of the checkpoints"):
@@ -273,7 +273,7 @@ def test_one_that_training_deletes_meanwhile_is_a_message(workdir, monkeypatch, 
     assert "damaged" not in capsys.readouterr().err
 
 
-def test_one_that_was_replaced_by_the_next_meanwhile_is_a_message(parts, tmp_path, monkeypatch):
+def test_a_checkpoint_that_was_pruned_meanwhile_is_an_error_message(parts, tmp_path, monkeypatch):
     """As with keep_last = 1."""
     verify = CheckpointManager.verify
 

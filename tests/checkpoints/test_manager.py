@@ -153,7 +153,7 @@ def test_what_a_file_manager_leaves_is_no_damage(workdir, name):
     assert CheckpointManager(workdir).latest_valid_step() == 100
 
 
-def test_if_none_is_sound_nothing_starts_over(workdir):
+def test_without_a_valid_checkpoint_no_run_restarts(workdir):
     for name in ("9", "10", "100"):
         flip(workdir / "checkpoints" / name / "config.json")
     with pytest.raises(WorkdirError, match=r"none of the checkpoints .* is valid"):
@@ -177,7 +177,7 @@ def test_a_lost_manifest_is_damage_and_never_a_fresh_start(workdir, capsys):
     assert capsys.readouterr().err.count("damaged") == 3
 
 
-def test_a_damaged_newest_is_put_aside_and_never_outlives_a_sound_one(workdir, parts):
+def test_a_damaged_latest_checkpoint_is_quarantined_and_never_outlives_a_valid_one(workdir, parts):
     flip(workdir / "checkpoints" / "100" / "config.json")
     checkpoints = CheckpointManager(workdir)
     checkpoints.clean_up(checkpoints.latest_valid_step())

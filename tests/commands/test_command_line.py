@@ -351,7 +351,7 @@ def test_a_platform_that_is_not_here_is_a_message(root):
 
 
 @pytest.mark.reported
-def test_a_config_in_a_pipe_is_told_from_none(tmp_path):
+def test_a_config_in_a_pipe_is_distinguished_from_no_config(tmp_path):
     os.mkfifo(tmp_path / "pipe.py")
     with pytest.raises(UserError, match=r"pipe\.py: expected a file that ends in \.py, got a folder, pipe or device"):
         parse(f"--config={tmp_path}/pipe.py")

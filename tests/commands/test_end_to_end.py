@@ -338,12 +338,12 @@ def test_what_only_the_data_or_the_machine_can_refuse(flag, code, message, folde
 
 
 @pytest.mark.parametrize("command", [["eval.py"], ["-m", "transformer.translate"]])
-def test_a_workdir_that_is_none_is_refused(command, tmp_path):
+def test_a_folder_that_is_not_a_workdir_is_refused(command, tmp_path):
     assert b"expected a folder" in run(*command, f"--workdir={tmp_path}/none", code=2, stdin=b"").stderr
     assert b"found no checkpoint" in run(*command, f"--workdir={tmp_path}", code=2, stdin=b"").stderr
 
 
-def test_if_no_checkpoint_is_sound_the_exit_code_says_so(workdir, tmp_path):
+def test_without_a_valid_checkpoint_the_exit_code_says_so(workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / "run")
     for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
         manifest.write_text("{}")

@@ -138,7 +138,7 @@ def test_what_cannot_be_is_one_message(flags, message):
     assert "Traceback" not in result.stderr
 
 
-def test_mistakes_are_told_before_jax_is_imported():
+def test_mistakes_are_reported_before_jax_is_imported():
     program = "import sys; from transformer import plan\n"
     program += "try: plan.main(['plan', '--config=configs/demo.py', '--topology=v9:1'])\n"
     program += "except Exception as error: print(type(error).__name__, 'jax' in sys.modules)"

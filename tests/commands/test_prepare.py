@@ -65,7 +65,7 @@ def test_text_is_prepared_and_jax_not_imported(tmp_path, text, monkeypatch, capf
     assert_nothing_is_left_to_do(resolved(arguments), monkeypatch, tmp_path / "workdir", capfd)
 
 
-def test_without_a_report_nothing_stands_on_stdout_and_again_nothing_is_made(text, capfd):
+def test_without_a_report_stdout_is_empty_and_a_second_run_reuses_the_data(text, capfd):
     prepare.main(flags("text", **text))
     out, err = capfd.readouterr()
     assert out == ""

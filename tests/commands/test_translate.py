@@ -72,7 +72,7 @@ def test_a_call_translates_and_gives_n_best_when_asked(loaded, usual):
 
 
 @pytest.mark.slow
-def test_fields_wishes_and_seeds_can_be_given_to_a_call(loaded, usual):
+def test_fields_constraints_and_seeds_can_be_given_to_a_call(loaded, usual):
     short = [usual[LINES.index(line)] for line in SHORT]
     assert loaded.translate(SHORT, beam_size=1) != short
     drawn = [loaded.translate(SHORT, method="sample", seed=seed) for seed in (0, 0, 1)]
@@ -141,7 +141,7 @@ def test_what_cannot_be_asked_of_a_call_is_refused(loaded, sentences, options, m
 
 @pytest.mark.reported
 @pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
-def test_a_fork_after_loading_is_told_to_load_for_itself(loaded):
+def test_a_fork_after_loading_gets_an_error_that_says_how_to_load(loaded):
     """In a fork JAX hangs; the message comes at once."""
 
     def translate_in_fork(sender):
@@ -517,7 +517,7 @@ def test_cr_lf_in_stdin_and_in_files_beside_it_ends_lines(command, tmp_path):
 
 
 @pytest.mark.reported
-def test_translations_cut_at_their_limit_are_counted_and_said(loaded, capsys):
+def test_truncated_translations_are_counted_and_logged(loaded, capsys):
     count = sum(not one.finished for (one,) in loaded.translate(SHORT, n_best=1))
     assert count
     assert f"warning: {count} translations are cut at source tokens + decode.max_extra_length = 10" in (

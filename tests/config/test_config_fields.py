@@ -123,7 +123,7 @@ def test_a_file_alone_is_still_held_to_what_is_read(tmp_path):
         flags(file=tmp_path / "own.py")
 
 
-def test_what_runs_have_kept_stays_readable_and_is_no_other_run(tmp_path):
+def test_saved_configs_of_earlier_versions_stay_readable_and_resumable(tmp_path):
     kept = {"model": {"max_positions": 512}, "data": {"batching": "pack", "num_buckets": 3}}
     old = validation.from_json(json.dumps(kept), "config.json")
     new = validation.validate({"data": {"batching": "pack"}})

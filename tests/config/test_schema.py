@@ -188,7 +188,7 @@ def test_a_damaged_config_file_is_refused(text):
         validation.from_json(text, "config.json")
 
 
-def test_what_runs_have_kept_stays_readable():
+def test_saved_configs_of_earlier_versions_stay_readable():
     kept = {
         "data": {"batching": "pack", "num_buckets": 4},
         "decode": {"method": "mbr", "beam_size": 1},

@@ -45,7 +45,7 @@ def test_no_more_than_the_most_are_held_out(tmp_path, monkeypatch):
     assert len(corpus.load_or_compute_metadata(open_text(tmp_path, pairs(1000)), LANGUAGES).held_out) == 3
 
 
-def test_the_choice_follows_the_sentence_and_not_its_place(tmp_path):
+def test_the_held_out_pairs_follow_the_sentence_and_not_its_position(tmp_path):
     chosen = []
     for name, train in {"one": pairs(500), "other": [("new", "x"), *pairs(500)[::-1]]}.items():
         (tmp_path / name).mkdir()
@@ -107,7 +107,7 @@ def test_each_direction_has_its_own_facts(tmp_path):
     assert corpus.load_or_compute_metadata(opened, LANGUAGES) == forth
 
 
-def test_what_was_found_is_kept_and_read_again_unless_damaged(tmp_path, monkeypatch):
+def test_cached_split_metadata_is_read_again_unless_damaged(tmp_path, monkeypatch):
     opened = open_text(tmp_path, [("", ""), *pairs(200)])
     facts = corpus.load_or_compute_metadata(opened, LANGUAGES)
     path = opened.folder / "contents.en-de.json"

@@ -103,7 +103,7 @@ def test_the_direction_can_be_turned(tmp_path):
     assert back.split("train").digest != forth.split("train").digest
 
 
-def test_validation_is_held_out_of_training_and_told(tmp_path, capfd):
+def test_validation_is_held_out_of_training_and_logged(tmp_path, capfd):
     opened = corpus.open_corpus(text_config(tmp_path, train=[("", ""), *((f"e{i}", f"d{i}") for i in range(400))]))
     train, validation = opened.split("train"), opened.split("validation")
     assert (len(train), len(validation), opened.dropped) == (396, 4, 1)

@@ -133,7 +133,7 @@ def refusal_of(tmp_path, wanted):
     return str(error.value)
 
 
-def test_a_download_that_stays_cut_is_kept_for_the_next_time_and_not_taken_for_whole(tmp_path, address):
+def test_a_truncated_download_is_kept_for_resuming_and_not_used(tmp_path, address):
     for _ in range(2):
         says = refusal_of(tmp_path, archive(address, "always.tgz"))
         assert f"the connection ended after {len(CONTENT) // 2:,} bytes" in says
@@ -182,7 +182,7 @@ def test_all_that_is_missing_is_named_at_once(tmp_path, address):
     assert (pathlib.Path(*tmp_path.glob("downloads/127*[0-9][0-9]/c.tgz"))).read_bytes() == CONTENT
 
 
-def test_without_a_recorded_checksum_the_digest_is_told(tmp_path, address, capfd):
+def test_without_a_recorded_checksum_the_digest_is_logged(tmp_path, address, capfd):
     wanted = archive(address, recorded=False)
     digest = get(tmp_path, wanted).sha256
     assert digest == hashlib.sha256(CONTENT).hexdigest()
@@ -190,7 +190,7 @@ def test_without_a_recorded_checksum_the_digest_is_told(tmp_path, address, capfd
     assert capfd.readouterr().err.count(f"sha256 {digest}") == 2
 
 
-def test_progress_is_told(tmp_path, address, capfd, monkeypatch):
+def test_progress_is_logged(tmp_path, address, capfd, monkeypatch):
     monkeypatch.setattr(logging, "LOG_INTERVAL_S", 0.0)
     monkeypatch.setattr(download, "CHUNK_BYTES", 100_000)
     get(tmp_path, archive(address))

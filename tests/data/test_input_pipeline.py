@@ -80,7 +80,7 @@ def test_damaged_ids_are_made_anew(config, opened, name, capsys):
     np.testing.assert_array_equal(got.target.flat, wanted[1])
 
 
-def test_ids_of_a_kind_that_is_none_are_made_anew(config, opened, capsys):
+def test_cached_ids_of_an_unknown_format_are_rebuilt(config, opened, capsys):
     corpus, trained, ids = opened
     (folder,) = (pathlib.Path(config.data.data_dir) / "token_ids").glob(
         f"{corpus.split('train').digest[:24]}*{trained.digest[:24]}"
@@ -224,9 +224,7 @@ def test_before_the_first_checkpoint_another_size_makes_another_vocabulary(confi
     assert tokenizer.load(tmp_path).vocab_size == 280
 
 
-def test_before_the_first_checkpoint_a_vocabulary_of_another_kind_or_damaged_is_replaced(
-    config, opened, tmp_path, capsys
-):
+def test_before_the_first_checkpoint_another_or_damaged_vocabulary_is_replaced(config, opened, tmp_path, capsys):
     corpus, trained, _ = opened
     path = tmp_path / trained.file_name
     for kind, damage in (("unigram", b""), ("bpe", b"x")):

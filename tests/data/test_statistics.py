@@ -98,7 +98,7 @@ def test_the_tables_say_it(parts, capsys):
     assert f"train.num_steps = 100 are {100 / plan.steps_per_epoch:,.1f} epochs" in out
 
 
-def test_a_name_that_looks_like_markup_is_shown_as_it_is(parts, capsys):
+def test_markup_in_a_name_is_escaped(parts, capsys):
     config, corpus, splits, ids, trained = parts
     plan = input_pipeline.make_batch_schedule(dataclasses.replace(config), ids["train"])
     renamed = {"train": splits["train"], "[b]": splits["test"]}

@@ -50,7 +50,7 @@ def attend(parts, source, target, pairs, layer=1):
     return Attention(weights / weights.sum(-1, keepdims=True), *ids)
 
 
-def test_each_word_is_linked_to_the_one_it_looks_at(parts):
+def test_each_word_is_aligned_with_the_one_it_attends_to(parts):
     source, target = "old house greenhouse sees", "dog newhouse a"
     attention = attend(parts, source, target, [(2, 0), (0, 1), (3, 2)])
     assert len(attention.source) > 5  # some words are of several pieces

@@ -49,7 +49,7 @@ def test_blocks_find_what_top_k_finds(kind, vocab_size, by_sentence):
         assert np.asarray(got[0]).tobytes() == np.asarray(want[0]).tobytes()
 
 
-def test_few_tokens_are_looked_at_all():
+def test_few_tokens_are_all_compared():
     logits, alive, allowed = logits_of("plain", 64), jnp.zeros((B, N), jnp.float32), np.ones((1, 1, 64), bool)
     got, want = (find(logits, allowed, alive, 5) for find in (beam_search.blockwise_top_k, plain))
     np.testing.assert_array_equal(got[1], want[1])

@@ -150,7 +150,7 @@ def test_what_has_begun_a_phrase_stays_however_unlikely():
     assert best == [5, 6, EOS]
 
 
-def test_a_phrase_comes_in_its_place_though_there_are_more_banks_than_beams():
+def test_a_phrase_is_produced_with_more_banks_than_beams():
     """Four banks and two beams: the hypothesis that would come to the phrase by itself must not be crowded out."""
     rows = {BOS: {3: 0.9, 5: 0.1}, 3: {4: 0.9, 5: 0.1}, 4: {5: 1.0}, 5: {6: 1.0}, 6: {7: 1.0}}
     found = search(table(rows), [[(5, 6, 7)]], 2, [8], alpha=0.0)
@@ -168,7 +168,7 @@ def walk(phrase, tokens, width=4):
     return seen
 
 
-def test_progress_falls_back_to_the_longest_beginning_and_not_to_nothing():
+def test_constraint_progress_falls_back_to_the_longest_prefix():
     assert walk((3, 3, 4), (3, 3, 3, 4, 5)) == [1, 2, 2, 3, 3]
     assert walk((3, 4, 3, 5), (3, 4, 3, 4, 3, 5)) == [1, 2, 3, 2, 3, 4]
     assert walk((3, 4), (4, 5, 3, 3, 4, 3)) == [0, 0, 1, 1, 2, 2]

@@ -20,7 +20,7 @@ def vocabulary():
     return tokenizer.train(LINES, 300, "bpe")
 
 
-def test_nothing_asked_is_nothing(vocabulary):
+def test_without_constraints_all_sizes_are_zero(vocabulary):
     for prefixes, constraints in ((None, None), (["", " "], None), (None, [[], []]), ([" ", ""], [[], ()])):
         assert [
             encoded.length() for encoded in requests.encode_constraints(vocabulary, prefixes, constraints, [9, 0])

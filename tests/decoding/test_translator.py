@@ -119,7 +119,7 @@ def test_each_shape_is_compiled_once(parts, fresh_programs):
 
 
 @pytest.mark.parametrize("lines", [[], [""], ["", "  ", "\t"], ["", LINES[3], " ", LINES[4]]])
-def test_blank_lines_have_blank_translations_in_their_place(parts, usual, lines):
+def test_blank_lines_have_blank_translations_at_their_position(parts, usual, lines):
     translator, params = make(parts)
     got = translator.translate(params, lines)
     assert got == [usual[LINES.index(line)] if line in LINES else "" for line in lines]
@@ -254,7 +254,7 @@ def test_translations_begin_and_hold_as_asked_whatever_the_grouping(parts):
 
 
 @pytest.mark.slow
-def test_sentences_without_wishes_are_not_changed_by_those_of_others(parts, usual):
+def test_sentences_without_constraints_are_unchanged_by_those_of_others(parts, usual):
     translator, params = make(parts)
     constraints = [["tree"] if i % 3 == 0 else [] for i in range(len(LINES))]
     got = translator.translate_nbest(params, LINES, constraints=constraints)

@@ -125,7 +125,7 @@ def test_a_host_that_failed_ends_the_others_with_its_code(ended, capsys):
     assert json.loads(service.kept["failed/0"])[0] == 3
 
 
-def test_a_failure_is_told_to_the_others(ended, capsys):
+def test_a_failure_is_reported_to_the_other_processes(ended, capsys):
     service = Service()
     beats = beating(service, index=1)
     with pytest.raises(Ended):

@@ -172,7 +172,7 @@ def test_launchers_are_known_by_their_environment(environment, name):
         (torchrun(0, 2), r"\$WORLD_SIZE --process_id=\$RANK"),
     ],
 )
-def test_a_launcher_that_jax_does_not_know_is_told_to_give_the_flags(environment, flags):
+def test_an_unknown_launcher_gets_an_error_that_names_the_flags(environment, flags):
     with pytest.raises(UserError, match="started by .* as one of several.*--num_processes=" + flags):
         launchers.detect_cluster(environment)
 

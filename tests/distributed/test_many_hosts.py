@@ -95,7 +95,7 @@ def test_a_host_that_stops_or_dies_ends_the_other_within_a_minute(folder, tmp_pa
         assert name in pair.said(1 - victim).splitlines()[-1]
 
 
-def test_hosts_with_other_data_are_told(folder, tmp_path):
+def test_hosts_with_other_data_get_an_error(folder, tmp_path):
     other = write_data(tmp_path / "other")
     (other / "train.en").write_text((folder / "train.en").read_text().replace("red", "read"))
     commands = [command(where, tmp_path / "run") for where in (folder, other)]
@@ -105,7 +105,7 @@ def test_hosts_with_other_data_are_told(folder, tmp_path):
             assert "the data differs between hosts: digest" in pair.said(host)
 
 
-def test_hosts_with_other_code_are_told(folder, tmp_path):
+def test_hosts_with_other_code_get_an_error(folder, tmp_path):
     """Host 1 has a copy of the package with one more comment."""
     shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "runs"))
     with (tmp_path / "copy" / "transformer" / "models" / "loss.py").open("a") as file:
@@ -119,7 +119,7 @@ def test_hosts_with_other_code_are_told(folder, tmp_path):
             assert "the code differs between hosts: version" in pair.said(host)
 
 
-def test_hosts_that_do_not_share_the_workdir_are_told(folder, tmp_path):
+def test_hosts_that_do_not_share_the_workdir_get_an_error(folder, tmp_path):
     commands = [command(folder, tmp_path / f"run{host}") for host in (0, 1)]
     with on_hosts(2, [], tmp_path / "out", devices=1, commands=commands) as pair:
         assert pair.wait(120) == [2, 2]

@@ -214,7 +214,7 @@ def test_other_programs_run_on_a_mesh(fields):
 
 
 @pytest.mark.slow
-def test_packed_rows_are_told_apart_on_a_mesh():
+def test_packed_sentences_stay_separate_on_a_mesh():
     rng = np.random.default_rng(0)
     side = rng.integers(4, V, (8, 12)).astype(np.int32)
     side[:, [4, 7, 11]] = EOS

@@ -139,7 +139,7 @@ def test_a_param_is_whole_where_it_is_used_and_its_gradient_is_split():
 
 
 @pytest.mark.parametrize(("parts", "times"), [(1, ""), (14, ""), (16, "1.3"), (64, "5.3")])
-def test_padding_that_devices_and_many_parts_cost_is_said(parts, times):
+def test_padding_for_devices_and_micro_batches_is_logged(parts, times):
     """Batches of 96 rows become 112, 128 or 512 on 8 devices."""
     lengths = np.full(960, 20)
     plan = BucketedSchedule(lengths, lengths, num_buckets=2, batch_tokens=20 * 96, max_length=20, seed=0)

@@ -80,7 +80,7 @@ def test_another_tokenizer_is_refused_before_anything_runs(data, match):
         validation.validate({"data": data})
 
 
-def test_what_cannot_have_four_tokens_is_told_by_chrf():
+def test_sentences_under_four_tokens_are_ranked_by_chrf():
     words = ["Haus", "rotes Haus", "ein Haus hier", "ein Haus steht hier"]
     assert bleu_tokenizer.choose_best_metric(words, "13a") == (
         "chrf",

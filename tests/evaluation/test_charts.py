@@ -48,7 +48,7 @@ def test_each_line_has_a_name_and_a_colour_of_its_own():
     assert 'class="hit"' in svg
 
 
-def test_what_is_no_number_is_left_out_and_nothing_gives_nothing():
+def test_non_finite_values_are_left_out_and_an_empty_series_is_empty():
     assert len(circles(charts.line_chart("t", "x", [Series("a", [(0, 1.0), (1, math.nan), (2, 3.0)])]))) == 2
     assert charts.line_chart("t", "x", [Series("a", []), Series("b", [(0, math.inf)])]) == ""
     assert charts.bar_chart("t", "x", [], []) == ""

@@ -81,7 +81,7 @@ def test_two_blank_lines_agree():
     assert significance.sentence_score("x", [[""]], 0) == 0
 
 
-def test_it_is_told_to_people_and_to_machines():
+def test_a_comparison_is_a_table_and_json():
     tests = significance.paired_tests(GOOD, POOR, [REFERENCES], "13a", samples=200)
     text = significance.format_table("mine", "other", tests)
     assert "mine compared with other" in text

@@ -77,7 +77,7 @@ def test_ctranslate2_gives_the_log_probabilities_of_the_model(model, vocabulary,
         ({"method": "sample", "length_penalty": 0.0}, ["method"]),
     ],
 )
-def test_the_fields_that_ctranslate2_cannot_follow_are_said_and_no_others(workdir, fields, named, capsys):
+def test_the_fields_that_ctranslate2_does_not_support_are_named_and_no_others(workdir, fields, named, capsys):
     decode = dataclasses.replace(load_checkpoint(workdir, "latest").config.decode, **fields)
     assert export_ctranslate2.options(decode)["beam_size"] == decode.beam_size
     assert re.findall(r"decode\.(\w+) =", capsys.readouterr().err) == named
@@ -165,7 +165,7 @@ def test_a_small_mistake_is_found_under_the_tolerance_of_int8(workdir, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["ctranslate2", "jax"])
-def test_a_model_that_came_out_otherwise_is_refused_and_leaves_nothing(form, workdir, tmp_path, monkeypatch):
+def test_a_model_whose_export_differs_is_refused_and_leaves_no_files(form, workdir, tmp_path, monkeypatch):
     pytest.importorskip(verify.NEEDS[form], reason="the export extra is not installed")
     module = export_ctranslate2 if form == "ctranslate2" else jax_export
     zeros = lambda length, width: np.zeros((length, width), np.float32)  # noqa: E731

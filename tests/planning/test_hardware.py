@@ -38,7 +38,7 @@ def test_names(name, chips):
         ("h100:16", "links of h100 join at most 8 chips, got 16"),
     ],
 )
-def test_a_name_that_is_none_is_refused_with_what_is(name, message):
+def test_an_unknown_name_is_refused_with_the_known_ones(name, message):
     with pytest.raises(UserError, match=message):
         parse_topology(name)
 

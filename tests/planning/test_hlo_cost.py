@@ -192,7 +192,7 @@ def test_sums_of_which_slices_are_kept_are_a_reduce_scatter_and_share_a_channel(
     assert found == [Collective("reduce-scatter", ("data", "fsdp"), 8, 2, 2 * (64 + 256))]
 
 
-def test_a_sum_that_is_kept_whole_is_none():
+def test_a_sum_that_is_kept_whole_is_not_a_reduce_scatter():
     whole = SCATTER.replace("tuple(%mine, %row)", "tuple(%one, %row)").replace("dynamic-slice(%one", "negate(%id")
     (found,) = hlo_cost.collectives(Program(whole), MESH)
     assert found.kind == "all-reduce"

@@ -33,7 +33,7 @@ def test_programs_are_kept_in_a_folder_for_this_kind_of_cpu(tmp_path):
     assert any(folder.iterdir())
 
 
-def test_a_folder_of_the_user_s_own_is_kept_to(tmp_path):
+def test_a_configured_folder_is_used(tmp_path):
     assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == tmp_path / "mine"
     assert any((tmp_path / "mine").iterdir())
 

@@ -47,5 +47,5 @@ def test_what_only_one_of_them_has_is_named():
     assert fingerprint.diff({"a": ""}, {"a": "x"}) == ["a: none → x"]
 
 
-def test_of_a_host_that_nobody_noted_nothing_is_said():
+def test_an_unrecorded_host_is_not_logged():
     assert fingerprint.diff({}, fingerprint.fingerprint()) == []

@@ -220,7 +220,7 @@ def test_text_files_are_read_there(folder, bucket):
         assert found[split].digest() == wanted[split].digest()
 
 
-def test_a_step_without_its_manifest_is_none(bucket):
+def test_a_step_without_a_manifest_is_not_a_checkpoint(bucket):
     checkpoints = CheckpointManager(epath.Path(bucket) / "runs" / "half")
     for step in (3, 6):
         (checkpoints.folder / str(step) / "params").mkdir(parents=True)

@@ -87,7 +87,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(saved, tmp_path):
         initialization.resolve_warm_start(config_of(tmp_path))
 
 
-def test_nothing_is_looked_for_without_it():
+def test_without_init_from_there_is_no_warm_start():
     assert initialization.resolve_warm_start(small_config()) is None
 
 

@@ -66,7 +66,7 @@ def test_what_is_no_number_stops_the_run_and_names_the_update(bad):
     assert diverged.value.step == 7
 
 
-def test_a_skipped_update_is_said_and_counted(capsys):
+def test_a_skipped_update_is_logged_and_counted(capsys):
     meter = MetricsAccumulator(skipped=2)
     for step, skipped in ((1, 2), (2, 3), (3, 3)):
         meter.add(metrics()._replace(skipped=np.int32(skipped)), step, slots=8, flops=0)
@@ -74,7 +74,7 @@ def test_a_skipped_update_is_said_and_counted(capsys):
     assert meter.summary()["train/skipped_updates"] == 3
 
 
-def test_what_was_spent_goes_on_from_the_sittings_before():
+def test_the_training_cost_continues_after_a_resume():
     clock = Clock()
     meter = MetricsAccumulator(TrainingCost(flops=1e18, tokens=1000, source_tokens=2000, seconds=3600), clock)
     meter.add(metrics(tokens=5), 1, slots=8, flops=3e18)
@@ -111,7 +111,7 @@ def test_lines_are_json_and_resume_appends(tmp_path, capsys):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_a_reader_of_the_lines_that_goes_away_ends_nothing(tmp_path):
+def test_a_closed_reader_of_log_lines_does_not_stop_training(tmp_path):
     program = (
         "import sys\nfrom etils import epath\nfrom transformer.runtime.logging import log_info\n"
         "from transformer.training.metrics import MetricWriter\n"

@@ -255,7 +255,7 @@ def test_a_moving_average_cannot_begin_or_end_halfway(data, whole, averaged):
         fit(config_of(data), averaged[0])
 
 
-def test_what_a_run_has_cost_is_counted_over_all_its_sittings(data, whole, tmp_path):
+def test_the_cost_of_a_run_is_summed_over_resumes(data, whole, tmp_path):
     """Against the plan of its batches; and a run of two sittings counts to the same, to the last digit."""
     from transformer.checkpoints.loading import load_checkpoint
     from transformer.data import corpus as corpora
@@ -342,7 +342,7 @@ def test_a_terminal_that_closes_is_a_stop_signal_unless_started_by_nohup():
     assert signals.preempted(signal.SIGHUP, 7).exit_code == 129
 
 
-def test_another_host_is_said(data, tmp_path, monkeypatch, capsys):
+def test_another_host_is_logged(data, tmp_path, monkeypatch, capsys):
     from transformer.checkpoints import manager
 
     fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
@@ -357,7 +357,7 @@ def test_another_host_is_said(data, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_another_way_to_decode_looks_for_its_best_anew(data, tmp_path, capsys):
+def test_another_decode_config_resets_the_best_score(data, tmp_path, capsys):
     run = epath.Path(tmp_path / "run")
     fit(config_of(data, train={"num_steps": 6}), run)
 
@@ -375,7 +375,7 @@ def test_another_way_to_decode_looks_for_its_best_anew(data, tmp_path, capsys):
     assert CheckpointManager(run).metrics(6) == before  # BLEU of the search that the checkpoint was saved with
 
 
-def test_devices_that_a_mesh_leaves_idle_are_said(data, tmp_path, capsys):
+def test_devices_that_a_mesh_leaves_idle_are_logged(data, tmp_path, capsys):
     prepare(config_of(data, mesh={"data": 2}, train={"accumulation_steps": 40}), epath.Path(tmp_path / "run"))
     said = capsys.readouterr().err
     assert f"config.mesh uses 2 of {jax.device_count()} devices" in said
@@ -477,7 +477,7 @@ def test_a_lost_vocabulary_is_not_trained_again(data, tmp_path):
         fit(config_of(data), tmp_path / "run")
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(data, whole, tmp_path, capsys):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(data, whole, tmp_path, capsys):
     fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "6" / "params" / "_CHECKPOINT_METADATA"
     path.write_bytes(path.read_bytes() + b" ")
@@ -560,7 +560,7 @@ def test_another_vocabulary_in_the_workdir_is_refused(data, whole, tmp_path):
         fit(config_of(data), tmp_path / "run")
 
 
-def test_if_no_checkpoint_is_sound_training_refuses_to_start_over(data, tmp_path):
+def test_without_a_valid_checkpoint_training_refuses_to_restart(data, tmp_path):
     fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "3" / "config.json").write_text("{}")
     with pytest.raises(WorkdirError, match="is valid"):
@@ -586,7 +586,7 @@ def test_eight_devices_train_the_same_model(data, whole, tmp_path, mesh):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
-def test_a_second_trainer_is_told_who_holds_the_workdir(data, tmp_path):
+def test_a_second_trainer_gets_an_error_that_names_the_holder_of_the_workdir(data, tmp_path):
     from etils import epath
 
     with (

@@ -74,7 +74,7 @@ def test_harmless_changes_are_named(folder, change):
 
 
 @pytest.mark.parametrize(("old", "new"), [("bpe", "unigram"), ("bpe", "mine.model"), ("mine.codes", "bpe")])
-def test_another_way_to_a_vocabulary_is_no_harmless_change(folder, old, new):
+def test_another_tokenizer_is_no_harmless_change(folder, old, new):
     with pytest.raises(UserError, match=f"data.tokenizer: '{old}' → '{new}'"):
         workdir.check_resume_config(
             folder, small_config(data={"tokenizer": old}), small_config(data={"tokenizer": new})

@@ -1,4 +1,4 @@
-"""What hosts tell each other while they train."""
+"""What processes agree on while they train: a stop, metrics of each host, and who is slow."""
 
 import jax
 import numpy as np
