@@ -71,7 +71,7 @@ def load_test_set(args: argparse.Namespace) -> TestSet:
     Raises:
       UserError: there is neither, or a file is missing.
     """
-    workdirs = [path for path in args.systems if os.path.isdir(path)]
+    workdirs = [path for path in args.systems if epath.Path(path).is_dir()]
     data = systems.read_config(workdirs[0]).data if workdirs else DataConfig(target_language="")
     training = text_files.read_lines(args.frequency_corpus) if args.frequency_corpus else None
     if args.reference:
@@ -91,7 +91,9 @@ def load_test_set(args: argparse.Namespace) -> TestSet:
 
 def load_systems(paths: list[str], dataset: EvalDataset) -> list[System]:
     """The translations of each workdir or file."""
-    files = [os.fspath(systems.newest_translations(path, dataset)) if os.path.isdir(path) else path for path in paths]
+    files = [
+        os.fspath(systems.newest_translations(path, dataset)) if epath.Path(path).is_dir() else path for path in paths
+    ]
     return [
         System(label, file, systems.read_translations(file, dataset, file))
         for label, file in zip(systems.labels(paths), files, strict=True)

@@ -207,8 +207,8 @@ def test_a_difference_is_held_against_chance(workdir, averaged, folder, tmp_path
     result = run("eval.py", f"--workdir={workdir}", f"--versus={tmp_path}/poor")
     versus = json.loads(result.stdout.splitlines()[-1])["versus"]
     assert versus["chrf"]["significant"] is True
-    assert b"against poor" in result.stderr
-    assert result.stderr.count(b"  other       heute") == 5
+    assert b"small compared with poor" in result.stderr
+    assert result.stderr.count(b"  poor        heute") == 5
     write(tmp_path / "short", ["heute"] * 39)
     result = run("eval.py", f"--workdir={workdir}", f"--versus={tmp_path}/short", code=2)
     assert b"each of the 40 sentences of test, got 39 lines" in result.stderr.splitlines()[-1]

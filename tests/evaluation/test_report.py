@@ -84,7 +84,7 @@ def test_sentences_are_ranked_and_shown_once(evaluation, workdir):
     ranked = report.rank_sentences(DATASET, evaluation[2].translations)
     assert ranked == sorted(ranked)
     assert len(ranked) == len(SOURCES)
-    worst = report.varied_sentences(DATASET, ranked[: report.NUM_SENTENCES])
+    worst = report.worst_sentences(DATASET, ranked)
     assert worst == ranked[: report.NUM_SENTENCES]
     good = report.best_sentences(DATASET, ranked, worst)
     assert [score for score, _ in good] == sorted((score for score, _ in good), reverse=True)
@@ -106,6 +106,8 @@ def test_sentences_that_are_shown_differ_in_words_and_length():
     assert set(others) < set(shown)
     assert shown[0] == short[0]
     assert len(shown) == report.NUM_SENTENCES  # repeats fill up the rest
+    perfect = [(100.0, i) for i in range(len(sources))]
+    assert report.worst_sentences(dataset, [(50.0, 3), *perfect[:3], *perfect[4:]]) == [(50.0, 3)]
 
 
 def test_large_sets_are_ranked_in_part(evaluation, monkeypatch):

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 460, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 34
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 38
 MAX_POINTS = 400  # of a line
+NUM_COLORS = 6  # of the page, as CSS classes s1 to s6
 MIN_LABEL_WIDTH = 30  # of a bar that has its value above it
 
 Point = tuple[float, float]
@@ -105,10 +106,10 @@ def bar_chart(title: str, x_label: str, groups: Sequence[str], series: Sequence[
     parts = [_grid(Axis(0, 1, LEFT, WIDTH - RIGHT), y, [], y_ticks, x_label)]
     for i, group in enumerate(groups):
         middle = LEFT + (i + 0.5) * step
-        parts.append(f'<text class="tick mid" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 14}">{html.escape(group)}</text>')
+        parts.append(f'<text class="tick mid" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 17}">{html.escape(group)}</text>')
         for j, bars in enumerate(series):
             left = middle + (j - len(series) / 2) * width
-            parts.append(_bar(left, width, y, bars.values[i], f"s{j + 1}", bars.notes[i]))
+            parts.append(_bar(left, width, y, bars.values[i], _color(j), bars.notes[i]))
             label_y = y(bars.values[i])
             if bars.intervals:
                 low, high = (bars.values[i] + sign * bars.intervals[i] for sign in (-1, 1))
@@ -121,7 +122,7 @@ def bar_chart(title: str, x_label: str, groups: Sequence[str], series: Sequence[
                 parts.append(
                     f'<text class="value" x="{left + width / 2:.1f}" y="{label_y - 4:.1f}">{bars.values[i]:.1f}</text>'
                 )
-    keys = [(bars.name, f"s{j}") for j, bars in enumerate(series, 1)]
+    keys = [(bars.name, _color(j)) for j, bars in enumerate(series)]
     return _figure(title, keys if len(series) > 1 else [], "".join(parts))
 
 
@@ -149,6 +150,10 @@ def histogram(title: str, x_label: str, values: Sequence[float], width: float, n
     return _figure(title, [(names[0], "s1"), (names[1], "s2")], "".join(parts))
 
 
+def _color(index: int) -> str:
+    return f"s{index % NUM_COLORS + 1}"
+
+
 def _bar(left: float, width: float, y: Axis, value: float, color: str, note: str) -> str:
     return (
         f'<rect class="bar {color}" x="{left:.1f}" y="{y(value):.1f}" width="{width:.1f}" '
@@ -174,7 +179,7 @@ def _grid(x: Axis, y: Axis, x_ticks: Sequence[float], y_ticks: Sequence[float], 
     for value in x_ticks:
         if x.low <= value <= x.high:
             parts.append(
-                f'<text class="tick mid" x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 14}">{format_si(value)}</text>'
+                f'<text class="tick mid" x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 17}">{format_si(value)}</text>'
             )
     parts.append(
         f'<text class="tick mid" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}">{html.escape(x_label)}</text>'

@@ -113,7 +113,7 @@ def build(
     note = f"By chrF2, of different lengths{sample}. {DIFF_LEGEND}"
     this = evaluated(workdir, restored, result.translations)
     systems = comparison.systems if comparison else [this]
-    worst = varied_sentences(dataset, ranked[: max(len(ranked) // 4, NUM_SENTENCES)])
+    worst = worst_sentences(dataset, ranked)
     return render_page(
         f"{epath.Path(workdir).name}: translation report",
         subtitle,
@@ -163,6 +163,11 @@ def varied_sentences(dataset: EvalDataset, ranked: Sequence[tuple[float, int]]) 
     repeats = [each for each in in_turn if each not in shown]
     rank = {each: number for number, each in enumerate(ranked)}
     return sorted([*shown, *repeats[: NUM_SENTENCES - len(shown)]], key=lambda each: rank[each])
+
+
+def worst_sentences(dataset: EvalDataset, ranked: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Some of the worst quarter of the sentences, none of them perfect, of different lengths and words."""
+    return varied_sentences(dataset, [each for each in ranked[: max(len(ranked) // 4, NUM_SENTENCES)] if each[0] < 100])
 
 
 def best_sentences(

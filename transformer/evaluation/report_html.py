@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5c6675; --paper: #fcfcfa; --card: #ffffff; --edge:
-  #e2e4e8; --s1: #2a6fdb; --s2: #c2570c; --s3: #2b8a57; --s4: #8e44ad;
+  #e2e4e8; --s1: #2a6fdb; --s2: #c2570c; --s3: #2b8a57; --s4: #8e44ad; --s5: #b8860b; --s6: #5b6470;
   --odd: #fde4c4; --odd-ink: #6b3300; --lack: #d8e8fd;
   --lack-ink: #0b3a7e; --won: #d3f0dc; --won-ink: #0c5128; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --soft: #98a2b1; --paper: #14171c; --card: #1b1f26;
-  --edge: #2e343e; --s1: #6aa5ff; --s2: #f2985a; --s3: #66c795; --s4: #c792ea;
+  --edge: #2e343e; --s1: #6aa5ff; --s2: #f2985a; --s3: #66c795; --s4: #c792ea; --s5: #e0b53c; --s6: #a3adbb;
   --odd: #573410; --odd-ink: #ffdfb8; --lack: #16365f;
   --lack-ink: #cfe3ff; --won: #14452a; --won-ink: #c8f3d8; } }
 * { box-sizing: border-box; }
@@ -49,6 +49,8 @@ figcaption { font-size: .9rem; display: flex; justify-content: space-between; fl
 .s2 { --color: var(--s2); }
 .s3 { --color: var(--s3); }
 .s4 { --color: var(--s4); }
+.s5 { --color: var(--s5); }
+.s6 { --color: var(--s6); }
 .key { color: var(--color); white-space: nowrap; }
 .key.faint::before { height: 1px; }
 svg { display: block; max-width: 100%; }
