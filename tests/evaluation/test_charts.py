@@ -93,6 +93,8 @@ def test_a_histogram_counts_each_value_once_by_its_sign():
     ]
     assert "2 equal sentences are not shown" in svg
     assert charts.histogram("t", "x", [0.0], 1, ("a", "b")) == ""
+    third = charts.histogram("t", "x", [-1.0, 1.0], 1, ("a", "c"), series=2)
+    assert re.findall(r'class="bar (s\d)', third) == ["s1", "s3"]
 
 
 def test_lines_of_one_run_share_a_color_and_a_log_axis_may_be_of_the_values_alone():

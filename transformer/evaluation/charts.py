@@ -126,10 +126,13 @@ def bar_chart(title: str, x_label: str, groups: Sequence[str], series: Sequence[
     return _figure(title, keys if len(series) > 1 else [], "".join(parts))
 
 
-def histogram(title: str, x_label: str, values: Sequence[float], width: float, names: tuple[str, str]) -> str:
+def histogram(
+    title: str, x_label: str, values: Sequence[float], width: float, names: tuple[str, str], series: int = 1
+) -> str:
     """A figure with the counts of values in bins of a width; names of negative and positive values; "" without values.
 
-    Values of 0 are left out of the bars, and their number is in the axis label.
+    Values of 0 are left out of the bars, and their number is in the axis label. Negative values have the color of the
+    first series of a bar chart, positive ones that of the series with the index `series`.
     """
     bins = collections.Counter(
         math.floor(value / width) if value > 0 else math.ceil(value / width) - 1 for value in values if value
@@ -145,9 +148,9 @@ def histogram(title: str, x_label: str, values: Sequence[float], width: float, n
     for number, count in sorted(bins.items()):
         left, right = number * width, (number + 1) * width
         note = f"{left:g} to {right:g}: {count:,} sentences"
-        color = "s1" if number < 0 else "s2"
+        color = _color(0 if number < 0 else series)
         parts.append(_bar(x(left) + 0.5, x(right) - x(left) - 1, y, count, color, note))
-    return _figure(title, [(names[0], "s1"), (names[1], "s2")], "".join(parts))
+    return _figure(title, [(names[0], _color(0)), (names[1], _color(series))], "".join(parts))
 
 
 def _color(index: int) -> str:

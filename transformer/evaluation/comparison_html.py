@@ -128,7 +128,7 @@ def difference_histogram(comparison: Comparison, system: int, title: str) -> str
     largest = max(map(abs, differences), default=0.0)
     width = next((width for width in BIN_WIDTHS if 2 * largest / width <= MAX_BINS), BIN_WIDTHS[-1])
     names = tuple(f"{comparison.systems[i].label} better" for i in (0, system))
-    return histogram(f"Sentences by {title}", "difference in chrF2", differences, width, (names[0], names[1]))
+    return histogram(f"Sentences by {title}", "difference in chrF2", differences, width, (names[0], names[1]), system)
 
 
 def ngram_tables(baseline: str, system: str, pair: tuple[list[NgramDifference], list[NgramDifference]]) -> str:
