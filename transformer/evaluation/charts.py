@@ -129,10 +129,12 @@ def bar_chart(title: str, x_label: str, groups: Sequence[str], series: Sequence[
 def histogram(
     title: str, x_label: str, values: Sequence[float], width: float, names: tuple[str, str], series: int = 1
 ) -> str:
-    """A figure with the counts of values in bins of a width; names of negative and positive values; "" without values.
+    """A figure with the counts of values in bins, "" if all are 0; their number is in the axis label.
 
-    Values of 0 are left out of the bars, and their number is in the axis label. Negative values have the color of the
-    first series of a bar chart, positive ones that of the series with the index `series`.
+    Args:
+      width: of a bin.
+      names: of negative and of positive values.
+      series: index of the series of a bar chart whose color positive values have; negative ones have that of the first.
     """
     bins = collections.Counter(
         math.floor(value / width) if value > 0 else math.ceil(value / width) - 1 for value in values if value
