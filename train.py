@@ -1,6 +1,7 @@
 """Trains the config's model in a workdir, or resumes the run that the workdir holds.
 
     python train.py --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE …]
+    python train.py --workdir=DIR    # resumes with the config that DIR keeps
 
 The same command on every host of a Slurm job, an Open MPI job or a TPU slice trains one model; elsewhere
 --coordinator=HOST:PORT --num_processes=N --process_id=I tell each process of the others. See docs/multihost.md.

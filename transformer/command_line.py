@@ -7,6 +7,7 @@ on SIGTERM / SIGINT / SIGHUP, 141 whoever read the results has gone, as `head` d
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import os
 import pathlib
@@ -18,11 +19,13 @@ import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from etils import epath
 from ml_collections import config_dict
 
 from transformer.config import schema, validation, warm_start
 from transformer.runtime import object_storage, streams
 from transformer.runtime.errors import StoppedError, UserError
+from transformer.runtime.files import user_error_on_oserror
 from transformer.runtime.logging import log_info, report_error
 
 
@@ -64,30 +67,42 @@ def config_parser(prog: str, doc: str | None, required: str = "") -> argparse.Ar
         prog=prog,
         usage=" ".join(filter(None, (prog, "--config=FILE", required, "[--config.SECTION.FIELD=VALUE ...] [options]"))),
         description=(doc or "").split("\n")[0],
-        epilog="Fields of the config are documented in transformer/config/schema.py.",
+        epilog=f"Fields of the config, with defaults and bounds:\n\n{schema.field_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     own = ", ".join(_shipped())
     parser.add_argument(
-        "--config", metavar="FILE", help=f"config file, or FILE:NAME; it is Python and runs. The project's own: {own}"
+        "--config",
+        metavar="FILE",
+        help="config file, or FILE:NAME, which is Python and runs; or the config.json of a workdir. The project's own: "
+        + own,
     )
+    parser.add_argument("--print_config", action="store_true", help="print the whole config as JSON, and end")
     return parser
 
 
 def parse_with_config(
     parser: argparse.ArgumentParser, argv: list[str], needs_data: bool = True
 ) -> tuple[schema.Config, argparse.Namespace]:
-    """The config and the other flags; ends with code 0 where help is asked for.
+    """The config and the other flags; ends with code 0 for --help and --print_config.
 
     Raises:
-      UserError: as `config_flags`.
+      UserError: as `config_flags`, or a flag names a field without `config.` before it.
     """
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--workdir", nargs="?")  # `parser` complains of one without a value
     config, rest = config_flags(argv, needs_data, finder.parse_known_args(argv)[0].workdir or "")
-    return config, parser.parse_args(rest)
+    for flag in rest:
+        if re.match(rf"--({'|'.join(schema.SECTIONS)})\.", flag):
+            raise UserError(f"{flag}: unknown flag; did you mean --config.{flag.removeprefix('--')}?")
+    args = parser.parse_args(rest)
+    if args.print_config:
+        print(config.to_json(), end="")
+        raise SystemExit(0)
+    return config, args
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -101,20 +116,25 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") -> tuple[schema.Config, list[str]]:
     """Reads --config=FILE and its --config.SECTION.FIELD=VALUE overrides; returns the rest of the arguments too.
 
-    The order of the flags does not matter. FILE may end in :NAME, which its `get_config` then receives. JAX
-    is not imported, unless the config file does. Without `needs_data` the config may leave open where its text is.
-    A flag that selects, such as --config.model.family, leaves out what the file sets for other choices and logs it.
-    A run that has begun in `workdir` takes the sizes that it leaves to `train.init_from` from there.
+    The order of the flags does not matter. FILE may end in :NAME, which its `get_config` then receives, or be the
+    config.json of a workdir; without --config that of `workdir` is read. JAX is not imported, unless the config file
+    does. Without `needs_data` the config may leave open where its text is. A flag that selects, such as
+    --config.model.family, leaves out what the file sets for other choices and logs it. A run that has begun in
+    `workdir` takes the sizes that it leaves to `train.init_from` from there.
 
     Raises:
       UserError: no such file, an error inside it, an unknown field, or a value that cannot be.
     """
     mine, rest = split_flags(argv[1:], "config")
     given = [argument.partition("=")[2] for argument in mine if argument.startswith("--config=")]
+    if not given and (saved := _saved_config(workdir)):
+        given = [saved]
     if len(given) != 1 or not given[0]:
-        raise UserError(f"expected one --config=FILE, such as --config=configs/demo.py, got {len(given)}")
+        unless = f"; {workdir} holds no run to resume" if workdir and not given else ""
+        raise UserError(f"expected one --config=FILE, such as --config=configs/demo.py, got {len(given)}{unless}")
     overrides = [_override(argument) for argument in mine if not argument.startswith("--config=")]
-    config = _load(os.path.expanduser(given[0]))
+    is_saved = given[0].endswith(".json")
+    config = _load_saved(given[0]) if is_saved else _load(os.path.expanduser(given[0]))
     with config.ignore_type():  # validation says what a field takes: 1 may be overridden by 0.5
         for section, field, value in overrides:
             config[section][field] = value
@@ -122,10 +142,25 @@ def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") ->
     names = {f"{section}.{field}" for section, field in flags}
     values = warm_start.inherit_sizes(validation.to_sections(config), flags, workdir)
     checked, left_out = validation.reset_inapplicable(validation.to_dataclasses(values), names)
-    validation.check_consistency(checked, needs_data, given=names)
+    validation.check_consistency(checked, needs_data, strict=not is_saved, given=names)
     if left_out:
         log_info(f"left out of {given[0]}, as nothing reads it with the flags given: {', '.join(left_out)}")
     return checked, rest
+
+
+def _saved_config(workdir: str) -> str:
+    """The path of the config that a workdir keeps; empty if there is none."""
+    if not workdir or object_storage.unsupported_reason(workdir):
+        return ""
+    path = epath.Path(workdir).expanduser() / "config.json"
+    return str(path) if path.exists() else ""
+
+
+def _load_saved(path: str) -> config_dict.ConfigDict:
+    """The config in a file that `Config.to_json` wrote."""
+    with user_error_on_oserror(f"--config={path}"):
+        text = epath.Path(path).expanduser().read_text()
+    return config_dict.ConfigDict(dataclasses.asdict(validation.from_json(text, path)))
 
 
 def _load(path: str) -> config_dict.ConfigDict:

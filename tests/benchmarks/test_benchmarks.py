@@ -99,7 +99,8 @@ def test_the_plot_has_a_line_for_each_implementation_with_its_exponent_as_slope(
     for line in root.iter("{http://www.w3.org/2000/svg}polyline"):
         points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
         lines[len(lines)] = [points[i][1] - points[i + 1][1] for i in range(2)]
-    assert lines[0] == pytest.approx([2 * rise for rise in lines[1]], abs=0.2)
+    # Coordinates have one decimal, so a rise is off by up to 0.1.
+    assert lines[0] == pytest.approx([2 * rise for rise in lines[1]], abs=0.31)
 
 
 @pytest.mark.slow

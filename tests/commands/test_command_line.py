@@ -1,6 +1,7 @@
 """Flags into a checked config, and commands that end with one message and the documented exit code."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 
 from tests.helpers import commands
 from transformer import command_line
+from transformer.config import schema
 from transformer.runtime import logging
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
 
@@ -394,6 +396,54 @@ def test_help_of_a_command_that_takes_a_config_needs_none(capsys):
     assert "make.py --config=FILE --workdir=DIR" in shown
     assert "Makes it." in shown
     assert "More." not in shown
+
+
+def test_help_lists_every_field_with_default_meaning_and_bounds(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command_line.parse_with_config(command_line.config_parser("make.py", ""), ["make.py", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for section, kind in schema.SECTIONS.items():
+        for field in dataclasses.fields(kind):
+            assert f"--config.{section}.{field.name}={field.default} {field.metadata['doc']}" in shown
+    assert "layers of the encoder and of the decoder each; at least 1 " in shown
+    assert "after its activation; at least 0, at most 0.99 " in shown
+    assert "one of sinusoidal, learned " in shown
+    assert "2147483647" not in shown
+
+
+def test_the_whole_config_is_printed_as_json(capsys):
+    parser = command_line.config_parser("make.py", "")
+    with pytest.raises(SystemExit, match="0"):
+        command_line.parse_with_config(parser, ["make.py", DEMO, "--config.train.seed=5", "--print_config"])
+    assert capsys.readouterr().out == parse(DEMO, "--config.train.seed=5")[0].to_json()
+
+
+def test_a_workdir_keeps_its_config(tmp_path, capsys):
+    config = parse(DEMO, "--config.train.seed=5", "--config.model.emb_dim=64")[0]
+    parser = command_line.config_parser("train.py", "", "--workdir=DIR")
+    parser.add_argument("--workdir")
+    (tmp_path / "config.json").write_text(config.to_json(run_id="1234"))
+    for flags in ([f"--workdir={tmp_path}"], [f"--config={tmp_path}/config.json"]):
+        assert command_line.parse_with_config(parser, ["train.py", *flags])[0] == config
+        changed = command_line.parse_with_config(parser, ["train.py", *flags, "--config.train.keep_last=7"])[0]
+        assert changed == dataclasses.replace(config, train=dataclasses.replace(config.train, keep_last=7))
+    other = command_line.parse_with_config(parser, ["train.py", DEMO, f"--workdir={tmp_path}"])[0]
+    assert other == parse(DEMO)[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--workdir=no_such_folder"], "got 0; no_such_folder holds no run to resume"),
+        (["--workdir=x", "--config=no_such_folder/config.json"], "no_such_folder/config.json"),
+        ([DEMO, "--workdir=x", "--train.num_steps=10"], r"did you mean --config\.train\.num_steps=10\?"),
+    ],
+)
+def test_a_config_that_cannot_be_read_and_a_flag_without_its_prefix_are_refused(flags, match):
+    parser = command_line.config_parser("train.py", "", "--workdir=DIR")
+    parser.add_argument("--workdir")
+    with pytest.raises(UserError, match=match):
+        command_line.parse_with_config(parser, ["train.py", *flags])
 
 
 def test_huge_pages_are_asked_for_once():

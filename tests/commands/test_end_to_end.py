@@ -352,6 +352,14 @@ def test_without_a_valid_checkpoint_the_exit_code_says_so(workdir, tmp_path):
         assert b"damaged" in result.stderr
 
 
+def test_a_workdir_is_resumed_without_a_config(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    log = run("train.py", f"--workdir={tmp_path}/run").stderr.decode()
+    assert "resuming after step 250" in log
+    assert "trained for 250 steps" in log
+    assert (tmp_path / "run" / "config.json").read_bytes() == (workdir / "config.json").read_bytes()
+
+
 def test_another_config_is_refused_by_the_command_too(workdir, folder):
     flags = [*SMALL, *data_flags(folder), "--config.model.norm=pre", f"--workdir={workdir}"]
     assert b"model.norm: 'post'" in run("train.py", *flags, code=2).stderr

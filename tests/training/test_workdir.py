@@ -55,6 +55,17 @@ def test_the_config_is_kept_and_must_stay(folder):
         workdir.check_resume_config(folder, small_config(), small_config(model={"norm": "pre"}, train={"seed": 5}))
 
 
+def test_a_longer_run_of_a_schedule_with_an_end_is_refused_with_the_reason_and_what_helps(folder):
+    cosine = {"optimizer": {"schedule": "cosine"}}
+    with pytest.raises(UserError) as refusal:
+        workdir.check_resume_config(
+            folder, small_config(**cosine, train={"num_steps": 20}), small_config(**cosine, train={"num_steps": 30})
+        )
+    assert "train.num_steps: 20 → 30" in str(refusal.value)
+    assert "The cosine schedule ends at train.num_steps" in str(refusal.value)
+    assert f"--config.train.init_from={folder} starts from its params" in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     "change",
     [

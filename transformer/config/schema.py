@@ -7,15 +7,19 @@ becomes the frozen dataclasses below.
 import dataclasses
 import json
 import os
+import textwrap
 import typing
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
+MAX_INT = 2**31 - 1
+
 
 def _field(default: Any, doc: str, *, low: float | None = None, high: float | None = None, one_of: tuple = ()) -> Any:
     """A dataclass field with closed bounds [low, high], at most int32's, or a set of choices, and its documentation."""
-    high = 2**31 - 1 if high is None and type(default) is int else high
+    high = MAX_INT if high is None and type(default) is int else high
     return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "one_of": one_of})
 
 
@@ -348,6 +352,29 @@ def diff(old: Config, new: Config) -> list[FieldDiff]:
 def field_default(section: str, name: str) -> Any:
     """The default of a field."""
     return getattr(SECTIONS[section], name)
+
+
+def field_help() -> str:
+    """All fields as text for the terminal: flag with default, meaning, bounds."""
+    blocks = []
+    for name, section in SECTIONS.items():
+        blocks.append(f"{name}: {(section.__doc__ or '').splitlines()[0]}")
+        for field in dataclasses.fields(section):
+            text = "; ".join(filter(None, (field.metadata["doc"], _bounds_help(field.metadata))))
+            blocks.append(f"  --config.{name}.{field.name}={field.default}")
+            blocks += textwrap.wrap(
+                text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+            )
+        blocks.append("")
+    return "\n".join(blocks)
+
+
+def _bounds_help(metadata: Mapping[str, Any]) -> str:
+    if metadata["one_of"]:
+        return f"one of {', '.join(map(str, metadata['one_of']))}"
+    low = {None: "", POSITIVE: "above 0"}.get(metadata["low"], f"at least {metadata['low']}")
+    high = "" if metadata["high"] in (None, MAX_INT) else f"at most {metadata['high']}"
+    return ", ".join(filter(None, (low, high)))
 
 
 def field_names(section: str) -> list[str]:

@@ -87,10 +87,17 @@ def check_resume_config(workdir: epath.Path, old: Config, config: Config) -> lis
     ]
     if conflicts:
         raise UserError(
-            f"{workdir}: holds a run with another config: {'; '.join(map(str, conflicts))}. Resume it with its own "
-            "config, or choose another --workdir"
+            f"{workdir}: holds a run with another config: {'; '.join(map(str, conflicts))}.{_reason(conflicts, old)} "
+            f"Without --config and flags it is resumed with its own; a new --workdir with "
+            f"--config.train.init_from={workdir} starts from its params"
         )
     return [str(change) for change in changes]
+
+
+def _reason(conflicts: list[schema.FieldDiff], old: Config) -> str:
+    if ("train", "num_steps") not in {(change.section, change.field) for change in conflicts}:
+        return ""
+    return f" The {old.optimizer.schedule} schedule ends at train.num_steps, so another number is another run."
 
 
 def run_id(workdir: epath.Path, checkpoint: str, id_of_checkpoint: str | None) -> str:
