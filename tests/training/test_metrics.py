@@ -1,5 +1,6 @@
 """Sums, speeds and files of the log."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -107,8 +108,16 @@ def test_lines_are_json_and_resume_appends(tmp_path, capsys):
     assert [line["step"] for line in lines] == [10, 10, 20, 20]
     assert lines[1] == {"step": 10, "valid/bleu": 30.0}
     shown = capsys.readouterr().err
-    assert "step 10/20 · loss 1.500 · 1,234 tokens/s · 0:0" in shown
+    assert "step 10/20 · loss 1.500 · 1,234 tokens/s · 0:00:0" in shown
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_the_time_left_has_hours(tmp_path, capsys, monkeypatch):
+    clock = itertools.chain((0.0,), itertools.repeat(36.61))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    with MetricWriter(epath.Path(tmp_path), 0, 101) as log:
+        log.write(1, {"train/loss": 1.5, "train/target_tokens_per_s": 9.0})
+    assert "1:01:01 left" in capsys.readouterr().err
 
 
 def test_a_closed_reader_of_log_lines_does_not_stop_training(tmp_path):

@@ -1,6 +1,7 @@
 """Training metrics: accumulated over updates, gathered from all processes, written to metrics.jsonl and TensorBoard."""
 
 import contextlib
+import datetime
 import json
 import math
 import resource
@@ -157,7 +158,8 @@ class MetricWriter:
         self._events = SummaryWriter(str(self._directory.folder), purge_step=start + 1)
         self._console = _Console(stderr=True, highlight=False, soft_wrap=True)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-        columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+        columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("elapsed")]
+        columns += [TimeRemainingColumn(), TextColumn("left")]
         # A file or a pipe gets one line for each line of metrics instead of a bar.
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("training", total=num_steps, completed=start, note="")
@@ -203,8 +205,7 @@ class MetricWriter:
 
     def _left(self, step: int) -> str:
         seconds_per_step = (time.perf_counter() - self._begun) / max(step - self._start, 1)
-        minutes, seconds = divmod(round(seconds_per_step * (self._num_steps - step)), 60)
-        return f"{minutes}:{seconds:02}"
+        return str(datetime.timedelta(seconds=round(seconds_per_step * (self._num_steps - step))))
 
 
 class NullMetricWriter:
