@@ -55,6 +55,15 @@ def _shared_programs():
         yield patch
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def program_platform(request, monkeypatch) -> str:
+    """The platform for which operations are traced; all compute the same."""
+    from transformer.distributed import platform as platforms
+
+    monkeypatch.setattr(platforms, "current", lambda: request.param)
+    return request.param
+
+
 @pytest.fixture
 def fresh_programs(_shared_programs):
     """Programs of this test's own, for one that patches what is traced, or counts how often it is."""

@@ -157,11 +157,14 @@ def cost_and_bounds(
             "tokens_per_s_bound": None,
         }
     program = Program(compiled.text)
-    flops, moved = hlo_cost.count_flops(program), hlo_cost.hbm_bytes(program)
+    kernels = hlo_cost.kernel_costs(program)
+    flops = sum(kernel.num_runs * kernel.flops for kernel in kernels)
+    moved = sum(kernel.num_runs * kernel.hbm_bytes for kernel in kernels)
     if program.unknown_loops:
         log_info(f"unknown trip counts of these loops are taken as 1: {', '.join(program.unknown_loops)}")
     collectives = hlo_cost.collectives(program, dict(mesh.shape))
     times = roofline.step_times(topology.chip, flops, moved, collectives)
+    predicted = max(roofline.predicted_seconds(topology.chip, kernels), times.communication)
     # Every compilation of the step reads its arguments and writes its results.
     least = compiled.arguments + compiled.outputs + compiled.aliased
     bound = roofline.step_times(topology.chip, flops, least, collectives)
@@ -176,6 +179,9 @@ def cost_and_bounds(
         "memory_ms": round(1000 * times.memory, 3),
         "state_ms": round(1000 * bound.memory, 3),
         "communication_ms": round(1000 * times.communication, 3),
+        "predicted_ms": round(1000 * predicted, 3),
+        "predicted_mfu": round(closed_form / mesh.size / topology.chip.flops / predicted, 4),
+        "predicted_tokens_per_s": round(tokens / predicted),
         "tokens_per_s_as_compiled": round(tokens / times.bound),
         "bound_by": bound.bound_by,
         "tokens_per_s_bound": round(tokens / bound.bound),
@@ -214,6 +220,8 @@ def format_report(row: Row) -> list[str]:
             *(f"  {line}" for line in _collective_lines(row["collectives"])),
             f"  at published peaks compute {row['compute_ms']} ms, memory {row['memory_ms']} ms as compiled and "
             f"{row['state_ms']} ms for the state alone, communication {row['communication_ms']} ms",
+            f"  prediction         {row['predicted_ms']:.1f} ms a step, {row['predicted_tokens_per_s']:,} target "
+            f"tokens/s, MFU {row['predicted_mfu']:.0%}: a roofline of each kernel, not a measurement",
             f"  target tokens/s    {row['tokens_per_s_as_compiled']:,} at best as compiled; never above "
             f"{row['tokens_per_s_bound']:,}, bound by {row['bound_by']}",
         ]

@@ -162,10 +162,13 @@ def test_a_model_that_attends_by_splash_has_the_plain_one_s_loss_and_gradients_o
     assert optax.tree.norm(difference) < 1e-5 * optax.tree.norm(grads)
 
 
-def test_auto_takes_the_kernel_that_can_run_where_sentences_are_long():
-    for kernel, long in (("", "blockwise"), ("cudnn", "cudnn"), ("splash", "splash")):
-        assert [layers.select_attention_impl("auto", length, length, kernel) for length in (64, 512)] == ["plain", long]
-        assert layers.select_attention_impl("blockwise", 512, 512, kernel) == "blockwise"
+def test_auto_takes_cudnn_at_all_lengths_and_splash_where_sentences_are_long(machine, monkeypatch):
+    machine("")
+    for platform, short, long in (("cpu", "plain", "blockwise"), ("gpu", "cudnn", "cudnn"), ("tpu", "plain", "splash")):
+        monkeypatch.setattr(platforms, "current", lambda platform=platform: platform)
+        assert [chosen(length) for length in (1, 64, 511, 512)] == [short] * 3 + [long]
+        assert chosen(512, implementation="blockwise") == "blockwise"
+        assert chosen(64, implementation="plain") == "plain"
     assert layers.select_attention_impl("splash", 64, 64, "splash") == "splash"
     assert layers.select_attention_impl("splash", 64, 64) == "plain"  # a checkpoint from a TPU, on a CPU
 
@@ -290,16 +293,16 @@ def required(capability="9.0", **model):
     fused.check_supported(config, on_platform(make_mesh(config.mesh), "gpu", capability))
 
 
-def chosen(length, width=8):
-    """The attention that auto takes for self-attention of this length."""
+def chosen(length, width=8, implementation="auto"):
+    """The attention that is taken for self-attention of this length."""
     q = jnp.zeros((1, length, 2, width), jnp.bfloat16)
-    return layers.select_attention_impl("auto", length, length, fused.select_kernel(q, q, AttentionMask(), 0.0))
+    return layers.choose_attention(implementation, q, q, AttentionMask(), 0.0)
 
 
 def test_auto_takes_cudnn_after_a_trial_that_works(machine, capsys):
     tried = machine("")
     required(attention="auto")
-    assert [chosen(512), chosen(512), chosen(64)] == ["cudnn", "cudnn", "plain"]
+    assert [chosen(512), chosen(512), chosen(5)] == ["cudnn"] * 3
     required(attention="auto")
     assert tried == [8]
     assert capsys.readouterr().err == ""
@@ -314,7 +317,7 @@ def test_auto_goes_without_cudnn_after_a_trial_that_fails_and_warns_once(machine
     required(attention="auto")
     assert chosen(512) == "blockwise"
     warnings = capsys.readouterr().err
-    assert warnings == "warning: no attention by cuDNN: no execution plans; auto attends by blocks instead\n"
+    assert warnings == "warning: no attention by cuDNN: no execution plans; auto takes plain or blockwise attention\n"
     assert fingerprint.fingerprint()["cuDNN attention"] == "fails"
 
 
@@ -347,9 +350,8 @@ def test_an_amd_gpu_takes_no_kernel_and_tries_none(machine, capsys):
 
 def test_nothing_is_tried_where_training_would_not_choose_it(machine):
     tried = machine("")
-    config = small_config(model={**CUDNN, "attention": "auto"})
-    fused.check_supported(config, on_platform(make_mesh(config.mesh), "gpu"))  # of short sentences
     required(attention="blockwise")
+    required(attention="auto", attention_dropout_rate=0.1)
     required(attention="auto", dtype="float32")
     assert tried == []
     assert "cuDNN attention" not in fingerprint.fingerprint()

@@ -18,7 +18,7 @@ def plain_layer_norm(x, scale, bias):
     return (x - mean) / jnp.sqrt(variance + layers.EPSILON) * scale[None, None] + bias[None, None]
 
 
-def test_layer_norm_and_its_gradients_equal_autodiff():
+def test_layer_norm_and_its_gradients_equal_autodiff(program_platform):
     keys = jax.random.split(jax.random.key(0), 4)
     x, weight = (jax.random.normal(key, (3, 4, 8)) * 3 + 1 for key in keys[:2])
     scale, bias = (jax.random.normal(key, (8,)) for key in keys[2:])
@@ -31,13 +31,13 @@ def test_layer_norm_and_its_gradients_equal_autodiff():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
 
 
-def test_layer_norm_gradient_by_finite_differences():
+def test_layer_norm_gradient_by_finite_differences(program_platform):
     x = jax.random.normal(jax.random.key(1), (2, 3, 6))
     scale, bias = jnp.full((6,), 1.5), jnp.full((6,), 0.5)
     check_grads(layers.layer_norm, (x, scale, bias), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-def test_layer_norm_of_bfloat16_has_float32_statistics_and_gradients():
+def test_layer_norm_of_bfloat16_has_float32_statistics_and_gradients(program_platform):
     x = (jax.random.normal(jax.random.key(2), (2, 3, 64)) + 100).astype(jnp.bfloat16)
     scale, bias = jnp.ones(64), jnp.zeros(64)
     out = layers.layer_norm(x, scale, bias)

@@ -103,6 +103,52 @@ def test_a_loop_reads_the_slices_of_its_stack_and_not_the_stack():
     assert 4 * 64 * row <= moved <= 9 * 64 * row  # x and w in, x and 2w out; the stack each time would be 64 times that
 
 
+FUSED_UPDATES = """
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%scattered (logits: f32[24,1000], ids: s32[24,2]) -> f32[24,1000] {
+  %logits = f32[24,1000]{1,0} parameter(0)
+  %ids = s32[24,2]{1,0} parameter(1)
+  %one = f32[] constant(1)
+  %ones = f32[24,1,1]{2,1,0} broadcast(%one), dimensions={}
+  ROOT %scatter = f32[24,1000]{1,0} scatter(%logits, %ids, %ones), update_window_dims={1,2}, to_apply=%add
+}
+
+%gathered (logits: f32[24,1000], ids: s32[24,2]) -> f32[24] {
+  %logits = f32[24,1000]{1,0} parameter(0)
+  %rows = f32[4,6,1000]{2,1,0} bitcast(%logits)
+  %ids = s32[24,2]{1,0} parameter(1)
+  %gather = f32[24,1,1]{2,1,0} gather(%rows, %ids), offset_dims={1,2}, slice_sizes={1,1,1}
+  ROOT %flat = f32[24]{0} bitcast(%gather)
+}
+
+ENTRY %main (x: f32[24,1000], ids: s32[24,2]) -> f32[24] {
+  %x = f32[24,1000]{1,0} parameter(0)
+  %ids = s32[24,2]{1,0} parameter(1)
+  %updated = f32[24,1000]{1,0} fusion(%x, %ids), kind=kInput, calls=%scattered
+  ROOT %picked = f32[24]{0} fusion(%updated, %ids), kind=kLoop, calls=%gathered
+}
+"""
+
+
+def test_a_scatter_in_place_moves_its_updates_and_a_gather_what_it_picks():
+    ids = 24 * 2 * 4
+    assert hlo_cost.hbm_bytes(Program(FUSED_UPDATES)) == (ids + 2 * 24 * 4) + (ids + 24 * 4 + 24 * 4)
+
+
+def test_the_products_of_a_fusion_belong_to_its_kernel():
+    program = program_of(lambda x, w: jnp.tanh(x @ w) @ w, (16, 32), (32, 32))
+    kernels = hlo_cost.kernel_costs(program)
+    assert (
+        sum(kernel.num_runs * kernel.flops for kernel in kernels) == hlo_cost.count_flops(program) == 4 * 16 * 32 * 32
+    )
+    assert all(kernel.hbm_bytes for kernel in kernels if kernel.flops)
+
+
 def test_a_gradient_over_the_data_axes_is_one_reduction():
     def gradient(w, x):
         return jax.grad(lambda w: (x @ w).sum())(w)

@@ -6,7 +6,7 @@ import pytest
 
 from transformer.planning import roofline
 from transformer.planning.hardware import CHIPS
-from transformer.planning.hlo_cost import Collective
+from transformer.planning.hlo_cost import Collective, KernelCost
 from transformer.planning.roofline import StepTimes
 
 CHIP = CHIPS["v5e"]._replace(
@@ -29,6 +29,13 @@ def test_the_longest_of_three_is_the_bound():
     times = roofline.step_times(CHIP, 200, 50, [Collective("all-reduce", ("data",), 2, 1, 12)])
     assert times == StepTimes(2.0, 5.0, 3.0)
     assert (times.bound, times.bound_by, times.serial) == (5.0, "memory", 8.0)
+
+
+def test_a_prediction_adds_what_each_kernel_takes():
+    kernels = [KernelCost(2, 63, 0), KernelCost(1, 126, 81), KernelCost(1, 0, 81)]  # 2 x 1 s, 2 s, 10 s
+    assert roofline.predicted_seconds(CHIP, kernels) == pytest.approx(2 + 10 + 10)
+    on_gpu = roofline.predicted_seconds(CHIP._replace(platform="gpu"), kernels)
+    assert on_gpu == pytest.approx(22 + 4 * 1.6e-6, abs=1e-7)
 
 
 def test_data_parallel_chips_send_almost_the_same_however_many_there_are():

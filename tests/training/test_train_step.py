@@ -13,6 +13,7 @@ from tests.conftest import slow, small_config
 from transformer.config import MeshConfig
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS, PAD
+from transformer.distributed import platform as platforms
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
@@ -75,6 +76,28 @@ def test_the_loss_falls_on_one_batch_and_goes_on_falling():
 
 
 @pytest.mark.slow
+def test_operations_of_an_accelerator_give_the_same_updates(fresh_programs, monkeypatch):
+    """Those of `platforms`: LayerNorm's residuals, the target's logits, dropout's masks."""
+
+    def losses(platform):
+        monkeypatch.setattr(platforms, "current", lambda: platform)
+        config = small_config(model={"num_layers": 1, "dropout_rate": 0.1}, optimizer={"label_smoothing": 0.1})
+        mesh = make_mesh(config.mesh)
+        model = registry.ModelDef(config.model, V)
+        update = train_step.make_train_step(model, config, mesh)
+        state = train_step.init_state(model, config, mesh)
+        lowered = update.lower(state, sharding.shard_batch(mesh, draw_batch())).as_text()
+        history = []
+        for seed in range(5):
+            state, metrics = update(state, sharding.shard_batch(mesh, draw_batch(seed=seed)))
+            history.append(jax.device_get(metrics))
+        return history, lowered
+
+    (on_cpu, cpu_text), (on_gpu, gpu_text) = losses("cpu"), losses("gpu")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5), on_gpu, on_cpu)
+    assert cpu_text.count("optimization_barrier") != gpu_text.count("optimization_barrier")
+
+
 @pytest.mark.parametrize("data", [2, 4, 8])
 def test_rows_over_devices_give_the_same_update(data):
     """Loss and gradients are of the global batch, whatever device has how many real tokens of it."""

@@ -11,6 +11,8 @@ import numpy as np
 from jax import Array
 from jax.extend.random import threefry2x32_p
 
+from transformer.distributed import platform as platforms
+
 Seeds = tuple[Array, Array]
 
 BYTES_PER_HASH = 8  # random bytes of one hash
@@ -35,7 +37,7 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     offset = jax.random.uniform(jax.random.fold_in(key, 2**31))
     threshold = jnp.floor(256.0 * rate + offset).astype(jnp.uint8)
     scale = jnp.where(bytes_ >= threshold, 1.0 / (1.0 - rate), 0.0).astype(x.dtype)
-    return x * jax.lax.optimization_barrier(scale)
+    return x * (jax.lax.optimization_barrier(scale) if platforms.materializes_dropout_masks() else scale)
 
 
 def apply_keep_mask(x: Array, keep: Array, rate: float) -> Array:

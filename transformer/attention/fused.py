@@ -24,7 +24,6 @@ from transformer.attention.dot_product import dot_product_attention
 from transformer.attention.mask import AttentionMask
 from transformer.config import Config, MeshConfig
 from transformer.config.validation import (
-    BLOCKWISE_MIN_LENGTH,
     FUSED_ATTENTION_PLATFORMS,
     AttentionSpec,
     unsupported_reason,
@@ -62,7 +61,8 @@ def check_supported(config: Config, mesh: Mesh) -> None:
     kernel = attention if attention in FUSED_ATTENTION_PLATFORMS else "cudnn"
     reason = _unsupported_reason(kernel, mesh.devices.flat[0], spec)
     # Buckets of long sequences have even widths: a longest row of 511 tokens makes a bucket of 512.
-    is_long = config.model.family == "attention" and config.data.max_row_length + 1 >= BLOCKWISE_MIN_LENGTH
+    min_length = platforms.fused_attention_min_length(mesh.devices.flat[0].platform)
+    is_long = config.model.family == "attention" and config.data.max_row_length + 1 >= min_length
     # The devices of an ahead-of-time compilation cannot run anything.
     needs_trial = not reason and _is_local(mesh) and (attention == "cudnn" or (attention == "auto" and is_long))
     if attention in FUSED_ATTENTION_PLATFORMS and (reason := reason or (_trial(spec.key_width) if needs_trial else "")):
@@ -120,7 +120,7 @@ def cudnn_works(width: int) -> bool:
     is_first = width not in _trials
     failure = _trial(width)
     if failure and is_first and not unsupported_gpu_reason(jax.local_devices()[0]):
-        log_info(f"warning: no attention by cuDNN: {failure}; auto attends by blocks instead")
+        log_info(f"warning: no attention by cuDNN: {failure}; auto takes plain or blockwise attention")
     return not failure
 
 

@@ -59,7 +59,7 @@ class ModelConfig:
         "auto",
         "plain; blockwise: memory linear in length; ring: blockwise with the length split over mesh.sequence; cudnn, "
         "splash: fused kernels for GPU and TPU in training, otherwise as auto; auto: ring if mesh.sequence is above "
-        "1, else from length 512 the supported kernel, or blockwise",
+        "1, else cudnn where it is supported, else plain, and from length 512 splash or blockwise",
         one_of=("auto", "plain", "blockwise", "cudnn", "splash", "ring"),
     )
     qkv_init_gain: float = _field(

@@ -9,6 +9,7 @@ to come before JAX, saves a CPU a third of a step's CPU time. docs/log.md has th
 import jax
 from jax.sharding import Mesh
 
+from transformer.config.validation import BLOCKWISE_MIN_LENGTH
 from transformer.runtime import environment
 
 ATTENTION_BLOCK = 128  # queries and keys of a block of blockwise attention; larger ones are slower on a CPU
@@ -25,6 +26,41 @@ def current() -> str:
 def is_cpu(mesh: Mesh) -> bool:
     """Whether the devices of a mesh are CPUs."""
     return mesh.devices.flat[0].platform == "cpu"
+
+
+def layer_norm_saves_normed() -> bool:
+    """Whether LayerNorm keeps its normalized input for the gradient, rather than the input's mean and deviation.
+
+    An accelerator waits for memory: mean and deviation save two of five passes over the activations. A CPU would
+    normalize anew.
+    """
+    return current() == "cpu"
+
+
+def gathers_target_logits() -> bool:
+    """Whether the loss gathers the logit of each target token, rather than compare all token ids with it.
+
+    The gradient of a gather is a scatter into all logits, a pass of its own; a comparison is part of the pass that
+    writes the gradient: a seventh of the memory traffic of a base step. A CPU has few tokens and compares slowly.
+    """
+    return current() == "cpu"
+
+
+def materializes_dropout_masks() -> bool:
+    """Whether dropout writes its mask down, rather than hash it anew in the backward pass.
+
+    A CPU hashes slowly; an accelerator waits for memory.
+    """
+    return current() == "cpu"
+
+
+def fused_attention_min_length(platform: str) -> int:
+    """Queries and keys from which on `auto` takes a fused kernel.
+
+    cuDNN takes arrays as the projections leave them, where plain attention on a GPU transposes each of them: a sixth
+    of the traffic of a base step of 40 tokens. Splash fills lengths up to multiples of 128.
+    """
+    return 1 if platform == "gpu" else BLOCKWISE_MIN_LENGTH
 
 
 def decode_rows(mesh: Mesh) -> int:

@@ -25,6 +25,7 @@ from transformer.attention.dropout import dropout
 from transformer.attention.mask import MASK_VALUE, AttentionMask
 from transformer.attention.ring import ring_attention
 from transformer.config.validation import BLOCKWISE_MIN_LENGTH, FUSED_ATTENTION_PLATFORMS
+from transformer.distributed import platform as platforms
 from transformer.distributed import sharding
 
 Key = Array | None
@@ -122,7 +123,8 @@ def sinusoidal_position_encoding(length: int, width: int) -> np.ndarray:
 def layer_norm(x: Array, scale_D: Array, bias_D: Array, epsilon: float = EPSILON) -> Array:
     """(x - mean) / √(variance + ε) · scale + bias over the last axis, computed in float32.
 
-    The gradient is written by hand: XLA's CPU back end compiles that of autodiff badly.
+    The gradient is written by hand: XLA's CPU back end compiles that of autodiff badly, and others would take mean and
+    deviation anew.
     """
     return _layer_norm_forward(x, scale_D, bias_D, epsilon)[0]
 
@@ -133,15 +135,20 @@ def _broadcast(vector_D: Array, x: Array) -> Array:
 
 def _layer_norm_forward(x: Array, scale_D: Array, bias_D: Array, epsilon: float) -> tuple[Array, tuple]:
     x_f32 = x.astype(jnp.float32)
-    centred = x_f32 - x_f32.mean(-1, keepdims=True)
+    mean = x_f32.mean(-1, keepdims=True)
+    centred = x_f32 - mean
     inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
     normed = centred * inverse
     out = normed * _broadcast(scale_D, x) + _broadcast(bias_D, x)
-    return out.astype(x.dtype), (normed, inverse, scale_D)
+    saved = (normed, None) if platforms.layer_norm_saves_normed() else (x, mean)
+    return out.astype(x.dtype), (*saved, inverse, scale_D)
 
 
 def _layer_norm_backward(epsilon: float, saved: tuple, grad: Array) -> tuple[Array, Array, Array]:
-    normed, inverse, scale_D = saved
+    normed, mean, inverse, scale_D = saved
+    if mean is not None:
+        x, mean, inverse = jax.lax.optimization_barrier((normed, mean, inverse))
+        normed = (x.astype(jnp.float32) - mean) * inverse
     grad_f32 = grad.astype(jnp.float32)
     leading = tuple(range(grad.ndim - 1))
     scaled = grad_f32 * _broadcast(scale_D, grad)
@@ -255,15 +262,10 @@ class MultiHeadAttention(nnx.Module):
             sharding.with_logical_constraint(heads, ("batch", "length", "heads", "kv"))
             for heads in (self.queries(x_BTD), *self.keys_values(kv_BSD))
         )
-        queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
-        kernel = ""
-        if self.implementation in FUSED_ATTENTION_PLATFORMS or (
-            self.implementation == "auto" and is_long(queries, keys)
-        ):
-            kernel = fused.select_kernel(q_BTHK, v_BSHK, mask, 0.0 if key is None else self.dropout_rate)
-        implementation = select_attention_impl(self.implementation, queries, keys, kernel)
+        rate = 0.0 if key is None else self.dropout_rate
+        implementation = choose_attention(self.implementation, q_BTHK, v_BSHK, mask, rate)
         if implementation == "plain":
-            mask_B1TS = mask.materialize(queries, keys)
+            mask_B1TS = mask.materialize(q_BTHK.shape[1], k_BSHK.shape[1])
             heads_BTHK = dot_product.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask_B1TS, self.dropout_rate, key)
         elif implementation in FUSED_ATTENTION_PLATFORMS:
             fused_attention = fused.splash_attention if implementation == "splash" else fused.cudnn_attention
@@ -290,20 +292,29 @@ class MultiHeadAttention(nnx.Module):
         return dot_product.attention_weights(self.queries(x_BTD), k_BSHK, mask_B1TS)
 
 
-def is_long(queries: int, keys: int) -> bool:
-    """Whether `auto` avoids plain attention, which would take much memory."""
-    return queries * keys >= BLOCKWISE_MIN_LENGTH**2
+def choose_attention(
+    implementation: str, q_BTHK: Array, v_BSHK: Array, mask: AttentionMask, dropout_rate: float
+) -> str:
+    """Resolves `model.attention` for these arrays on the devices of the traced program."""
+    queries, keys = q_BTHK.shape[1], v_BSHK.shape[1]
+    # Of few attention weights auto takes none of the kernels that long sentences need.
+    is_long = queries * keys >= platforms.fused_attention_min_length(platforms.current()) ** 2
+    kernel = ""
+    if implementation in FUSED_ATTENTION_PLATFORMS or (implementation == "auto" and is_long):
+        kernel = fused.select_kernel(q_BTHK, v_BSHK, mask, dropout_rate)
+    return select_attention_impl(implementation, queries, keys, kernel)
 
 
 def select_attention_impl(implementation: str, queries: int, keys: int, kernel: str = "") -> str:
     """Resolves `model.attention` to an implementation; a ring of one device is blockwise.
 
     Args:
-      kernel: the fused kernel that is supported here; any other is treated as auto.
+      kernel: the fused kernel to take where auto may choose; a forced one that is another is treated as auto.
     """
     ring = sharding.num_shards("length") > 1
     if implementation == "auto" or (implementation in FUSED_ATTENTION_PLATFORMS and implementation != kernel):
-        return "ring" if ring else (kernel or "blockwise") if is_long(queries, keys) else "plain"
+        is_long = queries * keys >= BLOCKWISE_MIN_LENGTH**2  # plain attention would take much memory
+        return "ring" if ring else kernel or ("blockwise" if is_long else "plain")
     return "blockwise" if implementation == "ring" and not ring else implementation
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from transformer.data.tokenizer import PAD
+from transformer.distributed import platform as platforms
 from transformer.distributed import sharding
 
 
@@ -54,8 +55,8 @@ def target_log_probs(logits_BTV: Array, target_BT: Array) -> Array:
 
 def target_logits(logits_BTV: Array, target_BT: Array) -> Array:
     """The logit of each target token, float32 [B, T]."""
-    if sharding.num_shards("vocab") == 1:
+    if sharding.num_shards("vocab") == 1 and platforms.gathers_target_logits():
         return jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
-    # A sum that each device takes over its own shard of the vocabulary.
+    # A sum whose gradient is a comparison, and which each device takes over its own shard of the vocabulary.
     ids_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
     return jnp.where(ids_BTV == target_BT[..., None], logits_BTV, 0.0).sum(-1)

@@ -7,7 +7,7 @@ scheduled instructions read and write: each operand once, or the slice if the op
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -42,9 +42,29 @@ class Collective(NamedTuple):
     bytes: int
 
 
+class KernelCost(NamedTuple):
+    """The cost of one run of an instruction, with what is fused into it, and the number of runs."""
+
+    num_runs: int
+    flops: int
+    hbm_bytes: int
+
+
+def kernel_costs(program: Program) -> list[KernelCost]:
+    """The costs of all that one chip executes, one after the other."""
+    costs: list[KernelCost] = []
+    for run in program.iter_executed():
+        flops = _instruction_flops(run)
+        if run.is_fused:  # part of the last instruction that is not
+            costs[-1] = costs[-1]._replace(flops=costs[-1].flops + flops)
+        else:
+            costs.append(KernelCost(run.num_runs, flops, _instruction_hbm_bytes(run, program)))
+    return [cost for cost in costs if cost.flops or cost.hbm_bytes]
+
+
 def count_flops(program: Program) -> int:
     """FLOPs of all matrix products on one chip."""
-    return sum(run.num_runs * _instruction_flops(run) for run in program.iter_executed())
+    return sum(cost.num_runs * cost.flops for cost in kernel_costs(program))
 
 
 def _instruction_flops(run: InstructionRun) -> int:
@@ -168,8 +188,7 @@ def _num_real_products(
 
 def hbm_bytes(program: Program) -> int:
     """Bytes that one chip reads from and writes to HBM."""
-    runs = (run for run in program.iter_executed() if not run.is_fused)
-    return sum(run.num_runs * _instruction_hbm_bytes(run, program) for run in runs)
+    return sum(cost.num_runs * cost.hbm_bytes for cost in kernel_costs(program))
 
 
 def _instruction_hbm_bytes(run: InstructionRun, program: Program) -> int:
@@ -202,6 +221,8 @@ def _instruction_hbm_bytes(run: InstructionRun, program: Program) -> int:
 def _fusion_hbm_bytes(run: InstructionRun, program: Program) -> int:
     """HBM traffic of a fusion: of an operand that it only slices, the slice; of a result updated in place, the update.
 
+    A gather is a slice, and a scatter an update.
+
     This fusion of a loop reads a row of %stack and writes a row of %out, not the arrays of 64 rows:
 
         %fused (stack: f32[64,1024], out: f32[64,1024], i: s32[]) -> f32[64,1024] {
@@ -214,19 +235,27 @@ def _fusion_hbm_bytes(run: InstructionRun, program: Program) -> int:
     read = 0
     updated = {}  # parameter that is updated in place → size of the update
     for inner in inside.values():
-        if inner.opcode == "dynamic-update-slice":
-            updated[_resolve_alias(inside, inner.operands[0]).name] = inside[inner.operands[1]].result[0].size
+        if inner.opcode in ("dynamic-update-slice", "scatter"):
+            update = inside[inner.operands[-1 if inner.opcode == "scatter" else 1]]
+            updated[_resolve_alias(inside, inner.operands[0]).name] = update.result[0].size
     for inner in inside.values():
         if inner.opcode != "parameter" or not _hbm_size(inner.result) or inner.name in updated:
             continue
-        users = [user for user in inside.values() if inner.name in user.operands]
-        if users and all(user.opcode in _SLICE_OPCODES and user.operands[0] == inner.name for user in users):
-            read += sum(user.result[0].size for user in users)
+        uses = list(_uses(inside, inner.name))
+        if uses and all(user.opcode in _SLICE_OPCODES and user.operands[0] == name for user, name in uses):
+            read += sum(user.result[0].size for user, _ in uses)
         else:
             read += _hbm_size(inner.result)
     if updated:
         return read + 2 * sum(updated.values())
     return read + _hbm_size(run.instruction.result)
+
+
+def _uses(computation: Computation, name: str) -> Iterator[tuple[Instruction, str]]:
+    """The instructions that use a value, and the name by which they do: its own, or that of a bitcast."""
+    for user in computation.values():
+        if name in user.operands:
+            yield from _uses(computation, user.name) if user.opcode == "bitcast" else [(user, name)]
 
 
 def _resolve_alias(computation: Computation, name: str) -> Instruction:

@@ -1,15 +1,17 @@
 """Roofline model: the time of a step is at least the longest of compute, memory traffic and communication.
 
-Assumes the published peaks of a chip, all three at once, so these are bounds and not forecasts.
+Assumes the published peaks of a chip, all three at once, so these are bounds; `predicted_seconds` is a forecast.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from transformer.planning.hardware import Chip
-from transformer.planning.hlo_cost import Collective
+from transformer.planning.hlo_cost import Collective, KernelCost
 
 CHIP_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
+# Assumed: what large bfloat16 products and copies reach of the published peaks, and the time to start a GPU's kernel.
+SUSTAINED_FLOPS, SUSTAINED_BANDWIDTH, LAUNCH_SECONDS = 0.63, 0.81, 1.6e-6
 OPTIMIZER_BYTES_PER_PARAM = 24  # Adam reads and writes the parameter and two moments in float32
 
 
@@ -40,6 +42,18 @@ def step_times(chip: Chip, flops: int, memory_bytes: int, collectives: Iterable[
     """The times of a program, from the FLOPs, HBM bytes and collectives of one chip."""
     sent = sum(sent_bytes(collective) for collective in collectives)
     return StepTimes(flops / chip.flops, memory_bytes / chip.memory_bandwidth, sent / chip.link_bandwidth)
+
+
+def predicted_seconds(chip: Chip, kernels: Iterable[KernelCost]) -> float:
+    """The time of a step by a roofline for each kernel: the sum of what each takes for its FLOPs or for its bytes.
+
+    It leaves out communication, which may overlap. A prediction: nothing of it is measured.
+    """
+    flops, bandwidth = SUSTAINED_FLOPS * chip.flops, SUSTAINED_BANDWIDTH * chip.memory_bandwidth
+    launch = LAUNCH_SECONDS if chip.platform == "gpu" else 0.0
+    return sum(
+        kernel.num_runs * (launch + max(kernel.flops / flops, kernel.hbm_bytes / bandwidth)) for kernel in kernels
+    )
 
 
 def sent_bytes(collective: Collective) -> float:
