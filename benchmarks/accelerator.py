@@ -11,8 +11,9 @@ measurement: one that fails, hangs or is ended costs what it was at. Training st
 that phase is left out. PYTHON has PyTorch, for a peer of the same size. --smoke tries one phase of each kind at toy
 sizes on the CPU.
 
-DIR gets results.json, kernels.json, log.txt, and the compiled programs of some phases. What a second command is to
-know of the first, results and compiled programs, lies in --scratch. The last line of stdout is one JSON object.
+DIR gets results.json, kernels.json, log.txt, and the compiled programs of some phases. A second command with the same
+DIR does what the first did not; --only does its phases again. Compiled programs for a second command are kept in
+--scratch. The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -67,20 +68,21 @@ PHASES = {
     "probe": Phase(phases.probe, 80, 20),
     "correct": Phase(phases.correct, 60, 20),
     "attention": Phase(phases.attention, 80, 30),
-    "base_auto": training("en_de_base", "auto", keep_program=True),
-    "big_auto": training("en_de_big", "auto", keep_program=True),
-    "big_cudnn": training("en_de_big", "cudnn", keep_program=True),
+    "base": training("en_de_base", "auto", keep_program=True),
+    "big": training("en_de_big", "auto", keep_program=True),
     "torch_big": Phase(phases.torch_training, 110, 45, {"variant": "en_de_big"}),
-    "base_cudnn": training("en_de_base", "cudnn"),
+    "big_plain": training("en_de_big", "plain", keep_program=True),
     "torch_base": Phase(phases.torch_training, 110, 45, {"variant": "en_de_base"}),
     "beam_search": Phase(phases.beam_search, 110, 45),
     "multi30k": Phase(phases.multi30k, 330, 150),
-    "big_cudnn_cublas": training("en_de_big", "cudnn", CUBLAS),
-    "big_256_cudnn": training("en_de_big", "cudnn", target=256),
-    "big_256_auto": training("en_de_big", "auto", target=256),
-    "big_39_auto": training("en_de_big", "auto", target=39, source=37),
+    "base_plain": training("en_de_base", "plain"),
+    "big_cublas": training("en_de_big", "auto", CUBLAS),
+    "big_256": training("en_de_big", "auto", target=256),
+    "big_256_plain": training("en_de_big", "plain", target=256),
     "base_256_blockwise": training("en_de_base", "blockwise", target=256),
-    "big_cudnn_100k": training("en_de_big", "cudnn", batch_tokens=100_000),
+    "big_39": training("en_de_big", "auto", target=39, source=37),
+    "big_100k": training("en_de_big", "auto", batch_tokens=100_000),
+    "families": Phase(phases.families, 240, 60),
 }
 
 
@@ -107,7 +109,7 @@ def main(argv: list[str]) -> None:
         for name, phase in PHASES.items():
             print(f"{name:18} {phase.most:4} s at most, {phase.least:3} s at least")
     elif args.phase:
-        ceiling = 1e12 * read_json(scratch_path(args, "results")).get("probe", {}).get("matmul_tflops", 0.0)
+        ceiling = 1e12 * read_json(results_path(args)).get("probe", {}).get("matmul_tflops", 0.0)
         found = Findings(args.phase, scratch_path(args, args.phase), args, ceiling)
         PHASES[args.phase].run(found, **PHASES[args.phase].settings)
     else:
@@ -131,6 +133,10 @@ def scratch_path(args: argparse.Namespace, name: str) -> pathlib.Path:
     return pathlib.Path(args.scratch, f"{name}{'.smoke' if args.smoke else ''}.json")
 
 
+def results_path(args: argparse.Namespace) -> pathlib.Path:
+    return pathlib.Path(args.output, "results.json")
+
+
 def drive(args: argparse.Namespace, flags: list[str]) -> None:
     """Runs the phases one after the other; a table on stderr, a JSON object on stdout.
 
@@ -141,20 +147,25 @@ def drive(args: argparse.Namespace, flags: list[str]) -> None:
     names, output = chosen(args), pathlib.Path(args.output)
     for folder in (output, pathlib.Path(args.scratch)):
         folder.mkdir(parents=True, exist_ok=True)
-    results = read_json(scratch_path(args, "results"))
+    results = read_json(results_path(args))
+    before = [name for name in names if is_done(results.get(name, {})) and not args.only]
+    if before:
+        log_info(f"done before: {', '.join(before)}; --only does phases again")
     with (output / "log.txt").open("ab") as log:
-        for name in names:
-            results[name] = {}
+        for name in (name for name in names if name not in before):
             for row in run_phase(name, args, flags, deadline, log):
                 results[name] = row
-                for path in (output / "results.json", scratch_path(args, "results")):
-                    files.write_atomic(path, json.dumps(results, indent=1))
+                files.write_atomic(results_path(args), json.dumps(results, indent=1))
             log_info(line_of(name, results[name]))
     log_info(table(results))
     print(json.dumps({name: {key: row[key] for key in BRIEF if key in row} for name, row in results.items()}))
-    undone = [name for name in names if results[name]["status"] not in ("done", "skipped")]
+    undone = [name for name in names if not is_done(results[name])]
     if undone:
         raise UserError(f"not done: {', '.join(undone)}; see {output}/log.txt")
+
+
+def is_done(row: Row) -> bool:
+    return row.get("status") in ("done", "skipped")
 
 
 def run_phase(name: str, args: argparse.Namespace, flags: list[str], deadline: float, log: IO[bytes]) -> Iterator[Row]:
@@ -214,13 +225,14 @@ def line_of(name: str, row: Row) -> str:
 
 def table(results: Row) -> str:
     """Markdown, of the training steps."""
-    heads = ("training step", "ms", "slots/s", "TFLOP/s", "MFU", "of measured", "compile, s")
+    heads = ("training step", "ms", "slots/s", "TFLOP/s", "MFU", "of measured", "GB moved", "GiB", "compile, s")
     rows = []
     for name, row in results.items():
         if "slots_per_s" in row and "tflops" in row:
             speed = f"{row['step_ms']:.2f}", f"{row['slots_per_s']:,}", f"{row['tflops']:.1f}"
             shares = (f"{row[key]:.1%}" if key in row else "" for key in ("mfu", "mfu_of_measured"))
-            rows.append((name, *speed, *shares, f"{row['compile_s']:.1f}"))
+            memory = f"{row.get('gb_moved', '')}", f"{row.get('temporaries_gib', '')}"
+            rows.append((name, *speed, *shares, *memory, f"{row['compile_s']:.1f}"))
     return "\n".join(["", *command_line.markdown_table(heads, rows)])
 
 

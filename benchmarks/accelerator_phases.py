@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gzip
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import re
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import kernel_times
+from benchmarks import kernel_times, parallelism
 from benchmarks.findings import Findings, Row
 from benchmarks.kernel_times import KernelTime
 from benchmarks.timing import compile_update, seconds_of
@@ -235,6 +236,16 @@ def beam_search(found: Findings) -> None:
         }
         found.add("decode", f"{rows} sentences, beam 4", row)
     found.put_kernels(kernel_times.profile(functools.partial(run, (params,), request), 3))
+
+
+def families(found: Findings) -> None:
+    """Target tokens a second of the three families by length and batch: `benchmarks.parallelism` in bfloat16."""
+    width, lengths, tokens = (8, (4, 8), (32,)) if found.smoke else (512, (32, 128, 512, 2048), (65_536, 8_192))
+    found.put(width=width)
+    configs = {name: parallelism.equal_config(name, width, "bfloat16", "auto") for name in parallelism.FAMILIES}
+    for count, length in itertools.product(tokens, lengths):
+        for row in parallelism.measure_families(configs, length, count):
+            found.add("training", f"{row['family']}, {count} tokens, length {length}", row)
 
 
 def torch_training(found: Findings, variant: str) -> None:

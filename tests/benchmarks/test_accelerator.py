@@ -48,13 +48,18 @@ def test_one_phase_of_each_kind_is_measured(tmp_path):
     assert results["probe"]["matmul_tflops"] > 0 < results["probe"]["products_tflops"]["64x32x48"]
     assert results["correct"]["update_under_transfer_guard"] == "passed"
     assert all(one["worst_relative_error"] < 0.05 for one in results["attention"]["attention"].values())
-    row = results["base_auto"]
+    row = results["base"]
     assert row["slots_per_s"] == pytest.approx(row["rows"] * 8 / row["step_ms"] * 1000, rel=0.01)
     assert 0.7 < row["target_tokens_per_s"] / row["slots_per_s"] < 1.05
     assert row["mfu_of_measured"] == pytest.approx(row["tflops"] / results["probe"]["matmul_tflops"], rel=0.05)
     assert row["profile"]["kernels"] > 0 < row["gb_moved"]
-    assert json.loads((tmp_path / "out" / "kernels.json").read_text()).keys() == {"base_auto", "beam_search"}
+    assert json.loads((tmp_path / "out" / "kernels.json").read_text()).keys() == {"base", "beam_search"}
     assert results["multi30k"]["scores"]["steps"] == [6, 8]
+    assert len(results["families"]["training"]) == 6
+    again = run(tmp_path, "--smoke", f"--data={data}", "--budget=5")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.startswith("done before: probe, correct, attention, base, ")
+    assert json.loads(again.stdout) == json.loads(done.stdout)
 
 
 def test_a_phase_over_its_time_limit_is_ended_and_keeps_its_results(tmp_path):
@@ -89,10 +94,12 @@ def test_a_phase_without_time_does_not_begin(tmp_path):
 
 def test_phases_are_chosen_by_name(tmp_path, capsys):
     args = options(tmp_path)
-    assert accelerator.chosen(args) == ["probe", "correct", "attention", "base_auto", "torch_big", "beam_search"]
+    assert accelerator.chosen(args) == [
+        *("probe", "correct", "attention", "base", "torch_big", "beam_search", "families")
+    ]
     assert "multi30k is left out: it needs --data=FOLDER" in capsys.readouterr().err
-    args.only, args.skip = "big_auto,probe", "probe"
-    assert accelerator.chosen(args) == ["big_auto"]
+    args.only, args.skip = "big,probe", "probe"
+    assert accelerator.chosen(args) == ["big"]
     args.skip = "warp"
     with pytest.raises(UserError, match=r"expected phases out of probe, .*, got 'warp'"):
         accelerator.chosen(args)

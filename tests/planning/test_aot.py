@@ -78,6 +78,32 @@ def test_the_big_model_compiles_for_a_tpu_with_splash(width):
     assert flops > 0.98 * closed
 
 
+HOST_TRANSFERS = ("infeed", "outfeed", "send", "recv")
+
+
+def check_products_and_transfers(text):
+    """All matrix products are of bfloat16, and nothing leaves the chip while the step runs."""
+    program = Program(text)
+    runs = list(program.iter_executed())
+    products = [run for run in runs if hlo_cost._instruction_flops(run)]
+    assert len(products) > 30
+    dtypes = {hlo_cost._operand_array(run, side).dtype for run in products for side in (0, 1)}
+    assert dtypes == {"bf16"}
+    assert not [run.instruction.name for run in runs if run.instruction.opcode.removesuffix("-done") in HOST_TRANSFERS]
+    assert "host_compute" not in text
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v5e:2x2", pytest.param("v6e:2x2", marks=pytest.mark.slow)])
+def test_a_step_on_a_tpu_multiplies_bfloat16_and_transfers_nothing(topology):
+    check_products_and_transfers(compiled(topology, "auto", 40)[0])
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_multiplies_bfloat16_and_transfers_nothing():
+    check_products_and_transfers(compiled("h200:1", "auto", 40)[0])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("topology", ["h200:1", "b200:1"])
 def test_other_gpus_are_described_well_enough_to_compile_for(topology):
