@@ -144,7 +144,8 @@ class WmtBuilder(ParallelTextBuilder, skip_registration=True):  # type: ignore[c
         self.name = tfds_builder.name
         self.languages = tfds_builder.builder_config.language_pair
         self.source_description = tfds_builder.info.full_name
-        self._tfds_info = tfds_builder.info
+        names = ("description", "supervised_keys", "homepage", "citation")
+        self.published = {name: getattr(tfds_builder.info, name) for name in names}
         self._subcorpora = subcorpora(tfds_builder)
         self._manual_dir = manual_dir
         downloads = os.path.join(data_dir, "downloads")
@@ -156,18 +157,6 @@ class WmtBuilder(ParallelTextBuilder, skip_registration=True):  # type: ignore[c
             description=tfds_builder.builder_config.description,
         )
         super().__init__(config=config, data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self._tfds_info.description,
-            features=tfds.features.Translation(languages=self.languages),
-            supervised_keys=self.languages,
-            homepage=self._tfds_info.homepage,
-            citation=self._tfds_info.citation,
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(),
-        )
 
     def _pairs_by_split(self) -> dict[str, Callable[[], Iterator[Pair]]]:
         if "://" in os.fspath(self.data_path):
