@@ -87,25 +87,17 @@ def needs_staging(folder: epath.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def staged_write(folder: epath.Path) -> Iterator[epath.Path]:
-    """The folder to write to: the given one, or a local one that is uploaded at the end."""
+def staged(folder: epath.Path, *, write: bool = False) -> Iterator[epath.Path]:
+    """The folder to read or to write: the given one, or a local copy, which is uploaded at the end if it is written."""
     if not needs_staging(folder):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="upload-") as local:
+    with tempfile.TemporaryDirectory(prefix="staged-") as local:
+        if not write:
+            download(folder, local)
         yield epath.Path(local)
-        upload(local, folder)
-
-
-@contextlib.contextmanager
-def staged_read(folder: epath.Path) -> Iterator[epath.Path]:
-    """The folder to read from: the given one, or a local copy."""
-    if not needs_staging(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="download-") as local:
-        download(folder, local)
-        yield epath.Path(local)
+        if write:
+            upload(local, folder)
 
 
 class SyncedDirectory:
