@@ -56,4 +56,4 @@ def test_what_is_not_known_is_refused(flag, error, capsys):
     with pytest.raises(error) as refused:
         equal_budget.main(["equal_budget", flag])
     said = f"{refused.value} {capsys.readouterr().err}"
-    assert "expected some of attention, recurrent, convolutional, got lstm" in said or "arguments: --conf=x" in said
+    assert "expected some of attention, recurrent, convolutional, got 'lstm'" in said or "arguments: --conf=x" in said

@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks import one_layer, parallelism, plots
 from transformer.distributed import sharding
-from transformer.evaluation.charts import Series
 from transformer.runtime.errors import UserError
 
 LENGTHS = (32, 64, 128)
@@ -128,10 +127,10 @@ def test_batches_without_a_number_are_refused(tokens):
 
 
 def test_a_plot_is_a_file_that_shows_itself(tmp_path):
-    plots.write(tmp_path / "a.svg", "A < B", "length", [Series("one", [(1, 2), (4, 8)], True)])
+    plots.write(tmp_path / "a.svg", "A < B", "length", {"one": [(1, 2), (4, 8)]})
     text = (tmp_path / "a.svg").read_text()
     assert text.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
     assert "A &lt; B" in text
     assert text.count("<circle") == 2
-    plots.write(tmp_path / "b.svg", "nothing", "length", [Series("one", [(1, math.nan)])])
+    plots.write(tmp_path / "b.svg", "nothing", "length", {"one": [(1, math.nan)]})
     assert not (tmp_path / "b.svg").exists()
