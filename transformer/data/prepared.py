@@ -288,7 +288,7 @@ def silence_tfds(progress_bars: bool = False) -> Iterator[None]:
 def file_lock(folder: epath.PathLike) -> Iterator[None]:
     """Locks a folder against other processes; without file locks, the first rename by TFDS wins."""
     with contextlib.ExitStack() as stack:
-        if "://" not in os.fspath(folder):
+        if not object_storage.is_remote(folder):
             lock = stack.enter_context(open(os.path.join(folder, ".lock"), "w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

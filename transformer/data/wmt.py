@@ -28,6 +28,7 @@ from etils import epath
 from transformer.data import text_files
 from transformer.data.download import Download, DownloadManager, VerifiedFile
 from transformer.data.prepared import Pair, ParallelTextBuilder
+from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 
 _SEGMENT = re.compile(r"<seg id=\"\d+\">(.*)</seg>")  # some of the files are not XML
@@ -159,7 +160,7 @@ class WmtBuilder(ParallelTextBuilder, skip_registration=True):  # type: ignore[c
         super().__init__(config=config, data_dir=data_dir, file_format="array_record")
 
     def _pairs_by_split(self) -> dict[str, Callable[[], Iterator[Pair]]]:
-        if "://" in os.fspath(self.data_path):
+        if object_storage.is_remote(self.data_path):
             raise UserError(
                 f"{self.data_path}: expected a local folder to prepare {self.source_description} in; set "
                 "config.data.data_dir to one and copy the prepared folder afterwards"

@@ -22,6 +22,8 @@ from typing import Any
 
 from etils import epath
 
+from transformer.runtime import environment
+
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 LOCK_REFRESH_S = 5.0  # seconds between two writes of a lock by its holder
 LOCK_TIMEOUT_S = 25.0  # seconds without one after which the lock is taken over
@@ -209,8 +211,7 @@ _remote_urls: dict[str, str] = {}
 def local_cache_dir(address: str) -> str:
     """The local cache of an address of prepared data; `pull` and `push` copy its folders."""
     digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
-    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    local = str(caches / "transformer-jax" / "data" / digest)
+    local = str(environment.cache_folder() / "data" / digest)
     _remote_urls[local] = address.rstrip("/")
     return local
 
