@@ -109,9 +109,9 @@ def test_a_save_is_held_against_one_without_digests(capsys, monkeypatch):
     sha256 = manifest.sha256
     monkeypatch.setattr(manifest, "sha256", lambda path: (digested.append(path.name), sha256(path))[1])
     checkpoint_hashing.main(["checkpoint_hashing", "--megabytes=60", "--rounds=2"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["megabytes"] == pytest.approx(50, abs=11)
-    assert found["share"] == 1 - found["without_s"] / found["save_s"]
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["megabytes"] == pytest.approx(50, abs=11)
+    assert result["share"] == 1 - result["without_s"] / result["save_s"]
     assert digested.count("config.json") == 2  # of four saves
 
     with pytest.raises(SystemExit):
@@ -127,9 +127,9 @@ def test_a_python_without_torch_is_refused(monkeypatch):
 def test_both_layers_are_timed_in_turn(monkeypatch, capsys):
     monkeypatch.setattr(recurrence_speed, "torch_ms", lambda python, sizes: 1000.0)
     recurrence_speed.main(["recurrence_speed", "--batch=2", "--length=3", "--width=4"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(found["ours_ms"]) == len(found["torch_ms"]) == 3
-    assert found["speed"] == round(statistics.median(1000.0 / ours for ours in found["ours_ms"]), 2) > 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["ours_ms"]) == len(result["torch_ms"]) == 3
+    assert result["speed"] == round(statistics.median(1000.0 / ours for ours in result["ours_ms"]), 2) > 0
 
 
 SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "benchmarks").glob("*.py"))}
