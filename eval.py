@@ -12,9 +12,7 @@ DIR/reports/ keeps the report of each evaluation.
 """
 
 import argparse
-import dataclasses
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -22,7 +20,7 @@ from etils import epath
 from transformer import command_line
 from transformer.distributed import multihost
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import check_writable, user_error_on_oserror
+from transformer.runtime.files import check_writable
 from transformer.runtime.logging import log_info
 
 if TYPE_CHECKING:
@@ -54,17 +52,16 @@ def main(argv: list[str]) -> None:
 def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Evaluates one checkpoint, with these decode fields in place of those of its config."""
     from transformer.checkpoints.loading import load_checkpoint
-    from transformer.config import validation
     from transformer.distributed import consistency
     from transformer.evaluation import bleu_tokenizer, evaluator, report, significance, summary, systems
     from transformer.evaluation import comparison as comparisons
 
-    if args.output:
-        check_output(args.output)
+    if args.output and multihost.is_primary():
+        check_writable(args.output, f"--output={args.output}")
     consistency.assert_same_code()
     restored = load_checkpoint(args.workdir, args.checkpoint)
     changed = {name: value for name, value in fields.items() if value != getattr(restored.config.decode, name)}
-    restored = dataclasses.replace(restored, config=validation.override_decode(restored.config, fields))
+    restored = restored.with_decode(fields)
     data = restored.config.data
     with multihost.primary_first("evaluation set"):
         dataset = evaluator.load_eval_dataset(data, args.split, args.source, args.reference)
@@ -88,13 +85,6 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     report.write(args.workdir, restored, dataset, result, comparison, changed)
     if multihost.is_primary():
         print(json.dumps(summary.as_json(restored, result, comparison)))
-
-
-@multihost.primary_only
-def check_output(path: str) -> None:
-    """Raises a UserError if the file is not writable, before anything is translated."""
-    with user_error_on_oserror(f"--output={path}"):
-        check_writable(path)
 
 
 @multihost.primary_only
@@ -125,33 +115,19 @@ def watch(args: argparse.Namespace) -> None:
 
 def parse(rest: list[str]) -> argparse.Namespace:
     """Reads the flags other than --decode.FIELD."""
-    parser = argparse.ArgumentParser(
-        prog="eval.py",
-        description=(__doc__ or "").split("\n")[0],
-        epilog="--decode.FIELD=VALUE sets any field of the decode section of transformer/config/schema.py.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--workdir", required=True, type=command_line.absolute_path, help="folder that train.py wrote")
-    parser.add_argument("--checkpoint", help="latest (default), best, a step, average:N or best-average:N")
+    parser = command_line.model_parser("eval.py", __doc__)
+    parser.set_defaults(checkpoint=None)  # to tell whether it is given
+    path, paths = command_line.absolute_path, command_line.absolute_paths
     parser.add_argument("--split", help="split of the config's data set, such as validation (default: test)")
-    parser.add_argument(
-        "--source", type=command_line.absolute_path, help="text file to translate instead, one sentence a line"
-    )
-    parser.add_argument(
-        "--reference",
-        type=command_line.absolute_paths,
-        default=[],
-        help="its references; several files with commas between",
-    )
+    parser.add_argument("--source", type=path, help="text file to translate instead, one sentence a line")
+    parser.add_argument("--reference", type=paths, default=[], help="its references; several files with commas between")
     parser.add_argument(
         "--output",
-        type=command_line.absolute_path,
+        type=path,
         help="where translations go (default: WORKDIR/translations/STEP.NAME.txt, with decode fields in it)",
     )
     parser.add_argument(
-        "--versus",
-        type=command_line.absolute_path,
-        help="another workdir, or a file of translations: is the difference more than chance?",
+        "--versus", type=path, help="another workdir, or a file of translations: is the difference more than chance?"
     )
     parser.add_argument("--versus_checkpoint", help="of that workdir (default: as --checkpoint; latest for a step)")
     parser.add_argument("--watch", action="store_true", help="score every checkpoint as it lands, until a signal")
@@ -159,9 +135,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
     args = parser.parse_args(rest)
     if bool(args.source) != bool(args.reference):
         raise UserError("--source and --reference go together")
-    read = filter(None, (args.source, args.versus, *args.reference))
-    if args.output and os.path.realpath(args.output) in map(os.path.realpath, read):
-        raise UserError(f"--output={args.output} would overwrite what is read; name another file")
+    command_line.reject_overwriting(args.output, (args.source, args.versus, *args.reference))
     if args.source and args.split:
         raise UserError("expected --split, or --source with --reference, got both")
     if args.versus_checkpoint and not args.versus:

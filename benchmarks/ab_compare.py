@@ -7,21 +7,20 @@
 The last line of what each prints is a JSON object with the key. The last line of stdout is one too.
 """
 
-import argparse
 import json
 import math
 import shlex
 import statistics
 import subprocess
 
-from transformer.command_line import positive_int, run
+from transformer.command_line import command_parser, positive_int, run
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 
 
 def main(argv: list[str]) -> None:
     """Parses the flags, runs the pairs and prints."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ab_compare", allow_abbrev=False)
+    parser = command_parser("python -m benchmarks.ab_compare", __doc__)
     parser.add_argument("--ours", required=True, help="command of this project")
     parser.add_argument("--other", required=True, help="command to compare with")
     parser.add_argument("--key", required=True, help="of the figure in the JSON object on the last line of both")

@@ -8,18 +8,15 @@ target tokens, 2+2 layers of width 64 and 4 heads. ring:8 is a ring of 8 devices
 as v5e:2x4, and its compiler (`make tpu-compiler`). The last line of stdout is one JSON object.
 """
 
-import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from benchmarks import plots
-from transformer.command_line import absolute_path, markdown_table, run
+from transformer.command_line import absolute_path, command_parser, markdown_table, run
 from transformer.config import Config, validation
-from transformer.evaluation.charts import Series
 from transformer.plan import set_environment
 from transformer.planning.hardware import Topology, parse_topology
 from transformer.runtime.errors import UserError
@@ -31,7 +28,7 @@ EFFORT = -1.0  # of the compiler, as in `plan`
 
 def main(argv: list[str]) -> None:
     """Parses the flags, compiles and prints."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention_memory", allow_abbrev=False)
+    parser = command_parser("python -m benchmarks.attention_memory", __doc__)
     parser.add_argument("--topology", default="cpu:8", help="chips to compile for, as in transformer.plan")
     parser.add_argument(
         "--paths",
@@ -54,7 +51,8 @@ def main(argv: list[str]) -> None:
     rows.append(("growth exponent at the end", *(str(table[f"{path}_exponent"]) for path in paths)))
     log_info("\n".join(markdown_table(["tokens", *(f"{path}, MiB" for path in paths)], rows)))
     if args.plot:
-        draw(args.plot, lengths, {path: table[path] for path in paths})
+        lines = {path: zip(lengths, table[path], strict=True) for path in paths}
+        plots.write(args.plot, "Temporary memory of the step, MiB", "tokens on either side", lines)
     print(json.dumps(table))
 
 
@@ -98,12 +96,6 @@ def small_model(path: str) -> Config:
 def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
     """p of value ∝ length^p, by least squares."""
     return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
-
-
-def draw(path: epath.PathLike, lengths: Sequence[int], sizes: Mapping[str, Sequence[float]]) -> None:
-    """Writes a plot with logarithmic axes, whose slopes are exponents."""
-    lines = [Series(name, list(zip(lengths, row, strict=True)), True) for name, row in sizes.items()]
-    plots.write(path, "Temporary memory of the step, MiB", "tokens on either side", lines)
 
 
 if __name__ == "__main__":

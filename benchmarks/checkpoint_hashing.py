@@ -7,7 +7,6 @@ and without SHA-256, and checks the metadata separately. The last line of stdout
 is one JSON object; medians.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -22,7 +21,7 @@ import optax
 
 from transformer.checkpoints import manager, manifest
 from transformer.checkpoints.manager import CheckpointManager
-from transformer.command_line import absolute_path, positive_int, run
+from transformer.command_line import absolute_path, command_parser, positive_int, run
 from transformer.config import Config
 from transformer.data import tokenizer
 from transformer.training.train_step import TrainState
@@ -56,9 +55,7 @@ def seconds_of_save(state: TrainState, folder: str, digests: bool) -> tuple[floa
 
 def main(argv: list[str]) -> None:
     """Prints a line for each round, and the medians."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoint_hashing", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
+    parser = command_parser("python -m benchmarks.checkpoint_hashing", __doc__)
     parser.add_argument("--megabytes", type=positive_int, default=1000)
     parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--folder", type=absolute_path, help="where to save (default: the folder for temporary files)")

@@ -7,8 +7,6 @@ tokenization but not loading. Tokens are those of the translations, with EOS. Th
 object.
 """
 
-import argparse
-import dataclasses
 import json
 import os
 import pathlib
@@ -18,8 +16,7 @@ from collections.abc import Callable
 
 from benchmarks.timing import seconds_of
 from transformer.checkpoints.loading import RestoredModel, load_checkpoint
-from transformer.command_line import absolute_path, add_model_flags, decode_flags, positive_int, run
-from transformer.config import validation
+from transformer.command_line import absolute_path, decode_flags, model_parser, positive_int, run
 from transformer.data import text_files
 from transformer.decoding.translator import Translator
 from transformer.export import ctranslate2 as export_ctranslate2
@@ -33,8 +30,7 @@ Translate = Callable[[list[str]], list[str]]
 
 def main(argv: list[str]) -> None:
     """Parses the flags, measures and prints."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", allow_abbrev=False)
-    add_model_flags(parser)
+    parser = model_parser("python -m benchmarks.decoding", __doc__)
     parser.add_argument("--source", required=True, type=absolute_path, help="file to translate, a sentence a line")
     parser.add_argument("--engine", default="ours", choices=("ours", "ctranslate2"))
     parser.add_argument("--quantization", default="float32", choices=("float32", "int8"), help="of ctranslate2")
@@ -49,8 +45,7 @@ def main(argv: list[str]) -> None:
     enable_compilation_cache()
     lines = list(text_files.read_lines(args.source))
     with tempfile.TemporaryDirectory() as folder:
-        trained = load_checkpoint(args.workdir, args.checkpoint)
-        trained = dataclasses.replace(trained, config=validation.override_decode(trained.config, fields))
+        trained = load_checkpoint(args.workdir, args.checkpoint).with_decode(fields)
         if args.engine == "ours":
             translate = ours(trained)
         else:

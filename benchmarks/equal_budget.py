@@ -8,7 +8,6 @@ table, and writes it with two plots and equal_budget.json to --output. Hours are
 without validation. The last line of stdout is one JSON object.
 """
 
-import argparse
 import json
 from typing import Any
 
@@ -16,9 +15,7 @@ from etils import epath
 
 from benchmarks import plots, sweep
 from transformer import command_line
-from transformer.evaluation.charts import Series
-from transformer.runtime.errors import UserError
-from transformer.runtime.files import write_atomic
+from transformer.runtime.files import METRICS_FILE, write_atomic
 
 FAMILIES = ("attention", "recurrent", "convolutional")
 Row = dict[str, Any]
@@ -26,7 +23,7 @@ Row = dict[str, Any]
 
 def main(argv: list[str]) -> None:
     """Trains and scores the families that are not finished."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.equal_budget", allow_abbrev=False)
+    parser = command_line.command_parser("python -m benchmarks.equal_budget", __doc__)
     parser.add_argument("--config", default="configs/multi30k_families.py", help="file that takes :FAMILY")
     parser.add_argument("--families", default=",".join(FAMILIES), help="commas between")
     parser.add_argument("--output", default="runs/families", type=command_line.absolute_path, help="folder of all")
@@ -34,21 +31,18 @@ def main(argv: list[str]) -> None:
     config_flags, rest = command_line.split_flags(argv[1:], "config")
     fields = [flag for flag in config_flags if not flag.startswith("--config=")]
     args = parser.parse_args([*rest, *(flag for flag in config_flags if flag not in fields)])
-    unknown = [name for name in args.families.split(",") if name not in FAMILIES]
-    if unknown:
-        raise UserError(f"--families: expected some of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
     output, results = epath.Path(args.output), {}
-    for family in args.families.split(","):
+    for family in command_line.known_names("--families", args.families, FAMILIES):
         config, _ = command_line.config_flags([argv[0], f"--config={args.config}:{family}", *fields])
         row = sweep.result(config, output / family, args.split)
-        results[family] = {**row, "curve": curve((output / family / "metrics.jsonl").read_text())}
+        results[family] = {**row, "curve": curve((output / family / METRICS_FILE).read_text())}
         write_atomic(output / "equal_budget.json", json.dumps(results, indent=1) + "\n")
     write_atomic(output / "equal_budget.md", table(results) + "\n")
     for axis, label in (
         ("minutes", "minutes of training, compilation included"),
         ("tokens", "target tokens trained on"),
     ):
-        lines = [Series(name, [(p[axis], p["bleu"]) for p in row["curve"]], True) for name, row in results.items()]
+        lines = {name: [(p[axis], p["bleu"]) for p in row["curve"]] for name, row in results.items()}
         plots.write(output / f"bleu_by_{axis}.svg", "Validation BLEU", label, lines, log=False)
     print(table(results))
     print(json.dumps(results))

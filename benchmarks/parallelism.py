@@ -10,12 +10,11 @@ each length and each number of tokens in a batch. Prints tables, and writes them
 --output. --program_only only compiles single layers. The last line of stdout is one JSON object.
 """
 
-import argparse
 import bisect
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,10 +29,8 @@ from transformer.command_line import markdown_table, positive_int
 from transformer.config import Config
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS, UNK
-from transformer.evaluation.charts import Series
 from transformer.models import registry
 from transformer.runtime import errors
-from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_atomic
 from transformer.runtime.logging import log_info
 
@@ -53,7 +50,7 @@ Row = dict[str, Any]
 
 def main(argv: list[str]) -> None:
     """Parses the flags, measures, writes and prints."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.parallelism", allow_abbrev=False)
+    parser = command_line.command_parser("python -m benchmarks.parallelism", __doc__)
     parser.add_argument("--lengths", default="16,32,64,128,256,512,1024,2048,4096", help="tokens of a sentence")
     counts = "4096" if jax.default_backend() == "cpu" else "4096,16384,65536"
     parser.add_argument("--tokens", default=counts, help=f"of a batch, several with commas between (default: {counts})")
@@ -64,9 +61,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", default="runs/parallelism", type=command_line.absolute_path, help="folder")
     parser.add_argument("--program_only", action="store_true", help="compile single layers, train nothing")
     args = parser.parse_args(argv[1:])
-    lengths, families = distinct_numbers("--lengths", args.lengths, least=2), args.families.split(",")
-    if not set(families) <= set(FAMILIES):
-        raise UserError(f"--families: expected some of {', '.join(FAMILIES)}, got {args.families!r}")
+    lengths = distinct_numbers("--lengths", args.lengths, least=2)
+    families = command_line.known_names("--families", args.families, FAMILIES)
     output = epath.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     results: Row = {"device": str(jax.devices()[0].device_kind), "width": args.width, "lengths": lengths}
@@ -180,33 +176,31 @@ def training_table(rows: Sequence[Row]) -> list[str]:
 
 
 def draw(output: epath.Path, results: Row) -> None:
-    """Writes a plot for each figure."""
+    """Writes a plot for each figure; those of training by length at the largest batch, and by tokens of a batch.
+
+    The latter, where there are several, at the shortest length.
+    """
     lengths, layers = results["lengths"], results["layer"]
-    for name, title in (("depth", "Sequential steps of one layer"), ("core_flops", "FLOPs of position mixing")):
-        lines = [Series(family, list(zip(lengths, row[name], strict=True)), True) for family, row in layers.items()]
-        plots.write(output / f"{name}.svg", title, "length", lines)
-    paths = [Series(name, list(zip(PATH_LENGTHS, row["path"], strict=True)), True) for name, row in layers.items()]
-    plots.write(output / "path.svg", "Operations from the first position to the last", "length", paths)
+    for name, title, over in (
+        ("depth", "Sequential steps of one layer", lengths),
+        ("core_flops", "FLOPs of position mixing", lengths),
+        ("path", "Operations from the first position to the last", PATH_LENGTHS),
+    ):
+        by_length = {family: zip(over, row[name], strict=True) for family, row in layers.items()}
+        plots.write(output / f"{name}.svg", title, "length", by_length)
     rows = results.get("training", [])
-    most = max((row["tokens"] for row in rows), default=0)
+    most, shortest = max((row["tokens"] for row in rows), default=0), min((row["length"] for row in rows), default=0)
+    axes = [("length", "length", [row for row in rows if row["tokens"] == most])]
+    if len({row["tokens"] for row in rows}) > 1:
+        axes.append(("tokens", "tokens of a batch", [row for row in rows if row["length"] == shortest]))
     for name, title in (
         ("target_tokens_per_s", "Training, target tokens a second"),
         ("temporary_mb", "Temporary memory of the step, MiB"),
         ("compile_s", "Time to compile the step, s"),
     ):
-        for axis, label, is_on_axis in _axes(rows, most):
-            points = [row for row in rows if is_on_axis(row)]
-            lines = [Series(f, [(r[axis], r[name]) for r in points if r["family"] == f], True) for f in layers]
+        for axis, label, points in axes:
+            lines = {f: [(r[axis], r[name]) for r in points if r["family"] == f] for f in layers}
             plots.write(output / f"{name}.{axis}.svg", title, label, lines)
-
-
-def _axes(rows: Sequence[Row], most: int) -> list[tuple[str, str, Callable[[Row], bool]]]:
-    """By length at the largest batch, and, where there are several, by tokens of a batch at the shortest length."""
-    axes: list[tuple[str, str, Callable[[Row], bool]]] = [("length", "length", lambda row: row["tokens"] == most)]
-    if len({row["tokens"] for row in rows}) > 1:
-        shortest = min(row["length"] for row in rows)
-        axes.append(("tokens", "tokens of a batch", lambda row: row["length"] == shortest))
-    return axes
 
 
 if __name__ == "__main__":

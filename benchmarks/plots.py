@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 from etils import epath
 
@@ -21,8 +21,11 @@ text { font: 11px system-ui, sans-serif; fill: #5b6470 } .title { font-weight: 6
 """
 
 
-def write(path: epath.PathLike, title: str, x_label: str, series: Sequence[charts.Series], log: bool = True) -> None:
-    """Writes a line chart, log-log by default; writes nothing if there is nothing to draw."""
+def write(
+    path: epath.PathLike, title: str, x_label: str, lines: Mapping[str, Iterable[charts.Point]], log: bool = True
+) -> None:
+    """Writes a chart of lines by name, log-log by default; writes nothing if there is nothing to draw."""
+    series = [charts.Series(name, list(points), markers=True) for name, points in lines.items()]
     figure = charts.line_chart(title, x_label, series, log)
     drawing = re.search(r"<svg[^>]*>(.*)</svg>", figure, re.DOTALL)
     if not drawing:

@@ -7,14 +7,13 @@ Both are timed alternately, three times; the result is the median of the ratios.
 one JSON object.
 """
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 
-from transformer.command_line import positive_int, reexec_with_huge_pages, run
+from transformer.command_line import command_parser, positive_int, reexec_with_huge_pages, run
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 
@@ -38,7 +37,7 @@ REPEATS = 15
 
 def main(argv: list[str]) -> None:
     """Parses the flags, measures alternately and prints."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recurrence_speed", allow_abbrev=False)
+    parser = command_parser("python -m benchmarks.recurrence_speed", __doc__)
     parser.add_argument("--batch", type=positive_int, default=64, help="sentences")
     parser.add_argument("--length", type=positive_int, default=32, help="steps")
     parser.add_argument("--width", type=positive_int, default=512, help="of input and state")

@@ -24,7 +24,6 @@ from benchmarks import plots
 from configs.paper import ROWS
 from transformer import command_line
 from transformer.config import Config, schema, validation
-from transformer.evaluation.charts import Series
 from transformer.runtime.errors import DivergedError, UserError
 from transformer.runtime.files import write_atomic
 from transformer.runtime.logging import log_info
@@ -42,10 +41,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", default="runs/sweep", type=command_line.absolute_path, help="folder of all rows")
     parser.add_argument("--split", default="validation", help="that is scored (default: validation, as in the paper)")
     base, args = command_line.parse_with_config(parser, argv)
-    names = args.rows.split(",") if args.rows else list(ROWS)
-    unknown = [name for name in names if name not in ROWS]
-    if unknown:
-        raise UserError(f"--rows: expected some of {', '.join(ROWS)}, got {unknown[0]!r}")
+    names = command_line.known_names("--rows", args.rows, ROWS) if args.rows else list(ROWS)
     output, results, diverged = epath.Path(args.output), {}, {}
     selected = [name for name in ROWS if name in names or result_path(output / name, args.split).exists()]
     rows = {name: row_config(base, name) for name in selected}
@@ -180,12 +176,12 @@ def draw(output: epath.Path, results: dict[str, Result]) -> None:
     def doublings(perplexity: float, base_perplexity: float) -> float:
         return math.log2(math.log(perplexity) / math.log(base_perplexity))
 
-    lines = []
+    lines = {}
     for group, title in GROUPS.items():
         names = [name for name in results if name == "base" or name.partition("-")[0] == group]
         paper = [doublings(ROWS[name].perplexity, ROWS["base"].perplexity) for name in names]
         ours = [doublings(results[name]["perplexity"], results["base"]["perplexity"]) for name in names]
-        lines.append(Series(title, sorted(zip(paper, ours, strict=True)), True))
+        lines[title] = sorted(zip(paper, ours, strict=True))
     title = "Rows of Table 3: loss in doublings of the base model's"
     plots.write(output / "table3.svg", title, "the same in the paper", lines, log=False)
 

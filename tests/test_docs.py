@@ -106,8 +106,8 @@ def test_internal_links_and_anchors_exist(page):
 def test_pages_have_no_private_phrases(page):
     text = prose(PAGES[page])
     for pattern, term in PRIVATE_PHRASES.items():
-        found = re.search(rf"(?i).{{0,40}}(?:{pattern}).{{0,40}}", text)
-        assert found is None, f"{found and found[0]!r}: say {term}"
+        match = re.search(rf"(?i).{{0,40}}(?:{pattern}).{{0,40}}", text)
+        assert match is None, f"{match and match[0]!r}: say {term}"
 
 
 @pytest.mark.parametrize(
@@ -273,8 +273,8 @@ def texts_of(source: str) -> Iterator[str]:
 def test_code_and_messages_have_no_private_phrases(path):
     for text in texts_of(path.read_text()):
         for pattern in PRIVATE_PHRASES.keys() - CODE_TERMS:
-            found = re.search(rf"(?i).{{0,40}}(?:{pattern}).{{0,40}}", prose(text))
-            assert found is None, f"{found and found[0]!r}: say {PRIVATE_PHRASES[pattern]}"
+            match = re.search(rf"(?i).{{0,40}}(?:{pattern}).{{0,40}}", prose(text))
+            assert match is None, f"{match and match[0]!r}: say {PRIVATE_PHRASES[pattern]}"
 
 
 def test_a_private_phrase_in_a_message_is_found():

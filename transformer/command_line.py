@@ -18,6 +18,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from etils import epath
 from ml_collections import config_dict
@@ -25,7 +26,7 @@ from ml_collections import config_dict
 from transformer.config import schema, validation, warm_start
 from transformer.runtime import object_storage, streams
 from transformer.runtime.errors import StoppedError, UserError
-from transformer.runtime.files import user_error_on_oserror
+from transformer.runtime.files import CONFIG_FILE
 from transformer.runtime.logging import log_info, report_error
 
 
@@ -61,15 +62,19 @@ def reexec_with_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def command_parser(prog: str, doc: str | None, **options: Any) -> argparse.ArgumentParser:
+    """A parser for a command; the first line of `doc` says what it does."""
+    return argparse.ArgumentParser(prog=prog, description=(doc or "").split("\n")[0], allow_abbrev=False, **options)
+
+
 def config_parser(prog: str, doc: str | None, required: str = "") -> argparse.ArgumentParser:
-    """A parser for a command that takes a config, which `parse_with_config` reads; `doc` begins with what it does."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
+    """A parser for a command that takes a config, which `parse_with_config` reads."""
+    parser = command_parser(
+        prog,
+        doc,
         usage=" ".join(filter(None, (prog, "--config=FILE", required, "[--config.SECTION.FIELD=VALUE ...] [options]"))),
-        description=(doc or "").split("\n")[0],
         epilog=f"Fields of the config, with defaults and bounds:\n\n{schema.field_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     own = ", ".join(_shipped())
     parser.add_argument(
@@ -105,11 +110,27 @@ def parse_with_config(
     return config, args
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--workdir and --checkpoint, which `trained.load_trained` takes."""
+def model_parser(
+    prog: str,
+    doc: str | None,
+    epilog: str = "--decode.FIELD=VALUE sets any field of the decode section of transformer/config/schema.py.",
+) -> argparse.ArgumentParser:
+    """A parser for a command on a trained model: --workdir and --checkpoint; `decode_flags` reads --decode.FIELD."""
+    parser = command_parser(prog, doc, epilog=epilog)
     parser.add_argument("--workdir", required=True, type=absolute_path, help="folder that train.py wrote")
     parser.add_argument(
         "--checkpoint", default="latest", help="latest (default), best, a step, average:N or best-average:N"
+    )
+    return parser
+
+
+def add_ensemble_flag(parser: argparse.ArgumentParser) -> None:
+    """--ensemble, whose workdirs `inference.load` takes."""
+    parser.add_argument(
+        "--ensemble",
+        type=absolute_paths,
+        default=[],
+        help="more workdirs of the same tokenizer, commas between: the models' probabilities are averaged",
     )
 
 
@@ -134,7 +155,10 @@ def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") ->
         raise UserError(f"expected one --config=FILE, such as --config=configs/demo.py, got {len(given)}{unless}")
     overrides = [_override(argument) for argument in mine if not argument.startswith("--config=")]
     is_saved = given[0].endswith(".json")
-    config = _load_saved(given[0]) if is_saved else _load(os.path.expanduser(given[0]))
+    if is_saved:
+        config = config_dict.ConfigDict(dataclasses.asdict(validation.load(given[0])))
+    else:
+        config = _load(os.path.expanduser(given[0]))
     with config.ignore_type():  # validation says what a field takes: 1 may be overridden by 0.5
         for section, field, value in overrides:
             config[section][field] = value
@@ -152,15 +176,8 @@ def _saved_config(workdir: str) -> str:
     """The path of the config that a workdir keeps; empty if there is none."""
     if not workdir or object_storage.unsupported_reason(workdir):
         return ""
-    path = epath.Path(workdir).expanduser() / "config.json"
+    path = epath.Path(workdir).expanduser() / CONFIG_FILE
     return str(path) if path.exists() else ""
-
-
-def _load_saved(path: str) -> config_dict.ConfigDict:
-    """The config in a file that `Config.to_json` wrote."""
-    with user_error_on_oserror(f"--config={path}"):
-        text = epath.Path(path).expanduser().read_text()
-    return config_dict.ConfigDict(dataclasses.asdict(validation.from_json(text, path)))
 
 
 def _load(path: str) -> config_dict.ConfigDict:
@@ -336,6 +353,20 @@ def _existing_paths(parts: list[str]) -> list[str]:
             if others or not rest:
                 return [path, *others]
     return []
+
+
+def reject_overwriting(output: str | None, read: Iterable[str | None]) -> None:
+    """Raises a UserError if --output is one of the files that the command reads."""
+    if output and os.path.realpath(output) in map(os.path.realpath, filter(None, read)):
+        raise UserError(f"--output={output} would overwrite what is read; name another file")
+
+
+def known_names(flag: str, text: str, known: Iterable[str]) -> list[str]:
+    """The names in the text of a flag, commas between; a UserError unless all are known."""
+    given = text.split(",")
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"{flag}: expected some of {', '.join(known)}, got {unknown[0]!r}")
+    return given
 
 
 def positive_int(text: str) -> int:

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from etils import epath
 
@@ -30,14 +29,12 @@ from transformer.runtime.logging import log_info
 def main(argv: list[str]) -> None:
     """Reads the translations, compares them, writes the page."""
     args = _parse(argv[1:])
-    with user_error_on_oserror(f"--output={args.output}"):
-        check_writable(args.output)
-    test_set = load_test_set(args)
-    dataset = test_set.dataset
+    check_writable(args.output, f"--output={args.output}")
+    dataset, data, training = load_test_set(args)
     compared = load_systems(args.systems, dataset)
-    tokenizer = bleu_tokenizer.choose_bleu_tokenizer(test_set.data, dataset.references[0])
+    tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, dataset.references[0])
     log_info(str(tokenizer))
-    result = comparison.compare(compared, dataset.sources, dataset.references, tokenizer.name, test_set.training)
+    result = comparison.compare(compared, dataset.sources, dataset.references, tokenizer.name, training)
     for system, tests in zip(compared[1:], result.tests, strict=True):
         log_info(f"\n{significance.format_table(system.label, compared[0].label, tests)}\n")
     subtitle = f"{dataset.name}, {len(dataset.references[0]):,} sentences · " + " · ".join(
@@ -51,22 +48,12 @@ def main(argv: list[str]) -> None:
     print(json.dumps({**comparison.as_json(result), "page": args.output}))
 
 
-class TestSet(NamedTuple):
-    """What systems are compared on.
-
-    Attributes:
-      dataset: its sources are empty if they are unknown.
-      data: for the choice of BLEU's tokenizer.
-      training: text in which words are counted; None for the references.
-    """
-
-    dataset: EvalDataset
-    data: DataConfig
-    training: Iterable[str] | None
-
-
-def load_test_set(args: argparse.Namespace) -> TestSet:
+def load_test_set(args: argparse.Namespace) -> tuple[EvalDataset, DataConfig, Iterable[str] | None]:
     """The files of the flags, or the split of the first workdir.
+
+    Returns:
+      The data set, whose sources are empty if they are unknown; the config for the choice of BLEU's tokenizer; and the
+      text in which words are counted, None for the references.
 
     Raises:
       UserError: there is neither, or a file is missing.
@@ -78,15 +65,15 @@ def load_test_set(args: argparse.Namespace) -> TestSet:
         if workdirs and not args.source:
             raise UserError(f"{workdirs[0]}: its translations are found by their sources; add --source=FILE")
         if args.source:
-            return TestSet(load_eval_dataset(data, None, args.source, args.reference), data, training)
+            return load_eval_dataset(data, None, args.source, args.reference), data, training
         references = [list(text_files.read_lines(path)) for path in args.reference]
-        return TestSet(EvalDataset(epath.Path(args.reference[0]).name, [], references), data, training)
+        return EvalDataset(epath.Path(args.reference[0]).name, [], references), data, training
     if not workdirs:
         raise UserError("files of translations need --reference=FILE, got none; --source=FILE is optional")
     dataset = load_eval_dataset(data, args.split, None, None)
     if training is None:
         training = (target for _, target in corpus.open_corpus(data).split("train"))
-    return TestSet(dataset, data, training)
+    return dataset, data, training
 
 
 def load_systems(paths: list[str], dataset: EvalDataset) -> list[System]:
@@ -101,9 +88,7 @@ def load_systems(paths: list[str], dataset: EvalDataset) -> list[System]:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m transformer.compare", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
+    parser = command_line.command_parser("python -m transformer.compare", __doc__)
     path = command_line.absolute_path
     parser.add_argument("systems", nargs="+", type=path, help="workdirs or files of translations, the baseline first")
     parser.add_argument("--source", type=path, help="text file of the sources, one sentence a line")
@@ -126,9 +111,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise UserError("--source goes with --reference, got none")
     if args.reference and args.split:
         raise UserError("expected --split, or --reference, got both")
-    read = filter(None, (*args.systems, args.source, args.frequency_corpus, *args.reference))
-    if os.path.realpath(args.output) in map(os.path.realpath, read):
-        raise UserError(f"--output={args.output} would overwrite what is read; name another file")
+    read = *args.systems, args.source, args.frequency_corpus, *args.reference
+    command_line.reject_overwriting(args.output, read)
     return args
 
 

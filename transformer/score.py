@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -21,7 +20,6 @@ from transformer.data import text_files
 from transformer.decoding.scorer import TargetScore
 from transformer.inference import load
 from transformer.runtime import environment, streams
-from transformer.runtime.errors import UserError
 from transformer.runtime.files import check_writable, open_atomic, user_error_on_oserror
 from transformer.runtime.logging import log_info, log_progress
 
@@ -79,34 +77,22 @@ def _output(path: str | None) -> Iterator[BinaryIO]:
     if not path:
         yield sys.stdout.buffer
         return
-    with user_error_on_oserror(f"--output={path}"):
-        check_writable(path)
-        with open_atomic(path) as file:
-            yield file
+    check_writable(path, f"--output={path}")
+    with user_error_on_oserror(f"--output={path}"), open_atomic(path) as file:
+        yield file
 
 
 def _parse(rest: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m transformer.score",
-        description=(__doc__ or "").split("\n")[0],
-        epilog="--decode.max_source_tokens and --decode.max_extra_length limit the lengths, as in translation.",
-        allow_abbrev=False,
-    )
+    limits = "--decode.max_source_tokens and --decode.max_extra_length limit the lengths, as in translation."
+    parser = command_line.model_parser("python -m transformer.score", __doc__, limits)
     path = command_line.absolute_path
-    command_line.add_model_flags(parser)
     parser.add_argument("--source", required=True, type=path, help="text file, one sentence a line")
     parser.add_argument("--target", required=True, type=path, help="text file of their translations, line by line")
     parser.add_argument("--output", type=path, help="where the scores go (default: standard output)")
     parser.add_argument("--per_token", action="store_true", help="write tokens and their log-probabilities as JSON")
-    parser.add_argument(
-        "--ensemble",
-        type=command_line.absolute_paths,
-        default=[],
-        help="more workdirs of the same tokenizer, commas between: the models' probabilities are averaged",
-    )
+    command_line.add_ensemble_flag(parser)
     args = parser.parse_args(rest)
-    if args.output and os.path.realpath(args.output) in map(os.path.realpath, (args.source, args.target)):
-        raise UserError(f"--output={args.output} would overwrite what is read; name another file")
+    command_line.reject_overwriting(args.output, (args.source, args.target))
     return args
 
 

@@ -5,7 +5,6 @@ python -m transformer.translate --workdir=DIR < source.txt > translations.txt
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import os
 import sys
@@ -19,7 +18,6 @@ from etils import epath
 from transformer import command_line
 from transformer.checkpoints.loading import RestoredModel
 from transformer.command_line import absolute_path, positive_int
-from transformer.config import validation
 from transformer.data import text_files
 from transformer.data.tokenizer import Tokenizer
 from transformer.decoding.alignment import Aligner, Alignment, Attention, to_pharaoh
@@ -129,9 +127,8 @@ def main(argv: list[str]) -> None:
     stdin = text_files.decode_lines(sys.stdin.buffer, "stdin")
     lines = read_aligned_lines(stdin, args.prefix_file, args.constraint_file)
     # With the fields of this command: alignments truncate a long source as decoding does.
-    primary = dataclasses.replace(model.primary, config=validation.override_decode(model.primary.config, fields))
     try:
-        with alignment_writer(args, primary) as write_alignments:
+        with alignment_writer(args, model.primary.with_decode(fields)) as write_alignments:
             translate_stream(translate, lines, sys.stdout.buffer, args.batch_size)
     finally:
         translator.log_warnings()
@@ -155,32 +152,20 @@ def _add_shorthands(fields: dict[str, Any], args: argparse.Namespace) -> dict[st
 
 def _parse(rest: list[str]) -> argparse.Namespace:
     """Reads the flags other than --decode.FIELD."""
-    parser = argparse.ArgumentParser(
-        prog="python -m transformer.translate",
-        description=main.__doc__,
-        epilog="--decode.FIELD=VALUE sets any field of the decode section of transformer/config/schema.py.",
-        allow_abbrev=False,
-    )
-    positive, path = command_line.positive_int, command_line.absolute_path
-    command_line.add_model_flags(parser)
-    parser.add_argument("--batch_size", type=positive, default=256, help="lines read before the first is written")
-    parser.add_argument("--beam_size", type=positive, help="the same as --decode.beam_size")
+    parser = command_line.model_parser("python -m transformer.translate", main.__doc__)
+    parser.add_argument("--batch_size", type=positive_int, default=256, help="lines read before the first is written")
+    parser.add_argument("--beam_size", type=positive_int, help="the same as --decode.beam_size")
     parser.add_argument(
-        "--n_best", type=positive, help="write up to so many lines for each: INDEX ||| TEXT ||| SCORE, INDEX from 0"
+        "--n_best", type=positive_int, help="write up to so many lines for each: INDEX ||| TEXT ||| SCORE, INDEX from 0"
     )
     parser.add_argument(
-        "--prefix_file", type=path, help="for each line what its translation begins with; a blank line asks nothing"
+        "--prefix_file", type=absolute_path, help="for each line what its translation begins with, or a blank line"
     )
     parser.add_argument(
-        "--constraint_file", type=path, help="for each line the phrases its translation holds, tabs between"
+        "--constraint_file", type=absolute_path, help="for each line the phrases its translation holds, tabs between"
     )
-    parser.add_argument(
-        "--ensemble",
-        type=command_line.absolute_paths,
-        default=[],
-        help="more workdirs of the same tokenizer, commas between: the models' probabilities are averaged",
-    )
-    parser.add_argument("--mbr", type=positive, help="of so many samples, the one most like the others by chrF")
+    command_line.add_ensemble_flag(parser)
+    parser.add_argument("--mbr", type=positive_int, help="of so many samples, the one most like the others by chrF")
     add_alignment_flags(parser)
     args = parser.parse_args(rest)
     check_alignment_flags(args)

@@ -56,8 +56,8 @@ def compare(attend, visible, queries, keys, width=K, dtype=jnp.float32, toleranc
         return jax.jit(jax.grad(of, (0, 1, 2), has_aux=True))
 
     wanted = total(lambda *qkv: dot_product.dot_product_attention(*qkv, mask))(q, k, v)
-    found = total(lambda *qkv: attend(*qkv, visible))(*(array.astype(dtype) for array in (q, k, v)))
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    result = total(lambda *qkv: attend(*qkv, visible))(*(array.astype(dtype) for array in (q, k, v)))
+    for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one.astype(jnp.float32), other, atol=tolerance)
 
 
@@ -155,9 +155,9 @@ def test_a_model_that_attends_by_splash_has_the_plain_one_s_loss_and_gradients_o
     splash_attention = fused.splash_attention
     monkeypatch.setattr(fused, "splash_attention", interpreted)
     monkeypatch.setattr(platforms, "current", lambda: "tpu")
-    found, found_grads = loss_and_gradients(config_of("splash", (2, 2, 1)))
+    result, found_grads = loss_and_gradients(config_of("splash", (2, 2, 1)))
     assert len(called) == 3
-    np.testing.assert_allclose(found, loss, rtol=1e-5)
+    np.testing.assert_allclose(result, loss, rtol=1e-5)
     difference = jax.tree.map(np.subtract, found_grads, grads)
     assert optax.tree.norm(difference) < 1e-5 * optax.tree.norm(grads)
 
@@ -359,16 +359,16 @@ def test_nothing_is_tried_where_training_would_not_choose_it(machine):
 
 def test_a_trial_runs_forward_and_backward_on_all_devices_within_a_trace(monkeypatch):
     """Also where a transfer guard forbids to read anything back."""
-    asked, found = stand_in_for_cudnn(monkeypatch), []
+    asked, result = stand_in_for_cudnn(monkeypatch), []
     monkeypatch.setattr(fused, "_trials", {})
 
     def traced(x):
-        found.append(fused._trial(8))
+        result.append(fused._trial(8))
         return x + 1
 
     with jax.transfer_guard("disallow"):
         jax.jit(traced).lower(jax.ShapeDtypeStruct((), jnp.float32))
-    assert found == [""]
+    assert result == [""]
     assert asked == ["cudnn", "cudnn"]
 
 

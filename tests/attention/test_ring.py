@@ -85,11 +85,11 @@ def test_dropout_draws_the_same_bits_on_any_path_and_mesh(sizes):
 
 def test_the_path_is_chosen_by_the_mesh():
     def chosen(path, sequence):
-        found = []
+        result = []
         mesh = mesh_of(sequence=sequence)
         with sharding.use_mesh(mesh):
-            found.append(layers.select_attention_impl(path, 8, 8))
-        return found[0]
+            result.append(layers.select_attention_impl(path, 8, 8))
+        return result[0]
 
     assert [chosen(path, 2) for path in ("auto", "ring", "blockwise", "plain")] == [
         "ring",

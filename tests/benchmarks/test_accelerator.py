@@ -117,20 +117,20 @@ def test_the_batch_of_a_training_step_is_of_the_width_that_is_asked_for():
 
 
 def test_shares_are_of_the_data_sheet_and_of_what_was_measured(tmp_path):
-    found = findings.Findings("x", tmp_path / "x.json", options(tmp_path), ceiling=800e12)
-    assert phases.shares(found, 400e12, "NVIDIA H200", 1) == {"tflops": 400, "mfu": 0.4044, "mfu_of_measured": 0.5}
-    assert phases.shares(found, 400e12, "NVIDIA H200", 2) == {"tflops": 400, "mfu": 0.2022, "mfu_of_measured": 0.25}
-    found.ceiling = 0
-    assert phases.shares(found, 1e12, "cpu", 1) == {"tflops": 1}
+    result = findings.Findings("x", tmp_path / "x.json", options(tmp_path), ceiling=800e12)
+    assert phases.shares(result, 400e12, "NVIDIA H200", 1) == {"tflops": 400, "mfu": 0.4044, "mfu_of_measured": 0.5}
+    assert phases.shares(result, 400e12, "NVIDIA H200", 2) == {"tflops": 400, "mfu": 0.2022, "mfu_of_measured": 0.25}
+    result.ceiling = 0
+    assert phases.shares(result, 1e12, "cpu", 1) == {"tflops": 1}
 
 
 @pytest.mark.slow
 def test_the_peer_in_torch_has_the_params_of_our_model(tmp_path):
     pytest.importorskip("torch", reason="PyTorch is no dependency")
-    found = findings.Findings("torch_base", tmp_path / "x.json", options(tmp_path), ceiling=0)
-    phases.torch_training(found, "en_de_base")
+    result = findings.Findings("torch_base", tmp_path / "x.json", options(tmp_path), ceiling=0)
+    phases.torch_training(result, "en_de_base")
     config = phases.config_of("en_de_base", phases.TOY)
-    assert found.row["params"] == train_step.ModelDef(config.model, config.data.vocab_size).num_params()
+    assert result.row["params"] == train_step.ModelDef(config.model, config.data.vocab_size).num_params()
 
 
 def test_kernels_are_summed_by_kind():

@@ -43,8 +43,8 @@ def test_each_family_is_trained_in_its_own_folder_and_drawn(tmp_path, monkeypatc
     monkeypatch.setattr(sweep, "result", result)
     families = ["--families=attention,recurrent", "--config", CONFIG, "--config.data.dir", "x"]
     equal_budget.main(["equal_budget", *families, f"--output={tmp_path}"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["recurrent"]["split"] == "test_2016_flickr"
+    actual = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert actual["recurrent"]["split"] == "test_2016_flickr"
     table = (tmp_path / "equal_budget.md").read_text().splitlines()
     assert table[2] == "| attention | 1,000,000 | 14.0 | 4.00 | 7,200 | 2.0e+09 | 60.0 | 2 |"
     assert "<circle" in (tmp_path / "bleu_by_minutes.svg").read_text()
@@ -55,5 +55,8 @@ def test_each_family_is_trained_in_its_own_folder_and_drawn(tmp_path, monkeypatc
 def test_what_is_not_known_is_refused(flag, error, capsys):
     with pytest.raises(error) as refused:
         equal_budget.main(["equal_budget", flag])
-    said = f"{refused.value} {capsys.readouterr().err}"
-    assert "expected some of attention, recurrent, convolutional, got lstm" in said or "arguments: --conf=x" in said
+    message = f"{refused.value} {capsys.readouterr().err}"
+    assert (
+        "expected some of attention, recurrent, convolutional, got 'lstm'" in message
+        or "arguments: --conf=x" in message
+    )

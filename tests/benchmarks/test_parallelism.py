@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks import one_layer, parallelism, plots
 from transformer.distributed import sharding
-from transformer.evaluation.charts import Series
 from transformer.runtime.errors import UserError
 
 LENGTHS = (32, 64, 128)
@@ -77,8 +76,8 @@ def test_exponents_are_those_of_powers():
 
 
 def test_families_have_about_as_many_params():
-    found = {f: parallelism.params(parallelism.equal_config(f, 64)) for f in one_layer.FAMILIES}
-    assert max(found.values()) / min(found.values()) < 1.1
+    result = {f: parallelism.params(parallelism.equal_config(f, 64)) for f in one_layer.FAMILIES}
+    assert max(result.values()) / min(result.values()) < 1.1
 
 
 def test_the_command_writes_its_tables_and_plots(tmp_path, capsys, monkeypatch, layers):
@@ -90,11 +89,11 @@ def test_the_command_writes_its_tables_and_plots(tmp_path, capsys, monkeypatch, 
     lengths = ",".join(map(str, LENGTHS))
     parallelism.main(["parallelism", f"--lengths={lengths}", "--tokens=64,128", "--width=16", f"--output={tmp_path}"])
     streams = capsys.readouterr()
-    found = json.loads(streams.out.splitlines()[-1])
-    assert found == json.loads((tmp_path / "parallelism.json").read_text())
+    result = json.loads(streams.out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "parallelism.json").read_text())
     shapes = [(tokens, length) for tokens in (64, 128) for length in LENGTHS if length <= tokens]
-    assert [(row["tokens"], row["length"]) for row in found["training"][::3]] == shapes
-    assert [row["target_tokens_per_s"] for row in found["training"][::3]] == [t // n for t, n in shapes]
+    assert [(row["tokens"], row["length"]) for row in result["training"][::3]] == shapes
+    assert [row["target_tokens_per_s"] for row in result["training"][::3]] == [t // n for t, n in shapes]
     assert "| attention | O(n² · d) |" in streams.err
     assert {"depth.svg", "path.svg", "temporary_mb.length.svg", "target_tokens_per_s.tokens.svg"} < {
         path.name for path in tmp_path.iterdir()
@@ -109,11 +108,11 @@ def test_a_step_is_really_trained(monkeypatch):
     )
     ready = []
     monkeypatch.setattr(jax, "block_until_ready", lambda metrics: ready.append(float(metrics.loss.smoothed_nll)))
-    found = parallelism.measure(parallelism.family_config("recurrent", 16), 2, 8)
+    result = parallelism.measure(parallelism.family_config("recurrent", 16), 2, 8)
     assert made[0].target_BT.shape == (2, 8)
     assert len(set(ready)) == len(ready) == 4  # one to warm up and three that count; each changes the loss
-    assert found["target_tokens_per_s"] == pytest.approx(2 * 8 / found["step_ms"] * 1000, rel=0.1)
-    assert min(found.values()) > 0
+    assert result["target_tokens_per_s"] == pytest.approx(2 * 8 / result["step_ms"] * 1000, rel=0.1)
+    assert min(result.values()) > 0
 
 
 def test_an_unknown_family_is_refused():
@@ -128,10 +127,10 @@ def test_batches_without_a_number_are_refused(tokens):
 
 
 def test_a_plot_is_a_file_that_shows_itself(tmp_path):
-    plots.write(tmp_path / "a.svg", "A < B", "length", [Series("one", [(1, 2), (4, 8)], True)])
+    plots.write(tmp_path / "a.svg", "A < B", "length", {"one": [(1, 2), (4, 8)]})
     text = (tmp_path / "a.svg").read_text()
     assert text.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
     assert "A &lt; B" in text
     assert text.count("<circle") == 2
-    plots.write(tmp_path / "b.svg", "nothing", "length", [Series("one", [(1, math.nan)])])
+    plots.write(tmp_path / "b.svg", "nothing", "length", {"one": [(1, math.nan)]})
     assert not (tmp_path / "b.svg").exists()

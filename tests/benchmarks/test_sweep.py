@@ -51,13 +51,13 @@ def test_a_size_that_is_no_whole_number_is_refused():
 
 
 def test_a_row_is_on_the_side_of_the_base_model_that_the_paper_says():
-    found = {"base": {"perplexity": 5.0, "bleu": 20.0}, "c-n2": {"perplexity": 6.0, "bleu": 21.0}}
-    found["e-learned"] = {"perplexity": 7.0, "bleu": 20.0}
-    assert [sweep.agrees(found, "c-n2", key) for key in ("perplexity", "bleu")] == ["yes", "no"]
-    assert [sweep.agrees(found, "e-learned", key) for key in ("perplexity", "bleu")] == ["", ""]
-    assert sweep.agrees(found, "base", "bleu") == ""
-    found["base"]["spread"] = {"perplexity": 0.9, "bleu": 1.0}
-    assert [sweep.agrees(found, "c-n2", key) for key in ("perplexity", "bleu")] == ["yes", "chance"]
+    actual = {"base": {"perplexity": 5.0, "bleu": 20.0}, "c-n2": {"perplexity": 6.0, "bleu": 21.0}}
+    actual["e-learned"] = {"perplexity": 7.0, "bleu": 20.0}
+    assert [sweep.agrees(actual, "c-n2", key) for key in ("perplexity", "bleu")] == ["yes", "no"]
+    assert [sweep.agrees(actual, "e-learned", key) for key in ("perplexity", "bleu")] == ["", ""]
+    assert sweep.agrees(actual, "base", "bleu") == ""
+    actual["base"]["spread"] = {"perplexity": 0.9, "bleu": 1.0}
+    assert [sweep.agrees(actual, "c-n2", key) for key in ("perplexity", "bleu")] == ["yes", "chance"]
 
 
 def test_seeds_of_the_base_model_tell_what_is_chance(tmp_path, monkeypatch, capsys):
@@ -106,11 +106,11 @@ def test_a_row_that_diverges_is_named_and_the_others_go_on(tmp_path, monkeypatch
     monkeypatch.setattr(sweep, "result", result)
     flags = ["--config=configs/demo.py", "--config.model.num_heads=8", "--rows=base,a-h4,a-h16", f"--output={tmp_path}"]
     sweep.main(["sweep", *flags])
-    said = capsys.readouterr()
-    assert "row a-h4 diverged; continuing with the others: the loss of update 7 is nan" in said.err
-    found = json.loads(said.out.splitlines()[-1])
-    assert found == json.loads((tmp_path / "table3.json").read_text())
-    assert found["a-h4"] == {"diverged": "the loss of update 7 is nan"}
+    captured = capsys.readouterr()
+    assert "row a-h4 diverged; continuing with the others: the loss of update 7 is nan" in captured.err
+    actual = json.loads(captured.out.splitlines()[-1])
+    assert actual == json.loads((tmp_path / "table3.json").read_text())
+    assert actual["a-h4"] == {"diverged": "the loss of update 7 is nan"}
     lines = (tmp_path / "table3.md").read_text().splitlines()
     assert [line.split()[1] for line in lines[2:4]] == ["base", "a-h16"]
     assert lines[-1] == "Diverged: a-h4."
@@ -140,12 +140,12 @@ def test_what_is_done_is_read_and_what_is_not_is_trained_and_scored(family, tmp_
     config = small_config(data=data, model=model, train={"num_steps": 2}, decode={"beam_size": 1})
     from etils import epath
 
-    found = sweep.result(config, epath.Path(tmp_path / "base"), "validation")
-    assert found["step"] == 2
-    assert found["perplexity"] > 1
-    assert found.keys() > {"params", "bleu", "signature"}
+    actual = sweep.result(config, epath.Path(tmp_path / "base"), "validation")
+    assert actual["step"] == 2
+    assert actual["perplexity"] > 1
+    assert actual.keys() > {"params", "bleu", "signature"}
     monkeypatch.setattr(sweep, "log_info", lambda text: pytest.fail("trained again"))
-    assert sweep.result(config, epath.Path(tmp_path / "base"), "validation") == found
+    assert sweep.result(config, epath.Path(tmp_path / "base"), "validation") == actual
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=3))
     with pytest.raises(UserError, match=r"has another config: train.num_steps: 2 → 3"):
         sweep.result(other, epath.Path(tmp_path / "base"), "validation")

@@ -190,8 +190,8 @@ def test_no_more_are_digested_than_are_asked_for(workdir, monkeypatch, capsys, w
         flip(files(workdir / "checkpoints" / str(done) / "params")[-1])
     select(workdir, which)
     assert digested == read
-    said = capsys.readouterr().err
-    assert {step for step in (9, 10, 100) if f"checkpoint {step} is damaged" in said} == {*damaged} & {*read}
+    stderr = capsys.readouterr().err
+    assert {step for step in (9, 10, 100) if f"checkpoint {step} is damaged" in stderr} == {*damaged} & {*read}
 
 
 def test_of_those_that_are_not_asked_for_a_lost_file_is_reported(workdir, capsys):

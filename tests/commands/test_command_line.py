@@ -296,14 +296,14 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 for sys.argv in json.loads(sys.argv[1]):
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
             code = 0
         except SystemExit as end:
             code = end.code
-    print(json.dumps([code, said.getvalue(), os.path.exists("x")]))
+    print(json.dumps([code, stderr.getvalue(), os.path.exists("x")]))
 """
 MISTAKES = [
     (["train.py"], "expected one --config=FILE"),
@@ -332,10 +332,10 @@ def mistakes(root):
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)), ids=lambda i: " ".join(MISTAKES[i][0]))
 def test_mistakes_cost_one_message_and_no_jax(mistakes, number):
-    code, said, wrote = mistakes[number]
-    assert code == 2, said
-    assert MISTAKES[number][1] in said
-    assert "Traceback" not in said
+    code, stderr, wrote = mistakes[number]
+    assert code == 2, stderr
+    assert MISTAKES[number][1] in stderr
+    assert "Traceback" not in stderr
     assert not wrote
 
 

@@ -69,10 +69,10 @@ def test_the_program_runs_the_command_that_is_named(argument, code, out, err, mo
     monkeypatch.delitem(sys.modules, "transformer.prepare", raising=False)  # as in a process that has just begun
     with pytest.raises(SystemExit, match=str(code)) if code else contextlib.nullcontext():
         program.script()
-    said = capsys.readouterr()
-    assert said.out.startswith(out)
-    assert bool(said.out) == bool(out)
-    assert re.search(err, said.err)
+    captured = capsys.readouterr()
+    assert captured.out.startswith(out)
+    assert bool(captured.out) == bool(out)
+    assert re.search(err, captured.err)
 
 
 def test_the_package_runs_the_command_that_is_named(root):

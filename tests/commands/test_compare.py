@@ -11,6 +11,7 @@ from transformer import compare
 from transformer.data import corpus
 from transformer.evaluation import comparison
 from transformer.evaluation.evaluator import DATASETS_FILE, EvalDataset
+from transformer.runtime import logging
 from transformer.runtime.errors import UserError
 
 
@@ -74,7 +75,11 @@ def test_the_test_split_of_the_first_workdir_is_the_default(folder, capsys, monk
     monkeypatch.setattr(corpus, "open_corpus", lambda data: opened())
     dataset = EvalDataset("test", REFERENCES, [REFERENCES])
     one, other = (make_workdir(folder / name, dataset, s9=lines) for name, lines in (("a", POOR), ("b", GOOD)))
-    fields = run(capsys, one, other)
+    monkeypatch.setattr(logging, "LOG_INTERVAL_S", -1.0)
+    compare.main(["compare", str(one), str(other)])
+    printed = capsys.readouterr()
+    assert "counting the words of the training text\ncounted the words of 0 lines" in printed.err
+    fields = json.loads(printed.out.splitlines()[-1])
     assert [system["name"] for system in fields["systems"]] == ["a", "b"]
     assert {"0", "1"} <= set(fields["systems"][0]["f1_by_frequency"])
 

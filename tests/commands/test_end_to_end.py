@@ -218,14 +218,14 @@ def test_a_difference_is_held_against_chance(workdir, averaged, folder, tmp_path
 def test_watching_scores_what_is_there_and_ends_on_a_signal(averaged):
     command = [sys.executable, "eval.py", f"--workdir={averaged}", "--watch"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        found = [json.loads(process.stdout.readline()) for _ in range(2)]
+        actual = [json.loads(process.stdout.readline()) for _ in range(2)]
         process.terminate()
         assert b"2 checkpoints scored; run again to resume" in process.communicate(timeout=60)[1]
     assert process.returncode == 143
-    assert [entry["step"] for entry in found] == [240, 250]
+    assert [entry["step"] for entry in actual] == [240, 250]
     written = (averaged / "evaluations.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in written] == found
-    assert found[1]["name"] == "test"
+    assert [json.loads(line) for line in written] == actual
+    assert actual[1]["name"] == "test"
 
 
 @pytest.mark.parametrize(
@@ -379,8 +379,8 @@ def test_ctranslate2_translates_as_the_command_does(workdir, folder, tmp_path):
     source = (folder / "test.en").read_bytes()
     cut = pieces.encode(source.decode().split("\n")[:-1], out_type=str)
     for beam_size in (1, 4):
-        found = program.translate_batch(cut, **{**options, "beam_size": beam_size})
-        texts = [pieces.decode([piece for piece in one.hypotheses[0] if piece != "</s>"]) for one in found]
+        actual = program.translate_batch(cut, **{**options, "beam_size": beam_size})
+        texts = [pieces.decode([piece for piece in one.hypotheses[0] if piece != "</s>"]) for one in actual]
         own = run("-m", "transformer.translate", *flags, f"--beam_size={beam_size}", stdin=source).stdout.decode()
         assert texts == own.split("\n")[:-1]
 

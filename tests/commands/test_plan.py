@@ -116,8 +116,8 @@ def test_the_largest_batch_that_fits_does_and_a_larger_one_does_not():
         mesh = make_mesh(config.mesh, aot.topology_devices(tight))
         return aot.compile_step(config, mesh, tokens // 32, 32).needed
 
-    found = row["fit_batch_tokens"]
-    assert needed(found) <= tight.chip.memory < needed(max(found + 256, int(1.05 * found)))
+    actual = row["fit_batch_tokens"]
+    assert needed(actual) <= tight.chip.memory < needed(max(actual + 256, int(1.05 * actual)))
 
 
 @pytest.mark.slow
@@ -210,9 +210,9 @@ def test_the_tpu_compiler_says_how_much_too_large_a_program_is():
     config = small_config(model=model, data={"vocab_size": 32000, "max_length": 256}, mesh={"data": -1})
     topology = parse_topology("v5e:2x2")
     mesh = make_mesh(config.mesh, aot.topology_devices(topology))
-    found = aot.compile_step(config, mesh, 2000, 256, -1.0)
-    assert not found.text
-    assert topology.chip.memory < found.needed < 1.2 * topology.chip.memory
+    actual = aot.compile_step(config, mesh, 2000, 256, -1.0)
+    assert not actual.text
+    assert topology.chip.memory < actual.needed < 1.2 * topology.chip.memory
 
 
 @pytest.mark.gpu

@@ -53,28 +53,28 @@ def test_a_vocabulary_is_trained_once_whatever_the_data_folder_is_called(name, t
     write_pairs(tmp_path / "text", train=40)
     tokenizers = []
     for _ in range(2):
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
             data = {"name": "text", "dir": str(tmp_path / "text"), "vocab_size": 285}
             config = small_config(data={**data, "data_dir": str(tmp_path / name / "prepared")})
             corpus = corpora.open_corpus(config.data)
             tokenizers.append(input_pipeline.get_or_train_tokenizer(config.data, corpus).digest)
     assert len(set(tokenizers)) == 1
-    assert "training a bpe vocabulary" not in said.getvalue()
-    assert "preparing" not in said.getvalue()
+    assert "training a bpe vocabulary" not in stderr.getvalue()
+    assert "preparing" not in stderr.getvalue()
 
 
 @reported
 def test_a_vocabulary_of_a_folder_that_the_name_matches_is_not_taken(tmp_path):
     """`a?` as a pattern finds the data of `a1`."""
     write_pairs(tmp_path / "text", train=40)
-    found = {}
+    result = {}
     for name, size in (("a1", 285), ("a?", 285)):
         data = {"name": "text", "dir": str(tmp_path / "text"), "vocab_size": size, "data_dir": str(tmp_path / name)}
         config = small_config(data=data)
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
             input_pipeline.get_or_train_tokenizer(config.data, corpora.open_corpus(config.data))
-        found[name] = said.getvalue().count("training a bpe vocabulary")
-    assert found == {"a1": 1, "a?": 1}
+        result[name] = stderr.getvalue().count("training a bpe vocabulary")
+    assert result == {"a1": 1, "a?": 1}
 
 
 @reported

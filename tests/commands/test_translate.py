@@ -66,8 +66,8 @@ def test_a_call_translates_and_gives_n_best_when_asked(loaded, usual):
     assert len(usual) == len(LINES)
     assert len(set(usual)) > 10
     several = loaded.translate(SHORT[:2], n_best=2)
-    assert [found[0].text for found in several] == [usual[LINES.index(line)] for line in SHORT[:2]]
-    assert all(len(found) == 2 and found[0].score > found[1].score for found in several)
+    assert [actual[0].text for actual in several] == [usual[LINES.index(line)] for line in SHORT[:2]]
+    assert all(len(actual) == 2 and actual[0].score > actual[1].score for actual in several)
     assert loaded.translate([]) == []
 
 
@@ -272,8 +272,8 @@ def test_neither_batch_size_nor_order_changes_a_byte(command, tmp_path, way):
 
 def test_n_best_lines_are_those_of_moses(command, loaded):
     got = command([SHORT[0], "", SHORT[1]], "--n_best=2").decode().split("\n")
-    found = loaded.translate([SHORT[0], "", SHORT[1]], n_best=2)
-    want = [f"{i} ||| {one.text} ||| {one.score:.6f}" for i, several in enumerate(found) for one in several]
+    actual = loaded.translate([SHORT[0], "", SHORT[1]], n_best=2)
+    want = [f"{i} ||| {one.text} ||| {one.score:.6f}" for i, several in enumerate(actual) for one in several]
     assert got == [*want, ""]
     assert [line.split(" ||| ")[0] for line in want] == ["0", "0", "1", "2", "2"]
 

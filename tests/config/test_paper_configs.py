@@ -21,8 +21,8 @@ def config_of(name):
 def test_params_are_as_many_as_the_paper_says(name):
     """To within a million, big to 3%; a blank place means as many as base."""
     model = config_of(name).model
-    found, printed = ModelDef(model, VOCABULARY).num_params() / 1e6, ROWS[name].params or ROWS["base"].params
-    assert abs(found - printed) < (0.03 * printed if name == "big" else 1.0)
+    result, printed = ModelDef(model, VOCABULARY).num_params() / 1e6, ROWS[name].params or ROWS["base"].params
+    assert abs(result - printed) < (0.03 * printed if name == "big" else 1.0)
 
 
 def test_the_names_count_what_the_paper_counts():

@@ -78,10 +78,10 @@ def partial_of(tmp_path):
 
 def test_an_archive_is_fetched_once(tmp_path, address, capfd):
     wanted = archive(address)
-    found = get(tmp_path, wanted)
-    assert found.path.read_bytes() == CONTENT
-    assert found.sha256 == hashlib.sha256(CONTENT).hexdigest()
-    assert get(tmp_path, wanted) == found
+    result = get(tmp_path, wanted)
+    assert result.path.read_bytes() == CONTENT
+    assert result.sha256 == hashlib.sha256(CONTENT).hexdigest()
+    assert get(tmp_path, wanted) == result
     assert len(Server.asked) == 1
     assert f"downloading {wanted.url}, 3 MB" in capfd.readouterr().err
     assert not list(tmp_path.glob("**/*.partial"))
@@ -89,8 +89,8 @@ def test_an_archive_is_fetched_once(tmp_path, address, capfd):
 
 def test_archives_of_one_name_do_not_mix(tmp_path, address):
     one, other = archive(address, "a/x.tgz"), archive(address, "b/x.tgz")
-    found = store(tmp_path).download([one, other, one])
-    assert found[one].path != found[other].path
+    result = store(tmp_path).download([one, other, one])
+    assert result[one].path != result[other].path
     assert len(Server.asked) == 2
 
 
@@ -102,8 +102,8 @@ def test_the_manual_folder_comes_first(tmp_path, address):
 
 
 def test_a_cut_download_goes_on_by_itself(tmp_path, address):
-    found = get(tmp_path, archive(address, "once.tgz"))
-    assert found.path.read_bytes() == CONTENT
+    result = get(tmp_path, archive(address, "once.tgz"))
+    assert result.path.read_bytes() == CONTENT
     assert Server.asked == [("/once.tgz", ""), ("/once.tgz", f"bytes={len(CONTENT) // 2}-")]
 
 

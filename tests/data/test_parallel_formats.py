@@ -44,8 +44,8 @@ def test_tsv_is_source_tab_target_without_quoting(tmp_path):
 @pytest.mark.reported
 @pytest.mark.parametrize("tail", ["\r\n", ""])
 def test_cr_lf_ends_lines_of_tsv(tmp_path, tail):
-    found = pairs_of(tmp_path / "a.tsv", f"a\tb\r\n\t\r\nc\r\td\r\r\ne\tf{tail}")
-    assert found == [("a", "b"), ("", ""), ("c\r", "d\r"), ("e", "f")]
+    result = pairs_of(tmp_path / "a.tsv", f"a\tb\r\n\t\r\nc\r\td\r\r\ne\tf{tail}")
+    assert result == [("a", "b"), ("", ""), ("c\r", "d\r"), ("e", "f")]
 
 
 @pytest.mark.parametrize(

@@ -76,16 +76,16 @@ def test_the_layer_is_the_last_of_up_to_three_else_the_last_but_one_unless_it_is
 def test_attention_is_that_of_the_model_for_each_pair_alone(parts):
     """Neither neighbours nor padding change it; a pair with a blank side has none."""
     sources, targets = [*LINES[:6], "", "cat"], [*LINES[6:12], "dog", " "]
-    found = dict(make(parts).attention(parts.params, sources, targets))
-    assert sorted(found) == list(range(6))
+    result = dict(make(parts).attention(parts.params, sources, targets))
+    assert sorted(result) == list(range(6))
     alone = jax.jit(lambda source, target: parts.model.bind(parts.params).cross_attention(source, target))
     for i in (0, 5):
         source, target = (parts.tokenizer.encode([side[i]])[0] for side in (sources, targets))
-        np.testing.assert_array_equal(found[i].source, source)
-        np.testing.assert_array_equal(found[i].target, target)
+        np.testing.assert_array_equal(result[i].source, source)
+        np.testing.assert_array_equal(result[i].target, target)
         padded = [np.pad(ids, (0, 32 - len(ids)))[None] for ids in (source, target)]
         wanted = alone(*padded)[0, :, :, : len(target), : len(source)]
-        np.testing.assert_allclose(found[i].weights_LHTS, wanted, atol=1e-6)
+        np.testing.assert_allclose(result[i].weights_LHTS, wanted, atol=1e-6)
 
 
 def test_every_word_of_the_translation_gets_one_link(parts):
@@ -197,8 +197,8 @@ def test_alignments_of_a_model_of_two_layers_are_right():
         batch = Batch(*(side.to_padded(np.arange(rows), 8) for side in sides))
         state, _ = update(state, sharding.shard_batch(mesh, batch))
     sources, targets, wanted = zip(*(backwards(rng) for _ in range(50)), strict=True)
-    found = Aligner(model, vocabulary, 2, config.decode, mesh).align(state.params, sources, targets)
-    right = sum(len(set(ours) & set(theirs)) for ours, theirs in zip(found, wanted, strict=True))
+    result = Aligner(model, vocabulary, 2, config.decode, mesh).align(state.params, sources, targets)
+    right = sum(len(set(ours) & set(theirs)) for ours, theirs in zip(result, wanted, strict=True))
     assert right >= 0.95 * sum(map(len, wanted))
 
 

@@ -39,8 +39,8 @@ def search_chains(logits_BTVV, limits_B, alpha, beam_size, form="gnmt") -> Hypot
 def search(logits_BTVV, beam_size: int, limits=None, alpha: float = 0.0, form: str = "gnmt") -> Hypotheses:
     logits_BTVV = jnp.asarray(logits_BTVV)
     limits_B = np.full(len(logits_BTVV), logits_BTVV.shape[1]) if limits is None else limits
-    found = search_chains(logits_BTVV, jnp.asarray(limits_B, jnp.int32), jnp.float32(alpha), beam_size, form)
-    return jax.tree.map(np.asarray, found)
+    result = search_chains(logits_BTVV, jnp.asarray(limits_B, jnp.int32), jnp.float32(alpha), beam_size, form)
+    return jax.tree.map(np.asarray, result)
 
 
 def plain_beam_search(
@@ -77,17 +77,17 @@ def test_a_wide_beam_finds_what_exhaustive_search_finds(form, alpha, symbols):
     beam_size = symbols**5 * (symbols + 1) // 2 + 1  # 2 * beam_size - 1 candidates hold all continuations at once
     chains = random_chains(symbols, 50, 6, vocab_size=3 + symbols)
     limits = np.random.default_rng(1).integers(1, 7, size=50)
-    found = search(chains, beam_size, limits, alpha, form)
+    result = search(chains, beam_size, limits, alpha, form)
     for sentence, limit in enumerate(limits):
         log_probs = every_hypothesis(log_softmax(chains[sentence]), limit, symbols=list(range(3, 3 + symbols)))
         expected = {t: (t[-1] == EOS, value / penalty(len(t), alpha, form)) for t, value in log_probs.items()}
         ranked = sorted(expected.values(), reverse=True)[:beam_size]
-        got = [tuple(tokens) for tokens in texts(found, sentence)]
+        got = [tuple(tokens) for tokens in texts(result, sentence)]
         assert len(set(got)) == len(got) == len(ranked)
         # Two near-equal neighbours may change places, so ranks are compared by score, texts by their own score.
-        np.testing.assert_allclose(found.scores_BN[sentence, : len(got)], [s for _, s in ranked], atol=1e-5)
-        np.testing.assert_allclose(found.scores_BN[sentence, : len(got)], [expected[t][1] for t in got], atol=1e-5)
-        assert found.finished_BN[sentence].tolist() == [f for f, _ in ranked] + [False] * (beam_size - len(got))
+        np.testing.assert_allclose(result.scores_BN[sentence, : len(got)], [s for _, s in ranked], atol=1e-5)
+        np.testing.assert_allclose(result.scores_BN[sentence, : len(got)], [expected[t][1] for t in got], atol=1e-5)
+        assert result.finished_BN[sentence].tolist() == [f for f, _ in ranked] + [False] * (beam_size - len(got))
         assert got[0] == max(expected, key=lambda tokens: expected[tokens])
 
 
@@ -97,13 +97,13 @@ def test_a_wide_beam_finds_what_exhaustive_search_finds(form, alpha, symbols):
 def test_stopping_early_changes_nothing(beam_size, alpha):
     chains = random_chains(2, 60, 12, vocab_size=8, eos_logit=2.0)
     limits = np.random.default_rng(3).integers(1, 13, size=60)
-    found = search(chains, beam_size, limits, alpha)
+    result = search(chains, beam_size, limits, alpha)
     for sentence, limit in enumerate(limits):
         expected = plain_beam_search(log_softmax(chains[sentence]), beam_size, limit, alpha)
-        got = texts(found, sentence)
+        got = texts(result, sentence)
         assert got == [tokens for _, _, tokens in expected]
-        np.testing.assert_allclose(found.scores_BN[sentence, : len(got)], [s for _, s, _ in expected], rtol=1e-5)
-        assert found.finished_BN[sentence, : len(got)].tolist() == [finished for finished, _, _ in expected]
+        np.testing.assert_allclose(result.scores_BN[sentence, : len(got)], [s for _, s, _ in expected], rtol=1e-5)
+        assert result.finished_BN[sentence, : len(got)].tolist() == [finished for finished, _, _ in expected]
 
 
 @pytest.mark.slow
@@ -111,9 +111,9 @@ def test_stopping_early_changes_nothing(beam_size, alpha):
 def test_with_early_stopping_a_sentence_ends_when_as_many_as_beams_have_ended(beam_size, alpha):
     chains = random_chains(2, 60, 12, vocab_size=8, eos_logit=2.0)
     step = chain_step(jnp.asarray(chains))
-    found = search_with(step, (), (60, beam_size, 12), [12] * 60, alpha, early_stopping=True)
+    result = search_with(step, (), (60, beam_size, 12), [12] * 60, alpha, early_stopping=True)
     plain = [plain_beam_search(log_softmax(chain), beam_size, 12, alpha, early=True) for chain in chains]
-    assert [texts(found, i) for i in range(60)] == [[tokens for _, _, tokens in one] for one in plain]
+    assert [texts(result, i) for i in range(60)] == [[tokens for _, _, tokens in one] for one in plain]
     whole = [plain_beam_search(log_softmax(chain), beam_size, 12, alpha) for chain in chains]
     assert (whole != plain) is (beam_size > 1)
 
@@ -127,24 +127,24 @@ def test_the_best_are_the_same_however_many_are_wanted_and_come_sooner(alpha):
         jax.debug.callback(steps.append, position)
         return chain_step(jnp.asarray(chains))(cache, tokens_BN, position)
 
-    found = {}
+    result = {}
     for count in (1, 2, 4):
         run = jax.jit(lambda count=count: search_with(step, (), (60, 4, 12), [12] * 60, alpha, num_return=count))
-        found[count] = jax.tree.map(np.asarray, jax.block_until_ready(run()))
+        result[count] = jax.tree.map(np.asarray, jax.block_until_ready(run()))
         jax.effects_barrier()
-        found[count] = found[count], len(steps)
+        result[count] = result[count], len(steps)
         steps.clear()
-    everything, most = found[4]
-    for count, (some, number) in found.items():
+    everything, most = result[4]
+    for count, (some, number) in result.items():
         assert jax.tree.all(jax.tree.map(lambda a, b, n=count: (a[:, :n] == b[:, :n]).all(), some, everything))
         assert number <= most
-    assert found[1][1] < most or alpha == 2.0
+    assert result[1][1] < most or alpha == 2.0
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 3.0])
 def test_a_beam_of_one_is_the_argmax_roll_out(alpha):
     chains = random_chains(4, 100, 10, vocab_size=7, eos_logit=1.0)
-    found = search(chains, 1, alpha=alpha)
+    result = search(chains, 1, alpha=alpha)
     for sentence, log_probs_TVV in enumerate(log_softmax(chains)):
         tokens, log_prob = [], 0.0
         while len(tokens) < 10 and EOS not in tokens:
@@ -152,9 +152,9 @@ def test_a_beam_of_one_is_the_argmax_roll_out(alpha):
             row[[PAD, BOS]] = -np.inf
             tokens.append(int(np.argmax(row)))
             log_prob += row.max()
-        assert texts(found, sentence) == [tokens]
-        assert found.finished_BN[sentence, 0] == (EOS in tokens)
-        assert found.scores_BN[sentence, 0] == pytest.approx(log_prob / penalty(len(tokens), alpha), rel=1e-5)
+        assert texts(result, sentence) == [tokens]
+        assert result.finished_BN[sentence, 0] == (EOS in tokens)
+        assert result.scores_BN[sentence, 0] == pytest.approx(log_prob / penalty(len(tokens), alpha), rel=1e-5)
 
 
 def test_a_beam_finds_what_greedy_misses():
@@ -202,10 +202,10 @@ def test_the_cache_follows_its_hypothesis(beam_size):
 
     shape = (batch_size, beam_size, max_length)
     cache = {"layers": [{"history": jnp.zeros(shape)}], "last": jnp.zeros(shape[:2], jnp.int8)}
-    found = jax.jit(lambda cache: search_with(step, cache, shape, [max_length] * batch_size))(cache)
-    found = jax.tree.map(np.asarray, found)
+    result = jax.jit(lambda cache: search_with(step, cache, shape, [max_length] * batch_size))(cache)
+    result = jax.tree.map(np.asarray, result)
     for sentence in range(batch_size):
-        for slot, tokens in enumerate(texts(found, sentence)):
+        for slot, tokens in enumerate(texts(result, sentence)):
             history, score = np.zeros(max_length, np.float32), 0.0
             for position, (last, token) in enumerate(itertools.pairwise([BOS, *tokens])):
                 history[position] = last
@@ -213,37 +213,37 @@ def test_the_cache_follows_its_hypothesis(beam_size):
                 before = int(history[position - 1]) if position else 0
                 logits[max(before - 1, 0)] += 1
                 score += log_softmax(logits)[token]
-            assert found.scores_BN[sentence, slot] == pytest.approx(score, abs=1e-4)
+            assert result.scores_BN[sentence, slot] == pytest.approx(score, abs=1e-4)
 
 
 def test_without_eos_hypotheses_come_out_whole_at_each_limit():
     chains = random_chains(6, 4, 7, vocab_size=6)
     chains[..., EOS] = -np.inf
     limits = np.array([1, 3, 7, 99])
-    found = search(chains, 3, limits, alpha=0.6)
-    assert not found.finished_BN.any()
+    result = search(chains, 3, limits, alpha=0.6)
+    assert not result.finished_BN.any()
     for sentence, limit in enumerate([1, 3, 7, 7]):
-        assert found.lengths_BN[sentence].tolist() == [limit] * 3
+        assert result.lengths_BN[sentence].tolist() == [limit] * 3
         log_probs = log_softmax(chains[sentence])
-        for slot, tokens in enumerate(texts(found, sentence)):
+        for slot, tokens in enumerate(texts(result, sentence)):
             value = sum(log_probs[i, last, token] for i, (last, token) in enumerate(itertools.pairwise([BOS, *tokens])))
-            assert found.scores_BN[sentence, slot] == pytest.approx(value / penalty(limit, 0.6), rel=1e-5)
-        assert (np.diff(found.scores_BN[sentence]) <= 0).all()
+            assert result.scores_BN[sentence, slot] == pytest.approx(value / penalty(limit, 0.6), rel=1e-5)
+        assert (np.diff(result.scores_BN[sentence]) <= 0).all()
 
 
 def test_finished_hypotheses_come_before_better_cut_ones():
-    found = search(hand_made_chain({(0, BOS): {EOS: 0.1, A: 0.9}, (1, A): {A: 0.7, B: 0.3}}), 3, limits=[2])
-    assert texts(found, 0) == [[EOS], [A, A], [A, B]]
-    assert found.finished_BN.tolist() == [[True, False, False]]
-    np.testing.assert_allclose(np.exp(found.scores_BN), [[0.1, 0.63, 0.27]], rtol=1e-5)
+    result = search(hand_made_chain({(0, BOS): {EOS: 0.1, A: 0.9}, (1, A): {A: 0.7, B: 0.3}}), 3, limits=[2])
+    assert texts(result, 0) == [[EOS], [A, A], [A, B]]
+    assert result.finished_BN.tolist() == [[True, False, False]]
+    np.testing.assert_allclose(np.exp(result.scores_BN), [[0.1, 0.63, 0.27]], rtol=1e-5)
 
 
 def test_a_limit_of_zero_gives_an_empty_hypothesis():
-    found = search(random_chains(7, 2, 5, vocab_size=6), 3, limits=[0, 5])
-    assert found.lengths_BN[0].tolist() == [0, 0, 0]
-    assert not found.finished_BN[0].any()
-    assert (found.tokens_BNT[0] == PAD).all()
-    assert len(texts(found, 1)) == 3
+    result = search(random_chains(7, 2, 5, vocab_size=6), 3, limits=[0, 5])
+    assert result.lengths_BN[0].tolist() == [0, 0, 0]
+    assert not result.finished_BN[0].any()
+    assert (result.tokens_BNT[0] == PAD).all()
+    assert len(texts(result, 1)) == 3
 
 
 @pytest.mark.parametrize("weight", [0.3, 3.0])
@@ -255,8 +255,8 @@ def test_coverage_decides_between_whole_hypotheses(weight):
     limits = np.random.default_rng(16).integers(1, 7, size=40)
     coverage = CoveragePenalty(weight, jnp.asarray(is_source_BS))
     step = attending_step(chains, attention)
-    found = jax.jit(lambda: search_with(step, (), (40, 487, 6), limits, 0.6, coverage=coverage))()
-    found = jax.tree.map(np.asarray, found)
+    result = jax.jit(lambda: search_with(step, (), (40, 487, 6), limits, 0.6, coverage=coverage))()
+    result = jax.tree.map(np.asarray, result)
     changed = 0
     for sentence, limit in enumerate(limits):
         log_probs = every_hypothesis(log_softmax(chains[sentence]), limit, symbols=[3, 4, 5])
@@ -264,9 +264,9 @@ def test_coverage_decides_between_whole_hypotheses(weight):
         scored = {
             t: (whole, score + covered(attention[:, :3], [BOS, *t[:-1]], weight)) for t, (whole, score) in plain.items()
         }
-        got = texts(found, sentence)
+        got = texts(result, sentence)
         ranked = [score for _, score in sorted(scored.values(), reverse=True)][: len(got)]
-        np.testing.assert_allclose(found.scores_BN[sentence, : len(got)], ranked, atol=1e-4)
+        np.testing.assert_allclose(result.scores_BN[sentence, : len(got)], ranked, atol=1e-4)
         assert tuple(got[0]) == max(scored, key=lambda tokens: scored[tokens])
         changed += tuple(got[0]) != max(plain, key=lambda tokens: plain[tokens])
     assert changed > 5
@@ -287,29 +287,29 @@ def test_a_sentence_does_not_depend_on_its_neighbours():
 
 def test_fewer_hypotheses_than_beams_leave_empty_slots():
     # V = 4: one symbol, so that all there is are EOS, A EOS, A A EOS, and A A A cut; V = 3: EOS alone.
-    found = search(random_chains(10, 1, 3, vocab_size=4), 8)
-    assert sorted(texts(found, 0)[:3]) == [[EOS], [A, EOS], [A, A, EOS]]
-    assert texts(found, 0)[3:] == [[A, A, A]]
-    assert found.scores_BN[0, 4:].tolist() == [NEG_INF] * 4
-    assert found.lengths_BN[0, 4:].tolist() == [0] * 4
+    result = search(random_chains(10, 1, 3, vocab_size=4), 8)
+    assert sorted(texts(result, 0)[:3]) == [[EOS], [A, EOS], [A, A, EOS]]
+    assert texts(result, 0)[3:] == [[A, A, A]]
+    assert result.scores_BN[0, 4:].tolist() == [NEG_INF] * 4
+    assert result.lengths_BN[0, 4:].tolist() == [0] * 4
     assert texts(search(random_chains(11, 1, 3, vocab_size=3), 8), 0) == [[EOS]]
 
 
 def test_pad_and_bos_are_never_generated_and_keep_their_probability():
     chain = hand_made_chain({(0, BOS): {PAD: 0.5, BOS: 0.3, A: 0.2}})
     for beam_size in (1, 2):
-        found = search(chain, beam_size)
-        assert texts(found, 0) == [[A, EOS]]
-        assert np.exp(found.scores_BN[0, 0]) == pytest.approx(0.2, rel=1e-5)
+        result = search(chain, beam_size)
+        assert texts(result, 0) == [[A, EOS]]
+        assert np.exp(result.scores_BN[0, 0]) == pytest.approx(0.2, rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bos_id", "pad_id"), [(EOS, PAD), (BOS, EOS)])
 def test_eos_may_share_its_id(bos_id, pad_id):
     chain = jnp.asarray(np.repeat(hand_made_chain({(1, A): {EOS: 1.0}}), 2, axis=0)).at[:, 0, :, A].set(5)
-    found = search_with(chain_step(chain), (), (2, 2, 6), [6, 6], bos_id=bos_id, pad_id=pad_id)
-    assert found.tokens_BNT[0, 0, :2].tolist() == [A, EOS]
-    assert found.lengths_BN[0, 0] == 2
+    result = search_with(chain_step(chain), (), (2, 2, 6), [6, 6], bos_id=bos_id, pad_id=pad_id)
+    assert result.tokens_BNT[0, 0, :2].tolist() == [A, EOS]
+    assert result.lengths_BN[0, 0] == 2
 
 
 def test_a_dead_end_or_nan_harms_only_its_own_hypothesis():
@@ -319,10 +319,10 @@ def test_a_dead_end_or_nan_harms_only_its_own_hypothesis():
         chains[0, 1, A] = bad
         chains[1, 0] = bad
         # With 3 candidates, the 3 tokens of the bad row would take every place.
-        found = search(chains, 2)
-        assert texts(found, 0) == [[B, B, EOS], [B, EOS]]
-        assert texts(found, 1) == []
-        assert np.isfinite(found.scores_BN).all()
+        result = search(chains, 2)
+        assert texts(result, 0) == [[B, B, EOS], [B, EOS]]
+        assert texts(result, 1) == []
+        assert np.isfinite(result.scores_BN).all()
 
 
 def test_bfloat16_logits_are_searched_in_float32():

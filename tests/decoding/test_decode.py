@@ -59,22 +59,22 @@ def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_siz
     def both(params):
         module = model.bind(params)
         encoded, cache = module.init_decode(source, beam_size, 12)
-        found = beam_search.beam_search(
+        result = beam_search.beam_search(
             functools.partial(module.decode_step, encoded),
             cache,
             np.full(8, 12, np.int32),
             beam_search.SearchConfig(beam_size, 12, decoding.SPECIAL_IDS, length_penalty=0.6),
             reorder=KVCache.reorder,
         )
-        targets = found.tokens_BNT.reshape(8 * beam_size, 12)
+        targets = result.tokens_BNT.reshape(8 * beam_size, 12)
         logits = module(np.repeat(source, beam_size, 0), targets)
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-        return found, jnp.where(targets != PAD, picked, 0.0).sum(-1).reshape(8, beam_size)
+        return result, jnp.where(targets != PAD, picked, 0.0).sum(-1).reshape(8, beam_size)
 
-    found, log_probs = both(params)
-    want = log_probs / ((5 + found.lengths_BN.astype(jnp.float32)) / 6) ** 0.6
-    np.testing.assert_allclose(found.scores_BN, want, rtol=1e-5)
-    assert len(np.unique(np.asarray(found.tokens_BNT[0]), axis=0)) == beam_size
+    result, log_probs = both(params)
+    want = log_probs / ((5 + result.lengths_BN.astype(jnp.float32)) / 6) ** 0.6
+    np.testing.assert_allclose(result.scores_BN, want, rtol=1e-5)
+    assert len(np.unique(np.asarray(result.tokens_BNT[0]), axis=0)) == beam_size
 
 
 @pytest.mark.slow
@@ -105,13 +105,13 @@ def test_a_cache_that_grows_holds_what_one_of_full_length_holds(parts, method, m
     source = JaggedArray.from_sequences(vocabulary.encode(LINES[:8])).to_padded(np.arange(8), 16)
     decode = dataclasses.replace(config.decode, method=method, beam_size=3, max_extra_length=30)
     keys = np.arange(16, dtype=np.uint32).reshape(8, 2) if method == "sample" else None
-    found = []
+    result = []
     for first_room in (2, 64):
         monkeypatch.setattr(base, "INITIAL_CACHE_LENGTH", first_room)
         assert base.cache_lengths(46) == ([2, 4, 8, 16, 32, 46] if first_room == 2 else [46])
         run = jax.jit(functools.partial(decoding.decode, (model,), decode, 3))
-        found.append(jax.tree.map(np.asarray, run((params,), DecodeInputs(source, keys))))
-    grown, whole = found
+        result.append(jax.tree.map(np.asarray, run((params,), DecodeInputs(source, keys))))
+    grown, whole = result
     np.testing.assert_array_equal(grown.tokens_BNT, whole.tokens_BNT)
     np.testing.assert_allclose(grown.scores_BN, whole.scores_BN, rtol=1e-5)
     assert grown.lengths_BN.max() == 46
@@ -127,16 +127,16 @@ def test_an_ensemble_scores_by_the_mean_probability(parts):
 
     @jax.jit
     def run(both):
-        found = decoding.decode(models, decode, 3, both, DecodeInputs(source))
-        targets = found.tokens_BNT.reshape(24, -1)
+        result = decoding.decode(models, decode, 3, both, DecodeInputs(source))
+        targets = result.tokens_BNT.reshape(24, -1)
         logits = [one.bind(own)(np.repeat(source, 3, 0), targets) for one, own in zip(models, both, strict=True)]
         mean = jnp.log(sum(jax.nn.softmax(one) for one in logits) / 2)
         picked = jnp.take_along_axis(mean, targets[..., None], -1)[..., 0]
-        return found, jnp.where(targets != PAD, picked, 0.0).sum(-1).reshape(8, 3)
+        return result, jnp.where(targets != PAD, picked, 0.0).sum(-1).reshape(8, 3)
 
-    found, log_probs = run(both)
-    want = log_probs / ((5 + found.lengths_BN.astype(jnp.float32)) / 6) ** 0.6
-    np.testing.assert_allclose(found.scores_BN, want, rtol=1e-5)
+    result, log_probs = run(both)
+    want = log_probs / ((5 + result.lengths_BN.astype(jnp.float32)) / 6) ** 0.6
+    np.testing.assert_allclose(result.scores_BN, want, rtol=1e-5)
 
 
 def test_the_mean_is_of_probabilities_and_not_of_logarithms():

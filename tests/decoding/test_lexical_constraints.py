@@ -67,17 +67,17 @@ def test_a_wide_beam_finds_the_best_of_those_that_hold_their_phrases():
     chains = random_chains(0, 40, LENGTH, vocab_size=6, eos_logit=1.0)
     limits = rng.integers(2, LENGTH + 1, size=40)
     phrases = [random_phrases(rng, limit) for limit in limits]
-    found = search(chains, phrases, WIDE, limits)
+    result = search(chains, phrases, WIDE, limits)
     changed = overlapping = 0
     for sentence, limit in enumerate(limits):
         everything = every_hypothesis(log_softmax(chains[sentence]), limit, SYMBOLS)
         scored = {t: (t[-1] == EOS, value / penalty(len(t), 0.6)) for t, value in everything.items()}
         holding = {t: s for t, s in scored.items() if all(holds(t, phrase) for phrase in phrases[sentence])}
-        got = [tuple(tokens) for tokens in texts(found, sentence)]
+        got = [tuple(tokens) for tokens in texts(result, sentence)]
         assert set(got) <= set(holding)
         finished = sorted((score for is_whole, score in holding.values() if is_whole), reverse=True)
-        assert found.finished_BN[sentence].sum() == len(finished)
-        np.testing.assert_allclose(found.scores_BN[sentence, : len(finished)], finished, atol=1e-5)
+        assert result.finished_BN[sentence].sum() == len(finished)
+        np.testing.assert_allclose(result.scores_BN[sentence, : len(finished)], finished, atol=1e-5)
         if finished:
             assert got[0] == max(holding, key=lambda tokens: holding[tokens])
             changed += got[0] != max(scored, key=lambda tokens: scored[tokens])
@@ -101,16 +101,16 @@ def test_phrases_that_fit_are_met_however_narrow_the_beam(beam_size):
         for limit, prefix in zip(limits, prefixes, strict=True)
     ]
     assert any(sum(map(len, p)) + len(x) + 1 == n for p, x, n in zip(phrases, prefixes, limits, strict=True))
-    found = search(chains, phrases, beam_size, limits, jnp.asarray(prefix_BP))
+    result = search(chains, phrases, beam_size, limits, jnp.asarray(prefix_BP))
     for sentence in range(60):
-        got = texts(found, sentence)
-        assert found.finished_BN[sentence, 0]
+        got = texts(result, sentence)
+        assert result.finished_BN[sentence, 0]
         assert len(set(map(tuple, got))) == len(got)
         for tokens in got:
             assert tokens[: len(prefixes[sentence])] == prefixes[sentence]
             assert all(holds(tokens, phrase) for phrase in phrases[sentence])
-        scores = found.scores_BN[sentence, : len(got)]
-        assert (np.diff(scores[found.finished_BN[sentence, : len(got)]]) <= 0).all()
+        scores = result.scores_BN[sentence, : len(got)]
+        assert (np.diff(scores[result.finished_BN[sentence, : len(got)]]) <= 0).all()
 
 
 @pytest.mark.slow
@@ -153,9 +153,9 @@ def test_what_has_begun_a_phrase_stays_however_unlikely():
 def test_a_phrase_is_produced_with_more_banks_than_beams():
     """Four banks and two beams: the hypothesis that would come to the phrase by itself must not be crowded out."""
     rows = {BOS: {3: 0.9, 5: 0.1}, 3: {4: 0.9, 5: 0.1}, 4: {5: 1.0}, 5: {6: 1.0}, 6: {7: 1.0}}
-    found = search(table(rows), [[(5, 6, 7)]], 2, [8], alpha=0.0)
-    assert texts(found, 0)[0] == [3, 4, 5, 6, 7, EOS]
-    np.testing.assert_allclose(np.exp(found.scores_BN[0, 0]), 0.81, rtol=1e-5)
+    result = search(table(rows), [[(5, 6, 7)]], 2, [8], alpha=0.0)
+    assert texts(result, 0)[0] == [3, 4, 5, 6, 7, EOS]
+    np.testing.assert_allclose(np.exp(result.scores_BN[0, 0]), 0.81, rtol=1e-5)
 
 
 def walk(phrase, tokens, width=4):
@@ -185,9 +185,9 @@ def test_phrases_that_begin_alike_do_not_block_each_other(beam_size):
     """3 3 3 is on the way to all three: to stay there must not seem better than to go on with one."""
     chain = table({last: {3: 0.9, 4: 0.02, 5: 0.02, 6: 0.02, EOS: 0.04} for last in (BOS, 3, 4, 5, 6)}, 13)
     asked = [(3, 3, 3, 4), (3, 3, 3, 5), (3, 3, 3, 6)]
-    found = search(chain, [asked], beam_size, [13])
-    assert found.finished_BN[0, 0]
-    assert all(holds(texts(found, 0)[0], phrase) for phrase in asked)
+    result = search(chain, [asked], beam_size, [13])
+    assert result.finished_BN[0, 0]
+    assert all(holds(texts(result, 0)[0], phrase) for phrase in asked)
 
 
 @pytest.mark.slow
@@ -200,11 +200,11 @@ def test_coverage_and_phrases_go_together():
         "coverage": CoveragePenalty(2.0, jnp.ones((10, 5), bool)),
     }
     step = attending_step(chains, attention)
-    found = jax.jit(lambda: search_with(step, (), (10, 4, 8), np.full(10, 8), 0.6, **options))()
+    result = jax.jit(lambda: search_with(step, (), (10, 4, 8), np.full(10, 8), 0.6, **options))()
     for sentence in range(10):
-        for slot, tokens in enumerate(texts(found, sentence)):
+        for slot, tokens in enumerate(texts(result, sentence)):
             assert holds(tokens, (3, 4))
             log_probs, inputs = log_softmax(chains[sentence]), [BOS, *tokens[:-1]]
             value = sum(log_probs[t, last, token] for t, (last, token) in enumerate(zip(inputs, tokens, strict=True)))
             value = value / penalty(len(tokens), 0.6) + covered(attention, inputs, 2.0)
-            assert found.scores_BN[sentence, slot] == pytest.approx(value, abs=1e-4)
+            assert result.scores_BN[sentence, slot] == pytest.approx(value, abs=1e-4)

@@ -27,18 +27,18 @@ def compare(constraints, obeys, chains=CHAINS):
     """A wide beam must find all hypotheses for which `obeys(sentence, tokens)`, in the order of their scores."""
     shape = (len(chains), WIDE, LENGTH)
     run = jax.jit(lambda c: search_with(chain_step(c), (), shape, LIMITS, 0.6, constraints=constraints))
-    found = jax.tree.map(np.asarray, run(jnp.asarray(chains)))
+    result = jax.tree.map(np.asarray, run(jnp.asarray(chains)))
     changed = 0
     for sentence, limit in enumerate(LIMITS):
         everything = every_hypothesis(log_softmax(chains[sentence]), limit, SYMBOLS)
         scored = {t: (t[-1] == EOS, value / penalty(len(t), 0.6)) for t, value in everything.items()}
         obedient = {tokens: score for tokens, score in scored.items() if obeys(sentence, tokens)}
-        got = [tuple(tokens) for tokens in texts(found, sentence)]
+        got = [tuple(tokens) for tokens in texts(result, sentence)]
         assert set(got) <= set(obedient)
         assert len(got) == min(len(obedient), WIDE)
         assert got[0] == max(obedient, key=lambda tokens: obedient[tokens])
         ranked = [score for _, score in sorted(obedient.values(), reverse=True)][: len(got)]
-        np.testing.assert_allclose(found.scores_BN[sentence, : len(got)], ranked, atol=1e-5)
+        np.testing.assert_allclose(result.scores_BN[sentence, : len(got)], ranked, atol=1e-5)
         changed += got[0] != max(scored, key=lambda tokens: scored[tokens])
     assert changed > 2, "the restriction never changed the best hypothesis"
 
@@ -99,10 +99,10 @@ def test_a_prefix_stands_above_the_other_restrictions():
     prefix_BP = jnp.asarray(np.tile(np.array([3, 3], np.int32), (len(CHAINS), 1)))
     limits = np.full(len(CHAINS), LENGTH)
     constraints = LogitsConstraints(min_length=4, no_repeat_ngram=1, prefix_BP=prefix_BP)
-    found = search_with(
+    result = search_with(
         chain_step(jnp.asarray(CHAINS)), (), (len(CHAINS), 4, LENGTH), limits, 0.6, constraints=constraints
     )
     for sentence in range(len(CHAINS)):
-        best = texts(found, sentence)[0]
+        best = texts(result, sentence)[0]
         assert best[:2] == [3, 3]
         assert sorted(best[2:]) == [EOS, 4, 5]

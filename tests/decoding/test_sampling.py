@@ -37,14 +37,14 @@ def draw_chains(logits_BTVV, limits_B, keys_B, config, constraints):
 def draw(chains, num_samples, limits=None, keys=None, distribution=None, **constraints):
     limits_B = np.full(len(chains), chains.shape[1]) if limits is None else limits
     keys_B = jax.random.split(jax.random.key(0), len(chains)) if keys is None else keys
-    found = draw_chains(
+    result = draw_chains(
         jnp.asarray(chains),
         jnp.asarray(limits_B, jnp.int32),
         keys_B,
         config_of(num_samples, chains.shape[1], **(distribution or {})),
         tuple(constraints.items()),
     )
-    return jax.tree.map(np.asarray, found)
+    return jax.tree.map(np.asarray, result)
 
 
 def plain_shape(probabilities, temperature=1.0, top_k=0, top_p=1.0):
@@ -93,7 +93,7 @@ def test_the_nucleus_of_ties_and_of_one():
 def test_samples_are_as_frequent_as_they_are_probable(fields):
     """40,000 samples of a chain with 15 hypotheses: total variation from the exact distribution under 0.02."""
     chain = random_chains(0, 1, 3, vocab_size=5)
-    found = draw(chain, 40_000, distribution=fields)
+    result = draw(chain, 40_000, distribution=fields)
     log_probs = log_softmax(chain[0])
     log_probs[..., [PAD, BOS]] = -np.inf
     with np.errstate(divide="ignore"):
@@ -101,7 +101,7 @@ def test_samples_are_as_frequent_as_they_are_probable(fields):
     expected = {tokens: np.exp(value) for tokens, value in every_hypothesis(shaped, 3, [3, 4]).items()}
     assert sum(expected.values()) == pytest.approx(1)
     counts = {}
-    for tokens in texts(found, 0):
+    for tokens in texts(result, 0):
         counts[tuple(tokens)] = counts.get(tuple(tokens), 0) + 1 / 40_000
     assert sum(abs(expected[t] - counts.get(t, 0)) for t in expected) / 2 < 0.02
     assert set(counts) <= set(expected)
@@ -109,16 +109,16 @@ def test_samples_are_as_frequent_as_they_are_probable(fields):
 
 def test_scores_are_those_of_the_model_whatever_the_shape():
     chains = random_chains(1, 4, 6, vocab_size=8, eos_logit=1.0)
-    found = draw(chains, 20, distribution={"temperature": 2.0, "top_k": 5})
+    result = draw(chains, 20, distribution={"temperature": 2.0, "top_k": 5})
     for sentence in range(4):
-        log_probs, got = log_softmax(chains[sentence]), texts(found, sentence)
+        log_probs, got = log_softmax(chains[sentence]), texts(result, sentence)
         assert len(got) == 20
         for slot, tokens in enumerate(got):
             value = sum(
                 log_probs[t, last, token] for t, (last, token) in enumerate(zip([BOS, *tokens], tokens, strict=False))
             )
-            assert found.scores_BN[sentence, slot] == pytest.approx(value / penalty(len(tokens), 0.6), rel=1e-4)
-            assert found.finished_BN[sentence, slot] == (tokens[-1] == EOS)
+            assert result.scores_BN[sentence, slot] == pytest.approx(value / penalty(len(tokens), 0.6), rel=1e-4)
+            assert result.finished_BN[sentence, slot] == (tokens[-1] == EOS)
             assert tokens[-1] == EOS or len(tokens) == 6
             assert EOS not in tokens[:-1]
 
@@ -141,14 +141,14 @@ def test_a_sample_depends_on_its_key_and_its_number_alone():
 def test_equal_sentences_with_equal_keys_have_equal_samples():
     chain = random_chains(3, 1, 8, vocab_size=9)
     keys = jnp.stack([jax.random.key(7), jax.random.key(7)])
-    found = draw(np.repeat(chain, 2, axis=0), 4, keys=keys)
-    np.testing.assert_array_equal(found.tokens_BNT[0], found.tokens_BNT[1])
+    result = draw(np.repeat(chain, 2, axis=0), 4, keys=keys)
+    np.testing.assert_array_equal(result.tokens_BNT[0], result.tokens_BNT[1])
 
 
 def test_restrictions_hold_for_samples():
-    found = draw(random_chains(4, 8, 6, vocab_size=8, eos_logit=2.0), 30, min_length=3, no_repeat_ngram=1)
+    result = draw(random_chains(4, 8, 6, vocab_size=8, eos_logit=2.0), 30, min_length=3, no_repeat_ngram=1)
     for sentence in range(8):
-        for tokens in texts(found, sentence):
+        for tokens in texts(result, sentence):
             assert len(tokens) > 3
             assert len(set(tokens)) == len(tokens)
 
@@ -157,10 +157,10 @@ def test_a_dead_end_gives_an_empty_sample():
     for bad in (-np.inf, np.nan):
         chains = np.repeat(hand_made_chain({(0, BOS): {3: 1.0}}), 2, axis=0)
         chains[0, 1, 3] = bad
-        found = draw(chains, 2)
-        assert texts(found, 0) == []
-        assert texts(found, 1) == [[3, EOS], [3, EOS]]
-        assert not found.finished_BN[0].any()
+        result = draw(chains, 2)
+        assert texts(result, 0) == []
+        assert texts(result, 1) == [[3, EOS], [3, EOS]]
+        assert not result.finished_BN[0].any()
 
 
 def test_nothing_sorts_the_vocabulary():

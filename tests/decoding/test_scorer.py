@@ -80,16 +80,16 @@ def test_translations_have_the_score_that_beam_search_gave_them(family):
     source_BS = np.stack([np.pad(ids, (0, 64 - len(ids))) for ids in sources])
     for members in ([params], [params, other]):
         models = [model] * len(members)
-        found = jax.jit(
+        result = jax.jit(
             lambda params, source_BS, models=models: decode.decode(
                 models, config.decode, 2, params, decode.DecodeInputs(source_BS)
             )
         )(tuple(members), source_BS)
-        best = [ids[:length] for ids, length in zip(found.tokens_BNT[:, 0], found.lengths_BN[:, 0], strict=True)]
+        best = [ids[:length] for ids, length in zip(result.tokens_BNT[:, 0], result.lengths_BN[:, 0], strict=True)]
         targets = [np.asarray(ids) for ids in best]
         log_probs = Scorer(models, VOCABULARY, mesh).log_probs(members, sources, targets, config.decode)
-        np.testing.assert_allclose([each.sum() for each in log_probs], found.scores_BN[:, 0], rtol=1e-4, atol=1e-4)
-        assert [ids[-1] == EOS for ids in targets] == found.finished_BN[:, 0].tolist()
+        np.testing.assert_allclose([each.sum() for each in log_probs], result.scores_BN[:, 0], rtol=1e-4, atol=1e-4)
+        assert [ids[-1] == EOS for ids in targets] == result.finished_BN[:, 0].tolist()
 
 
 def test_the_device_sees_few_shapes_and_long_sides_are_cut_and_counted(parts, capsys):
@@ -97,9 +97,9 @@ def test_the_device_sees_few_shapes_and_long_sides_are_cut_and_counted(parts, ca
     scorer = Scorer([model], VOCABULARY, mesh)
     shapes, program = [], scorer._log_probs
     scorer._log_probs = lambda params, batch: (shapes.append(batch.target_BT.shape), program(params, batch))[1]
-    found = scorer.score([params], ["cat " * 500, *SOURCES], ["red " * 500, *TARGETS], config.decode)
-    assert len(found[0].tokens) == 64 + 10
-    assert found[0].tokens[-1] == "</s>"
+    result = scorer.score([params], ["cat " * 500, *SOURCES], ["red " * 500, *TARGETS], config.decode)
+    assert len(result[0].tokens) == 64 + 10
+    assert result[0].tokens[-1] == "</s>"
     assert {rows for rows, _ in shapes} == {8}
     assert {width for _, width in shapes} <= {16, 32, 64, 128}
     scorer.log_warnings(config.decode)

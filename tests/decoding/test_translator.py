@@ -77,7 +77,7 @@ def test_order_changes_nothing_but_the_order(parts, usual):
 def test_devices_change_nothing(parts, usual):
     translator, params = make(parts, devices=8)
     spread = translator.translate_nbest(params, LINES)
-    assert [found[0].text for found in spread] == usual
+    assert [result[0].text for result in spread] == usual
     alone, params = make(parts)
     for (one,), (other,) in zip(spread, alone.translate_nbest(params, LINES), strict=True):
         assert one.score == pytest.approx(other.score, abs=1e-5)
@@ -102,9 +102,9 @@ def test_by_default_a_cpu_decodes_16_rows_at_once(parts, usual, fresh_programs):
     translator, params = make(parts, batch_rows=0)
     sixteen, _ = make(parts, batch_rows=16)
     with CompileCounter() as counter:
-        found = translator.translate_nbest(params, SHORT)
+        result = translator.translate_nbest(params, SHORT)
     assert counter.count == 1
-    assert found == sixteen.translate_nbest(params, SHORT)
+    assert result == sixteen.translate_nbest(params, SHORT)
     for (one,), text in zip((translator.translate_nbest(params, [line])[0] for line in SHORT), usual[:4], strict=True):
         assert one.text == text
 
@@ -155,7 +155,7 @@ def test_the_length_penalty_is_the_config_s(parts):
 
 def best(parts, **fields):
     translator, _ = make(parts, **fields)
-    return [found[0] for found in translator.translate_nbest(eager(parts[3]), SHORT)]
+    return [result[0] for result in translator.translate_nbest(eager(parts[3]), SHORT)]
 
 
 @pytest.mark.slow
@@ -188,12 +188,12 @@ def test_n_best_goes_on_from_the_best(parts, method):
     translator, params = make(parts, **fields)
     several = translator.translate_nbest(params, SHORT, n_best=4)
     single = translator.translate(params, SHORT)
-    assert [found[0].text for found in several] == single
-    assert all(len(found) == 4 for found in several)
-    assert any(len({one.text for one in found}) > 1 for found in several)
+    assert [result[0].text for result in several] == single
+    assert all(len(result) == 4 for result in several)
+    assert any(len({one.text for one in result}) > 1 for result in several)
     if method == "beam":
-        assert all(len({one.text for one in found}) == 4 for found in several)
-        assert all(found == sorted(found, key=lambda one: (-one.finished, -one.score)) for found in several)
+        assert all(len({one.text for one in result}) == 4 for result in several)
+        assert all(result == sorted(result, key=lambda one: (-one.finished, -one.score)) for result in several)
 
 
 @pytest.mark.slow
@@ -243,11 +243,11 @@ def test_translations_begin_and_hold_as_asked_whatever_the_grouping(parts):
         return translator.translate_nbest(params, [lines[i] for i in chosen], n_best=2, **asked)
 
     together = run(range(len(lines)))
-    for found, prefix, several in zip(together, prefixes, phrases, strict=True):
-        for one in found:
+    for result, prefix, several in zip(together, prefixes, phrases, strict=True):
+        for one in result:
             assert one.text.startswith(prefix.strip())
             assert all(phrase in one.text for phrase in several)
-        assert found[0].finished or not several
+        assert result[0].finished or not several
     order = rng.permutation(len(lines))
     assert [run([i])[0] for i in order] == [together[i] for i in order]
     assert run(order) == [together[i] for i in order]
@@ -258,15 +258,15 @@ def test_sentences_without_constraints_are_unchanged_by_those_of_others(parts, u
     translator, params = make(parts)
     constraints = [["tree"] if i % 3 == 0 else [] for i in range(len(LINES))]
     got = translator.translate_nbest(params, LINES, constraints=constraints)
-    assert [found[0].text for i, found in enumerate(got) if i % 3] == [line for i, line in enumerate(usual) if i % 3]
+    assert [result[0].text for i, result in enumerate(got) if i % 3] == [line for i, line in enumerate(usual) if i % 3]
     assert got[0][0].text != usual[0]
 
 
 @pytest.mark.slow
 def test_samples_may_have_a_prefix(parts):
     translator, params = make(parts, method="sample")
-    found = translator.translate_nbest(params, LINES[:4], n_best=5, prefixes=["the old"] * 4)
-    texts = [one.text for several in found for one in several]
+    result = translator.translate_nbest(params, LINES[:4], n_best=5, prefixes=["the old"] * 4)
+    texts = [one.text for several in result for one in several]
     assert all(text.startswith("the old") for text in texts)
     assert len(set(texts)) > 10
 
@@ -375,8 +375,8 @@ def test_translations_cut_at_their_limit_and_with_unk_are_counted(parts, capsys)
 @pytest.mark.reported
 def test_a_model_that_never_ends_says_so(parts, capsys):
     translator, params = make(parts)
-    found = translator.translate_nbest(params, LINES)
-    count = sum(not one.finished for (one,) in found)
+    result = translator.translate_nbest(params, LINES)
+    count = sum(not one.finished for (one,) in result)
     translator.log_warnings()
     assert count > 10
     assert f"warning: {count} translations are cut at source tokens" in capsys.readouterr().err

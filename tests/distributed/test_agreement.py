@@ -22,9 +22,9 @@ def two_hosts(monkeypatch):
 
 
 def test_every_device_has_what_every_process_gives(mesh):
-    found = sharding.allgather_to_devices(mesh, np.array([7, 9], np.int32))
-    np.testing.assert_array_equal(jax.device_get(found), [[7, 9]] * 8)
-    assert found.sharding.is_fully_replicated
+    result = sharding.allgather_to_devices(mesh, np.array([7, 9], np.int32))
+    np.testing.assert_array_equal(jax.device_get(result), [[7, 9]] * 8)
+    assert result.sharding.is_fully_replicated
 
 
 def test_one_host_needs_no_vote(mesh):
@@ -46,8 +46,8 @@ def test_the_vote_of_one_device_is_enough(mesh, two_hosts, monkeypatch):
 
 
 def test_each_host_is_in_the_metrics(mesh, two_hosts):
-    found = metrics.per_host_metrics(mesh, {"step_ms": 20.0, "host_ms": 5.0})
-    assert found == {"hosts/0/step_ms": 20, "hosts/0/host_ms": 5, "hosts/slowest": 0}
+    result = metrics.per_host_metrics(mesh, {"step_ms": 20.0, "host_ms": 5.0})
+    assert result == {"hosts/0/step_ms": 20, "hosts/0/host_ms": 5, "hosts/slowest": 0}
 
 
 def test_one_host_alone_is_not_measured_apart(mesh):
@@ -73,5 +73,5 @@ def test_a_slow_host_is_named_when_it_stays_slow(two_hosts):
 
 def test_what_costs_no_time_is_not_worth_a_word(two_hosts):
     slowest = metrics.StragglerDetector()
-    for found in (measured(50, 60), measured(50, 60), measured(1, 5), measured(1, 5)):
-        assert slowest.update(found) == ""
+    for result in (measured(50, 60), measured(50, 60), measured(1, 5), measured(1, 5)):
+        assert slowest.update(result) == ""

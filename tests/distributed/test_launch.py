@@ -157,9 +157,9 @@ def test_ssh_trains_on_all_machines(folder, alone, tmp_path):
             if b"step 2/" in line:
                 first.terminate()
                 break
-        said = first.stderr.read().decode()
-    assert first.returncode == 143, said
-    assert re.search(r"^\[1\] train.py \(host 1 of 2\): stopped by SIGTERM", said, re.MULTILINE)
+        stderr = first.stderr.read().decode()
+    assert first.returncode == 143, stderr
+    assert re.search(r"^\[1\] train.py \(host 1 of 2\): stopped by SIGTERM", stderr, re.MULTILINE)
     second = subprocess.run(run, env=env, cwd=ROOT, capture_output=True, timeout=300)
     assert second.returncode == 0, second.stderr.decode()
     check(tmp_path / "run", alone)
@@ -181,21 +181,21 @@ def test_slurm_trains_requeues_and_resumes(folder, alone, tmp_path):
         cluster.env |= {"PYTHON": sys.executable, **environment(4)}
         job = cluster.run("sbatch", *options, LAUNCH / "slurm.sbatch", *flags).strip()
 
-        def said():
+        def stderr():
             return (tmp_path / "log").read_text(errors="replace") if (tmp_path / "log").exists() else ""
 
-        cluster.wait_for(lambda: "step 2/" in said(), "it trains", 180)
+        cluster.wait_for(lambda: "step 2/" in stderr(), "it trains", 180)
         cluster.run("scontrol", "requeue", job)
-        cluster.wait_for(lambda: "stopped by SIGTERM; saved step" in said(), "it saves")
-        (step,) = set(re.findall(r"stopped by SIGTERM; saved step (\d+)", said()))
+        cluster.wait_for(lambda: "stopped by SIGTERM; saved step" in stderr(), "it saves")
+        (step,) = set(re.findall(r"stopped by SIGTERM; saved step (\d+)", stderr()))
         deadline = time.monotonic() + 300
-        while "resuming after step" not in said():
-            assert time.monotonic() < deadline, said() + cluster.run("scontrol", "show", "job", job)
+        while "resuming after step" not in stderr():
+            assert time.monotonic() < deadline, stderr() + cluster.run("scontrol", "show", "job", job)
             subprocess.run(
                 ["scontrol", "update", f"JobId={job}", "StartTime=now"], env=cluster.env, capture_output=True
             )
             time.sleep(1)
-        assert f"resuming after step {step}" in said()
+        assert f"resuming after step {step}" in stderr()
         cluster.wait_for(lambda: job not in cluster.run("squeue", "-h", "-o", "%i").split(), "it ends", 180)
         assert "JobState=COMPLETED" in cluster.run("scontrol", "show", "job", job)
         assert "Restarts=1" in cluster.run("scontrol", "show", "job", job)

@@ -269,8 +269,8 @@ def test_srun_gives_each_task_its_gpus(tmp_path):
     with slurm.Cluster(tmp_path / "slurm", gpus=8) as cluster:
         del cluster.env["JAX_PLATFORMS"]  # cpu, in tests
         for options, expected in layouts.items():
-            said = cluster.run("srun", *options.split(), f"--chdir={ROOT}", sys.executable, "-c", program)
-            assert sorted(said.splitlines()) == expected, options
+            stdout = cluster.run("srun", *options.split(), f"--chdir={ROOT}", sys.executable, "-c", program)
+            assert sorted(stdout.splitlines()) == expected, options
         # Refused by us, each task alone.
         failed = ["srun", "--ntasks=2", "--gpus-per-node=1", f"--chdir={ROOT}", sys.executable, "-c", program]
         result = subprocess.run(failed, env=cluster.env, capture_output=True, text=True, timeout=60)
@@ -286,5 +286,5 @@ def test_mpirun_gives_each_process_its_gpus():
     )
     mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, "-c", program]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    said = subprocess.run(mpirun, env=clean, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert sorted(said.splitlines()) == ["(0, 2) [0, 1, 2, 3]", "(1, 2) [4, 5, 6, 7]"]
+    stdout = subprocess.run(mpirun, env=clean, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert sorted(stdout.splitlines()) == ["(0, 2) [0, 1, 2, 3]", "(1, 2) [4, 5, 6, 7]"]

@@ -25,12 +25,12 @@ def folder(tmp_path_factory):
 
 def recorded(files):
     """Step → the example of each row of the global batch, from what all hosts noted."""
-    found = {}
+    actual = {}
     for file in files:
         for line in file.read_text().splitlines():
             step, rows, examples = json.loads(line)
-            found.setdefault(step, {}).update(zip(rows, examples, strict=True))
-    return {step: [of[row] for row in sorted(of)] for step, of in found.items()}
+            actual.setdefault(step, {}).update(zip(rows, examples, strict=True))
+    return {step: [of[row] for row in sorted(of)] for step, of in actual.items()}
 
 
 def test_other_numbers_of_hosts_take_over_from_each_other(folder, tmp_path):
@@ -52,7 +52,7 @@ def test_other_numbers_of_hosts_take_over_from_each_other(folder, tmp_path):
                 for i in range(hosts)
             ]
             with on_hosts(hosts, [], tmp_path / "out", devices, commands=own) as processes:
-                assert processes.wait() == [0] * hosts, processes.said(0)
+                assert processes.wait() == [0] * hosts, processes.stderr(0)
         records[name] = recorded(sorted(tmp_path.glob(f"{name}.*.*")))
     assert records["whole"].keys() == records["chain"].keys() == set(range(16))
     for step, examples in records["whole"].items():
@@ -75,7 +75,7 @@ def test_a_mesh_may_reach_over_hosts_in_any_direction(folder, tmp_path, mesh):
     flags += ["--config.train.accumulation_steps=2", "--config.train.num_steps=4"]
     train_here(folder, tmp_path / "alone", *flags)
     with on_hosts(2, command(folder, tmp_path / "run", *flags), tmp_path / "out", devices=4) as pair:
-        assert pair.wait() == [0, 0], pair.said(0)
+        assert pair.wait() == [0, 0], pair.stderr(0)
     ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "alone")
     assert ours.keys() == theirs.keys()
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
@@ -92,7 +92,7 @@ def test_a_host_that_stops_or_dies_ends_the_other_within_a_minute(folder, tmp_pa
         pair.all[victim].send_signal(number)
         assert pair.all[1 - victim].wait(60) == 1
         assert time.monotonic() - since < 60
-        assert name in pair.said(1 - victim).splitlines()[-1]
+        assert name in pair.stderr(1 - victim).splitlines()[-1]
 
 
 def test_hosts_with_other_data_get_an_error(folder, tmp_path):
@@ -102,7 +102,7 @@ def test_hosts_with_other_data_get_an_error(folder, tmp_path):
     with on_hosts(2, [], tmp_path / "out", devices=1, commands=commands) as pair:
         assert pair.wait() == [2, 2]
         for host in (0, 1):
-            assert "the data differs between hosts: digest" in pair.said(host)
+            assert "the data differs between hosts: digest" in pair.stderr(host)
 
 
 def test_hosts_with_other_code_get_an_error(folder, tmp_path):
@@ -114,9 +114,9 @@ def test_hosts_with_other_code_get_an_error(folder, tmp_path):
     theirs = [tmp_path / "copy" / "train.py", *ours[1:]]
     commands = [ours, theirs]
     with on_hosts(2, [], tmp_path / "out", devices=1, commands=commands) as pair:
-        assert pair.wait() == [2, 2], pair.said(0) + pair.said(1)
+        assert pair.wait() == [2, 2], pair.stderr(0) + pair.stderr(1)
         for host in (0, 1):
-            assert "the code differs between hosts: version" in pair.said(host)
+            assert "the code differs between hosts: version" in pair.stderr(host)
 
 
 def test_hosts_that_do_not_share_the_workdir_get_an_error(folder, tmp_path):
@@ -124,8 +124,8 @@ def test_hosts_that_do_not_share_the_workdir_get_an_error(folder, tmp_path):
     with on_hosts(2, [], tmp_path / "out", devices=1, commands=commands) as pair:
         assert pair.wait(120) == [2, 2]
         for host in (0, 1):
-            assert "host 1 (process" in pair.said(host)
-            assert "cannot see what host 0" in pair.said(host)
+            assert "host 1 (process" in pair.stderr(host)
+            assert "cannot see what host 0" in pair.stderr(host)
 
 
 def test_a_workdir_that_is_held_is_refused_on_every_host(folder, tmp_path):
@@ -138,7 +138,7 @@ def test_a_workdir_that_is_held_is_refused_on_every_host(folder, tmp_path):
         on_hosts(2, command(folder, tmp_path / "run"), tmp_path / "out", devices=1) as pair,
     ):
         assert pair.wait() == [4, 4]
-        assert "held by process" in pair.said(1)
+        assert "held by process" in pair.stderr(1)
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun, of Debian's openmpi-bin")
@@ -150,7 +150,7 @@ def test_mpirun_trains_the_same_model_to_the_same_bleu(tmp_path):
             write(tmp_path / f"{split}.{language}", [row[side] for row in part])
     flags = [*SMALL, *data_flags(tmp_path), "--config.train.log_every_steps=10"]
     mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2"]
-    found = []
+    actual = []
     for launcher, devices, own in (([], 8, []), (mpirun, 4, ["--host_timeout=120"])):
         workdir = tmp_path / f"run{devices}"
         for each in (["train.py", *flags, f"--workdir={workdir}"], ["eval.py", f"--workdir={workdir}"]):
@@ -158,8 +158,8 @@ def test_mpirun_trains_the_same_model_to_the_same_bleu(tmp_path):
             result = subprocess.run(full, cwd=ROOT, env=environment(devices), capture_output=True, timeout=550)
             assert result.returncode == 0, result.stderr.decode()
         report = json.loads(result.stdout.splitlines()[-1])
-        found.append((report, losses(workdir), (workdir / "translations" / "250.test.txt").read_bytes()))
-    (one, losses_of_one, text_of_one), (two, losses_of_two, text_of_two) = found
+        actual.append((report, losses(workdir), (workdir / "translations" / "250.test.txt").read_bytes()))
+    (one, losses_of_one, text_of_one), (two, losses_of_two, text_of_two) = actual
     # Rounding differs in sums over hosts, and 250 updates let it grow; the start shows the program.
     first = [step for step in losses_of_one if step <= 50]
     np.testing.assert_allclose([losses_of_two[i] for i in first], [losses_of_one[i] for i in first], rtol=1e-5)

@@ -155,14 +155,14 @@ def collectives(config):
 
 def exchanged(text):
     """The same of a compiled program."""
-    found = []
+    result = []
     for shapes, what in COLLECTIVE.findall(text):
         for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes):
             shape = tuple(int(size) for size in dims.split(",") if size)
             width = 1 if kind == "pred" else int(re.sub(r"\D", "", kind)) // 8
-            found.append((what, shape, width * math.prod(shape)))
-    assert found
-    return found
+            result.append((what, shape, width * math.prod(shape)))
+    assert result
+    return result
 
 
 def param_sizes(config):
@@ -176,7 +176,7 @@ def param_sizes(config):
 def test_data_parallel_devices_exchange_gradients_and_nothing_else():
     config = config_of((8, 1, 1, 1), **WIDE)
     sizes, _ = param_sizes(config)
-    large = [found for found in collectives(config) if found[2] > 1024]
+    large = [result for result in collectives(config) if result[2] > 1024]
     assert {what for what, _, _ in large} == {"all-reduce"}
     assert {math.prod(shape) for _, shape, _ in large} <= sizes
 
@@ -186,7 +186,7 @@ def test_data_parallel_devices_exchange_gradients_and_nothing_else():
 def test_fsdp_devices_gather_params_and_exchange_gradients(scan):
     sizes, most = param_sizes(config_of(**WIDE))
     config = config_of((1, 8, 1, 1), **WIDE, num_layers=3, scan_layers=scan)
-    large = [found for found in collectives(config) if found[2] > 1024]
+    large = [result for result in collectives(config) if result[2] > 1024]
     assert {what for what, _, _ in large} == {"all-gather", "all-reduce"}
     assert {math.prod(shape) for what, shape, _ in large} <= sizes
     gathers = [size for what, _, size in large if what == "all-gather"]

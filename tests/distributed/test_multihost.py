@@ -72,8 +72,8 @@ def test_two_hosts_do_what_one_does(folder, alone, tmp_path, capsys):
     with on_hosts(2, command(folder, tmp_path / "run"), tmp_path / "out", devices=4) as pair:
         pair.wait_until(0, "step 1/")
         pair.all[1].send_signal(signal.SIGTERM)
-        assert pair.wait() == [143, 143], pair.said(0) + pair.said(1)
-        stopped = [re.findall(r"stopped by SIGTERM; saved step (\d+)", pair.said(host)) for host in (0, 1)]
+        assert pair.wait() == [143, 143], pair.stderr(0) + pair.stderr(1)
+        stopped = [re.findall(r"stopped by SIGTERM; saved step (\d+)", pair.stderr(host)) for host in (0, 1)]
     (step,) = stopped[0]
     assert stopped[1] == [step]
     assert CheckpointManager(tmp_path / "run").latest_valid_step() == int(step) < 8
@@ -90,7 +90,7 @@ def test_two_hosts_do_what_one_does(folder, alone, tmp_path, capsys):
     translations = written.read_bytes()
     written.unlink()
     with on_hosts(2, ["eval.py", f"--workdir={alone}"], tmp_path / "out", devices=4) as pair:
-        assert pair.wait() == [0, 0], pair.said(0) + pair.said(1)
+        assert pair.wait() == [0, 0], pair.stderr(0) + pair.stderr(1)
         two = json.loads(pair.printed(0).splitlines()[-1])
         assert '"bleu"' not in pair.printed(1)
     assert written.read_bytes() == translations
@@ -125,8 +125,8 @@ def test_a_killed_host_ends_the_others_with_its_name(folder, tmp_path):
         victim = pair.all[1].pid
         pair.all[1].kill()
         assert pair.wait(30) == [75, -9]
-        assert f"host 1 (process {victim} on" in pair.said(0).splitlines()[-1]
-        assert "silent for 10 s" in pair.said(0)
+        assert f"host 1 (process {victim} on" in pair.stderr(0).splitlines()[-1]
+        assert "silent for 10 s" in pair.stderr(0)
 
 
 @pytest.mark.hosts
@@ -148,11 +148,11 @@ def test_hosts_that_disagree_end_with_a_message_each(folder, tmp_path):
     ]
     result = subprocess.run(mpirun, env=environment(1), cwd=ROOT, capture_output=True, timeout=200)
     assert result.returncode == 2
-    said = result.stderr.decode()
+    stderr = result.stderr.decode()
     for host in (0, 1):
-        assert f"train.py (host {host} of 2): the config differs between hosts" in said
-    assert said.count("train.seed: 1 → 2") == 2
-    assert "Traceback" not in said
+        assert f"train.py (host {host} of 2): the config differs between hosts" in stderr
+    assert stderr.count("train.seed: 1 → 2") == 2
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.hosts
@@ -160,7 +160,7 @@ def test_a_host_that_never_joins_ends_the_others(folder, tmp_path):
     commands = [command(folder, tmp_path / "run")]
     with on_hosts(2, [], tmp_path / "out", devices=1, timeout=3, commands=commands) as lonely:
         assert lonely.wait(60) == [1]
-        assert "not all processes joined at 127.0.0.1:" in lonely.said(0).splitlines()[-1]
+        assert "not all processes joined at 127.0.0.1:" in lonely.stderr(0).splitlines()[-1]
 
 
 def flags(*argv):

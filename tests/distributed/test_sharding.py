@@ -143,8 +143,12 @@ def test_padding_for_devices_and_micro_batches_is_logged(parts, times):
     """Batches of 96 rows become 112, 128 or 512 on 8 devices."""
     lengths = np.full(960, 20)
     plan = BucketedSchedule(lengths, lengths, num_buckets=2, batch_tokens=20 * 96, max_length=20, seed=0)
-    said = sharding.padding_warning(make_mesh(MeshConfig()), plan, parts)
-    assert (f"steps = {parts} must divide the rows: padding makes them {times} times" in said) if times else said == ""
+    warning = sharding.padding_warning(make_mesh(MeshConfig()), plan, parts)
+    assert (
+        (f"steps = {parts} must divide the rows: padding makes them {times} times" in warning)
+        if times
+        else warning == ""
+    )
 
 
 def test_padding_of_rare_batches_is_little():

@@ -33,9 +33,9 @@ def choose(language, references, **fields):
 @pytest.mark.parametrize("language", "zh zh-CN zh_tw zho zho_Hant cmn yue wuu lzh nan hak gan cn zhs zht tw hk".split())
 def test_perfect_chinese_scores_100(language):
     chosen = choose(language, CHINESE)
-    found = scores.score(CHINESE, [CHINESE], ["bleu"], chosen.name)
-    assert (chosen.name, found["bleu"]) == ("zh", pytest.approx(100))
-    assert "tok:zh" in found["bleu_signature"]
+    result = scores.score(CHINESE, [CHINESE], ["bleu"], chosen.name)
+    assert (chosen.name, result["bleu"]) == ("zh", pytest.approx(100))
+    assert "tok:zh" in result["bleu_signature"]
 
 
 @pytest.mark.parametrize(
@@ -101,17 +101,17 @@ RECORDED = {  # step → BLEU, chrF, loss: each figure has another best
 
 def checkpoints(tmp_path, metric):
     """Manifests and configs alone: all that scores are read from."""
-    found = CheckpointManager(tmp_path)
+    result = CheckpointManager(tmp_path)
     config = small_config(train={"best_metric": metric})
     for step, (bleu, chrf, loss) in RECORDED.items():
-        folder = found.folder / str(step)
+        folder = result.folder / str(step)
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(config.to_json())
         size, digest = (folder / "config.json").stat().length, manager.sha256(folder / "config.json")
         metrics = {"valid/bleu": bleu, "valid/chrf": chrf, "valid/loss": loss}
         manifest = manager.Manifest(metrics, {}, {}, {"config.json": (size, digest)})
         (folder / manager.MANIFEST).write_text(manifest.to_json())
-    return found
+    return result
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,10 @@ def checkpoints(tmp_path, metric):
 )
 def test_checkpoints_are_ranked_by_the_metric_of_their_run(metric, order, tmp_path):
     """Runs of before have "auto" in their config at most, and go by BLEU."""
-    found = checkpoints(tmp_path, metric)
-    assert found.steps_by_metric([1, 2, 3]) == order
-    found.prune(keep_last=1, keep_best=1)
-    assert found.steps() == sorted({order[-1], 3})
+    result = checkpoints(tmp_path, metric)
+    assert result.steps_by_metric([1, 2, 3]) == order
+    result.prune(keep_last=1, keep_best=1)
+    assert result.steps() == sorted({order[-1], 3})
 
 
 def test_a_lower_loss_is_progress_and_a_higher_one_is_stale():
@@ -158,10 +158,12 @@ def run_config(words, **train):
 def test_a_run_decides_once_says_so_and_keeps_it(words, capsys):
     workdir = words / "run"
     fit(run_config(words), workdir)
-    said = capsys.readouterr().err
-    assert "BLEU is that of sacrebleu -tok zh, as most letters of the references are of a script without spaces" in said
-    assert "the best checkpoint is that of the highest chrF2, as 6 of 6 validation references" in said
-    assert re.search(r"BLEU [0-9.]+ · chrF2 ([0-9.]+), best \1 ·", said)
+    stderr = capsys.readouterr().err
+    assert (
+        "BLEU is that of sacrebleu -tok zh, as most letters of the references are of a script without spaces" in stderr
+    )
+    assert "the best checkpoint is that of the highest chrF2, as 6 of 6 validation references" in stderr
+    assert re.search(r"BLEU [0-9.]+ · chrF2 ([0-9.]+), best \1 ·", stderr)
     assert '"best_metric": "chrf"' in (workdir / "config.json").read_text()
     assert CheckpointManager(workdir).config(1).train.best_metric == "chrf"
     resumed, _ = prepare(run_config(words, num_steps=2), epath.Path(workdir))

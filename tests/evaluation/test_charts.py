@@ -21,10 +21,10 @@ from transformer.evaluation.charts import Bars, Series
     ],
 )
 def test_ticks_are_round_and_cover_the_range(low, high, wanted):
-    found = charts.ticks(low, high, 5)
-    assert found[: len(wanted)] == pytest.approx(wanted)
-    assert found[0] <= low + 1e-9
-    assert found[-1] >= high - 1e-9
+    result = charts.ticks(low, high, 5)
+    assert result[: len(wanted)] == pytest.approx(wanted)
+    assert result[0] <= low + 1e-9
+    assert result[-1] >= high - 1e-9
 
 
 def circles(svg):

@@ -33,26 +33,26 @@ def test_scores_by_length_are_those_of_the_groups(compared):
 
 
 def test_without_sources_the_lengths_are_those_of_the_references():
-    found = comparison.compare(SYSTEMS[:2], [], [REFERENCES], "13a", samples=20)
-    assert found.breakdowns[0].key == "bleu_by_reference_length"
-    assert found.breakdowns[0].counts == {"0-10": len(REFERENCES)}
+    result = comparison.compare(SYSTEMS[:2], [], [REFERENCES], "13a", samples=20)
+    assert result.breakdowns[0].key == "bleu_by_reference_length"
+    assert result.breakdowns[0].counts == {"0-10": len(REFERENCES)}
 
 
 def test_f1_counts_each_word_as_often_as_the_reference_has_it():
     references = [["the", "cat", "the"], ["rare"]]
     system = [["the", "the", "the", "dog"], ["rare", "rare"]]
     counts = {"the": 5, "cat": 1, "rare": 1}
-    found = comparison.by_frequency([system, references], references, counts, "references")
-    assert found.counts == {"1": 2, "5-9": 2}  # cat and rare; the
+    result = comparison.by_frequency([system, references], references, counts, "references")
+    assert result.counts == {"1": 2, "5-9": 2}  # cat and rare; the
     # "the": 2 matched of 3 written and 2 expected; once: 1 matched of 2 written and 2 expected
-    assert found.scores[0] == pytest.approx({"1": 100 * 2 * 1 / 4, "5-9": 100 * 2 * 2 / 5})
-    assert found.scores[1] == {"1": 100, "5-9": 100}
+    assert result.scores[0] == pytest.approx({"1": 100 * 2 * 1 / 4, "5-9": 100 * 2 * 2 / 5})
+    assert result.scores[1] == {"1": 100, "5-9": 100}
 
 
 def test_words_are_counted_in_the_training_text_where_it_is_given():
-    found = comparison.compare(SYSTEMS[:2], [], [["cat cat"] * 60], "13a", training=["cat"] * 5, samples=20)
-    assert found.breakdowns[2].counts == {"5-9": 120}
-    assert "training text" in found.breakdowns[2].x_label
+    result = comparison.compare(SYSTEMS[:2], [], [["cat cat"] * 60], "13a", training=["cat"] * 5, samples=20)
+    assert result.breakdowns[2].counts == {"5-9": 120}
+    assert "training text" in result.breakdowns[2].x_label
 
 
 def test_ngrams_are_those_that_one_system_matches_more_often():
@@ -74,9 +74,9 @@ def test_the_sentences_that_differ_most_come_first_and_last():
     theirs[7], ours[9] = "nothing of it", "no"
     theirs[11] = REFERENCES[11] + " really"
     pair = [System("theirs", "theirs", theirs), System("ours", "ours", ours)]
-    found = comparison.compare(pair, SOURCES, [REFERENCES], "13a", samples=20)
-    assert comparison.largest_differences(found) == [7, 11, 9]
-    text = comparison.format_examples(found)
+    result = comparison.compare(pair, SOURCES, [REFERENCES], "13a", samples=20)
+    assert comparison.largest_differences(result) == [7, 11, 9]
+    text = comparison.format_examples(result)
     assert text.index("sentence 8:") < text.index("sentence 12:") < text.index("sentence 10:")
     assert f"    reference   {REFERENCES[7]}" in text
     assert "chrF2 100.0 against" in text

@@ -46,11 +46,11 @@ def workdir(tmp_path, monkeypatch):
 
 def look(workdir):
     """All that there is to do; the steps it scored."""
-    found = []
-    watching = continuous.CheckpointWatcher(workdir, lambda config: DATASET, lambda entry: found.append(entry["step"]))
+    result = []
+    watching = continuous.CheckpointWatcher(workdir, lambda config: DATASET, lambda entry: result.append(entry["step"]))
     while watching.poll():
         pass
-    return found
+    return result
 
 
 def test_every_checkpoint_is_scored_once_the_oldest_first(workdir):
@@ -75,10 +75,10 @@ def test_every_checkpoint_is_scored_once_the_oldest_first(workdir):
 def test_another_set_is_scored_too(workdir, change):
     look(workdir)
     other = DATASET._replace(**change)
-    found = []
-    watching = continuous.CheckpointWatcher(workdir, lambda config: other, lambda entry: found.append(entry["step"]))
+    result = []
+    watching = continuous.CheckpointWatcher(workdir, lambda config: other, lambda entry: result.append(entry["step"]))
     assert watching.poll()
-    assert found == [2]
+    assert result == [2]
 
 
 @pytest.mark.slow
@@ -170,9 +170,9 @@ def test_one_that_goes_while_it_is_verified_is_left_out_and_not_called_damaged(
 
     monkeypatch.setattr(module, name, prune_first)
     assert look(workdir) == [10]
-    said = capsys.readouterr().err
-    assert "checkpoint 2 was deleted while it was read" in said
-    assert "damaged" not in said
+    stderr = capsys.readouterr().err
+    assert "checkpoint 2 was deleted while it was read" in stderr
+    assert "damaged" not in stderr
 
 
 def test_unfinished_and_damaged_ones_do_not_stop_it(workdir, capsys):
@@ -181,9 +181,9 @@ def test_unfinished_and_damaged_ones_do_not_stop_it(workdir, capsys):
     flip(next(path for path in (workdir / "checkpoints" / "2" / "params").rglob("*") if path.is_file()))
     save(workdir, make_parts(), 13)
     assert look(workdir) == [10]
-    said = capsys.readouterr().err
-    assert "checkpoint 2 is damaged" in said
-    assert "checkpoint 13: its loss is nan" in said
+    stderr = capsys.readouterr().err
+    assert "checkpoint 2 is damaged" in stderr
+    assert "checkpoint 13: its loss is nan" in stderr
 
 
 @pytest.mark.slow

@@ -40,13 +40,13 @@ def test_the_loss_is_the_mean_over_all_tokens(evaluator):
         t = t[:, : (t != 0).sum()]
         nll -= float(log_p[np.arange(t.shape[1]), t[0]].sum())
         count += t.shape[1]
-    found = evaluator.teacher_forced_loss(params, sources, targets)
-    assert found.mean == pytest.approx(nll / count, rel=1e-5)
-    assert found.tokens == 5 * count
+    result = evaluator.teacher_forced_loss(params, sources, targets)
+    assert result.mean == pytest.approx(nll / count, rel=1e-5)
+    assert result.tokens == 5 * count
     words = sum(len(target.split()) + 1 for target in REFERENCES)
-    assert found.words == 5 * words
-    assert found.perplexity == pytest.approx(math.exp(nll / count), rel=1e-5)
-    assert found.word_perplexity == pytest.approx(math.exp(nll / words), rel=1e-5)
+    assert result.words == 5 * words
+    assert result.perplexity == pytest.approx(math.exp(nll / count), rel=1e-5)
+    assert result.word_perplexity == pytest.approx(math.exp(nll / words), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -105,9 +105,9 @@ def test_counts_are_checked_before_anything_is_translated(evaluator, monkeypatch
 
 def test_a_very_long_line_is_cut_not_dropped(evaluator):
     evaluator, params, _, _ = evaluator
-    found = evaluator.teacher_forced_loss(params, ["cat " * 5000], ["mat " * 5000])
-    assert np.isfinite(found.mean)
-    assert found.words <= found.tokens == 74  # of the 5,001 words those in the first 74 tokens
+    result = evaluator.teacher_forced_loss(params, ["cat " * 5000], ["mat " * 5000])
+    assert np.isfinite(result.mean)
+    assert result.words <= result.tokens == 74  # of the 5,001 words those in the first 74 tokens
 
 
 def test_a_loss_beyond_all_bounds_is_an_infinite_perplexity():

@@ -29,9 +29,9 @@ def pixels(address):
 
 def test_a_pixel_is_as_opaque_as_its_weight():
     weights = np.array([[0.0, 1.0, 0.5], [0.25, 0.25, 1.2]], np.float32)
-    found = pixels(heatmaps.png_data_uri(weights))
-    np.testing.assert_array_equal(found[..., 3], [[0, 255, 128], [64, 64, 255]])
-    assert (found[..., :3] == heatmaps.COLOR).all()
+    result = pixels(heatmaps.png_data_uri(weights))
+    np.testing.assert_array_equal(result[..., 3], [[0, 255, 128], [64, 64, 255]])
+    assert (result[..., :3] == heatmaps.COLOR).all()
 
 
 def test_each_layer_and_head_has_a_map_and_each_piece_a_label():

@@ -31,12 +31,12 @@ def test_scores_equal_the_sacrebleu_command_on_the_files(tmp_path, metric, count
 
 
 def test_signatures_name_tokenizer_case_and_version():
-    found = metrics.score(HYPOTHESES, [REFERENCES], list(metrics.METRICS))
-    assert "case:mixed" in found["bleu_signature"]
-    assert "tok:13a" in found["bleu_signature"]
-    assert "nw:0" in found["chrf_signature"]
-    assert "nw:2" in found["chrfpp_signature"]
-    assert all("version:" in found[f"{name}_signature"] for name in metrics.METRICS)
+    actual = metrics.score(HYPOTHESES, [REFERENCES], list(metrics.METRICS))
+    assert "case:mixed" in actual["bleu_signature"]
+    assert "tok:13a" in actual["bleu_signature"]
+    assert "nw:0" in actual["chrf_signature"]
+    assert "nw:2" in actual["chrfpp_signature"]
+    assert all("version:" in actual[f"{name}_signature"] for name in metrics.METRICS)
 
 
 def test_length_ratio_is_of_words():
@@ -56,8 +56,8 @@ def test_unequal_counts_are_an_error(references):
 
 
 def test_no_sentences_score_zero():
-    found = metrics.score([], [[]], ["bleu", "chrf", "ter"])
-    assert (found["bleu"], found["chrf"], found["length_ratio"]) == (0.0, 0.0, 0.0)
+    actual = metrics.score([], [[]], ["bleu", "chrf", "ter"])
+    assert (actual["bleu"], actual["chrf"], actual["length_ratio"]) == (0.0, 0.0, 0.0)
     further = metrics.extended_scores([], [], [[]], "de")
     assert (further["chrfpp"], further["legacy_tokenized_bleu"], further["bleu_by_source_length"]) == (0.0, 0.0, {})
 
@@ -100,19 +100,19 @@ def test_compounds_are_split_as_perl_does_it():
 
 def test_legacy_bleu_is_multi_bleu_on_those_tokens():
     """Counted by hand: of "der rot-grüne Hund bellt ." against "der rot-blaue Hund bellt ." ."""
-    found = metrics.tokenized_bleu(["der rot-grüne Hund bellt."], [["der rot-blaue Hund bellt."]], "de")
+    actual = metrics.tokenized_bleu(["der rot-grüne Hund bellt."], [["der rot-blaue Hund bellt."]], "de")
     # Split: der rot ##AT##-##AT## grüne Hund bellt . against the same with blaue.
-    assert found["legacy_compound_split_bleu"] == pytest.approx(100 * (6 / 7 * 4 / 6 * 2 / 5 * 0 / 4) ** 0.25)
+    assert actual["legacy_compound_split_bleu"] == pytest.approx(100 * (6 / 7 * 4 / 6 * 2 / 5 * 0 / 4) ** 0.25)
     longer = [["der rot-blaue Hund bellt laut und oft."], ["der rot-grüne Hund bellt laut und oft."]]
-    found = metrics.tokenized_bleu(longer[0], [longer[1]], "de")
-    assert found["legacy_tokenized_bleu"] == pytest.approx(100 * (7 / 8 * 5 / 7 * 4 / 6 * 3 / 5) ** 0.25)
-    assert found["legacy_compound_split_bleu"] == pytest.approx(100 * (9 / 10 * 7 / 9 * 5 / 8 * 3 / 7) ** 0.25)
-    assert found["legacy_signature"].startswith("multi-bleu|moses:de|sacremoses:")
+    actual = metrics.tokenized_bleu(longer[0], [longer[1]], "de")
+    assert actual["legacy_tokenized_bleu"] == pytest.approx(100 * (7 / 8 * 5 / 7 * 4 / 6 * 3 / 5) ** 0.25)
+    assert actual["legacy_compound_split_bleu"] == pytest.approx(100 * (9 / 10 * 7 / 9 * 5 / 8 * 3 / 7) ** 0.25)
+    assert actual["legacy_signature"].startswith("multi-bleu|moses:de|sacremoses:")
 
 
 def test_legacy_bleu_takes_several_references():
-    found = metrics.tokenized_bleu(HYPOTHESES, [REFERENCES, HYPOTHESES], "en")
-    assert found["legacy_tokenized_bleu"] == pytest.approx(100)
+    actual = metrics.tokenized_bleu(HYPOTHESES, [REFERENCES, HYPOTHESES], "en")
+    assert actual["legacy_tokenized_bleu"] == pytest.approx(100)
 
 
 def test_bleu_of_tokenized_text_is_the_sacrebleu_command_with_its_options(tmp_path):
@@ -122,11 +122,11 @@ def test_bleu_of_tokenized_text_is_the_sacrebleu_command_with_its_options(tmp_pa
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     command = [sys.executable, "-m", "sacrebleu", str(tmp_path / "ref"), "-i", str(tmp_path / "hyp"), "-b", "-w", "6"]
     done = subprocess.run([*command, *"-tok none -lc -s none".split()], capture_output=True, text=True, check=True)
-    found = metrics.score(hypotheses, [references], ["bleu", "chrf"], PUBLISHED)
-    assert found["bleu"] == pytest.approx(float(done.stdout), abs=1e-6)
-    assert found["bleu_signature"].startswith("nrefs:1|case:lc|eff:no|tok:none|smooth:none|")
-    assert found["bleu"] != pytest.approx(metrics.score(hypotheses, [references], ["bleu"])["bleu"], abs=0.1)
-    assert found["chrf"] == metrics.score(hypotheses, [references], ["chrf"])["chrf"]
+    actual = metrics.score(hypotheses, [references], ["bleu", "chrf"], PUBLISHED)
+    assert actual["bleu"] == pytest.approx(float(done.stdout), abs=1e-6)
+    assert actual["bleu_signature"].startswith("nrefs:1|case:lc|eff:no|tok:none|smooth:none|")
+    assert actual["bleu"] != pytest.approx(metrics.score(hypotheses, [references], ["bleu"])["bleu"], abs=0.1)
+    assert actual["chrf"] == metrics.score(hypotheses, [references], ["chrf"])["chrf"]
 
 
 # Two sentences that are nearly right, of one word each to 13a.
@@ -138,23 +138,23 @@ CHINESE = (
 
 @pytest.mark.parametrize("tokenizer", ["zh", "char", "intl", "13a"])
 def test_bleu_is_of_the_tokenizer_that_is_named(tokenizer):
-    found = metrics.score(*CHINESE, ["bleu", "chrf", "ter"], tokenizer)
+    actual = metrics.score(*CHINESE, ["bleu", "chrf", "ter"], tokenizer)
     wanted = metrics.BLEU(tokenize=tokenizer)
-    assert found["bleu"] == wanted.corpus_score(*CHINESE).score
-    assert found["bleu_signature"] == str(wanted.get_signature())
-    assert (found["bleu"] > 60) == (tokenizer in ("zh", "char"))
+    assert actual["bleu"] == wanted.corpus_score(*CHINESE).score
+    assert actual["bleu_signature"] == str(wanted.get_signature())
+    assert (actual["bleu"] > 60) == (tokenizer in ("zh", "char"))
     further = metrics.extended_scores(CHINESE[0], *CHINESE, "zh", tokenizer)
-    assert further["bleu_by_source_length"]["0-10"]["bleu"] == pytest.approx(found["bleu"])
+    assert further["bleu_by_source_length"]["0-10"]["bleu"] == pytest.approx(actual["bleu"])
     (versus,) = significance.paired_tests(CHINESE[0], CHINESE[0], CHINESE[1], tokenizer, ["bleu"], samples=9)
-    assert versus.score == found["bleu"]
+    assert versus.score == actual["bleu"]
 
 
 def test_tokenized_text_is_not_tokenized_again():
     lines = (["er sagt &apos; ja &apos; ."], [["er sagt &apos; ja &apos; !"]])
-    found = metrics.extended_scores(lines[0], *lines, "de", PUBLISHED)
-    assert found["legacy_tokenized_bleu"] == metrics.score(*lines, ["bleu"], PUBLISHED)["bleu"]
-    assert found["bleu_by_source_length"]["0-10"]["bleu"] == found["legacy_tokenized_bleu"]
-    assert found["legacy_signature"] == "multi-bleu|as it is"
+    actual = metrics.extended_scores(lines[0], *lines, "de", PUBLISHED)
+    assert actual["legacy_tokenized_bleu"] == metrics.score(*lines, ["bleu"], PUBLISHED)["bleu"]
+    assert actual["bleu_by_source_length"]["0-10"]["bleu"] == actual["legacy_tokenized_bleu"]
+    assert actual["legacy_signature"] == "multi-bleu|as it is"
 
 
 def test_without_comet_there_is_no_comet(monkeypatch):

@@ -3,7 +3,7 @@
 import re
 
 from transformer.evaluation import report_html
-from transformer.evaluation.report_html import Cell
+from transformer.evaluation.report_html import Column
 
 EVIL = '<script>alert("x")</script><img src=x onerror=y>&'
 
@@ -14,10 +14,10 @@ def test_whatever_a_sentence_holds_is_text():
         EVIL,
         [
             report_html.section("s", EVIL, report_html.sentence(EVIL, EVIL, EVIL, [(EVIL, EVIL + " more")])),
-            report_html.details(EVIL, report_html.escape(EVIL)),
+            report_html.details(EVIL, "<p>x</p>"),
             report_html.sentence_browser([report_html.sentence(EVIL, EVIL, EVIL, [(EVIL, EVIL)])], [(EVIL, "a", 1)]),
             report_html.stat_cards([(EVIL, EVIL, EVIL)]),
-            report_html.table([Cell(EVIL)], [[Cell(EVIL)]]),
+            report_html.table([Column(EVIL)], [[EVIL]]),
         ],
     )
     assert "alert(" in page

@@ -37,9 +37,9 @@ def write(path, lines):
 def test_files_are_a_set_of_their_own_with_several_references(tmp_path):
     source = write(tmp_path / "in.en", SOURCES)
     references = [write(tmp_path / f"r{i}", [f"{line} {i}" for line in SOURCES]) for i in range(2)]
-    found = scoring.load_eval_dataset(make_parts()[0].data, None, source, references)
-    assert (found.name, found.sources) == ("in.en", SOURCES)
-    assert found.references == [[f"{line} {i}" for line in SOURCES] for i in range(2)]
+    actual = scoring.load_eval_dataset(make_parts()[0].data, None, source, references)
+    assert (actual.name, actual.sources) == ("in.en", SOURCES)
+    assert actual.references == [[f"{line} {i}" for line in SOURCES] for i in range(2)]
 
 
 def test_missing_references_and_unequal_counts_are_refused(tmp_path):
@@ -85,8 +85,8 @@ def test_a_set_may_come_from_pipes_which_are_read_once(tmp_path):
         os.write(sender, "".join(f"{line}\n" for line in SOURCES).encode())
         os.close(sender)
     source, reference = (f"/dev/fd/{reader}" for reader, _ in pipes)
-    found = scoring.load_eval_dataset(make_parts()[0].data, None, source, [reference])
-    assert (found.sources, found.references) == (SOURCES, [SOURCES])
+    actual = scoring.load_eval_dataset(make_parts()[0].data, None, source, [reference])
+    assert (actual.sources, actual.references) == (SOURCES, [SOURCES])
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_text_is_scored_as_the_config_says_it_is(change, signature, legacy):
     trained = make_trained()
     data = dataclasses.replace(trained.config.data, **change)
     other = dataclasses.replace(trained, config=dataclasses.replace(trained.config, data=data))
-    found = scoring.CheckpointEvaluator(DATASET).evaluate(other)
-    assert signature in found.scores["bleu_signature"]
-    assert found.scores["legacy_signature"].startswith(legacy)
+    actual = scoring.CheckpointEvaluator(DATASET).evaluate(other)
+    assert signature in actual.scores["bleu_signature"]
+    assert actual.scores["legacy_signature"].startswith(legacy)
 
 
 def test_compiled_shapes_are_kept_while_config_and_vocabulary_stay(monkeypatch):

@@ -26,22 +26,22 @@ def test_labels_are_as_short_as_they_differ(paths, labels):
 @pytest.mark.slow
 def test_another_workdir_translates_the_same_sources(tmp_path):
     save(tmp_path / "other", make_parts(), 0)
-    found = systems.baseline_system(tmp_path / "other", "latest", DATASET, "de")
-    assert (found.label, found.name) == ("other", "other, checkpoint 0")
+    result = systems.baseline_system(tmp_path / "other", "latest", DATASET, "de")
+    assert (result.label, result.name) == ("other", "other, checkpoint 0")
     trained = make_trained()
-    assert found.translations == evaluator.CheckpointEvaluator(DATASET).evaluate(trained).translations
-    assert found.run.num_params == trained.model.num_params()
+    assert result.translations == evaluator.CheckpointEvaluator(DATASET).evaluate(trained).translations
+    assert result.run.num_params == trained.model.num_params()
     mine = systems.evaluated(tmp_path / "mine" / "other", trained, ["x"] * 3)
-    pair = systems.label_pair(found, tmp_path / "other", mine)
+    pair = systems.label_pair(result, tmp_path / "other", mine)
     assert [each.label for each in pair] == [tmp_path.name, "mine"]
-    same = systems.label_pair(found, tmp_path / "other", systems.evaluated(tmp_path / "other", trained, ["x"] * 3))
+    same = systems.label_pair(result, tmp_path / "other", systems.evaluated(tmp_path / "other", trained, ["x"] * 3))
     assert [each.label for each in same] == ["checkpoint 0", "checkpoint 7"]
 
 
 def test_a_file_of_translations_needs_no_model(tmp_path):
     path = write(tmp_path / "theirs.txt", ["x", "y", "z"])
-    found = systems.baseline_system(path, "latest", DATASET, "de")
-    assert found == systems.System("theirs.txt", "theirs.txt", ["x", "y", "z"], None)
+    result = systems.baseline_system(path, "latest", DATASET, "de")
+    assert result == systems.System("theirs.txt", "theirs.txt", ["x", "y", "z"], None)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

@@ -115,8 +115,8 @@ def test_with_these_options_ctranslate2_finds_the_translations_of_this_search(fi
     own = Translator(trained.model, trained.tokenizer, decode, trained.mesh).translate(trained.params, SHORT)
     program = ctranslate2.Translator(str(folder), device="cpu")
     sources = [[words[i] for i in ids[:-1]] for ids in trained.tokenizer.encode(SHORT)]
-    found = program.translate_batch(sources, **export_ctranslate2.options(decode))
-    assert [trained.tokenizer.decode(map(words.index, one.hypotheses[0])) for one in found] == own
+    result = program.translate_batch(sources, **export_ctranslate2.options(decode))
+    assert [trained.tokenizer.decode(map(words.index, one.hypotheses[0])) for one in result] == own
     assert all(own) == bool(decode.min_length)
 
 

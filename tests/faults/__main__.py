@@ -29,18 +29,18 @@ def main() -> int:
     unknown = [name for name in names if name not in ALL]
     if unknown:
         parser.error(f"--only: no row {unknown[0]!r}; there are {', '.join(ALL)}")
-    found = []
+    result = []
     with tempfile.TemporaryDirectory(prefix="faults") as folder:
         world = World(pathlib.Path(folder))
         for name in names:
-            found.append(table.run_row(name, world, args.quick))
-            one = found[-1]
+            result.append(table.run_row(name, world, args.quick))
+            one = result[-1]
             print(f"{name}: {one['survived']} of {one['tries']} survived, {one['seconds']} s", file=sys.stderr)
             print("".join(f"  LOST {why}\n" for why in one["lost"]), end="", file=sys.stderr, flush=True)
-            table.write(args.output, found)
-    print(table.as_markdown(found))
+            table.write(args.output, result)
+    print(table.as_markdown(result))
     print(f"{args.output}/faults.md, {args.output}/faults.json")
-    return int(any(one["lost"] for one in found))
+    return int(any(one["lost"] for one in result))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def read_each(workdirs: list[str], log: str) -> None:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     for workdir in workdirs:
         try:
-            found = loading.load_checkpoint(workdir, "latest")
-            print(f"{workdir}: read step {found.step}", flush=True)
+            restored = loading.load_checkpoint(workdir, "latest")
+            print(f"{workdir}: read step {restored.step}", flush=True)
         except Exception as error:  # whatever the libraries make of such files
             print(f"{workdir}: {type(error).__name__}", flush=True)
 

@@ -83,12 +83,12 @@ def scores_of_written_files(world: World, tally: Tally) -> None:
             if tally.quick:
                 translator = Translator(run.model, run.tokenizer, run.config.decode, run.mesh)
                 groups = [sources[i : i + size] for i in range(0, len(sources), size)]
-                found = [line for group in groups for line in translator.translate(run.params, group)]
+                result = [line for group in groups for line in translator.translate(run.params, group)]
             else:
                 command = ["-m", "transformer.translate", f"--workdir={world.talker()}", f"--batch_size={size}"]
                 done = Command(*command, stdin=(folder / "source").read_bytes()).expect(0)
-                found = done.stdout.decode().split("\n")[:-1]
-            assert found == whole
+                result = done.stdout.decode().split("\n")[:-1]
+            assert result == whole
     command = ["-m", "sacrebleu", folder / "reference", "-i", folder / "written", "-b", "-w", "12"]
     with tally.one("BLEU"):
         ours = metrics.score(whole, [references], ("bleu",))["bleu"]
@@ -113,10 +113,10 @@ def nothing_is_cut(world: World, tally: Tally) -> None:
     sources = sources_of(world)
     with tally.one("no end of sentence"):
         translator = Translator(run.model, run.tokenizer, run.config.decode, run.mesh)
-        found = translator.translate_nbest(run.params, sources)
-        assert translator.translate(run.params, sources) == [best.text for best, *_ in found]
-        assert len(found) == len(sources)
-        open_ones = [one for (one, *_), source in zip(found, sources, strict=True) if source and not one.finished]
+        result = translator.translate_nbest(run.params, sources)
+        assert translator.translate(run.params, sources) == [best.text for best, *_ in result]
+        assert len(result) == len(sources)
+        open_ones = [one for (one, *_), source in zip(result, sources, strict=True) if source and not one.finished]
         assert len(open_ones) > len(sources) // 2
         assert all(one.text for one in open_ones)
     with tally.one("references beyond every limit"), Heard() as heard:

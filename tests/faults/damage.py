@@ -36,8 +36,8 @@ def assert_noticed(run: pathlib.Path, name: str) -> None:
     checkpoints = CheckpointManager(run)
     for ask in (checkpoints.latest_valid_step, lambda: loading.resolve_steps(checkpoints, "latest")[0]):
         with Heard() as heard:
-            found = ask()
-        assert found == 10, f"{name}: took {found}"
+            result = ask()
+        assert result == 10, f"{name}: took {result}"
         assert f"checkpoint {NEWEST} is damaged" in heard.getvalue(), f"{name}: not said"
     with Heard() as heard:
         assert loading.resolve_steps(checkpoints, "average:2") == [5, 10], name
@@ -99,8 +99,8 @@ def bits_flipped(world: World, tally: Tally) -> None:
             flipped = world.copy(run)
             flip(files_of(flipped / "checkpoints" / str(NEWEST))[3 * attempt + 1], rng)
             process = world.trained(flipped)
-            assert process.code == 0, process.said()
-            assert f"checkpoint {NEWEST} is damaged" in process.said()
+            assert process.code == 0, process.stderr()
+            assert f"checkpoint {NEWEST} is damaged" in process.stderr()
             world.assert_as_whole(flipped)
 
 
@@ -166,8 +166,8 @@ def none_is_sound(world: World, tally: Tally) -> None:
         before = {path: path.read_bytes() for path in files_of(run) if path.name != "lock"}
         with tally.one(f"train.py, {name}"):
             process = world.trained(run)
-            assert process.code == 4, process.said()
-            assert "none of the checkpoints [5, 10, 15] is valid" in process.said()
+            assert process.code == 4, process.stderr()
+            assert "none of the checkpoints [5, 10, 15] is valid" in process.stderr()
             assert process.trace() == {}
         for which in ("latest", "best"):
             if tally.quick:
@@ -219,16 +219,16 @@ def disk_fails(world: World, tally: Tally) -> None:
                 shutil.copytree(world.three_checkpoints(), place / "run")
                 subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
                 process = world.trained(place / "run")
-                assert process.code == 2, process.said()
-                assert "Read-only file system" in process.said()
+                assert process.code == 2, process.stderr()
+                assert "Read-only file system" in process.stderr()
                 assert CheckpointManager(place / "run").latest_valid_step() == NEWEST
     else:
         tally.skip(1 if tally.quick else 3, "no right to mount a full or a read-only disk")
     with tally.one("an error in writing"):
         run = world.new_folder()
         process = world.trained(run, "disk error", train={"num_steps": 10})
-        assert process.code == 2, process.said()
-        assert "Input/output error" in process.said()
+        assert process.code == 2, process.stderr()
+        assert "Input/output error" in process.stderr()
         assert CheckpointManager(run).latest_valid_step() == 5
         assert world.trained(run, train={"num_steps": 10}).code == 0
         world.assert_as_whole(run, 10)
@@ -260,7 +260,7 @@ def assert_survives_a_full_disk(world: World, run: pathlib.Path, steps: int) -> 
     ballast, train = fill(run.parent), {"num_steps": steps}
     process = world.trained(run, train=train)
     assert process.code not in (0, None), "a save that failed was no failure"
-    assert "space" in process.said(), process.said()
+    assert "space" in process.stderr(), process.stderr()
     assert CheckpointManager(run).latest_valid_step() == 5
     ballast.unlink()
     assert world.trained(run, train=train).code == 0
@@ -352,8 +352,8 @@ def saves_that_cannot_be_read(world: World, tally: Tally) -> None:
         with tally.one("train.py says so at once"):
             run = world.new_folder() / "[a]"
             process = world.trained(run, "glob unescaped", train={"num_steps": 10})
-            assert process.code == 2, process.said()
-            assert "5: the checkpoint was written but cannot be read again" in process.said()
+            assert process.code == 2, process.stderr()
+            assert "5: the checkpoint was written but cannot be read again" in process.stderr()
             assert CheckpointManager(run).steps() == []
             assert world.trained(run, train={"num_steps": 10}).code == 0
             world.assert_as_whole(run, 10)

@@ -55,8 +55,8 @@ def forge(folder: pathlib.Path) -> None:
     """Makes a checkpoint sound again after its files were changed, as whoever changed them could."""
     before = CheckpointManager(folder.parent.parent).manifest(int(folder.name))
     paths = [path for path in files_of(folder) if path.name != MANIFEST]
-    found = {str(path.relative_to(folder)): (path.stat().st_size, sha256(path)) for path in paths}
-    changed = Manifest(before.metrics, before.data, before.host, found)
+    result = {str(path.relative_to(folder)): (path.stat().st_size, sha256(path)) for path in paths}
+    changed = Manifest(before.metrics, before.data, before.host, result)
     (folder / MANIFEST).write_text(changed.to_json())
 
 
@@ -95,7 +95,7 @@ def nothing_is_executed(world: World, tally: Tally) -> None:
             (place / name).write_bytes(evil["pickle" if not name.endswith(".py") else "python"])
         forge(folder)
         process = world.trained(run)
-        assert process.code == 0, process.said()
+        assert process.code == 0, process.stderr()
         assert not canary.exists()
     with tally.one("token ids"):
         assert_no_token_ids_of_objects(world, evil["npy of objects"])
@@ -129,9 +129,9 @@ def assert_no_token_ids_of_objects(world: World, array: bytes) -> None:
         about = json.loads((path.parent / input_pipeline.METADATA_FILE).read_text())
         about["sha256"][path.name] = sha256(path)
         (path.parent / input_pipeline.METADATA_FILE).write_text(json.dumps(about))
-        found = input_pipeline.token_ids(data, corpus, "train", words)
+        result = input_pipeline.token_ids(data, corpus, "train", words)
     assert "damaged" in heard.getvalue()
-    assert np.array_equal(found.source.offsets, wanted.source.offsets)
+    assert np.array_equal(result.source.offsets, wanted.source.offsets)
 
 
 def entry(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:

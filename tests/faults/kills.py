@@ -44,11 +44,11 @@ def killed_at_random(world: World, tally: Tally) -> None:
         last = world.trained(run, train={"seed": seed})
         for (done, process), (_, after) in zip(sittings, [*sittings[1:], (STEPS, last)], strict=True):
             with tally.one(f"seed {seed}, killed at step {done}"):
-                assert process.code == KILLED, process.said()
+                assert process.code == KILLED, process.stderr()
                 lost = max(process.trace()) + 1 - min(after.trace())
                 assert 0 <= lost <= SAVE, f"{lost} updates were done again"
                 assert_order(process, world, seed)
-                assert last.code == 0, last.said()
+                assert last.code == 0, last.stderr()
                 assert_order(last, world, seed)
                 world.assert_as_whole(run, seed=seed)
         tally.note(f"seed {seed}: {sum(len(p.trace()) for _, p in sittings) + len(last.trace())} updates for {STEPS}")
@@ -62,12 +62,12 @@ def killed_while_saving(world: World, tally: Tally) -> None:
             with tally.one(f"{name}, {attempt}"):
                 run, train = world.new_folder(), {"num_steps": 15, "keep_last": 1, "keep_best": 0}
                 process = world.trained(run, f"kill {name}", train=train)
-                assert process.code == KILLED, f"never came there: {process.code} {process.said()}"
-                found, wanted = (
+                assert process.code == KILLED, f"never came there: {process.code} {process.stderr()}"
+                result, wanted = (
                     CheckpointManager(run).latest_valid_step(),
                     child.AT if name in COMMITTED else child.AT - SAVE,
                 )
-                assert found == wanted, f"expected checkpoint {wanted}, got {found}"
+                assert result == wanted, f"expected checkpoint {wanted}, got {result}"
                 assert world.trained(run, train=train).code == 0
                 assert {path.name for path in (run / "checkpoints").iterdir()} == {"15"}
                 world.assert_as_whole(run, 15)
@@ -80,7 +80,7 @@ def killed_while_restoring(world: World, tally: Tally) -> None:
             run = world.three_checkpoints()
             for _ in range(3):
                 process = world.trained(run, plant)
-                assert (process.code, process.trace()) == (KILLED, {}), process.said()
+                assert (process.code, process.trace()) == (KILLED, {}), process.stderr()
             assert CheckpointManager(run).latest_valid_step() == 15
             last = world.trained(run)
             assert list(last.trace()) == list(range(16, STEPS + 1))
@@ -90,7 +90,7 @@ def killed_while_restoring(world: World, tally: Tally) -> None:
         with tally.one(f"a finished run, {attempt}"):
             before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != "lock"}
             process = world.trained(finished)
-            assert (process.code, process.trace()) == (0, {}), process.said()
+            assert (process.code, process.trace()) == (0, {}), process.stderr()
             files = {path for path in finished.rglob("*") if path.is_file() and path.name != "lock"}
             assert files == set(before)
             assert all(path.read_bytes() == content for path, content in before.items())
@@ -131,11 +131,11 @@ def asked_to_stop(world: World, tally: Tally) -> None:
 
 def assert_stopped(process: Child, code: int, seconds: float) -> None:
     """With the documented code, in time, and with its last update saved."""
-    assert process.code == code, f"exit code {process.code}: {process.said()}"
+    assert process.code == code, f"exit code {process.code}: {process.stderr()}"
     assert seconds < 30
     last = max(process.trace())
     assert CheckpointManager(process.workdir).latest_valid_step() == last, f"step {last} was done and not saved"
-    assert f"saved step {last:,}" in process.said()
+    assert f"saved step {last:,}" in process.stderr()
 
 
 def assert_second_signal_ends_it(world: World) -> None:

@@ -111,13 +111,13 @@ def assert_run_stops(world: World) -> None:
     assert diverged.value.exit_code == 3
     assert CheckpointManager(run).latest_valid_step() == 6
     assert loading.resolve_steps(CheckpointManager(run), "best") == [6]
-    found = json.loads((run / workdir.DIVERGED_FILE).read_text())
+    result = json.loads((run / workdir.DIVERGED_FILE).read_text())
     corpus = corpora.open_corpus(config.data)
     ids = input_pipeline.token_ids(config.data, corpus, "train", CheckpointManager(run).tokenizer(6))
     wanted = input_pipeline.make_batch_schedule(config, ids).batch(AT - 1).examples_B
-    assert [pair["number"] for pair in found["pairs"]] == wanted[wanted >= 0].tolist()
-    pairs = [(pair["source"], pair["target"]) for pair in found["pairs"]]
-    assert pairs == [corpus.split("train")[pair["number"]] for pair in found["pairs"]]
+    assert [pair["number"] for pair in result["pairs"]] == wanted[wanted >= 0].tolist()
+    pairs = [(pair["source"], pair["target"]) for pair in result["pairs"]]
+    assert pairs == [corpus.split("train")[pair["number"]] for pair in result["pairs"]]
 
 
 @row("F2", "loss spikes: skipped, counted, logged, at most K; exact when resumed in the midst of one", full=3, quick=3)

@@ -34,9 +34,9 @@ def two_trainers(world: World, tally: Tally) -> None:
             (refused,), (holder,) = (
                 [process for process in both if (process.code is None) == alive] for alive in (False, True)
             )
-            assert refused.code == 4, refused.said()
+            assert refused.code == 4, refused.stderr()
             who = rf"held by process {holder.pid} on {re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\d \d\d:"
-            assert re.search(who, refused.said()), refused.said()
+            assert re.search(who, refused.stderr()), refused.stderr()
             assert refused.trace() == {}
             holder.at("held").signal(signal.SIGKILL)
             assert holder.code == KILLED
@@ -88,15 +88,15 @@ def run_resumed_as_another(world: World, tally: Tally) -> None:
         (run / "config.json").unlink()
         refused = world.trained(run, optimizer={"warmup_steps": 11})
         assert (refused.code, refused.trace()) == (2, {})
-        assert "optimizer.warmup_steps: 10 → 11" in refused.said()
+        assert "optimizer.warmup_steps: 10 → 11" in refused.stderr()
     for name, change in {} if tally.quick else DATA_CHANGES.items():
         with tally.one(f"data: {name}"):
             run, folder = world.three_checkpoints(), world.new_folder()
             shutil.copytree(world.folder / "data", folder)
             change(folder / "train.en")
             refused = world.trained(run, data=data_fields(folder, world.folder / "prepared"))
-            assert (refused.code, refused.trace()) == (2, {}), refused.said()
-            assert re.search(r"data has changed since step 15: its digest was \w{16} and is \w{16}", refused.said())
+            assert (refused.code, refused.trace()) == (2, {}), refused.stderr()
+            assert re.search(r"data has changed since step 15: its digest was \w{16} and is \w{16}", refused.stderr())
 
 
 def lines_changed(change):

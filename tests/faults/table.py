@@ -95,18 +95,18 @@ def run_row(name: str, world: "World", quick: bool) -> dict:
     }
 
 
-def as_markdown(found: list[dict]) -> str:
+def as_markdown(result: list[dict]) -> str:
     """The table."""
     lines = ["| id | fault | tries | survived | lost | seconds | notes |", "|---|---|---|---|---|---|---|"]
-    for one in found:
+    for one in result:
         cells = (one["tries"], one["survived"], len(one["lost"]), one["seconds"], "; ".join(one["notes"]))
         lines.append(f"| {one['id']} | {one['fault']} | " + " | ".join(map(str, cells)) + " |")
     lines += [f"| {name} | {why} | – | – | – | – | |" for name, why in NOT_HERE.items()]
     return "\n".join(lines) + "\n"
 
 
-def write(folder: pathlib.Path, found: list[dict]) -> None:
+def write(folder: pathlib.Path, result: list[dict]) -> None:
     """faults.json and faults.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "faults.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    (folder / "faults.md").write_text(as_markdown(found))
+    (folder / "faults.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    (folder / "faults.md").write_text(as_markdown(result))

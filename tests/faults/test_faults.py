@@ -15,9 +15,9 @@ def world(tmp_path_factory):
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ALL)
 def test_nothing_is_lost(name, world, fresh_programs):
-    found = table.run_row(name, world, quick=True)
-    assert not found["lost"]
-    assert found["survived"] == found["tries"] > 0
+    result = table.run_row(name, world, quick=True)
+    assert not result["lost"]
+    assert result["survived"] == result["tries"] > 0
 
 
 def test_a_row_that_tries_too_little_or_fails_is_no_success(monkeypatch):
@@ -29,11 +29,11 @@ def test_a_row_that_tries_too_little_or_fails_is_no_success(monkeypatch):
         raise OSError("in between")
 
     monkeypatch.setitem(table.ROWS, "Z1", table.Row("Z1", "a test", failing, full=9, quick=4))
-    found = table.run_row("Z1", None, quick=True)
-    assert (found["tries"], found["survived"]) == (3, 0)
-    assert [why.split(":")[0] for why in found["lost"]] == [
+    result = table.run_row("Z1", None, quick=True)
+    assert (result["tries"], result["survived"]) == (3, 0)
+    assert [why.split(":")[0] for why in result["lost"]] == [
         "second",
         "between two tries",
         "only 3 tries, expected at least 4",
     ]
-    assert "| Z1 | a test | 3 | 0 | 3 |" in table.as_markdown([found])
+    assert "| Z1 | a test | 3 | 0 | 3 |" in table.as_markdown([result])

@@ -82,9 +82,9 @@ def bytes_of_all_kinds(world: World, tally: Tally) -> None:
             if kind == ERROR:
                 refused(read, f"test.{side}, line {LINE}: ")
             else:
-                found = read()
-                lines = (found.sources, found.references[0])[side == "de"]
-                assert len(found.sources) == len(found.references[0]) == 8
+                result = read()
+                lines = (result.sources, result.references[0])[side == "de"]
+                assert len(result.sources) == len(result.references[0]) == 8
                 assert lines[LINE - 1].encode() == line
 
 
@@ -166,10 +166,10 @@ def lines_of_any_length(world: World, tally: Tally) -> None:
     with tally.one("evaluation: one hypothesis a line"), Heard() as heard:
         sources = ["red house", "", LONG, " ", "\u2028", "old tree"]
         references = ["", LONG, "a", "b", "", "c"]
-        found = Evaluator(run.model, run.tokenizer, run.config, run.mesh).evaluate(run.params, sources, [references])
-        assert (len(found.translations), found.sentences) == (6, 6)
-        assert all(found.translations[i] for i in (0, 2, 5))
-        assert found.translations[1] == found.translations[3] == found.translations[4] == ""
+        result = Evaluator(run.model, run.tokenizer, run.config, run.mesh).evaluate(run.params, sources, [references])
+        assert (len(result.translations), result.sentences) == (6, 6)
+        assert all(result.translations[i] for i in (0, 2, 5))
+        assert result.translations[1] == result.translations[3] == result.translations[4] == ""
         assert "1 sources are longer than decode.max_source_tokens" in heard.getvalue()
         assert "1 references have over" in heard.getvalue()
     if not tally.quick:
@@ -200,16 +200,16 @@ def vocabulary_changed(world: World, tally: Tally) -> None:
             harm(path)
             before = path.read_bytes() if path.exists() else None
             process = world.trained(run)
-            assert (process.code, process.trace()) == (2, {}), process.said()
-            assert "expected the digest" in process.said()
-            assert "training a" not in process.said()
+            assert (process.code, process.trace()) == (2, {}), process.stderr()
+            assert "expected the digest" in process.stderr()
+            assert "training a" not in process.stderr()
             assert (path.read_bytes() if path.exists() else None) == before
         if not tally.quick:
             with tally.one(f"in the newest checkpoint, {name}"):
                 run = world.three_checkpoints()
                 harm(run / "checkpoints" / "15" / "tokenizer" / tokenizer.FILE_NAME)
                 process = world.trained(run)
-                assert "checkpoint 15 is damaged" in process.said()
+                assert "checkpoint 15 is damaged" in process.stderr()
                 world.assert_as_whole(run)
 
 
@@ -240,9 +240,9 @@ def data_damaged(world: World, tally: Tally) -> None:
         with tally.one(f"token ids, {file} {name}"), Heard() as heard:
             (path,) = (path for path in files_of(folder / "prepared" / "token_ids") if path.name == file)
             harm(path)
-            found = input_pipeline.token_ids(data, corpus, "train", words)
+            result = input_pipeline.token_ids(data, corpus, "train", words)
             assert "damaged" in heard.getvalue()
-            for ours, theirs in zip(found, wanted, strict=True):
+            for ours, theirs in zip(result, wanted, strict=True):
                 assert np.array_equal(ours.flat, theirs.flat)
                 assert np.array_equal(ours.offsets, theirs.offsets)
 
@@ -298,13 +298,13 @@ def one_file_formats(folder: pathlib.Path, tally: Tally) -> None:
     for extension in parallel_formats.PAIR_FORMATS:
         with tally.one(extension):
             path = folder / f"pairs{extension}"
-            found = []
+            result = []
             for end in (b"\n", b"\r\n"):
                 path.write_bytes(one_file(extension).encode().replace(b"\n", end))
-                found.append(list(parallel_formats.read_pairs(path, ("en", "de"))))
-            assert found[0] == found[1]
-            assert [source.removesuffix(" more") for source, _ in found[1]] == ["red house", "old\rtree", "new cat"]
-            assert [target for _, target in found[1]] == ["rot haus", "alt baum", "neu katze"]
+                result.append(list(parallel_formats.read_pairs(path, ("en", "de"))))
+            assert result[0] == result[1]
+            assert [source.removesuffix(" more") for source, _ in result[1]] == ["red house", "old\rtree", "new cat"]
+            assert [target for _, target in result[1]] == ["rot haus", "alt baum", "neu katze"]
     with tally.one("JSONL, within a sentence: refused by its line"):
         path = folder / "within.jsonl"
         path.write_text(json.dumps({"en": "a", "de": "b"}) + "\n" + json.dumps({"en": "a\r\nb", "de": "b"}) + "\n")
@@ -321,8 +321,8 @@ def command_and_api(world: World, folder: pathlib.Path, tally: Tally) -> None:
         files[name].write_bytes("".join(line + end for line in LINES).encode())
     for source, reference in (("crlf", "lf"), ("lf", "crlf"), ("crlf", "crlf")):
         with tally.one(f"evaluation, source {source}, reference {reference}"):
-            found = evaluator.load_eval_dataset(DataConfig(), None, str(files[source]), [str(files[reference])])
-            assert found.sources == found.references[0] == LINES
+            result = evaluator.load_eval_dataset(DataConfig(), None, str(files[source]), [str(files[reference])])
+            assert result.sources == result.references[0] == LINES
     with tally.one("translations to compare with"):
         chosen = evaluator.EvalDataset("set", LINES, [LINES])
         assert systems.baseline_system(files["crlf"], "latest", chosen, "de").translations == LINES

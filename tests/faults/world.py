@@ -93,7 +93,7 @@ class World:
         if seed not in self._wholes:
             workdir = self.new_folder()
             done = self.trained(workdir, train={"seed": seed})
-            assert done.code == 0, done.said()
+            assert done.code == 0, done.stderr()
             self._wholes[seed] = Whole(workdir, done.trace())
         return self._wholes[seed]
 
@@ -169,15 +169,15 @@ class Child:
         if self._process.exitcode is None:
             self._process.kill()
             self._process.join()
-            raise AssertionError(f"still running after {seconds} s: {self.said()}")
+            raise AssertionError(f"still running after {seconds} s: {self.stderr()}")
         return self._process.exitcode
 
     def wait_for(self, sign: Callable[[str], bool]) -> str:
         """Until its trace shows the sign; a line a step, and a line with an exclamation mark for what was planted."""
         end = time.monotonic() + SECONDS
         while not sign(trace := self._trace.read_text()):
-            assert self._process.is_alive(), f"ended with {self.code} before: {self.said()}"
-            assert time.monotonic() < end, f"hangs: {self.said()}"
+            assert self._process.is_alive(), f"ended with {self.code} before: {self.stderr()}"
+            assert time.monotonic() < end, f"hangs: {self.stderr()}"
             time.sleep(0.002)
         return trace
 
@@ -191,7 +191,7 @@ class Child:
         self.wait()
         ended = time.monotonic()
         marks = [line for line in self._trace.read_text().splitlines() if line.startswith("!signalled")]
-        assert len(marks) == 1, f"it sent {len(marks)} signals: {self.said()}"
+        assert len(marks) == 1, f"it sent {len(marks)} signals: {self.stderr()}"
         return ended - float(marks[0].split()[1])
 
     def signal(self, number: int) -> float:
@@ -210,7 +210,7 @@ class Child:
                 steps.setdefault(int(done), []).append(ids)
         return steps
 
-    def said(self) -> str:
+    def stderr(self) -> str:
         """Its stderr."""
         return self._log.read_text() if self._log.exists() else ""
 

@@ -74,11 +74,11 @@ def penalty(length: int, alpha: float, form: str = "gnmt") -> float:
     return ((5 + length) / 6 if form == "gnmt" else length) ** alpha
 
 
-def texts(found: Hypotheses, sentence: int) -> list[list[int]]:
+def texts(result: Hypotheses, sentence: int) -> list[list[int]]:
     """The hypotheses of a sentence, empty slots left out; checks that PAD, and only PAD, follows each."""
     hypotheses = []
     for tokens, length, score in zip(
-        found.tokens_BNT[sentence], found.lengths_BN[sentence], found.scores_BN[sentence], strict=True
+        result.tokens_BNT[sentence], result.lengths_BN[sentence], result.scores_BN[sentence], strict=True
     ):
         assert (tokens[length:] == PAD).all()
         assert (tokens[:length] != PAD).all()
@@ -89,12 +89,12 @@ def texts(found: Hypotheses, sentence: int) -> list[list[int]]:
 
 def every_hypothesis(log_probs_TVV: np.ndarray, limit: int, symbols: list[int]) -> dict[tuple, float]:
     """Log-probability of every hypothesis: those that end within the limit, and those that it cuts."""
-    found, open_ones = {}, {(): 0.0}
+    finished, open_ones = {}, {(): 0.0}
     for position in range(limit):
         extended = {}
         for tokens, log_prob in open_ones.items():
             row_V = log_probs_TVV[position, tokens[-1] if tokens else BOS]
-            found[(*tokens, EOS)] = log_prob + row_V[EOS]
+            finished[(*tokens, EOS)] = log_prob + row_V[EOS]
             extended.update({(*tokens, symbol): log_prob + row_V[symbol] for symbol in symbols})
         open_ones = extended
-    return found | open_ones
+    return finished | open_ones

@@ -92,7 +92,7 @@ class Processes:
         deadline = time.monotonic() + timeout
         return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in self.all]
 
-    def said(self, host: int) -> str:
+    def stderr(self, host: int) -> str:
         return self.outputs[host].with_suffix(".err").read_text(errors="replace")
 
     def printed(self, host: int) -> str:
@@ -100,9 +100,9 @@ class Processes:
 
     def wait_until(self, host: int, text: str, timeout: float = 180) -> None:
         deadline = time.monotonic() + timeout
-        while text not in self.said(host):
-            assert time.monotonic() < deadline, self.said(host)
-            assert self.all[host].poll() is None, self.said(host)
+        while text not in self.stderr(host):
+            assert time.monotonic() < deadline, self.stderr(host)
+            assert self.all[host].poll() is None, self.stderr(host)
             time.sleep(0.05)
 
 

@@ -52,27 +52,27 @@ def guarded_reads() -> Iterator[None]:
 def array_constants(jaxpr: Any) -> list[jax.Array]:
     """The concrete arrays among the constants of a closed jaxpr and of all jaxprs inside it."""
     closed = getattr(jaxpr, "jaxpr", None)
-    found = list(jaxpr.consts) if closed is not None else []
+    constants = list(jaxpr.consts) if closed is not None else []
     for equation in (jaxpr if closed is None else closed).eqns:
-        found += [given.val for given in equation.invars if hasattr(given, "val")]
+        constants += [given.val for given in equation.invars if hasattr(given, "val")]
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
             if hasattr(inner, "eqns"):
-                found += array_constants(inner)
-    return [value for value in found if isinstance(value, jax.Array)]
+                constants += array_constants(inner)
+    return [value for value in constants if isinstance(value, jax.Array)]
 
 
 class Jitted:
     """A function of `jax.jit`: each call is traced and searched for constants, then made under the guard."""
 
-    def __init__(self, jitted: Any, where: str, found: dict[str, list[jax.Array]]):
-        self._jitted, self._found = jitted, found.setdefault(where, [])
+    def __init__(self, jitted: Any, where: str, constants: dict[str, list[jax.Array]]):
+        self._jitted, self._constants = jitted, constants.setdefault(where, [])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jitted, name)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         traced = self._jitted.trace(*args, **kwargs)
-        self._found += array_constants(traced.jaxpr)
+        self._constants += array_constants(traced.jaxpr)
         return traced
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,18 +87,18 @@ class Jitted:
 @contextlib.contextmanager
 def recorded_jits() -> Iterator[dict[str, list[jax.Array]]]:
     """Gives, for each function of the package that calls `jax.jit`, the constants of what it compiles, as it is run."""
-    found: dict[str, list[jax.Array]] = {}
+    constants: dict[str, list[jax.Array]] = {}
     plain = jax.jit
 
     def jit(function: Any, **options: Any) -> Any:
         caller = sys._getframe(1)
         module, name = caller.f_globals["__name__"], caller.f_code.co_name
         jitted = plain(function, **options)
-        return Jitted(jitted, f"{module}.{name}", found) if module.startswith("transformer.") else jitted
+        return Jitted(jitted, f"{module}.{name}", constants) if module.startswith("transformer.") else jitted
 
     with pytest.MonkeyPatch.context() as patch, guarded_reads():
         patch.setattr(jax, "jit", jit)
-        yield found
+        yield constants
 
 
 def jit_uses(root: pathlib.Path) -> set[str]:

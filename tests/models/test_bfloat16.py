@@ -114,15 +114,15 @@ def test_every_gradient_of_a_full_batch_is_that_of_float32(fields, packed):
     ids[:, :, [15, 31] if packed else [31]] = EOS
     fields = {"num_layers": 1, "dropout_rate": 0.0, **fields}
     config = (family_config(**fields) if "family" in fields else small_config(model=fields)).model
-    params, found = registry.ModelDef(config, V).init(0), {}
+    params, result = registry.ModelDef(config, V).init(0), {}
     for dtype in ("float32", "bfloat16"):
         model = registry.ModelDef(dataclasses.replace(config, dtype=dtype), V)
 
         def objective(params, batch, model=model):
             return cross_entropy(model.bind(params)(*batch, None, packed), batch.target_BT, 0.1).smoothed_nll
 
-        found[dtype] = jax.device_get(jax.jit(jax.grad(objective))(params, Batch(*ids)))
+        result[dtype] = jax.device_get(jax.jit(jax.grad(objective))(params, Batch(*ids)))
     for (path, wide), narrow in zip(
-        jax.tree.leaves_with_path(found["float32"]), jax.tree.leaves(found["bfloat16"]), strict=True
+        jax.tree.leaves_with_path(result["float32"]), jax.tree.leaves(result["bfloat16"]), strict=True
     ):
         assert np.linalg.norm(narrow - wide) < 0.02 * np.linalg.norm(wide), jax.tree_util.keystr(path)

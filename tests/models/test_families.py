@@ -248,7 +248,7 @@ def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
     """One update on rows and stored params that eight devices share is that of one device."""
     rng = np.random.default_rng(0)
     rows = [JaggedArray.from_sequences(sentences(rng, 8, 7)).to_padded(np.arange(8), 8) for _ in range(2)]
-    found = []
+    result = []
     for mesh in ({"data": 1}, {"data": 2, "fsdp": 4}):
         config = dataclasses.replace(family_config(family=family), mesh=small_config(mesh=mesh).mesh)
         grid, model = make_mesh(config.mesh), ModelDef(config.model, V)
@@ -258,9 +258,9 @@ def test_a_mesh_changes_nothing_but_rounding_and_shares_the_work(family):
         each = hlo_cost.count_flops(hlo.Program(update.as_text()))
         assert each == flops.batch_flops(config.model, V, batch) / grid.size
         state, metrics = update(state, batch)
-        found.append((float(metrics.loss.nll), jax.device_get(state.params)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=2e-4), found[0][1], found[1][1])
+        result.append((float(metrics.loss.nll), jax.device_get(state.params)))
+    assert result[0][0] == pytest.approx(result[1][0], rel=1e-5)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=2e-4), result[0][1], result[1][1])
 
 
 @pytest.mark.slow
@@ -283,6 +283,6 @@ def test_it_learns_to_copy_and_beam_search_finds_the_copy(family):
     source, params = batch(64), state.params
     decode = dataclasses.replace(config.decode, beam_size=3, max_extra_length=2, coverage_penalty=0.1)
     run = jax.jit(functools.partial(decoding.decode, (model,), decode, 1))
-    found = np.asarray(run((params,), DecodeInputs(jnp.asarray(source))).tokens_BNT[:, 0, :6])
-    assert (found == source).all(1).mean() > 0.9
-    assert PAD not in found[:, :5]
+    result = np.asarray(run((params,), DecodeInputs(jnp.asarray(source))).tokens_BNT[:, 0, :6])
+    assert (result == source).all(1).mean() > 0.9
+    assert PAD not in result[:, :5]

@@ -23,7 +23,7 @@ def made():
 def plain(x_BTD, weights, keep_BT=None, reverse=False):
     """Hochreiter and Schmidhuber's equations, one place after the other."""
     h = c = jnp.zeros((B, H))
-    found = [None] * T
+    result = [None] * T
     for t in reversed(range(T)) if reverse else range(T):
         if keep_BT is not None:
             h, c = (jnp.where(keep_BT[:, t, None], value, 0.0) for value in (h, c))
@@ -31,8 +31,8 @@ def plain(x_BTD, weights, keep_BT=None, reverse=False):
         i, f, o, g = jnp.split(gates, 4, axis=-1)
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        found[t] = h
-    return jnp.stack(found, 1)
+        result[t] = h
+    return jnp.stack(result, 1)
 
 
 @pytest.mark.parametrize("reverse", [slow(False), True])

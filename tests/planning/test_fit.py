@@ -14,9 +14,9 @@ def test_it_finds_what_fits_within_4_percent_and_in_few_trials(most, first):
         tried.append(units)
         return 500 + 10 * units + (units % 7)
 
-    found = aot.max_batch(needed, 500 + 10 * most + 6, first)
-    assert found <= most <= found * 1.04 + 1
-    assert found in tried
+    result = aot.max_batch(needed, 500 + 10 * most + 6, first)
+    assert result <= most <= result * 1.04 + 1
+    assert result in tried
     assert len(tried) == len(set(tried)) <= 9
 
 

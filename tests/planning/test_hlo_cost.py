@@ -154,10 +154,10 @@ def test_a_gradient_over_the_data_axes_is_one_reduction():
         return jax.grad(lambda w: (x @ w).sum())(w)
 
     rows, whole = on_mesh(("data", "fsdp")), on_mesh()
-    found = hlo_cost.collectives(program_of(gradient, (16, 32), (64, 16), shardings=(whole, rows), out=whole), MESH)
+    result = hlo_cost.collectives(program_of(gradient, (16, 32), (64, 16), shardings=(whole, rows), out=whole), MESH)
     # w's gradient is the same in every column, which XLA knows.
-    assert [(one.kind, one.axes, one.chips, one.num_runs) for one in found] == [("all-reduce", ("data", "fsdp"), 8, 1)]
-    assert found[0].bytes in (16 * 4, 16 * 32 * 4)
+    assert [(one.kind, one.axes, one.chips, one.num_runs) for one in result] == [("all-reduce", ("data", "fsdp"), 8, 1)]
+    assert result[0].bytes in (16 * 4, 16 * 32 * 4)
 
 
 @pytest.mark.parametrize(("axis", "chips"), [("data", 2), ("fsdp", 4)])
@@ -174,9 +174,9 @@ def test_permutations_in_a_loop_count_by_its_trips():
 
     where = on_mesh(None, "fsdp")
     mapped = jax.shard_map(function, mesh=where.mesh, in_specs=where.spec, out_specs=where.spec)
-    (found,) = hlo_cost.collectives(program_of(mapped, (8, 16), shardings=(where,), out=where), MESH)
-    assert found[:4] == ("collective-permute", ("fsdp",), 2, 3)
-    assert found.bytes == 3 * 8 * 16 * 4 // 4
+    (result,) = hlo_cost.collectives(program_of(mapped, (8, 16), shardings=(where,), out=where), MESH)
+    assert result[:4] == ("collective-permute", ("fsdp",), 2, 3)
+    assert result.bytes == 3 * 8 * 16 * 4 // 4
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_groups_of_devices_in_every_notation_are_axes_of_the_mesh(groups, axes):
         f"  ROOT %r = f32[16]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, use_global_device_ids=true, "
         "to_apply=%add",
     )
-    (found,) = hlo_cost.collectives(program, MESH)
-    assert (found.axes, found.bytes) == (axes, 64)
+    (result,) = hlo_cost.collectives(program, MESH)
+    assert (result.axes, result.bytes) == (axes, 64)
 
 
 def test_groups_that_cannot_be_read_are_an_error():
@@ -234,14 +234,14 @@ ENTRY %main (a: f32[16], b: f32[8,8]) -> f32[2] {
 
 
 def test_sums_of_which_slices_are_kept_are_a_reduce_scatter_and_share_a_channel():
-    found = hlo_cost.collectives(Program(SCATTER), MESH)
-    assert found == [Collective("reduce-scatter", ("data", "fsdp"), 8, 2, 2 * (64 + 256))]
+    result = hlo_cost.collectives(Program(SCATTER), MESH)
+    assert result == [Collective("reduce-scatter", ("data", "fsdp"), 8, 2, 2 * (64 + 256))]
 
 
 def test_a_sum_that_is_kept_whole_is_not_a_reduce_scatter():
     whole = SCATTER.replace("tuple(%mine, %row)", "tuple(%one, %row)").replace("dynamic-slice(%one", "negate(%id")
-    (found,) = hlo_cost.collectives(Program(whole), MESH)
-    assert found.kind == "all-reduce"
+    (result,) = hlo_cost.collectives(Program(whole), MESH)
+    assert result.kind == "all-reduce"
 
 
 GATHER = """%begin (p: f32[2]) -> f32[16] {

@@ -30,12 +30,12 @@ def test_the_same_host_is_the_same():
 def test_other_flags_and_cores_are_another():
     """XLA splits its work by the cores that a process may use, which changes the last bits."""
     other = of_another_process(XLA_FLAGS="--xla_force_host_platform_device_count=2", cores="0")
-    found = fingerprint.diff(fingerprint.fingerprint(), other)
-    assert "devices: 8 x cpu → 2 x cpu" in found
-    assert any(each.startswith("XLA_FLAGS: ") for each in found)
+    result = fingerprint.diff(fingerprint.fingerprint(), other)
+    assert "devices: 8 x cpu → 2 x cpu" in result
+    assert any(each.startswith("XLA_FLAGS: ") for each in result)
     if len(os.sched_getaffinity(0)) > 1:
-        assert f"cores: {len(os.sched_getaffinity(0))} → 1" in found
-    assert not any(each.startswith(("code", "jax:", "Python")) for each in found)
+        assert f"cores: {len(os.sched_getaffinity(0))} → 1" in result
+    assert not any(each.startswith(("code", "jax:", "Python")) for each in result)
 
 
 def test_what_only_one_of_them_has_is_named():

@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 from transformer.runtime import files
+from transformer.runtime.errors import UserError
 
 
 def test_what_is_written_is_there_and_nothing_else(tmp_path):
@@ -70,9 +71,9 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
     (tmp_path / "file").write_bytes(b"old")
     os.mkfifo(tmp_path / "pipe")
     for path in ("file", "new", "folder/new", "pipe"):
-        files.check_writable(tmp_path / path)
+        files.check_writable(tmp_path / path, "--output")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "pipe"]
     assert (tmp_path / "file").read_bytes() == b"old"
     for path in ("", "folder", "file/new"):
-        with pytest.raises(OSError, match=r"directory|exists"):
-            files.check_writable(tmp_path / path)
+        with pytest.raises(UserError, match=r"^--output: .*([Dd]irectory|exists)"):
+            files.check_writable(tmp_path / path, "--output")

@@ -194,11 +194,11 @@ def test_a_run_is_kept_damaged_and_resumed_there(folder, bucket, tmp_path, quick
     object_storage._remote_urls.clear()
     os.rename(os.environ["XDG_CACHE_HOME"], f"{os.environ['XDG_CACHE_HOME']}.{time.monotonic_ns()}")  # another machine
     train_here(folder, run, *flags(folder, bucket, 8))
-    said = capsys.readouterr().err
-    assert "checkpoint 4 is damaged and skipped: config.json" in said
-    assert "resuming after step 2" in said
-    assert "tokenizing" not in said
-    assert "preparing" not in said
+    stderr = capsys.readouterr().err
+    assert "checkpoint 4 is damaged and skipped: config.json" in stderr
+    assert "resuming after step 2" in stderr
+    assert "tokenizing" not in stderr
+    assert "preparing" not in stderr
     assert CheckpointManager(run).steps() == [4, 6, 8] or CheckpointManager(run).steps() == [6, 8]
     assert CheckpointManager(run).latest_valid_step() == 8
     assert not (run / "checkpoints" / "6" / "params" / "half").exists()
@@ -211,13 +211,13 @@ def test_text_files_are_read_there(folder, bucket):
     from transformer.data import local_text
 
     object_storage.upload(folder, f"{bucket}/text")
-    wanted, found = (
+    wanted, result = (
         local_text.find_splits(DataConfig(name="text", dir=str(where))) for where in (folder, f"{bucket}/text")
     )
-    assert found.keys() == wanted.keys()
+    assert result.keys() == wanted.keys()
     for split in wanted:
-        assert list(found[split].pairs()) == list(wanted[split].pairs())
-        assert found[split].digest() == wanted[split].digest()
+        assert list(result[split].pairs()) == list(wanted[split].pairs())
+        assert result[split].digest() == wanted[split].digest()
 
 
 def test_a_step_without_a_manifest_is_not_a_checkpoint(bucket):
@@ -291,7 +291,7 @@ def test_two_hosts_keep_a_run_there(folder, bucket, tmp_path):
             if codes != [0, 0]:
                 pair.wait_until(0, "step 1/")
                 pair.all[0].terminate()
-            assert pair.wait() == codes, pair.said(0) + pair.said(1)
+            assert pair.wait() == codes, pair.stderr(0) + pair.stderr(1)
     train_here(folder, tmp_path / "alone", *flags(folder, tmp_path, 8))
     ours, theirs = losses(epath.Path(run)), losses(tmp_path / "alone")
     assert ours.keys() == theirs.keys()

@@ -62,9 +62,9 @@ def test_messages_that_cannot_be_written_are_lost_and_cost_nothing(sent, redirec
     ("redirection", "reason"), [(">&-", "it is closed"), (">/dev/full", "No space left on device")]
 )
 def test_a_result_that_cannot_be_written_is_exit_code_2_with_a_message(sent, redirection, reason, when):
-    code, printed, said = sent(redirection, when)
+    code, printed, stderr = sent(redirection, when)
     assert (code, printed) == (2, "")
-    assert said == f"a message\nprogram.py: the result could not be written to stdout: {reason}; send it elsewhere\n"
+    assert stderr == f"a message\nprogram.py: the result could not be written to stdout: {reason}; send it elsewhere\n"
 
 
 @pytest.mark.reported

@@ -30,10 +30,10 @@ def test_the_pairs_of_the_batch_are_in_a_file(tmp_path):
     ):
         raise DivergedError("it diverged", 7)
     assert (error.value.step, error.value.exit_code) == (7, 3)
-    found = json.loads((tmp_path / workdir.DIVERGED_FILE).read_text())
-    assert (found["update"], found["why"]) == (7, "it diverged")
-    assert [pair["number"] for pair in found["pairs"]] == [7, 8]
-    assert found["pairs"][0] == {"number": 7, "source": "source 7", "target": "Ziel 7 ß"}
+    result = json.loads((tmp_path / workdir.DIVERGED_FILE).read_text())
+    assert (result["update"], result["why"]) == (7, "it diverged")
+    assert [pair["number"] for pair in result["pairs"]] == [7, 8]
+    assert result["pairs"][0] == {"number": 7, "source": "source 7", "target": "Ziel 7 ß"}
     assert "Ziel 7 ß" in (tmp_path / workdir.DIVERGED_FILE).read_text()
 
 

@@ -39,8 +39,8 @@ def follow(losses, factor=2.0, most=2):
     ],
 )
 def test_the_first_updates_of_a_spike_are_skipped(losses, made, skipped):
-    found, state = follow(losses)
-    assert found == [bool(each) for each in made]
+    result, state = follow(losses)
+    assert result == [bool(each) for each in made]
     assert int(state.skipped) == int(optimizer_lib.num_skipped(state)) == skipped
 
 

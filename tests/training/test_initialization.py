@@ -139,8 +139,8 @@ def test_a_config_file_may_leave_sizes_open_and_a_flag_does_not(saved, tmp_path)
     flags = ["train.py", f"--config={path}", f"--config.train.init_from={saved}", f"--workdir={tmp_path / 'run'}"]
     parser = command_line.config_parser("train.py", "")
     parser.add_argument("--workdir")
-    found, _ = command_line.parse_with_config(parser, flags)
-    assert (found.model.emb_dim, found.model.qkv_dim, found.model.num_layers) == (16, 16, 1)
+    result, _ = command_line.parse_with_config(parser, flags)
+    assert (result.model.emb_dim, result.model.qkv_dim, result.model.num_layers) == (16, 16, 1)
     given, _ = command_line.parse_with_config(parser, [*flags, "--config.model.mlp_dim=2048"])
     assert (given.model.emb_dim, given.model.mlp_dim) == (16, 2048)
     with pytest.raises(UserError, match=r"another one: model\.mlp_dim: 32 → 2048\. Set these fields as there or leave"):

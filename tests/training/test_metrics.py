@@ -149,13 +149,13 @@ def test_events_hold_the_same_numbers(tmp_path):
     with MetricWriter(epath.Path(tmp_path), 0, 20) as log:
         log.write(10, {"valid/bleu": 30.5})
     (path,) = tmp_path.glob("events.out.tfevents.*")
-    content, found = path.read_bytes(), {}
+    content, result = path.read_bytes(), {}
     while content:
         size = int.from_bytes(content[:8], "little")
         event = event_pb2.Event.FromString(content[12 : 12 + size])
-        found.update({(event.step, value.tag): value.simple_value for value in event.summary.value})
+        result.update({(event.step, value.tag): value.simple_value for value in event.summary.value})
         content = content[16 + size :]
-    assert found == {(10, "valid/bleu"): 30.5}
+    assert result == {(10, "valid/bleu"): 30.5}
 
 
 def test_what_is_done_again_is_not_listed_twice(tmp_path):

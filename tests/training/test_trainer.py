@@ -349,9 +349,9 @@ def test_another_host_is_logged(data, tmp_path, monkeypatch, capsys):
     here = environment.fingerprint()
     monkeypatch.setattr(manager.environment, "fingerprint", lambda: {**here, "jax": "9.9", "cores": "77"})
     fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
-    said = capsys.readouterr().err
-    assert "warning: another host than before, so the last bits may differ: " in said
-    assert f"jax: {here['jax']} → 9.9; cores: {here['cores']} → 77\n" in said
+    stderr = capsys.readouterr().err
+    assert "warning: another host than before, so the last bits may differ: " in stderr
+    assert f"jax: {here['jax']} → 9.9; cores: {here['cores']} → 77\n" in stderr
     fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
     assert "another host" not in capsys.readouterr().err
 
@@ -377,9 +377,9 @@ def test_another_decode_config_resets_the_best_score(data, tmp_path, capsys):
 
 def test_devices_that_a_mesh_leaves_idle_are_logged(data, tmp_path, capsys):
     prepare(config_of(data, mesh={"data": 2}, train={"accumulation_steps": 40}), epath.Path(tmp_path / "run"))
-    said = capsys.readouterr().err
-    assert f"config.mesh uses 2 of {jax.device_count()} devices" in said
-    assert "warning: mesh.data x mesh.fsdp = 2 times train.accumulation_steps = 40 must divide the rows" in said
+    stderr = capsys.readouterr().err
+    assert f"config.mesh uses 2 of {jax.device_count()} devices" in stderr
+    assert "warning: mesh.data x mesh.fsdp = 2 times train.accumulation_steps = 40 must divide the rows" in stderr
 
 
 def test_validation_without_pairs_is_refused(data, tmp_path):

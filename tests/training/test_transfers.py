@@ -114,7 +114,7 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
     fresh_programs,
 ):
     """Such an array lies on the device, and lowering reads it back; nor do the programs' calls read anything."""
-    with transfers.recorded_jits() as found:
+    with transfers.recorded_jits() as result:
         train = {"num_steps": 2, "eval_every_steps": 2, "checkpoint_every_steps": 1, "ema_decay": 0.5}
         fit(config_of(data, train=train), tmp_path / "run")
         loaded = loading.load_checkpoint(tmp_path / "run", "average:2")
@@ -125,7 +125,7 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
             Translator(loaded.model, loaded.tokenizer, decode, loaded.mesh).translate(loaded.params, ["red cat"])
         aligner = Aligner(loaded.model, loaded.tokenizer, 1, loaded.config.decode, loaded.mesh)
         aligner.align(loaded.params, ["red cat"], ["tac der"])
-        found["transformer.training.train_step.all_finite"] = transfers.array_constants(
+        result["transformer.training.train_step.all_finite"] = transfers.array_constants(
             train_step.all_finite.trace(loaded.params).jaxpr  # was compiled when the module was read
         )
         with monkeypatch.context() as one_device:
@@ -143,5 +143,5 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
             sharding.allgather_to_devices(mesh, np.zeros(1, np.int32))
             several.setattr(jax, "process_count", lambda: 2)
             sharding.replicate(loaded.mesh, loaded.params)
-    assert set(found) == transfers.jit_uses(root), "a use of jax.jit that this test does not run"
-    assert not {where: values for where, values in found.items() if values}
+    assert set(result) == transfers.jit_uses(root), "a use of jax.jit that this test does not run"
+    assert not {where: values for where, values in result.items() if values}

@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from transformer.checkpoints.manager import CheckpointManager, Metrics, no_valid_checkpoint
-from transformer.config import Config, MeshConfig, schema
+from transformer.config import Config, MeshConfig, schema, validation
 from transformer.config.validation import RESUMABLE_FIELDS
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed.mesh import make_mesh, warm_up_collectives
@@ -59,6 +60,14 @@ class RestoredModel:
     def description(self) -> str:
         """Selector and steps, for messages."""
         return describe(self.selector, self.steps)
+
+    def with_decode(self, fields: Mapping[str, Any]) -> "RestoredModel":
+        """The model with these fields of decoding in place of its own.
+
+        Raises:
+          UserError: as `validation.override_decode`.
+        """
+        return dataclasses.replace(self, config=validation.override_decode(self.config, dict(fields)))
 
     @property
     def tag(self) -> str:

@@ -30,7 +30,7 @@ from transformer.distributed import multihost
 from transformer.models.registry import ModelDef, Params, abstract_params
 from transformer.runtime import environment, object_storage
 from transformer.runtime.errors import UserError, WorkdirError
-from transformer.runtime.files import sha256, user_error_on_oserror, write_atomic
+from transformer.runtime.files import CONFIG_FILE, sha256, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
 
 VALID_BLEU = "valid/bleu"  # recorded with every validated checkpoint
@@ -118,7 +118,7 @@ class CheckpointManager:
                     _delete_checkpoint(folder)
                 folder.mkdir(parents=True)
             multihost.barrier("checkpoint begun")
-            with object_storage.staged_write(folder) as target, FileHasher() as hasher:
+            with object_storage.staged(folder, write=True) as target, FileHasher() as hasher:
                 for name, tree in _trees(state).items():  # each process its shards
                     ocp.save(target / name, tree)
                     if multihost.process_count() == 1:
@@ -126,7 +126,7 @@ class CheckpointManager:
                 multihost.barrier("arrays written")
                 if multihost.is_primary():
                     tokenizer.save(target / "tokenizer")
-                    write_atomic(target / "config.json", config.to_json())
+                    write_atomic(target / CONFIG_FILE, config.to_json())
                     hasher.add(target)
                     with _unreadable_reported(final):
                         check_arrays(target, state)  # while the files are hashed
@@ -222,8 +222,8 @@ class CheckpointManager:
     def _score_definition(self, step: int) -> "ScoreDefinition | None":
         """How a checkpoint was scored; None if its config has changed since it was written."""
         with contextlib.suppress(OSError, KeyError, CorruptCheckpointError, UserError):
-            digest = self.manifest(step).files["config.json"][1]
-            if sha256(self.folder / str(step) / "config.json") == digest:
+            digest = self.manifest(step).files[CONFIG_FILE][1]
+            if sha256(self.folder / str(step) / CONFIG_FILE) == digest:
                 return score_definition(self.config(step))
         return None
 
@@ -294,8 +294,7 @@ class CheckpointManager:
 
     def config(self, step: int) -> Config:
         """The config that a checkpoint was trained with."""
-        path = self.folder / str(step) / "config.json"
-        return validation.from_json(path.read_text(), str(path))
+        return validation.load(self.folder / str(step) / CONFIG_FILE)
 
     def tokenizer(self, step: int) -> Tokenizer:
         """The vocabulary that a checkpoint was trained with."""
@@ -388,7 +387,7 @@ def _read_manifest(folder: epath.Path) -> Manifest:
 
 def _load_arrays(folder: epath.Path, abstract: Any) -> Any:
     """Reads arrays with the shapes, dtypes and shardings of `abstract`."""
-    with object_storage.staged_read(folder) as local:
+    with object_storage.staged(folder) as local:
         return ocp.load(local, abstract)
 
 

@@ -14,6 +14,7 @@ import typing
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
+from etils import epath
 from ml_collections import config_dict
 
 from transformer.config import schema, warm_start
@@ -28,6 +29,7 @@ from transformer.config.schema import (
     DataConfig,
 )
 from transformer.runtime.errors import UserError
+from transformer.runtime.files import user_error_on_oserror
 
 BLOCKWISE_MIN_LENGTH = 512  # from this length on `auto` chooses attention with memory linear in the length
 
@@ -311,7 +313,18 @@ def to_sections(values: Any) -> dict[str, dict]:
     return values
 
 
-def from_json(text: str, path: str) -> Config:
+def load(path: epath.PathLike) -> Config:
+    """Reads a file that `Config.to_json` wrote.
+
+    Raises:
+      UserError: it cannot be read, or is no valid config.
+    """
+    with user_error_on_oserror(f"{path}"):
+        text = epath.Path(path).expanduser().read_bytes()
+    return from_json(text, f"{path}")
+
+
+def from_json(text: str | bytes, path: str) -> Config:
     """Reads what `Config.to_json` wrote; errors name `path`."""
     try:
         values = json.loads(text)

@@ -9,6 +9,7 @@ from etils import epath
 
 from transformer.config.schema import DEFAULTS_TO_EMB_DIM, ModelConfig, field_default, field_names
 from transformer.runtime import object_storage
+from transformer.runtime.files import CONFIG_FILE
 
 # Fields of the model that may differ from the base run: they do not change the meaning of trained params.
 ALLOWED_MODEL_DIFFS = {
@@ -54,7 +55,7 @@ def _load_saved_config(workdir: str) -> dict[str, dict[str, Any]]:
         names = [path.name for path in folder.iterdir() if path.name.isdecimal()]
     for name in sorted(names, key=int, reverse=True):
         with contextlib.suppress(OSError, ValueError):
-            config = json.loads((folder / name / "config.json").read_text())
+            config = json.loads((folder / name / CONFIG_FILE).read_text())
             if isinstance(config, dict):
                 return config
     return {}

@@ -95,6 +95,12 @@ class JaggedArray:
         return padded
 
 
+def pad(sequences: Sequence[np.ndarray], width: int | None = None) -> np.ndarray:
+    """int32 [B, width]: a sequence in each row, then PAD; by default as wide as the longest."""
+    jagged = JaggedArray.from_sequences(sequences)
+    return jagged.to_padded(np.arange(len(jagged)), int(jagged.lengths.max()) if width is None else width)
+
+
 def make_batch(spec: BatchSpec, source: JaggedArray, target: JaggedArray) -> Batch:
     """The padded arrays of a batch."""
     bucket, examples_B = spec

@@ -8,9 +8,7 @@ import array
 import contextlib
 import itertools
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,7 +24,7 @@ from transformer.data.packing import PackedSchedule
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import sha256, user_error_on_oserror
+from transformer.runtime.files import atomic_directory, sha256, user_error_on_oserror
 from transformer.runtime.logging import log_info, log_progress
 
 CHUNK_PAIRS = 10_000  # tokenized at a time
@@ -197,33 +195,26 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
 
 def _write_ids(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
     """Tokenizes a split into a folder, atomically: two runs may do it at once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    partial = folder.parent / f"{folder.name}.{uuid.uuid4().hex}.partial"  # containers share process ids
-    partial.mkdir()
+    lengths = {"source": array.array("q"), "target": array.array("q")}
     try:
-        lengths = {"source": array.array("q"), "target": array.array("q")}
-        with (partial / "source.ids").open("wb") as source, (partial / "target.ids").open("wb") as target:
-            pairs_left = iter(split)
-            chunks = iter(lambda: list(itertools.islice(pairs_left, CHUNK_PAIRS)), [])
-            progress = "tokenized {:,} of {:,} pairs"
-            for pairs in log_progress(chunks, lambda count: progress.format(count * CHUNK_PAIRS, len(split))):
-                for side, name, file in ((0, "source", source), (1, "target", target)):
-                    sequences = tokenizer.encode([pair[side] for pair in pairs])
-                    lengths[name].extend(len(ids) for ids in sequences)
-                    file.write(np.concatenate(sequences).astype(dtype).tobytes())
-        for name, values in lengths.items():
-            with (partial / f"{name}.offsets.npy").open("wb") as file:
-                np.save(file, np.concatenate([[0], np.cumsum(values, dtype=np.int64)]))
-        digests = {name: sha256(partial / name) for name in FILES}
-        (partial / METADATA_FILE).write_text(json.dumps({"dtype": np.dtype(dtype).name, "sha256": digests}))
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            if not folder.exists():  # otherwise another run was faster
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with atomic_directory(folder) as partial:
+            with (partial / "source.ids").open("wb") as source, (partial / "target.ids").open("wb") as target:
+                pairs_left = iter(split)
+                chunks = iter(lambda: list(itertools.islice(pairs_left, CHUNK_PAIRS)), [])
+                progress = "tokenized {:,} of {:,} pairs"
+                for pairs in log_progress(chunks, lambda count: progress.format(count * CHUNK_PAIRS, len(split))):
+                    for side, name, file in ((0, "source", source), (1, "target", target)):
+                        sequences = tokenizer.encode([pair[side] for pair in pairs])
+                        lengths[name].extend(len(ids) for ids in sequences)
+                        file.write(np.concatenate(sequences).astype(dtype).tobytes())
+            for name, values in lengths.items():
+                np.save(partial / f"{name}.offsets.npy", np.concatenate([[0], np.cumsum(values, dtype=np.int64)]))
+            digests = {name: sha256(partial / name) for name in FILES}
+            (partial / METADATA_FILE).write_text(json.dumps({"dtype": np.dtype(dtype).name, "sha256": digests}))
+    except OSError:
+        if not folder.exists():  # otherwise another run was faster
+            raise
 
 
 def _load_ids(folder: epath.Path) -> TokenIds:

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -43,10 +44,12 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
     Attributes:
       languages: of the first and second sentence of each pair.
       source_description: where the pairs come from, for messages.
+      published: what TFDS says of the data set, as arguments of `DatasetInfo`.
     """
 
     languages: tuple[str, str]
     source_description: str
+    published: Mapping[str, Any] = types.MappingProxyType({})
 
     @abc.abstractmethod
     def _pairs_by_split(self) -> Mapping[str, Callable[[], Iterator[Pair]]]:
@@ -58,6 +61,7 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
             features=tfds.features.Translation(languages=self.languages),
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(),
+            **self.published,
         )
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable[[], Iterator]]]:
@@ -284,7 +288,7 @@ def silence_tfds(progress_bars: bool = False) -> Iterator[None]:
 def file_lock(folder: epath.PathLike) -> Iterator[None]:
     """Locks a folder against other processes; without file locks, the first rename by TFDS wins."""
     with contextlib.ExitStack() as stack:
-        if "://" not in os.fspath(folder):
+        if not object_storage.is_remote(folder):
             lock = stack.enter_context(open(os.path.join(folder, ".lock"), "w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,10 +3,11 @@
 import array
 import dataclasses
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from transformer.config import Config
 from transformer.data.batching import BatchSchedule, JaggedArray
@@ -113,11 +114,8 @@ def print_report(
 def _pairs_table(
     config: Config, texts: dict[str, TextStats], ids: dict[str, TokenIds], schedule: BatchSchedule, blank: int
 ) -> Table:
-    table = Table(title="Sentence pairs")
-    table.add_column("split")
     columns = ("pairs", "blank, left out", f"over {config.data.max_length} tokens", "duplicates", "source in training")
-    for name in columns:
-        table.add_column(name, justify="right")
+    table = _table("Sentence pairs", ("split",), columns)
     for name, text in texts.items():
         source, target = ids[name]
         train, count = name == "train", len(source)
@@ -129,12 +127,9 @@ def _pairs_table(
 
 
 def _tokens_table(config: Config, texts: dict[str, TextStats], ids: dict[str, TokenIds], tokenizer: Tokenizer) -> Table:
-    table = Table(title=f"Tokens of a vocabulary of {tokenizer.vocab_size:,}, without the ends of sentences")
-    for name in ("split", "side"):
-        table.add_column(name)
     lengths = [{50: "median", 100: "longest"}.get(percent, f"{percent}%") for percent in PERCENTILES]
-    for name in ("tokens", "per word", "in bytes", "unknown", *lengths):
-        table.add_column(name, justify="right")
+    title = f"Tokens of a vocabulary of {tokenizer.vocab_size:,}, without the ends of sentences"
+    table = _table(title, ("split", "side"), ("tokens", "per word", "in bytes", "unknown", *lengths))
     for name, text in texts.items():
         languages = (config.data.source_language, config.data.target_language)
         for language, words, side in zip(languages, text.words, ids[name], strict=True):
@@ -143,6 +138,12 @@ def _tokens_table(config: Config, texts: dict[str, TextStats], ids: dict[str, To
             per_word = f"{tokens.total / max(words, 1):.2f}"
             table.add_row(name, language, f"{tokens.total:,}", per_word, *rates, *(f"{n:,}" for n in tokens.lengths))
     return table
+
+
+def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
+    """A table with columns of text, then of numbers."""
+    columns = [*(Column(name) for name in names), *(Column(name, justify="right") for name in numbers)]
+    return Table(*columns, title=title)
 
 
 def _percent(count: int, total: int) -> str:

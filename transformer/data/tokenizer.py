@@ -139,13 +139,16 @@ def load(path: epath.PathLike) -> Tokenizer:
     with user_error_on_oserror(str(path)):
         if path.is_dir():
             path = _model_path(path)
+        return Tokenizer(_read(path, str(path), "a SentencePiece model"), str(path))
+
+
+def _read(path: epath.Path, where: str, expected: str) -> bytes:
+    """The bytes of a file; errors begin with `where`."""
+    with user_error_on_oserror(where):
         reject_pipe(path)
         if not path.exists():
-            raise UserError(
-                f"{path}: expected a SentencePiece model, but the file is missing; restore it or name another"
-            )
-        model = path.read_bytes()
-    return Tokenizer(model, str(path))
+            raise UserError(f"{where}: expected {expected}, but the file is missing; restore it or name another")
+        return path.read_bytes()
 
 
 def exists(folder: epath.PathLike) -> bool:
@@ -213,12 +216,7 @@ def build(data: DataConfig, lines: Collection[str]) -> Tokenizer:
 
 def _read_merges(data: DataConfig) -> subword_nmt.Merges:
     path = epath.Path(data.tokenizer)
-    where = f"config.data.tokenizer = {path}"
-    with user_error_on_oserror(where):
-        reject_pipe(path)
-        if not path.exists():
-            raise UserError(f"{where}: expected codes of subword-nmt, but the file is missing; name another")
-        codes = path.read_bytes()
+    codes = _read(path, f"config.data.tokenizer = {path}", "codes of subword-nmt")
     try:
         return subword_nmt.parse(codes.decode(), str(path))
     except UnicodeDecodeError as error:

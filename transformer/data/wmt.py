@@ -28,6 +28,7 @@ from etils import epath
 from transformer.data import text_files
 from transformer.data.download import Download, DownloadManager, VerifiedFile
 from transformer.data.prepared import Pair, ParallelTextBuilder
+from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 
 _SEGMENT = re.compile(r"<seg id=\"\d+\">(.*)</seg>")  # some of the files are not XML
@@ -144,7 +145,8 @@ class WmtBuilder(ParallelTextBuilder, skip_registration=True):  # type: ignore[c
         self.name = tfds_builder.name
         self.languages = tfds_builder.builder_config.language_pair
         self.source_description = tfds_builder.info.full_name
-        self._tfds_info = tfds_builder.info
+        names = ("description", "supervised_keys", "homepage", "citation")
+        self.published = {name: getattr(tfds_builder.info, name) for name in names}
         self._subcorpora = subcorpora(tfds_builder)
         self._manual_dir = manual_dir
         downloads = os.path.join(data_dir, "downloads")
@@ -157,20 +159,8 @@ class WmtBuilder(ParallelTextBuilder, skip_registration=True):  # type: ignore[c
         )
         super().__init__(config=config, data_dir=data_dir, file_format="array_record")
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self._tfds_info.description,
-            features=tfds.features.Translation(languages=self.languages),
-            supervised_keys=self.languages,
-            homepage=self._tfds_info.homepage,
-            citation=self._tfds_info.citation,
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(),
-        )
-
     def _pairs_by_split(self) -> dict[str, Callable[[], Iterator[Pair]]]:
-        if "://" in os.fspath(self.data_path):
+        if object_storage.is_remote(self.data_path):
             raise UserError(
                 f"{self.data_path}: expected a local folder to prepare {self.source_description} in; set "
                 "config.data.data_dir to one and copy the prepared folder afterwards"

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from transformer.config import DecodeConfig
-from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray, eval_batches, make_batch, select_rows
+from transformer.data.batching import Batch
 from transformer.data.tokenizer import Tokenizer, truncate
 from transformer.decoding.decode import batch_rows
+from transformer.decoding.teacher_forcing import map_pairs
 from transformer.distributed import sharding
 from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import UserError
@@ -81,22 +82,18 @@ class Aligner:
 
         Long sources are truncated as in decoding.
         """
-        params = sharding.replicate(self._mesh, params)
         indices = [i for i, pair in enumerate(zip(sources, translations, strict=True)) if all(map(str.strip, pair))]
         max_length = self._config.max_source_tokens
         source = self._encode([sources[i] for i in indices], max_length)
         target = self._encode([translations[i] for i in indices], max_length + self._config.max_extra_length)
-        for spec in eval_batches(source.lengths, target.lengths, self._rows):
-            batch = make_batch(spec, source, target)
-            local_rows = sharding.local_row_indices(self._mesh, len(spec.examples_B), rows="decode_batch")
-            local_batch = make_batch(select_rows(spec, local_rows), source, target)
-            on_device = sharding.shard_batch(self._mesh, local_batch, rows="decode_batch")
-            weights_BLHTS, of_self = jax.device_get(self._weights(params, on_device))
-            for row, example in enumerate(spec.examples_B[spec.examples_B != PAD_EXAMPLE]):
-                S, T = source.lengths[example], target.lengths[example]
-                ids = batch.source_BS[row, :S], batch.target_BT[row, :T]
-                own = (of_self[0][row, :, :, :S, :S], of_self[1][row, :, :, :T, :T]) if of_self else (None, None)
-                yield indices[example], Attention(weights_BLHTS[row, :, :, :T, :S], *ids, *own)
+
+        def rows_of(width: int) -> int:
+            return batch_rows(self._config, self._mesh, MAX_CELLS // width**2)
+
+        for i, (weights_LHTS, of_self) in map_pairs(self._weights, self._mesh, params, source, target, rows_of):
+            S, T = len(source[i]), len(target[i])
+            own = (of_self[0][:, :, :S, :S], of_self[1][:, :, :T, :T]) if of_self else (None, None)
+            yield indices[i], Attention(weights_LHTS[:, :, :T, :S], source[i], target[i], *own)
 
     def align(self, params: Params, sources: Sequence[str], translations: Sequence[str]) -> list[Alignment]:
         """The alignment of each pair; empty if a side is blank."""
@@ -121,12 +118,8 @@ class Aligner:
         words_WW = is_target_word_WT.astype(np.float32) @ weights_TS @ is_source_word_SW.astype(np.float32)
         return sorted((int(source), target) for target, source in enumerate(words_WW.argmax(1)))
 
-    def _encode(self, lines: Sequence[str], max_length: int) -> JaggedArray:
-        return JaggedArray.from_sequences([truncate(ids, max_length) for ids in self._tokenizer.encode(lines)])
-
-    def _rows(self, width: int) -> int:
-        max_rows = sharding.padded_batch_size(self._mesh, max(MAX_CELLS // width**2, 1), rows="decode_batch")
-        return min(batch_rows(self._config, self._mesh), max_rows)
+    def _encode(self, lines: Sequence[str], max_length: int) -> list[np.ndarray]:
+        return [truncate(ids, max_length) for ids in self._tokenizer.encode(lines)]
 
 
 def default_layer(num_layers: int) -> int:

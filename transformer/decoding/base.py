@@ -80,7 +80,7 @@ def while_loop_with_growing_cache(
     Returns:
       The final state, without its cache.
     """
-    if resize is None or _same_shapes(state.cache, jax.eval_shape(lambda: resize(state.cache, max_length))):
+    if resize is None or _shapes(state.cache) == _shapes(jax.eval_shape(lambda: resize(state.cache, max_length))):
         return _without_cache(jax.lax.while_loop(cond_fn, body_fn, state))
 
     def run_stage(state: Any, length: int, *longer: int) -> Any:
@@ -97,9 +97,8 @@ def _without_cache(state: Any) -> Any:
     return state._replace(cache=())
 
 
-def _same_shapes(old: Cache, new: Cache) -> bool:
-    old_shapes, new_shapes = (jax.tree.map(lambda leaf: leaf.shape, cache) for cache in (old, new))
-    return old_shapes == new_shapes
+def _shapes(cache: Cache) -> Any:
+    return jax.tree.map(jnp.shape, cache)
 
 
 class SpecialIds(NamedTuple):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from transformer.config import DecodeConfig
+from transformer.config.schema import MAX_INT
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.decoding.base import CoveragePenalty, Hypotheses, SpecialIds, StepFn, cache_lengths
 from transformer.decoding.beam_search import SearchConfig, beam_search
@@ -43,9 +44,13 @@ class DecodeInputs(NamedTuple):
     phrases_BKL: Any = None
 
 
-def batch_rows(config: DecodeConfig, mesh: Mesh) -> int:
-    """Rows of every batch: `decode.batch_rows`, or by platform where that is 0, padded to divide over the devices."""
-    rows = config.batch_rows or platform.decode_rows(mesh)
+def batch_rows(config: DecodeConfig, mesh: Mesh, most: int = MAX_INT) -> int:
+    """Rows of every batch: `decode.batch_rows`, or by platform where that is 0, padded to divide over the devices.
+
+    Args:
+      most: rows that fit in memory, before padding; at least one is taken.
+    """
+    rows = min(config.batch_rows or platform.decode_rows(mesh), max(most, 1))
     return sharding.padded_batch_size(mesh, rows, rows="decode_batch")
 
 
@@ -59,9 +64,7 @@ def decode(
     max_length = inputs.source_BS.shape[1] + config.max_extra_length
     lengths_B = (inputs.source_BS != PAD).sum(-1, dtype=jnp.int32)
     limits_B = jnp.where(lengths_B > 0, lengths_B + jnp.int32(config.max_extra_length), 0)
-    coverage = None
-    if config.coverage_penalty:
-        coverage = CoveragePenalty(config.coverage_penalty, inputs.source_BS != PAD)
+    coverage = CoveragePenalty(config.coverage_penalty, inputs.source_BS != PAD) if config.coverage_penalty else None
     beams = config.beam_size if config.method == "beam" else count
     step, caches = init_step_fn(
         models, params, inputs.source_BS, beams, max_length, coverage is not None, cache_lengths(max_length)[0]
@@ -74,7 +77,7 @@ def decode(
             caches,
             limits_B,
             SearchConfig(beams, max_length, SPECIAL_IDS, count, *penalty, config.early_stopping),
-            reorder=reorder_caches,
+            reorder=lambda caches, parents_BN: tuple(cache.reorder(parents_BN) for cache in caches),
             resize=resize_caches,
             constraints=constraints,
             coverage=coverage,
@@ -129,11 +132,6 @@ def ensemble_log_probs(logits: Sequence[jax.Array]) -> jax.Array:
         return logits[0]
     log_probs = jnp.stack([jax.nn.log_softmax(member.astype(jnp.float32)) for member in logits])
     return jax.nn.logsumexp(log_probs, axis=0) - math.log(len(logits))
-
-
-def reorder_caches(caches: tuple[Cache, ...], parents_BN: jax.Array) -> tuple[Cache, ...]:
-    """Moves the hypotheses of all caches from beams `parents_BN`."""
-    return tuple(cache.reorder(parents_BN) for cache in caches)
 
 
 def resize_caches(caches: tuple[Cache, ...], cache_length: int) -> tuple[Cache, ...]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from transformer.data import text_inputs
-from transformer.data.batching import PAD_EXAMPLE, JaggedArray, round_up_to_power_of_two
+from transformer.data.batching import PAD_EXAMPLE, pad, round_up_to_power_of_two
 from transformer.data.tokenizer import UNK, Tokenizer
 from transformer.runtime.errors import UserError
 
@@ -125,14 +125,10 @@ def to_arrays(
     rows = [constraints[i] if i != PAD_EXAMPLE else DecodingConstraints() for i in examples_B]
     prefix_BP, phrases_BKL = None, None
     if sizes.prefix:
-        prefix_BP = _pad([row.prefix for row in rows], sizes.prefix)
+        prefix_BP = pad([row.prefix for row in rows], sizes.prefix)
     if sizes.phrases:
         empty = np.zeros(0, np.int32)
         padded = [(*row.phrases, *[empty] * (sizes.phrases - len(row.phrases))) for row in rows]
         flat = [phrase for phrases in padded for phrase in phrases]
-        phrases_BKL = _pad(flat, sizes.phrase).reshape(len(rows), sizes.phrases, sizes.phrase)
+        phrases_BKL = pad(flat, sizes.phrase).reshape(len(rows), sizes.phrases, sizes.phrase)
     return prefix_BP, phrases_BKL
-
-
-def _pad(sequences: Sequence[np.ndarray], width: int) -> np.ndarray:
-    return JaggedArray.from_sequences(sequences).to_padded(np.arange(len(sequences)), width)

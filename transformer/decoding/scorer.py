@@ -5,9 +5,7 @@ The device sees a few fixed shapes only, as in decoding: the score of a pair dep
 B rows, S source length, T target length, V vocabulary.
 """
 
-import collections
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +13,16 @@ import numpy as np
 
 from transformer.config import DecodeConfig
 from transformer.data import text_inputs
-from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray, eval_batches, make_batch, select_rows
+from transformer.data.batching import Batch
 from transformer.data.text_files import one_line
 from transformer.data.tokenizer import Tokenizer, truncate
 from transformer.decoding.decode import batch_rows, ensemble_log_probs
+from transformer.decoding.teacher_forcing import map_pairs
+from transformer.decoding.warning_counts import WarningCounts
 from transformer.distributed import sharding
 from transformer.models.loss import target_log_probs
 from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import log_info
 
 MAX_BATCH_TOKENS = 1 << 14  # of a batch, whose logits are MAX_BATCH_TOKENS * V floats
 
@@ -48,9 +47,7 @@ class Scorer:
     """
 
     def __init__(self, models: Sequence[ModelDef], tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
-        self._tokenizer, self._mesh = tokenizer, mesh
-        self._counts: collections.Counter[str] = collections.Counter()
-        self._counts_lock = threading.Lock()
+        self._tokenizer, self._mesh, self._warnings = tokenizer, mesh, WarningCounts()
 
         def program(params: Sequence[Params], batch: Batch) -> jax.Array:
             logits = [
@@ -85,7 +82,8 @@ class Scorer:
             )
         source = self._encode(source_lines, config.max_source_tokens, "sources")
         target = self._encode(target_lines, config.max_source_tokens + config.max_extra_length, "targets")
-        self._add("blank", sum(not (a.strip() and b.strip()) for a, b in zip(source_lines, target_lines, strict=True)))
+        lines = zip(source_lines, target_lines, strict=True)
+        self._warnings.add("blank", sum(not (a.strip() and b.strip()) for a, b in lines))
         scores = []
         for ids, log_probs in zip(target, self.log_probs(params, source, target, config), strict=True):
             scores.append(
@@ -97,50 +95,29 @@ class Scorer:
         self, params: Sequence[Params], source: Sequence[np.ndarray], target: Sequence[np.ndarray], config: DecodeConfig
     ) -> list[np.ndarray]:
         """Log-probability of each target token, float32, in the order of the pairs; all are ids."""
-        params = sharding.replicate(self._mesh, tuple(params))
-        sources, targets = JaggedArray.from_sequences(source), JaggedArray.from_sequences(target)
-        log_probs: list[np.ndarray] = [np.zeros(0, np.float32)] * len(targets)
-        for spec in eval_batches(sources.lengths, targets.lengths, self._rows_of(config)):
-            local_rows = sharding.local_row_indices(self._mesh, len(spec.examples_B), rows="decode_batch")
-            batch = make_batch(select_rows(spec, local_rows), sources, targets)
-            on_device = sharding.shard_batch(self._mesh, batch, rows="decode_batch")
-            log_probs_BT = jax.device_get(self._log_probs(params, on_device))
-            for row, example in enumerate(spec.examples_B[spec.examples_B != PAD_EXAMPLE]):  # padding comes last
-                log_probs[example] = log_probs_BT[row, : targets.lengths[example]]
+
+        def rows_of(width: int) -> int:
+            return batch_rows(config, self._mesh, MAX_BATCH_TOKENS // width)
+
+        log_probs: list[np.ndarray] = [np.zeros(0, np.float32)] * len(target)
+        for i, log_probs_T in map_pairs(self._log_probs, self._mesh, tuple(params), source, target, rows_of):
+            log_probs[i] = log_probs_T[: len(target[i])]
         return log_probs
 
     def log_warnings(self, config: DecodeConfig) -> None:
         """Logs, once, how many pairs were truncated or have a blank side."""
-        with self._counts_lock:
-            counts, self._counts = self._counts, collections.Counter()
         limits = f"decode.max_source_tokens = {config.max_source_tokens}", f"{config.max_extra_length} more"
-        for name, message in (
-            ("sources", f"sources are longer than {limits[0]}; scored as if they were cut to it"),
-            ("targets", f"targets are longer than {limits[0]} and {limits[1]}; scored as if they were cut to it"),
-            ("blank", "pairs have a blank side; the score of a blank target is that of its end alone"),
-        ):
-            if counts[name]:
-                log_info(f"warning: {counts[name]:,} {message}")
-
-    def _add(self, name: str, count: int) -> None:
-        with self._counts_lock:
-            self._counts[name] += count
+        messages = {
+            "sources": f"sources are longer than {limits[0]}; scored as if they were cut to it",
+            "targets": f"targets are longer than {limits[0]} and {limits[1]}; scored as if they were cut to it",
+            "blank": "pairs have a blank side; the score of a blank target is that of its end alone",
+        }
+        self._warnings.log(messages)
 
     def _encode(self, lines: Sequence[str], max_length: int, side: str) -> list[np.ndarray]:
         encoded = self._tokenizer.encode(lines)
-        self._add(side, sum(len(ids) > max_length for ids in encoded))
+        self._warnings.add(side, sum(len(ids) > max_length for ids in encoded))
         return [truncate(ids, max_length) for ids in encoded]
-
-    def _rows_of(self, config: DecodeConfig) -> Callable[[int], int]:
-        rows = batch_rows(config, self._mesh)
-
-        def rows_of(width: int) -> int:
-            return min(
-                rows,
-                sharding.padded_batch_size(self._mesh, max(MAX_BATCH_TOKENS // width, 1), rows="decode_batch"),
-            )
-
-        return rows_of
 
 
 def _lines(given: Iterable[Any], side: str) -> list[str]:

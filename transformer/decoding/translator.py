@@ -27,10 +27,10 @@ from transformer.decoding import mbr, requests
 from transformer.decoding.base import Hypotheses
 from transformer.decoding.decode import DecodeInputs, batch_rows, decode
 from transformer.decoding.requests import DecodingConstraints, PaddedSizes
+from transformer.decoding.warning_counts import WarningCounts
 from transformer.distributed import platform, sharding
 from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import log_info
 
 # Held to compile a program and, on several devices, to start one: threads start programs one by one, so that all
 # devices see them in the same order.
@@ -89,8 +89,7 @@ class Translator:
         self._workers = platform.decode_threads(mesh)
         self._programs: dict[int, Callable[[Any, Any], Hypotheses]] = {}
         self._compiled: set[Any] = set()
-        self._counts: collections.Counter[str] = collections.Counter()
-        self._counts_lock = threading.Lock()
+        self._warnings = WarningCounts()
 
     def translate(
         self,
@@ -152,27 +151,20 @@ class Translator:
 
     def log_warnings(self) -> None:
         """Logs, once, sources that were changed to be read, and translations that are truncated or hold unk."""
-        with self._counts_lock:
-            counts, self._counts = self._counts, collections.Counter()
         max_length, extra = self._config.max_source_tokens, self._config.max_extra_length
-        for name, message in (
-            ("line break", "sources hold line breaks, read as spaces; pass one line each"),
-            ("long", f"sources are longer than decode.max_source_tokens = {max_length}; cut to it"),
-            ("unfinished", f"translations are cut at source tokens + decode.max_extra_length = {extra}"),
-            ("unknown", "translations hold the unknown token, unk"),
-        ):
-            if counts[name]:
-                log_info(f"warning: {counts[name]:,} {message}")
+        messages = {
+            "line break": "sources hold line breaks, read as spaces; pass one line each",
+            "long": f"sources are longer than decode.max_source_tokens = {max_length}; cut to it",
+            "unfinished": f"translations are cut at source tokens + decode.max_extra_length = {extra}",
+            "unknown": "translations hold the unknown token, unk",
+        }
+        self._warnings.log(messages)
 
     def _lines(self, sentences: Iterable[str], first: int) -> list[str]:
         texts = text_inputs.items(sentences, "sentences: expected a list of sentences")
         lines = [text_inputs.line(text, f"sentence {number}") for number, text in enumerate(texts, first)]
-        self._add("line break", sum("\n" in line for line in lines))
+        self._warnings.add("line break", sum("\n" in line for line in lines))
         return [one_line(line) for line in lines]
-
-    def _add(self, name: str, count: int) -> None:
-        with self._counts_lock:
-            self._counts[name] += count
 
     def _num_hypotheses(self, n_best: int, constraints: Iterable[Any] | None) -> int:
         """How many hypotheses of each sentence the device returns."""
@@ -199,7 +191,7 @@ class Translator:
         indices = [i for i, line in enumerate(lines) if line.strip()]
         max_length = self._config.max_source_tokens
         encoded = self._tokenizer.encode([lines[i] for i in indices])
-        self._add("long", sum(len(ids) > max_length for ids in encoded))
+        self._warnings.add("long", sum(len(ids) > max_length for ids in encoded))
         sources = JaggedArray.from_sequences([truncate(ids, max_length) for ids in encoded])
         limits = np.zeros(len(lines), np.int64)
         limits[indices] = sources.lengths + self._config.max_extra_length
@@ -279,8 +271,8 @@ class Translator:
                 distinct.setdefault(item[0].text, item)
             hypotheses = list(distinct.values())
         hypotheses = hypotheses[:n_best]
-        self._add("unfinished", sum(not hypothesis.finished for hypothesis, _ in hypotheses))
-        self._add("unknown", sum(has_unknown for _, has_unknown in hypotheses))
+        self._warnings.add("unfinished", sum(not hypothesis.finished for hypothesis, _ in hypotheses))
+        self._warnings.add("unknown", sum(has_unknown for _, has_unknown in hypotheses))
         return [hypothesis for hypothesis, _ in hypotheses]
 
 

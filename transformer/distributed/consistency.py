@@ -11,6 +11,7 @@ from etils import epath
 
 from transformer.config import Config, schema, validation
 from transformer.distributed import multihost
+from transformer.runtime import object_storage
 from transformer.runtime.environment import code_digest, versions
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_atomic
@@ -96,7 +97,8 @@ def _can_see(workdir: epath.Path, marker: str) -> bool:
         try:
             if (workdir / MARKER_FILE).read_text().startswith(marker):
                 return True
-            os.listdir(workdir) if "://" not in os.fspath(workdir) else None  # makes NFS look again
+            if not object_storage.is_remote(workdir):
+                os.listdir(workdir)  # makes NFS look again
         except OSError:
             pass
         if time.monotonic() > deadline:

@@ -106,7 +106,7 @@ def bar_chart(title: str, x_label: str, groups: Sequence[str], series: Sequence[
     parts = [_grid(Axis(0, 1, LEFT, WIDTH - RIGHT), y, [], y_ticks, x_label)]
     for i, group in enumerate(groups):
         middle = LEFT + (i + 0.5) * step
-        parts.append(f'<text class="tick mid" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 17}">{html.escape(group)}</text>')
+        parts.append(_text("tick mid", middle, HEIGHT - BOTTOM + 17, group))
         for j, bars in enumerate(series):
             left = middle + (j - len(series) / 2) * width
             parts.append(_bar(left, width, y, bars.values[i], _color(j), bars.notes[i]))
@@ -119,9 +119,7 @@ def bar_chart(title: str, x_label: str, groups: Sequence[str], series: Sequence[
                     f'<line class="interval" x1="{x:.1f}" x2="{x:.1f}" y1="{y(max(low, 0)):.1f}" y2="{label_y:.1f}"/>'
                 )
             if width >= MIN_LABEL_WIDTH:
-                parts.append(
-                    f'<text class="value" x="{left + width / 2:.1f}" y="{label_y - 4:.1f}">{bars.values[i]:.1f}</text>'
-                )
+                parts.append(_text("value", left + width / 2, label_y - 4, f"{bars.values[i]:.1f}"))
     keys = [(bars.name, _color(j)) for j, bars in enumerate(series)]
     return _figure(title, keys if len(series) > 1 else [], "".join(parts))
 
@@ -177,19 +175,16 @@ def _figure(title: str, keys: Sequence[tuple[str, str]], drawing: str) -> str:
 
 
 def _grid(x: Axis, y: Axis, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str) -> str:
-    parts = []
+    parts = [_text("tick mid", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label)]
     for value in y_ticks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{y(value) + 3.5:.1f}">{format_si(value)}</text>')
-    for value in x_ticks:
-        if x.low <= value <= x.high:
-            parts.append(
-                f'<text class="tick mid" x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 17}">{format_si(value)}</text>'
-            )
-    parts.append(
-        f'<text class="tick mid" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}">{html.escape(x_label)}</text>'
-    )
-    return "".join(parts)
+        parts.append(_text("tick end", LEFT - 6, y(value) + 3.5, format_si(value)))
+    shown = [value for value in x_ticks if x.low <= value <= x.high]
+    return "".join([*parts, *(_text("tick mid", x(value), HEIGHT - BOTTOM + 17, format_si(value)) for value in shown)])
+
+
+def _text(css_class: str, x: float, y: float, text: str) -> str:
+    return f'<text class="{css_class}" x="{x:.1f}" y="{y:.1f}">{html.escape(text)}</text>'
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:

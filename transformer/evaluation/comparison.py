@@ -7,7 +7,7 @@ et al. 2019) and MT-Telescope (Rei et al. 2021).
 import collections
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformer.evaluation import significance
@@ -15,6 +15,7 @@ from transformer.evaluation.bleu_tokenizer import split_words
 from transformer.evaluation.metrics import METRIC_NAMES, group_by_length
 from transformer.evaluation.significance import PairedTestResult, paired_tests, score_with_interval, sentence_score
 from transformer.evaluation.systems import System
+from transformer.runtime.logging import log_info, log_progress
 
 FREQUENCIES = {"0": 0, "1": 1, "2-4": 4, "5-9": 9, "10-99": 99, "100-999": 999, "1000+": math.inf}  # group → largest
 MAX_NGRAM, NUM_NGRAMS = 4, 10  # longest n-grams; shown of each side
@@ -110,8 +111,10 @@ def compare(
     words = [split_words(each.translations, tokenizer) for each in systems]
     reference_words = split_words(references[0], tokenizer)
     lengths = [len(line.split()) for line in sources] if sources else [len(line) for line in reference_words]
-    counted = _split_lines(training, tokenizer) if training else reference_words
-    counts = collections.Counter(word for line in counted for word in line)
+    if training:
+        counts = count_words(training, tokenizer)
+    else:
+        counts = collections.Counter(itertools.chain.from_iterable(reference_words))
     side = "source" if sources else "reference"
     breakdowns = [
         by_length(name, systems, references, group_by_length(lengths), side, tokenizer) for name in ("bleu", "chrf")
@@ -130,11 +133,14 @@ def compare(
     )
 
 
-def _split_lines(lines: Iterable[str], tokenizer: str) -> Iterator[list[str]]:
-    """The words of a long text, of which only a part is in memory."""
-    lines = iter(lines)
+def count_words(training: Iterable[str], tokenizer: str) -> collections.Counter[str]:
+    """How often each word occurs in a long text, of which only a part is in memory; logs its progress."""
+    log_info("counting the words of the training text")
+    counts: collections.Counter[str] = collections.Counter()
+    lines = log_progress(training, lambda count: f"counted the words of {count:,} lines of the training text")
     while group := list(itertools.islice(lines, 4096)):
-        yield from split_words(group, tokenizer)
+        counts.update(itertools.chain.from_iterable(split_words(group, tokenizer)))
+    return counts
 
 
 def by_length(
@@ -151,10 +157,9 @@ def by_length(
     for group, members in groups.items():
         group_references = [[lines[i] for i in members] for lines in references]
         for number, system in enumerate(systems):
-            found, interval = score_with_interval(
-                metric, [system.translations[i] for i in members], group_references, tokenizer
-            )
-            scores[number][group], intervals[number][group] = found, interval
+            lines = [system.translations[i] for i in members]
+            scored = score_with_interval(metric, lines, group_references, tokenizer)
+            scores[number][group], intervals[number][group] = scored
     counts = {group: len(members) for group, members in groups.items()}
     title = f"{METRIC_NAMES[metric]} by {side} length"
     return Breakdown(

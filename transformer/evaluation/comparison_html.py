@@ -1,5 +1,6 @@
 """The sections of a page on a comparison of systems: `transformer.compare`, and the report of `eval.py --versus`."""
 
+import html
 from collections.abc import Sequence
 
 from transformer.evaluation.charts import Bars, bar_chart, histogram
@@ -7,9 +8,9 @@ from transformer.evaluation.comparison import Breakdown, Comparison, NgramDiffer
 from transformer.evaluation.metrics import METRIC_NAMES
 from transformer.evaluation.report_html import (
     DIFF_LEGEND,
-    Cell,
+    Column,
     details,
-    escape,
+    numbers,
     section,
     sentence,
     sentence_browser,
@@ -65,26 +66,17 @@ def score_table(comparison: Comparison) -> str:
     """Each metric of each system, and the tests against the baseline."""
     rows = []
     for index, test in enumerate(comparison.tests[0]):
-        numbers = [f"{test.baseline_score:.2f} ± {test.baseline_interval:.2f}", "", "", ""]
-        rows.append(_row(METRIC_NAMES[test.metric], comparison.systems[0].label, numbers, "baseline"))
+        value = f"{test.baseline_score:.2f} ± {test.baseline_interval:.2f}"
+        rows.append([METRIC_NAMES[test.metric], comparison.systems[0].label, value, "", "", "", "baseline"])
         for system, tests in zip(comparison.systems[1:], comparison.tests, strict=True):
             each = tests[index]
-            numbers = [
-                f"{each.score:.2f} ± {each.interval:.2f}",
-                f"{each.difference:+.2f}",
-                f"{each.bootstrap_p:.4f}",
-                f"{each.randomization_p:.4f}",
-            ]
-            rows.append(_row("", system.label, numbers, "significant" if each.is_significant else "may be chance"))
-    names = ["value", "difference", "bootstrap p", "randomization p"]
-    signatures = [test.signatures[0] for test in comparison.tests[0]]
-    notes = "".join(f"<p class='soft'>{escape(signature)}</p>" for signature in signatures)
-    head = [Cell("score"), Cell("system"), *(Cell(name, "number") for name in names), Cell("")]
-    return table(head, rows) + details("signatures", notes)
-
-
-def _row(metric: str, system: str, numbers: Sequence[str], verdict: str) -> list[Cell]:
-    return [Cell(metric), Cell(system), *(Cell(number, "number") for number in numbers), Cell(verdict)]
+            value, difference = f"{each.score:.2f} ± {each.interval:.2f}", f"{each.difference:+.2f}"
+            p_values = f"{each.bootstrap_p:.4f}", f"{each.randomization_p:.4f}"
+            verdict = "significant" if each.is_significant else "may be chance"
+            rows.append(["", system.label, value, difference, *p_values, verdict])
+    columns = numbers("value", "difference", "bootstrap p", "randomization p")
+    notes = "".join(f"<p class='soft'>{html.escape(test.signatures[0])}</p>" for test in comparison.tests[0])
+    return table([Column("score"), Column("system"), *columns, Column("")], rows) + details("signatures", notes)
 
 
 def breakdown_chart(breakdown: Breakdown, systems: Sequence[System]) -> str:
@@ -108,18 +100,13 @@ def breakdown_chart(breakdown: Breakdown, systems: Sequence[System]) -> str:
 
 def breakdown_table(breakdown: Breakdown, systems: Sequence[System]) -> str:
     """The numbers of the chart."""
-    head = [breakdown.x_label, breakdown.unit, *(system.label for system in systems)]
     rows = []
     for group, count in breakdown.counts.items():
-        values = [f"{scores[group]:.1f}" for scores in breakdown.scores]
-        if breakdown.intervals:
-            values = [
-                f"{value} ± {intervals[group]:.1f}"
-                for value, intervals in zip(values, breakdown.intervals, strict=True)
-            ]
-        rows.append([Cell(group), *(Cell(value, "number") for value in (f"{count:,}", *values))])
-    cells = [Cell(name, "number" if number else "") for number, name in enumerate(head)]
-    return f"<h3>{escape(breakdown.title)}</h3>{table(cells, rows)}"
+        intervals = [f" ± {intervals[group]:.1f}" for intervals in breakdown.intervals] or [""] * len(systems)
+        values = (f"{scores[group]:.1f}{each}" for scores, each in zip(breakdown.scores, intervals, strict=True))
+        rows.append([group, f"{count:,}", *values])
+    columns = [Column(breakdown.x_label), *numbers(breakdown.unit, *(system.label for system in systems))]
+    return f"<h3>{html.escape(breakdown.title)}</h3>{table(columns, rows)}"
 
 
 def difference_histogram(comparison: Comparison, system: int, title: str) -> str:
@@ -133,19 +120,15 @@ def difference_histogram(comparison: Comparison, system: int, title: str) -> str
 
 def ngram_tables(baseline: str, system: str, pair: tuple[list[NgramDifference], list[NgramDifference]]) -> str:
     """Two tables side by side: in favor of the baseline, and of the system."""
-    head = [Cell("n-gram"), *(Cell(name, "number") for name in (baseline, system, "references", "log-odds"))]
+    columns = [Column("n-gram", "words"), *numbers(baseline, system, "references", "log-odds")]
     blocks = []
     for name, ngrams in zip((baseline, system), pair, strict=True):
         rows = [
-            [
-                Cell(each.text, "words"),
-                *(Cell(f"{count:,}", "number") for count in (each.baseline_matches, each.matches, each.total)),
-                Cell(f"{each.log_odds:+.2f}", "number"),
-            ]
+            [each.text, f"{each.baseline_matches:,}", f"{each.matches:,}", f"{each.total:,}", f"{each.log_odds:+.2f}"]
             for each in ngrams
         ]
-        content = table(head, rows) if rows else '<p class="soft">none</p>'
-        blocks.append(f'<div class="card"><h3>more often by {escape(name)}</h3>{content}</div>')
+        content = table(columns, rows) if rows else '<p class="soft">none</p>'
+        blocks.append(f'<div class="card"><h3>more often by {html.escape(name)}</h3>{content}</div>')
     return f'<div class="charts">{"".join(blocks)}</div>'
 
 

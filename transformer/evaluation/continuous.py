@@ -5,12 +5,11 @@ as `set`, and the digest of the checkpoint as `fingerprint`. Training never writ
 file of training. Checkpoints in the file are not scored again, so watching can be stopped and resumed at any time.
 """
 
-import contextlib
 import hashlib
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -32,14 +31,8 @@ Entry = dict[str, Any]
 
 
 def read_evaluations(workdir: epath.PathLike) -> list[Entry]:
-    """The results so far, in the order of the file; skips invalid lines."""
-    entries = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in (epath.Path(workdir) / EVALUATIONS_FILE).read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                entries.append({**entry, "step": int(entry["step"]), "name": str(entry["name"])})
-    return entries
+    """The results so far, in the order of the file."""
+    return [entry for entry in files.read_json_lines(epath.Path(workdir) / EVALUATIONS_FILE) if "name" in entry]
 
 
 def checkpoint_digest(checkpoints: CheckpointManager, step: int) -> str:
@@ -79,7 +72,12 @@ class CheckpointWatcher:
         Raises:
           StoppedError: by SIGTERM, SIGINT or SIGHUP. The checkpoint in progress is scored again next time.
         """
-        with _stop_signals(lambda: f"{self.num_scored:,} checkpoints scored; run again to resume"):
+
+        def stop(number: int, _: object) -> None:  # at any time: all files are written atomically
+            scored = f"{self.num_scored:,} checkpoints scored"
+            raise StoppedError(number, f"stopped by {signal.Signals(number).name}; {scored}; run again to resume")
+
+        with signals.handling(stop):
             if not self._checkpoints.steps():
                 log_info(f"{self._checkpoints.folder}: waiting for the first checkpoint")
             while True:
@@ -150,18 +148,3 @@ def append_evaluation(workdir: epath.PathLike, entry: Entry) -> None:
         content = path.read_bytes() if path.exists() else b""
         is_incomplete = content and not content.endswith(b"\n")
         files.append(path, (b"\n" if is_incomplete else b"") + json.dumps(entry, allow_nan=False).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def _stop_signals(status: Callable[[], str]) -> Iterator[None]:
-    """Raises a StoppedError in the block when a stop signal arrives; all files are written atomically."""
-
-    def stop(number: int, _: object) -> None:
-        raise StoppedError(number, f"stopped by {signal.Signals(number).name}; {status()}")
-
-    previous = {number: signal.signal(number, stop) for number in signals.handled_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

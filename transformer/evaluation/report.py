@@ -4,13 +4,11 @@ A self-contained page: scores with signatures, learning curves, the comparison w
 sentences, and attention by layer and head.
 """
 
-import contextlib
 import datetime
 import html
 import itertools
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -29,8 +27,9 @@ from transformer.evaluation.heatmaps import attention_heatmaps
 from transformer.evaluation.metrics import group_by_length
 from transformer.evaluation.report_html import (
     DIFF_LEGEND,
-    Cell,
+    Column,
     details,
+    numbers,
     render_page,
     section,
     sentence,
@@ -40,6 +39,7 @@ from transformer.evaluation.report_html import (
 from transformer.evaluation.significance import sentence_score
 from transformer.evaluation.systems import System, evaluated
 from transformer.models.flops import format_count
+from transformer.runtime import files
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import METRICS_FILE, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
@@ -83,11 +83,10 @@ def write(
     if not multihost.is_primary():
         return
     try:
-        with user_error_on_oserror(f"{path}"):
-            path.parent.mkdir(exist_ok=True)
-            write_atomic(path, text)
-        with user_error_on_oserror(f"{newest}"):
-            write_atomic(newest, text)
+        for file in (path, newest):
+            with user_error_on_oserror(f"{file}"):
+                file.parent.mkdir(exist_ok=True)
+                write_atomic(file, text)
     except UserError as error:
         log_info(f"warning: no report: {error}")
         return
@@ -114,13 +113,14 @@ def build(
     this = evaluated(workdir, restored, result.translations)
     systems = comparison.systems if comparison else [this]
     worst = worst_sentences(dataset, ranked)
+    score_columns = [Column("score"), *numbers("value"), Column("signature or meaning", "note")]
     return render_page(
         f"{epath.Path(workdir).name}: translation report",
         subtitle,
         [
             _stat_cards(result),
             _runs(systems),
-            section("scores", "Scores", _score_table(result)),
+            section("scores", "Scores", table(score_columns, summary.score_rows(result))),
             section("curves", "Learning curves", _curves(systems, dataset.name)),
             *(
                 comparison_html.sections(comparison)
@@ -132,7 +132,7 @@ def build(
                 "best", "Best sentences", _sentences(dataset, result, best_sentences(dataset, ranked, worst)), note
             ),
             section("attention", "Attention", _attention(restored, dataset, result, ranked), ATTENTION_NOTE),
-            section("config", "Config", _config(restored)),
+            section("config", "Config", details("all fields", f"<pre>{html.escape(restored.config.to_json())}</pre>")),
         ],
     )
 
@@ -179,21 +179,16 @@ def best_sentences(
     return varied_sentences(dataset, sorted(candidates, key=lambda each: (-each[0], -words[each[1]], each[1])))
 
 
-def _config(restored: RestoredModel) -> str:
-    return details("all fields", f"<pre>{html.escape(restored.config.to_json())}</pre>")
-
-
 def _runs(systems: Sequence[System]) -> str:
     """Size and cost of each model whose training is known."""
-    names = ["system", "checkpoint", "params", "target tokens", "FLOPs", "hours"]
     rows = []
     for system in systems:
         if run := system.run:
             cost = run.cost
             costs = (format_count(cost.tokens), f"{cost.flops:.1e}", f"{cost.seconds / 3600:.2f}") if cost else "–––"
-            numbers = [Cell(text, "number") for text in (format_count(run.num_params), *costs)]
-            rows.append([Cell(system.label), Cell(run.description), *numbers])
-    return table([Cell(name, "number" if i > 1 else "") for i, name in enumerate(names)], rows) if rows else ""
+            rows.append([system.label, run.description, format_count(run.num_params), *costs])
+    columns = [Column("system"), Column("checkpoint"), *numbers("params", "target tokens", "FLOPs", "hours")]
+    return table(columns, rows) if rows else ""
 
 
 def _stat_cards(result: EvalResult) -> str:
@@ -206,11 +201,6 @@ def _stat_cards(result: EvalResult) -> str:
             ("perplexity", f"{result.perplexity:.2f}", "per subword, lower is better"),
         ]
     )
-
-
-def _score_table(result: EvalResult) -> str:
-    rows = [[Cell(name), Cell(value, "number"), Cell(note, "note")] for name, value, note in summary.score_rows(result)]
-    return table([Cell("score"), Cell("value", "number"), Cell("signature or meaning")], rows)
 
 
 def _length_chart(system: System, dataset: EvalDataset, data: DataConfig) -> str:
@@ -226,54 +216,36 @@ def _curves(systems: Sequence[System], name: str) -> str:
     """Loss, BLEU, learning rate and speed by step, with the results of --watch on this data set."""
     runs = [(system.label, system.run) for system in systems if system.run]
     many = len(runs) > 1
-    metrics = [list(_read_metrics(run.workdir / METRICS_FILE)) for _, run in runs]
-    evaluations = [
-        {entry["step"]: entry for entry in read_evaluations(run.workdir) if entry["name"] == name} for _, run in runs
-    ]
+    entries = []
+    for _, run in runs:
+        evaluations = (each for each in read_evaluations(run.workdir) if each["name"] == name)
+        renamed = ({"step": each["step"], **{f"set/{key}": each[key] for key in each}} for each in evaluations)
+        entries.append([*files.read_json_lines(run.workdir / METRICS_FILE), *renamed])
 
-    def lines(title: str, key: str, *, validation: bool = False, faint: bool = False) -> list[Series]:
+    def lines(title: str, key: str) -> list[Series]:
+        """A line of a key for each run: train/, valid/ or, of the results on this data set, set/."""
+        kind = key.partition("/")[0]
         return [
             Series(
                 ", ".join(filter(None, (label if many else "", title))),
-                [(m["step"], m[key]) for m in run_metrics if key in m],
-                markers=validation,
-                color=number if many else 0,
-                faint=faint and many,
+                sorted({entry["step"]: entry[key] for entry in run_entries if key in entry}.items()),
+                markers=kind != "train",
+                color=number + 2 * (kind == "set") if many else 0,
+                faint=key == "train/loss" and many,
             )
-            for number, ((label, _), run_metrics) in enumerate(zip(runs, metrics, strict=True), 1)
-        ]
-
-    def evaluated_lines(key: str) -> list[Series]:
-        return [
-            Series(
-                f"{label}, {name}" if many else name,
-                [(step, entries[step][key]) for step in sorted(entries) if key in entries[step]],
-                markers=True,
-                color=number + 2 if many else 0,
-            )
-            for number, ((label, _), entries) in enumerate(zip(runs, evaluations, strict=True), 1)
+            for number, ((label, _), run_entries) in enumerate(zip(runs, entries, strict=True), 1)
         ]
 
     speed = "target tokens per second"
-    losses = [*lines("training", "train/loss", faint=True), *lines("validation", "valid/loss", validation=True)]
+    losses = [*lines("training", "train/loss"), *lines("validation", "valid/loss"), *lines(name, "set/loss")]
     charts = [
-        line_chart("loss, nats per token", "step", [*losses, *evaluated_lines("loss")], log_y=True),
-        line_chart("BLEU", "step", [*lines("validation", "valid/bleu", validation=True), *evaluated_lines("bleu")]),
+        line_chart("loss, nats per token", "step", losses, log_y=True),
+        line_chart("BLEU", "step", [*lines("validation", "valid/bleu"), *lines(name, "set/bleu")]),
         line_chart("learning rate", "step", lines("" if many else "learning rate", "train/learning_rate")),
         line_chart(speed, "step", lines("" if many else speed, "train/target_tokens_per_s")),
     ]
     drawn = "".join(charts)
     return f'<div class="charts">{drawn}</div>' if drawn else ""
-
-
-def _read_metrics(path: epath.Path) -> Iterator[dict[str, Any]]:
-    """Lines with a step; skips one that is being written."""
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                values = json.loads(line)
-                float(values["step"])
-                yield values
 
 
 def _sentences(dataset: EvalDataset, result: EvalResult, ranked: Sequence[tuple[float, int]]) -> str:
@@ -322,7 +294,7 @@ def _attention_maps(restored: RestoredModel, attention: Attention, layer: int) -
     kinds = [
         ("translation to source", attention.weights_LHTS, source, target),
         ("source to itself", attention.encoder_LHSS, source, source),
-        ("translation to what precedes it", attention.decoder_LHTT, inputs_of(target), target),
+        ("translation to what precedes it", attention.decoder_LHTT, ["<s>", *target[:-1]], target),
     ]
     drawn = [
         attention_heatmaps(title, weights, columns, rows, min(layer, len(weights)))
@@ -330,8 +302,3 @@ def _attention_maps(restored: RestoredModel, attention: Attention, layer: int) -
         if weights is not None
     ]
     return f'<div class="maps">{"".join(drawn)}</div>'
-
-
-def inputs_of(tokens: Sequence[str]) -> list[str]:
-    """The tokens that the decoder reads where it writes these: each one after the one before it, <s> first."""
-    return ["<s>", *tokens[:-1]]

@@ -135,10 +135,10 @@ DIFF_LEGEND = (
 CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
-class Cell(NamedTuple):
-    """A table cell: its text and CSS class."""
+class Column(NamedTuple):
+    """A column of a table: its title, and the CSS class of its cells."""
 
-    text: str
+    title: str
     css_class: str = ""
 
 
@@ -165,35 +165,35 @@ def section(name: str, title: str, content: str, note: str = "") -> str:
 
 def stat_cards(values: Sequence[tuple[str, str, str]]) -> str:
     """Cards with large figures, each (name, value, meaning)."""
-    return (
-        '<div class="tiles">'
-        + "".join(
-            f'<div class="tile"><span class="soft">{html.escape(name)}</span><b>{html.escape(value)}</b>'
-            f'<span class="soft">{html.escape(meaning)}</span></div>'
-            for name, value, meaning in values
-        )
-        + "</div>"
+    cards = (
+        f'<div class="tile"><span class="soft">{html.escape(name)}</span><b>{html.escape(value)}</b>'
+        f'<span class="soft">{html.escape(meaning)}</span></div>'
+        for name, value, meaning in values
     )
+    return f'<div class="tiles">{"".join(cards)}</div>'
 
 
-def table(head: Sequence[Cell], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table with a head."""
+def table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a head; the rows are text."""
 
-    def row(cells: Sequence[Cell], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag} class="{c.css_class}">{html.escape(c.text)}</{tag}>' for c in cells) + "</tr>"
+    def row(texts: Sequence[str], tag: str) -> str:
+        cells = zip(columns, texts, strict=True)
+        return (
+            "<tr>" + "".join(f'<{tag} class="{c.css_class}">{html.escape(text)}</{tag}>' for c, text in cells) + "</tr>"
+        )
 
-    body = "".join(row(cells, "td") for cells in rows)
-    return f'<div class="scroll"><table><thead>{row(head, "th")}</thead><tbody>{body}</tbody></table></div>'
+    head, body = row([column.title for column in columns], "th"), "".join(row(texts, "td") for texts in rows)
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def numbers(*titles: str) -> list[Column]:
+    """Columns of numbers."""
+    return [Column(title, "number") for title in titles]
 
 
 def details(summary: str, content: str) -> str:
     """Content that opens when its summary is pressed; "" without content."""
     return f"<details><summary>{html.escape(summary)}</summary>{content}</details>" if content else ""
-
-
-def escape(text: str) -> str:
-    """The text as HTML."""
-    return html.escape(text)
 
 
 def sentence(

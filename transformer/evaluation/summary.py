@@ -49,17 +49,14 @@ def score_rows(result: EvalResult) -> list[tuple[str, str, str]]:
     ]
     if "comet" in scores:
         rows.append(("COMET", f"{scores['comet']:.4f}", scores["comet_signature"]))
+    legacy = f"for older papers only: {scores['legacy_signature']}"
     return [
         *rows,
         ("loss", f"{result.loss:.3f}", "nats per target token, without label smoothing"),
         ("perplexity", f"{result.perplexity:.2f}", "per subword of this vocabulary"),
         ("", f"{result.word_perplexity:.2f}", "per word, the end of a sentence counted as one"),
         ("length ratio", f"{scores['length_ratio']:.3f}", "hypothesis words / reference words"),
-        (
-            "legacy BLEU",
-            f"{scores['legacy_tokenized_bleu']:.2f}",
-            f"for older papers only: {scores['legacy_signature']}",
-        ),
+        ("legacy BLEU", f"{scores['legacy_tokenized_bleu']:.2f}", legacy),
         ("", f"{scores['legacy_compound_split_bleu']:.2f}", "the same with compounds split, as get_ende_bleu.sh does"),
     ]
 

@@ -14,7 +14,7 @@ from transformer.decoding.translator import Translator
 from transformer.evaluation.evaluator import EvalDataset, set_name
 from transformer.models.flops import TrainingCost
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import user_error_on_oserror
+from transformer.runtime.files import CONFIG_FILE
 
 
 class TrainingRun(NamedTuple):
@@ -24,12 +24,6 @@ class TrainingRun(NamedTuple):
     description: str
     num_params: int
     cost: TrainingCost | None
-
-    @classmethod
-    def of(cls, workdir: epath.PathLike, restored: RestoredModel) -> "TrainingRun":
-        """The run of a restored model."""
-        cost = TrainingCost.from_metrics(restored.metrics)
-        return cls(epath.Path(workdir), restored.description, restored.model.num_params(), cost)
 
 
 class System(NamedTuple):
@@ -93,24 +87,23 @@ def baseline_system(
         return System(path.name, path.name, read_translations(path, dataset, f"--versus={path}"))
     if not (path / "checkpoints").is_dir():
         raise UserError(f"--versus={path}: expected a workdir of train.py or a file of translations, found neither")
-    restored = load_checkpoint(path, checkpoint)
+    restored = load_checkpoint(path, checkpoint).with_decode(fields or {})
     if restored.config.data.target_language != language:
         raise UserError(
             f"--versus={path}: translates into {restored.config.data.target_language!r}, expected {language!r}; "
             "name a model of the same direction"
         )
-    decode = validation.override_decode(restored.config, dict(fields or {})).decode
-    translator = Translator(restored.model, restored.tokenizer, decode, restored.mesh)
+    translator = Translator(restored.model, restored.tokenizer, restored.config.decode, restored.mesh)
     translations = translator.translate(restored.params, dataset.sources)
     translator.log_warnings()
-    run = TrainingRun.of(path, restored)
-    return System(path.name, f"{path.name}, {restored.description}", translations, run)
+    return evaluated(path, restored, translations)
 
 
 def evaluated(workdir: epath.PathLike, restored: RestoredModel, translations: Sequence[str]) -> System:
-    """The system that eval.py evaluates."""
-    name = epath.Path(workdir).name
-    return System(name, f"{name}, {restored.description}", translations, TrainingRun.of(workdir, restored))
+    """The system of a restored model."""
+    path, cost = epath.Path(workdir), TrainingCost.from_metrics(restored.metrics)
+    run = TrainingRun(path, restored.description, restored.model.num_params(), cost)
+    return System(path.name, f"{path.name}, {restored.description}", translations, run)
 
 
 def label_pair(baseline: System, path: epath.PathLike, system: System) -> list[System]:
@@ -143,11 +136,10 @@ def read_config(workdir: epath.PathLike) -> Config:
     Raises:
       UserError: it is no workdir.
     """
-    path = epath.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise UserError(f"{workdir}: expected a workdir of train.py or a file of translations, found neither")
-    with user_error_on_oserror(f"{path}"):
-        return validation.from_json(path.read_text(), str(path))
+    return validation.load(path)
 
 
 def newest_translations(workdir: epath.PathLike, dataset: EvalDataset) -> epath.Path:

@@ -8,17 +8,16 @@ those of the original, nothing is exported. docs/export.md shows how to run both
 """
 
 import argparse
-import dataclasses
 import json
-import pathlib
+import os
 
 from transformer import command_line
 from transformer.checkpoints.loading import load_checkpoint
-from transformer.config import validation
 from transformer.export.ctranslate2 import QUANTIZATIONS
-from transformer.export.verify import NEEDS, PAIRS, atomic_directory, check_installed, write
+from transformer.export.verify import NEEDS, PAIRS, check_installed, write
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
+from transformer.runtime.files import atomic_directory, user_error_on_oserror
 from transformer.runtime.logging import log_info
 
 
@@ -27,9 +26,12 @@ def main(argv: list[str]) -> None:
     fields, rest = command_line.decode_flags(argv)
     args = _parse(rest)
     check_installed(args.format, f"--format={args.format}")
-    trained = load_checkpoint(args.workdir, args.checkpoint)
-    trained = dataclasses.replace(trained, config=validation.override_decode(trained.config, fields))
-    with atomic_directory(pathlib.Path(args.output)) as folder:
+    trained = load_checkpoint(args.workdir, args.checkpoint).with_decode(fields)
+    if os.path.exists(args.output):
+        raise UserError(
+            f"--output={args.output}: expected a folder that does not exist yet; name another, or remove it"
+        )
+    with user_error_on_oserror(f"--output={args.output}"), atomic_directory(args.output) as folder:
         summary = write(trained, folder, args.format, args.quantization or "float32")
     log_info(
         f"{args.output}: {trained.description} as {args.format}, {summary['precision']}; the log-probabilities of "
@@ -48,13 +50,8 @@ def _local(text: str) -> str:
 
 def _parse(rest: list[str]) -> argparse.Namespace:
     """Reads the flags other than --decode.FIELD."""
-    parser = argparse.ArgumentParser(
-        prog="python -m transformer.export",
-        description=main.__doc__,
-        epilog="--decode.FIELD=VALUE sets a field of decoding, which the jax format builds in.",
-        allow_abbrev=False,
-    )
-    command_line.add_model_flags(parser)
+    built_in = "--decode.FIELD=VALUE sets a field of decoding, which the jax format builds in."
+    parser = command_line.model_parser("python -m transformer.export", main.__doc__, built_in)
     parser.add_argument("--format", required=True, choices=tuple(NEEDS), help="whose format")
     parser.add_argument("--output", required=True, type=_local, help="folder to make")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="ctranslate2: of the weights (default: float32)")

@@ -19,10 +19,10 @@ from flax import traverse_util
 
 from transformer.checkpoints.loading import RestoredModel
 from transformer.config import Config
-from transformer.data.batching import JaggedArray
+from transformer.data.batching import pad
 from transformer.decoding.decode import DecodeInputs, decode
+from transformer.models import loss
 from transformer.models.layers import sinusoidal_position_encoding
-from transformer.models.loss import target_logits
 from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_atomic
@@ -93,7 +93,7 @@ def unflatten(flat: dict[str, Any]) -> Params:
 
 def target_log_probs(model: ModelDef, params: Params, source_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
     """Log-probability of each target token given its source and the tokens before it, float32 [B, T]."""
-    return target_logits(jax.nn.log_softmax(model.bind(params)(source_BS, target_BT)), target_BT)
+    return loss.target_log_probs(model.bind(params)(source_BS, target_BT), target_BT)
 
 
 def score_with(folder: pathlib.Path, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -103,9 +103,3 @@ def score_with(folder: pathlib.Path, sources: Sequence[np.ndarray], targets: Seq
     program = jax.export.deserialize(bytearray((folder / "score.jax").read_bytes()))
     log_probs_BT = np.asarray(program.call(params, pad(sources), pad(targets)))
     return [row[: len(target)] for row, target in zip(log_probs_BT, targets, strict=True)]
-
-
-def pad(sentences: Sequence[np.ndarray]) -> np.ndarray:
-    """Pads sentences: int32 [B, T]."""
-    jagged = JaggedArray.from_sequences(sentences)
-    return jagged.to_padded(np.arange(len(jagged)), int(jagged.lengths.max()))

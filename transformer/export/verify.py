@@ -1,26 +1,25 @@
 """Writes an exported model and verifies its log-probabilities against those of the original."""
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
 import json
 import pathlib
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from transformer.checkpoints.loading import RestoredModel
+from transformer.data.batching import pad
 from transformer.data.tokenizer import EOS, UNK
 from transformer.export import ctranslate2, jax_export
-from transformer.export.jax_export import Score, pad
+from transformer.export.jax_export import Score
 from transformer.models.registry import ModelDef
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import user_error_on_oserror, write_atomic
+from transformer.runtime.files import write_atomic
 
 NEEDS = {"ctranslate2": "ctranslate2", "jax": "flatbuffers"}
 PAIRS, MAX_TOKENS = 24, 40  # random sentence pairs that are scored, and the most tokens of a sentence
@@ -117,20 +116,3 @@ def reference_log_probs(
     score = jax.jit(functools.partial(jax_export.target_log_probs, model))
     log_probs_BT = np.asarray(score(jax.device_get(trained.params), pad(sources), pad(targets)))
     return [row[: len(target)] for row, target in zip(log_probs_BT, targets, strict=True)]
-
-
-@contextlib.contextmanager
-def atomic_directory(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder that is renamed to `folder` at the end of the block; removes it on an error."""
-    if folder.exists():
-        raise UserError(f"--output={folder}: expected a folder that does not exist yet; name another, or remove it")
-    partial = folder.parent / f"{folder.name}.partial"
-    with user_error_on_oserror(f"--output={folder}"):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise

@@ -78,13 +78,17 @@ def available_cpus() -> int:
 _COMPILED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
 
+def cache_folder() -> pathlib.Path:
+    """The folder for what may be deleted at any time."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "transformer-jax")
+
+
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/transformer-jax."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "transformer-jax" / cpu()))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / cpu()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

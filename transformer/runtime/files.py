@@ -4,18 +4,23 @@ import contextlib
 import errno
 import glob
 import hashlib
+import json
 import os
+import pathlib
 import shutil
 import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
+
+# Of a workdir; each checkpoint has a config too.
+CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 
 
 def write_atomic(path: epath.PathLike, content: bytes | str) -> None:
@@ -57,17 +62,35 @@ def open_atomic(path: epath.PathLike) -> Iterator[BinaryIO]:
         raise
 
 
-def check_writable(path: epath.PathLike) -> None:
-    """Raises an OSError if a file cannot be written, before work is spent on its content; makes its folder.
+@contextlib.contextmanager
+def atomic_directory(folder: epath.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a new local folder that is renamed to `folder` at the end of the block; deletes it if that fails.
 
-    Object storage, pipes and devices are not checked.
+    Raises:
+      OSError: by then the folder exists.
+    """
+    final = pathlib.Path(folder)
+    partial = final.parent / f"{final.name}.{uuid.uuid4().hex}.partial"  # containers share process numbers
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_writable(path: epath.PathLike, what: str) -> None:
+    """Raises a UserError if a file cannot be written, before work is spent on its content; makes its folder.
+
+    Object storage, pipes and devices are not checked. `what` names the path and its origin.
     """
     path = epath.Path(path)
-    _reject_directory(path)
-    if not object_storage.is_remote(path) and (os.path.isfile(path) or not os.path.exists(path)):
-        folder = os.path.dirname(os.path.realpath(path))
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+    with user_error_on_oserror(what):
+        _reject_directory(path)
+        if not object_storage.is_remote(path) and (os.path.isfile(path) or not os.path.exists(path)):
+            folder = os.path.dirname(os.path.realpath(path))
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
 
 
 def _reject_directory(path: epath.Path) -> None:
@@ -113,6 +136,17 @@ def append(path: epath.PathLike, content: bytes) -> None:
         file.write(content)
 
 
+def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The objects with a number `step` of a file, one a line; skips invalid lines and one that is being written."""
+    objects = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                values = json.loads(line)
+                objects.append({**values, "step": int(values["step"])})
+    return objects
+
+
 def sha256(path: epath.PathLike) -> str:
     """SHA-256 of the bytes of a file, in hexadecimal."""
     with epath.Path(path).open("rb") as file:
@@ -132,5 +166,3 @@ def _glob_literally(folder: epath.Path, pattern: str) -> Iterator[epath.Path]:
 _LocalPath = type(epath.Path())
 _glob_unescaped = _LocalPath.glob
 _LocalPath.glob = _glob_literally
-
-METRICS_FILE = "metrics.jsonl"

@@ -22,6 +22,8 @@ from typing import Any
 
 from etils import epath
 
+from transformer.runtime import environment
+
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 LOCK_REFRESH_S = 5.0  # seconds between two writes of a lock by its holder
 LOCK_TIMEOUT_S = 25.0  # seconds without one after which the lock is taken over
@@ -87,25 +89,17 @@ def needs_staging(folder: epath.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def staged_write(folder: epath.Path) -> Iterator[epath.Path]:
-    """The folder to write to: the given one, or a local one that is uploaded at the end."""
+def staged(folder: epath.Path, *, write: bool = False) -> Iterator[epath.Path]:
+    """The folder to read or to write: the given one, or a local copy, which is uploaded at the end if it is written."""
     if not needs_staging(folder):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="upload-") as local:
+    with tempfile.TemporaryDirectory(prefix="staged-") as local:
+        if not write:
+            download(folder, local)
         yield epath.Path(local)
-        upload(local, folder)
-
-
-@contextlib.contextmanager
-def staged_read(folder: epath.Path) -> Iterator[epath.Path]:
-    """The folder to read from: the given one, or a local copy."""
-    if not needs_staging(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="download-") as local:
-        download(folder, local)
-        yield epath.Path(local)
+        if write:
+            upload(local, folder)
 
 
 class SyncedDirectory:
@@ -217,8 +211,7 @@ _remote_urls: dict[str, str] = {}
 def local_cache_dir(address: str) -> str:
     """The local cache of an address of prepared data; `pull` and `push` copy its folders."""
     digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
-    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    local = str(caches / "transformer-jax" / "data" / digest)
+    local = str(environment.cache_folder() / "data" / digest)
     _remote_urls[local] = address.rstrip("/")
     return local
 

@@ -23,6 +23,17 @@ def preempted(number: int, step: int) -> StoppedError:
 
 
 @contextlib.contextmanager
+def handling(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handles the stop signals by a function for the block."""
+    previous = {number: signal.signal(number, handler) for number in handled_signals()}
+    try:
+        yield
+    finally:
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)
+
+
+@contextlib.contextmanager
 def catch_stop_signals() -> Iterator[Callable[[], int | None]]:
     """Catches the first stop signal for the loop to read between updates; a second one ends the process at once."""
     received: list[int] = []
@@ -39,9 +50,5 @@ def catch_stop_signals() -> Iterator[Callable[[], int | None]]:
             os.kill(os.getpid(), number)
         log_info(f"{signal.Signals(number).name}: stopping after this update; send it again to stop at once")
 
-    previous = {number: signal.signal(number, handle) for number in numbers}
-    try:
+    with handling(handle):
         yield lambda: received[0] if received else None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -19,10 +19,9 @@ from transformer.data.corpus import Split
 from transformer.distributed import multihost
 from transformer.runtime import object_storage
 from transformer.runtime.errors import DivergedError, UserError, WorkdirError
-from transformer.runtime.files import user_error_on_oserror, write_atomic
+from transformer.runtime.files import CONFIG_FILE, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_error, log_info
 
-CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
 DIVERGED_FILE = "diverged.json"
 
