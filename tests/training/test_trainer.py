@@ -13,7 +13,6 @@ import pytest
 from etils import epath
 
 from tests.conftest import small_config
-from train import prepare
 from train import train as fit
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import CheckpointManager
@@ -26,6 +25,7 @@ from transformer.runtime.errors import DivergedError, StoppedError, UserError, W
 from transformer.training import run as run_lib
 from transformer.training import train_step, trainer
 from transformer.training import workdir as workdir_lib
+from transformer.training.session import prepare
 from transformer.training.train_step import StepMetrics, TrainState
 
 
@@ -47,7 +47,7 @@ def make_updates(losses, monkeypatch):
     batches = (Batch(i, np.zeros((2, 3), np.int32)) for i in range(10))
     state = TrainState(jax.device_put(np.int32(0)), {}, ())
     updates = trainer.StepPipeline(
-        fake, state, batches, lambda batch: batch, lambda placed: 10 * placed.source_BS, TrainingCost()
+        fake, state, batches, lambda batch: batch, lambda placed: 10 * placed.source_BS, TrainingCost(), 1
     )
     add = updates.meter.add
     monkeypatch.setattr(updates.meter, "add", lambda m, s, **n: (fake.events.append(f"read {s}"), add(m, s, **n)))

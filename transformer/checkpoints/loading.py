@@ -21,7 +21,7 @@ from transformer.config.validation import RESUMABLE_FIELDS
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed.mesh import make_mesh, warm_up_collectives
 from transformer.models.registry import ModelDef, Params
-from transformer.runtime import object_storage
+from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError, WorkdirError
 
 AVERAGE = re.compile(r"(best-)?average:([1-9][0-9]{0,5})")
@@ -89,9 +89,10 @@ def load_checkpoint(workdir: epath.PathLike, selector: str | int) -> RestoredMod
         raise UserError(f"--workdir={workdir}: expected a folder that train.py wrote, found none")
     manager = CheckpointManager(workdir)
     available = manager.steps()
-    with _deletion_reported(manager, [step for step in available if str(step) == selector] or available):
+    candidates = [step for step in available if str(step) == selector] or available
+    with progress.phase(f"verifying checkpoints of {workdir}"), _deletion_reported(manager, candidates):
         steps = resolve_steps(manager, selector)
-    with _deletion_reported(manager, steps):
+    with progress.phase(f"loading {describe(selector, steps)} of {workdir}"), _deletion_reported(manager, steps):
         config, tokenizer = manager.config(steps[-1]), manager.tokenizer(steps[-1])
         mesh = warm_up_collectives(make_mesh(MeshConfig()))
         model = ModelDef(config.model, tokenizer.vocab_size)

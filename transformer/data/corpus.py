@@ -28,9 +28,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 from transformer.config.schema import PATH_FIELDS, WMT_NAMES, DataConfig
 from transformer.data import local_text, prepared, text_files, wmt
 from transformer.data.prepared import RecordReader
-from transformer.runtime import object_storage
+from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import log_info, log_progress
+from transformer.runtime.logging import log_info
 
 Pair = tuple[str, str]
 
@@ -332,7 +332,7 @@ def load_or_compute_metadata(
     if metadata := _load_metadata(path, data.digest()):
         return metadata
     splits = {name: Split(name, "", languages, data.records(name), None, strip_cr) for name in data.names}
-    scans = {name: _scan_pairs(split) for name, split in splits.items()}
+    scans = {name: _scan_pairs(name, split) for name, split in splits.items()}
     train = scans["train"]
     blank, rows = np.flatnonzero(train.is_blank), np.flatnonzero(~train.is_blank)
     if not len(rows):
@@ -365,9 +365,9 @@ class _Scan(NamedTuple):
     line_breaks: int
 
 
-def _scan_pairs(split: Split) -> _Scan:
+def _scan_pairs(name: str, split: Split) -> _Scan:
     digest, hashes, blank, line_breaks = hashlib.sha256(), array.array("Q"), array.array("b"), 0
-    for raw in log_progress(split.raw_pairs(), lambda count: f"data: scanned {count:,} pairs"):
+    for raw in progress.track(split.raw_pairs(), f"data: scanning {name}", len(split), "pairs"):
         line_breaks += any("\n" in text for text in raw)
         source, target = split.to_lines(raw)
         texts = (source.encode(), target.encode())

@@ -18,6 +18,7 @@ from etils import epath
 from transformer.config import DataConfig
 from transformer.data import parallel_formats, text_files
 from transformer.data.prepared import Pair, ParallelTextBuilder
+from transformer.runtime import progress
 from transformer.runtime.errors import UserError
 
 VALIDATION_STEMS = ("val", "valid", "validation", "dev")
@@ -131,5 +132,6 @@ class ParallelText(ParallelTextBuilder):
 
 def _digest(files: Mapping[str, SplitFiles]) -> str:
     """A digest of all that the prepared data depends on."""
-    parts = [str(ParallelText.VERSION), {split: files[split].digest() for split in sorted(files)}]
+    with progress.phase("data: hashing the text files"):
+        parts = [str(ParallelText.VERSION), {split: files[split].digest() for split in sorted(files)}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

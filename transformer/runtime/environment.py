@@ -13,6 +13,8 @@ import platform
 import sys
 from collections.abc import Mapping
 
+from transformer.runtime import progress
+
 SETTINGS = (
     "jax_default_matmul_precision",
     "jax_default_prng_impl",
@@ -75,17 +77,33 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_COMPILED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/transformer-jax."""
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/transformer-jax.
+
+    Time to compile is left out of the time left that `progress` shows.
+    """
     import jax
 
+    _leave_out_compilation()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "transformer-jax" / cpu()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@functools.cache
+def _leave_out_compilation() -> None:
+    import jax
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event in (_LOWERED, _COMPILED):
+            progress.leave_out(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 class CompileCounter:
@@ -106,7 +124,7 @@ class CompileCounter:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == _COMPILED:
+        if event == _LOWERED:
             self.count += 1
 
 
