@@ -16,7 +16,7 @@ import numpy as np
 
 from transformer.checkpoints import best_metric
 from transformer.checkpoints.manager import VALID_BLEU, Metrics
-from transformer.config import validation
+from transformer.config import schema, validation
 from transformer.data import input_pipeline
 from transformer.data.batching import Batch
 from transformer.distributed import multihost, sharding
@@ -36,6 +36,7 @@ from transformer.training.metrics import (
     per_host_metrics,
 )
 from transformer.training.preemption import PreemptionSync
+from transformer.training.profiling import StepProfiler
 from transformer.training.run import RunContext
 from transformer.training.train_step import StepMetrics, TrainState, all_finite
 
@@ -164,14 +165,20 @@ class TrainingLoop:
             pipeline = self._start_pipeline(state)
             del state  # its buffers are donated to the first update
             preemption = PreemptionSync(context.mesh, self._stop_signal)
-            for step in range(context.start + 1, train.num_steps + 1):
-                pipeline.dispatch()
-                writer.advance(step)
-                with pipeline.meter.device_wait():
-                    signal_number = preemption()
-                self._after_update(pipeline, step, writer, signal_number)
-                if self._should_stop(step):
-                    return
+            with StepProfiler(context.workdir, schema.parse_steps(train.profile_steps)) as profiler:
+                for step in range(context.start + 1, train.num_steps + 1):
+                    profiler.start(step)
+                    pipeline.dispatch()
+                    if profiler.ends_with(step):
+                        pipeline.flush()
+                        with pipeline.meter.pause():
+                            profiler.stop()
+                    writer.advance(step)
+                    with pipeline.meter.device_wait():
+                        signal_number = preemption()
+                    self._after_update(pipeline, step, writer, signal_number)
+                    if self._should_stop(step):
+                        return
 
     def _start_pipeline(self, state: TrainState) -> StepPipeline:
         context, data, train = self.context, self.context.data, self._config.train
