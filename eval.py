@@ -135,7 +135,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--workdir", required=True, type=command_line.absolute_path, help="folder that train.py wrote")
     parser.add_argument("--checkpoint", help="latest (default), best, a step, average:N or best-average:N")
-    parser.add_argument("--split", help="split of the config's data set, such as validation (default: test)")
+    parser.add_argument("--split", help="split of the config's data set, such as val (default: test)")
     parser.add_argument(
         "--source", type=command_line.absolute_path, help="text file to translate instead, one sentence a line"
     )

@@ -128,6 +128,19 @@ def test_a_folder_that_lacks_files_or_has_too_many_is_refused(tmp_path, names, s
     assert says in refusal_of(config(dir=tmp_path))
 
 
+@pytest.mark.reported
+def test_a_folder_of_files_with_both_languages_gets_a_hint(tmp_path):
+    for name in ("notes.po", "train.en-de.tsv.xz", "val.en-de.tsv.xz"):
+        (tmp_path / name).write_bytes(lzma.compress(b"a\tb\n"))
+    said = refusal_of(config(dir=tmp_path))
+    assert said.startswith(f"{tmp_path}: expected train.en and train.de")
+    assert (
+        f"found neither. train.en-de.tsv.xz has both languages in one file: set data.train={tmp_path}/train.en" in said
+    )
+    hinted = config(train=tmp_path / "train.en-de.tsv.xz", valid=tmp_path / "val.en-de.tsv.xz")
+    assert set(local_text.find_splits(hinted)) == {"train", "validation"}
+
+
 def test_missing_files_are_refused(tmp_path):
     write(tmp_path, train__en=["x"], train__de=["y"])
     pair = {"train_source": tmp_path / "train.en", "train_target": tmp_path / "train.de"}

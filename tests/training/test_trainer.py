@@ -350,10 +350,23 @@ def test_another_host_is_logged(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(manager.environment, "fingerprint", lambda: {**here, "jax": "9.9", "cores": "77"})
     fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
     said = capsys.readouterr().err
-    assert "warning: another host than before, so the last bits may differ: " in said
+    assert "warning: other packages and another machine or other settings than before, so the last bits may " in said
     assert f"jax: {here['jax']} → 9.9; cores: {here['cores']} → 77\n" in said
     fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
-    assert "another host" not in capsys.readouterr().err
+    assert "than before" not in capsys.readouterr().err
+
+
+@pytest.mark.reported
+def test_other_code_is_not_called_another_machine(data, tmp_path, monkeypatch, capsys):
+    from transformer.checkpoints import manager
+
+    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
+    here = environment.fingerprint()
+    monkeypatch.setattr(manager.environment, "fingerprint", lambda: {**here, "code": "abc"})
+    fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert f"warning: other code than before, so the last bits may differ: code: {here['code']} → abc\n" in said
+    assert "machine" not in said
 
 
 @pytest.mark.slow

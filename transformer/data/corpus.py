@@ -179,11 +179,13 @@ class Corpus:
         _log_metadata(metadata)
 
     def split(self, name: str) -> Split:
-        """The split `name`; "test" also names the only split whose name starts with it.
+        """The split `name`; "test" also names the only split whose name starts with it, and "val" the validation split.
 
         Raises:
           UserError: no split or several splits match, or its files have changed since they were prepared.
         """
+        if name not in self.names and name in local_text.VALIDATION_STEMS and "validation" in self.names:
+            name = "validation"
         matches = [other for other in self.names if name == "test" and other.startswith(name)]
         if name not in self.names and len(matches) == 1:
             name = matches[0]

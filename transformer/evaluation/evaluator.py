@@ -211,7 +211,7 @@ def load_eval_dataset(
 
     Args:
       data: the config's.
-      split: its name; None is "test".
+      split: its name, as `Corpus.split` takes it; None is "test".
       source: a file of sentences, instead of a split.
       references: the files of its references.
 

@@ -62,6 +62,18 @@ def diff(old: dict[str, str], new: dict[str, str]) -> list[str]:
     return [f"{name}: {before or 'none'} → {after or 'none'}" for name, before, after in pairs if before != after]
 
 
+def changed_parts(old: dict[str, str], new: dict[str, str]) -> str:
+    """What differs between two environments, in words; empty if nothing does or the old one is not known."""
+    changed = {change.partition(":")[0] for change in diff(old, new)}
+    packages = versions().keys()
+    parts = {
+        "other code": changed & {"code"},
+        "other packages": changed & packages,
+        "another machine or other settings": changed - packages - {"code"},
+    }
+    return " and ".join(part for part, names in parts.items() if names)
+
+
 def cpu() -> str:
     """The architecture of the CPU, and a digest of its instruction set."""
     try:

@@ -252,7 +252,9 @@ def log_summary(context: RunContext, model: ModelDef) -> None:
     if resume.step:
         log_info(f"resuming after step {resume.step:,}")
         saved_on = context.checkpoints.manifest(resume.step).host
-        if changes := environment.diff(saved_on, environment.fingerprint()):
-            log_info(f"warning: another host than before, so the last bits may differ: {'; '.join(changes)}")
+        here = environment.fingerprint()
+        if parts := environment.changed_parts(saved_on, here):
+            changes = "; ".join(environment.diff(saved_on, here))
+            log_info(f"warning: {parts} than before, so the last bits may differ: {changes}")
     if resume.changes:
         log_info(f"changed since the last session: {'; '.join(resume.changes)}")
