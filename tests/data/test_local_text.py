@@ -134,9 +134,8 @@ def test_a_folder_of_files_with_both_languages_gets_a_hint(tmp_path):
         (tmp_path / name).write_bytes(lzma.compress(b"a\tb\n"))
     said = refusal_of(config(dir=tmp_path))
     assert said.startswith(f"{tmp_path}: expected train.en and train.de")
-    assert (
-        f"found neither. train.en-de.tsv.xz has both languages in one file: set data.train={tmp_path}/train.en" in said
-    )
+    assert "found neither. train.en-de.tsv.xz has both languages in one file" in said
+    assert f"set data.train={tmp_path}/train.en-de.tsv.xz in place of data.dir" in said
     hinted = config(train=tmp_path / "train.en-de.tsv.xz", valid=tmp_path / "val.en-de.tsv.xz")
     assert set(local_text.find_splits(hinted)) == {"train", "validation"}
 

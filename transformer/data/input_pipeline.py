@@ -154,7 +154,7 @@ def check_same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath
         raise UserError(
             f"config.data.tokenizer = {data.tokenizer}: is not the vocabulary of the run in {stored.parent}: expected "
             f"the digest {trained.digest[:16]}, got {configured.digest[:16]}. Name that "
-            "vocabulary, or choose another --workdir"
+            "vocabulary, or choose another workdir"
         )
     path = stored / trained.file_name
     digest = sha256(path) if path.exists() else "missing"

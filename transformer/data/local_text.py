@@ -78,9 +78,10 @@ def _find_in_folder(folder: str, languages: tuple[str, str]) -> dict[str, tuple[
     for stem in ("train", *VALIDATION_STEMS):
         if stem not in complete and (stem in stems or stem == "train"):
             available = ", ".join(filter(None, stems.get(stem, ()))) or "neither"
+            hint = _pair_file_hint(folder) if stem == "train" else ""
             raise UserError(
                 f"{folder}: expected {stem}.{languages[0]} and {stem}.{languages[1]}, each perhaps with one of "
-                f"{', '.join(text_files.COMPRESSIONS)}; found {available}{_pair_file_hint(folder) if stem == 'train' else ''}"
+                f"{', '.join(text_files.COMPRESSIONS)}; found {available}{hint}"
             )
     validation = [stem for stem in VALIDATION_STEMS if stem in complete]
     if len(validation) > 1:
@@ -96,8 +97,8 @@ def _pair_file_hint(folder: str) -> str:
         return ""
     name = next((name for name in files if name.startswith("train")), files[0])
     return (
-        f". {name} has both languages in one file: set data.train={os.path.join(folder, name)} in place of data.dir, and "
-        "data.valid for one to validate with"
+        f". {name} has both languages in one file: set data.train={os.path.join(folder, name)} in place of data.dir, "
+        "and data.valid for one to validate with"
     )
 
 

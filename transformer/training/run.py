@@ -206,7 +206,7 @@ def _check_data(resume: ResumePoint, path: epath.Path, validation: corpora.Split
         if old != digests[kind]:
             raise UserError(
                 f"{path}: the {kind} data has changed since step {resume.step:,}: its digest was {old[:16]} and "
-                f"is {digests[kind][:16]}. Restore it, or choose another --workdir"
+                f"is {digests[kind][:16]}. Restore it, or choose another workdir"
             )
 
 
