@@ -22,6 +22,7 @@ from rich.text import Text
 from transformer.runtime import logging
 
 LINE_INTERVAL_S = 10.0  # the longest time without a message
+BAR_WIDTH = 16  # characters
 BAR_DELAY_S = 1.0  # a shorter phase has no bar
 TICK_S = 0.5
 BREAK_S = 1.0  # phases that follow each other sooner are one stretch of work
@@ -185,11 +186,13 @@ class _Display:
             if self._bars is None:
                 self._bars = _make_bars()
                 self._bars.start()
-            if phase not in self._tasks:
-                self._tasks[phase] = self._bars.add_task("", total=phase.total, name=phase.name, status="")
-            self._bars.update(
-                self._tasks[phase], completed=phase.completed, total=phase.total, name=phase.name, status=phase.status()
-            )
+            name, status, done = phase.name, phase.status(), phase.completed
+            if phase in self._tasks:
+                task = self._tasks[phase]
+                self._bars.update(task, completed=done, total=phase.total, name=name, status=status)
+            else:
+                task = self._bars.add_task("", completed=done, total=phase.total, name=name, status=status)
+                self._tasks[phase] = task
 
     def _stop_bars(self) -> None:
         self._tasks.clear()
@@ -230,7 +233,7 @@ class _TextColumn(ProgressColumn):
 
 def _make_bars() -> Progress:
     console = _Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = _TextColumn("name"), BarColumn(), _TextColumn("status")
+    columns = _TextColumn("name"), BarColumn(BAR_WIDTH), _TextColumn("status")
     # Results on stdout must not pass through the console, which writes to stderr.
     return Progress(*columns, console=console, transient=True, redirect_stdout=False)
 
