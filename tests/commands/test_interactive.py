@@ -1,6 +1,7 @@
 """Translation at a terminal: a line in, its translation out, until Ctrl-D or Ctrl-C."""
 
 import contextlib
+import io
 import os
 import pty
 import select
@@ -13,7 +14,9 @@ import pytest
 from tests.commands.test_translate import SHORT, save, vocabulary  # noqa: F401 (a fixture)
 from tests.conftest import ROOT
 from tests.helpers import commands
+from tests.helpers.clock import FakeClock
 from tests.helpers.processes import environment
+from transformer.translate import translate_stream
 
 pytestmark = pytest.mark.reported
 TIMEOUT_S = 120
@@ -73,6 +76,24 @@ def test_each_line_is_translated_before_the_next_is_typed(workdir):
         os.write(keys, b"\x04")
         assert process.wait(TIMEOUT_S) == 0
         assert process.stdout.read() == b""
+
+
+def test_lines_of_a_file_are_counted_while_they_are_translated(monkeypatch, capsys):
+    clock, out = FakeClock(monkeypatch), io.BytesIO()
+
+    def translate(group):
+        clock.sleep(25)
+        return [line.upper() for line in group]
+
+    translate_stream(translate, ["a", "b", "c"], out, 2)
+    assert out.getvalue() == b"A\nB\nC\n"
+    assert capsys.readouterr().err.splitlines() == [
+        "translating: 0 lines · 0:00:10 elapsed",
+        "translating: 0 lines · 0:00:20 elapsed",
+        "translating: 2 lines · 0:00:30 elapsed",
+        "translating: 2 lines · 0:00:40 elapsed",
+        "translating: 2 lines · 0:00:50 elapsed",
+    ]
 
 
 def test_ctrl_c_ends_it_with_the_usual_code_and_no_traceback(workdir):

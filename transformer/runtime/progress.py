@@ -162,7 +162,7 @@ class _Display:
     @contextlib.contextmanager
     def hidden(self) -> Iterator[None]:
         with self._lock:  # which keeps the thread from starting them again
-            if self._bars:
+            if self._bars and sys.stdout.isatty():
                 self._stop_bars()
             yield
 
