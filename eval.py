@@ -19,13 +19,13 @@ from etils import epath
 
 from transformer import command_line
 from transformer.distributed import multihost
+from transformer.runtime import progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import check_writable
 from transformer.runtime.logging import log_info
 
 if TYPE_CHECKING:
-    from transformer.checkpoints.loading import RestoredModel
-    from transformer.evaluation.evaluator import CheckpointEvaluator, EvalDataset, EvalResult
+    from transformer.evaluation.evaluator import EvalDataset, EvalResult
 
 NUM_SAMPLES = 5
 
@@ -70,7 +70,7 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     if args.versus:
         checkpoint = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
         baseline = systems.baseline_system(args.versus, checkpoint, dataset, data.target_language, fields)
-    result = evaluate_with_progress(evaluator.CheckpointEvaluator(dataset), restored)
+    result = evaluator.CheckpointEvaluator(dataset).evaluate(restored)
     log_samples(dataset, result)
     log_info(summary.format_table(restored, dataset, result))
     save_translations(result, args.output, evaluator.translations_path(args.workdir, restored, dataset, changed))
@@ -79,10 +79,12 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         _, sources, references = dataset
         tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, references[0]).name
         both = systems.label_pair(baseline, args.versus, systems.evaluated(args.workdir, restored, result.translations))
-        comparison = comparisons.compare(both, sources, references, tokenizer)
+        with progress.phase("comparing the systems"):
+            comparison = comparisons.compare(both, sources, references, tokenizer)
         log_info(f"\n{significance.format_table(both[1].label, both[0].label, comparison.tests[0])}\n")
         log_info(comparisons.format_examples(comparison))
-    report.write(args.workdir, restored, dataset, result, comparison, changed)
+    with progress.phase("writing the report"):
+        report.write(args.workdir, restored, dataset, result, comparison, changed)
     if multihost.is_primary():
         print(json.dumps(summary.as_json(restored, result, comparison)))
 
@@ -118,7 +120,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
     parser = command_line.model_parser("eval.py", __doc__)
     parser.set_defaults(checkpoint=None)  # to tell whether it is given
     path, paths = command_line.absolute_path, command_line.absolute_paths
-    parser.add_argument("--split", help="split of the config's data set, such as validation (default: test)")
+    parser.add_argument("--split", help="split of the config's data set, such as val (default: test)")
     parser.add_argument("--source", type=path, help="text file to translate instead, one sentence a line")
     parser.add_argument("--reference", type=paths, default=[], help="its references; several files with commas between")
     parser.add_argument(
@@ -145,17 +147,6 @@ def parse(rest: list[str]) -> argparse.Namespace:
             raise UserError(f"--watch scores every checkpoint by itself; leave out --{flag}")
     args.checkpoint = args.checkpoint or "latest"
     return args
-
-
-def evaluate_with_progress(evaluator: "CheckpointEvaluator", restored: "RestoredModel") -> "EvalResult":
-    """Evaluates with a progress bar if stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(f"translating {evaluator.dataset.name}", total=len(evaluator.dataset.sources))
-        return evaluator.evaluate(restored, lambda count: bar.advance(task, advance=count))
 
 
 def log_samples(dataset: "EvalDataset", result: "EvalResult") -> None:

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 from tests.training.test_trainer import config_of, data  # noqa: F401 (a fixture)
 from transformer import inference
 
-TRAINING = ["train.py", "transformer/training/trainer.py", "transformer/training/train_step.py"]
+TRAINING = ["train.py", *(f"transformer/training/{name}.py" for name in ("session", "trainer", "train_step"))]
 TRANSLATING = [f"transformer/{name}.py" for name in ("inference", "decoding/translator", "decoding/decode")]
 TRANSLATING += ["transformer/decoding/beam_search.py"]
 
@@ -49,8 +49,9 @@ def workdir(data, tmp_path_factory):  # noqa: F811
 @pytest.mark.slow
 def test_training_step_and_translation_are_four_files_away(data, workdir, fresh_programs):  # noqa: F811
     config = config_of(data, train={"num_steps": 1, "eval_every_steps": 1, "checkpoint_every_steps": 1})
+    (workdir.parent / "config.json").write_text(config.to_json())
     with CallTrace("train_step") as step:
-        train.train(config, workdir)
+        train.main(["train.py", f"--config={workdir.parent}/config.json", f"--workdir={workdir}"])
     assert TRAINING in step.stacks
     model = inference.load(workdir)
     with CallTrace("beam_search") as search:

@@ -51,6 +51,7 @@ def imported_by(modules: list[str], package: str) -> str:
 def test_configs_and_data_import_no_jax():
     """So that a bad flag costs a moment, and preparing data no device."""
     without = ["transformer.command_line", "transformer.distributed.multihost", "transformer.distributed.consistency"]
+    without += ["train", "transformer.training.session"]
     without += [module for module in MODULES if module.split(".")[1:2] in (["config"], ["data"])]
     assert imported_by([*without, "transformer.models.flops"], "jax") == "False\n"
 
@@ -58,7 +59,7 @@ def test_configs_and_data_import_no_jax():
 def test_public_names_are_imported_at_first_use():
     program = """if True:
         import sys, transformer
-        assert transformer.default_config() and transformer.Config and transformer.UserError
+        assert transformer.default_config() and transformer.Config and transformer.UserError and transformer.train
         assert "jax" not in sys.modules
         assert transformer.TranslationModel.translate and "jax" in sys.modules
         assert set(transformer.__all__) <= set(dir(transformer)) | set(transformer._LAZY)

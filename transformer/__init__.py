@@ -2,6 +2,7 @@
 
     import transformer
 
+    transformer.train(config, "runs/mine")  # of a config file's get_config(), or default_config()
     model = transformer.load("runs/mine", checkpoint="best")
     model.translate(["Good morning!"], beam_size=8)
 
@@ -15,12 +16,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ml_collections import config_dict
+
     from transformer.config import Config, default_config
     from transformer.inference import TranslationModel
     from transformer.runtime.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Config", "TranslationModel", "UserError", "default_config", "load"]
+__all__ = ["Config", "TranslationModel", "UserError", "default_config", "load", "train"]
 
 _LAZY = {
     "Config": "transformer.config",
@@ -42,6 +45,13 @@ def load(
     from transformer import inference
 
     return inference.load(workdir, checkpoint, ensemble)
+
+
+def train(config: "Config | config_dict.ConfigDict", workdir: str | os.PathLike) -> None:
+    """Trains in a workdir, or resumes the run there: see `transformer.training.session.train`."""
+    from transformer.training import session
+
+    session.train(config, workdir)
 
 
 def __getattr__(name: str) -> Any:

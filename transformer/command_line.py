@@ -67,12 +67,20 @@ def command_parser(prog: str, doc: str | None, **options: Any) -> argparse.Argum
     return argparse.ArgumentParser(prog=prog, description=(doc or "").split("\n")[0], allow_abbrev=False, **options)
 
 
-def config_parser(prog: str, doc: str | None, required: str = "") -> argparse.ArgumentParser:
-    """A parser for a command that takes a config, which `parse_with_config` reads."""
+def config_parser(prog: str, doc: str | None, required: str = "", resumes: bool = False) -> argparse.ArgumentParser:
+    """A parser for a command that takes a config, which `parse_with_config` reads.
+
+    Args:
+      prog: name of the command.
+      doc: begins with what it does.
+      required: flags that it needs besides.
+      resumes: whether --workdir alone names the config.
+    """
+    config = "[--config=FILE]" if resumes else "--config=FILE"
     parser = command_parser(
         prog,
         doc,
-        usage=" ".join(filter(None, (prog, "--config=FILE", required, "[--config.SECTION.FIELD=VALUE ...] [options]"))),
+        usage=" ".join(filter(None, (prog, config, required, "[--config.SECTION.FIELD=VALUE ...] [options]"))),
         epilog=f"Fields of the config, with defaults and bounds:\n\n{schema.field_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -80,8 +88,8 @@ def config_parser(prog: str, doc: str | None, required: str = "") -> argparse.Ar
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="config file, or FILE:NAME, which is Python and runs; or the config.json of a workdir. The project's own: "
-        + own,
+        help="config file, or FILE:NAME, which is Python and runs; or the config.json of a workdir. "
+        f"{'Not needed to resume the run of --workdir. ' * resumes}The project's own: {own}",
     )
     parser.add_argument("--print_config", action="store_true", help="print the whole config as JSON, and end")
     return parser

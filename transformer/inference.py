@@ -45,6 +45,10 @@ class TranslationModel:
         self._lock = threading.Lock()
         self._process = os.getpid()
 
+    def __repr__(self) -> str:
+        """Family, size, languages and step of each model."""
+        return f"TranslationModel({' + '.join(map(_describe, self._models))})"
+
     @overload
     def translate(
         self,
@@ -153,6 +157,12 @@ class TranslationModel:
         for member in self._models[1:]:  # its learned positions may be too few for these fields
             validation.validate(dataclasses.asdict(dataclasses.replace(member.config, decode=decode)), strict=False)
         return decode
+
+
+def _describe(model: RestoredModel) -> str:
+    data, family = model.config.data, model.config.model.family
+    languages = f"{data.source_language} to {data.target_language}"
+    return f"{family}, {model.model.num_params():,} params, {languages}, {model.description}"
 
 
 def load(

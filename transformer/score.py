@@ -19,9 +19,9 @@ from transformer import command_line
 from transformer.data import text_files
 from transformer.decoding.scorer import TargetScore
 from transformer.inference import load
-from transformer.runtime import environment, streams
+from transformer.runtime import environment, progress, streams
 from transformer.runtime.files import check_writable, open_atomic, user_error_on_oserror
-from transformer.runtime.logging import log_info, log_progress
+from transformer.runtime.logging import log_info
 
 GROUP = 4096  # pairs that are read and sorted into batches at once
 
@@ -39,13 +39,16 @@ def main(argv: list[str]) -> None:
     pairs = text_files.read_parallel(args.source, args.target)
     groups = iter(lambda: list(itertools.islice(pairs, GROUP)), [])
     done, num_tokens, log_prob = 0, 0, 0.0
-    with _output(args.output) as out:
-        for group in log_progress(groups, lambda count: f"{count * GROUP:,} of {num_pairs:,} pairs scored"):
+    with _output(args.output) as out, progress.phase("scoring", num_pairs, "pairs") as scoring:
+        for group in groups:
             sources, targets = zip(*group, strict=True)
             scores = model.scorer.score(model.all_params, sources, targets, config)
-            out.write(streams.printable("".join(format_line(score, args.per_token) for score in scores), out).encode())
-            out.flush()
+            lines = "".join(format_line(score, args.per_token) for score in scores)
+            with progress.hidden():
+                out.write(streams.printable(lines, out).encode())
+                out.flush()
             done += len(group)
+            scoring.completed = done
             num_tokens += sum(len(score.tokens) for score in scores)
             log_prob += sum(score.log_prob for score in scores)
     model.scorer.log_warnings(config)

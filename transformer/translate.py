@@ -1,12 +1,14 @@
 """The translate command: streams lines from stdin to stdout. Its Python API is `transformer.load`.
 
 python -m transformer.translate --workdir=DIR < source.txt > translations.txt
+python -m transformer.translate --workdir=DIR    # translates each line that is typed, until Ctrl-D
 """
 
 import argparse
 import contextlib
 import itertools
 import os
+import signal
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,9 +25,10 @@ from transformer.data.tokenizer import Tokenizer
 from transformer.decoding.alignment import Aligner, Alignment, Attention, to_pharaoh
 from transformer.decoding.translator import Hypothesis, first_text
 from transformer.inference import load
-from transformer.runtime import environment, streams
-from transformer.runtime.errors import UserError
+from transformer.runtime import environment, progress, streams
+from transformer.runtime.errors import StoppedError, UserError
 from transformer.runtime.files import open_atomic, user_error_on_oserror
+from transformer.runtime.logging import log_info
 
 Item = TypeVar("Item")
 
@@ -51,9 +54,41 @@ def translate_stream(
     translate: Callable[[list[Item]], list[str]], items: Iterable[Item], out: BinaryIO, size: int
 ) -> None:
     """Writes the lines that `translate` returns for each group of `size` items, group by group."""
-    for group in batched(items, size):
-        out.write(streams.printable("".join(f"{line}\n" for line in translate(group)), out).encode())
-        out.flush()
+    with progress.phase("translating", unit="lines") as translating:
+        for group in batched(items, size):
+            lines = translate(group)
+            with progress.hidden():
+                write_lines(lines, out)
+            translating.advance(len(group))
+
+
+def translate_interactively(translate: Callable[[list[Item]], list[str]], items: Iterable[Item], out: BinaryIO) -> None:
+    """Writes the lines that `translate` returns for each item before the next is read.
+
+    Raises:
+      StoppedError: by SIGINT. A second one ends the process at once, even while a program is compiled.
+    """
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        log_info("")  # ends the line on which the terminal shows ^C
+        raise StoppedError(number, "")
+
+    previous = signal.signal(signal.SIGINT, stop)
+    log_info("ready")
+    try:
+        for item in items:
+            with progress.phase("translating"):
+                lines = translate([item])
+            write_lines(lines, out)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def write_lines(lines: Iterable[str], out: BinaryIO) -> None:
+    """Writes lines at once."""
+    out.write(streams.printable("".join(f"{line}\n" for line in lines), out).encode())
+    out.flush()
 
 
 class Line(NamedTuple):
@@ -99,7 +134,7 @@ def format_nbest(lines: Sequence[Line], translations: Sequence[Sequence[Hypothes
 
 
 def main(argv: list[str]) -> None:
-    """Reads source lines on stdin and writes their translations to stdout, one for one."""
+    """Reads source lines on stdin and writes their translations to stdout, one for one; at a terminal line by line."""
     fields, rest = command_line.decode_flags(argv)
     args = _parse(rest)
     fields = _add_shorthands(fields, args)
@@ -129,7 +164,10 @@ def main(argv: list[str]) -> None:
     # With the fields of this command: alignments truncate a long source as decoding does.
     try:
         with alignment_writer(args, model.primary.with_decode(fields)) as write_alignments:
-            translate_stream(translate, lines, sys.stdout.buffer, args.batch_size)
+            if sys.stdin.isatty():
+                translate_interactively(translate, lines, sys.stdout.buffer)
+            else:
+                translate_stream(translate, lines, sys.stdout.buffer, args.batch_size)
     finally:
         translator.log_warnings()
 
@@ -153,7 +191,12 @@ def _add_shorthands(fields: dict[str, Any], args: argparse.Namespace) -> dict[st
 def _parse(rest: list[str]) -> argparse.Namespace:
     """Reads the flags other than --decode.FIELD."""
     parser = command_line.model_parser("python -m transformer.translate", main.__doc__)
-    parser.add_argument("--batch_size", type=positive_int, default=256, help="lines read before the first is written")
+    parser.add_argument(
+        "--batch_size",
+        type=positive_int,
+        default=256,
+        help="lines read before the first is written; typed ones are translated one by one",
+    )
     parser.add_argument("--beam_size", type=positive_int, help="the same as --decode.beam_size")
     parser.add_argument(
         "--n_best", type=positive_int, help="write up to so many lines for each: INDEX ||| TEXT ||| SCORE, INDEX from 0"

@@ -17,7 +17,6 @@ from etils import epath
 
 from tests.attention.test_blockwise import B, K, draw, segments
 from tests.conftest import ROOT, small_config
-from train import prepare
 from transformer.attention import dot_product, fused
 from transformer.attention.mask import AttentionMask
 from transformer.config import MeshConfig
@@ -33,6 +32,7 @@ from transformer.planning.hlo import Program
 from transformer.runtime import environment as fingerprint
 from transformer.runtime.errors import UserError
 from transformer.training import run, train_step
+from transformer.training.session import prepare
 
 
 def sees(visible, queries, keys):

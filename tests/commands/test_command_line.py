@@ -398,6 +398,13 @@ def test_help_of_a_command_that_takes_a_config_needs_none(capsys):
     assert "More." not in shown
 
 
+@pytest.mark.reported
+def test_usage_of_training_shows_that_a_workdir_alone_resumes():
+    shown = " ".join(commands.run("train.py", "--help").stdout.decode().split())
+    assert "usage: train.py [--config=FILE] --workdir=DIR [--config.SECTION.FIELD=VALUE ...] [options]" in shown
+    assert "Not needed to resume the run of --workdir." in shown
+
+
 def test_help_lists_every_field_with_default_meaning_and_bounds(capsys):
     with pytest.raises(SystemExit, match="0"):
         command_line.parse_with_config(command_line.config_parser("make.py", ""), ["make.py", "--help"])

@@ -72,7 +72,7 @@ def test_fields_limit_the_lengths(command, workdir):
         (["a"], ["--decode.beam_size=3"], "scoring reads decode.max_source_tokens, max_extra_length.*, got beam_size"),
         (["a"], ["--decode.max_source_tokens=0"], "config.decode.max_source_tokens: expected at least 2, got 0"),
         (["a"], ["--output=DIR/in.de"], "would overwrite what is read"),
-        (["a"], ["--checkpoint=77"], "--checkpoint: expected latest"),
+        (["a"], ["--checkpoint=77"], "checkpoint: expected latest"),
         (["a\0"], [], "in.de, line 1: holds a NUL character"),
     ],
 )

@@ -168,7 +168,7 @@ def test_an_ensemble_is_loaded_from_workdirs(loaded, workdir, another, usual):
 
 def test_what_is_loaded_may_be_named_as_people_do(workdir, monkeypatch):
     assert transformer.load(workdir, checkpoint=0).primary.step == 0
-    with pytest.raises(UserError, match=r"--checkpoint: expected latest, .*\[0\], got '579'"):
+    with pytest.raises(UserError, match=r"^checkpoint: expected latest, .*\[0\], got '579'"):
         transformer.load(workdir, checkpoint=579)
     for one in (workdir, str(workdir)):
         with pytest.raises(UserError, match=r"ensemble: expected a list of workdirs, got one, '.*'"):

@@ -140,8 +140,18 @@ def test_a_split_that_is_not_there_is_refused(tmp_path):
     assert "several, test_a, test_b; name one" in refusal_of(opened.split, "test")
     assert opened.split("test_b").name == "test_b"
     assert "expected a split 'tset', found only" in refusal_of(opened.split, "tset")
+    assert "found only test_a, test_b, train, validation, other" in refusal_of(opened.split, "tset")
     assert len(opened.split("other")) == 0
     assert list(opened.split("other")) == []
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("stem", ["val", "valid", "validation", "dev"])
+def test_the_validation_split_goes_by_the_names_that_its_files_may_have(tmp_path, stem):
+    opened = corpus.open_corpus(text_config(tmp_path, **{"train": 9, stem: 2}))
+    for name in ("val", "valid", "validation", "dev"):
+        assert opened.split(name).name == "validation"
+        assert len(opened.split(name)) == 2
 
 
 def test_an_empty_validation_file_is_kept_empty(tmp_path, capfd):

@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from tests.helpers.clock import FakeClock
 from transformer.data import download
 from transformer.data.download import Download, DownloadManager
-from transformer.runtime import logging
 from transformer.runtime.errors import UserError
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
@@ -191,7 +191,8 @@ def test_without_a_recorded_checksum_the_digest_is_logged(tmp_path, address, cap
 
 
 def test_progress_is_logged(tmp_path, address, capfd, monkeypatch):
-    monkeypatch.setattr(logging, "LOG_INTERVAL_S", 0.0)
+    clock, size = FakeClock(monkeypatch), download._mb
+    monkeypatch.setattr(download, "_mb", lambda count: clock.sleep(1) or size(count))
     monkeypatch.setattr(download, "CHUNK_BYTES", 100_000)
     get(tmp_path, archive(address))
-    assert "data: a.tgz: 2 of 3 MB\n" in capfd.readouterr().err
+    assert "data: downloading a.tgz: 2 of 3 MB · 0:0" in capfd.readouterr().err

@@ -3,15 +3,16 @@ import json
 import lzma
 import os
 import pathlib
+import re
 from typing import Any
 
 import pytest
 import zstandard
 
+from tests.helpers.clock import FakeClock
 from transformer.config import DataConfig
-from transformer.data import local_text, prepared
+from transformer.data import local_text, prepared, text_files
 from transformer.data.corpus import Split
-from transformer.runtime import logging
 from transformer.runtime.errors import UserError
 
 LANGUAGES = ("en", "de")
@@ -125,6 +126,18 @@ def test_a_folder_that_lacks_files_or_has_too_many_is_refused(tmp_path, names, s
     for name in names:
         (tmp_path / name).write_bytes(b"")
     assert says in refusal_of(config(dir=tmp_path))
+
+
+@pytest.mark.reported
+def test_a_folder_of_files_with_both_languages_gets_a_hint(tmp_path):
+    for name in ("notes.po", "train.en-de.tsv.xz", "val.en-de.tsv.xz"):
+        (tmp_path / name).write_bytes(lzma.compress(b"a\tb\n"))
+    said = refusal_of(config(dir=tmp_path))
+    assert said.startswith(f"{tmp_path}: expected train.en and train.de")
+    assert "found neither. train.en-de.tsv.xz has both languages in one file" in said
+    assert f"set data.train={tmp_path}/train.en-de.tsv.xz in place of data.dir" in said
+    hinted = config(train=tmp_path / "train.en-de.tsv.xz", valid=tmp_path / "val.en-de.tsv.xz")
+    assert set(local_text.find_splits(hinted)) == {"train", "validation"}
 
 
 def test_missing_files_are_refused(tmp_path):
@@ -254,13 +267,15 @@ def test_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch
 
 
 def test_long_work_reports_its_progress(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(logging, "LOG_INTERVAL_S", 0.0)
+    clock, read = FakeClock(monkeypatch), text_files.read_parallel
+    monkeypatch.setattr(text_files, "read_parallel", lambda *paths: (clock.sleep(0.1) or pair for pair in read(*paths)))
     write(tmp_path / "text", train__en=["a"] * 1234, train__de=["b"] * 1234)
     build(config(dir=tmp_path / "text"), tmp_path / "data")
     out, err = capfd.readouterr()
     assert out == ""
     assert "data: sentence pairs: train 1,234\n" in err
-    assert " of 1,234 pairs of train\n" in err
+    assert re.search(r"data: reading train: [0-9]{2} pairs · 0:00:10 elapsed\n", err)
+    assert re.search(r"preparing train: 1,[0-9]{3}/1,234 pairs · 0:0[12]:[0-9]{2} elapsed · 0:00:0[0-9] left\n", err)
 
 
 @pytest.mark.skipif(not MULTI30K.is_dir(), reason="needs Multi30k in ../shared/data/multi30k")

@@ -7,7 +7,6 @@ import pytest
 from etils import epath
 
 from tests.conftest import small_config
-from train import prepare
 from train import train as fit
 from transformer.checkpoints import best_metric, manager
 from transformer.checkpoints.manager import CheckpointManager
@@ -16,6 +15,7 @@ from transformer.evaluation import bleu_tokenizer
 from transformer.evaluation import metrics as scores
 from transformer.runtime.errors import UserError
 from transformer.training import trainer
+from transformer.training.session import prepare
 
 pytestmark = pytest.mark.reported
 

@@ -209,7 +209,7 @@ def test_the_example_of_the_docs_runs_without_this_package(workdir, tmp_path, ca
         (["--format=jax", "--quantization=int8"], "--quantization goes with --format=ctranslate2"),
         (["--format=jax", "--decode.method=sample"], "the exported program searches by beam"),
         (["--format=jax", "--output=."], "expected a folder that does not exist yet"),
-        (["--format=jax", "--checkpoint=7"], "--checkpoint: expected latest"),
+        (["--format=jax", "--checkpoint=7"], "checkpoint: expected latest"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(flags, message, workdir, tmp_path):

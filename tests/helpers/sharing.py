@@ -27,6 +27,7 @@ HOST_FIELDS = (
     "keep_last",
     "keep_best",
     "early_stopping_patience",
+    "profile_steps",
     "init_from",
     "init_checkpoint",
 )

@@ -47,5 +47,13 @@ def test_what_only_one_of_them_has_is_named():
     assert fingerprint.diff({"a": ""}, {"a": "x"}) == ["a: none → x"]
 
 
+def test_what_differs_is_said_in_words():
+    here = {"code": "1", "jax": "0.10", "cores": "2"}
+    assert fingerprint.changed_parts(here, here) == fingerprint.changed_parts({}, here) == ""
+    assert fingerprint.changed_parts(here, {**here, "code": "2"}) == "other code"
+    assert fingerprint.changed_parts(here, {**here, "code": "2", "jax": "0.11"}) == "other code and other packages"
+    assert fingerprint.changed_parts(here, {**here, "cores": "4"}) == "another machine or other settings"
+
+
 def test_an_unrecorded_host_is_not_logged():
     assert fingerprint.diff({}, fingerprint.fingerprint()) == []

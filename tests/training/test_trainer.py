@@ -13,7 +13,6 @@ import pytest
 from etils import epath
 
 from tests.conftest import small_config
-from train import prepare
 from train import train as fit
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import CheckpointManager
@@ -26,6 +25,7 @@ from transformer.runtime.errors import DivergedError, StoppedError, UserError, W
 from transformer.training import run as run_lib
 from transformer.training import train_step, trainer
 from transformer.training import workdir as workdir_lib
+from transformer.training.session import prepare
 from transformer.training.train_step import StepMetrics, TrainState
 
 
@@ -47,7 +47,7 @@ def make_updates(losses, monkeypatch):
     batches = (Batch(i, np.zeros((2, 3), np.int32)) for i in range(10))
     state = TrainState(jax.device_put(np.int32(0)), {}, ())
     updates = trainer.StepPipeline(
-        fake, state, batches, lambda batch: batch, lambda placed: 10 * placed.source_BS, TrainingCost()
+        fake, state, batches, lambda batch: batch, lambda placed: 10 * placed.source_BS, TrainingCost(), 1
     )
     add = updates.meter.add
     monkeypatch.setattr(updates.meter, "add", lambda m, s, **n: (fake.events.append(f"read {s}"), add(m, s, **n)))
@@ -349,11 +349,24 @@ def test_another_host_is_logged(data, tmp_path, monkeypatch, capsys):
     here = environment.fingerprint()
     monkeypatch.setattr(manager.environment, "fingerprint", lambda: {**here, "jax": "9.9", "cores": "77"})
     fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
-    stderr = capsys.readouterr().err
-    assert "warning: another host than before, so the last bits may differ: " in stderr
-    assert f"jax: {here['jax']} → 9.9; cores: {here['cores']} → 77\n" in stderr
+    said = capsys.readouterr().err
+    assert "warning: other packages and another machine or other settings than before, so the last bits may " in said
+    assert f"jax: {here['jax']} → 9.9; cores: {here['cores']} → 77\n" in said
     fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
-    assert "another host" not in capsys.readouterr().err
+    assert "than before" not in capsys.readouterr().err
+
+
+@pytest.mark.reported
+def test_other_code_is_not_called_another_machine(data, tmp_path, monkeypatch, capsys):
+    from transformer.checkpoints import manager
+
+    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
+    here = environment.fingerprint()
+    monkeypatch.setattr(manager.environment, "fingerprint", lambda: {**here, "code": "abc"})
+    fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert f"warning: other code than before, so the last bits may differ: code: {here['code']} → abc\n" in said
+    assert "machine" not in said
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from transformer.config.validation import RESUMABLE_FIELDS
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed.mesh import make_mesh, warm_up_collectives
 from transformer.models.registry import ModelDef, Params
-from transformer.runtime import object_storage
+from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError, WorkdirError
 
 AVERAGE = re.compile(r"(best-)?average:([1-9][0-9]{0,5})")
@@ -95,12 +95,13 @@ def load_checkpoint(workdir: epath.PathLike, selector: str | int) -> RestoredMod
         raise UserError(f"{workdir}: {reason}")
     workdir, selector = epath.Path(workdir).expanduser(), str(selector)
     if not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: expected a folder that train.py wrote, found none")
+        raise UserError(f"{workdir}: expected a folder that train.py wrote, found none")
     manager = CheckpointManager(workdir)
     available = manager.steps()
-    with _deletion_reported(manager, [step for step in available if str(step) == selector] or available):
+    candidates = [step for step in available if str(step) == selector] or available
+    with progress.phase(f"verifying checkpoints of {workdir}"), _deletion_reported(manager, candidates):
         steps = resolve_steps(manager, selector)
-    with _deletion_reported(manager, steps):
+    with progress.phase(f"loading {describe(selector, steps)} of {workdir}"), _deletion_reported(manager, steps):
         config, tokenizer = manager.config(steps[-1]), manager.tokenizer(steps[-1])
         mesh = warm_up_collectives(make_mesh(MeshConfig()))
         model = ModelDef(config.model, tokenizer.vocab_size)
@@ -164,7 +165,7 @@ def resolve_steps(manager: CheckpointManager, selector: str) -> list[int]:
     """
     available = manager.steps()
     if not available:
-        raise UserError(f"{manager.folder}: found no checkpoint; train first, or name another --workdir")
+        raise UserError(f"{manager.folder}: found no checkpoint; train first, or name another workdir")
     if selector.isdecimal() and int(selector) in available:
         if not manager.is_valid(int(selector)):
             raise WorkdirError(f"checkpoint {selector} is damaged; ask for another")
@@ -172,7 +173,7 @@ def resolve_steps(manager: CheckpointManager, selector: str) -> list[int]:
     average = AVERAGE.fullmatch(selector)
     if not average and selector not in ("latest", "best"):
         raise UserError(
-            "--checkpoint: expected latest, best, average:N, best-average:N with N at least 1, or one of "
+            "checkpoint: expected latest, best, average:N, best-average:N with N at least 1, or one of "
             f"{available}, got {selector!r}"
         )
     is_best, count = selector.startswith("best"), int(average[2]) if average else 1
@@ -190,7 +191,7 @@ def resolve_steps(manager: CheckpointManager, selector: str) -> list[int]:
     # Where a damaged checkpoint was reported, that may have been the one with the score.
     nothing_reported = unscored == available[::-1] and steps == available[-1:]
     if selector == "best" and not ranked and nothing_reported:
-        raise UserError(f"{manager.folder}: no checkpoint has a validation score yet; use --checkpoint=latest")
+        raise UserError(f"{manager.folder}: no checkpoint has a validation score yet; use the latest")
     check_one_run(manager, steps)
     return steps
 

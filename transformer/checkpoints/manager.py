@@ -275,7 +275,7 @@ class CheckpointManager:
             _delete_checkpoint(self.folder / str(step))
             return
         removed = self.folder / f"{step}.removed"
-        with user_error_on_oserror(f"--workdir={self.folder.parent}"):
+        with user_error_on_oserror(f"{self.folder.parent}"):
             if removed.exists():
                 removed.rmtree()
             (self.folder / str(step)).rename(removed)

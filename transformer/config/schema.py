@@ -7,6 +7,7 @@ becomes the frozen dataclasses below.
 import dataclasses
 import json
 import os
+import re
 import textwrap
 import typing
 from collections.abc import Mapping
@@ -215,6 +216,10 @@ class TrainConfig:
         10, "with spike_factor: the most updates skipped in a row; if the loss stays high, training continues", low=1
     )
     seed: int = _field(0, "of initialization, data order and dropout", low=0)
+    profile_steps: str = _field(
+        "",
+        "A:B writes a trace of updates A to B to WORKDIR/plugins/profile, for TensorBoard and Perfetto; empty: none",
+    )
     init_from: str = _field(
         "",
         "workdir of the run to fine-tune: initial params and vocabulary; sizes of model and vocabulary at their "
@@ -347,6 +352,20 @@ def diff(old: Config, new: Config) -> list[FieldDiff]:
         for field, value in fields.items()
         if value != after[section][field]
     ]
+
+
+def parse_steps(text: str) -> range:
+    """The steps A to B of 'A:B', both included; none for an empty text.
+
+    Raises:
+      ValueError: it is not of that form, or not 1 ≤ A ≤ B.
+    """
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise ValueError(text)
+    return range(int(match[1]), int(match[2]) + 1)
 
 
 def field_default(section: str, name: str) -> Any:

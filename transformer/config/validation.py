@@ -233,6 +233,12 @@ def check_consistency(
     if kernel in FUSED_ATTENTION_PLATFORMS and reason:  # `fused` checks the platform
         raise UserError(f"config.model.attention = {kernel}: {reason}; auto chooses a supported one")
     optimizer, steps = config.optimizer, config.train.num_steps
+    profiled = schema.parse_steps(config.train.profile_steps)
+    if strict and profiled and profiled[0] > steps:
+        raise UserError(
+            f"config.train.profile_steps = {config.train.profile_steps}: the run ends at train.num_steps = {steps}; "
+            "name earlier steps"
+        )
     if strict and schedule_depends_on_num_steps(config) and optimizer.warmup_steps >= steps:
         raise UserError(
             f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule falls from its peak to 0 at "
@@ -388,8 +394,19 @@ def _check_combinations(config: Config) -> None:
         )
     if 0 < train.spike_factor <= 1:
         raise UserError(f"config.train.spike_factor: expected 0 (off), or above 1, such as 2, got {train.spike_factor}")
+    _check_profile_steps(train)
     if optimizer.schedule in ("paper", "inverse_sqrt") and not optimizer.warmup_steps:
         raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")
+
+
+def _check_profile_steps(train: schema.TrainConfig) -> None:
+    try:
+        schema.parse_steps(train.profile_steps)
+    except ValueError as error:
+        raise UserError(
+            "config.train.profile_steps: expected two steps A:B with 1 ≤ A ≤ B, such as 100:110, or nothing, got "
+            f"{train.profile_steps!r}"
+        ) from error
 
 
 def override_decode(config: Config, fields: dict[str, Any]) -> Config:
@@ -447,6 +464,7 @@ RESUMABLE_FIELDS = {
         "early_stopping_patience",
         "keep_last",
         "keep_best",
+        "profile_steps",
     },
     "data": {*schema.PATH_FIELDS},
     "decode": {*schema.field_names("decode")},

@@ -28,9 +28,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 from transformer.config.schema import PATH_FIELDS, WMT_NAMES, DataConfig
 from transformer.data import local_text, prepared, text_files, wmt
 from transformer.data.prepared import RecordReader
-from transformer.runtime import object_storage
+from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.logging import log_info, log_progress
+from transformer.runtime.logging import log_info
 
 Pair = tuple[str, str]
 
@@ -179,11 +179,13 @@ class Corpus:
         _log_metadata(metadata)
 
     def split(self, name: str) -> Split:
-        """The split `name`; "test" also names the only split whose name starts with it.
+        """The split `name`; "test" also names the only split whose name starts with it, and "val" the validation split.
 
         Raises:
           UserError: no split or several splits match, or its files have changed since they were prepared.
         """
+        if name not in self.names and name in local_text.VALIDATION_STEMS and "validation" in self.names:
+            name = "validation"
         matches = [other for other in self.names if name == "test" and other.startswith(name)]
         if name not in self.names and len(matches) == 1:
             name = matches[0]
@@ -332,7 +334,7 @@ def load_or_compute_metadata(
     if metadata := _load_metadata(path, data.digest()):
         return metadata
     splits = {name: Split(name, "", languages, data.records(name), None, strip_cr) for name in data.names}
-    scans = {name: _scan_pairs(split) for name, split in splits.items()}
+    scans = {name: _scan_pairs(name, split) for name, split in splits.items()}
     train = scans["train"]
     blank, rows = np.flatnonzero(train.is_blank), np.flatnonzero(~train.is_blank)
     if not len(rows):
@@ -365,9 +367,9 @@ class _Scan(NamedTuple):
     line_breaks: int
 
 
-def _scan_pairs(split: Split) -> _Scan:
+def _scan_pairs(name: str, split: Split) -> _Scan:
     digest, hashes, blank, line_breaks = hashlib.sha256(), array.array("Q"), array.array("b"), 0
-    for raw in log_progress(split.raw_pairs(), lambda count: f"data: scanned {count:,} pairs"):
+    for raw in progress.track(split.raw_pairs(), f"data: scanning {name}", len(split), "pairs"):
         line_breaks += any("\n" in text for text in raw)
         source, target = split.to_lines(raw)
         texts = (source.encode(), target.encode())

@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from transformer.data.prepared import file_lock
+from transformer.runtime import progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import sha256, user_error_on_oserror
-from transformer.runtime.logging import log_info, log_progress
+from transformer.runtime.logging import log_info
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 60  # without a byte
@@ -167,10 +168,11 @@ def _resume(archive: Download, partial: pathlib.Path, start: int) -> bool:
         received = 0
         with partial.open("ab" if start else "wb") as file:
             blocks = iter(lambda: response.read1(CHUNK_BYTES), b"")
-            logged = log_progress(blocks, lambda _: f"data: {name}: {_mb(start + received)} of {_mb(total)} MB")
-            for block in logged:
-                file.write(block)
-                received += len(block)
+            with progress.phase(f"data: downloading {name}") as downloading:
+                for block in blocks:
+                    file.write(block)
+                    received += len(block)
+                    downloading.note = f"{_mb(start + received)} of {_mb(total)} MB"
     return received >= announced
 
 

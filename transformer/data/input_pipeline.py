@@ -22,10 +22,10 @@ from transformer.data.batching import Batch, BatchSchedule, BucketedSchedule, Ja
 from transformer.data.corpus import Split
 from transformer.data.packing import PackedSchedule
 from transformer.data.tokenizer import Tokenizer
-from transformer.runtime import object_storage
+from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import atomic_directory, sha256, user_error_on_oserror
-from transformer.runtime.logging import log_info, log_progress
+from transformer.runtime.logging import log_info
 
 CHUNK_PAIRS = 10_000  # tokenized at a time
 METADATA_FILE = "about.json"
@@ -78,10 +78,11 @@ def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
         "seed": config.train.seed,
     }
     schedule: BatchSchedule
-    if config.data.batching == "pack":
-        schedule = PackedSchedule(*lengths, **options)
-    else:
-        schedule = BucketedSchedule(*lengths, num_buckets=config.data.num_buckets, **options)
+    with progress.phase("scheduling batches"):
+        if config.data.batching == "pack":
+            schedule = PackedSchedule(*lengths, **options)
+        else:
+            schedule = BucketedSchedule(*lengths, num_buckets=config.data.num_buckets, **options)
     if not schedule.kept:
         raise UserError(
             f"config.data.max_length = {config.data.max_length}: all {schedule.dropped:,} training pairs are "
@@ -119,8 +120,10 @@ def get_or_train_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenize
                 return tokenizers.check_vocab_size(tokenizers.load(path), data)
             log_info(f"{path}: damaged; training the vocabulary again")
             path.unlink()
-        log_info(f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} subword tokens")
-        trained = tokenizers.build(data, _Sentences(split))
+        training = f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} subword tokens"
+        log_info(training)
+        with progress.phase(training):
+            trained = tokenizers.build(data, _Sentences(split))
         trained.save(folder, f"{trained.digest}.model")
     return trained
 
@@ -149,7 +152,7 @@ def check_same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath
         raise UserError(
             f"config.data.tokenizer = {data.tokenizer}: is not the vocabulary of the run in {stored.parent}: expected "
             f"the digest {trained.digest[:16]}, got {configured.digest[:16]}. Name that "
-            "vocabulary, or choose another --workdir"
+            "vocabulary, or choose another workdir"
         )
     path = stored / trained.file_name
     digest = sha256(path) if path.exists() else "missing"
@@ -184,7 +187,8 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
     with _cache_folder(data, corpus, split, "token_ids", tokenizer.digest[:24]) as folder:
         if folder.exists():
             try:
-                return _load_ids(folder)
+                with progress.phase(f"verifying the token ids of {split_name}"):
+                    return _load_ids(folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log_info(f"{folder}: damaged ({error}); tokenizing again")
                 shutil.rmtree(folder)
@@ -202,8 +206,7 @@ def _write_ids(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
             with (partial / "source.ids").open("wb") as source, (partial / "target.ids").open("wb") as target:
                 pairs_left = iter(split)
                 chunks = iter(lambda: list(itertools.islice(pairs_left, CHUNK_PAIRS)), [])
-                progress = "tokenized {:,} of {:,} pairs"
-                for pairs in log_progress(chunks, lambda count: progress.format(count * CHUNK_PAIRS, len(split))):
+                for pairs in progress.track(chunks, f"tokenizing {split.name}", len(split), "pairs", each=CHUNK_PAIRS):
                     for side, name, file in ((0, "source", source), (1, "target", target)):
                         sequences = tokenizer.encode([pair[side] for pair in pairs])
                         lengths[name].extend(len(ids) for ids in sequences)

@@ -18,6 +18,7 @@ from etils import epath
 from transformer.config import DataConfig
 from transformer.data import parallel_formats, text_files
 from transformer.data.prepared import Pair, ParallelTextBuilder
+from transformer.runtime import progress
 from transformer.runtime.errors import UserError
 
 VALIDATION_STEMS = ("val", "valid", "validation", "dev")
@@ -77,9 +78,10 @@ def _find_in_folder(folder: str, languages: tuple[str, str]) -> dict[str, tuple[
     for stem in ("train", *VALIDATION_STEMS):
         if stem not in complete and (stem in stems or stem == "train"):
             available = ", ".join(filter(None, stems.get(stem, ()))) or "neither"
+            hint = _pair_file_hint(folder) if stem == "train" else ""
             raise UserError(
                 f"{folder}: expected {stem}.{languages[0]} and {stem}.{languages[1]}, each perhaps with one of "
-                f"{', '.join(text_files.COMPRESSIONS)}; found {available}"
+                f"{', '.join(text_files.COMPRESSIONS)}; found {available}{hint}"
             )
     validation = [stem for stem in VALIDATION_STEMS if stem in complete]
     if len(validation) > 1:
@@ -87,14 +89,30 @@ def _find_in_folder(folder: str, languages: tuple[str, str]) -> dict[str, tuple[
     return {"validation" if stem in validation else stem: files for stem, files in sorted(complete.items())}
 
 
-def _stems(folder: str, languages: tuple[str, str]) -> dict[str, list[str]]:
-    """Stem → paths of STEM.SOURCE and STEM.TARGET; "" if missing."""
+def _pair_file_hint(folder: str) -> str:
+    """What to set if the folder has files with both languages; empty if it has none."""
+    formats = parallel_formats.PAIR_FORMATS
+    files = [name for name in _names(folder) if text_files.strip_compression(name).lower().endswith(formats)]
+    if not files:
+        return ""
+    name = next((name for name in files if name.startswith("train")), files[0])
+    return (
+        f". {name} has both languages in one file: set data.train={os.path.join(folder, name)} in place of data.dir, "
+        "and data.valid for one to validate with"
+    )
+
+
+def _names(folder: str) -> list[str]:
     try:
-        names = sorted(entry.name for entry in epath.Path(folder).expanduser().iterdir())
+        return sorted(entry.name for entry in epath.Path(folder).expanduser().iterdir())
     except (OSError, ImportError) as error:
         raise UserError(f"config.data.dir: cannot list the folder {folder}: {error}") from error
+
+
+def _stems(folder: str, languages: tuple[str, str]) -> dict[str, list[str]]:
+    """Stem → paths of STEM.SOURCE and STEM.TARGET; "" if missing."""
     stems: dict[str, list[str]] = {}
-    for name in names:
+    for name in _names(folder):
         stem, _, language = text_files.strip_compression(name).rpartition(".")
         if language not in languages or not stem or stem.startswith("."):
             continue
@@ -131,5 +149,6 @@ class ParallelText(ParallelTextBuilder):
 
 def _digest(files: Mapping[str, SplitFiles]) -> str:
     """A digest of all that the prepared data depends on."""
-    parts = [str(ParallelText.VERSION), {split: files[split].digest() for split in sorted(files)}]
+    with progress.phase("data: hashing the text files"):
+        parts = [str(ParallelText.VERSION), {split: files[split].digest() for split in sorted(files)}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -26,10 +26,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from transformer.data import text_files
-from transformer.runtime import object_storage
+from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import user_error_on_oserror, write_atomic
-from transformer.runtime.logging import log_info, log_progress
+from transformer.runtime.logging import log_info
 
 Pair = tuple[str, str]
 
@@ -78,15 +78,21 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
 
     def _shards(self, split: str, pairs: Iterator[Pair], lengths: list[int]) -> list[Callable[[], Iterator]]:
         """One generator for each shard; TFDS runs them in order, so they share one pass over the pairs."""
-        rows = log_progress(pairs, lambda count: f"data: prepared {count:,} of {sum(lengths):,} pairs of {split}")
+        rows = progress.track(pairs, f"data: preparing {split}", sum(lengths), "pairs")
         examples = ((row, dict(zip(self.languages, pair, strict=True))) for row, pair in enumerate(rows))
-        return [functools.partial(itertools.islice, examples, length) for length in lengths]
+
+        def take(length: int, is_last: bool) -> Iterator[tuple[int, dict[str, str]]]:
+            yield from itertools.islice(examples, length)
+            if is_last:
+                rows.close()  # ends its progress
+
+        return [functools.partial(take, length, number == len(lengths)) for number, length in enumerate(lengths, 1)]
 
 
 def _shard_lengths(split: str, pairs: Iterator[Pair]) -> list[int]:
     """The number of pairs in each shard of about _SHARD_BYTES."""
     lengths, count, size = [], 0, 0
-    for source, target in log_progress(pairs, lambda count: f"data: read {count:,} pairs of {split}"):
+    for source, target in progress.track(pairs, f"data: reading {split}", unit="pairs"):
         count += 1
         size += len(source) + len(target)
         if size >= _SHARD_BYTES:
@@ -166,7 +172,8 @@ class PreparedDataset:
         """
         if split in self._empty:
             return RecordReader([], [])
-        for name, path in self._files(split).items():
+        files = self._files(split)
+        for name, path in progress.track(files.items(), f"data: verifying {split}", len(files), "files"):
             if not path.exists():
                 raise UserError(f"{path}: missing from the prepared data; {self._remedy}")
             if text_files.file_digest(path) != self._digests[name]:
@@ -192,7 +199,8 @@ class PreparedDataset:
             raise UserError(f"{path}: damaged; {self._remedy}")
         for split in self._splits:
             self._check_num_records(split)
-        digests = {name: text_files.file_digest(self.folder / name) for name in sorted(needed)}
+        names = progress.track(sorted(needed), "data: hashing the prepared files", len(needed), "files")
+        digests = {name: text_files.file_digest(self.folder / name) for name in names}
         write_cache(path, json.dumps(digests, indent=1).encode())
         return digests
 
@@ -294,7 +302,8 @@ def file_lock(folder: epath.PathLike) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 log_info(f"data: another process is preparing {os.fspath(folder)}; waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                with progress.phase("data: waiting for another process"):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 pass  # a file system without locks
         yield
@@ -313,7 +322,10 @@ def _prepare_under_lock(builder: Any, owned: bool) -> None:
             incomplete.rmtree()
     log_info(f"data: preparing {builder.info.full_name} in {folder}")
     try:
-        builder.download_and_prepare()
+        has_own_bars = not owned and progress.is_terminal()
+        phase = progress.phase(f"data: preparing {builder.info.full_name}")
+        with contextlib.nullcontext() if has_own_bars else phase:
+            builder.download_and_prepare()
     except UserError:
         raise
     except Exception as error:

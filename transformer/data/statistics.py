@@ -14,7 +14,7 @@ from transformer.data.batching import BatchSchedule, JaggedArray
 from transformer.data.corpus import Split, hash64
 from transformer.data.input_pipeline import TokenIds
 from transformer.data.tokenizer import UNK, Tokenizer
-from transformer.runtime.logging import log_progress
+from transformer.runtime import progress
 
 PERCENTILES = (50, 95, 99, 100)
 TABLE_WIDTH = 110  # if stdout is not a terminal
@@ -45,7 +45,7 @@ def read_texts(split: Split) -> TextStats:
     """Reads a split; words are separated by white space."""
     words = [0, 0]
     pair_hashes, source_hashes = array.array("Q"), array.array("Q")
-    for pair in log_progress(split, lambda count: f"report: read {count:,} of {len(split):,} pairs of {split.name}"):
+    for pair in progress.track(split, f"report: reading {split.name}", len(split), "pairs"):
         for side in (0, 1):
             words[side] += len(pair[side].split())
         source, target = pair[0].encode(), pair[1].encode()

@@ -57,7 +57,7 @@ def assert_same_config(config: Config) -> None:
         if changes:
             raise UserError(
                 f"the config differs between hosts, {multihost.process_name(0)} → {multihost.process_name(host)}: "
-                f"{'; '.join(map(str, changes))}; give the same --config flags to every host"
+                f"{'; '.join(map(str, changes))}; give the same config to every host"
             )
 
 
@@ -80,7 +80,7 @@ def assert_shared_workdir(workdir: epath.Path) -> None:
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"--workdir={workdir}: {missing[0]}{others} cannot see what {multihost.process_name(0)} writes there; "
+            f"{workdir}: {missing[0]}{others} cannot see what {multihost.process_name(0)} writes there; "
             "it must be a folder that all hosts share, or object storage such as gs://BUCKET/RUN"
         )
 

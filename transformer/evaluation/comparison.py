@@ -15,7 +15,7 @@ from transformer.evaluation.bleu_tokenizer import split_words
 from transformer.evaluation.metrics import METRIC_NAMES, group_by_length
 from transformer.evaluation.significance import PairedTestResult, paired_tests, score_with_interval, sentence_score
 from transformer.evaluation.systems import System
-from transformer.runtime.logging import log_info, log_progress
+from transformer.runtime import progress
 
 FREQUENCIES = {"0": 0, "1": 1, "2-4": 4, "5-9": 9, "10-99": 99, "100-999": 999, "1000+": math.inf}  # group → largest
 MAX_NGRAM, NUM_NGRAMS = 4, 10  # longest n-grams; shown of each side
@@ -135,9 +135,8 @@ def compare(
 
 def count_words(training: Iterable[str], tokenizer: str) -> collections.Counter[str]:
     """How often each word occurs in a long text, of which only a part is in memory; logs its progress."""
-    log_info("counting the words of the training text")
     counts: collections.Counter[str] = collections.Counter()
-    lines = log_progress(training, lambda count: f"counted the words of {count:,} lines of the training text")
+    lines = progress.track(training, "counting the words of the training text", unit="lines")
     while group := list(itertools.islice(lines, 4096)):
         counts.update(itertools.chain.from_iterable(split_words(group, tokenizer)))
     return counts

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from transformer.checkpoints.loading import RestoredModel
 from transformer.config import Config, DataConfig
 from transformer.data import corpus, text_files
-from transformer.data.batching import Batch, JaggedArray, eval_batches, make_batch, select_rows
+from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray, eval_batches, make_batch, select_rows
 from transformer.data.tokenizer import Tokenizer, truncate
 from transformer.decoding.translator import Translator
 from transformer.distributed import consistency, multihost, sharding
@@ -32,6 +32,7 @@ from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import DivergedError, UserError
 from transformer.runtime.files import user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
+from transformer.runtime.progress import phase
 
 
 class CrossEntropy(NamedTuple):
@@ -103,10 +104,17 @@ class Evaluator:
         start = time.perf_counter()
         check_lengths(len(sources), references)
         loss = self.teacher_forced_loss(params, sources, references[0])
-        translations = self.translator.translate(params, sources, progress)
+        with phase("translating", len(sources), "sentences") as translating:
+
+            def advance(count: int) -> None:
+                translating.advance(count)
+                progress(count)
+
+            translations = self.translator.translate(params, sources, advance)
         self.translator.log_warnings()
         tokenizer = bleu_tokenizer.choose_bleu_tokenizer(self._config.data, references[0]).name
-        scores = score(translations, references, metrics, tokenizer)
+        with phase("computing scores"):
+            scores = score(translations, references, metrics, tokenizer)
         return EvalResult(
             sentences=len(sources),
             loss=loss.mean,
@@ -132,12 +140,15 @@ class Evaluator:
         source = JaggedArray.from_sequences(
             [truncate(ids, decode.max_source_tokens) for ids in self._tokenizer.encode(sources)]
         )
-        sums = []
-        for spec in eval_batches(source.lengths, target.lengths, self._rows_of):
-            local_rows = select_rows(spec, sharding.local_row_indices(self._mesh, spec.bucket.rows))
-            batch = sharding.shard_batch(self._mesh, make_batch(local_rows, source, target))
-            sums.append(self._eval_step(params, batch))
-        sums = jax.device_get(sums)
+        sums: list[LossSums] = []
+        with phase("loss of references", len(targets), "sentences") as computing:
+            for spec in eval_batches(source.lengths, target.lengths, self._rows_of):
+                local_rows = select_rows(spec, sharding.local_row_indices(self._mesh, spec.bucket.rows))
+                batch = sharding.shard_batch(self._mesh, make_batch(local_rows, source, target))
+                sums.append(self._eval_step(params, batch))
+                jax.block_until_ready(sums[-2:-1])  # so that what is counted is done, up to one batch
+                computing.advance(int((spec.examples_B != PAD_EXAMPLE).sum()))
+            sums = jax.device_get(sums)
         tokens = sum(float(batch_sums.tokens) for batch_sums in sums)
         mean = sum(float(batch_sums.nll) for batch_sums in sums) / max(tokens, 1.0)
         return CrossEntropy(mean, tokens, self._count_words(targets, encoded, max_length))
@@ -200,7 +211,7 @@ def load_eval_dataset(
 
     Args:
       data: the config's.
-      split: its name; None is "test".
+      split: its name, as `Corpus.split` takes it; None is "test".
       source: a file of sentences, instead of a split.
       references: the files of its references.
 
@@ -227,7 +238,7 @@ class CheckpointEvaluator:
         self._evaluator: Evaluator | None = None
         self._compiled_for: tuple[Config, str] | None = None
 
-    def evaluate(self, restored: RestoredModel, progress: Callable[[int], None] = lambda count: None) -> EvalResult:
+    def evaluate(self, restored: RestoredModel) -> EvalResult:
         """Translates every sentence once; computes all metrics.
 
         Raises:
@@ -246,10 +257,11 @@ class CheckpointEvaluator:
                 )
             self._evaluator = Evaluator(restored.model, restored.tokenizer, restored.config, restored.mesh)
             self._compiled_for = key
-        result = self._evaluator.evaluate(restored.params, sources, references, progress=progress)
+        result = self._evaluator.evaluate(restored.params, sources, references)
         if not math.isfinite(result.loss):
             raise DivergedError(f"{restored.description}: its loss is {result.loss}; evaluate another")
-        extended = extended_scores(sources, result.translations, references, data.target_language, tokenizer.name)
+        with phase("computing more scores"):
+            extended = extended_scores(sources, result.translations, references, data.target_language, tokenizer.name)
         return dataclasses.replace(result, scores={**result.scores, **extended})
 
 

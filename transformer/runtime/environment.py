@@ -13,6 +13,8 @@ import platform
 import sys
 from collections.abc import Mapping
 
+from transformer.runtime import progress
+
 SETTINGS = (
     "jax_default_matmul_precision",
     "jax_default_prng_impl",
@@ -60,6 +62,18 @@ def diff(old: dict[str, str], new: dict[str, str]) -> list[str]:
     return [f"{name}: {before or 'none'} → {after or 'none'}" for name, before, after in pairs if before != after]
 
 
+def changed_parts(old: dict[str, str], new: dict[str, str]) -> str:
+    """What differs between two environments, in words; empty if nothing does or the old one is not known."""
+    changed = {change.partition(":")[0] for change in diff(old, new)}
+    packages = versions().keys()
+    parts = {
+        "other code": changed & {"code"},
+        "other packages": changed & packages,
+        "another machine or other settings": changed - packages - {"code"},
+    }
+    return " and ".join(part for part, names in parts.items() if names)
+
+
 def cpu() -> str:
     """The architecture of the CPU, and a digest of its instruction set."""
     try:
@@ -75,7 +89,8 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_COMPILED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def cache_folder() -> pathlib.Path:
@@ -84,12 +99,27 @@ def cache_folder() -> pathlib.Path:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/transformer-jax."""
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/transformer-jax.
+
+    Time to compile is left out of the time left that `progress` shows.
+    """
     import jax
 
+    _leave_out_compilation()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / cpu()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@functools.cache
+def _leave_out_compilation() -> None:
+    import jax
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event in (_LOWERED, _COMPILED):
+            progress.leave_out(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 class CompileCounter:
@@ -110,7 +140,7 @@ class CompileCounter:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == _COMPILED:
+        if event == _LOWERED:
             self.count += 1
 
 

@@ -1,12 +1,10 @@
-"""Messages and progress of a command on stderr; stdout is for results."""
+"""Messages of a command on stderr; stdout is for results."""
 
 import contextlib
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
 
 from transformer.runtime import streams
 from transformer.runtime.errors import StoppedError, UserError, is_out_of_memory
@@ -27,18 +25,35 @@ def set_process(index: int, count: int) -> None:
     _process_label = f"(host {index} of {count})" if count > 1 else ""
 
 
+def is_shown() -> bool:
+    """Whether this process logs messages other than errors."""
+    return not _process_label or _process_label.startswith("(host 0 ")
+
+
 def log_info(message: str) -> None:
     """Writes a message to stderr, on process 0 only."""
-    if not _process_label or _process_label.startswith("(host 0 "):
+    if is_shown():
         _print(message)
 
 
+clock = time.monotonic
+_last_message = 0.0
+
+
+def last_message() -> float:
+    """When the last message was written, by `clock`."""
+    return _last_message
+
+
 def _print(message: str) -> None:
+    global _last_message
+    _last_message = clock()
     if sys.stderr is None:  # closed: print would write to stdout instead
         return
     # Its reader may be gone: Ctrl-C ends `2>&1 | tee log` too, and saving must continue.
     with contextlib.suppress(OSError):
-        print(streams.printable(message, sys.stderr), file=sys.stderr, flush=True)
+        # In one write, as several threads log.
+        print(f"{streams.printable(message, sys.stderr)}\n", end="", file=sys.stderr, flush=True)
 
 
 def report_error(error: BaseException) -> int:
@@ -54,18 +69,3 @@ def report_error(error: BaseException) -> int:
         return UserError.exit_code
     traceback.print_exception(error)
     return 1
-
-
-LOG_INTERVAL_S = 10.0
-
-T = TypeVar("T")
-
-
-def log_progress(items: Iterable[T], line: Callable[[int], str]) -> Iterator[T]:
-    """Yields the items, and logs `line(count)` every few seconds; `count` items are done."""
-    due = time.monotonic() + LOG_INTERVAL_S
-    for count, item in enumerate(items):
-        if time.monotonic() > due:
-            log_info(line(count))
-            due = time.monotonic() + LOG_INTERVAL_S
-        yield item

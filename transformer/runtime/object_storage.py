@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from transformer.runtime import environment
+from transformer.runtime import environment, progress
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 LOCK_REFRESH_S = 5.0  # seconds between two writes of a lock by its holder
@@ -235,7 +235,8 @@ def pull(folder: epath.PathLike) -> bool:
     os.makedirs(parent, exist_ok=True)
     partial = tempfile.mkdtemp(prefix="fetch-", dir=parent)
     try:
-        download(address, partial)
+        with progress.phase(f"downloading {address}"):
+            download(address, partial)
         os.remove(os.path.join(partial, COMPLETE))
         os.rename(partial, folder)
     except OSError:
@@ -251,5 +252,6 @@ def push(folder: epath.PathLike) -> None:
     address = _remote_url(folder)
     if address is None or epath.Path(f"{address}/{COMPLETE}").exists():
         return
-    upload(folder, address)
+    with progress.phase(f"uploading {address}"):
+        upload(folder, address)
     epath.Path(f"{address}/{COMPLETE}").write_bytes(b"")

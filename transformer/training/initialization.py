@@ -101,7 +101,7 @@ def check_base_unchanged(old: Config, config: Config, base_run_id: str, tokenize
     if not is_same:
         raise UserError(
             f"{where}: is not the run that this one has started from; name the folder where that is now, leave it at "
-            "the old path, or choose another --workdir"
+            "the old path, or choose another workdir"
         )
 
 

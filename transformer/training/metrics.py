@@ -1,7 +1,6 @@
 """Training metrics: accumulated over updates, gathered from all processes, written to metrics.jsonl and TensorBoard."""
 
 import contextlib
-import datetime
 import json
 import math
 import resource
@@ -14,14 +13,12 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from transformer.distributed import multihost
 from transformer.distributed.sharding import allgather_to_devices
 from transformer.models.flops import TrainingCost
-from transformer.runtime import object_storage
+from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import DivergedError
 from transformer.runtime.files import METRICS_FILE, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
@@ -140,37 +137,23 @@ def peak_memory_mb() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-class _Console(Console):
-    """Writes nothing more once its reader is gone, where rich would end the process."""
-
-    def on_broken_pipe(self) -> None:
-        """Called by rich."""
-        self.quiet = True
-
-
 class MetricWriter:
-    """Writes metrics.jsonl, TensorBoard events, and a progress bar or plain lines on stderr; use as a context."""
+    """Writes metrics.jsonl and TensorBoard events, and logs lines of metrics and progress; use as a context."""
 
     def __init__(self, workdir: epath.Path, start: int, num_steps: int):
         self._workdir, self._directory = workdir, object_storage.SyncedDirectory(workdir, METRICS_FILE)
         _truncate_after(self._directory.folder / METRICS_FILE, start)
         self._jsonl = (self._directory.folder / METRICS_FILE).open("a")
         self._events = SummaryWriter(str(self._directory.folder), purge_step=start + 1)
-        self._console = _Console(stderr=True, highlight=False, soft_wrap=True)
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-        columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("elapsed")]
-        columns += [TimeRemainingColumn(), TextColumn("left")]
-        # A file or a pipe gets one line for each line of metrics instead of a bar.
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("training", total=num_steps, completed=start, note="")
-        self._num_steps, self._begun, self._start = num_steps, time.perf_counter(), start
+        self._training = progress.Phase("training", num_steps, "steps", completed=start)
+        self._shown = contextlib.ExitStack()
 
     def __enter__(self) -> "MetricWriter":
-        self._bar.start()
+        self._shown.enter_context(progress.shown(self._training))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._shown.close()
         with contextlib.suppress(OSError):  # what is written was flushed; a full disk has been reported
             self._jsonl.close()
             self._events.close()
@@ -181,12 +164,12 @@ class MetricWriter:
         self._directory.sync(now=True)
 
     def advance(self, step: int) -> None:
-        """Moves the bar."""
-        self._bar.update(self._task, completed=step)
+        """Shows how many updates have been started."""
+        self._training.completed = step
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records metrics of a step, and shows loss and speed."""
-        with user_error_on_oserror(f"--workdir={self._workdir}"):
+        with user_error_on_oserror(f"{self._workdir}"):
             self._jsonl.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
             self._jsonl.flush()
             for name, value in values.items():
@@ -194,18 +177,17 @@ class MetricWriter:
             self._events.flush()
             self._directory.sync()
         if "train/loss" in values:
-            note = f"loss {values['train/loss']:.3f} · {values['train/target_tokens_per_s']:,.0f} tokens/s"
-            self._bar.update(self._task, completed=step, note=note)
-            if not self._console.is_terminal:
-                self.log(f"step {step:,}/{self._num_steps:,} · {note} · {self._left(step)} left")
+            self._training.completed = step
+            self._training.note = (
+                f"loss {values['train/loss']:.3f} · {values['train/target_tokens_per_s']:,.0f} tokens/s"
+            )
+            self.log_step(step, self._training.note)
 
-    def log(self, message: str) -> None:
-        """Prints a line above the progress bar."""
-        self._console.print(message, markup=False)
-
-    def _left(self, step: int) -> str:
-        seconds_per_step = (time.perf_counter() - self._begun) / max(step - self._start, 1)
-        return str(datetime.timedelta(seconds=round(seconds_per_step * (self._num_steps - step))))
+    def log_step(self, step: int, text: str) -> None:
+        """Logs a text about a step, and the time left if it is known."""
+        left = self._training.seconds_left
+        parts = [f"step {step:,}/{self._training.total:,}", text]
+        log_info(" · ".join(parts if left is None else [*parts, f"{progress.format_seconds(left)} left"]))
 
 
 class NullMetricWriter:
@@ -220,7 +202,7 @@ class NullMetricWriter:
     def _do_nothing(self, *_: object) -> None:
         """In place of each method of `MetricWriter`."""
 
-    sync = advance = write = log = _do_nothing
+    sync = advance = write = log_step = _do_nothing
 
 
 def open_metric_writer(workdir: epath.Path, start: int, num_steps: int) -> MetricWriter | NullMetricWriter:

@@ -26,7 +26,7 @@ from transformer.distributed import consistency, mesh, multihost, sharding
 from transformer.evaluation import bleu_tokenizer
 from transformer.evaluation.evaluator import Evaluator
 from transformer.models.registry import ModelDef
-from transformer.runtime import environment
+from transformer.runtime import environment, progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 from transformer.training import initialization, train_step, workdir
@@ -125,7 +125,8 @@ def make_mesh(config: Config) -> Mesh:
     Raises:
       UserError: the mesh does not fit the devices, or the config forces an attention kernel that they cannot run.
     """
-    devices = mesh.warm_up_collectives(mesh.make_mesh(config.mesh))
+    with progress.phase("starting the devices"):
+        devices = mesh.warm_up_collectives(mesh.make_mesh(config.mesh))
     fused.check_supported(config, devices)
     return devices
 
@@ -158,7 +159,8 @@ def _newest_checkpoint(checkpoints: CheckpointManager, path: epath.Path) -> tupl
     """The newest valid checkpoint, its metrics and run ids, as the primary process finds them for all."""
 
     def find() -> str:
-        newest = checkpoints.latest_valid_step()
+        with progress.phase("verifying the newest checkpoint"):
+            newest = checkpoints.latest_valid_step()
         if newest is None:
             return json.dumps([None, {}, RunIds(workdir.run_id(path, "", None), "")])
         manifest = checkpoints.manifest(newest)
@@ -204,7 +206,7 @@ def _check_data(resume: ResumePoint, path: epath.Path, validation: corpora.Split
         if old != digests[kind]:
             raise UserError(
                 f"{path}: the {kind} data has changed since step {resume.step:,}: its digest was {old[:16]} and "
-                f"is {digests[kind][:16]}. Restore it, or choose another --workdir"
+                f"is {digests[kind][:16]}. Restore it, or choose another workdir"
             )
 
 
@@ -225,8 +227,10 @@ def prepare_state(context: RunContext, model: ModelDef) -> TrainState:
     config, resume = context.config, context.resume
     context.checkpoints.clean_up(resume.step)
     if resume.step is None:
-        return initialization.initial_state(resume.warm_start, model, config, context.mesh)
-    return context.checkpoints.restore(resume.step, train_step.abstract_state(model, config, context.mesh))
+        with progress.phase("initializing the params"):
+            return initialization.initial_state(resume.warm_start, model, config, context.mesh)
+    with progress.phase(f"restoring step {resume.step:,}"):
+        return context.checkpoints.restore(resume.step, train_step.abstract_state(model, config, context.mesh))
 
 
 def log_summary(context: RunContext, model: ModelDef) -> None:
@@ -248,7 +252,9 @@ def log_summary(context: RunContext, model: ModelDef) -> None:
     if resume.step:
         log_info(f"resuming after step {resume.step:,}")
         saved_on = context.checkpoints.manifest(resume.step).host
-        if changes := environment.diff(saved_on, environment.fingerprint()):
-            log_info(f"warning: another host than before, so the last bits may differ: {'; '.join(changes)}")
+        here = environment.fingerprint()
+        if parts := environment.changed_parts(saved_on, here):
+            changes = "; ".join(environment.diff(saved_on, here))
+            log_info(f"warning: {parts} than before, so the last bits may differ: {changes}")
     if resume.changes:
         log_info(f"changed since the last session: {'; '.join(resume.changes)}")

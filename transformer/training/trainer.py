@@ -4,22 +4,24 @@ The devices run update n while the host reads the metrics of update n - 1. They 
 are logged, a checkpoint saved or the validation split scored.
 """
 
+import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from transformer.checkpoints import best_metric
 from transformer.checkpoints.manager import VALID_BLEU, Metrics
-from transformer.config import validation
+from transformer.config import schema, validation
 from transformer.data import input_pipeline
 from transformer.data.batching import Batch
 from transformer.distributed import multihost, sharding
 from transformer.models import flops, registry
-from transformer.runtime import environment, signals
+from transformer.runtime import environment, progress, signals
 from transformer.runtime.errors import DivergedError
 from transformer.runtime.logging import log_info
 from transformer.training import optimizer, workdir
@@ -34,6 +36,7 @@ from transformer.training.metrics import (
     per_host_metrics,
 )
 from transformer.training.preemption import PreemptionSync
+from transformer.training.profiling import StepProfiler
 from transformer.training.run import RunContext
 from transformer.training.train_step import StepMetrics, TrainState, all_finite
 
@@ -65,11 +68,13 @@ class StepPipeline:
         shard: Callable[[Batch], Batch],
         flops_of: Callable[[Batch], float],
         cost: flops.TrainingCost,
+        num_shapes: int,
     ):
         num_skipped = int(jax.device_get(optimizer.num_skipped(state.opt_state)))
         self.state, self.meter = state, MetricsAccumulator(cost, skipped=num_skipped)
         self.compiles = environment.CompileCounter()
         self._train_step, self._batches, self._shard, self._flops_of = train_step, batches, shard, flops_of
+        self._num_shapes, self._shapes = num_shapes, set[Any]()
         self._step = int(jax.device_get(state.step))
         self._unread: tuple[StepMetrics, int, dict[str, Any]] | None = None
 
@@ -80,11 +85,24 @@ class StepPipeline:
         self.meter.input_wait += time.perf_counter() - waiting_since
         with jax.transfer_guard("disallow"), self.compiles:
             sharded = self._shard(batch)
-            with self.meter.device_wait():
+            with self._announced(sharded), self.meter.device_wait():
                 self.state, metrics = self._train_step(self.state, sharded)
         self.flush()
         self._step += 1
         self._unread = metrics, self._step, {"slots": sharded.target_BT.size, "flops": self._flops_of(sharded)}
+
+    @contextlib.contextmanager
+    def _announced(self, batch: Batch) -> Iterator[None]:
+        """Logs that an update takes long if its batch has a new shape, for which it is compiled."""
+        shape = np.shape(batch.source_BS), np.shape(batch.target_BT)
+        if shape in self._shapes:
+            yield
+            return
+        self._shapes.add(shape)
+        compiling = f"compiling shape {len(self._shapes)} of {self._num_shapes}"
+        log_info(compiling)
+        with progress.phase(compiling):
+            yield
 
     def flush(self) -> None:
         """Reads the metrics that are still on the devices; a DivergedError if they are not finite."""
@@ -147,14 +165,20 @@ class TrainingLoop:
             pipeline = self._start_pipeline(state)
             del state  # its buffers are donated to the first update
             preemption = PreemptionSync(context.mesh, self._stop_signal)
-            for step in range(context.start + 1, train.num_steps + 1):
-                pipeline.dispatch()
-                writer.advance(step)
-                with pipeline.meter.device_wait():
-                    signal_number = preemption()
-                self._after_update(pipeline, step, writer, signal_number)
-                if self._should_stop(step):
-                    return
+            with StepProfiler(context.workdir, schema.parse_steps(train.profile_steps)) as profiler:
+                for step in range(context.start + 1, train.num_steps + 1):
+                    profiler.start(step)
+                    pipeline.dispatch()
+                    if profiler.ends_with(step):
+                        pipeline.flush()
+                        with pipeline.meter.pause():
+                            profiler.stop()
+                    writer.advance(step)
+                    with pipeline.meter.device_wait():
+                        signal_number = preemption()
+                    self._after_update(pipeline, step, writer, signal_number)
+                    if self._should_stop(step):
+                        return
 
     def _start_pipeline(self, state: TrainState) -> StepPipeline:
         context, data, train = self.context, self.context.data, self._config.train
@@ -168,7 +192,8 @@ class TrainingLoop:
         )
         shard = functools.partial(sharding.shard_batch, context.mesh, **sizes)
         flops_of = functools.partial(flops.batch_flops, self._config.model, data.tokenizer.vocab_size)
-        return StepPipeline(context.train_step, state, batches, shard, flops_of, self._cost)
+        num_shapes = sum(number > 0 for number in data.schedule.batches)
+        return StepPipeline(context.train_step, state, batches, shard, flops_of, self._cost, num_shapes)
 
     def _after_update(
         self, pipeline: StepPipeline, step: int, writer: MetricWriter | NullMetricWriter, signal_number: int | None
@@ -177,11 +202,14 @@ class TrainingLoop:
         train = self._config.train
         logs, evaluates = self._is_due(step, train.log_every_steps), self._is_due(step, train.eval_every_steps)
         saves = evaluates or signal_number or self._is_due(step, train.checkpoint_every_steps)
-        if logs or saves:
+        is_first = step == self.context.start + 1
+        if logs or saves or is_first:
             pipeline.flush()
             self._cost = pipeline.meter.cost()
         if logs:
             self._log(pipeline, step, writer)
+        elif is_first:
+            writer.log_step(step, f"loss {pipeline.meter.summary()['train/loss']:.3f}")
         if saves:
             with pipeline.meter.pause():
                 writer.sync()  # first: a kill in between must not leave a checkpoint that is ahead of the log
@@ -199,11 +227,11 @@ class TrainingLoop:
         hosts = per_host_metrics(self.context.mesh, timing)
         writer.write(step, {**meter.summary(), **self._cost.metrics(), **machine, **hosts})
         if warning := self._stragglers.update(hosts):
-            writer.log(warning)
+            log_info(warning)
         meter.reset()
 
     def _should_stop(self, step: int) -> bool:
-        """Whether training is over; logs why, unless the progress bar shows it."""
+        """Whether training is over; logs why, unless this session has done its last step."""
         train, stale = self._config.train, self.early_stopping.stale
         if train.early_stopping_patience and stale >= train.early_stopping_patience:
             best = best_metric.format_score(train.best_metric, self.early_stopping.best)
@@ -225,7 +253,9 @@ class TrainingLoop:
             raise DivergedError(f"the run diverged: update {step} made non-finite params; {DIVERGENCE_HINT}", step)
         data, run_ids = self.context.data, self.context.resume.run_ids
         metrics = {**self.early_stopping.to_metrics(), **self._cost.metrics()}
-        self.context.checkpoints.save(state, self._config, data.tokenizer, data.digests, metrics, **run_ids._asdict())
+        with progress.phase(f"saving step {step:,}"):
+            checkpoints = self.context.checkpoints
+            checkpoints.save(state, self._config, data.tokenizer, data.digests, metrics, **run_ids._asdict())
 
     def evaluate(self, params: registry.Params, step: int, writer: MetricWriter | NullMetricWriter) -> None:
         """Scores the validation split, and records the scores with the checkpoint of this step.
@@ -239,9 +269,11 @@ class TrainingLoop:
                 raise signals.preempted(signal_number, step)
 
         context, split = self.context, self.context.data.validation
-        result = context.evaluator.evaluate(
-            params, split.sources(), [split.targets()], metrics=("bleu", "chrf"), progress=stop_if_signalled
-        )
+        sources, references = split.sources(), split.targets()
+        with progress.phase(f"validation at step {step:,}"):
+            result = context.evaluator.evaluate(
+                params, sources, [references], metrics=("bleu", "chrf"), progress=stop_if_signalled
+            )
         if not math.isfinite(result.loss):
             context.checkpoints.remove(step)
             raise DivergedError(
@@ -257,4 +289,11 @@ class TrainingLoop:
         writer.write(step, {**scores, "valid/seconds": result.seconds, **self._cost.metrics()})
         shown = {"loss": f"validation loss {result.loss:.3f}", "bleu": f"BLEU {bleu:.2f}", "chrf": f"chrF2 {chrf:.2f}"}
         shown[metric] += f", best {best_metric.format_score(metric, self.early_stopping.best)}"
-        writer.log(f"step {step:,} · {' · '.join(shown.values())} · {result.seconds:.0f} s · after {self._cost}")
+        log_info(f"step {step:,} · {' · '.join(shown.values())} · {result.seconds:.0f} s · after {self._cost}")
+        log_sample(sources, references, result.translations)
+
+
+def log_sample(sources: Sequence[str], references: Sequence[str], translations: Sequence[str]) -> None:
+    """Logs one translation, of the same sentence at every validation: that in the middle of the split."""
+    i = len(sources) // 2
+    log_info(f"  source      {sources[i]}\n  reference   {references[i]}\n  translation {translations[i]}")

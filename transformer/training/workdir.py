@@ -35,7 +35,7 @@ def acquire_lock(workdir: epath.Path) -> IO[str] | object_storage.Lock:
     """
     if object_storage.is_remote(workdir):
         return _lock_object(workdir)
-    with user_error_on_oserror(f"--workdir={workdir}"):
+    with user_error_on_oserror(f"{workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK_FILE).open("a")
     try:
@@ -43,7 +43,7 @@ def acquire_lock(workdir: epath.Path) -> IO[str] | object_storage.Lock:
     except BlockingIOError as error:
         file.close()
         holder = (workdir / LOCK_FILE).read_text().strip() or "another process"
-        raise WorkdirError(f"{workdir}: held by {holder}; wait for it, stop it, or choose another --workdir") from error
+        raise WorkdirError(f"{workdir}: held by {holder}; wait for it, stop it, or choose another workdir") from error
     except OSError as error:
         log_info(f"warning: {workdir} cannot be locked ({error}); see to it that no other run uses it")
     file.truncate(0)
@@ -62,10 +62,10 @@ def _lock_object(workdir: epath.Path) -> object_storage.Lock:
         os._exit(WorkdirError.exit_code)
 
     try:
-        with user_error_on_oserror(f"--workdir={workdir}"):
+        with user_error_on_oserror(f"{workdir}"):
             return object_storage.Lock(workdir / LOCK_FILE, multihost.process_description(), on_lost)
     except object_storage.LockHeldError as held:
-        raise WorkdirError(f"{workdir}: held by {held}; wait for it, stop it, or choose another --workdir") from held
+        raise WorkdirError(f"{workdir}: held by {held}; wait for it, stop it, or choose another workdir") from held
 
 
 def check_resume_config(workdir: epath.Path, old: Config, config: Config) -> list[str]:
@@ -87,8 +87,8 @@ def check_resume_config(workdir: epath.Path, old: Config, config: Config) -> lis
     if conflicts:
         raise UserError(
             f"{workdir}: holds a run with another config: {'; '.join(map(str, conflicts))}.{_reason(conflicts, old)} "
-            f"Without --config and flags it is resumed with its own; a new --workdir with "
-            f"--config.train.init_from={workdir} starts from its params"
+            f"With the workdir alone, train.py resumes it with its own config; to start from its params, set "
+            f"train.init_from={workdir} and choose a new workdir"
         )
     return [str(change) for change in changes]
 
@@ -114,7 +114,7 @@ def run_id(workdir: epath.Path, checkpoint: str, id_of_checkpoint: str | None) -
         raise UserError(
             f"{checkpoint} is of another run (id {id_of_checkpoint[:8]}) than {workdir / CONFIG_FILE} ({saved[:8]}). "
             "Move it elsewhere to continue this run; to start from it, name its workdir as train.init_from in a new "
-            "--workdir"
+            "workdir"
         )
     return id_of_checkpoint or saved or uuid.uuid4().hex
 
@@ -131,7 +131,7 @@ def _saved_run_id(workdir: epath.Path) -> str:
 def save_config(workdir: epath.Path, config: Config, run_id: str = "") -> None:
     """Writes the config, and the id of the run, to the workdir."""
     path, text = workdir / CONFIG_FILE, config.to_json(**({RUN_ID: run_id} if run_id else {}))
-    with user_error_on_oserror(f"--workdir={workdir}"):
+    with user_error_on_oserror(f"{workdir}"):
         if not path.exists() or path.read_bytes() != text.encode():
             write_atomic(path, text)
 

@@ -1,0 +1,99 @@
+"""A session of training, from config to the loop: the command train.py, and `transformer.train` from Python."""
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+from etils import epath
+from ml_collections import config_dict
+
+from transformer.config import Config, schema, validation, warm_start
+from transformer.data import corpus, tokenizer
+from transformer.runtime import object_storage
+from transformer.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from transformer.training.run import RunContext
+    from transformer.training.train_step import TrainState
+
+
+def train(config: Config | config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
+    """Trains in a workdir until `train.num_steps` updates are done, or resumes the run there.
+
+    Config and data are checked before JAX is imported.
+
+    Args:
+      config: as `default_config()` or the `get_config()` of a config file returns it, or validated.
+      workdir: folder or address of the run; made if it is missing.
+
+    Raises:
+      UserError: of its kinds, see `transformer.runtime.errors`.
+      StoppedError: by SIGTERM, SIGINT or SIGHUP, after saving; a BaseException, as KeyboardInterrupt is.
+    """
+    workdir = absolute_workdir(workdir)
+    config = schema.with_absolute_paths(check_config(config, workdir))
+    check_data(config, workdir)
+    from transformer.training import run, trainer  # which import JAX
+
+    with run.exclusive_workdir(config, workdir) as path:
+        trainer.train(*prepare(config, path))
+
+
+def absolute_workdir(workdir: str | os.PathLike) -> str:
+    """The path made absolute, ~ expanded; an address as it is. A UserError if it is empty or cannot be read."""
+    path = os.fspath(workdir)
+    if not path.strip():
+        raise UserError("workdir: expected a path, got an empty name")
+    if reason := object_storage.unsupported_reason(path):
+        raise UserError(f"workdir: {reason}")
+    return path if object_storage.is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def check_config(config: Config | config_dict.ConfigDict, workdir: str) -> Config:
+    """The config as frozen dataclasses.
+
+    Raises:
+      UserError: an unknown field, an invalid value, or fields that contradict each other.
+    """
+    if isinstance(config, Config):
+        return validation.validate(dataclasses.asdict(config), strict=False)
+    values = warm_start.inherit_sizes(validation.to_sections(config), workdir=workdir)
+    checked = validation.to_dataclasses(values)
+    validation.check_consistency(checked)
+    return checked
+
+
+def check_data(config: Config, workdir: str) -> None:
+    """Raises a UserError where the data set or the tokenizer that the config names is missing or invalid."""
+    corpus.validate_source(config.data)
+    is_fine_tuning = config.train.init_from and not epath.Path(workdir, "checkpoints").exists()
+    tokenizer.load_configured(tokenizer.inherit_tokenizer(config) if is_fine_tuning else config.data)
+
+
+def prepare(config: Config, path: epath.Path) -> "tuple[RunContext, TrainState]":
+    """What the training loop works with, and the state that it starts from."""
+    from transformer.checkpoints import best_metric
+    from transformer.evaluation.evaluator import Evaluator
+    from transformer.models.registry import ModelDef
+    from transformer.training import run, train_step
+
+    # Config: compared with that of the checkpoint to resume, if there is one.
+    mesh = run.make_mesh(config)
+    resume = run.find_resume_point(config, path)
+
+    # Data: sentence pairs → tokenizer → token ids → the schedule of batches.
+    data = run.prepare_data(resume, path)
+    config = best_metric.with_metric(resume.config, data.best_metric)
+
+    # Model, without its params; the evaluator translates and scores with it.
+    model = ModelDef(config.model, data.tokenizer.vocab_size)
+    evaluator = Evaluator(model, data.tokenizer, config, mesh)
+
+    # Optimizer and step: loss, gradients, clipping, Adam and the learning-rate schedule are one jitted function.
+    update = train_step.make_train_step(model, config, mesh)
+    context = run.RunContext(config, path, mesh, resume, data, update, evaluator)
+
+    # State: params, optimizer moments and step, restored from the checkpoint or initialized on the devices.
+    state = run.prepare_state(context, model)
+    run.log_summary(context, model)
+    return context, state
