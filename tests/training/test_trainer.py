@@ -17,6 +17,7 @@ from train import train as fit
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.data.batching import Batch
+from transformer.distributed import platform
 from transformer.evaluation.evaluator import CrossEntropy, Evaluator
 from transformer.models.flops import TrainingCost
 from transformer.models.loss import LossSums
@@ -181,6 +182,30 @@ def test_a_run_leaves_what_is_documented(whole):
     assert {"train/flops", "train/tokens", "train/hours"} <= set(train[0]) & set(valid[0])
     assert train[0]["train/peak_memory_mb"] > 0
     assert CheckpointManager(whole).metrics(12)["valid/bleu"] == valid[1]["valid/bleu"]
+
+
+@pytest.mark.parametrize(
+    ("batching", "sections"),
+    [
+        ({}, {}),
+        ({}, {"mesh": {"data": 2}, "train": {"accumulation_steps": 2}}),
+        ({"batching": "pack", "num_buckets": 8}, {"mesh": {"sequence": 2}}),
+    ],
+)
+def test_shapes_compiled_ahead_give_the_same_run(
+    data, batching, sections, tmp_path, fresh_programs, monkeypatch, capsys
+):
+    """As on accelerators: all shapes are known, so that no update compiles."""
+    config = config_of({**data, **batching}, **sections)
+    fit(config, tmp_path / "lazily")
+    monkeypatch.setattr(platform, "compile_threads", lambda mesh: 4)
+    capsys.readouterr()
+    fit(config, tmp_path / "ahead")
+    stderr = capsys.readouterr().err
+    assert "of batches, up to 4 at once\n" in stderr
+    assert "compiling shape" not in stderr
+    assert [line["train/compiles"] for line in lines_of(tmp_path / "ahead") if "train/compiles" in line][-1] == 0
+    jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "ahead"), final_params(tmp_path / "lazily"))
 
 
 def test_nothing_recompiles_once_each_bucket_was_seen(whole):

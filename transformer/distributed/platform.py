@@ -14,6 +14,7 @@ from transformer.runtime import environment
 
 ATTENTION_BLOCK = 128  # queries and keys of a block of blockwise attention; larger ones are slower on a CPU
 DECODE_ROWS, DECODE_ROWS_ON_CPU = 256, 16
+MAX_COMPILE_THREADS = 8  # each needs a gigabyte or two of host memory
 MAX_THREADS = 4  # each has a KV cache of its own
 
 
@@ -61,6 +62,15 @@ def fused_attention_min_length(platform: str) -> int:
     of the traffic of a base step of 40 tokens. Splash fills lengths up to multiples of 128.
     """
     return 1 if platform == "gpu" else BLOCKWISE_MIN_LENGTH
+
+
+def compile_threads(mesh: Mesh) -> int:
+    """Programs that are compiled at once, before the first update; 1: each when it is first needed.
+
+    An accelerator's compiler keeps one core busy, and the devices would wait for it again and again. A CPU's takes all
+    cores, and training begins earlier with one shape.
+    """
+    return 1 if is_cpu(mesh) else min(environment.available_cpus(), MAX_COMPILE_THREADS)
 
 
 def decode_rows(mesh: Mesh) -> int:

@@ -282,6 +282,13 @@ def shard_batch(mesh: Mesh, batch: Any, num_micro_batches: int = 1, rows: str = 
     return jax.tree.map(shard, pad_batch(batch, 1, width))
 
 
+def abstract_batch(mesh: Mesh, batch: Any, num_micro_batches: int = 1) -> Any:
+    """Shapes, dtypes and shardings of what `shard_batch` makes of a batch with all its rows."""
+    padded = pad_batch(batch, batch_divisor(mesh) * num_micro_batches, batch_divisor(mesh, "length"))
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), padded)
+
+
 def allgather_to_devices(mesh: Mesh, values_K: np.ndarray) -> jax.Array:
     """Gathers the values of all processes on every device: [devices, K], in the order of the mesh. Asynchronous."""
     shape, sharding = (mesh.size, *values_K.shape), batch_sharding(mesh, "decode_batch")

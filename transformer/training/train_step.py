@@ -3,11 +3,13 @@
 Params are a plain nested dict; the Flax module is split from them once and merged inside the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -20,6 +22,7 @@ from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
 from transformer.models.loss import LossSums, cross_entropy
 from transformer.models.registry import ModelDef, Params, with_shardings
+from transformer.runtime import progress
 from transformer.training import optimizer as optimizer_lib
 from transformer.training.optimizer import make_optimizer, make_schedule, update_ema
 
@@ -127,6 +130,33 @@ def make_train_step(
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def compile_shapes(
+    update: Any, state: TrainState, batches: Sequence[Batch], threads: int
+) -> dict[tuple[int, ...], Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]]:
+    """Compiles the update ahead for batches of these shapes, several at once; returns batch_shape → program.
+
+    Args:
+      update: of `make_train_step`.
+      state: or its shapes and shardings.
+      batches: shapes and shardings.
+      threads: programs compiled at once.
+    """
+    with ThreadPoolExecutor(threads) as pool, progress.phase("compiling", len(batches), "shapes") as compiling:
+
+        def compile_for(batch: Batch) -> Any:
+            program = update.lower(state, batch).compile()
+            compiling.advance()
+            return program
+
+        programs = list(pool.map(compile_for, batches))
+    return {batch_shape(batch): program for batch, program in zip(batches, programs, strict=True)}
+
+
+def batch_shape(batch: Batch) -> tuple[int, ...]:
+    """Rows, source and target width: what a compiled update depends on."""
+    return (*np.shape(batch.source_BS), np.shape(batch.target_BT)[-1])
 
 
 def accumulate_gradients(

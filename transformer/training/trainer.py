@@ -8,7 +8,8 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +19,8 @@ from transformer.checkpoints import best_metric
 from transformer.checkpoints.manager import VALID_BLEU, Metrics
 from transformer.config import schema, validation
 from transformer.data import input_pipeline
-from transformer.data.batching import Batch
-from transformer.distributed import multihost, sharding
+from transformer.data.batching import Batch, Bucket
+from transformer.distributed import multihost, platform, sharding
 from transformer.models import flops, registry
 from transformer.runtime import environment, progress, signals
 from transformer.runtime.errors import DivergedError
@@ -38,7 +39,7 @@ from transformer.training.metrics import (
 from transformer.training.preemption import PreemptionSync
 from transformer.training.profiling import StepProfiler
 from transformer.training.run import RunContext
-from transformer.training.train_step import StepMetrics, TrainState, all_finite
+from transformer.training.train_step import StepMetrics, TrainState, all_finite, batch_shape, compile_shapes
 
 
 def train(context: RunContext, state: TrainState) -> None:
@@ -51,6 +52,9 @@ def train(context: RunContext, state: TrainState) -> None:
     workdir.save_config(context.workdir, context.config, context.resume.run_ids.run_id)
     with signals.catch_stop_signals() as stop_signal:
         TrainingLoop(context, stop_signal).run(state)
+
+
+NO_PROGRAMS: Mapping[tuple[int, ...], Any] = types.MappingProxyType({})
 
 
 class StepPipeline:
@@ -69,12 +73,13 @@ class StepPipeline:
         flops_of: Callable[[Batch], float],
         cost: flops.TrainingCost,
         num_shapes: int,
+        programs: Mapping[tuple[int, ...], Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]] = NO_PROGRAMS,
     ):
         num_skipped = int(jax.device_get(optimizer.num_skipped(state.opt_state)))
         self.state, self.meter = state, MetricsAccumulator(cost, skipped=num_skipped)
         self.compiles = environment.CompileCounter()
         self._train_step, self._batches, self._shard, self._flops_of = train_step, batches, shard, flops_of
-        self._num_shapes, self._shapes = num_shapes, set[Any]()
+        self._num_shapes, self._programs, self._shapes = num_shapes, programs, set(programs)
         self._step = int(jax.device_get(state.step))
         self._unread: tuple[StepMetrics, int, dict[str, Any]] | None = None
 
@@ -85,8 +90,9 @@ class StepPipeline:
         self.meter.input_wait += time.perf_counter() - waiting_since
         with jax.transfer_guard("disallow"), self.compiles:
             sharded = self._shard(batch)
+            train_step = self._programs.get(batch_shape(sharded), self._train_step)
             with self._announced(sharded), self.meter.device_wait():
-                self.state, metrics = self._train_step(self.state, sharded)
+                self.state, metrics = train_step(self.state, sharded)
         self.flush()
         self._step += 1
         self._unread = metrics, self._step, {"slots": sharded.target_BT.size, "flops": self._flops_of(sharded)}
@@ -94,7 +100,7 @@ class StepPipeline:
     @contextlib.contextmanager
     def _announced(self, batch: Batch) -> Iterator[None]:
         """Logs that an update takes long if its batch has a new shape, for which it is compiled."""
-        shape = np.shape(batch.source_BS), np.shape(batch.target_BT)
+        shape = batch_shape(batch)
         if shape in self._shapes:
             yield
             return
@@ -192,8 +198,20 @@ class TrainingLoop:
         )
         shard = functools.partial(sharding.shard_batch, context.mesh, **sizes)
         flops_of = functools.partial(flops.batch_flops, self._config.model, data.tokenizer.vocab_size)
-        num_shapes = sum(number > 0 for number in data.schedule.batches)
-        return StepPipeline(context.train_step, state, batches, shard, flops_of, self._cost, num_shapes)
+        buckets = [bucket for bucket, count in zip(data.schedule.buckets, data.schedule.batches, strict=True) if count]
+        programs = self._compile_ahead(state, buckets)
+        return StepPipeline(context.train_step, state, batches, shard, flops_of, self._cost, len(buckets), programs)
+
+    def _compile_ahead(self, state: TrainState, buckets: Sequence[Bucket]) -> Mapping[tuple[int, ...], Any]:
+        """The update compiled for all shapes where several can be compiled at once; else none."""
+        context, threads = self.context, platform.compile_threads(self.context.mesh)
+        if threads == 1:
+            return NO_PROGRAMS
+        log_info(f"compiling {len(buckets)} shapes of batches, up to {threads} at once")
+        widths = ([np.zeros((b.rows, width), np.int32) for width in (b.source, b.target)] for b in buckets)
+        parts = self._config.train.accumulation_steps
+        batches = [sharding.abstract_batch(context.mesh, Batch(*sides), parts) for sides in widths]
+        return compile_shapes(context.train_step, state, batches, threads)
 
     def _after_update(
         self, pipeline: StepPipeline, step: int, writer: MetricWriter | NullMetricWriter, signal_number: int | None
