@@ -297,11 +297,12 @@ def choose_attention(
 ) -> str:
     """Resolves `model.attention` for these arrays on the devices of the traced program."""
     queries, keys = q_BTHK.shape[1], v_BSHK.shape[1]
-    # Of few attention weights auto takes none of the kernels that long sentences need.
-    is_long = queries * keys >= platforms.fused_attention_min_length(platforms.current()) ** 2
-    kernel = ""
-    if implementation in FUSED_ATTENTION_PLATFORMS or (implementation == "auto" and is_long):
-        kernel = fused.select_kernel(q_BTHK, v_BSHK, mask, dropout_rate)
+    min_length = platforms.fused_attention_min_length(platforms.current())
+    # The lengths of an exported program are symbols, which cannot be compared: it names its attention.
+    may_fuse = implementation in FUSED_ATTENTION_PLATFORMS or (
+        implementation == "auto" and queries * keys >= min_length**2
+    )
+    kernel = fused.select_kernel(q_BTHK, v_BSHK, mask, dropout_rate) if may_fuse else ""
     return select_attention_impl(implementation, queries, keys, kernel)
 
 
