@@ -63,7 +63,8 @@ def test_ngrams_are_those_that_one_system_matches_more_often():
     assert other["a",] == 1  # twice written, once expected
     totals = comparison.collections.Counter(n for line in references for n in comparison.ngrams_of(line))
     for_one, for_other = comparison.ngram_differences(one, other, totals)
-    assert for_one[0] == comparison.NgramDifference("a b c", 0, 2, 2, math.log(1 / 3))
+    assert for_one[0] == comparison.NgramDifference("a b c", 0, 2, 2)
+    assert for_one[0].log_odds == pytest.approx(math.log(1 / 3))
     assert [each.text for each in for_one] == ["a b c", "a", "b"]  # those within it differ by another count
     assert [each.text for each in for_other] == ["x y"]  # y is within it, with the same counts
     assert not any(each.text == "x" for each in (*for_one, *for_other))

@@ -22,6 +22,7 @@ MAX_NGRAM, NUM_NGRAMS = 4, 10  # longest n-grams; shown of each side
 SMOOTHING = 1.0  # added to each count of matches
 
 Words = Sequence[Sequence[str]]
+Ngrams = collections.Counter[tuple[str, ...]]
 
 
 class Breakdown(NamedTuple):
@@ -46,16 +47,17 @@ class Breakdown(NamedTuple):
 
 
 class NgramDifference(NamedTuple):
-    """An n-gram, how often each of two systems matches it in the references, and how often these hold it.
-
-    log_odds: log((matches + 1) / (baseline_matches + 1)).
-    """
+    """An n-gram, how often each of two systems matches it in the references, and how often these hold it."""
 
     text: str
     matches: int
     baseline_matches: int
     total: int
-    log_odds: float
+
+    @property
+    def log_odds(self) -> float:
+        """Above 0 in favor of the system, below 0 of the baseline."""
+        return math.log((self.matches + SMOOTHING) / (self.baseline_matches + SMOOTHING))
 
 
 class Comparison(NamedTuple):
@@ -197,38 +199,29 @@ def ngrams_of(words: Sequence[str]) -> Iterable[tuple[str, ...]]:
     return (tuple(words[i : i + n]) for n in range(1, MAX_NGRAM + 1) for i in range(len(words) - n + 1))
 
 
-def count_matches(system: Words, references: Words) -> collections.Counter[tuple[str, ...]]:
+def count_matches(system: Words, references: Words) -> Ngrams:
     """How often a system's n-grams are in the reference of their sentence, each at most as often as it is there."""
-    matches: collections.Counter[tuple[str, ...]] = collections.Counter()
+    matches: Ngrams = collections.Counter()
     for line, reference in zip(system, references, strict=True):
         matches.update(collections.Counter(ngrams_of(line)) & collections.Counter(ngrams_of(reference)))
     return matches
 
 
 def ngram_differences(
-    baseline: Mapping[tuple[str, ...], int],
-    system: Mapping[tuple[str, ...], int],
-    totals: Mapping[tuple[str, ...], int],
+    baseline: Ngrams, system: Ngrams, totals: Ngrams
 ) -> tuple[list[NgramDifference], list[NgramDifference]]:
     """The n-grams that differ most in favor of the baseline, and of the system, by smoothed log-odds.
 
     Of equal odds the longer n-gram comes first, and n-grams within one that is listed with the same counts are left
     out.
     """
-    found = [
-        NgramDifference(
-            " ".join(ngram),
-            system.get(ngram, 0),
-            baseline.get(ngram, 0),
-            totals[ngram],
-            math.log((system.get(ngram, 0) + SMOOTHING) / (baseline.get(ngram, 0) + SMOOTHING)),
-        )
-        for ngram in baseline.keys() | system.keys()
+    ngrams = [
+        NgramDifference(" ".join(words), system[words], baseline[words], totals[words])
+        for words in baseline.keys() | system.keys()
     ]
-    found.sort(key=lambda each: (-abs(each.log_odds), -len(each.text.split()), each.text))
-    return _distinct(each for each in found if each.log_odds < 0), _distinct(
-        each for each in found if each.log_odds > 0
-    )
+    ngrams.sort(key=lambda each: (-abs(each.log_odds), -len(each.text.split()), each.text))
+    for_baseline = _distinct(each for each in ngrams if each.log_odds < 0)
+    return for_baseline, _distinct(each for each in ngrams if each.log_odds > 0)
 
 
 def _distinct(ngrams: Iterable[NgramDifference]) -> list[NgramDifference]:
