@@ -55,21 +55,26 @@ NEWS = (
 )  # fmt: skip
 
 # A sentence, and questions with their answers.
-FACTS = (
-    ("{one} was born in {city}.", ("Where was {one} born?", "{city}")),
-    ("{one} bought {thing:a} in {city}.", ("Where did {one} buy something?", "{city}")),
-    ("{one} traveled from {country} to {country2}.",
-     ("Where did {one} travel to?", "{country2}"), ("Where did {one} come from?", "{country}")),
-    ("{one} speaks {language} but does not understand {language2}.",
-     ("Which language does {one} speak?", "{language}"),
-     ("Which language does {one} not understand?", "{language2}")),
-    ("The train to {city} leaves from platform {small} on {weekday}.",
-     ("When does the train to {city} leave?", "{weekday}"),
-     ("From which platform does the train to {city} leave?", "{small}")),
-    ("{event:the} was moved from {weekday} to {weekday2}.",
-     ("From which day was {event:the} moved?", "{weekday}"),
-     ("To which day was {event:the} moved?", "{weekday2}")),
-)  # fmt: skip
+FACTS = {
+    "{one} was born in {city}.": [("Where was {one} born?", "{city}")],
+    "{one} bought {thing:a} in {city}.": [("Where did {one} buy something?", "{city}")],
+    "{one} traveled from {country} to {country2}.": [
+        ("Where did {one} travel to?", "{country2}"),
+        ("Where did {one} come from?", "{country}"),
+    ],
+    "{one} speaks {language} but does not understand {language2}.": [
+        ("Which language does {one} speak?", "{language}"),
+        ("Which language does {one} not understand?", "{language2}"),
+    ],
+    "The train to {city} leaves from platform {small} on {weekday}.": [
+        ("When does the train to {city} leave?", "{weekday}"),
+        ("From which platform does the train to {city} leave?", "{small}"),
+    ],
+    "{event:the} was moved from {weekday} to {weekday2}.": [
+        ("From which day was {event:the} moved?", "{weekday}"),
+        ("To which day was {event:the} moved?", "{weekday2}"),
+    ],
+}
 
 # What a review speaks of, with adjectives of praise and of blame.
 ASPECTS = {
@@ -154,10 +159,10 @@ def sentiment(rng: random.Random, split: str) -> Pair:
 
 def question_answering(rng: random.Random, split: str) -> Pair:
     """A question and two facts → the answer, from one of them; half the time both are of one kind."""
-    (text, *questions), (other, *_) = choice(rng, FACTS), choice(rng, FACTS)
+    text, other = choice(rng, list(FACTS)), choice(rng, list(FACTS))
     fact, values = _sentence(rng, split, text)
     distractor, _ = _sentence(rng, split, text if rng.random() < 0.5 else other, values)
-    question, answer = choice(rng, questions)
+    question, answer = choice(rng, FACTS[text])
     context = " ".join(_shuffled(rng, [fact, distractor]))
     return f"question: {_render(question, values)} context: {context}", _render(answer, values)
 

@@ -344,7 +344,7 @@ def _check_value(where: str, field: dataclasses.Field, value: Any) -> Any:
     if limits.one_of and value not in limits.one_of:
         raise UserError(f"{where}: expected one of {', '.join(limits.one_of)}, got {value!r}")
     if limits.list_of:
-        reject_unknown_fields(where, value.split(","), list(limits.list_of), "name")
+        reject_unknown_fields(where, str(value).split(","), list(limits.list_of), "name")
     if limits.low is not None and value < limits.low:
         bound = "above 0" if limits.low == POSITIVE else f"at least {limits.low}"
         raise UserError(f"{where}: expected {bound}, got {value}")
