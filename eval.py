@@ -7,11 +7,12 @@
 
 WHICH is latest, best, a step, or the mean of several: average:N of the newest N, best-average:N of the N with
 the best validation scores. Model, vocabulary and decoding settings are those saved with the checkpoint;
---decode.FIELD=VALUE overrides one. DIR/report.html shows scores, learning curves, sentences and attention;
-DIR/reports/ keeps the report of each evaluation.
+--decode.FIELD=VALUE overrides one, --metrics the scores. DIR/report.html shows scores, learning curves, sentences and
+attention; DIR/reports/ keeps the report of each evaluation.
 """
 
 import argparse
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,8 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         check_writable(args.output, f"--output={args.output}")
     consistency.assert_same_code()
     restored = load_checkpoint(args.workdir, args.checkpoint)
+    if args.metrics:
+        restored = dataclasses.replace(restored, config=dataclasses.replace(restored.config, eval=args.metrics))
     changed = {name: value for name, value in fields.items() if value != getattr(restored.config.decode, name)}
     restored = restored.with_decode(fields)
     data = restored.config.data
@@ -79,8 +82,9 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         _, sources, references = dataset
         tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, references[0]).name
         both = systems.label_pair(baseline, args.versus, systems.evaluated(args.workdir, restored, result.translations))
+        metrics = restored.config.eval.metric_names
         with progress.phase("comparing the systems"):
-            comparison = comparisons.compare(both, sources, references, tokenizer)
+            comparison = comparisons.compare(both, sources, references, tokenizer, metrics=metrics)
         log_info(f"\n{significance.format_table(both[1].label, both[0].label, comparison.tests[0])}\n")
         log_info(comparisons.format_examples(comparison))
     with progress.phase("writing the report"):
@@ -132,6 +136,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
         "--versus", type=path, help="another workdir, or a file of translations: is the difference more than chance?"
     )
     parser.add_argument("--versus_checkpoint", help="of that workdir (default: as --checkpoint; latest for a step)")
+    command_line.add_metrics_flag(parser, "eval.metrics of the checkpoint's config")
     parser.add_argument("--watch", action="store_true", help="score every checkpoint as it lands, until a signal")
     command_line.add_process_flags(parser)
     args = parser.parse_args(rest)
@@ -142,7 +147,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
         raise UserError("expected --split, or --source with --reference, got both")
     if args.versus_checkpoint and not args.versus:
         raise UserError("--versus_checkpoint goes with --versus=DIR, got none")
-    for flag in ("checkpoint", "output", "versus"):
+    for flag in ("checkpoint", "output", "versus", "metrics"):
         if args.watch and getattr(args, flag):
             raise UserError(f"--watch scores every checkpoint by itself; leave out --{flag}")
     args.checkpoint = args.checkpoint or "latest"

@@ -142,6 +142,15 @@ def add_ensemble_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_metrics_flag(parser: argparse.ArgumentParser, default: str) -> None:
+    """--metrics, an EvalConfig."""
+    parser.add_argument(
+        "--metrics",
+        type=lambda text: validation.to_dataclasses({"eval": {"metrics": text}}).eval,
+        help=f"with commas between, of {', '.join(schema.METRIC_NAMES)} (default: {default})",
+    )
+
+
 def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") -> tuple[schema.Config, list[str]]:
     """Reads --config=FILE and its --config.SECTION.FIELD=VALUE overrides; returns the rest of the arguments too.
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from etils import epath
 
 from transformer import command_line
-from transformer.config import DataConfig
+from transformer.config import Config, DataConfig
 from transformer.data import corpus, text_files
 from transformer.evaluation import bleu_tokenizer, comparison, comparison_html, significance, systems
 from transformer.evaluation.evaluator import EvalDataset, load_eval_dataset
@@ -30,11 +30,14 @@ def main(argv: list[str]) -> None:
     """Reads the translations, compares them, writes the page."""
     args = _parse(argv[1:])
     check_writable(args.output, f"--output={args.output}")
-    dataset, data, training = load_test_set(args)
+    dataset, config, training = load_test_set(args)
     compared = load_systems(args.systems, dataset)
-    tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, dataset.references[0])
+    tokenizer = bleu_tokenizer.choose_bleu_tokenizer(config.data, dataset.references[0])
     log_info(str(tokenizer))
-    result = comparison.compare(compared, dataset.sources, dataset.references, tokenizer.name, training)
+    metrics = (args.metrics or config.eval).metric_names
+    result = comparison.compare(
+        compared, dataset.sources, dataset.references, tokenizer.name, training, metrics=metrics
+    )
     for system, tests in zip(compared[1:], result.tests, strict=True):
         log_info(f"\n{significance.format_table(system.label, compared[0].label, tests)}\n")
     subtitle = f"{dataset.name}, {len(dataset.references[0]):,} sentences · " + " · ".join(
@@ -48,32 +51,33 @@ def main(argv: list[str]) -> None:
     print(json.dumps({**comparison.as_json(result), "page": args.output}))
 
 
-def load_test_set(args: argparse.Namespace) -> tuple[EvalDataset, DataConfig, Iterable[str] | None]:
+def load_test_set(args: argparse.Namespace) -> tuple[EvalDataset, Config, Iterable[str] | None]:
     """The files of the flags, or the split of the first workdir.
 
     Returns:
-      The data set, whose sources are empty if they are unknown; the config for the choice of BLEU's tokenizer; and the
-      text in which words are counted, None for the references.
+      The data set, whose sources are empty if they are unknown; the config of the metrics and of BLEU's tokenizer; and
+      the text in which words are counted, None for the references.
 
     Raises:
       UserError: there is neither, or a file is missing.
     """
     workdirs = [path for path in args.systems if epath.Path(path).is_dir()]
-    data = systems.read_config(workdirs[0]).data if workdirs else DataConfig(target_language="")
+    config = systems.read_config(workdirs[0]) if workdirs else Config(data=DataConfig(target_language=""))
+    data = config.data
     training = text_files.read_lines(args.frequency_corpus) if args.frequency_corpus else None
     if args.reference:
         if workdirs and not args.source:
             raise UserError(f"{workdirs[0]}: its translations are found by their sources; add --source=FILE")
         if args.source:
-            return load_eval_dataset(data, None, args.source, args.reference), data, training
+            return load_eval_dataset(data, None, args.source, args.reference), config, training
         references = [list(text_files.read_lines(path)) for path in args.reference]
-        return EvalDataset(epath.Path(args.reference[0]).name, [], references), data, training
+        return EvalDataset(epath.Path(args.reference[0]).name, [], references), config, training
     if not workdirs:
         raise UserError("files of translations need --reference=FILE, got none; --source=FILE is optional")
     dataset = load_eval_dataset(data, args.split, None, None)
     if training is None:
         training = (target for _, target in corpus.open_corpus(data).split("train"))
-    return dataset, data, training
+    return dataset, config, training
 
 
 def load_systems(paths: list[str], dataset: EvalDataset) -> list[System]:
@@ -96,6 +100,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--reference", type=command_line.absolute_paths, default=[], help="its references; several with commas between"
     )
     parser.add_argument("--split", help="split of the first workdir's data set (default: test)")
+    command_line.add_metrics_flag(parser, "those of the first workdir")
     parser.add_argument(
         "--frequency_corpus",
         type=path,

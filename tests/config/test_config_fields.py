@@ -39,6 +39,7 @@ ANOTHER = {  # for fields of which twice the default, or one more, is no other p
     "train.spike_factor": 2.0,
     "train.init_checkpoint": "best",
     "decode.top_p": 0.5,
+    "eval.metrics": "accuracy",
     "mesh.data": 2,
 }
 

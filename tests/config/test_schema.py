@@ -33,6 +33,17 @@ def test_the_defaults_are_valid_and_survive_json():
     assert config == Config() == validation.from_json(config.to_json(), "config.json")
 
 
+def test_a_saved_config_without_a_section_has_its_defaults():
+    """As an earlier version wrote it."""
+    values = json.loads(Config().to_json())
+    assert values.pop("eval") == {"metrics": "bleu,chrf,ter"}
+    assert validation.from_json(json.dumps(values), "config.json") == Config()
+
+
+def test_metrics_are_named_once():
+    assert validate({"eval": {"metrics": "rougeL,bleu,rougeL"}}).eval.metric_names == ("rougeL", "bleu")
+
+
 def test_every_field_is_documented_and_has_a_default_of_its_type():
     for section, kind in schema.SECTIONS.items():
         for field in dataclasses.fields(kind):
@@ -99,6 +110,8 @@ def test_zero_is_refused_where_something_is_needed(section, name):
 IMPOSSIBLE = [
     (r"config: unknown field 'modle'; did you mean 'model'", {"modle": {}}),
     (r"config\.model: unknown field 'num_layer'; did you mean 'num_layers'", {"model": {"num_layer": 3}}),
+    (r"config\.eval\.metrics: unknown name 'acuracy'; did you mean 'accuracy'", {"eval": {"metrics": "bleu,acuracy"}}),
+    (r"config\.eval\.metrics: unknown name ''; known: bleu, chrf", {"eval": {"metrics": ""}}),
     (r"config\.train: unknown field 'zzz'; known: num_steps", {"train": {"zzz": 3}}),
     (r"config\.model: expected a section of fields, got 3", {"model": 3}),
     (r"num_heads = 7 does not divide qkv_dim = 512", {"model": {"num_heads": 7}}),

@@ -6,17 +6,19 @@ import types
 
 import pytest
 
+from transformer.config import schema
 from transformer.evaluation import metrics, significance
 from transformer.evaluation.bleu_tokenizer import PUBLISHED
 from transformer.runtime.errors import UserError
 
 HYPOTHESES = ["the cat sat on the mat", "Hello , World !", "it is 3 . 5 km away", "no match at all here"]
 REFERENCES = ["the cat sat on a mat", "Hello, World!", "it is 3.5 km away", "something else entirely, really"]
+SACREBLEU_METRICS = ("bleu", "chrf", "ter", "chrfpp")
 SACREBLEU_FLAGS = {"chrfpp": ["-m", "chrf", "--chrf-word-order", "2"]}
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("metric", metrics.METRICS)
+@pytest.mark.parametrize("metric", SACREBLEU_METRICS)
 def test_scores_equal_the_sacrebleu_command_on_the_files(tmp_path, metric, count):
     references = [REFERENCES, REFERENCES[1:] + REFERENCES[:1]][:count]
     for name, lines in (("hyp", HYPOTHESES), *((f"ref{i}", lines) for i, lines in enumerate(references))):
@@ -31,12 +33,81 @@ def test_scores_equal_the_sacrebleu_command_on_the_files(tmp_path, metric, count
 
 
 def test_signatures_name_tokenizer_case_and_version():
-    actual = metrics.score(HYPOTHESES, [REFERENCES], list(metrics.METRICS))
-    assert "case:mixed" in actual["bleu_signature"]
-    assert "tok:13a" in actual["bleu_signature"]
-    assert "nw:0" in actual["chrf_signature"]
-    assert "nw:2" in actual["chrfpp_signature"]
-    assert all("version:" in actual[f"{name}_signature"] for name in metrics.METRICS)
+    found = metrics.score(HYPOTHESES, [REFERENCES], SACREBLEU_METRICS)
+    assert "case:mixed" in found["bleu_signature"]
+    assert "tok:13a" in found["bleu_signature"]
+    assert "nw:0" in found["chrf_signature"]
+    assert "nw:2" in found["chrfpp_signature"]
+    assert all("version:" in found[f"{name}_signature"] for name in SACREBLEU_METRICS)
+
+
+def test_every_metric_that_a_config_may_name_is_defined():
+    assert tuple(metrics.METRICS) == schema.METRIC_NAMES
+    assert [name for name, each in metrics.METRICS.items() if not each.higher_is_better] == ["ter"]
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "reference", "accuracy", "exact_match"),
+    [
+        ("positive", "positive", 100, 100),
+        (" positive ", "positive", 100, 100),  # spaces around a label
+        ("Positive", "positive", 0, 100),
+        ("The Eiffel Tower!", "eiffel  tower", 0, 100),
+        ("an apple a day", "apple day", 0, 100),
+        ("another", "other", 0, 0),  # an article within a word stays
+        ("U.S.", "us", 0, 100),
+        ("7:30 AM", "7:31 AM", 0, 0),
+        ("", "the", 0, 100),
+        ("", "x", 0, 0),
+    ],
+)
+def test_accuracy_is_of_equal_lines_and_exact_match_of_normalized_ones(hypothesis, reference, accuracy, exact_match):
+    found = metrics.score([hypothesis], [[reference]], ["accuracy", "exact_match"])
+    assert (found["accuracy"], found["exact_match"]) == (accuracy, exact_match)
+
+
+def test_scores_of_sentences_are_means_of_the_best_references():
+    references = [["a", "b", "x y"], ["c", "b", "Y."]]
+    found = metrics.score(["c", "a", "the y"], references, ["accuracy", "exact_match"])
+    assert found["accuracy"] == pytest.approx(100 / 3)
+    assert found["exact_match"] == pytest.approx(200 / 3)
+    assert found["accuracy_signature"] == "nrefs:2|normalization:strip"
+    assert metrics.score([], [[]], ["accuracy"])["accuracy"] == 0.0
+
+
+def test_rouge_by_hand():
+    """Three words, all of them among the six of the reference; of its five pairs two; three in its order."""
+    pytest.importorskip("rouge_score")
+    names = ["rouge1", "rouge2", "rougeL"]
+    found = metrics.score(["The cat sat."], [["the cat sat on the mat"]], names)
+    assert [found[name] for name in names] == pytest.approx([200 * 1 * 0.5 / 1.5, 200 * 1 * 0.4 / 1.4, 200 / 3])
+    found = metrics.score(["sat cat the"], [["the cat sat on the mat"]], names)  # two in order
+    assert [found[name] for name in names] == pytest.approx([200 / 3, 0, 400 / 9])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_rouge_is_the_mean_of_the_library_s(count):
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
+    references = [REFERENCES, REFERENCES[1:] + REFERENCES[:1]][:count]
+    rows = [scorer.score_multi(lines, line) for line, *lines in zip(HYPOTHESES, *references, strict=True)]
+    for name in ("rouge1", "rouge2", "rougeL"):
+        found = metrics.score(HYPOTHESES, references, [name])
+        assert found[name] == pytest.approx(100 * sum(row[name].fmeasure for row in rows) / len(rows))
+        assert found[f"{name}_signature"].startswith(f"nrefs:{count}|stem:no|rouge-score:")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(UserError, match=r"rougeL needs the package rouge-score.*pip install rouge-score"):
+        metrics.score(["a"], [["a"]], ["rougeL"])
+
+
+def test_what_belongs_to_other_metrics_is_not_computed():
+    lines = (HYPOTHESES, [REFERENCES])
+    assert metrics.extended_scores(HYPOTHESES, *lines, "label", metrics=["accuracy"]) == {}
+    assert set(metrics.extended_scores(HYPOTHESES, *lines, "de", metrics=["chrf"])) == {"chrfpp", "chrfpp_signature"}
+    assert "chrfpp" not in metrics.extended_scores(HYPOTHESES, *lines, "de", metrics=["bleu"])
 
 
 def test_length_ratio_is_of_words():

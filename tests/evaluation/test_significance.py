@@ -34,6 +34,18 @@ def test_a_clear_difference_is_significant_and_a_small_one_is_not():
     assert not bleu.is_significant
 
 
+def test_scores_of_sentences_are_tested_too():
+    """Of 60 lines 40 against 20 are right."""
+    better, worse = ([line if i % 3 in kept else "x" for i, line in enumerate(REFERENCES)] for kept in ((0, 1), (2,)))
+    (accuracy,) = significance.paired_tests(better, worse, [REFERENCES], "13a", ["accuracy"], samples=500)
+    assert (accuracy.score, accuracy.baseline_score) == pytest.approx((200 / 3, 100 / 3))
+    assert accuracy.is_significant
+    # The standard error of a share of 2/3 among 60, times 1.96.
+    assert accuracy.interval == pytest.approx(196 * (2 / 9 / 60) ** 0.5, rel=0.2)
+    assert accuracy.signatures[1] == "nrefs:1|ar:500|seed:12345|normalization:strip"
+    assert "  accuracy  " in significance.format_table("a", "b", [accuracy])
+
+
 def test_equal_systems_differ_by_nothing_but_chance():
     """Where no sample differs by more than nothing, sacreBLEU counts none, and its p is the least there is."""
     for each in significance.paired_tests(GOOD, list(GOOD), [REFERENCES], "13a", samples=100):

@@ -18,10 +18,25 @@ from ml_collections import config_dict
 MAX_INT = 2**31 - 1
 
 
-def _field(default: Any, doc: str, *, low: float | None = None, high: float | None = None, one_of: tuple = ()) -> Any:
-    """A dataclass field with closed bounds [low, high], at most int32's, or a set of choices, and its documentation."""
+def _field(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    one_of: tuple = (),
+    list_of: tuple = (),
+) -> Any:
+    """A dataclass field with its documentation.
+
+    Args:
+      low, high: closed bounds; ints are at most int32's.
+      one_of: the choices.
+      list_of: the names that a list, with commas between, may have.
+    """
     high = MAX_INT if high is None and type(default) is int else high
-    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "one_of": one_of})
+    metadata = {"doc": doc, "low": low, "high": high, "one_of": one_of, "list_of": list_of}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def round_up(length: int, multiple: int) -> int:
@@ -265,6 +280,27 @@ class DecodeConfig:
     max_source_tokens: int = _field(512, "longer sources are truncated to this many tokens", low=2)
 
 
+# `evaluation.metrics` defines each.
+METRIC_NAMES = ("bleu", "chrf", "ter", "chrfpp", "exact_match", "accuracy", "rouge1", "rouge2", "rougeL")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The scores of translations, the same for one system and for a comparison."""
+
+    metrics: str = _field(
+        "bleu,chrf,ter",
+        "metrics of eval.py and of comparisons, the most important first; exact_match ignores case, punctuation and "
+        "articles, rouge1, rouge2 and rougeL need the package rouge-score",
+        list_of=METRIC_NAMES,
+    )
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics, each once."""
+        return tuple(dict.fromkeys(self.metrics.split(",")))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """The device mesh: the product of the four is the number of devices. One may be -1: all remaining devices."""
@@ -286,6 +322,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     decode: DecodeConfig = DecodeConfig()
+    eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
 
     def to_json(self, **extra: str) -> str:
@@ -391,6 +428,8 @@ def field_help() -> str:
 def _bounds_help(metadata: Mapping[str, Any]) -> str:
     if metadata["one_of"]:
         return f"one of {', '.join(map(str, metadata['one_of']))}"
+    if metadata["list_of"]:
+        return f"several of {', '.join(metadata['list_of'])}, with commas between"
     low = {None: "", POSITIVE: "above 0"}.get(metadata["low"], f"at least {metadata['low']}")
     high = "" if metadata["high"] in (None, MAX_INT) else f"at most {metadata['high']}"
     return ", ".join(filter(None, (low, high)))

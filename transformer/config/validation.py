@@ -341,13 +341,13 @@ def from_json(text: str | bytes, path: str) -> Config:
     return validate(values, strict=False)
 
 
-def reject_unknown_fields(where: str, given: Iterable[str], known: list[str]) -> None:
+def reject_unknown_fields(where: str, given: Iterable[str], known: list[str], kind: str = "field") -> None:
     """Raises a UserError for the first unknown name, with the most similar known one."""
     for key in given:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            raise UserError(f"{where}: unknown field {key!r}; {hint}")
+            raise UserError(f"{where}: unknown {kind} {key!r}; {hint}")
 
 
 def _check_value(where: str, field: dataclasses.Field, value: Any) -> Any:
@@ -362,6 +362,8 @@ def _check_value(where: str, field: dataclasses.Field, value: Any) -> Any:
         raise UserError(f"{where}: expected a finite number, got {value}")
     if limits.one_of and value not in limits.one_of:
         raise UserError(f"{where}: expected one of {', '.join(limits.one_of)}, got {value!r}")
+    if limits.list_of:
+        reject_unknown_fields(where, str(value).split(","), list(limits.list_of), "name")
     if limits.low is not None and value < limits.low:
         bound = "above 0" if limits.low == POSITIVE else f"at least {limits.low}"
         raise UserError(f"{where}: expected {bound}, got {value}")
@@ -468,6 +470,7 @@ RESUMABLE_FIELDS = {
     },
     "data": {*schema.PATH_FIELDS},
     "decode": {*schema.field_names("decode")},
+    "eval": {*schema.field_names("eval")},
     "model": {"attention", "remat"},  # same up to rounding
     "mesh": {*schema.field_names("mesh")},
 }

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from transformer.evaluation import significance
 from transformer.evaluation.bleu_tokenizer import split_words
-from transformer.evaluation.metrics import METRIC_NAMES, group_by_length
+from transformer.evaluation.metrics import DEFAULT_METRICS, METRICS, group_by_length
 from transformer.evaluation.significance import PairedTestResult, paired_tests, score_with_interval, sentence_score
 from transformer.evaluation.systems import System
 from transformer.runtime import progress
@@ -91,6 +91,7 @@ def compare(
     tokenizer: str,
     training: Iterable[str] | None = None,
     samples: int = 0,
+    metrics: Sequence[str] = DEFAULT_METRICS,
 ) -> Comparison:
     """Compares systems.
 
@@ -101,13 +102,14 @@ def compare(
       tokenizer: of BLEU, also for words, named as in `choose_bleu_tokenizer`.
       training: text of the target language in which words are counted; None: the first references.
       samples: of the significance tests, as in `paired_tests`.
+      metrics: to compare by; the first two also by length.
 
     Raises:
       UserError: as `paired_tests`.
     """
     baseline, *others = systems
     tests = [
-        paired_tests(each.translations, baseline.translations, references, tokenizer, samples=samples)
+        paired_tests(each.translations, baseline.translations, references, tokenizer, metrics, samples=samples)
         for each in others
     ]
     words = [split_words(each.translations, tokenizer) for each in systems]
@@ -119,7 +121,7 @@ def compare(
         counts = collections.Counter(itertools.chain.from_iterable(reference_words))
     side = "source" if sources else "reference"
     breakdowns = [
-        by_length(name, systems, references, group_by_length(lengths), side, tokenizer) for name in ("bleu", "chrf")
+        by_length(name, systems, references, group_by_length(lengths), side, tokenizer) for name in metrics[:2]
     ]
     breakdowns.append(by_frequency(words, reference_words, counts, "training text" if training else "references"))
     matches = [count_matches(each, reference_words) for each in words]
@@ -162,7 +164,7 @@ def by_length(
             scored = score_with_interval(metric, lines, group_references, tokenizer)
             scores[number][group], intervals[number][group] = scored
     counts = {group: len(members) for group, members in groups.items()}
-    title = f"{METRIC_NAMES[metric]} by {side} length"
+    title = f"{METRICS[metric].label} by {side} length"
     return Breakdown(
         f"{metric}_by_{side}_length", title, f"words of the {side}", "sentences", counts, scores, intervals
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformer.evaluation.charts import Bars, bar_chart, histogram
 from transformer.evaluation.comparison import Breakdown, Comparison, NgramDifference, System
-from transformer.evaluation.metrics import METRIC_NAMES
+from transformer.evaluation.metrics import METRICS
 from transformer.evaluation.report_html import (
     DIFF_LEGEND,
     Column,
@@ -67,7 +67,7 @@ def score_table(comparison: Comparison) -> str:
     rows = []
     for index, test in enumerate(comparison.tests[0]):
         value = f"{test.baseline_score:.2f} ± {test.baseline_interval:.2f}"
-        rows.append([METRIC_NAMES[test.metric], comparison.systems[0].label, value, "", "", "", "baseline"])
+        rows.append([METRICS[test.metric].label, comparison.systems[0].label, value, "", "", "", "baseline"])
         for system, tests in zip(comparison.systems[1:], comparison.tests, strict=True):
             each = tests[index]
             value, difference = f"{each.score:.2f} ± {each.interval:.2f}", f"{each.difference:+.2f}"

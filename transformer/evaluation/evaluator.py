@@ -26,7 +26,7 @@ from transformer.data.tokenizer import Tokenizer, truncate
 from transformer.decoding.translator import Translator
 from transformer.distributed import consistency, multihost, sharding
 from transformer.evaluation import bleu_tokenizer
-from transformer.evaluation.metrics import DEFAULT_METRICS, Scores, check_lengths, extended_scores, score
+from transformer.evaluation.metrics import DEFAULT_METRICS, Scores, check_lengths, extended_scores, make_metric, score
 from transformer.models.loss import LossSums, cross_entropy
 from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import DivergedError, UserError
@@ -103,6 +103,8 @@ class Evaluator:
         """Translates and scores every sentence once; the loss is of the first reference."""
         start = time.perf_counter()
         check_lengths(len(sources), references)
+        for name in metrics:
+            make_metric(name)  # a missing package is reported before anything is translated
         loss = self.teacher_forced_loss(params, sources, references[0])
         with phase("translating", len(sources), "sentences") as translating:
 
@@ -239,29 +241,31 @@ class CheckpointEvaluator:
         self._compiled_for: tuple[Config, str] | None = None
 
     def evaluate(self, restored: RestoredModel) -> EvalResult:
-        """Translates every sentence once; computes all metrics.
+        """Translates every sentence once; computes the metrics of the config and what belongs to them.
 
         Raises:
           DivergedError: the loss is not finite.
         """
-        key = restored.config, restored.tokenizer.digest
+        key, metrics = (restored.config, restored.tokenizer.digest), restored.config.eval.metric_names
         data, (_, sources, references) = restored.config.data, self.dataset
         tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, references[0])
         if self._evaluator is None or key != self._compiled_for:
-            log_info(str(tokenizer))
-            num_short = bleu_tokenizer.count_short(references[0], tokenizer.name)
-            if 2 * num_short > len(references[0]):
-                log_info(
-                    f"warning: {num_short:,} of {len(references[0]):,} references have under four tokens, so they have "
-                    "no 4-grams for BLEU; use chrF2"
-                )
+            if "bleu" in metrics:
+                log_info(str(tokenizer))
+                num_short = bleu_tokenizer.count_short(references[0], tokenizer.name)
+                if 2 * num_short > len(references[0]):
+                    log_info(
+                        f"warning: {num_short:,} of {len(references[0]):,} references have under four tokens, so they "
+                        "have no 4-grams for BLEU; use chrF2"
+                    )
             self._evaluator = Evaluator(restored.model, restored.tokenizer, restored.config, restored.mesh)
             self._compiled_for = key
-        result = self._evaluator.evaluate(restored.params, sources, references)
+        result = self._evaluator.evaluate(restored.params, sources, references, metrics)
         if not math.isfinite(result.loss):
             raise DivergedError(f"{restored.description}: its loss is {result.loss}; evaluate another")
+        language = data.target_language
         with phase("computing more scores"):
-            extended = extended_scores(sources, result.translations, references, data.target_language, tokenizer.name)
+            extended = extended_scores(sources, result.translations, references, language, tokenizer.name, metrics)
         return dataclasses.replace(result, scores={**result.scores, **extended})
 
 

@@ -1,32 +1,32 @@
-"""Corpus metrics: BLEU, chrF2, TER and chrF2++ by sacreBLEU with signatures, tokenized BLEU, and COMET.
+"""Corpus metrics: BLEU, chrF2, TER and chrF2++ by sacreBLEU with signatures, exact match, accuracy, ROUGE, and COMET.
 
 Detokenized translations are scored against raw references, so the `sacrebleu` command gives the same scores for the
 written files; `bleu_tokenizer` chooses the tokenizer of BLEU. Also: BLEU by source length, the tokenized BLEU of older
 papers (legacy), and COMET if its package and weights are installed.
+
+All scores are from 0 to 100, but TER may exceed it and COMET is its own.
 """
 
 import functools
 import importlib.util
 import os
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.metrics.base import Metric, Score, Signature
 
+from transformer.config import EvalConfig
 from transformer.evaluation.bleu_tokenizer import DEFAULT, PUBLISHED, make_bleu
 from transformer.runtime.errors import UserError
 
 Scores = dict[str, Any]
-METRICS: Mapping[str, Callable[..., Any]] = {
-    "bleu": BLEU,
-    "chrf": CHRF,
-    "ter": TER,
-    "chrfpp": functools.partial(CHRF, word_order=2),
-}
-METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "chrfpp": "chrF2++"}
-DEFAULT_METRICS = ("bleu", "chrf", "ter")
+DEFAULT_METRICS = EvalConfig().metric_names
 
 LENGTH_BOUNDS = (10, 20, 30, 40, 50)  # upper bounds of groups by source words; the last group has more
 
@@ -34,9 +34,122 @@ COMPOUND_PATTERN = re.compile(r"(\S)-(\S)")
 COMET_MODEL = "Unbabel/wmt22-comet-da"
 
 
-def make_metric(name: str, tokenizer: str) -> Any:
-    """A metric of `METRICS`; BLEU with a tokenizer named as in `choose_bleu_tokenizer`."""
-    return make_bleu(tokenizer) if name == "bleu" else METRICS[name]()
+class SentenceMean(Metric):
+    """The mean of a score of sentences, the best one over the references of each, as a metric of sacreBLEU.
+
+    So its significance tests and intervals take it.
+
+    Args:
+      name: of the metric.
+      sentence_score: of a hypothesis and a reference, from 0 to 1.
+      signature: what distinguishes it from variants.
+    """
+
+    def __init__(self, name: str, sentence_score: Callable[[str, str], float], signature: Mapping[str, str]):
+        super().__init__()
+        self._name, self._sentence_score, self._signature = name, sentence_score, signature
+
+    def get_signature(self) -> Signature:
+        """The number of references, and what was given."""
+        signature = Signature(self.__dict__)
+        signature.info |= {"version": None, **self._signature}  # sacreBLEU's own version does not matter
+        return signature
+
+    def _preprocess_segment(self, sent: str) -> str:
+        return sent
+
+    def _extract_reference_info(self, refs: Sequence[str]) -> dict[str, Any]:
+        return {"references": refs}
+
+    def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict) -> list[float]:
+        """Score and count, which add up over sentences."""
+        return [max(self._sentence_score(hypothesis, reference) for reference in ref_kwargs["references"]), 1.0]
+
+    def _aggregate_and_compute(self, stats: Any) -> Score:
+        return self._compute_score_from_stats(np.sum(stats, axis=0))
+
+    def _compute_score_from_stats(self, stats: Any) -> Score:
+        return Score(self._name, 100 * float(stats[0]) / float(stats[1]))
+
+
+def normalize_answer(text: str) -> str:
+    """Lowercases and removes punctuation, articles and extra spaces, as SQuAD's evaluate-v1.1.py does."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _exact_match(hypothesis: str, reference: str) -> float:
+    return float(normalize_answer(hypothesis) == normalize_answer(reference))
+
+
+def _accuracy(hypothesis: str, reference: str) -> float:
+    return float(hypothesis.strip() == reference.strip())
+
+
+def make_rouge(name: str) -> SentenceMean:
+    """F1 of ROUGE by Google's package rouge-score, without stemming; `name` is of its types.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UserError(
+            f"eval.metrics: {name} needs the package rouge-score, which is not installed ({error}); "
+            "pip install rouge-score"
+        ) from error
+    scorer = RougeScorer([name])
+
+    def f1(hypothesis: str, reference: str) -> float:
+        return scorer.score(reference, hypothesis)[name].fmeasure
+
+    return SentenceMean(name, f1, {"stem": "no", "rouge-score": version("rouge-score")})
+
+
+class MetricDefinition(NamedTuple):
+    """A metric that `eval.metrics` may name.
+
+    Attributes:
+      label: in tables and charts.
+      make: makes it, as a metric of sacreBLEU.
+      meaning: in a few words.
+    """
+
+    label: str
+    make: Callable[[], Metric]
+    meaning: str
+    higher_is_better: bool = True
+
+
+METRICS: Mapping[str, MetricDefinition] = {
+    "bleu": MetricDefinition("BLEU", BLEU, "sacreBLEU"),
+    "chrf": MetricDefinition("chrF2", CHRF, "character n-grams"),
+    "ter": MetricDefinition("TER", TER, "edits", higher_is_better=False),
+    "chrfpp": MetricDefinition("chrF2++", functools.partial(CHRF, word_order=2), "character n-grams and words"),
+    "exact_match": MetricDefinition(
+        "exact match",
+        functools.partial(SentenceMean, "exact_match", _exact_match, {"normalization": "squad"}),
+        "equal but for case, punctuation and articles",
+    ),
+    "accuracy": MetricDefinition(
+        "accuracy", functools.partial(SentenceMean, "accuracy", _accuracy, {"normalization": "strip"}), "equal lines"
+    ),
+    "rouge1": MetricDefinition("ROUGE-1", functools.partial(make_rouge, "rouge1"), "F1 of words"),
+    "rouge2": MetricDefinition("ROUGE-2", functools.partial(make_rouge, "rouge2"), "F1 of pairs of words"),
+    "rougeL": MetricDefinition(
+        "ROUGE-L", functools.partial(make_rouge, "rougeL"), "F1 of the longest common subsequence"
+    ),
+}
+
+
+def make_metric(name: str, tokenizer: str = DEFAULT) -> Metric:
+    """A metric of `METRICS`; BLEU with a tokenizer named as in `choose_bleu_tokenizer`.
+
+    Raises:
+      UserError: its package is not installed.
+    """
+    return make_bleu(tokenizer) if name == "bleu" else METRICS[name].make()
 
 
 def score(
@@ -85,15 +198,19 @@ def extended_scores(
     references: Sequence[Sequence[str]],
     language: str,
     tokenizer: str = DEFAULT,
+    metrics: Sequence[str] = DEFAULT_METRICS,
 ) -> Scores:
-    """Computes the metrics of a full evaluation other than DEFAULT_METRICS.
+    """Computes what a full evaluation adds to some metrics: chrF2++ to chrF2; COMET and variants of BLEU to BLEU.
 
     Args:
       language: code of the hypotheses' language, for Moses' tokenizer.
       tokenizer: as in `score`.
+      metrics: those of `score`.
     """
-    scores = score(hypotheses, references, ["chrfpp"])
+    scores = score(hypotheses, references, ["chrfpp"] if "chrf" in metrics else [])
     del scores["length_ratio"]
+    if "bleu" not in metrics:
+        return scores
     return {
         **scores,
         "bleu_by_source_length": bleu_by_source_length(sources, hypotheses, references, tokenizer),
@@ -158,8 +275,6 @@ def tokenized_bleu(
 
 def moses_tokenizer(language: str) -> tuple[Callable[[str], str], str]:
     """Moses' tokenizer.perl -l LANGUAGE, ported by sacremoses, and the signature of scores with it."""
-    from importlib.metadata import version
-
     from sacremoses import MosesTokenizer
 
     tokenizer = MosesTokenizer(lang=language)

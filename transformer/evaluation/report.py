@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from transformer.checkpoints.loading import RestoredModel
-from transformer.config import DataConfig
+from transformer.config import Config
 from transformer.decoding.alignment import Aligner, Attention
 from transformer.distributed import multihost
 from transformer.evaluation import comparison_html, summary
@@ -24,7 +24,7 @@ from transformer.evaluation.comparison import Comparison, by_length
 from transformer.evaluation.continuous import read_evaluations
 from transformer.evaluation.evaluator import EvalDataset, EvalResult, result_name
 from transformer.evaluation.heatmaps import attention_heatmaps
-from transformer.evaluation.metrics import group_by_length
+from transformer.evaluation.metrics import METRICS, group_by_length
 from transformer.evaluation.report_html import (
     DIFF_LEGEND,
     Column,
@@ -101,7 +101,7 @@ def build(
     comparison: Comparison | None = None,
 ) -> str:
     """The page as HTML."""
-    data = restored.config.data
+    data, metrics = restored.config.data, restored.config.eval.metric_names
     when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     subtitle = (
         f"{dataset.name}, {result.sentences:,} sentences, {data.source_language} → {data.target_language} · "
@@ -118,14 +118,14 @@ def build(
         f"{epath.Path(workdir).name}: translation report",
         subtitle,
         [
-            _stat_cards(result),
+            _stat_cards(result, metrics),
             _runs(systems),
             section("scores", "Scores", table(score_columns, summary.score_rows(result))),
-            section("curves", "Learning curves", _curves(systems, dataset.name)),
+            section("curves", "Learning curves", _curves(systems, dataset.name, metrics[0])),
             *(
                 comparison_html.sections(comparison)
                 if comparison
-                else [section("length", "BLEU by source length", _length_chart(this, dataset, data))]
+                else [_length_section(this, dataset, restored.config)]
             ),
             section("worst", "Worst sentences", _sentences(dataset, result, worst), note),
             section(
@@ -191,29 +191,26 @@ def _runs(systems: Sequence[System]) -> str:
     return table(columns, rows) if rows else ""
 
 
-def _stat_cards(result: EvalResult) -> str:
-    scores = result.scores
-    return stat_cards(
-        [
-            ("BLEU", f"{scores['bleu']:.2f}", "sacreBLEU, higher is better"),
-            ("chrF2", f"{scores['chrf']:.2f}", "character n-grams, higher is better"),
-            ("TER", f"{scores['ter']:.2f}", "edits, lower is better"),
-            ("perplexity", f"{result.perplexity:.2f}", "per subword, lower is better"),
-        ]
-    )
+def _stat_cards(result: EvalResult, metrics: Sequence[str]) -> str:
+    cards = []
+    for name in metrics:
+        label, _, meaning, higher_is_better = METRICS[name]
+        note = f"{meaning}, {'higher' if higher_is_better else 'lower'} is better"
+        cards.append((label, f"{result.scores[name]:.2f}", note))
+    return stat_cards([*cards, ("perplexity", f"{result.perplexity:.2f}", "per subword, lower is better")])
 
 
-def _length_chart(system: System, dataset: EvalDataset, data: DataConfig) -> str:
-    """BLEU with bootstrap intervals."""
+def _length_section(system: System, dataset: EvalDataset, config: Config) -> str:
+    """The first metric by source length, with bootstrap intervals."""
     groups = group_by_length([len(source.split()) for source in dataset.sources])
-    tokenizer = choose_bleu_tokenizer(data, dataset.references[0]).name
-    breakdown = by_length("bleu", [system], dataset.references, groups, "source", tokenizer)
+    tokenizer = choose_bleu_tokenizer(config.data, dataset.references[0]).name
+    breakdown = by_length(config.eval.metric_names[0], [system], dataset.references, groups, "source", tokenizer)
     chart = comparison_html.breakdown_chart(breakdown, [system])
-    return f'<div class="charts">{chart}</div>' if chart else ""
+    return section("length", breakdown.title, f'<div class="charts">{chart}</div>' if chart else "")
 
 
-def _curves(systems: Sequence[System], name: str) -> str:
-    """Loss, BLEU, learning rate and speed by step, with the results of --watch on this data set."""
+def _curves(systems: Sequence[System], name: str, metric: str) -> str:
+    """Loss, BLEU and a metric, learning rate and speed by step, with the results of --watch on this data set."""
     runs = [(system.label, system.run) for system in systems if system.run]
     many = len(runs) > 1
     entries = []
@@ -236,11 +233,15 @@ def _curves(systems: Sequence[System], name: str) -> str:
             for number, ((label, _), run_entries) in enumerate(zip(runs, entries, strict=True), 1)
         ]
 
+    def metric_chart(key: str) -> str:
+        scores = [*lines("validation", f"valid/{key}"), *lines(name, f"set/{key}")]
+        return line_chart(METRICS[key].label, "step", scores)
+
     speed = "target tokens per second"
     losses = [*lines("training", "train/loss"), *lines("validation", "valid/loss"), *lines(name, "set/loss")]
     charts = [
         line_chart("loss, nats per token", "step", losses, log_y=True),
-        line_chart("BLEU", "step", [*lines("validation", "valid/bleu"), *lines(name, "set/bleu")]),
+        *map(metric_chart, dict.fromkeys((metric, "bleu"))),
         line_chart("learning rate", "step", lines("" if many else "learning rate", "train/learning_rate")),
         line_chart(speed, "step", lines("" if many else speed, "train/target_tokens_per_s")),
     ]

@@ -11,7 +11,7 @@ from sacrebleu.metrics import CHRF
 from sacrebleu.significance import PairedTest
 
 from transformer.evaluation.bleu_tokenizer import DEFAULT
-from transformer.evaluation.metrics import DEFAULT_METRICS, METRIC_NAMES, check_lengths, make_metric
+from transformer.evaluation.metrics import DEFAULT_METRICS, METRICS, check_lengths, make_metric
 from transformer.runtime.errors import UserError
 
 ALPHA = 0.05
@@ -143,16 +143,19 @@ def as_json(name: str, tests: Sequence[PairedTestResult]) -> dict[str, Any]:
 def format_table(name: str, baseline: str, tests: Sequence[PairedTestResult]) -> str:
     """The table of a system and a baseline, by their names, for the terminal."""
     width = max(13, len(name) + 2, len(baseline) + 2)
+    labels = [METRICS[each.metric].label for each in tests]
+    label_width = max(8, *(len(label) + 2 for label in labels))
     rows = [
         f"{name} compared with {baseline}",
-        f"  {'':<8}{name:>{width}}{baseline:>{width + 2}}{'difference':>13}{'bootstrap p':>13}{'randomization p':>17}",
+        f"  {'':<{label_width}}{name:>{width}}{baseline:>{width + 2}}{'difference':>13}{'bootstrap p':>13}"
+        f"{'randomization p':>17}",
     ]
-    for each in tests:
+    for label, each in zip(labels, tests, strict=True):
         verdict = "significant" if each.is_significant else "may be chance"
         score, baseline_score = f"{each.score:.2f} ±{each.interval:4.2f}", f"{each.baseline_score:.2f} "
         baseline_score += f"±{each.baseline_interval:4.2f}"
         rows.append(
-            f"  {METRIC_NAMES[each.metric]:<8}{score:>{width}}{baseline_score:>{width + 2}}{each.difference:+13.2f}"
+            f"  {label:<{label_width}}{score:>{width}}{baseline_score:>{width + 2}}{each.difference:+13.2f}"
             f"{each.bootstrap_p:13.4f}{each.randomization_p:17.4f}   {verdict}"
         )
     rows.append(f"  significant: both p below {ALPHA}; ±: 95% interval of the bootstrap")

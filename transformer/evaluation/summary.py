@@ -7,14 +7,14 @@ from transformer.checkpoints.loading import RestoredModel
 from transformer.evaluation import significance
 from transformer.evaluation.comparison import Comparison
 from transformer.evaluation.evaluator import EvalDataset, EvalResult
-from transformer.evaluation.metrics import DEFAULT_METRICS, METRIC_NAMES
+from transformer.evaluation.metrics import METRICS
 from transformer.models.flops import TrainingCost
 
 
 def as_json(restored: RestoredModel, result: EvalResult, comparison: Comparison | None = None) -> dict[str, Any]:
     """The fields of eval.py's JSON; non-finite values are null."""
     cost = TrainingCost.from_metrics(restored.metrics)
-    first = (*DEFAULT_METRICS, "length_ratio")
+    first = (*restored.config.eval.metric_names, "length_ratio")
     headline = {name: value for name, value in result.scores.items() if name.removesuffix("_signature") in first}
     fields = {
         "step": restored.step,
@@ -44,21 +44,24 @@ def score_rows(result: EvalResult) -> list[tuple[str, str, str]]:
     """Name, value and signature or meaning of each score; those for older papers come last."""
     scores = result.scores
     rows = [
-        (METRIC_NAMES[name], f"{scores[name]:.2f}", scores[f"{name}_signature"])
-        for name in (*DEFAULT_METRICS, "chrfpp")
+        (METRICS[name].label, f"{value:.2f}", scores[f"{name}_signature"])
+        for name, value in scores.items()
+        if name in METRICS
     ]
     if "comet" in scores:
         rows.append(("COMET", f"{scores['comet']:.4f}", scores["comet_signature"]))
-    legacy = f"for older papers only: {scores['legacy_signature']}"
-    return [
-        *rows,
+    rows += [
         ("loss", f"{result.loss:.3f}", "nats per target token, without label smoothing"),
         ("perplexity", f"{result.perplexity:.2f}", "per subword of this vocabulary"),
         ("", f"{result.word_perplexity:.2f}", "per word, the end of a sentence counted as one"),
         ("length ratio", f"{scores['length_ratio']:.3f}", "hypothesis words / reference words"),
-        ("legacy BLEU", f"{scores['legacy_tokenized_bleu']:.2f}", legacy),
-        ("", f"{scores['legacy_compound_split_bleu']:.2f}", "the same with compounds split, as get_ende_bleu.sh does"),
     ]
+    if "legacy_signature" in scores:
+        note = f"for older papers only: {scores['legacy_signature']}"
+        split_note = "the same with compounds split, as get_ende_bleu.sh does"
+        rows.append(("legacy BLEU", f"{scores['legacy_tokenized_bleu']:.2f}", note))
+        rows.append(("", f"{scores['legacy_compound_split_bleu']:.2f}", split_note))
+    return rows
 
 
 def format_table(restored: RestoredModel, dataset: EvalDataset, result: EvalResult) -> str:
@@ -67,8 +70,7 @@ def format_table(restored: RestoredModel, dataset: EvalDataset, result: EvalResu
     if not result.sentences:
         rows.append("  no sentences, so there is nothing to score")
     rows += [f"  {title:<13}{value:>7}   {note}" for title, value, note in score_rows(result)]
-    groups = result.scores["bleu_by_source_length"]
-    if groups:
+    if groups := result.scores.get("bleu_by_source_length"):
         cells = " · ".join(f"{words}: {group['bleu']:.1f} ({group['sentences']:,})" for words, group in groups.items())
         rows.append(f"  BLEU by words of the source (sentences)  {cells}")
     cost = TrainingCost.from_metrics(restored.metrics)
