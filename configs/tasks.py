@@ -4,9 +4,9 @@
     python train.py --config=configs/tasks.py:sentiment --workdir=runs/sentiment
     python eval.py --workdir=runs/sentiment --checkpoint=best --versus=runs/tasks/sentiment/baseline.txt
 
-Test scores, and those of a trivial baseline: sentiment accuracy 100.0 (51.1), question answering exact match 67.4 (3.5),
-summarization ROUGE-1 95.1 (12.3). Two to three minutes each on 2 cores of an Intel Xeon, float32 (2026-11-29, commit
-89c37d2 with this file). docs/tasks.md describes the tasks.
+Test scores (trivial baseline): sentiment accuracy 100.0 (51.1), question answering exact match 67.4 (3.5),
+summarization ROUGE-1 95.1 (12.3). About three minutes each on 2 shared cores of an Intel Xeon, float32 (2026-11-29,
+commit 89c37d2 with this file). docs/tasks.md describes the tasks.
 """
 
 from ml_collections import config_dict
