@@ -225,7 +225,7 @@ def line_of(name: str, row: Row) -> str:
 
 def table(results: Row) -> str:
     """Markdown, of the training steps."""
-    heads = ("training step", "ms", "slots/s", "TFLOP/s", "MFU", "of measured", "GB moved", "GiB", "compile, s")
+    heads = ("training step", "ms", "positions/s", "TFLOP/s", "MFU", "of measured", "GB moved", "GiB", "compile, s")
     rows = []
     for name, row in results.items():
         if "slots_per_s" in row and "tflops" in row:

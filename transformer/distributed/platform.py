@@ -33,7 +33,7 @@ def layer_norm_saves_normed() -> bool:
     """Whether LayerNorm keeps its normalized input for the gradient, rather than the input's mean and deviation.
 
     An accelerator waits for memory: mean and deviation save two of five passes over the activations. A CPU would
-    normalize anew.
+    have to normalize again.
     """
     return current() == "cpu"
 
@@ -48,7 +48,7 @@ def gathers_target_logits() -> bool:
 
 
 def materializes_dropout_masks() -> bool:
-    """Whether dropout writes its mask down, rather than hash it anew in the backward pass.
+    """Whether dropout writes its mask down, rather than hash it again in the backward pass.
 
     A CPU hashes slowly; an accelerator waits for memory.
     """

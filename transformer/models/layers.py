@@ -124,7 +124,7 @@ def layer_norm(x: Array, scale_D: Array, bias_D: Array, epsilon: float = EPSILON
     """(x - mean) / √(variance + ε) · scale + bias over the last axis, computed in float32.
 
     The gradient is written by hand: XLA's CPU back end compiles that of autodiff badly, and others would take mean and
-    deviation anew.
+    deviation twice.
     """
     return _layer_norm_forward(x, scale_D, bias_D, epsilon)[0]
 
