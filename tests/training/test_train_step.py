@@ -75,7 +75,6 @@ def test_the_loss_falls_on_one_batch_and_goes_on_falling():
     assert losses[-1] < losses[30]
 
 
-@pytest.mark.slow
 def test_operations_of_an_accelerator_give_the_same_updates(fresh_programs, monkeypatch):
     """Those of `platforms`: LayerNorm's residuals, the target's logits, dropout's masks."""
 
@@ -98,6 +97,7 @@ def test_operations_of_an_accelerator_give_the_same_updates(fresh_programs, monk
     assert cpu_text.count("optimization_barrier") != gpu_text.count("optimization_barrier")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [2, 4, 8])
 def test_rows_over_devices_give_the_same_update(data):
     """Loss and gradients are of the global batch, whatever device has how many real tokens of it."""
