@@ -62,9 +62,9 @@ class Phase:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the rate so far; None if that is not known."""
+        """At the rate so far; None if that is not known: the first unit tells too little."""
         done = self.completed - self._first
-        if not self.total or done <= 0:
+        if not self.total or done <= 1:
             return None
         return max(self.seconds - self._left_out, 0.0) / done * max(self.total - self.completed, 0)
 
