@@ -240,7 +240,7 @@ def beam_search(found: Findings) -> None:
 
 def families(found: Findings) -> None:
     """Target tokens a second of the three families by length and batch: `benchmarks.parallelism` in bfloat16."""
-    width, lengths, tokens = (8, (4, 8), (32,)) if found.smoke else (512, (32, 128, 512, 2048), (65_536, 8_192))
+    width, lengths, tokens = (8, (8,), (32,)) if found.smoke else (512, (32, 128, 512, 2048), (65_536, 8_192))
     found.put(width=width)
     configs = {name: parallelism.equal_config(name, width, "bfloat16", "auto") for name in parallelism.FAMILIES}
     for count, length in itertools.product(tokens, lengths):

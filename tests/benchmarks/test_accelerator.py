@@ -29,7 +29,7 @@ def run(tmp_path, *flags):
     """The command as people run it."""
     folders = [f"--output={tmp_path}/out", f"--scratch={tmp_path}/scratch"]
     command = [sys.executable, "-m", "benchmarks.accelerator", *folders, *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1), timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(1), timeout=900)
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_one_phase_of_each_kind_is_measured(tmp_path):
     assert row["profile"]["kernels"] > 0 < row["gb_moved"]
     assert json.loads((tmp_path / "out" / "kernels.json").read_text()).keys() == {"base", "beam_search"}
     assert results["multi30k"]["scores"]["steps"] == [6, 8]
-    assert len(results["families"]["training"]) == 6
+    assert len(results["families"]["training"]) == 3
     again = run(tmp_path, "--smoke", f"--data={data}", "--budget=5")
     assert again.returncode == 0, again.stderr
     assert again.stderr.startswith("done before: probe, correct, attention, base, ")
