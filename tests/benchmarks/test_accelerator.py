@@ -39,7 +39,7 @@ def test_one_phase_of_each_kind_is_measured(tmp_path):
         shutil.copy(data / f"test.{code}", data / f"test_2016_flickr.{code}")
     done = run(tmp_path, "--smoke", f"--data={data}")
     assert done.returncode == 0, done.stderr + (tmp_path / "out" / "log.txt").read_text()
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.smoke.json").read_text())
     assert results.keys() == json.loads(done.stdout).keys()
     assert {accelerator.PHASES[name].run for name in results} == {phase.run for phase in accelerator.PHASES.values()}
     peer = results.pop("torch_big")
@@ -83,6 +83,13 @@ def test_a_phase_that_fails_is_named_and_costs_the_others_nothing(tmp_path):
     brief = json.loads(done.stdout)
     assert (brief["multi30k"]["status"], brief["torch_base"]["status"]) == ("failed, exit code 1", "skipped")
     assert "CalledProcessError" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_toy_figures_are_not_taken_for_measurements(tmp_path):
+    args = options(tmp_path)
+    toy = accelerator.results_path(args)
+    args.smoke = False
+    assert accelerator.results_path(args) != toy
 
 
 def test_a_phase_without_time_does_not_begin(tmp_path):
