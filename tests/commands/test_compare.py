@@ -7,11 +7,11 @@ import pytest
 from tests.checkpoints.test_manager import make_parts
 from tests.commands.test_translate import write
 from tests.evaluation.test_significance import FAIR, GOOD, POOR, REFERENCES
+from tests.helpers.clock import FakeClock
 from transformer import compare
 from transformer.data import corpus
 from transformer.evaluation import comparison
 from transformer.evaluation.evaluator import DATASETS_FILE, EvalDataset
-from transformer.runtime import logging
 from transformer.runtime.errors import UserError
 
 
@@ -71,14 +71,19 @@ def test_workdirs_are_compared_by_their_newest_translations(folder, capsys):
 def test_the_test_split_of_the_first_workdir_is_the_default(folder, capsys, monkeypatch):
     """And its training text that in which words are counted."""
     split = type("Split", (), {"name": "test", "sources": lambda _: REFERENCES, "targets": lambda _: REFERENCES})
-    opened = type("Corpus", (), {"split": lambda _, name: split() if name == "test" else [("x", REFERENCES[0])]})
+    clock = FakeClock(monkeypatch)
+
+    def training_pairs():
+        clock.sleep(15)
+        yield "x", REFERENCES[0]
+
+    opened = type("Corpus", (), {"split": lambda _, name: split() if name == "test" else training_pairs()})
     monkeypatch.setattr(corpus, "open_corpus", lambda data: opened())
     dataset = EvalDataset("test", REFERENCES, [REFERENCES])
     one, other = (make_workdir(folder / name, dataset, s9=lines) for name, lines in (("a", POOR), ("b", GOOD)))
-    monkeypatch.setattr(logging, "LOG_INTERVAL_S", -1.0)
     compare.main(["compare", str(one), str(other)])
     printed = capsys.readouterr()
-    assert "counting the words of the training text\ncounted the words of 0 lines" in printed.err
+    assert "counting the words of the training text: 0 lines · 0:00:10 elapsed\n" in printed.err
     fields = json.loads(printed.out.splitlines()[-1])
     assert [system["name"] for system in fields["systems"]] == ["a", "b"]
     assert {"0", "1"} <= set(fields["systems"][0]["f1_by_frequency"])

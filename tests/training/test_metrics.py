@@ -115,8 +115,8 @@ def test_lines_are_json_and_resume_appends(tmp_path, capsys):
 def test_the_time_left_has_hours(tmp_path, capsys, monkeypatch):
     clock = FakeClock(monkeypatch)
     with MetricWriter(epath.Path(tmp_path), 0, 101) as log:
-        clock.now += 36.61
-        log.write(1, {"train/loss": 1.5, "train/target_tokens_per_s": 9.0})
+        clock.now += 73.95
+        log.write(2, {"train/loss": 1.5, "train/target_tokens_per_s": 9.0})
     assert "1:01:01 left" in capsys.readouterr().err
 
 

@@ -188,8 +188,8 @@ def test_a_run_leaves_what_is_documented(whole):
     ("batching", "sections"),
     [
         ({}, {}),
-        ({}, {"mesh": {"data": 2}, "train": {"accumulation_steps": 2}}),
-        ({"batching": "pack", "num_buckets": 8}, {"mesh": {"sequence": 2}}),
+        pytest.param({}, {"mesh": {"data": 2}, "train": {"accumulation_steps": 2}}, marks=pytest.mark.slow),
+        pytest.param({"batching": "pack", "num_buckets": 8}, {"mesh": {"sequence": 2}}, marks=pytest.mark.slow),
     ],
 )
 def test_shapes_compiled_ahead_give_the_same_run(

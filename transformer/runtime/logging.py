@@ -51,7 +51,8 @@ def _print(message: str) -> None:
     if sys.stderr is None:  # closed: print would write to stdout instead
         return
     # Its reader may be gone: Ctrl-C ends `2>&1 | tee log` too, and saving must continue.
-    with contextlib.suppress(OSError):
+    # RuntimeError: a signal came while a message was written, and its handler has one too.
+    with contextlib.suppress(OSError, RuntimeError):
         # In one write, as several threads log.
         print(f"{streams.printable(message, sys.stderr)}\n", end="", file=sys.stderr, flush=True)
 

@@ -1,0 +1,45 @@
+"""Messages on stderr."""
+
+import io
+import signal
+import sys
+
+from transformer.runtime.logging import log_info
+
+
+class Interrupted(io.RawIOBase):
+    """A file whose first write is interrupted by a signal."""
+
+    def __init__(self):
+        self.written, self.interrupted = b"", False
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        if not self.interrupted:
+            self.interrupted = True
+            signal.raise_signal(signal.SIGTERM)
+        self.written += bytes(data)
+        return len(data)
+
+
+def test_a_handler_s_message_may_come_while_another_is_written(monkeypatch):
+    handled = []
+
+    def handle(number, frame):
+        log_info("stopping")
+        handled.append(number)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        file = Interrupted()
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(file)))
+        log_info("step 1")
+        log_info("step 2")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert handled == [signal.SIGTERM]
+    lines = file.written.decode().splitlines()
+    assert "step 1" in lines
+    assert lines[-1] == "step 2"
