@@ -173,8 +173,8 @@ def run_phase(name: str, args: argparse.Namespace, flags: list[str], deadline: f
     """What a phase has found so far, twice a second while its process runs, and in the end."""
     phase, path, since = PHASES[name], scratch_path(args, name), time.monotonic()
     path.unlink(missing_ok=True)
-    if deadline - since < phase.least and not args.smoke:
-        yield {"status": f"not begun: {deadline - since:.0f} s left"}
+    if deadline - since < (0 if args.smoke else phase.least):
+        yield {"status": f"not begun: {max(deadline - since, 0):.0f} s left"}
         return
     limit = min(phase.most, deadline - since)
     log.write(f"\n===== {name}, at most {limit:.0f} s\n".encode())

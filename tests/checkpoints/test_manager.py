@@ -1,15 +1,21 @@
 """A checkpoint is one verified unit: what comes back is what was saved, or it is called damaged."""
 
+import asyncio
 import functools
 import json
 import shutil
+import threading
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from orbax.checkpoint._src.serialization import serialization
 
 from tests.conftest import small_config
+from tests.training.test_train_step import draw_batch
 from transformer.checkpoints import manager
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.data import tokenizer
@@ -195,11 +201,88 @@ def test_a_save_replaces_one_of_the_same_step(workdir, parts):
     assert CheckpointManager(workdir).metrics(100) == {}
 
 
-def test_a_save_that_fails_leaves_the_others_as_they_were(workdir, parts, monkeypatch):
-    monkeypatch.setattr(manager.ocp, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+def fail(*_):
+    raise OSError(28, "No space left")
+
+
+@pytest.mark.parametrize("begin", [fail, lambda *_: SimpleNamespace(result=fail)], ids=["at once", "in the background"])
+def test_a_save_that_fails_leaves_the_others_as_they_were(workdir, parts, monkeypatch, begin):
+    monkeypatch.setattr(manager.ocp, "save_async", begin)
     with pytest.raises(UserError, match="No space left"):
         save(workdir, parts, 200)
     assert CheckpointManager(workdir).latest_valid_step() == 100
+
+
+def slow_writes(monkeypatch, seconds):
+    """Lets Orbax read the first array that it writes, and so the others, so much later."""
+    write, delayed = serialization.async_serialize_from_host, set()
+
+    async def late(slices, spec, **kwargs):
+        if (folder := spec["kvstore"]["base"]["path"].split("/checkpoints/")[1].split("/")[0]) not in delayed:
+            delayed.add(folder)
+            await asyncio.sleep(seconds)
+        return await write(slices, spec, **kwargs)
+
+    monkeypatch.setattr(serialization, "async_serialize_from_host", late)
+
+
+@pytest.mark.parametrize(
+    ("devices", "count", "seconds"), [(1, 2, 0.3), (2, 2, 0.3), pytest.param(1, 20, 5.0, marks=pytest.mark.slow)]
+)
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, devices, count, seconds):
+    """What is written are the arrays as they were, though updates take their memory."""
+    slow_writes(monkeypatch, seconds)
+    config, vocabulary, model, *_ = make_parts()
+    mesh = make_mesh(small_config(mesh={"data": devices}).mesh)
+    update = train_step.make_train_step(model, config, mesh)
+    batch = sharding.shard_batch(mesh, draw_batch())
+    state, _ = update(train_step.init_state(model, config, mesh), batch)  # which compiles
+    states = []
+    with CheckpointManager(tmp_path) as checkpoints:
+        for _ in range(count):
+            states.append(jax.device_get(jax.tree.map(jnp.copy, state)))
+            checkpoints.save_async(state, config, vocabulary, {}, {})
+            for _ in range(2):
+                before, (state, _) = state, update(state, batch)
+            jax.block_until_ready(state)
+            assert jax.tree.leaves(before.params)[0].is_deleted()
+            assert not (tmp_path / "checkpoints" / str(states[-1].step)).exists()
+    assert [int(saved.step) for saved in states] == CheckpointManager(tmp_path).steps()
+    abstract = train_step.abstract_state(model, config, mesh)
+    for saved in states:
+        assert CheckpointManager(tmp_path).is_valid(int(saved.step))
+        restored = CheckpointManager(tmp_path).restore(int(saved.step), abstract)
+        jax.tree.map(np.testing.assert_array_equal, restored, saved)
+
+
+def test_what_changes_checkpoints_waits_for_the_save_under_way(workdir, monkeypatch):
+    slow_writes(monkeypatch, 0.2)
+    config, vocabulary, _, mesh, state = make_parts()
+    state = state._replace(step=jax.device_put(np.int32(200), sharding.replicated(mesh)))
+    with CheckpointManager(workdir) as checkpoints:
+        checkpoints.save_async(state, config, vocabulary, {}, {})
+        checkpoints.update_metrics(200, {manager.VALID_BLEU: 5.0})
+        checkpoints.prune(1, 1)
+        assert checkpoints.steps() == [9, 10, 100]
+    assert CheckpointManager(workdir).steps() == [9, 200]
+    assert CheckpointManager(workdir).metrics(200) == {manager.VALID_BLEU: 5.0}
+
+
+def test_a_failure_in_the_background_is_raised_once_and_drops_what_waits(workdir, monkeypatch):
+    begun = threading.Event()
+    monkeypatch.setattr(manager.ocp, "save_async", lambda *_: SimpleNamespace(result=lambda: begun.wait(30) and fail()))
+    config, vocabulary, _, mesh, state = make_parts()
+    state = state._replace(step=jax.device_put(np.int32(200), sharding.replicated(mesh)))
+    checkpoints = CheckpointManager(workdir)
+    checkpoints.save_async(state, config, vocabulary, {}, {})
+    checkpoints.prune(1, 0)
+    checkpoints.check()
+    begun.set()
+    with pytest.raises(UserError, match="No space left"):
+        checkpoints.wait()
+    assert checkpoints.steps() == [9, 10, 100]
+    checkpoints.prune(2, 0)
+    assert checkpoints.steps() == [10, 100]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable
 
@@ -129,6 +130,12 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def stop() -> None:
+    """A SIGTERM."""
+    mark(f"signalled {time.monotonic()}")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def mark(name: str) -> None:
     """Tells the parent that it is here."""
     os.write(_trace, f"!{name}\n".encode())
@@ -164,7 +171,18 @@ def saving(*parts):
 def kill_during(name):
     """A SIGKILL while Orbax writes, from another thread."""
     before = lambda: threading.Timer(0.002, kill).start()  # noqa: E731
-    return lambda: around(manager.ocp, "save", before, when=saving(name))
+    return lambda: around(manager.ocp, "save_async", before, when=saving(name))
+
+
+def around_write(after, when, setattr=setattr):
+    """Calls `after` once Orbax has written arrays to a path of these."""
+    begin = manager.ocp.save_async
+
+    def begun(path, tree):
+        write = begin(path, tree)
+        return types.SimpleNamespace(result=lambda: (write.result(), after())) if when(path) else write
+
+    setattr(manager.ocp, "save_async", begun)
 
 
 def manifest_cut_short():
@@ -225,11 +243,30 @@ def step_is(at):
     return lambda self, step, *_: step == at
 
 
+SAVING = {
+    "after the params": lambda act: around_write(act, saving("params")),
+    "before the manifest": lambda act: around(manager, "write_atomic", act, when=saving(manager.MANIFEST)),
+    "before the commit": lambda act: around(type(epath.Path("/")), "rename", act, when=saving(".partial")),
+    "before deleting": lambda act: around(CheckpointManager, "remove", act, when=step_is(AT - 5)),
+}
+
+
+def hold_save(place, seconds, act):
+    """Holds the save of checkpoint AT at this place, and acts once the update after the next one has begun."""
+
+    def plant():
+        global _alarm
+        _alarm = AT + 2, act
+        SAVING[place](lambda: time.sleep(seconds))
+
+    return plant
+
+
 KILLS = {
     "before the folder": lambda: around(type(epath.Path("/")), "mkdir", kill, when=saving(".partial")),
     "after the folder": lambda: around(type(epath.Path("/")), "mkdir", None, kill, when=saving(".partial")),
     "in the params": kill_during("params"),
-    "after the params": lambda: around(manager.ocp, "save", None, kill, when=saving("params")),
+    "after the params": lambda: around_write(kill, saving("params")),
     "in the optimizer": kill_during("optimizer"),
     "before the manifest": lambda: around(manager, "write_atomic", kill, when=saving(manager.MANIFEST)),
     "in the manifest": manifest_cut_short,
@@ -240,6 +277,8 @@ KILLS = {
     "after deleting": lambda: around(CheckpointManager, "remove", None, kill, when=step_is(AT - 5)),
 }
 PLANTS = {
+    **{f"kill during a save, {place}": hold_save(place, 600, kill) for place in SAVING},
+    **{f"stop during a save, {place}": hold_save(place, 2, stop) for place in SAVING},
     **{f"kill {name}": plant for name, plant in KILLS.items()},
     "kill in restoring": lambda: around(manager, "_load_arrays", None, kill),
     "kill after restoring": lambda: around(CheckpointManager, "restore", None, kill),

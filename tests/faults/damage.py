@@ -16,6 +16,7 @@ import pytest
 from etils import epath
 
 from tests.checkpoints.test_manager import make_parts, save, save_three
+from tests.faults.child import around_write
 from tests.faults.table import Tally, row
 from tests.faults.world import Command, Heard, World, files_of
 from transformer.checkpoints import loading, manager, manifest
@@ -310,8 +311,13 @@ def failing_at(count: int, owner, name: str):
 
 
 FAILURES = {
-    "the params fail": failing_at(0, manager.ocp, "save"),
-    "the optimizer fails": failing_at(1, manager.ocp, "save"),
+    "the params fail": failing_at(0, manager.ocp, "save_async"),
+    "the optimizer fails": failing_at(1, manager.ocp, "save_async"),
+    "the params fail while they are written": lambda patch: around_write(
+        lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")),
+        lambda path: path.name == "params",
+        patch.setattr,
+    ),
     "the config fails": failing_at(0, manager, "write_atomic"),
     "the digests fail": failing_at(0, manifest, "sha256"),
     "the manifest fails": failing_at(1, manager, "write_atomic"),
@@ -383,9 +389,9 @@ def manifest_emptied(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_moment_lost(patch: pytest.MonkeyPatch) -> None:
-    write = manager.ocp.save
+    write = manager.ocp.save_async
     lost = lambda path, tree: write(path, jax.tree.leaves(tree)[1:] if path.name == "optimizer" else tree)  # noqa: E731
-    patch.setattr(manager.ocp, "save", lost)
+    patch.setattr(manager.ocp, "save_async", lost)
 
 
 UNREADABLE = {

@@ -129,6 +129,28 @@ def asked_to_stop(world: World, tally: Tally) -> None:
     tally.note(f"longest exit {longest:.1f} s")
 
 
+@row("A6", "SIGKILL and SIGTERM while a save is under way and updates go on", full=8, quick=3)
+def stopped_during_a_save(world: World, tally: Tally) -> None:
+    places = list(child.SAVING)
+    for place in places[1:3] if tally.quick else places:
+        with tally.one(f"killed, {place}"):
+            run, train = world.new_folder(), {"num_steps": 15, "keep_last": 1, "keep_best": 0}
+            process = world.trained(run, f"kill during a save, {place}", train=train)
+            assert process.code == KILLED, f"never came there: {process.code} {process.stderr()}"
+            result = CheckpointManager(run).latest_valid_step()
+            assert result == (child.AT if place == "before deleting" else child.AT - SAVE), result
+            assert max(process.trace()) > child.AT
+            assert world.trained(run, train=train).code == 0
+            world.assert_as_whole(run, 15)
+    for place in places[:1] if tally.quick else places:
+        with tally.one(f"SIGTERM, {place}"):
+            run = world.new_folder()
+            process = world.trained(run, f"stop during a save, {place}", train={"keep_last": 1, "keep_best": 0})
+            assert_stopped(process, 128 + signal.SIGTERM, process.seconds_to_end())
+            assert world.trained(run).code == 0
+            world.assert_as_whole(run)
+
+
 def assert_stopped(process: Child, code: int, seconds: float) -> None:
     """With the documented code, in time, and with its last update saved."""
     assert process.code == code, f"exit code {process.code}: {process.stderr()}"

@@ -217,7 +217,7 @@ def test_nothing_recompiles_once_each_bucket_was_seen(data, tmp_path, fresh_prog
 def test_the_log_is_copied_before_a_checkpoint_is_saved(data, tmp_path, monkeypatch):
     """A process that is killed in between loses no metrics of updates that a checkpoint holds."""
     events = []
-    for owner, name in ((trainer.MetricWriter, "sync"), (CheckpointManager, "save")):
+    for owner, name in ((trainer.MetricWriter, "sync"), (CheckpointManager, "save_async")):
         called = getattr(owner, name)
 
         def noted(*args, _name=name, _called=called, **kwargs):
@@ -226,7 +226,7 @@ def test_the_log_is_copied_before_a_checkpoint_is_saved(data, tmp_path, monkeypa
 
         monkeypatch.setattr(owner, name, noted)
     fit(config_of(data), tmp_path / "run")
-    assert events == ["sync", "save"] * 4
+    assert events == ["sync", "save_async"] * 4
 
 
 @pytest.mark.parametrize("stop", [3, 9])

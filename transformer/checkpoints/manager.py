@@ -5,13 +5,17 @@ tokenizer/ and manifest.json: metrics, digests of the data, the environment of t
 other file, and its own SHA-256. A checkpoint is written under another name and renamed when it is complete. One whose
 files differ from its manifest is reported as damaged, and the newest valid one is taken instead. Nothing in a
 checkpoint is ever executed.
+
+Training continues while a checkpoint is written: `save_async` returns once its arrays are copied, and a thread does the
+rest.
 """
 
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +32,8 @@ from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed import multihost
 from transformer.models.registry import ModelDef, Params, abstract_params
-from transformer.runtime import environment, object_storage
+from transformer.runtime import environment, object_storage, progress
+from transformer.runtime.background import BackgroundQueue
 from transformer.runtime.errors import UserError, WorkdirError
 from transformer.runtime.files import CONFIG_FILE, sha256, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
@@ -63,8 +68,8 @@ class CorruptCheckpointError(Exception):
     """A checkpoint whose files are not those that were written."""
 
 
-class CheckpointManager:
-    """The checkpoints of one workdir."""
+class CheckpointManager(contextlib.AbstractContextManager):
+    """The checkpoints of one workdir. As a context it waits at its end for the save that is under way."""
 
     def __init__(self, workdir: epath.PathLike):
         path = epath.Path(workdir)
@@ -80,6 +85,33 @@ class CheckpointManager:
             if "\\" in name or name.encode(errors="ignore").decode() != name:  # TensorStore cannot open it
                 raise UserError(f"{name!r}: checkpoints need a path in UTF-8 without backslashes; rename the folder")
         self.folder = path / "checkpoints"
+        self._queue = BackgroundQueue("checkpoints")
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            self.wait()
+        except UserError as failure:
+            if error is None:
+                raise
+            log_info(str(failure))  # beside the error that ends the run
+
+    def check(self) -> None:
+        """Raises a UserError if the save that was under way has failed."""
+        self._queue.check()
+
+    def wait(self) -> None:
+        """Waits for the save that is under way; raises a UserError if it fails."""
+        if not self._queue.is_idle:
+            with progress.phase("saving"):
+                self._queue.wait()
+        self.check()
+
+    def _after_save(self, function: Callable[[], None]) -> None:
+        """Calls a function that changes checkpoints once the save under way is done; now if there is none."""
+        if self._queue.is_idle:
+            function()
+        else:
+            self._queue.submit(function)
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, oldest first, valid or not."""
@@ -90,7 +122,12 @@ class CheckpointManager:
         paths = [path for path in self.folder.iterdir() if path.name.isdecimal()]
         return sorted(int(path.name) for path in paths if not self._is_remote or (path / MANIFEST).exists())
 
-    def save(
+    def save(self, *args: Any, **options: Any) -> None:
+        """Writes a checkpoint; see `save_async`."""
+        self.save_async(*args, **options)
+        self.wait()
+
+    def save_async(
         self,
         state: TrainState,
         config: Config,
@@ -101,55 +138,66 @@ class CheckpointManager:
         run_id: str = "",
         base_run_id: str = "",
     ) -> None:
-        """Writes the checkpoint of `state.step`.
+        """Begins to write the checkpoint of `state.step`, whose arrays may be donated when it returns.
+
+        The checkpoint counts once it is complete, at the end of `wait` at the latest.
 
         Args:
           data: digests of the training and validation data.
 
         Raises:
-          UserError: it cannot be written, or not be read again.
+          UserError: it cannot be written, or not be read again; `check`, `wait` and the next save raise it too.
         """
+        self.wait()
         final = self.folder / str(int(jax.device_get(state.step)))
         # Object storage renames no folder atomically; there the manifest, written last, makes a checkpoint complete.
         folder = final if self._is_remote else final.parent / f"{final.name}.partial"
-        with user_error_on_oserror(f"{final}"):
+        manifest = Manifest(metrics, data, environment.fingerprint(), {}, run_id, base_run_id)
+        with user_error_on_oserror(f"{final}"), contextlib.ExitStack() as stack:
             if multihost.is_primary():
                 if folder.exists():
                     _delete_checkpoint(folder)
                 folder.mkdir(parents=True)
             multihost.barrier("checkpoint begun")
-            with object_storage.staged(folder, write=True) as target, FileHasher() as hasher:
-                for name, tree in _trees(state).items():  # each process its shards
-                    ocp.save(target / name, tree)
-                    if multihost.process_count() == 1:
-                        hasher.add(target / name)  # while the next part is written
-                multihost.barrier("arrays written")
+            target = stack.enter_context(object_storage.staged(folder, write=True))
+            # Each process writes its shards, from copies on the host; on a CPU from views, and JAX does not donate an
+            # array that has one: the next update copies instead.
+            writes = {name: ocp.save_async(target / name, tree) for name, tree in _trees(state).items()}
+            staged = stack.pop_all()
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+
+        def finish() -> None:
+            with user_error_on_oserror(f"{final}"):
+                with staged, _unreadable_reported(final):
+                    files = _finish_files(target, writes, config, tokenizer, shapes)
                 if multihost.is_primary():
-                    tokenizer.save(target / "tokenizer")
-                    write_atomic(target / CONFIG_FILE, config.to_json())
-                    hasher.add(target)
-                    with _unreadable_reported(final):
-                        check_arrays(target, state)  # while the files are hashed
-                    files = hasher.digests(target)
-            if multihost.is_primary():
-                manifest = Manifest(metrics, data, environment.fingerprint(), files, run_id, base_run_id)
-                write_atomic(folder / MANIFEST, manifest.to_json())
-                with _unreadable_reported(final):
-                    if _read_manifest(folder) != manifest:
-                        raise CorruptCheckpointError(f"{MANIFEST} reads otherwise than it was written")
-                if folder != final:
-                    if final.exists():
-                        self.remove(int(final.name))
-                    folder.rename(final)
-            multihost.barrier("checkpoint saved")
+                    self._commit(folder, final, dataclasses.replace(manifest, files=files))
+                multihost.barrier("checkpoint saved")
+
+        self._queue.submit(finish)
+
+    def _commit(self, folder: epath.Path, final: epath.Path, manifest: Manifest) -> None:
+        """Makes a checkpoint whose other files are written count."""
+        write_atomic(folder / MANIFEST, manifest.to_json())
+        with _unreadable_reported(final):
+            if _read_manifest(folder) != manifest:
+                raise CorruptCheckpointError(f"{MANIFEST} reads otherwise than it was written")
+        if folder != final:
+            if final.exists():
+                self.remove(int(final.name))
+            folder.rename(final)
 
     @multihost.primary_only
     def update_metrics(self, step: int, metrics: Metrics) -> None:
         """Adds metrics to a checkpoint."""
-        manifest = self.manifest(step)
-        manifest = dataclasses.replace(manifest, metrics={**manifest.metrics, **metrics})
-        with user_error_on_oserror(f"{self.folder / str(step)}"):
-            write_atomic(self.folder / str(step) / MANIFEST, manifest.to_json())
+
+        def update() -> None:
+            manifest = self.manifest(step)
+            manifest = dataclasses.replace(manifest, metrics={**manifest.metrics, **metrics})
+            with user_error_on_oserror(f"{self.folder / str(step)}"):
+                write_atomic(self.folder / str(step) / MANIFEST, manifest.to_json())
+
+        self._after_save(update)
 
     def manifest(self, step: int) -> Manifest:
         """The manifest of a checkpoint, not yet compared with its files.
@@ -260,6 +308,9 @@ class CheckpointManager:
     @multihost.primary_only
     def prune(self, keep_last: int, keep_best: int) -> None:
         """Deletes all but the newest and the best checkpoints; none unless the newest is complete."""
+        self._after_save(functools.partial(self._prune, keep_last, keep_best))
+
+    def _prune(self, keep_last: int, keep_best: int) -> None:
         available = self.steps()
         best = self.steps_by_metric(available)
         keep = {*available[-keep_last:], *(best[-keep_best:] if keep_best else [])}
@@ -328,6 +379,29 @@ def _trees(state: TrainState) -> dict[str, Any]:
     """The parts of a state that have arrays, by the names of their folders."""
     trees = {name: getattr(state, part) for name, part in PARTS.items()}
     return {name: tree for name, tree in trees.items() if tree is not None}
+
+
+def _finish_files(
+    target: epath.Path,
+    writes: Mapping[str, ocp.AsyncResponse[None]],
+    config: Config,
+    tokenizer: Tokenizer,
+    shapes: TrainState,
+) -> dict[str, tuple[int, str]]:
+    """Waits for the arrays, writes the other files but the manifest, and checks; the primary process gets digests."""
+    with FileHasher() as hasher:
+        for name, write in writes.items():
+            write.result()
+            if multihost.process_count() == 1:
+                hasher.add(target / name)  # while the next part is written
+        multihost.barrier("arrays written")
+        if not multihost.is_primary():
+            return {}
+        tokenizer.save(target / "tokenizer")
+        write_atomic(target / CONFIG_FILE, config.to_json())
+        hasher.add(target)
+        check_arrays(target, shapes)  # while the files are hashed
+        return hasher.digests(target)
 
 
 def check_arrays(folder: epath.Path, state: TrainState) -> None:

@@ -163,7 +163,8 @@ class TrainingLoop:
         if not pending_eval and self._should_stop(context.start):
             return
         dump = workdir.dump_batch_on_divergence(context.workdir, context.data.schedule, context.data.train)
-        with dump, open_metric_writer(context.workdir, context.start, train.num_steps) as writer:
+        writer_opened = open_metric_writer(context.workdir, context.start, train.num_steps)
+        with dump, writer_opened as writer, context.checkpoints:
             if pending_eval:
                 self.evaluate(state.eval_params, context.start, writer)
                 if self._should_stop(context.start):
@@ -217,7 +218,8 @@ class TrainingLoop:
         self, pipeline: StepPipeline, step: int, writer: MetricWriter | NullMetricWriter, signal_number: int | None
     ) -> None:
         """Logs, saves and evaluates, each when it is due, and stops on a signal."""
-        train = self._config.train
+        train, checkpoints = self._config.train, self.context.checkpoints
+        checkpoints.check()
         logs, evaluates = self._is_due(step, train.log_every_steps), self._is_due(step, train.eval_every_steps)
         saves = evaluates or signal_number or self._is_due(step, train.checkpoint_every_steps)
         is_first = step == self.context.start + 1
@@ -234,8 +236,9 @@ class TrainingLoop:
                 self._save(pipeline.state, step)
                 if evaluates and not signal_number:
                     self.evaluate(pipeline.state.eval_params, step, writer)
-                self.context.checkpoints.prune(train.keep_last, train.keep_best)
+                checkpoints.prune(train.keep_last, train.keep_best)
         if signal_number:
+            checkpoints.wait()
             raise signals.preempted(signal_number, step)
 
     def _log(self, pipeline: StepPipeline, step: int, writer: MetricWriter | NullMetricWriter) -> None:
@@ -266,14 +269,14 @@ class TrainingLoop:
         return step > 0 and (step % every == 0 or step == self._config.train.num_steps)
 
     def _save(self, state: TrainState, step: int) -> None:
-        """Saves a checkpoint if its params are finite: the last loss read is that of the params before them."""
+        """Begins to save if the params are finite: the last loss read is that of the params before them."""
         if not all_finite(state.params):
             raise DivergedError(f"the run diverged: update {step} made non-finite params; {DIVERGENCE_HINT}", step)
         data, run_ids = self.context.data, self.context.resume.run_ids
         metrics = {**self.early_stopping.to_metrics(), **self._cost.metrics()}
-        with progress.phase(f"saving step {step:,}"):
-            checkpoints = self.context.checkpoints
-            checkpoints.save(state, self._config, data.tokenizer, data.digests, metrics, **run_ids._asdict())
+        self.context.checkpoints.save_async(
+            state, self._config, data.tokenizer, data.digests, metrics, **run_ids._asdict()
+        )
 
     def evaluate(self, params: registry.Params, step: int, writer: MetricWriter | NullMetricWriter) -> None:
         """Scores the validation split, and records the scores with the checkpoint of this step.
@@ -284,6 +287,7 @@ class TrainingLoop:
         def stop_if_signalled(_: int) -> None:
             signal_number = self._stop_signal()
             if signal_number and multihost.process_count() == 1:  # one of several would leave the others waiting
+                context.checkpoints.wait()
                 raise signals.preempted(signal_number, step)
 
         context, split = self.context, self.context.data.validation
@@ -293,6 +297,7 @@ class TrainingLoop:
                 params, sources, [references], metrics=("bleu", "chrf"), progress=stop_if_signalled
             )
         if not math.isfinite(result.loss):
+            context.checkpoints.wait()
             context.checkpoints.remove(step)
             raise DivergedError(
                 f"the run diverged: after update {step} the validation loss is {result.loss}; {DIVERGENCE_HINT}"
