@@ -45,21 +45,29 @@ def test_the_vote_of_one_device_is_enough(mesh, two_hosts, monkeypatch):
     assert [vote() for _ in range(3)] == [None, None, 15]
 
 
-def test_each_host_is_in_the_metrics(mesh, two_hosts):
-    result = metrics.per_host_metrics(mesh, {"step_ms": 20.0, "host_ms": 5.0})
-    assert result == {"hosts/0/step_ms": 20, "hosts/0/host_ms": 5, "hosts/slowest": 0}
+def test_the_values_of_each_host_are_gathered(mesh, two_hosts):
+    assert metrics.gather_host_metrics(mesh, {"step_ms": 20.0, "host_ms": 5.0}) == [{"step_ms": 20, "host_ms": 5}]
+
+
+def test_the_log_has_median_and_maximum_over_the_hosts():
+    hosts = [{"step_ms": step, "host_ms": own} for step, own in ((20, 5), (21, 9), (22, 4))]
+    assert metrics.summarize_hosts(hosts) == {
+        "hosts/step_ms/median": 21,
+        "hosts/step_ms/max": 22,
+        "hosts/host_ms/median": 5,
+        "hosts/host_ms/max": 9,
+        "hosts/slowest": 1,
+    }
 
 
 def test_one_host_alone_is_not_measured_apart(mesh):
-    assert metrics.per_host_metrics(mesh, {"host_ms": 5.0}) == {}
-    assert metrics.StragglerDetector().update({}) == ""
+    assert metrics.gather_host_metrics(mesh, {"host_ms": 5.0}) == []
+    assert metrics.summarize_hosts([]) == {}
+    assert metrics.StragglerDetector().update([]) == ""
 
 
 def measured(*own, step=100.0):
-    table = {f"hosts/{host}/host_ms": ms for host, ms in enumerate(own)}
-    steps = {f"hosts/{host}/step_ms": step for host in range(len(own))}
-    waits = {f"hosts/{host}/input_wait": 0.5 for host in range(len(own))}
-    return {**table, **steps, **waits, "hosts/slowest": int(np.argmax(own))}
+    return [{"host_ms": ms, "step_ms": step, "input_wait": 0.5} for ms in own]
 
 
 def test_a_slow_host_is_named_when_it_stays_slow(two_hosts):

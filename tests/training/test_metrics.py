@@ -17,7 +17,7 @@ from tests.helpers.clock import FakeClock
 from transformer.models.flops import TrainingCost
 from transformer.models.loss import LossSums
 from transformer.runtime.errors import DivergedError, UserError
-from transformer.training.metrics import MetricsAccumulator, MetricWriter, peak_memory_mb
+from transformer.training.metrics import MetricsAccumulator, MetricWriter, peak_memory_mb, summarize_hosts
 from transformer.training.train_step import StepMetrics
 
 
@@ -118,6 +118,16 @@ def test_the_time_left_has_hours(tmp_path, capsys, monkeypatch):
         clock.now += 73.95
         log.write(2, {"train/loss": 1.5, "train/target_tokens_per_s": 9.0})
     assert "1:01:01 left" in capsys.readouterr().err
+
+
+def test_a_log_of_256_hosts_is_small(tmp_path):
+    rng, accumulator = np.random.default_rng(0), MetricsAccumulator()
+    names = [*accumulator.host_timing(), "memory_mb"]
+    with MetricWriter(epath.Path(tmp_path), 0, 1000) as log:
+        for step in range(1, 1001):
+            hosts = [dict(zip(names, row, strict=True)) for row in rng.uniform(0, 100, (256, len(names))).tolist()]
+            log.write(step, {**accumulator.summary(), **TrainingCost().metrics(), **summarize_hosts(hosts)})
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 3e6
 
 
 def test_a_closed_reader_of_log_lines_does_not_stop_training(tmp_path):

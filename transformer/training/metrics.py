@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -235,18 +235,28 @@ HOST_TIME = "host_ms"  # per update, not waiting for devices: mostly reading dat
 STRAGGLER_RATIO = 1.5  # times the median of the others
 
 
-def per_host_metrics(mesh: Mesh, values: Mapping[str, float]) -> dict[str, float]:
-    """The values of each process, under hosts/INDEX/NAME, and which is slowest; empty for a single process."""
+def gather_host_metrics(mesh: Mesh, values: Mapping[str, float]) -> list[dict[str, float]]:
+    """The values of each process, by index; empty for a single process."""
     if multihost.process_count() == 1:
-        return {}
+        return []
     table = jax.device_get(allgather_to_devices(mesh, np.array(list(values.values()), np.float32)))
     rows = {device.process_index: row for device, row in zip(mesh.devices.flat, table.tolist(), strict=True)}
-    metrics = {
-        f"hosts/{process}/{name}": value
-        for process in sorted(rows)
-        for name, value in zip(values, rows[process], strict=True)
-    }
-    return {**metrics, SLOWEST: max(rows, key=lambda process: metrics[f"hosts/{process}/{HOST_TIME}"])}
+    return [dict(zip(values, rows[process], strict=True)) for process in sorted(rows)]
+
+
+def summarize_hosts(hosts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Median and maximum of each value, under hosts/NAME/, and which process is slowest; empty without processes."""
+    if not hosts:
+        return {}
+    metrics = {}
+    for name in hosts[0]:
+        values = [host[name] for host in hosts]
+        metrics |= {f"hosts/{name}/median": statistics.median(values), f"hosts/{name}/max": max(values)}
+    return {**metrics, SLOWEST: _slowest(hosts)}
+
+
+def _slowest(hosts: Sequence[Mapping[str, float]]) -> int:
+    return max(range(len(hosts)), key=lambda process: hosts[process][HOST_TIME])
 
 
 class StragglerDetector:
@@ -255,20 +265,19 @@ class StragglerDetector:
     def __init__(self) -> None:
         self._suspect = -1
 
-    def update(self, metrics: Mapping[str, float]) -> str:
-        """The warning to log after the metrics of `per_host_metrics`; mostly empty."""
-        if SLOWEST not in metrics:
+    def update(self, hosts: Sequence[Mapping[str, float]]) -> str:
+        """The warning to log after the values of all processes, see `gather_host_metrics`; mostly empty."""
+        if not hosts:
             return ""
-        slowest = int(metrics[SLOWEST])
-        times = [metrics[f"hosts/{process}/{HOST_TIME}"] for process in range(multihost.process_count())]
+        slowest = _slowest(hosts)
+        times = [host[HOST_TIME] for host in hosts]
         longest, usual = times.pop(slowest), statistics.median(times)
         last_suspect = self._suspect
-        is_slow = longest > STRAGGLER_RATIO * usual and longest > 0.1 * metrics[f"hosts/{slowest}/step_ms"]
+        is_slow = longest > STRAGGLER_RATIO * usual and longest > 0.1 * hosts[slowest]["step_ms"]
         self._suspect = slowest if is_slow else -1
         if not is_slow or last_suspect != slowest:
             return ""
-        input_wait = metrics[f"hosts/{slowest}/input_wait"]
         return (
             f"the others wait for {multihost.process_name(slowest)}: {longest:,.0f} ms of its own an update, usual are "
-            f"{usual:,.0f}; it waits for its data {input_wait:.0%} of the time"
+            f"{usual:,.0f}; it waits for its data {hosts[slowest]['input_wait']:.0%} of the time"
         )

@@ -32,9 +32,10 @@ from transformer.training.metrics import (
     MetricWriter,
     NullMetricWriter,
     StragglerDetector,
+    gather_host_metrics,
     open_metric_writer,
     peak_memory_mb,
-    per_host_metrics,
+    summarize_hosts,
 )
 from transformer.training.preemption import PreemptionSync
 from transformer.training.profiling import StepProfiler
@@ -245,8 +246,8 @@ class TrainingLoop:
         meter = pipeline.meter
         machine = {"train/compiles": pipeline.compiles.count, "train/peak_memory_mb": peak_memory_mb()}
         timing = {**meter.host_timing(), "memory_mb": machine["train/peak_memory_mb"]}
-        hosts = per_host_metrics(self.context.mesh, timing)
-        writer.write(step, {**meter.summary(), **self._cost.metrics(), **machine, **hosts})
+        hosts = gather_host_metrics(self.context.mesh, timing)
+        writer.write(step, {**meter.summary(), **self._cost.metrics(), **machine, **summarize_hosts(hosts)})
         if warning := self._stragglers.update(hosts):
             log_info(warning)
         meter.reset()
