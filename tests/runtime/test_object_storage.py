@@ -128,6 +128,22 @@ def test_a_log_is_copied_as_it_grows(bucket, monkeypatch):
         assert not log.folder.exists()
 
 
+def test_a_log_is_copied_in_the_background(bucket, monkeypatch):
+    address, released, upload = epath.Path(bucket) / "log", threading.Event(), object_storage.upload
+    monkeypatch.setattr(object_storage, "SYNC_INTERVAL_S", -1.0)
+    monkeypatch.setattr(object_storage, "upload", lambda *paths: released.wait(60) and upload(*paths))
+    log = object_storage.SyncedDirectory(address, "a.txt")
+    append(log.folder / "a.txt", b"1\n")
+    log.sync()
+    assert not (address / "a.txt").exists()
+    released.set()
+    log.sync(now=True)
+    assert (address / "a.txt").read_text() == "1\n"
+    monkeypatch.setattr(object_storage, "upload", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        log.close()
+
+
 def test_one_process_at_a_time_holds_a_folder(bucket, quick):
     path, losers = epath.Path(bucket) / "held" / "lock", []
     with object_storage.Lock(path, "process 1 on a", losers.append):

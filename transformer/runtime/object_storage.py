@@ -6,6 +6,7 @@ rewrites every few seconds.
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -23,6 +24,7 @@ from typing import Any
 from etils import epath
 
 from transformer.runtime import environment, progress
+from transformer.runtime.background import BackgroundQueue
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 LOCK_REFRESH_S = 5.0  # seconds between two writes of a lock by its holder
@@ -112,16 +114,20 @@ class SyncedDirectory:
     def __init__(self, address: epath.Path, *names: str):
         self._address = address if is_remote(address) else None
         self.folder = epath.Path(tempfile.mkdtemp(prefix="log-")) if self._address else address
-        self._copied = time.monotonic()
+        self._copied, self._uploads = time.monotonic(), BackgroundQueue("log")
         for name in names:
             if self._address and (self._address / name).exists():
                 (self.folder / name).write_bytes((self._address / name).read_bytes())
 
     def sync(self, now: bool = False) -> None:
-        """Copies the files if it is time, or `now`."""
-        if self._address and (now or time.monotonic() - self._copied > SYNC_INTERVAL_S):
-            upload(self.folder, self._address)
+        """Copies the files in the background if it is time; `now` waits for it. Raises what an earlier copy did."""
+        if not self._address:
+            return
+        if now or (self._uploads.is_idle and time.monotonic() - self._copied > SYNC_INTERVAL_S):
             self._copied = time.monotonic()
+            self._uploads.submit(functools.partial(upload, self.folder, self._address))
+        if now:
+            self._uploads.wait()
 
     def close(self) -> None:
         """Copies the files a last time, and deletes the local folder."""

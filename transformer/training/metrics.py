@@ -248,7 +248,7 @@ def summarize_hosts(hosts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Median and maximum of each value, under hosts/NAME/, and which process is slowest; empty without processes."""
     if not hosts:
         return {}
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name in hosts[0]:
         values = [host[name] for host in hosts]
         metrics |= {f"hosts/{name}/median": statistics.median(values), f"hosts/{name}/max": max(values)}
