@@ -129,7 +129,7 @@ def test_a_log_is_copied_as_it_grows(bucket, monkeypatch):
 
 
 def test_a_log_is_copied_in_the_background(bucket, monkeypatch):
-    address, released, upload = epath.Path(bucket) / "log", threading.Event(), object_storage.upload
+    address, released, upload = epath.Path(bucket) / "later", threading.Event(), object_storage.upload
     monkeypatch.setattr(object_storage, "SYNC_INTERVAL_S", -1.0)
     monkeypatch.setattr(object_storage, "upload", lambda *paths: released.wait(60) and upload(*paths))
     log = object_storage.SyncedDirectory(address, "a.txt")
