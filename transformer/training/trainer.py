@@ -10,6 +10,7 @@ import math
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -88,27 +89,35 @@ class StepPipeline:
         waiting_since = time.perf_counter()
         batch = next(self._batches)
         self.meter.input_wait += time.perf_counter() - waiting_since
+        compile_seconds = self.compiles.seconds
         with jax.transfer_guard("disallow"), self.compiles:
             sharded = self._shard(batch)
-            train_step = self._programs.get(batch_shape(sharded), self._train_step)
-            with self._announced(sharded), self.meter.device_wait():
-                self.state, metrics = train_step(self.state, sharded)
+            with self.meter.device_wait():
+                self.state, metrics = self._update(sharded)
+        self.meter.leave_out(self.compiles.seconds - compile_seconds)
         self.flush()
         self._step += 1
         self._unread = metrics, self._step, {"slots": sharded.target_BT.size, "flops": self._flops_of(sharded)}
 
-    @contextlib.contextmanager
-    def _announced(self, batch: Batch) -> Iterator[None]:
-        """Logs that an update takes long if its batch has a new shape, for which it is compiled."""
+    def _update(self, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """One update. It is compiled for a batch of a new shape, which is logged.
+
+        That is done in a thread, as this one handles no signal while it compiles.
+        """
         shape = batch_shape(batch)
+        train_step = self._programs.get(shape, self._train_step)
         if shape in self._shapes:
-            yield
-            return
+            return train_step(self.state, batch)
         self._shapes.add(shape)
+
+        def compile_and_update() -> tuple[TrainState, StepMetrics]:
+            with jax.transfer_guard("disallow"):  # which is of each thread
+                return train_step(self.state, batch)
+
         compiling = f"compiling shape {len(self._shapes)} of {self._num_shapes}"
         log_info(compiling)
-        with progress.phase(compiling):
-            yield
+        with progress.phase(compiling), ThreadPoolExecutor(1) as pool:
+            return pool.submit(compile_and_update).result()
 
     def flush(self) -> None:
         """Reads the metrics that are still on the devices; a DivergedError if they are not finite."""
