@@ -427,7 +427,7 @@ def test_the_whole_config_is_printed_as_json(capsys):
 
 def test_a_printed_config_needs_no_workdir_and_no_data(tmp_path):
     """With the workdir of a run and no other config it is the one that is kept there."""
-    printed = commands.run("train.py", f"--config=configs/text.py", "--print_config").stdout.decode()
+    printed = commands.run("train.py", "--config=configs/text.py", "--print_config").stdout.decode()
     config = validation.to_dataclasses(json.loads(printed))
     assert config.data.name == "text"
     (tmp_path / "config.json").write_text(dataclasses.replace(config, mesh=MeshConfig(data=2)).to_json(run_id="1"))

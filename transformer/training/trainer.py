@@ -4,7 +4,6 @@ The devices run update n while the host reads the metrics of update n - 1. They 
 are logged, a checkpoint saved or the validation split scored.
 """
 
-import contextlib
 import functools
 import math
 import time
