@@ -152,7 +152,8 @@ IMPOSSIBLE = [
         {"optimizer": {"schedule": "cosine", "warmup_steps": 100}, "train": {"num_steps": 100}},
     ),
     (
-        r"the linear schedule falls .* train\.num_steps = 300: expected fewer steps, got 4000; change either",
+        r"the linear schedule falls .* train\.num_steps = 300: expected fewer steps, got 4000; change either. A quick "
+        r"trial needs both lowered, such as optimizer\.warmup_steps = 30$",
         {"optimizer": {"schedule": "linear"}, "train": {"num_steps": 300}},
     ),
     (

@@ -242,7 +242,8 @@ def check_consistency(
     if strict and schedule_depends_on_num_steps(config) and optimizer.warmup_steps >= steps:
         raise UserError(
             f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule falls from its peak to 0 at "
-            f"train.num_steps = {steps}: expected fewer steps, got {optimizer.warmup_steps}; change either"
+            f"train.num_steps = {steps}: expected fewer steps, got {optimizer.warmup_steps}; change either. A quick "
+            f"trial needs both lowered, such as optimizer.warmup_steps = {steps // 10}"
         )
 
 
