@@ -32,7 +32,7 @@ METADATA_FILE = "about.json"
 FILES = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
 PREFETCH_BATCHES = 16  # made ahead of the device
 MAX_DROPPED_FRACTION = 0.1  # of the training pairs without a warning
-LOW_FILL = 0.5  # share of target slots that are not padding, under which there is a warning
+LOW_FILL = 0.5  # share of target positions that are not padding, under which there is a warning
 
 
 class TokenIds(NamedTuple):
@@ -104,7 +104,7 @@ def _schedule(config: Config, ids: TokenIds) -> BatchSchedule:
 
 
 def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
-    """What to change where most slots are padding, or many shapes have one batch; empty for other schedules."""
+    """What to change where most positions are padding, or many shapes have one batch; empty for other schedules."""
     fill, steps, shapes = schedule.token_utilization, schedule.steps_per_epoch, sum(map(bool, schedule.batches))
     has_many_shapes = shapes > 1 and steps < 2 * shapes
     if not steps or (fill >= LOW_FILL and not has_many_shapes):
@@ -122,7 +122,7 @@ def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
         effects.append(f"{name} = {value} gives fill {changed.token_utilization:.2f}, shapes: {len(changed.buckets)}")
     return (
         f"shapes of batches: {shapes}, each of which is compiled, for {steps:,} batches an epoch; fill {fill:.2f} is "
-        f"the share of slots that are not padding. {'; '.join(effects) or 'More pairs would help'}"
+        f"the share of token positions that are not padding. {'; '.join(effects) or 'More pairs would help'}"
     )
 
 
