@@ -1,6 +1,7 @@
 """Where systems differ: counts that a person can check, and a page that a browser shows."""
 
 import math
+import re
 
 import pytest
 
@@ -107,6 +108,10 @@ def page(compared):
 def test_the_page_has_every_sentence_and_every_system(page):
     for name in ("versus", "breakdowns", "ngrams", "sentences"):
         assert "poor &lt;b&gt;" in section_of(page, name)
+    versus = section_of(page, "versus")
+    assert '<th class="number">randomization p</th><th class="">verdict</th>' in versus
+    assert '<td class="number">≤ 0.01</td>' in versus
+    assert len(re.findall("nrefs:1.(?:bs|ar):100.seed", versus)) == 2 * 3
     sentences = section_of(page, "sentences")
     assert sentences.count('<article class="sentence"') == len(REFERENCES)
     assert sentences.count("<option") == 5  # two for each system but the baseline, and the order of the set

@@ -71,12 +71,15 @@ def score_table(comparison: Comparison) -> str:
         for system, tests in zip(comparison.systems[1:], comparison.tests, strict=True):
             each = tests[index]
             value, difference = f"{each.score:.2f} ± {each.interval:.2f}", f"{each.difference:+.2f}"
-            p_values = f"{each.bootstrap_p:.4f}", f"{each.randomization_p:.4f}"
-            verdict = "significant" if each.is_significant else "may be chance"
-            rows.append(["", system.label, value, difference, *p_values, verdict])
+            rows.append(["", system.label, value, difference, *each.formatted_p, each.verdict])
     columns = numbers("value", "difference", "bootstrap p", "randomization p")
-    notes = "".join(f"<p class='soft'>{html.escape(test.signatures[0])}</p>" for test in comparison.tests[0])
-    return table([Column("score"), Column("system"), *columns, Column("")], rows) + details("signatures", notes)
+    signatures = [
+        [name, signature]
+        for test in comparison.tests[0]
+        for name, signature in zip((METRICS[test.metric].label, ""), test.signatures, strict=True)
+    ]
+    notes = table([Column("score"), Column("signature", "note")], signatures)
+    return table([Column("score"), Column("system"), *columns, Column("verdict")], rows) + details("signatures", notes)
 
 
 def breakdown_chart(breakdown: Breakdown, systems: Sequence[System]) -> str:
