@@ -89,8 +89,8 @@ def test_translations_that_match_nothing_have_an_interval_of_0():
 
 
 def test_two_blank_lines_agree():
-    assert significance.sentence_score("", [[""]], 0) == 100
-    assert significance.sentence_score("x", [[""]], 0) == 0
+    for metric in ("chrf", "accuracy", "rougeL"):
+        assert metrics.sentence_scores(metric, ["", "x", "a"], [["", "", "a"]], [0, 1, 2]) == [100, 0, 100]
 
 
 def test_a_comparison_is_a_table_and_json():

@@ -18,7 +18,7 @@ from transformer.evaluation.report_html import (
 )
 from transformer.evaluation.significance import ALPHA
 
-BIN_WIDTHS = (0.5, 1, 2, 5, 10)  # of the histogram, in chrF2; the smallest that needs at most MAX_BINS
+BIN_WIDTHS = (0.5, 1, 2, 5, 10)  # of the histogram; the smallest that needs at most MAX_BINS
 MAX_BINS = 40
 MAX_SENTENCES = 5000  # on the page, the ones that differ most
 WON_LEGEND = (
@@ -118,7 +118,8 @@ def difference_histogram(comparison: Comparison, system: int, title: str) -> str
     largest = max(map(abs, differences), default=0.0)
     width = next((width for width in BIN_WIDTHS if 2 * largest / width <= MAX_BINS), BIN_WIDTHS[-1])
     names = tuple(f"{comparison.systems[i].label} better" for i in (0, system))
-    return histogram(f"Sentences by {title}", "difference in chrF2", differences, width, (names[0], names[1]), system)
+    x_label = f"difference in {METRICS[comparison.sentence_metric].label}"
+    return histogram(f"Sentences by {title}", x_label, differences, width, (names[0], names[1]), system)
 
 
 def ngram_tables(baseline: str, system: str, pair: tuple[list[NgramDifference], list[NgramDifference]]) -> str:
@@ -142,9 +143,9 @@ def sentence_section(comparison: Comparison) -> str:
     shown = sorted(range(len(spread)), key=lambda i: -spread[i])[:MAX_SENTENCES]
     gains = [comparison.differences(number) for number in range(1, len(systems))]
     shown.sort(key=lambda i: (-gains[0][i], i))
-    articles = []
+    articles, label = [], METRICS[comparison.sentence_metric].label
     for i in shown:
-        title = f"sentence {i + 1:,} · chrF2 " + ", ".join(
+        title = f"sentence {i + 1:,} · {label} " + ", ".join(
             f"{each[i]:.1f} {system.label}" for system, each in zip(systems, scores, strict=True)
         )
         values = {"number": float(i + 1), **{f"gain{number}": gain[i] for number, gain in enumerate(gains, 1)}}

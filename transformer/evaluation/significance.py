@@ -7,7 +7,6 @@ resampling (Koehn 2004) and paired approximate randomization (Riezler and Maxwel
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sacrebleu.metrics import CHRF
 from sacrebleu.significance import PairedTest
 
 from transformer.evaluation.bleu_tokenizer import DEFAULT
@@ -136,14 +135,6 @@ def score_with_interval(
     result: Any
     ((result,),) = (found for name, found in results.items() if name != "System")
     return float(result.score), float(result.ci)
-
-
-def sentence_score(hypothesis: str, references: Sequence[Sequence[str]], index: int) -> float:
-    """chrF2 of one sentence against its references; 100 if both are blank."""
-    sentence_references = [lines[index] for lines in references]
-    if not hypothesis.strip() and any(not line.strip() for line in sentence_references):
-        return 100.0
-    return CHRF().sentence_score(hypothesis, sentence_references).score
 
 
 def as_json(name: str, tests: Sequence[PairedTestResult]) -> dict[str, Any]:
