@@ -18,8 +18,6 @@ from transformer.evaluation.report_html import (
 )
 from transformer.evaluation.significance import ALPHA
 
-BIN_WIDTHS = (0.5, 1, 2, 5, 10)  # of the histogram; the smallest that needs at most MAX_BINS
-MAX_BINS = 40
 MAX_SENTENCES = 5000  # on the page, the ones that differ most
 WON_LEGEND = (
     f'{DIFF_LEGEND} <mark class="won">Words that match</mark> the reference, but that another system there lacks.'
@@ -46,7 +44,8 @@ def sections(comparison: Comparison) -> list[str]:
             "breakdowns",
             "Where they differ",
             f'<div class="charts">{charts}</div>{details("the same as tables", tables)}',
-            "Lines on bars are 95% intervals of the bootstrap. F1 counts words by precision and recall.",
+            "Lines on bars are 95% intervals of the bootstrap. F1 counts words by precision and recall. The outermost "
+            "bars of a histogram count all larger differences too.",
         ),
         section(
             "ngrams",
@@ -115,11 +114,9 @@ def breakdown_table(breakdown: Breakdown, systems: Sequence[System]) -> str:
 def difference_histogram(comparison: Comparison, system: int, title: str) -> str:
     """How many sentences differ by how much."""
     differences = comparison.differences(system)
-    largest = max(map(abs, differences), default=0.0)
-    width = next((width for width in BIN_WIDTHS if 2 * largest / width <= MAX_BINS), BIN_WIDTHS[-1])
     names = tuple(f"{comparison.systems[i].label} better" for i in (0, system))
     x_label = f"difference in {METRICS[comparison.sentence_metric].label}"
-    return histogram(f"Sentences by {title}", x_label, differences, width, (names[0], names[1]), system)
+    return histogram(f"Sentences by {title}", x_label, differences, (names[0], names[1]), system)
 
 
 def ngram_tables(baseline: str, system: str, pair: tuple[list[NgramDifference], list[NgramDifference]]) -> str:
