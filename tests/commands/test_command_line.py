@@ -430,9 +430,10 @@ def test_a_printed_config_needs_no_workdir_and_no_data(tmp_path):
     printed = commands.run("train.py", "--config=configs/text.py", "--print_config").stdout.decode()
     config = validation.to_dataclasses(json.loads(printed))
     assert config.data.name == "text"
-    (tmp_path / "config.json").write_text(dataclasses.replace(config, mesh=MeshConfig(data=2)).to_json(run_id="1"))
-    kept = commands.run("train.py", f"--workdir={tmp_path}", "--print_config").stdout.decode()
-    assert json.loads(kept)["mesh"]["data"] == 2
+    kept = parse(DEMO)[0]
+    (tmp_path / "config.json").write_text(dataclasses.replace(kept, mesh=MeshConfig(data=2)).to_json(run_id="1"))
+    printed = commands.run("train.py", f"--workdir={tmp_path}", "--print_config").stdout.decode()
+    assert json.loads(printed)["mesh"]["data"] == 2
 
 
 def test_a_workdir_keeps_its_config(tmp_path, capsys):
