@@ -287,12 +287,12 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """The scores of translations, the same for one system and for a comparison."""
+    """The scores of translations, the same for validation, for one system and for a comparison."""
 
     metrics: str = _field(
         "bleu,chrf,ter",
-        "metrics of eval.py and of comparisons, the most important first; exact_match ignores case, punctuation and "
-        "articles, rouge1, rouge2 and rougeL need the package rouge-score",
+        "metrics of validation (but ter), eval.py and comparisons, the most important first; exact_match ignores "
+        "case, punctuation and articles, rouge1, rouge2 and rougeL need the package rouge-score",
         list_of=METRIC_NAMES,
     )
 
