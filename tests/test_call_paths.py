@@ -25,9 +25,13 @@ class CallTrace:
     def __call__(self, frame, event, _):
         if event == "call" and frame.f_code.co_name == self.name:
             files = []
-            while frame:
-                files.append(pathlib.Path(frame.f_code.co_filename))
-                frame = frame.f_back
+            stacks = [frame]
+            if threading.current_thread() is not threading.main_thread():  # which waits for it
+                stacks.append(sys._current_frames()[threading.main_thread().ident])
+            for frame in stacks:
+                while frame:
+                    files.append(pathlib.Path(frame.f_code.co_filename))
+                    frame = frame.f_back
             own = [str(path.relative_to(ROOT)) for path in reversed(files) if path.is_relative_to(ROOT)]
             self.stacks.append(list(dict.fromkeys(path for path in own if not path.startswith((".venv", "tests/")))))
 

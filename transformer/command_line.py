@@ -98,7 +98,7 @@ def config_parser(prog: str, doc: str | None, required: str = "", resumes: bool 
 def parse_with_config(
     parser: argparse.ArgumentParser, argv: list[str], needs_data: bool = True
 ) -> tuple[schema.Config, argparse.Namespace]:
-    """The config and the other flags; ends with code 0 for --help and --print_config.
+    """The config and the other flags; ends with code 0 for --help and --print_config, which need no other flags.
 
     Raises:
       UserError: as `config_flags`, or a flag names a field without `config.` before it.
@@ -107,15 +107,16 @@ def parse_with_config(
         parser.parse_args(["--help"])
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--workdir", nargs="?")  # `parser` complains of one without a value
-    config, rest = config_flags(argv, needs_data, finder.parse_known_args(argv)[0].workdir or "")
+    finder.add_argument("--print_config", action="store_true")
+    found, _ = finder.parse_known_args(argv)
+    config, rest = config_flags(argv, needs_data and not found.print_config, found.workdir or "")
     for flag in rest:
         if re.match(rf"--({'|'.join(schema.SECTIONS)})\.", flag):
             raise UserError(f"{flag}: unknown flag; did you mean --config.{flag.removeprefix('--')}?")
-    args = parser.parse_args(rest)
-    if args.print_config:
+    if found.print_config:
         print(config.to_json(), end="")
         raise SystemExit(0)
-    return config, args
+    return config, parser.parse_args(rest)
 
 
 def model_parser(

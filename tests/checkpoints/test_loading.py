@@ -102,7 +102,7 @@ def test_if_the_best_checkpoint_is_damaged_the_latest_valid_one_is_selected(part
 
 def test_best_needs_a_score(parts, tmp_path):
     save(tmp_path, parts, 5)
-    with pytest.raises(UserError, match="no checkpoint has a validation score"):
+    with pytest.raises(UserError, match="no checkpoint has a validation score yet; the next validation is at step 10"):
         select(tmp_path, "best")
 
 

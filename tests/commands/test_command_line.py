@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers import commands
 from transformer import command_line
-from transformer.config import schema
+from transformer.config import MeshConfig, schema, validation
 from transformer.runtime import logging
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
 
@@ -423,6 +423,17 @@ def test_the_whole_config_is_printed_as_json(capsys):
     with pytest.raises(SystemExit, match="0"):
         command_line.parse_with_config(parser, ["make.py", DEMO, "--config.train.seed=5", "--print_config"])
     assert capsys.readouterr().out == parse(DEMO, "--config.train.seed=5")[0].to_json()
+
+
+def test_a_printed_config_needs_no_workdir_and_no_data(tmp_path):
+    """With the workdir of a run and no other config it is the one that is kept there."""
+    printed = commands.run("train.py", "--config=configs/text.py", "--print_config").stdout.decode()
+    config = validation.to_dataclasses(json.loads(printed))
+    assert config.data.name == "text"
+    kept = parse(DEMO)[0]
+    (tmp_path / "config.json").write_text(dataclasses.replace(kept, mesh=MeshConfig(data=2)).to_json(run_id="1"))
+    printed = commands.run("train.py", f"--workdir={tmp_path}", "--print_config").stdout.decode()
+    assert json.loads(printed)["mesh"]["data"] == 2
 
 
 def test_a_workdir_keeps_its_config(tmp_path, capsys):

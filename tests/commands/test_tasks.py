@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -10,6 +11,7 @@ from benchmarks import task_data
 from tests.conftest import ROOT
 from tests.helpers.commands import run
 from transformer import command_line
+from transformer.checkpoints.manager import CheckpointManager
 
 TINY = [
     "--config.model.num_layers=1",
@@ -48,6 +50,25 @@ def evaluate(workdir, *flags, code=0):
     return run("eval.py", f"--workdir={workdir}", *flags, code=code)
 
 
+def test_the_best_checkpoint_is_that_of_the_metric_of_the_task(trained):
+    _, workdir = trained
+    assert json.loads((workdir / "config.json").read_text())["train"]["best_metric"] == "accuracy"
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    (accuracy,) = [line["valid/accuracy"] for line in lines if "valid/accuracy" in line]
+    manager = CheckpointManager(workdir)
+    assert manager.metrics(40)["valid/accuracy"] == manager.metrics(40)["best"] == accuracy
+    assert manager.steps_by_metric([40]) == [40]
+    given = [f"--workdir={workdir}", "--config.eval.metrics=bleu"]
+    assert b"best_metric: expected auto, loss, bleu, chrf" in run("train.py", *given, code=2).stderr
+
+
+def test_a_missing_package_is_reported_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    given = ["--config=configs/demo.py", f"--workdir={tmp_path}", "--config.eval.metrics=rougeL"]
+    assert b"pip install rouge-score" in run("train.py", *given, code=2).stderr
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_a_model_of_labels_is_scored_by_accuracy_alone(trained):
     """Against a count by hand, and against the baseline with a test of significance."""
     folder, workdir = trained
@@ -77,7 +98,7 @@ def test_other_metrics_may_be_named_later(trained):
 
 
 def test_a_missing_package_is_reported_before_translating(trained, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     result = evaluate(trained[1], "--metrics=rougeL", code=2)
     assert b"pip install rouge-score" in result.stderr
     assert b"source  " not in result.stderr

@@ -17,6 +17,7 @@ NUMBERS = [
     if field.type in (int, float)
 ]
 FLOATS = [(section, name) for section, name, field in NUMBERS if field.type is float]
+ACCURACY = {"eval": {"metrics": "accuracy"}}
 INTS = [(section, name) for section, name, field in NUMBERS if field.type is int]
 
 
@@ -152,9 +153,16 @@ IMPOSSIBLE = [
         {"optimizer": {"schedule": "cosine", "warmup_steps": 100}, "train": {"num_steps": 100}},
     ),
     (
-        r"the linear schedule falls .* train\.num_steps = 300: expected fewer steps, got 4000; change either",
+        r"the linear schedule falls .* train\.num_steps = 300: expected fewer steps, got 4000; change either. A quick "
+        r"trial needs both lowered, such as optimizer\.warmup_steps = 30$",
         {"optimizer": {"schedule": "linear"}, "train": {"num_steps": 300}},
     ),
+    (
+        r"best_metric: expected auto, loss, bleu, chrf or one of eval\.metrics = bleu,chrf,ter, got accuracy; add it",
+        {"train": {"best_metric": "accuracy"}},
+    ),
+    (r"best_metric: expected .* eval\.metrics = accuracy, got ter", {**ACCURACY, "train": {"best_metric": "ter"}}),
+    (r"best_metric: expected one of auto, loss, bleu, .*, got 'f1'", {"train": {"best_metric": "f1"}}),
     (
         r"num_buckets = 3: read only with batching = bucket, got batching = pack; leave num_buckets out",
         {"data": {"num_buckets": 3, "batching": "pack"}},
@@ -286,6 +294,17 @@ def test_methods_read_their_fields():
     validate({"decode": {"method": "sample", "top_k": 5, "top_p": 0.5, "temperature": 0.5, "seed": 1}})
     validate({"decode": {"method": "mbr", "mbr_samples": 5}})
     validate({"decode": {"coverage_penalty": 0.2}})
+
+
+def test_the_best_metric_is_one_that_validation_computes():
+    """A saved config with another one is still read."""
+    for metric in ("auto", "loss", "bleu", "chrf", "accuracy"):
+        assert validate({**ACCURACY, "train": {"best_metric": metric}}).train.best_metric == metric
+    saved = {"train": {"best_metric": "accuracy"}}
+    assert validate(saved, strict=False).train.best_metric == "accuracy"
+    changed = validation.to_dataclasses(saved)
+    with pytest.raises(UserError, match="best_metric: expected auto"):
+        validation.check_consistency(changed, strict=False, given={"eval.metrics"})
 
 
 def test_the_last_update_of_a_schedule_may_be_its_peak():

@@ -3,13 +3,16 @@
 import dataclasses
 import itertools
 import pathlib
+import re
 
 import numpy as np
 import pytest
 
 from tests.conftest import small_config
+from transformer.config import validation
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline, tokenizer
+from transformer.data.batching import JaggedArray
 from transformer.data.tokenizer import EOS, PAD
 from transformer.runtime.errors import UserError
 
@@ -141,6 +144,40 @@ def test_the_config_says_what_widths_are_multiples_of(config, opened, batching):
         plan.buckets
         != input_pipeline.make_batch_schedule(dataclasses.replace(config, data=config.data), opened[2]).buckets
     )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sections", "expected"),
+    [
+        (300, {}, "shapes of batches: 8, each of which is compiled, for 8 batches an epoch; fill 0.1"),
+        (300, {"data": {"batching": "pack"}}, None),
+        (4000, {"data": {"num_buckets": 1}, "train": {"batch_tokens": 256}}, "shapes of batches: 1, each .* fill 0.1"),
+        (4000, {"train": {"batch_tokens": 256}}, None),
+    ],
+)
+def test_low_fill_and_many_shapes_are_reported_with_what_helps(pairs, sections, expected, capsys):
+    """The figures are those of the schedule with that change alone."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(2.8, 0.6, pairs), 2, 128).astype(int)
+    ids = input_pipeline.TokenIds(*[JaggedArray(np.zeros(lengths.sum(), np.int32), np.cumsum([0, *lengths]))] * 2)
+    given = {"data": {"max_length": 128, **sections.get("data", {})}}
+    given["train"] = {"batch_tokens": 4096, **sections.get("train", {})}
+    config = validation.to_dataclasses(given)
+    input_pipeline.make_batch_schedule(config, ids)
+    shown = capsys.readouterr().err
+    if expected is None:
+        assert shown == ""
+        return
+    assert re.search(f"^warning: {expected}", shown)
+    assert shown.count("\n") == 1
+    changes = re.findall(r"([a-z]+\.[a-z_]+) = (\w+) gives fill ([01]\.[0-9]+), shapes: ([0-9]+)", shown)
+    names = ["data.num_buckets", "data.batching", *["train.batch_tokens"] * (pairs == 300)]
+    assert [name for name, *_ in changes] == names
+    for name, value, fill, shapes in changes:
+        value = int(value) if value.isdecimal() else value
+        schedule = input_pipeline.make_batch_schedule(validation.replace_field(config, name, value), ids)
+        assert f"{schedule.token_utilization:.2f}" == fill
+        assert len(schedule.buckets) == int(shapes)
+        assert float(fill) > float(re.search("fill (0.[0-9]+) is", shown)[1])
 
 
 def test_if_every_pair_is_too_long_there_is_nothing_to_train_on(config, opened):

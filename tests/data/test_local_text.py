@@ -145,6 +145,9 @@ def test_missing_files_are_refused(tmp_path):
     pair = {"train_source": tmp_path / "train.en", "train_target": tmp_path / "train.de"}
     assert "cannot list the folder" in refusal_of(config(dir=tmp_path / "none"))
     assert "cannot list the folder" in refusal_of(config(dir=tmp_path / "train.en"))
+    assert "benchmarks" not in refusal_of(config(dir=tmp_path / "none"))
+    assert "run python -m benchmarks.task_data first" in refusal_of(config(dir="runs/tasks/none"))
+    assert "run python -m benchmarks.task_data first" in refusal_of(config(dir=tmp_path / "runs" / "tasks" / "none"))
     assert "no such file" in refusal_of(config(**{**pair, "train_target": tmp_path / "none"}))
     assert "expected a file" in refusal_of(config(**{**pair, "train_target": tmp_path}))
     assert "no such file" in refusal_of(config(**pair, valid_source=tmp_path / "a", valid_target=tmp_path / "b"))

@@ -125,6 +125,21 @@ def test_checkpoints_are_ranked_by_the_metric_of_their_run(metric, order, tmp_pa
     assert result.steps() == sorted({order[-1], 3})
 
 
+def test_validation_computes_the_metrics_of_the_config():
+    """And BLEU and chrF2, which earlier versions recorded; TER, which is slow, only if the best checkpoint needs it."""
+    for metrics, best, expected in (
+        ("bleu,chrf,ter", "auto", ["bleu", "chrf"]),
+        ("ter,accuracy", "ter", ["bleu", "chrf", "ter", "accuracy"]),
+        ("exact_match", "loss", ["bleu", "chrf", "exact_match"]),
+        ("bleu", "rouge1", ["bleu", "chrf", "rouge1"]),  # of a run whose eval.metrics changed
+    ):
+        config = validation.to_dataclasses({"eval": {"metrics": metrics}, "train": {"best_metric": best}})
+        assert best_metric.validation_metrics(config) == expected
+    lower = {name for name, metric in scores.METRICS.items() if not metric.higher_is_better}
+    assert {"loss", *lower} == set(best_metric.LOWER_IS_BETTER)
+    assert best_metric.format_score("ter", best_metric.score("ter", {"valid/ter": 61.234})) == "61.23"
+
+
 def test_a_lower_loss_is_progress_and_a_higher_one_is_stale():
     progress = trainer.EarlyStopping()
     assert trainer.EarlyStopping.from_metrics(progress.to_metrics()) == progress

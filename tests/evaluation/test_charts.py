@@ -82,19 +82,57 @@ def test_an_interval_does_not_leave_the_chart():
 
 
 def test_a_histogram_counts_each_value_once_by_its_sign():
-    svg = charts.histogram("t", "difference", [-0.5, -1, -1.5, 0, 0, 0.5, 1, 3], 1, ("a better", "b better"))
+    values = [-0.5, -1, -1.5, 0, 0, 0.5, 1, 3]
+    svg = charts.histogram("t", "difference", [10 * value for value in values], ("a better", "b better"))
     bars = re.findall(r'class="bar (s\d)".*?<title>(.*?)</title>', svg)
     assert bars == [
-        ("s1", "-2 to -1: 2 sentences"),
-        ("s1", "-1 to 0: 1 sentences"),
-        ("s2", "0 to 1: 1 sentences"),
-        ("s2", "1 to 2: 1 sentences"),
-        ("s2", "3 to 4: 1 sentences"),
+        ("s1", "-16 to -14: 1 sentences"),
+        ("s1", "-12 to -10: 1 sentences"),
+        ("s1", "-6 to -4: 1 sentences"),
+        ("s2", "4 to 6: 1 sentences"),
+        ("s2", "10 to 12: 1 sentences"),
+        ("s2", "over 28: 1 sentences"),
     ]
     assert "2 equal sentences are not shown" in svg
-    assert charts.histogram("t", "x", [0.0], 1, ("a", "b")) == ""
-    third = charts.histogram("t", "x", [-1.0, 1.0], 1, ("a", "c"), series=2)
+    assert charts.histogram("t", "x", [0.0], ("a", "b")) == ""
+    third = charts.histogram("t", "x", [-1.0, 1.0], ("a", "c"), series=2)
     assert re.findall(r'class="bar (s\d)', third) == ["s1", "s3"]
+
+
+def test_the_axis_of_a_histogram_fits_most_values():
+    """Two of 400 are far off: they are in the outermost bins."""
+    values = [*([-3.5, 4.5] * 199), -95.0, 97.0]
+    svg = charts.histogram("t", "x", values, ("a", "b"))
+    assert re.findall(r">(-?\d+)</text>", svg)[-5:] == ["-4", "-2", "0", "2", "4"]
+    assert re.findall("<title>(.*?)</title>", svg) == [
+        "under -4: 1 sentences",
+        "-4 to -3.5: 199 sentences",
+        "over 4: 200 sentences",
+    ]
+
+
+def test_a_single_point_is_a_marker_with_its_value():
+    svg = charts.line_chart("loss", "step", [Series("a", [(500, 2.345)])])
+    assert 'class="dot s1"' in svg
+    assert ">2.345</text>" in svg
+    ((x, _),) = circles(svg)
+    assert x == (charts.LEFT + charts.WIDTH - charts.RIGHT) / 2
+    assert ">500</text>" in svg
+    at_the_end = charts.line_chart("loss", "step", [Series("a", [(0, 1.0), (9, 2.0)]), Series("b", [(9, 1.5)])])
+    assert re.findall(r'<text class="end" x="([\d.]+)" y="[\d.]+">1.5</text>', at_the_end) == ["436.0"]
+    close = charts.line_chart(
+        "loss", "step", [Series("a", [(9, 1.0)]), Series("b", [(9, 1.001)]), Series("c", [(9, 2.0)])]
+    )
+    assert re.findall(r'<text class=""[^>]*>([\d.]+)<', close) == ["1", "2"]
+
+
+def test_the_label_of_a_bar_as_high_as_the_chart_is_inside_and_labels_do_not_touch():
+    """Five characters of the largest font of the page, 13.5 units, are about 40 wide."""
+    svg = charts.bar_chart("BLEU", "words", ["a"] * 5, [Bars("a", [100.0] * 5, [""] * 5)])
+    labels = re.findall(r'class="value" x="([\d.]+)" y="([\d.]+)"', svg)
+    assert len(labels) == 5
+    assert all(float(y) > 13.5 for _, y in labels)
+    assert 'class="value"' not in charts.bar_chart("BLEU", "words", ["a"] * 8, [Bars("a", [50.0] * 8, [""] * 8)])
 
 
 def test_lines_of_one_run_share_a_color_and_a_log_axis_may_be_of_the_values_alone():

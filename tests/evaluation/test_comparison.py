@@ -1,6 +1,7 @@
 """Where systems differ: counts that a person can check, and a page that a browser shows."""
 
 import math
+import re
 
 import pytest
 
@@ -107,6 +108,10 @@ def page(compared):
 def test_the_page_has_every_sentence_and_every_system(page):
     for name in ("versus", "breakdowns", "ngrams", "sentences"):
         assert "poor &lt;b&gt;" in section_of(page, name)
+    versus = section_of(page, "versus")
+    assert '<th class="number">randomization p</th><th class="">verdict</th>' in versus
+    assert '<td class="number">≤ 0.01</td>' in versus
+    assert len(re.findall("nrefs:1.(?:bs|ar):100.seed", versus)) == 2 * 3
     sentences = section_of(page, "sentences")
     assert sentences.count('<article class="sentence"') == len(REFERENCES)
     assert sentences.count("<option") == 5  # two for each system but the baseline, and the order of the set
@@ -123,17 +128,23 @@ def test_only_the_sentences_that_differ_most_are_on_the_page_of_a_large_set(comp
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page with; install Debian's package chromium")
 def test_a_browser_filters_and_sorts(page, compared, tmp_path):
-    """Both widths show the page without a sideways scroll; the console stays empty."""
+    """Both widths show the page without a sideways scroll; the console stays empty.
+
+    A table that is wider than its frame has a shade at the edge, which another background covers at the end.
+    """
     act = """<script>
     const [search, order, count] = document.querySelectorAll('.browser input, .browser select, .browser output');
     order.value = 'number 1'; order.dispatchEvent(new Event('change'));
     search.value = 'BROKEN'; search.dispatchEvent(new Event('input'));
     document.title = `${count.textContent}; first ${document.querySelector('.list .sentence').dataset.number}; `
       + `wide ${document.documentElement.scrollWidth > innerWidth}`;
+    const frame = document.querySelector('.scroll'), style = getComputedStyle(frame);
+    document.title += `; cut ${frame.scrollWidth > frame.clientWidth} ${style.backgroundAttachment}`;
     </script></body>"""
     path = tmp_path / "page.html"
     path.write_text(page.replace("</body>", act))
-    for size in ("390,900", "1300,900"):
+    for size, cut in (("390,900", "true"), ("1300,900", "false")):
         shown = browse(path, tmp_path, "--dump-dom", f"--window-size={size}")
-        assert f"<title>1 of {len(REFERENCES)}; first 1; wide false</title>" in shown.stdout
+        hint = f"cut {cut} local, local, scroll, scroll"
+        assert f"<title>1 of {len(REFERENCES)}; first 1; wide false; {hint}</title>" in shown.stdout
         assert "CONSOLE" not in shown.stderr

@@ -11,11 +11,12 @@ import pytest
 
 from tests.conftest import small_config
 from transformer.checkpoints.loading import RestoredModel
+from transformer.config import schema
 from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import comparison as comparisons
-from transformer.evaluation import continuous, evaluator, report, systems
+from transformer.evaluation import continuous, evaluator, metrics, report, systems
 from transformer.evaluation.evaluator import EvalDataset
 from transformer.models.flops import TrainingCost, format_count
 from transformer.models.registry import ModelDef
@@ -81,7 +82,7 @@ def test_the_curves_are_those_of_the_files(workdir):
 
 def test_sentences_are_ranked_and_shown_once(evaluation, workdir):
     page = (workdir / "report.html").read_text()
-    ranked = report.rank_sentences(DATASET, evaluation[2].translations)
+    ranked = report.rank_sentences(DATASET, evaluation[2].translations, "chrf")
     assert ranked == sorted(ranked)
     assert len(ranked) == len(SOURCES)
     worst = report.worst_sentences(DATASET, ranked)
@@ -112,7 +113,38 @@ def test_sentences_that_are_shown_differ_in_words_and_length():
 
 def test_large_sets_are_ranked_in_part(evaluation, monkeypatch):
     monkeypatch.setattr(report, "MAX_RANKED", 10)
-    assert 5 <= len(report.rank_sentences(DATASET, evaluation[2].translations)) <= 10
+    assert 5 <= len(report.rank_sentences(DATASET, evaluation[2].translations, "chrf")) <= 10
+
+
+def test_a_task_is_reported_by_its_own_metric(evaluation, tmp_path):
+    """Its curve, the order of its sentences, and the title; a run validated by BLEU alone shows that."""
+    trained, dataset, result = evaluation
+    task = schema.EvalConfig(metrics="exact_match,rougeL")
+    trained = dataclasses.replace(trained, config=dataclasses.replace(trained.config, eval=task))
+    translations = [*dataset.references[0][:20], *result.translations[20:]]
+    scores = metrics.score(translations, dataset.references, task.metric_names)
+    result = dataclasses.replace(result, translations=translations, scores=scores)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 10, "valid/bleu": 1.5}\n')
+    empty = EvalDataset("empty", [], [[]])
+    page = report.build(tmp_path, trained, empty, evaluator.CheckpointEvaluator(empty).evaluate(trained))
+    assert "<figcaption>BLEU<" in section_of(page, "curves")
+    log.write_text('{"step": 10, "valid/bleu": 1.5, "valid/exact_match": 35.5}\n')
+    other = systems.System("other", "the other", dataset.sources)
+    this = systems.evaluated(tmp_path, trained, translations)
+    compared = comparisons.compare(
+        [other, this], SOURCES, dataset.references, "13a", samples=20, metrics=task.metric_names
+    )
+    page = report.build(tmp_path, trained, dataset, result, compared)
+    assert f"<title>{tmp_path.name}: evaluation report</title>" in page
+    assert re.findall("<figcaption>(.*?)<", section_of(page, "curves")) == ["exact match"]
+    assert "validation, step 10: 35.5" in section_of(page, "curves")
+    assert "By exact match, of different lengths" in section_of(page, "worst")
+    assert set(re.findall("exact match ([0-9.]+)<", section_of(page, "worst"))) == {"0.0"}
+    assert set(re.findall("exact match ([0-9.]+)<", section_of(page, "best"))) == {"100.0"}
+    assert "chrF2" not in section_of(page, "attention")
+    assert "difference in exact match" in section_of(page, "breakdowns")
+    assert "chrF2" not in section_of(page, "sentences") + comparisons.format_examples(compared)
 
 
 KINDS = ("translation to source", "source to itself", "translation to what precedes it")
@@ -166,8 +198,8 @@ def test_curves_of_two_runs_are_named_by_run(evaluation, workdir, tmp_path):
 
 def test_the_header_has_the_size_and_cost_of_the_model(evaluation, tmp_path):
     trained, dataset, result = evaluation
-    metrics = TrainingCost(2.5e13, 2.8e6, 2e6, 5400).metrics()
-    page = report.build(tmp_path, dataclasses.replace(trained, metrics=metrics), dataset, result)
+    costs = TrainingCost(2.5e13, 2.8e6, 2e6, 5400).metrics()
+    page = report.build(tmp_path, dataclasses.replace(trained, metrics=costs), dataset, result)
     header = page[: page.index('<section id="scores">')]
     for cell in ("2.8 M", "2.5e+13", "1.50"):
         assert f'<td class="number">{cell}</td>' in header

@@ -89,8 +89,8 @@ def test_translations_that_match_nothing_have_an_interval_of_0():
 
 
 def test_two_blank_lines_agree():
-    assert significance.sentence_score("", [[""]], 0) == 100
-    assert significance.sentence_score("x", [[""]], 0) == 0
+    for metric in ("chrf", "accuracy", "rougeL"):
+        assert metrics.sentence_scores(metric, ["", "x", "a"], [["", "", "a"]], [0, 1, 2]) == [100, 0, 100]
 
 
 def test_a_comparison_is_a_table_and_json():
@@ -98,6 +98,12 @@ def test_a_comparison_is_a_table_and_json():
     text = significance.format_table("mine", "other", tests)
     assert "mine compared with other" in text
     assert text.count("   significant") == 3
+    assert re.search("randomization p   verdict$", text, re.M)
+    assert text.count("≤ 0.005") == 6  # no p of 200 samples is smaller
+    for test, label in zip(tests, ("BLEU", "chrF2", "TER"), strict=True):
+        assert re.search(
+            rf"^  {label} +{re.escape(test.signatures[0])}\n +{re.escape(test.signatures[1])}$", text, re.M
+        )
     assert "bs:200|seed:12345" in text
     fields = significance.as_json("other", tests)
     assert list(fields) == ["name", "bleu", "chrf", "ter"]

@@ -1,11 +1,15 @@
 """What the host does: order of dispatch and reading, exact resume, signals, divergence, workdirs of others."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import pathlib
 import shutil
 import signal
+import threading
+import time
 
 import jax
 import numpy as np
@@ -26,6 +30,7 @@ from transformer.runtime.errors import DivergedError, StoppedError, UserError, W
 from transformer.training import run as run_lib
 from transformer.training import train_step, trainer
 from transformer.training import workdir as workdir_lib
+from transformer.training.metrics import MetricsAccumulator
 from transformer.training.session import prepare
 from transformer.training.train_step import StepMetrics, TrainState
 
@@ -65,6 +70,55 @@ def test_metrics_are_read_while_the_next_update_runs(monkeypatch):
     assert fake.events[5:] == ["read 3"]
     assert (updates.meter.updates, updates.meter.slots) == (3, 18)
     assert updates.meter.cost()._replace(seconds=0) == TrainingCost(flops=30, tokens=12, source_tokens=6)
+
+
+def test_time_to_compile_is_left_out_of_the_speed_but_not_of_the_cost(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(trainer, "MetricsAccumulator", functools.partial(MetricsAccumulator, clock=lambda: now[0]))
+    updates, fake = make_updates([1, 2], monkeypatch)
+    run = fake.__class__.__call__
+
+    def compile_and_run(self, *args):
+        if not self.events:
+            now[0] += 50
+            jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 50.0)
+        now[0] += 2
+        return run(self, *args)
+
+    monkeypatch.setattr(FakeStep, "__call__", compile_and_run)
+    updates.dispatch()
+    updates.dispatch()
+    updates.flush()
+    assert updates.meter.summary()["train/target_tokens_per_s"] == 8 / 4
+    assert updates.meter.summary()["train/step_ms"] == 2000
+    assert updates.meter.host_timing()["host_ms"] == 0
+    assert updates.meter.cost().seconds == 54
+
+
+def test_a_signal_is_answered_while_a_shape_is_compiled(monkeypatch, capfd):
+    """The compiler is one long call outside of Python, in which the main thread handles no signal."""
+    updates, _ = make_updates([1], monkeypatch)
+    answered, compiled, run = [], [], FakeStep.__call__
+
+    def compile_and_run(self, *args):
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2_000_000)
+        compiled.append(time.perf_counter())
+        return run(self, *args)
+
+    def note(message):
+        answered.append((time.perf_counter(), message))
+
+    monkeypatch.setattr(FakeStep, "__call__", compile_and_run)
+    monkeypatch.setattr(signals, "log_info", note)
+    with signals.catch_stop_signals() as stop_signal:
+        updates.dispatch()
+        assert stop_signal() == signal.SIGTERM
+    ((when, message),) = answered
+    assert when < compiled[0] - 0.1
+    assert message == (
+        "SIGTERM: stopping after this update, which is compiling shape 1 of 1; send it again to stop at once"
+    )
 
 
 def test_a_loss_that_is_no_number_stops_at_its_update(monkeypatch):

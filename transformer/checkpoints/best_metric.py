@@ -1,4 +1,4 @@
-"""The validation metric that makes a checkpoint the best: BLEU, chrF or the loss, decided once for a run.
+"""The validation metric that makes a checkpoint the best: the loss or a metric of translations, decided once for a run.
 
 Early stopping, `train.keep_best` and the selectors `best` and `best-average:N` use it.
 """
@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from transformer.config import Config
+from transformer.config.schema import ALWAYS_VALIDATED
 
-METRIC_KEYS = {"bleu": "valid/bleu", "chrf": "valid/chrf", "loss": "valid/loss"}
-TITLES = {"bleu": "BLEU", "chrf": "chrF2", "loss": "validation loss"}
+LOWER_IS_BETTER = ("loss", "ter")
 
 
 def resolve(config: Config) -> str:
@@ -24,12 +24,24 @@ def with_metric(config: Config, metric: str) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, best_metric=metric))
 
 
+def validation_metrics(config: Config) -> list[str]:
+    """The metrics of translations that validation computes: BLEU, chrF2 and those of `eval.metrics`.
+
+    TER is among them only if it makes a checkpoint the best: for poor translations it takes many times as long as all
+    others.
+    """
+    best = resolve(config)
+    metrics = dict.fromkeys((*ALWAYS_VALIDATED, *config.eval.metric_names, best))
+    return [name for name in metrics if name != "loss" and (name != "ter" or best == "ter")]
+
+
 def score(metric: str, metrics: Mapping[str, float]) -> float | None:
     """The score of a checkpoint, higher is better; None if it was not validated."""
-    value = metrics.get(METRIC_KEYS[metric])
-    return -value if metric == "loss" and value is not None else value
+    value = metrics.get(f"valid/{metric}")
+    return -value if metric in LOWER_IS_BETTER and value is not None else value
 
 
 def format_score(metric: str, score: float) -> str:
     """Formats a score as the metric itself."""
-    return f"{-score:.3f}" if metric == "loss" else f"{score:.2f}"
+    value = -score if metric in LOWER_IS_BETTER else score
+    return f"{value:.3f}" if metric == "loss" else f"{value:.2f}"

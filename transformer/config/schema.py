@@ -46,6 +46,10 @@ def round_up(length: int, multiple: int) -> int:
 
 POSITIVE = 1e-30  # the closed lower bound that means "above 0"
 
+# `evaluation.metrics` defines each.
+METRIC_NAMES = ("bleu", "chrf", "ter", "chrfpp", "exact_match", "accuracy", "rouge1", "rouge2", "rougeL")
+ALWAYS_VALIDATED = ("bleu", "chrf")  # by every validation, whatever eval.metrics is
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -202,13 +206,14 @@ class TrainConfig:
     batch_tokens: int = _field(25_000, "target tokens of the global batch, padding counted", low=1)
     accumulation_steps: int = _field(1, "micro-batches of a batch, whose gradients are summed", low=1, high=4096)
     log_every_steps: int = _field(50, "steps between lines of metrics", low=1)
-    eval_every_steps: int = _field(2_000, "steps between validations: loss and BLEU", low=1)
+    eval_every_steps: int = _field(2_000, "steps between validations: loss, BLEU, chrF2 and eval.metrics", low=1)
     checkpoint_every_steps: int = _field(1_000, "steps between checkpoints", low=1)
     best_metric: str = _field(
         "auto",
-        "validation metric of the best checkpoint; auto: bleu, or chrf if most validation references have under four "
-        "tokens, decided at the start of the run and saved in its config.json",
-        one_of=("auto", "bleu", "chrf", "loss"),
+        "validation metric of the best checkpoint: loss, bleu, chrf or another of eval.metrics; auto: bleu, or chrf if "
+        "most validation references have under four tokens, or the first of eval.metrics if bleu is not among them; "
+        "decided at the start of the run and saved in its config.json",
+        one_of=("auto", "loss", *METRIC_NAMES),
     )
     early_stopping_patience: int = _field(
         0, "validations without a better best_metric before the run ends; 0: off", low=0
@@ -280,18 +285,14 @@ class DecodeConfig:
     max_source_tokens: int = _field(512, "longer sources are truncated to this many tokens", low=2)
 
 
-# `evaluation.metrics` defines each.
-METRIC_NAMES = ("bleu", "chrf", "ter", "chrfpp", "exact_match", "accuracy", "rouge1", "rouge2", "rougeL")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """The scores of translations, the same for one system and for a comparison."""
+    """The scores of translations, the same for validation, for one system and for a comparison."""
 
     metrics: str = _field(
         "bleu,chrf,ter",
-        "metrics of eval.py and of comparisons, the most important first; exact_match ignores case, punctuation and "
-        "articles, rouge1, rouge2 and rougeL need the package rouge-score",
+        "metrics of validation (but ter), eval.py and comparisons, the most important first; exact_match ignores "
+        "case, punctuation and articles, rouge1, rouge2 and rougeL need the package rouge-score",
         list_of=METRIC_NAMES,
     )
 

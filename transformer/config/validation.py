@@ -232,6 +232,8 @@ def check_consistency(
     reason = unsupported_reason(kernel, AttentionSpec.from_config(config))
     if kernel in FUSED_ATTENTION_PLATFORMS and reason:  # `fused` checks the platform
         raise UserError(f"config.model.attention = {kernel}: {reason}; auto chooses a supported one")
+    if strict or {"train.best_metric", "eval.metrics"} & set(given):
+        _check_best_metric(config)
     optimizer, steps = config.optimizer, config.train.num_steps
     profiled = schema.parse_steps(config.train.profile_steps)
     if strict and profiled and profiled[0] > steps:
@@ -242,7 +244,8 @@ def check_consistency(
     if strict and schedule_depends_on_num_steps(config) and optimizer.warmup_steps >= steps:
         raise UserError(
             f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule falls from its peak to 0 at "
-            f"train.num_steps = {steps}: expected fewer steps, got {optimizer.warmup_steps}; change either"
+            f"train.num_steps = {steps}: expected fewer steps, got {optimizer.warmup_steps}; change either. A quick "
+            f"trial needs both lowered, such as optimizer.warmup_steps = {steps // 10}"
         )
 
 
@@ -409,6 +412,15 @@ def _check_profile_steps(train: schema.TrainConfig) -> None:
             "config.train.profile_steps: expected two steps A:B with 1 ≤ A ≤ B, such as 100:110, or nothing, got "
             f"{train.profile_steps!r}"
         ) from error
+
+
+def _check_best_metric(config: Config) -> None:
+    known = ("auto", "loss", *schema.ALWAYS_VALIDATED)
+    if config.train.best_metric not in (*known, *config.eval.metric_names):
+        raise UserError(
+            f"config.train.best_metric: expected {', '.join(known)} or one of eval.metrics = {config.eval.metrics}, "
+            f"got {config.train.best_metric}; add it to eval.metrics"
+        )
 
 
 def override_decode(config: Config, fields: dict[str, Any]) -> Config:

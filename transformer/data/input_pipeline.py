@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from transformer.config import Config, DataConfig
+from transformer.config import Config, DataConfig, validation
 from transformer.data import corpus as corpora
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import Batch, BatchSchedule, BucketedSchedule, JaggedArray, make_batch, select_rows
@@ -32,6 +32,7 @@ METADATA_FILE = "about.json"
 FILES = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
 PREFETCH_BATCHES = 16  # made ahead of the device
 MAX_DROPPED_FRACTION = 0.1  # of the training pairs without a warning
+LOW_FILL = 0.5  # share of target positions that are not padding, under which there is a warning
 
 
 class TokenIds(NamedTuple):
@@ -65,24 +66,14 @@ def train_iterator(
 
 
 def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
-    """The schedule of training batches; warns if many pairs are too long.
+    """The schedule of training batches; warns if many pairs are too long, or the batches do not suit the data.
 
     Raises:
       UserError: all pairs are too long.
     """
-    lengths = ids.source.lengths, ids.target.lengths
-    options: dict[str, Any] = {
-        "batch_tokens": config.train.batch_tokens,
-        "max_length": config.data.max_length,
-        "length_multiple": config.data.length_multiple,
-        "seed": config.train.seed,
-    }
-    schedule: BatchSchedule
     with progress.phase("scheduling batches"):
-        if config.data.batching == "pack":
-            schedule = PackedSchedule(*lengths, **options)
-        else:
-            schedule = BucketedSchedule(*lengths, num_buckets=config.data.num_buckets, **options)
+        schedule = _schedule(config, ids)
+        warning = fill_warning(config, ids, schedule)
     if not schedule.kept:
         raise UserError(
             f"config.data.max_length = {config.data.max_length}: all {schedule.dropped:,} training pairs are "
@@ -94,7 +85,45 @@ def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
             f"warning: {schedule.dropped:,} of {total:,} training pairs ({schedule.dropped / total:.0%}) are longer "
             f"than data.max_length = {config.data.max_length} and dropped; raise it to train on them"
         )
+    if warning:
+        log_info(f"warning: {warning}")
     return schedule
+
+
+def _schedule(config: Config, ids: TokenIds) -> BatchSchedule:
+    lengths = ids.source.lengths, ids.target.lengths
+    options: dict[str, Any] = {
+        "batch_tokens": config.train.batch_tokens,
+        "max_length": config.data.max_length,
+        "length_multiple": config.data.length_multiple,
+        "seed": config.train.seed,
+    }
+    if config.data.batching == "pack":
+        return PackedSchedule(*lengths, **options)
+    return BucketedSchedule(*lengths, num_buckets=config.data.num_buckets, **options)
+
+
+def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
+    """What to change where most positions are padding, or many shapes have one batch; empty for other schedules."""
+    fill, steps, shapes = schedule.token_utilization, schedule.steps_per_epoch, sum(map(bool, schedule.batches))
+    has_many_shapes = shapes > 1 and steps < 2 * shapes
+    if not steps or (fill >= LOW_FILL and not has_many_shapes):
+        return ""
+    changes: dict[str, int | str] = {}
+    if config.data.batching == "bucket":
+        changes["data.num_buckets"] = max(steps // 4, 1) if has_many_shapes else min(max(2 * shapes, 8), 64)
+        changes["data.batching"] = "pack"
+    batch_tokens = max(round(fill * schedule.num_token_slots()) // (4 * shapes), config.data.max_row_length)
+    if batch_tokens < config.train.batch_tokens:
+        changes["train.batch_tokens"] = batch_tokens
+    effects = []
+    for name, value in changes.items():
+        changed = _schedule(validation.replace_field(config, name, value), ids)
+        effects.append(f"{name} = {value} gives fill {changed.token_utilization:.2f}, shapes: {len(changed.buckets)}")
+    return (
+        f"shapes of batches: {shapes}, each of which is compiled, for {steps:,} batches an epoch; fill {fill:.2f} is "
+        f"the share of token positions that are not padding. {'; '.join(effects) or 'More pairs would help'}"
+    )
 
 
 def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) -> Tokenizer:

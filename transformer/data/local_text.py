@@ -22,6 +22,7 @@ from transformer.runtime import progress
 from transformer.runtime.errors import UserError
 
 VALIDATION_STEMS = ("val", "valid", "validation", "dev")
+GENERATED = {"runs/tasks": "python -m benchmarks.task_data"}  # parent of a data.dir → the command that writes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,9 @@ def _names(folder: str) -> list[str]:
     try:
         return sorted(entry.name for entry in epath.Path(folder).expanduser().iterdir())
     except (OSError, ImportError) as error:
-        raise UserError(f"config.data.dir: cannot list the folder {folder}: {error}") from error
+        commands = (command for parent, command in GENERATED.items() if os.path.dirname(folder).endswith(parent))
+        hint = "".join(f"; run {command} first, which writes it" for command in commands)
+        raise UserError(f"config.data.dir: cannot list the folder {folder}: {error}{hint}") from error
 
 
 def _stems(folder: str, languages: tuple[str, str]) -> dict[str, list[str]]:

@@ -6,11 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 460, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 38
+WIDTH, HEIGHT = 460, 262
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 22, 42
+TICK_Y, AXIS_LABEL_Y = HEIGHT - BOTTOM + 20, HEIGHT - 4  # baselines
+LINE_HEIGHT = 14  # of labels
 MAX_POINTS = 400  # of a line
 NUM_COLORS = 6  # of the page, as CSS classes s1 to s6
-MIN_LABEL_WIDTH = 30  # of a bar that has its value above it
+MIN_LABEL_WIDTH = 42  # of a bar that has its value above it
+BIN_WIDTHS = (0.5, 1, 2, 5, 10)  # of a histogram; the smallest that needs at most MAX_BINS
+MAX_BINS = 40
+COVERED_BY_AXIS = 0.98  # share of the values of a histogram that are not 0
 
 Point = tuple[float, float]
 
@@ -66,7 +71,10 @@ class LogAxis(Axis):
 
 
 def line_chart(title: str, x_label: str, series: Sequence[Series], log: bool = False, log_y: bool = False) -> str:
-    """A figure with a line for each series, "" without finite points; `log` is for both axes, `log_y` for one."""
+    """A figure with a line for each series, "" without finite points; `log` is for both axes, `log_y` for one.
+
+    A line of one point is a marker with its value.
+    """
     log_y = log or log_y
 
     def is_drawn(point: Point) -> bool:
@@ -78,9 +86,12 @@ def line_chart(title: str, x_label: str, series: Sequence[Series], log: bool = F
     if not lines:
         return ""
     xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
+    left, right = min(xs), max(xs)
+    if left == right:
+        left, right = (left / 2, right * 2) if log else (left - 1, right + 1)
     x_ticks = (power_ticks if log else ticks)(min(xs), max(xs), 5)
     y_ticks = (log_ticks if log_y else ticks)(min(ys), max(ys), 5)
-    x = (LogAxis if log else Axis)(min(xs), max(max(xs), min(xs) + 1e-9), LEFT, WIDTH - RIGHT)
+    x = (LogAxis if log else Axis)(left, right, LEFT, WIDTH - RIGHT)
     low, high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
     y = (LogAxis if log_y else Axis)(low, high, HEIGHT - BOTTOM, TOP)
     parts = [_grid(x, y, x_ticks, y_ticks, x_label)]
@@ -89,11 +100,25 @@ def line_chart(title: str, x_label: str, series: Sequence[Series], log: bool = F
         parts.append(f'<polyline class="line s{line.color}{" faint" if line.faint else ""}" points="{path}"/>')
         for a, b in line.points:
             tip = f"<title>{html.escape(line.name)}, {x_label} {format_si(a)}: {b:.4g}</title>"
-            css_class = f"dot s{line.color}" if line.markers else "hit"
-            radius = 3 if line.markers else 6
+            is_dot = line.markers or len(line.points) == 1
+            css_class, radius = (f"dot s{line.color}", 3) if is_dot else ("hit", 6)
             parts.append(f'<circle class="{css_class}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="{radius}">{tip}</circle>')
+    parts += _values_of_single_points([line.points[0] for line in lines if len(line.points) == 1], x, y)
     keys = [(line.name, f"s{line.color}{' faint' if line.faint else ''}") for line in lines]
     return _figure(title, [] if lines[0].name == title else keys, "".join(parts))
+
+
+def _values_of_single_points(points: Sequence[Point], x: Axis, y: Axis) -> list[str]:
+    """The values beside the points, except for one that would cover another."""
+    shown: list[Point] = []
+    for a, b in points:
+        if all(a != other_a or abs(y(b) - y(other_b)) >= LINE_HEIGHT for other_a, other_b in shown):
+            shown.append((a, b))
+    is_right = [x(a) > (x.start + x.end) / 2 for a, _ in shown]
+    return [
+        _text("end" if right else "", x(a) + (-8 if right else 8), y(b) + 4, f"{b:.4g}")
+        for (a, b), right in zip(shown, is_right, strict=True)
+    ]
 
 
 def bar_chart(title: str, x_label: str, groups: Sequence[str], series: Sequence[Bars]) -> str:
@@ -106,7 +131,7 @@ def bar_chart(title: str, x_label: str, groups: Sequence[str], series: Sequence[
     parts = [_grid(Axis(0, 1, LEFT, WIDTH - RIGHT), y, [], y_ticks, x_label)]
     for i, group in enumerate(groups):
         middle = LEFT + (i + 0.5) * step
-        parts.append(_text("tick mid", middle, HEIGHT - BOTTOM + 17, group))
+        parts.append(_text("tick mid", middle, TICK_Y, group))
         for j, bars in enumerate(series):
             left = middle + (j - len(series) / 2) * width
             parts.append(_bar(left, width, y, bars.values[i], _color(j), bars.notes[i]))
@@ -124,32 +149,33 @@ def bar_chart(title: str, x_label: str, groups: Sequence[str], series: Sequence[
     return _figure(title, keys if len(series) > 1 else [], "".join(parts))
 
 
-def histogram(
-    title: str, x_label: str, values: Sequence[float], width: float, names: tuple[str, str], series: int = 1
-) -> str:
+def histogram(title: str, x_label: str, values: Sequence[float], names: tuple[str, str], series: int = 1) -> str:
     """A figure with the counts of values in bins, "" if all are 0; their number is in the axis label.
 
+    The axis is symmetric around 0 and covers most values. Those beyond it are in the outermost bins.
+
     Args:
-      width: of a bin.
       names: of negative and of positive values.
       series: index of the series of a bar chart whose color positive values have; negative ones have that of the first.
     """
-    bins = collections.Counter(
-        math.floor(value / width) if value > 0 else math.ceil(value / width) - 1 for value in values if value
-    )
-    if not bins:
+    sizes = sorted(abs(value) for value in values if value)
+    if not sizes:
         return ""
-    edge = max(max(bins) + 1, -min(bins)) * width
+    limit = sizes[math.ceil(COVERED_BY_AXIS * len(sizes)) - 1]
+    width = next((width for width in BIN_WIDTHS if 2 * limit / width <= MAX_BINS), BIN_WIDTHS[-1])
+    half = math.ceil(limit / width)  # bins on each side
+    numbers = (math.floor(value / width) if value > 0 else math.ceil(value / width) - 1 for value in values if value)
+    bins = collections.Counter(min(max(number, -half), half - 1) for number in numbers)
     y_ticks = ticks(0, max(bins.values()), 5)
-    x, y = Axis(-edge, edge, LEFT, WIDTH - RIGHT), Axis(0, y_ticks[-1], HEIGHT - BOTTOM, TOP)
-    equal = len(values) - bins.total()
+    x, y = Axis(-half * width, half * width, LEFT, WIDTH - RIGHT), Axis(0, y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    equal = len(values) - len(sizes)
     label = f"{x_label}; {equal:,} equal sentences are not shown" if equal else x_label
-    parts = [_grid(x, y, ticks(-edge, edge, 6), y_ticks, label)]
+    parts = [_grid(x, y, ticks(x.low, x.high, 6), y_ticks, label)]
     for number, count in sorted(bins.items()):
         left, right = number * width, (number + 1) * width
-        note = f"{left:g} to {right:g}: {count:,} sentences"
+        limits = {-half: f"under {right:g}", half - 1: f"over {left:g}"}.get(number, f"{left:g} to {right:g}")
         color = _color(0 if number < 0 else series)
-        parts.append(_bar(x(left) + 0.5, x(right) - x(left) - 1, y, count, color, note))
+        parts.append(_bar(x(left) + 0.5, x(right) - x(left) - 1, y, count, color, f"{limits}: {count:,} sentences"))
     return _figure(title, [(names[0], _color(0)), (names[1], _color(series))], "".join(parts))
 
 
@@ -175,12 +201,12 @@ def _figure(title: str, keys: Sequence[tuple[str, str]], drawing: str) -> str:
 
 
 def _grid(x: Axis, y: Axis, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str) -> str:
-    parts = [_text("tick mid", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label)]
+    parts = [_text("tick mid", (LEFT + WIDTH - RIGHT) / 2, AXIS_LABEL_Y, x_label)]
     for value in y_ticks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
         parts.append(_text("tick end", LEFT - 6, y(value) + 3.5, format_si(value)))
     shown = [value for value in x_ticks if x.low <= value <= x.high]
-    return "".join([*parts, *(_text("tick mid", x(value), HEIGHT - BOTTOM + 17, format_si(value)) for value in shown)])
+    return "".join([*parts, *(_text("tick mid", x(value), TICK_Y, format_si(value)) for value in shown)])
 
 
 def _text(css_class: str, x: float, y: float, text: str) -> str:

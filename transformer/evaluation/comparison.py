@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from transformer.evaluation import significance
 from transformer.evaluation.bleu_tokenizer import split_words
-from transformer.evaluation.metrics import DEFAULT_METRICS, METRICS, group_by_length
-from transformer.evaluation.significance import PairedTestResult, paired_tests, score_with_interval, sentence_score
+from transformer.evaluation.metrics import DEFAULT_METRICS, METRICS, group_by_length, sentence_metric, sentence_scores
+from transformer.evaluation.significance import PairedTestResult, paired_tests, score_with_interval
 from transformer.evaluation.systems import System
 from transformer.runtime import progress
 
@@ -68,7 +68,8 @@ class Comparison(NamedTuple):
       tests: of each system but the baseline.
       breakdowns: by length and by frequency of words.
       ngrams: of each system but the baseline: those that differ most in favor of the baseline, and of the system.
-      sentence_scores: chrF2 of each sentence, by system.
+      sentence_scores: of each sentence, by system.
+      sentence_metric: by which they are.
     """
 
     systems: Sequence[System]
@@ -78,9 +79,10 @@ class Comparison(NamedTuple):
     breakdowns: list[Breakdown]
     ngrams: list[tuple[list[NgramDifference], list[NgramDifference]]]
     sentence_scores: list[list[float]]
+    sentence_metric: str = "chrf"
 
     def differences(self, system: int) -> list[float]:
-        """The chrF2 of each sentence minus the baseline's."""
+        """The score of each sentence minus the baseline's."""
         return [a - b for a, b in zip(self.sentence_scores[system], self.sentence_scores[0], strict=True)]
 
 
@@ -102,7 +104,7 @@ def compare(
       tokenizer: of BLEU, also for words, named as in `choose_bleu_tokenizer`.
       training: text of the target language in which words are counted; None: the first references.
       samples: of the significance tests, as in `paired_tests`.
-      metrics: to compare by; the first two also by length.
+      metrics: to compare by; the first two also by length, and `metrics.sentence_metric` by sentence.
 
     Raises:
       UserError: as `paired_tests`.
@@ -125,6 +127,7 @@ def compare(
     ]
     breakdowns.append(by_frequency(words, reference_words, counts, "training text" if training else "references"))
     matches = [count_matches(each, reference_words) for each in words]
+    ranking = sentence_metric(metrics)
     totals = collections.Counter(ngram for line in reference_words for ngram in ngrams_of(line))
     return Comparison(
         systems,
@@ -133,7 +136,8 @@ def compare(
         tests,
         breakdowns,
         [ngram_differences(matches[0], each, totals) for each in matches[1:]],
-        [[sentence_score(line, references, i) for i, line in enumerate(each.translations)] for each in systems],
+        [sentence_scores(ranking, each.translations, references, range(len(lengths))) for each in systems],
+        ranking,
     )
 
 
@@ -237,7 +241,7 @@ def _distinct(ngrams: Iterable[NgramDifference]) -> list[NgramDifference]:
 
 
 def largest_differences(comparison: Comparison, count: int = 5) -> list[int]:
-    """Indices of the sentences with the largest gains of system 1 in chrF2, best first, and losses, worst last."""
+    """Indices of the sentences with the largest gains of system 1, best first, and losses, worst last."""
     differences = comparison.differences(1)
     ranked = sorted(range(len(differences)), key=lambda i: -differences[i])
     better = [i for i in ranked if differences[i] > 0][:count]
@@ -247,6 +251,7 @@ def largest_differences(comparison: Comparison, count: int = 5) -> list[int]:
 def format_examples(comparison: Comparison) -> str:
     """The sentences in which system 1 differs most from the baseline, for the terminal."""
     baseline, system = comparison.systems[:2]
+    label = METRICS[comparison.sentence_metric].label
     width = max(12, *(len(each.label) + 2 for each in (baseline, system)))
     blocks = []
     for i in largest_differences(comparison):
@@ -254,7 +259,7 @@ def format_examples(comparison: Comparison) -> str:
         rows = [("source", comparison.sources[i])] if comparison.sources else []
         rows += [(each.label, each.translations[i]) for each in (system, baseline)]
         rows.append(("reference", comparison.references[0][i]))
-        title = f"  sentence {i + 1:,}: chrF2 {scores[1]:.1f} against {scores[0]:.1f}\n"
+        title = f"  sentence {i + 1:,}: {label} {scores[1]:.1f} against {scores[0]:.1f}\n"
         blocks.append(title + "".join(f"    {name:<{width}}{text}\n" for name, text in rows))
     return "\n".join(blocks)
 

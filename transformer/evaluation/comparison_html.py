@@ -18,8 +18,6 @@ from transformer.evaluation.report_html import (
 )
 from transformer.evaluation.significance import ALPHA
 
-BIN_WIDTHS = (0.5, 1, 2, 5, 10)  # of the histogram, in chrF2; the smallest that needs at most MAX_BINS
-MAX_BINS = 40
 MAX_SENTENCES = 5000  # on the page, the ones that differ most
 WON_LEGEND = (
     f'{DIFF_LEGEND} <mark class="won">Words that match</mark> the reference, but that another system there lacks.'
@@ -46,7 +44,8 @@ def sections(comparison: Comparison) -> list[str]:
             "breakdowns",
             "Where they differ",
             f'<div class="charts">{charts}</div>{details("the same as tables", tables)}',
-            "Lines on bars are 95% intervals of the bootstrap. F1 counts words by precision and recall.",
+            "Lines on bars are 95% intervals of the bootstrap. F1 counts words by precision and recall. The outermost "
+            "bars of a histogram count all larger differences too.",
         ),
         section(
             "ngrams",
@@ -71,12 +70,15 @@ def score_table(comparison: Comparison) -> str:
         for system, tests in zip(comparison.systems[1:], comparison.tests, strict=True):
             each = tests[index]
             value, difference = f"{each.score:.2f} ± {each.interval:.2f}", f"{each.difference:+.2f}"
-            p_values = f"{each.bootstrap_p:.4f}", f"{each.randomization_p:.4f}"
-            verdict = "significant" if each.is_significant else "may be chance"
-            rows.append(["", system.label, value, difference, *p_values, verdict])
+            rows.append(["", system.label, value, difference, *each.formatted_p, each.verdict])
     columns = numbers("value", "difference", "bootstrap p", "randomization p")
-    notes = "".join(f"<p class='soft'>{html.escape(test.signatures[0])}</p>" for test in comparison.tests[0])
-    return table([Column("score"), Column("system"), *columns, Column("")], rows) + details("signatures", notes)
+    signatures = [
+        [name, signature]
+        for test in comparison.tests[0]
+        for name, signature in zip((METRICS[test.metric].label, ""), test.signatures, strict=True)
+    ]
+    notes = table([Column("score"), Column("signature", "note")], signatures)
+    return table([Column("score"), Column("system"), *columns, Column("verdict")], rows) + details("signatures", notes)
 
 
 def breakdown_chart(breakdown: Breakdown, systems: Sequence[System]) -> str:
@@ -112,10 +114,9 @@ def breakdown_table(breakdown: Breakdown, systems: Sequence[System]) -> str:
 def difference_histogram(comparison: Comparison, system: int, title: str) -> str:
     """How many sentences differ by how much."""
     differences = comparison.differences(system)
-    largest = max(map(abs, differences), default=0.0)
-    width = next((width for width in BIN_WIDTHS if 2 * largest / width <= MAX_BINS), BIN_WIDTHS[-1])
     names = tuple(f"{comparison.systems[i].label} better" for i in (0, system))
-    return histogram(f"Sentences by {title}", "difference in chrF2", differences, width, (names[0], names[1]), system)
+    x_label = f"difference in {METRICS[comparison.sentence_metric].label}"
+    return histogram(f"Sentences by {title}", x_label, differences, (names[0], names[1]), system)
 
 
 def ngram_tables(baseline: str, system: str, pair: tuple[list[NgramDifference], list[NgramDifference]]) -> str:
@@ -139,9 +140,9 @@ def sentence_section(comparison: Comparison) -> str:
     shown = sorted(range(len(spread)), key=lambda i: -spread[i])[:MAX_SENTENCES]
     gains = [comparison.differences(number) for number in range(1, len(systems))]
     shown.sort(key=lambda i: (-gains[0][i], i))
-    articles = []
+    articles, label = [], METRICS[comparison.sentence_metric].label
     for i in shown:
-        title = f"sentence {i + 1:,} · chrF2 " + ", ".join(
+        title = f"sentence {i + 1:,} · {label} " + ", ".join(
             f"{each[i]:.1f} {system.label}" for system, each in zip(systems, scores, strict=True)
         )
         values = {"number": float(i + 1), **{f"gain{number}": gain[i] for number, gain in enumerate(gains, 1)}}

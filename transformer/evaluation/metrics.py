@@ -114,18 +114,20 @@ class MetricDefinition(NamedTuple):
       label: in tables and charts.
       make: makes it, as a metric of sacreBLEU.
       meaning: in a few words.
+      ranks_sentences: whether its scores of single sentences can be compared.
     """
 
     label: str
     make: Callable[[], Metric]
     meaning: str
     higher_is_better: bool = True
+    ranks_sentences: bool = True
 
 
 METRICS: Mapping[str, MetricDefinition] = {
-    "bleu": MetricDefinition("BLEU", BLEU, "sacreBLEU"),
+    "bleu": MetricDefinition("BLEU", BLEU, "sacreBLEU", ranks_sentences=False),
     "chrf": MetricDefinition("chrF2", CHRF, "character n-grams"),
-    "ter": MetricDefinition("TER", TER, "edits", higher_is_better=False),
+    "ter": MetricDefinition("TER", TER, "edits", higher_is_better=False, ranks_sentences=False),
     "chrfpp": MetricDefinition("chrF2++", functools.partial(CHRF, word_order=2), "character n-grams and words"),
     "exact_match": MetricDefinition(
         "exact match",
@@ -190,6 +192,24 @@ def check_lengths(sentences: int, references: Sequence[Sequence[str]]) -> None:
                 f"expected one reference for each sentence, got {sentences:,} sentences and {len(reference):,} lines "
                 f"in reference {number}"
             )
+
+
+def sentence_metric(metrics: Sequence[str]) -> str:
+    """The metric by which sentences are ranked: chrF2 beside BLEU, else the first that can be, or chrF2."""
+    return next((name for name in metrics if METRICS[name].ranks_sentences and "bleu" not in metrics), "chrf")
+
+
+def sentence_scores(
+    metric: str, hypotheses: Sequence[str], references: Sequence[Sequence[str]], indices: Sequence[int]
+) -> list[float]:
+    """A metric of single sentences against their references, those with these indices; 100 if both are blank."""
+    scorer = make_metric(metric)
+    scores = []
+    for i in indices:
+        own = [lines[i] for lines in references]
+        is_blank = not hypotheses[i].strip() and any(not line.strip() for line in own)
+        scores.append(100.0 if is_blank else scorer.sentence_score(hypotheses[i], own).score)
+    return scores
 
 
 def extended_scores(

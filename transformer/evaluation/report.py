@@ -15,6 +15,7 @@ from etils import epath
 
 from transformer.checkpoints.loading import RestoredModel
 from transformer.config import Config
+from transformer.config.schema import ALWAYS_VALIDATED
 from transformer.decoding.alignment import Aligner, Attention
 from transformer.distributed import multihost
 from transformer.evaluation import comparison_html, summary
@@ -24,7 +25,7 @@ from transformer.evaluation.comparison import Comparison, by_length
 from transformer.evaluation.continuous import read_evaluations
 from transformer.evaluation.evaluator import EvalDataset, EvalResult, result_name
 from transformer.evaluation.heatmaps import attention_heatmaps
-from transformer.evaluation.metrics import METRICS, group_by_length
+from transformer.evaluation.metrics import METRICS, group_by_length, sentence_metric, sentence_scores
 from transformer.evaluation.report_html import (
     DIFF_LEGEND,
     Column,
@@ -36,7 +37,6 @@ from transformer.evaluation.report_html import (
     stat_cards,
     table,
 )
-from transformer.evaluation.significance import sentence_score
 from transformer.evaluation.systems import System, evaluated
 from transformer.models.flops import format_count
 from transformer.runtime import files
@@ -107,41 +107,40 @@ def build(
         f"{dataset.name}, {result.sentences:,} sentences, {data.source_language} → {data.target_language} · "
         f"{restored.description} · {when}"
     )
-    ranked = rank_sentences(dataset, result.translations)
+    ranking = sentence_metric(metrics)
+    ranked, label = rank_sentences(dataset, result.translations, ranking), METRICS[ranking].label
     sample = f", of {len(ranked):,} sentences ranked, evenly spread" if len(ranked) < result.sentences else ""
-    note = f"By chrF2, of different lengths{sample}. {DIFF_LEGEND}"
+    note = f"By {label}, of different lengths{sample}. {DIFF_LEGEND}"
     this = evaluated(workdir, restored, result.translations)
     systems = comparison.systems if comparison else [this]
     worst = worst_sentences(dataset, ranked)
+    best = best_sentences(dataset, ranked, worst)
     score_columns = [Column("score"), *numbers("value"), Column("signature or meaning", "note")]
     return render_page(
-        f"{epath.Path(workdir).name}: translation report",
+        f"{epath.Path(workdir).name}: {'translation' if 'bleu' in metrics else 'evaluation'} report",
         subtitle,
         [
             _stat_cards(result, metrics),
             _runs(systems),
             section("scores", "Scores", table(score_columns, summary.score_rows(result))),
-            section("curves", "Learning curves", _curves(systems, dataset.name, metrics[0])),
+            section("curves", "Learning curves", _curves(systems, dataset.name, metrics)),
             *(
                 comparison_html.sections(comparison)
                 if comparison
                 else [_length_section(this, dataset, restored.config)]
             ),
-            section("worst", "Worst sentences", _sentences(dataset, result, worst), note),
-            section(
-                "best", "Best sentences", _sentences(dataset, result, best_sentences(dataset, ranked, worst)), note
-            ),
-            section("attention", "Attention", _attention(restored, dataset, result, ranked), ATTENTION_NOTE),
+            section("worst", "Worst sentences", _sentences(dataset, result, worst, label), note),
+            section("best", "Best sentences", _sentences(dataset, result, best, label), note),
+            section("attention", "Attention", _attention(restored, dataset, result, ranked, label), ATTENTION_NOTE),
             section("config", "Config", details("all fields", f"<pre>{html.escape(restored.config.to_json())}</pre>")),
         ],
     )
 
 
-def rank_sentences(dataset: EvalDataset, translations: Sequence[str]) -> list[tuple[float, int]]:
-    """chrF2 and index of each sentence, worst first; for large data sets of an evenly spread sample."""
-    step = -(-len(translations) // MAX_RANKED) or 1
-    references = dataset.references
-    return sorted((sentence_score(translations[i], references, i), i) for i in range(0, len(translations), step))
+def rank_sentences(dataset: EvalDataset, translations: Sequence[str], metric: str) -> list[tuple[float, int]]:
+    """Score and index of each sentence, worst first; for large data sets of an evenly spread sample."""
+    indices = range(0, len(translations), -(-len(translations) // MAX_RANKED) or 1)
+    return sorted(zip(sentence_scores(metric, translations, dataset.references, indices), indices, strict=True))
 
 
 def varied_sentences(dataset: EvalDataset, ranked: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
@@ -194,9 +193,9 @@ def _runs(systems: Sequence[System]) -> str:
 def _stat_cards(result: EvalResult, metrics: Sequence[str]) -> str:
     cards = []
     for name in metrics:
-        label, _, meaning, higher_is_better = METRICS[name]
-        note = f"{meaning}, {'higher' if higher_is_better else 'lower'} is better"
-        cards.append((label, f"{result.scores[name]:.2f}", note))
+        metric = METRICS[name]
+        note = f"{metric.meaning}, {'higher' if metric.higher_is_better else 'lower'} is better"
+        cards.append((metric.label, f"{result.scores[name]:.2f}", note))
     return stat_cards([*cards, ("perplexity", f"{result.perplexity:.2f}", "per subword, lower is better")])
 
 
@@ -209,8 +208,11 @@ def _length_section(system: System, dataset: EvalDataset, config: Config) -> str
     return section("length", breakdown.title, f'<div class="charts">{chart}</div>' if chart else "")
 
 
-def _curves(systems: Sequence[System], name: str, metric: str) -> str:
-    """Loss, BLEU and a metric, learning rate and speed by step, with the results of --watch on this data set."""
+def _curves(systems: Sequence[System], name: str, metrics: Sequence[str]) -> str:
+    """Loss, the first metric that is known, learning rate and speed by step; with results of --watch on this data set.
+
+    A run of an earlier version was validated by BLEU and chrF2 alone.
+    """
     runs = [(system.label, system.run) for system in systems if system.run]
     many = len(runs) > 1
     entries = []
@@ -241,7 +243,7 @@ def _curves(systems: Sequence[System], name: str, metric: str) -> str:
     losses = [*lines("training", "train/loss"), *lines("validation", "valid/loss"), *lines(name, "set/loss")]
     charts = [
         line_chart("loss, nats per token", "step", losses, log_y=True),
-        *map(metric_chart, dict.fromkeys((metric, "bleu"))),
+        next(filter(None, map(metric_chart, (*metrics, *ALWAYS_VALIDATED))), ""),
         line_chart("learning rate", "step", lines("" if many else "learning rate", "train/learning_rate")),
         line_chart(speed, "step", lines("" if many else speed, "train/target_tokens_per_s")),
     ]
@@ -249,11 +251,12 @@ def _curves(systems: Sequence[System], name: str, metric: str) -> str:
     return f'<div class="charts">{drawn}</div>' if drawn else ""
 
 
-def _sentences(dataset: EvalDataset, result: EvalResult, ranked: Sequence[tuple[float, int]]) -> str:
+def _sentences(dataset: EvalDataset, result: EvalResult, ranked: Sequence[tuple[float, int]], label: str) -> str:
+    """Sentences by score; `label` is that of the metric."""
     _, sources, references = dataset
     return "".join(
         sentence(
-            f"sentence {i + 1:,} · chrF2 {score:.1f}",
+            f"sentence {i + 1:,} · {label} {score:.1f}",
             sources[i],
             references[0][i],
             [("translation", result.translations[i])],
@@ -263,7 +266,7 @@ def _sentences(dataset: EvalDataset, result: EvalResult, ranked: Sequence[tuple[
 
 
 def _attention(
-    restored: RestoredModel, dataset: EvalDataset, result: EvalResult, ranked: Sequence[tuple[float, int]]
+    restored: RestoredModel, dataset: EvalDataset, result: EvalResult, ranked: Sequence[tuple[float, int]], label: str
 ) -> str:
     """The attention of a bad, a medium and a good translation."""
     translations = result.translations
@@ -284,7 +287,7 @@ def _attention(
     pairs = [[side[i] for _, i in selected] for side in sides]
     maps = dict(aligner.attention(restored.params, pairs[0], pairs[1]))
     return "".join(
-        f"<h3>sentence {i + 1:,} · chrF2 {score:.1f}</h3>{_attention_maps(restored, maps[number], aligner.layer)}"
+        f"<h3>sentence {i + 1:,} · {label} {score:.1f}</h3>{_attention_maps(restored, maps[number], aligner.layer)}"
         for number, (score, i) in enumerate(selected)
     )
 

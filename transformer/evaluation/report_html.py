@@ -10,11 +10,11 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5c6675; --paper: #fcfcfa; --card: #ffffff; --edge:
   #e2e4e8; --s1: #2a6fdb; --s2: #c2570c; --s3: #2b8a57; --s4: #8e44ad; --s5: #b8860b; --s6: #5b6470;
   --odd: #fde4c4; --odd-ink: #6b3300; --lack: #d8e8fd;
-  --lack-ink: #0b3a7e; --won: #d3f0dc; --won-ink: #0c5128; }
+  --lack-ink: #0b3a7e; --won: #d3f0dc; --won-ink: #0c5128; --shade: #1d243044; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --soft: #98a2b1; --paper: #14171c; --card: #1b1f26;
   --edge: #2e343e; --s1: #6aa5ff; --s2: #f2985a; --s3: #66c795; --s4: #c792ea; --s5: #e0b53c; --s6: #a3adbb;
   --odd: #573410; --odd-ink: #ffdfb8; --lack: #16365f;
-  --lack-ink: #cfe3ff; --won: #14452a; --won-ink: #c8f3d8; } }
+  --lack-ink: #cfe3ff; --won: #14452a; --won-ink: #c8f3d8; --shade: #e4e7ec66; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1060px; padding: 32px 20px 80px; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
@@ -30,10 +30,15 @@ p { margin: 4px 0 12px; }
   16px; }
 .tile b { display: block; font-size: 1.7rem; font-variant-numeric: tabular-nums; line-height: 1.2; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-.scroll { overflow-x: auto; margin-bottom: 16px; }
+.scroll { overflow-x: auto; margin-bottom: 16px; --cover: var(--paper); background: linear-gradient(to right,
+  var(--cover) 40%, transparent) left / 36px 100% no-repeat local, linear-gradient(to left, var(--cover) 40%,
+  transparent) right / 36px 100% no-repeat local, linear-gradient(to right, var(--shade), transparent) left / 16px
+  100% no-repeat, linear-gradient(to left, var(--shade), transparent) right / 16px 100% no-repeat; }
+.card .scroll { --cover: var(--card); }
 th { text-align: left; font-weight: 500; }
 th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--edge); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.number + :not(.number) { padding-left: 12px; }
 td.note { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }
 .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 12px; }
 .maps > *, .charts > * { min-width: 0; }

@@ -7,7 +7,6 @@ resampling (Koehn 2004) and paired approximate randomization (Riezler and Maxwel
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sacrebleu.metrics import CHRF
 from sacrebleu.significance import PairedTest
 
 from transformer.evaluation.bleu_tokenizer import DEFAULT
@@ -27,6 +26,7 @@ class PairedTestResult(NamedTuple):
       bootstrap_p, randomization_p: the probability of a difference as large if the systems were equal.
       interval, baseline_interval: half the width of the 95% interval of the bootstrap.
       signatures: of the two tests.
+      samples: of the two tests.
     """
 
     metric: str
@@ -37,6 +37,7 @@ class PairedTestResult(NamedTuple):
     interval: float
     baseline_interval: float
     signatures: tuple[str, str]
+    samples: tuple[int, int]
 
     @property
     def difference(self) -> float:
@@ -47,6 +48,20 @@ class PairedTestResult(NamedTuple):
     def is_significant(self) -> bool:
         """Whether both p values are below ALPHA."""
         return max(self.bootstrap_p, self.randomization_p) < ALPHA
+
+    @property
+    def verdict(self) -> str:
+        """The meaning of both p values, in words."""
+        return "significant" if self.is_significant else "may be chance"
+
+    @property
+    def formatted_p(self) -> tuple[str, str]:
+        """Both p values as text; a p value as small as the number of samples allows is an upper bound."""
+        bootstrap, randomization = (
+            f"≤ {1 / count:g}" if p <= 1 / count else f"{p:.4f}"
+            for p, count in zip((self.bootstrap_p, self.randomization_p), self.samples, strict=True)
+        )
+        return bootstrap, randomization
 
 
 def paired_tests(
@@ -78,14 +93,18 @@ def paired_tests(
     if not translations:
         raise UserError("there are no sentences to compare; name a set that is not empty")
     systems: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), ("system", list(translations))]
-    results = {}
+    results, counts = {}, []
     for test in TESTS:
         instances = {name: make_metric(name, tokenizer) for name in metrics}
-        results[test] = PairedTest(systems, instances, [list(lines) for lines in references], test, samples)()
-    return [_paired_test_result(results, name, i) for i, name in enumerate(metrics)]
+        paired = PairedTest(systems, instances, [list(lines) for lines in references], test, samples)
+        results[test] = paired()
+        counts.append(paired.n_samples)
+    return [_paired_test_result(results, name, i, (counts[0], counts[1])) for i, name in enumerate(metrics)]
 
 
-def _paired_test_result(results: dict[str, tuple], metric: str, index: int) -> PairedTestResult:
+def _paired_test_result(
+    results: dict[str, tuple], metric: str, index: int, samples: tuple[int, int]
+) -> PairedTestResult:
     # results[test] is (signatures, scores). sacreBLEU keys both by its own names of the metrics, in their order, except
     # that "System" comes first among the scores: {"System": ["baseline", "system"], "BLEU": [Result, Result], …}.
     key = list(results["bs"][1])[index + 1]
@@ -102,6 +121,7 @@ def _paired_test_result(results: dict[str, tuple], metric: str, index: int) -> P
         interval=float(bootstrap.ci),
         baseline_interval=float(baseline.ci),
         signatures=(str(results["bs"][0][key]), str(results["ar"][0][key])),
+        samples=samples,
     )
 
 
@@ -115,14 +135,6 @@ def score_with_interval(
     result: Any
     ((result,),) = (found for name, found in results.items() if name != "System")
     return float(result.score), float(result.ci)
-
-
-def sentence_score(hypothesis: str, references: Sequence[Sequence[str]], index: int) -> float:
-    """chrF2 of one sentence against its references; 100 if both are blank."""
-    sentence_references = [lines[index] for lines in references]
-    if not hypothesis.strip() and any(not line.strip() for line in sentence_references):
-        return 100.0
-    return CHRF().sentence_score(hypothesis, sentence_references).score
 
 
 def as_json(name: str, tests: Sequence[PairedTestResult]) -> dict[str, Any]:
@@ -148,16 +160,17 @@ def format_table(name: str, baseline: str, tests: Sequence[PairedTestResult]) ->
     rows = [
         f"{name} compared with {baseline}",
         f"  {'':<{label_width}}{name:>{width}}{baseline:>{width + 2}}{'difference':>13}{'bootstrap p':>13}"
-        f"{'randomization p':>17}",
+        f"{'randomization p':>17}   verdict",
     ]
     for label, each in zip(labels, tests, strict=True):
-        verdict = "significant" if each.is_significant else "may be chance"
         score, baseline_score = f"{each.score:.2f} ±{each.interval:4.2f}", f"{each.baseline_score:.2f} "
         baseline_score += f"±{each.baseline_interval:4.2f}"
+        bootstrap_p, randomization_p = each.formatted_p
         rows.append(
             f"  {label:<{label_width}}{score:>{width}}{baseline_score:>{width + 2}}{each.difference:+13.2f}"
-            f"{each.bootstrap_p:13.4f}{each.randomization_p:17.4f}   {verdict}"
+            f"{bootstrap_p:>13}{randomization_p:>17}   {each.verdict}"
         )
     rows.append(f"  significant: both p below {ALPHA}; ±: 95% interval of the bootstrap")
-    rows += [f"  {signature}" for signature in tests[0].signatures]
+    for label, each in zip(labels, tests, strict=True):
+        rows += [f"  {title:<{label_width}}{line}" for title, line in zip((label, ""), each.signatures, strict=True)]
     return "\n".join(rows)

@@ -123,10 +123,15 @@ def _leave_out_compilation() -> None:
 
 
 class CompileCounter:
-    """Counts the programs lowered while it is entered, whether compiled or found in the cache on disk."""
+    """Counts the programs lowered while it is entered, whether compiled or found in the cache on disk.
+
+    Attributes:
+      count: of programs.
+      seconds: for lowering and compiling them.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.seconds = 0, 0.0
 
     def __enter__(self) -> "CompileCounter":
         import jax
@@ -140,8 +145,9 @@ class CompileCounter:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == _LOWERED:
-            self.count += 1
+        self.count += event == _LOWERED
+        if event in (_LOWERED, _COMPILED):
+            self.seconds += duration_secs
 
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "sentencepiece", "sacrebleu")

@@ -114,6 +114,11 @@ def leave_out(seconds: float) -> None:
     _display.leave_out(seconds)
 
 
+def current() -> str:
+    """The name of the innermost phase, "" if there is none; takes no lock, so that a signal handler may call it."""
+    return next((phase.name for phase in _display.phases[-1:]), "")
+
+
 def hidden() -> contextlib.AbstractContextManager[None]:
     """Clears the bars for the block, in which results are written to what may be the same terminal."""
     return _display.hidden()
@@ -124,7 +129,7 @@ class _Display:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._phases: list[Phase] = []
+        self.phases: list[Phase] = []
         self._bars: Progress | None = None
         self._tasks: dict[Phase, TaskID] = {}
         self._end = threading.Event()
@@ -134,8 +139,8 @@ class _Display:
         if not logging.is_shown():
             return
         with self._lock:
-            self._phases.append(phase)
-            if len(self._phases) == 1:
+            self.phases.append(phase)
+            if len(self.phases) == 1:
                 if logging.clock() - self._last_end >= BREAK_S:
                     self._busy_since = logging.clock()
                 self._end = threading.Event()
@@ -143,20 +148,20 @@ class _Display:
 
     def remove(self, phase: Phase) -> None:
         with self._lock:
-            if phase not in self._phases:
+            if phase not in self.phases:
                 return
-            self._phases.remove(phase)
+            self.phases.remove(phase)
             task = self._tasks.pop(phase, None)
             if self._bars and task is not None:
                 self._bars.remove_task(task)
-            if not self._phases:
+            if not self.phases:
                 self._last_end = logging.clock()
                 self._end.set()
                 self._stop_bars()
 
     def leave_out(self, seconds: float) -> None:
         with self._lock:
-            for phase in self._phases:
+            for phase in self.phases:
                 phase.leave_out(seconds)
 
     @contextlib.contextmanager
@@ -169,18 +174,18 @@ class _Display:
     def tick(self) -> None:
         """Redraws the bars, or logs a line if one is due."""
         with self._lock:
-            if not self._phases:
+            if not self.phases:
                 return
             if is_terminal():
                 self._draw()
                 return
             quiet_since = max(logging.last_message(), self._busy_since)
             if logging.clock() - quiet_since > LINE_INTERVAL_S - TICK_S:
-                innermost = self._phases[-1]
+                innermost = self.phases[-1]
                 logging.log_info(f"{innermost.name}: {innermost.status()}")
 
     def _draw(self) -> None:
-        for phase in self._phases:
+        for phase in self.phases:
             if phase.seconds < BAR_DELAY_S:
                 continue
             if self._bars is None:

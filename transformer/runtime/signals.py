@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+from transformer.runtime import progress
 from transformer.runtime.errors import StoppedError
 from transformer.runtime.logging import log_info
 
@@ -48,7 +49,9 @@ def catch_stop_signals() -> Iterator[Callable[[], int | None]]:
         received.append(number)
         if len(received) > 1:  # it came before the first was handled
             os.kill(os.getpid(), number)
-        log_info(f"{signal.Signals(number).name}: stopping after this update; send it again to stop at once")
+        phase = progress.current()
+        reason = f", which is {phase}" if phase.startswith("compiling") else ""
+        log_info(f"{signal.Signals(number).name}: stopping after this update{reason}; send it again to stop at once")
 
     with handling(handle):
         yield lambda: received[0] if received else None

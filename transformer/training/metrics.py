@@ -33,7 +33,7 @@ DIVERGENCE_HINT = (
 class MetricsAccumulator:
     """Adds up the metrics of updates between two log lines, and the cost of the run since its first update.
 
-    Time spent on evaluation and checkpoints is left out of both.
+    Time spent on evaluation and checkpoints is left out of both, and time to compile out of the metrics.
 
     Args:
       cost: of the sessions before.
@@ -95,6 +95,14 @@ class MetricsAccumulator:
         paused = self._clock() - since
         self._start += paused
         self._cost_start += paused
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes seconds of `device_wait` that do not recur, such as those of compilation, out of the speed.
+
+        The cost of the run has them.
+        """
+        self._start += seconds
+        self._device_seconds -= seconds
 
     @contextlib.contextmanager
     def device_wait(self) -> Iterator[None]:

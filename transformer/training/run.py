@@ -25,6 +25,7 @@ from transformer.data.tokenizer import Tokenizer
 from transformer.distributed import consistency, mesh, multihost, sharding
 from transformer.evaluation import bleu_tokenizer
 from transformer.evaluation.evaluator import Evaluator
+from transformer.evaluation.metrics import METRICS
 from transformer.models.registry import ModelDef
 from transformer.runtime import environment, progress
 from transformer.runtime.errors import UserError
@@ -70,7 +71,7 @@ class TrainingData:
 
     Attributes:
       digests: of both splits, as checkpoints keep them.
-      best_metric: decided from the validation references; see `bleu_tokenizer.decide`.
+      best_metric: as decided for a new run, from eval.metrics and the validation references.
       ids: of the training split.
     """
 
@@ -212,10 +213,18 @@ def _check_data(resume: ResumePoint, path: epath.Path, validation: corpora.Split
 
 def _decide_best_metric(config: Config, references: list[str]) -> str:
     """The metric that makes a checkpoint the best; logs why, and how BLEU is computed."""
+    names = config.eval.metric_names
     tokenizer = bleu_tokenizer.choose_bleu_tokenizer(config.data, references)
-    log_info(str(tokenizer))
+    if "bleu" in names:
+        log_info(str(tokenizer))
     if config.train.best_metric != "auto":
         return config.train.best_metric
+    if "bleu" not in names:
+        log_info(
+            f"the best checkpoint is that of the best {METRICS[names[0]].label}, the first of eval.metrics; "
+            "train.best_metric sets another"
+        )
+        return names[0]
     metric, reason = bleu_tokenizer.choose_best_metric(references, tokenizer.name)
     if reason:
         log_info(reason)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from etils import epath
 from ml_collections import config_dict
 
+from transformer.checkpoints import best_metric
 from transformer.config import Config, schema, validation, warm_start
 from transformer.data import corpus, tokenizer
+from transformer.evaluation.metrics import make_metric
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 
@@ -64,15 +66,16 @@ def check_config(config: Config | config_dict.ConfigDict, workdir: str) -> Confi
 
 
 def check_data(config: Config, workdir: str) -> None:
-    """Raises a UserError where the data set or the tokenizer that the config names is missing or invalid."""
+    """Raises a UserError where the data set, tokenizer or metrics that the config names are missing or invalid."""
     corpus.validate_source(config.data)
+    for name in best_metric.validation_metrics(config):
+        make_metric(name)  # which may need a package
     is_fine_tuning = config.train.init_from and not epath.Path(workdir, "checkpoints").exists()
     tokenizer.load_configured(tokenizer.inherit_tokenizer(config) if is_fine_tuning else config.data)
 
 
 def prepare(config: Config, path: epath.Path) -> "tuple[RunContext, TrainState]":
     """What the training loop works with, and the state that it starts from."""
-    from transformer.checkpoints import best_metric
     from transformer.evaluation.evaluator import Evaluator
     from transformer.models.registry import ModelDef
     from transformer.training import run, train_step

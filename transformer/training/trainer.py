@@ -4,12 +4,12 @@ The devices run update n while the host reads the metrics of update n - 1. They 
 are logged, a checkpoint saved or the validation split scored.
 """
 
-import contextlib
 import functools
 import math
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from transformer.config import schema, validation
 from transformer.data import input_pipeline
 from transformer.data.batching import Batch, Bucket
 from transformer.distributed import multihost, platform, sharding
+from transformer.evaluation.metrics import METRICS
 from transformer.models import flops, registry
 from transformer.runtime import environment, progress, signals
 from transformer.runtime.errors import DivergedError
@@ -89,27 +90,35 @@ class StepPipeline:
         waiting_since = time.perf_counter()
         batch = next(self._batches)
         self.meter.input_wait += time.perf_counter() - waiting_since
+        compile_seconds = self.compiles.seconds
         with jax.transfer_guard("disallow"), self.compiles:
             sharded = self._shard(batch)
-            train_step = self._programs.get(batch_shape(sharded), self._train_step)
-            with self._announced(sharded), self.meter.device_wait():
-                self.state, metrics = train_step(self.state, sharded)
+            with self.meter.device_wait():
+                self.state, metrics = self._update(sharded)
+        self.meter.leave_out(self.compiles.seconds - compile_seconds)
         self.flush()
         self._step += 1
         self._unread = metrics, self._step, {"slots": sharded.target_BT.size, "flops": self._flops_of(sharded)}
 
-    @contextlib.contextmanager
-    def _announced(self, batch: Batch) -> Iterator[None]:
-        """Logs that an update takes long if its batch has a new shape, for which it is compiled."""
+    def _update(self, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """One update. It is compiled for a batch of a new shape, which is logged.
+
+        That is done in a thread, as this one handles no signal while it compiles.
+        """
         shape = batch_shape(batch)
+        train_step = self._programs.get(shape, self._train_step)
         if shape in self._shapes:
-            yield
-            return
+            return train_step(self.state, batch)
         self._shapes.add(shape)
+
+        def compile_and_update() -> tuple[TrainState, StepMetrics]:
+            with jax.transfer_guard("disallow"):  # which is of each thread
+                return train_step(self.state, batch)
+
         compiling = f"compiling shape {len(self._shapes)} of {self._num_shapes}"
         log_info(compiling)
-        with progress.phase(compiling):
-            yield
+        with progress.phase(compiling), ThreadPoolExecutor(1) as pool:
+            return pool.submit(compile_and_update).result()
 
     def flush(self) -> None:
         """Reads the metrics that are still on the devices; a DivergedError if they are not finite."""
@@ -257,8 +266,8 @@ class TrainingLoop:
         train, stale = self._config.train, self.early_stopping.stale
         if train.early_stopping_patience and stale >= train.early_stopping_patience:
             best = best_metric.format_score(train.best_metric, self.early_stopping.best)
-            metric = f"{best_metric.TITLES[train.best_metric]} than {best}"
-            log_info(f"step {step:,}: {stale:,} validations without a better {metric}, so the run ends here")
+            title = "validation loss" if train.best_metric == "loss" else METRICS[train.best_metric].label
+            log_info(f"step {step:,}: {stale:,} validations without a better {title} than {best}, so the run ends here")
             return True
         if step == self.context.start >= train.num_steps:
             fixed = validation.schedule_depends_on_num_steps(self._config)
@@ -293,9 +302,10 @@ class TrainingLoop:
 
         context, split = self.context, self.context.data.validation
         sources, references = split.sources(), split.targets()
+        metrics = best_metric.validation_metrics(self._config)
         with progress.phase(f"validation at step {step:,}"):
             result = context.evaluator.evaluate(
-                params, sources, [references], metrics=("bleu", "chrf"), progress=stop_if_signalled
+                params, sources, [references], metrics=metrics, progress=stop_if_signalled
             )
         if not math.isfinite(result.loss):
             context.checkpoints.wait()
@@ -303,16 +313,18 @@ class TrainingLoop:
             raise DivergedError(
                 f"the run diverged: after update {step} the validation loss is {result.loss}; {DIVERGENCE_HINT}"
             )
-        bleu, chrf = float(result.scores["bleu"]), float(result.scores["chrf"])
-        scores = {"valid/loss": result.loss, VALID_BLEU: bleu, "valid/chrf": chrf}
-        metric = self._config.train.best_metric
-        self.early_stopping = self.early_stopping.update(best_metric.score(metric, scores) or 0.0)
+        scores = {"valid/loss": result.loss, **{f"valid/{name}": float(result.scores[name]) for name in metrics}}
+        best = self._config.train.best_metric
+        self.early_stopping = self.early_stopping.update(best_metric.score(best, scores) or 0.0)
         # The checkpoint that was resumed keeps the scores of its own search.
         if step > context.start or context.resume.scores_comparable:
             context.checkpoints.update_metrics(step, {**scores, **self.early_stopping.to_metrics()})
         writer.write(step, {**scores, "valid/seconds": result.seconds, **self._cost.metrics()})
-        shown = {"loss": f"validation loss {result.loss:.3f}", "bleu": f"BLEU {bleu:.2f}", "chrf": f"chrF2 {chrf:.2f}"}
-        shown[metric] += f", best {best_metric.format_score(metric, self.early_stopping.best)}"
+        shown = {"loss": f"validation loss {result.loss:.3f}"}
+        for name in metrics:
+            if name == best or name in self._config.eval.metric_names:
+                shown[name] = f"{METRICS[name].label} {result.scores[name]:.2f}"
+        shown[best] += f", best {best_metric.format_score(best, self.early_stopping.best)}"
         log_info(f"step {step:,} · {' · '.join(shown.values())} · {result.seconds:.0f} s · after {self._cost}")
         log_sample(sources, references, result.translations)
 
