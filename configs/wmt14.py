@@ -70,4 +70,6 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     config.decode.beam_size = 4
     config.decode.length_penalty = 0.6
     config.decode.max_extra_length = 50
+    config.eval.validation_sentences = 1000  # greedy, for a small part of the time; eval.py searches in all of them
+    config.eval.validation_beam_size = 1
     return config

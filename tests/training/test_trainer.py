@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -16,11 +17,13 @@ import numpy as np
 import pytest
 from etils import epath
 
+from configs import wmt14
 from tests.conftest import small_config
 from train import train as fit
-from transformer.checkpoints import loading
+from transformer.checkpoints import best_metric, loading, manager
 from transformer.checkpoints.manager import CheckpointManager
-from transformer.data.batching import Batch
+from transformer.config import validation
+from transformer.data.batching import PAD_EXAMPLE, Batch, eval_batches
 from transformer.distributed import platform
 from transformer.evaluation.evaluator import CrossEntropy, Evaluator
 from transformer.models.flops import TrainingCost
@@ -687,3 +690,46 @@ def test_a_second_trainer_gets_an_error_that_names_the_holder_of_the_workdir(dat
         pytest.raises(WorkdirError, match="held by process"),
     ):
         fit(config_of(data), tmp_path / "run")
+
+
+def test_a_fixed_sample_is_spread_over_all_lines():
+    lines = [str(i) for i in range(10)]
+    assert trainer.fixed_sample(lines, 4) == ["0", "2", "5", "7"]
+    assert trainer.fixed_sample(lines, 0) == trainer.fixed_sample(lines, 10) == trainer.fixed_sample(lines, 99) == lines
+
+
+def test_validation_is_of_the_sample_and_its_search(data, tmp_path, monkeypatch, capsys):
+    """And its share of the time is in the log."""
+    evaluated, evaluate = [], Evaluator.evaluate
+
+    def noted(self, params, sources, *args, **kwargs):
+        evaluated.append(sources)
+        return evaluate(self, params, sources, *args, **kwargs)
+
+    monkeypatch.setattr(Evaluator, "evaluate", noted)
+    config = config_of(
+        data,
+        train={"num_steps": 6, "log_every_steps": 3, "eval_every_steps": 3},
+        eval={"validation_sentences": 2, "validation_beam_size": 1},
+        decode={"beam_size": 3},
+    )
+    fit(config, tmp_path)
+    *_, first, last = (line for line in lines_of(tmp_path) if "train/validation_share" in line)
+    assert first["train/validation_share"] == 0 < last["train/validation_share"] < 1
+    shown = capsys.readouterr().err
+    assert re.search(r"^step 6/6 · loss .* · [0-9]+% of the time validation", shown, re.MULTILINE)
+    definition = manager.score_definition(CheckpointManager(tmp_path).config(6))
+    assert (definition.search.beam_size, definition.num_sentences) == (1, 2)
+    assert definition != manager.score_definition(config_of(data))
+    assert len(evaluated) == 2 == len(evaluated[0])
+
+
+def test_validation_of_wmt_takes_few_decode_steps():
+    """By the lengths of 3,000 sentences of news, if no translation ended before its limit."""
+    config = validation.validate(wmt14.get_config("en_de_base"))
+    lengths = np.clip(np.random.default_rng(0).lognormal(3.2, 0.55, 3000), 2, 150).astype(int)
+    sampled = np.array(trainer.fixed_sample(lengths.tolist(), config.eval.validation_sentences))
+    batches = eval_batches(sampled, np.zeros_like(sampled), lambda width: platform.DECODE_ROWS)
+    longest = [sampled[batch.examples_B[batch.examples_B != PAD_EXAMPLE]].max() for batch in batches]
+    assert sum(longest) + len(longest) * config.decode.max_extra_length <= 1000
+    assert best_metric.validation_decode(config).beam_size == 1

@@ -6,7 +6,7 @@ Early stopping, `train.keep_best` and the selectors `best` and `best-average:N` 
 import dataclasses
 from collections.abc import Mapping
 
-from transformer.config import Config
+from transformer.config import Config, DecodeConfig
 from transformer.config.schema import ALWAYS_VALIDATED
 
 LOWER_IS_BETTER = ("loss", "ter")
@@ -33,6 +33,12 @@ def validation_metrics(config: Config) -> list[str]:
     best = resolve(config)
     metrics = dict.fromkeys((*ALWAYS_VALIDATED, *config.eval.metric_names, best))
     return [name for name in metrics if name != "loss" and (name != "ter" or best == "ter")]
+
+
+def validation_decode(config: Config) -> DecodeConfig:
+    """Decoding in validation during training."""
+    beam_size = config.eval.validation_beam_size or config.decode.beam_size
+    return dataclasses.replace(config.decode, beam_size=beam_size)
 
 
 def score(metric: str, metrics: Mapping[str, float]) -> float | None:

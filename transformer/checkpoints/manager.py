@@ -353,10 +353,11 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
 
 class ScoreDefinition(NamedTuple):
-    """What must be equal for scores to be compared: the metric, and the settings of the search."""
+    """What must be equal for scores to be compared: the metric, the settings of the search, and the sentences."""
 
     metric: str
     search: DecodeConfig
+    num_sentences: int
 
 
 def score_definition(config: Config) -> ScoreDefinition:
@@ -364,8 +365,9 @@ def score_definition(config: Config) -> ScoreDefinition:
     metric = best_metric.resolve(config)
     if metric == "loss":
         limits = {name: getattr(config.decode, name) for name in ("max_source_tokens", "max_extra_length")}
-        return ScoreDefinition(metric, DecodeConfig(**limits))
-    return ScoreDefinition(metric, dataclasses.replace(config.decode, batch_rows=DecodeConfig.batch_rows))
+        return ScoreDefinition(metric, DecodeConfig(**limits), config.eval.validation_sentences)
+    search = dataclasses.replace(best_metric.validation_decode(config), batch_rows=DecodeConfig.batch_rows)
+    return ScoreDefinition(metric, search, config.eval.validation_sentences)
 
 
 def no_valid_checkpoint(folder: epath.Path, available: list[int]) -> WorkdirError:

@@ -295,6 +295,12 @@ class EvalConfig:
         "case, punctuation and articles, rouge1, rouge2 and rougeL need the package rouge-score",
         list_of=METRIC_NAMES,
     )
+    validation_sentences: int = _field(
+        0, "sentences that validation during training translates, spread over the split, always the same; 0: all", low=0
+    )
+    validation_beam_size: int = _field(
+        0, "beam size of validation during training, 1 is greedy; 0: decode.beam_size", low=0, high=1000
+    )
 
     @property
     def metric_names(self) -> tuple[str, ...]:

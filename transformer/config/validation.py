@@ -162,6 +162,7 @@ _CONDITIONS: tuple[tuple[str, tuple[Condition, ...]], ...] = (  # fields, and th
     ("train.max_skipped_updates", (Condition("train.spike_factor"),)),
     ("train.init_checkpoint", (Condition("train.init_from"),)),
     ("decode.beam_size decode.coverage_penalty decode.early_stopping", (Condition("decode.method", ("beam",)),)),
+    ("eval.validation_beam_size", (Condition("decode.method", ("beam",)),)),
     ("decode.length_penalty decode.length_penalty_form", (Condition("decode.method", ("beam", "sample")),)),
     (
         "decode.temperature decode.top_k decode.top_p decode.seed",

@@ -189,6 +189,8 @@ class MetricWriter:
             self._training.note = (
                 f"loss {values['train/loss']:.3f} · {values['train/target_tokens_per_s']:,.0f} tokens/s"
             )
+            if share := values.get("train/validation_share"):
+                self._training.note += f" · {share:.0%} of the time validation"
             self.log_step(step, self._training.note)
 
     def log_step(self, step: int, text: str) -> None:

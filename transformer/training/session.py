@@ -90,7 +90,8 @@ def prepare(config: Config, path: epath.Path) -> "tuple[RunContext, TrainState]"
 
     # Model, without its params; the evaluator translates and scores with it.
     model = ModelDef(config.model, data.tokenizer.vocab_size)
-    evaluator = Evaluator(model, data.tokenizer, config, mesh)
+    decode = best_metric.validation_decode(config)
+    evaluator = Evaluator(model, data.tokenizer, dataclasses.replace(config, decode=decode), mesh)
 
     # Optimizer and step: loss, gradients, clipping, Adam and the learning-rate schedule are one jitted function.
     update = train_step.make_train_step(model, config, mesh)

@@ -164,6 +164,7 @@ class TrainingLoop:
         self.early_stopping = EarlyStopping.from_metrics(saved if context.resume.scores_comparable else {})
         self._cost = flops.TrainingCost.from_metrics(saved) or flops.TrainingCost()
         self._stragglers = StragglerDetector()
+        self._validation_seconds, self._clock_start = 0.0, time.perf_counter()
 
     def run(self, state: TrainState) -> None:
         """Trains until `train.num_steps` or early stopping."""
@@ -253,7 +254,12 @@ class TrainingLoop:
 
     def _log(self, pipeline: StepPipeline, step: int, writer: MetricWriter | NullMetricWriter) -> None:
         meter = pipeline.meter
-        machine = {"train/compiles": pipeline.compiles.count, "train/peak_memory_mb": peak_memory_mb()}
+        validation_share = self._validation_seconds / (time.perf_counter() - self._clock_start)
+        machine = {
+            "train/compiles": pipeline.compiles.count,
+            "train/peak_memory_mb": peak_memory_mb(),
+            "train/validation_share": validation_share,
+        }
         timing = {**meter.host_timing(), "memory_mb": machine["train/peak_memory_mb"]}
         hosts = gather_host_metrics(self.context.mesh, timing)
         writer.write(step, {**meter.summary(), **self._cost.metrics(), **machine, **summarize_hosts(hosts)})
@@ -301,7 +307,8 @@ class TrainingLoop:
                 raise signals.preempted(signal_number, step)
 
         context, split = self.context, self.context.data.validation
-        sources, references = split.sources(), split.targets()
+        count = self._config.eval.validation_sentences
+        sources, references = (fixed_sample(lines, count) for lines in (split.sources(), split.targets()))
         metrics = best_metric.validation_metrics(self._config)
         with progress.phase(f"validation at step {step:,}"):
             result = context.evaluator.evaluate(
@@ -319,6 +326,7 @@ class TrainingLoop:
         # The checkpoint that was resumed keeps the scores of its own search.
         if step > context.start or context.resume.scores_comparable:
             context.checkpoints.update_metrics(step, {**scores, **self.early_stopping.to_metrics()})
+        self._validation_seconds += result.seconds
         writer.write(step, {**scores, "valid/seconds": result.seconds, **self._cost.metrics()})
         shown = {"loss": f"validation loss {result.loss:.3f}"}
         for name in metrics:
@@ -327,6 +335,11 @@ class TrainingLoop:
         shown[best] += f", best {best_metric.format_score(best, self.early_stopping.best)}"
         log_info(f"step {step:,} · {' · '.join(shown.values())} · {result.seconds:.0f} s · after {self._cost}")
         log_sample(sources, references, result.translations)
+
+
+def fixed_sample(lines: list[str], count: int) -> list[str]:
+    """Lines evenly spread over all, the same for lists of the same length; all if `count` is 0 or they are fewer."""
+    return [lines[i * len(lines) // count] for i in range(count)] if 0 < count < len(lines) else lines
 
 
 def log_sample(sources: Sequence[str], references: Sequence[str], translations: Sequence[str]) -> None:
