@@ -112,7 +112,8 @@ def test_a_save_is_held_against_one_without_digests(capsys, monkeypatch):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["megabytes"] == pytest.approx(50, abs=11)
     assert result["share"] == 1 - result["without_s"] / result["save_s"]
-    assert digested.count("config.json") == 2  # of four saves
+    assert result["pause_share"] == result["pause_s"] / result["save_s"]
+    assert digested.count("config.json") == 4  # of six saves
 
     with pytest.raises(SystemExit):
         checkpoint_hashing.main(["checkpoint_hashing", "--rounds=0"])
