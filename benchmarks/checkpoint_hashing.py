@@ -4,7 +4,7 @@
 
 The size is that of params and the two moments of Adam. Each round saves them twice with `CheckpointManager.save`, with
 and without SHA-256, and checks the metadata separately. Then it begins a save and at once an update, which takes the
-arrays of the state; the pause is what both take longer than an update alone. The last line of stdout is one JSON object,
+arrays of the state; the pause is what both take longer than an update alone. The last line of stdout is JSON,
 of medians.
 """
 
