@@ -89,6 +89,8 @@ def test_no_count_is_not_a_count(section, name, value):
 
 
 ZERO_IS_FINE = {
+    ("model", "encoder_layers"),
+    ("model", "decoder_layers"),
     ("train", "seed"),
     ("train", "keep_best"),
     ("train", "early_stopping_patience"),
