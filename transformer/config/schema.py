@@ -229,7 +229,7 @@ class OptimizerConfig:
     beta1: float = _field(0.9, "decay of the first moment", low=0, high=0.999999)
     beta2: float = _field(0.98, "decay of the second moment", low=0, high=0.9999999)
     epsilon: float = _field(1e-9, "added to the root of the second moment", low=POSITIVE)
-    weight_decay: float = _field(0.0, "adamw: decoupled decay of matrices, not of biases and LayerNorm", low=0)
+    weight_decay: float = _field(0.0, "adamw: decoupled decay of matrices, not of biases and norms", low=0)
     clip_norm: float = _field(0.0, "largest global norm of the gradient; 0 does not clip", low=0)
     label_smoothing: float = _field(0.1, "weight of the uniform distribution (paper, 5.4)", low=0, high=0.99)
 
