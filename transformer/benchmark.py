@@ -67,6 +67,8 @@ def sizes(config: Config, vocab_size: int) -> Row:
         "emb_dim": model.emb_dim,
         "mlp_dim": model.mlp_dim if attends else None,
         "num_layers": model.num_layers,
+        "encoder_layers": model.num_encoder_layers,
+        "decoder_layers": model.num_decoder_layers,
         "num_heads": model.num_heads if attends else None,
         "vocab_size": vocab_size,
         "batch_tokens": config.train.batch_tokens,

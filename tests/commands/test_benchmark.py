@@ -11,7 +11,10 @@ from tests.conftest import ROOT, small_config
 from transformer import benchmark
 from transformer.data.batching import Batch
 
-SIZES = ["family", "dtype", "emb_dim", "mlp_dim", "num_layers", "num_heads", "vocab_size", "batch_tokens"]
+SIZES = [
+    *("family", "dtype", "emb_dim", "mlp_dim", "num_layers", "encoder_layers", "decoder_layers", "num_heads"),
+    *("vocab_size", "batch_tokens"),
+]
 SPEED = [
     "params",
     "target_tokens_per_s",
@@ -43,7 +46,7 @@ def test_it_prints_the_documented_keys(tmp_path, flags, keys):
     row = json.loads(result.stdout.splitlines()[-1])
     assert list(row) == [*keys, *SIZES]
     assert all(row[key] > 0 for key in keys if key != "device")
-    assert [row[key] for key in SIZES] == ["attention", "float32", 16, 16, 1, 4, 285, 256]
+    assert [row[key] for key in SIZES] == ["attention", "float32", 16, 16, 1, 1, 1, 4, 285, 256]
 
 
 def test_heads_are_those_of_attention_alone():
@@ -53,6 +56,8 @@ def test_heads_are_those_of_attention_alone():
         "emb_dim": 16,
         "mlp_dim": None,
         "num_layers": 2,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
         "num_heads": None,
         "vocab_size": 300,
         "batch_tokens": 256,

@@ -78,6 +78,7 @@ SWITCHES = [  # what a file sets, the flag, and what is then left of it
     ({"model.attention": "blockwise", "mesh.sequence": 2, "mesh.tensor": 2}, "model.family=recurrent", {}),
     ({"model.family": "convolutional", "model.kernel_width": 5}, "model.family=attention", {"model.num_heads": 8}),
     ({"model.qkv_dim": 256}, "model.family=convolutional", {"model.qkv_dim": 512}),
+    ({"model.norm_type": "rms", "model.encoder_layers": 3}, "model.family=recurrent", {"model.encoder_layers": 3}),
     ({"data.num_buckets": 3}, "data.batching=pack", {"data.batching": "pack"}),
     ({**TEXT, "data.valid": "", "data.vocab_size": 999}, "data.name=cldr", {"data.vocab_size": 999}),
     ({**TEXT}, "data.train=pairs.tsv", {"data.name": "text", "data.train": "pairs.tsv"}),
@@ -157,8 +158,10 @@ def recorded(config, reads):
         kind = type(getattr(config, name))
 
         def get(self, field):
-            caller = sys._getframe(1).f_code.co_filename
-            if not field.startswith("_") and not caller.endswith(("dataclasses.py", "schema.py", "limits.py", ">")):
+            code = sys._getframe(1).f_code
+            in_property = isinstance(vars(kind).get(code.co_name), property)  # read through the schema
+            in_config = code.co_filename.endswith(("dataclasses.py", "schema.py", "limits.py", ">"))
+            if not field.startswith("_") and (in_property or not in_config):
                 reads.add(f"{name}.{field}")
             return object.__getattribute__(self, field)
 

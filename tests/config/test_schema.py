@@ -90,6 +90,8 @@ def test_no_count_is_not_a_count(section, name, value):
 
 
 ZERO_IS_FINE = {
+    ("model", "encoder_layers"),
+    ("model", "decoder_layers"),
     ("train", "seed"),
     ("train", "keep_best"),
     ("train", "early_stopping_patience"),
@@ -119,6 +121,10 @@ IMPOSSIBLE = [
     (r"num_heads = 7 does not divide qkv_dim = 512", {"model": {"num_heads": 7}}),
     (r"num_heads = 8 does not divide value_dim = 100", {"model": {"value_dim": 100}}),
     (r"expected an even width, required by sinusoidal positions; got 33", {"model": {"emb_dim": 33}}),
+    (
+        r"rotary: expected an even width per head, got model\.qkv_dim / num_heads = 5; change qkv_dim or num_heads",
+        {"model": {"positions": "rotary", "qkv_dim": 40}},
+    ),
     (r"norm: expected one of post, pre, got 'middle'", {"model": {"norm": "middle"}}),
     (r"dtype: expected one of float32, bfloat16, got 'float16'", {"model": {"dtype": "float16"}}),
     (r"dropout_rate: expected at most 0.99, got 1.0", {"model": {"dropout_rate": 1.0}}),

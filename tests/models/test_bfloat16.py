@@ -28,6 +28,7 @@ SUMS = [  # along axes, and into the rows of a table
     re.compile(rf'"stablehlo\.scatter"(?s:.*?)\}}\) : {NARROW}'),
 ]
 FEW = {"num_layers": 1, "dtype": "bfloat16"}
+ROTARY = {"positions": "rotary", "norm_type": "rms", "activation": "swiglu", "qk_norm": True}
 
 
 @pytest.mark.slow
@@ -38,9 +39,10 @@ FEW = {"num_layers": 1, "dtype": "bfloat16"}
             model={**FEW, "attention": "plain", "positions": "learned"}, data={"batching": "pack", "num_buckets": 8}
         ),
         small_config(model={**FEW, "attention": "blockwise", "remat": "dots"}),
+        small_config(model={**FEW, **ROTARY}),
         *(family_config(**KINDS[kind], **FEW) for kind in ("recurrent", "additive", "wide convolutional")),
     ],
-    ids=["plain", "blockwise", "recurrent", "additive", "convolutional"],
+    ids=["plain", "blockwise", "rotary", "recurrent", "additive", "convolutional"],
 )
 def test_a_bfloat16_training_step_multiplies_nothing_in_float32_and_sums_nothing_in_bfloat16(config):
     mesh, model = make_mesh(config.mesh), registry.ModelDef(config.model, V)
@@ -93,6 +95,7 @@ FULL_BATCHES = {  # model fields, and whether rows are packed
     "attention, packed": (LEARNED, True),
     "attention": ({}, False),
     "attention, pre-norm, scanned": ({"norm": "pre", "scan_layers": True, **LEARNED}, False),
+    "attention, rotary": (ROTARY, False),
     "recurrent": ({"family": "recurrent", "num_layers": 2}, False),
     "recurrent, additive": ({"family": "recurrent", "attention_score": "additive"}, False),
     "convolutional, additive": ({"family": "convolutional", "attention_score": "additive", **LEARNED}, False),

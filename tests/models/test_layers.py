@@ -1,4 +1,4 @@
-"""The blocks: LayerNorm's hand-written gradient, positions, embeddings, shapes of heads, dropout's places."""
+"""The blocks: the norms' hand-written gradient, positions, embeddings, shapes of heads, dropout's places."""
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,39 @@ from jax.test_util import check_grads
 
 from transformer.attention import dropout
 from transformer.attention.mask import AttentionMask
+from transformer.config import ModelConfig
 from transformer.models import layers
 
-
-def plain_layer_norm(x, scale, bias):
-    mean = x.mean(-1, keepdims=True)
-    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
-    return (x - mean) / jnp.sqrt(variance + layers.EPSILON) * scale[None, None] + bias[None, None]
+EPSILON = 1e-6
 
 
-def test_layer_norm_and_its_gradients_equal_autodiff(program_platform):
+def config_of(width=8, **fields):
+    return ModelConfig(**{"emb_dim": width, "qkv_dim": width, "value_dim": width, "num_heads": 2, **fields})
+
+
+def plain_norm(x, scale, bias, norm_type):
+    x = x - x.mean(-1, keepdims=True) if norm_type == "layer" else x
+    out = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * scale[None, None]
+    return out if bias is None else out + bias[None, None]
+
+
+every_norm = pytest.mark.parametrize(("norm_type", "has_bias"), [("layer", True), ("layer", False), ("rms", False)])
+
+
+def norm_of(norm_type, has_bias):
+    """The norm as a function of what is differentiated, and its plain form."""
+
+    def norm(x, scale, *bias):
+        return layers.normalize(x, scale, *(bias or [None]), norm_type, EPSILON)
+
+    def plain(x, scale, *bias):
+        return plain_norm(x, scale, *(bias or [None]), norm_type)
+
+    return norm, plain, (0, 1, 2) if has_bias else (0, 1)
+
+
+@every_norm
+def test_a_norm_and_its_gradients_equal_autodiff(norm_type, has_bias, program_platform):
     keys = jax.random.split(jax.random.key(0), 4)
     x, weight = (jax.random.normal(key, (3, 4, 8)) * 3 + 1 for key in keys[:2])
     scale, bias = (jax.random.normal(key, (8,)) for key in keys[2:])
@@ -26,26 +49,31 @@ def test_layer_norm_and_its_gradients_equal_autodiff(program_platform):
     def objective(function):
         return lambda *inputs: (weight * function(*inputs)).sum()
 
-    got = jax.value_and_grad(objective(layers.layer_norm), (0, 1, 2))(x, scale, bias)
-    want = jax.value_and_grad(objective(plain_layer_norm), (0, 1, 2))(x, scale, bias)
+    norm, plain, differentiated = norm_of(norm_type, has_bias)
+    inputs = (x, scale, bias)[: len(differentiated)]
+    got = jax.value_and_grad(objective(norm), differentiated)(*inputs)
+    want = jax.value_and_grad(objective(plain), differentiated)(*inputs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
 
 
-def test_layer_norm_gradient_by_finite_differences(program_platform):
+@every_norm
+def test_the_gradient_of_a_norm_by_finite_differences(norm_type, has_bias, program_platform):
     x = jax.random.normal(jax.random.key(1), (2, 3, 6))
-    scale, bias = jnp.full((6,), 1.5), jnp.full((6,), 0.5)
-    check_grads(layers.layer_norm, (x, scale, bias), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+    norm, _, differentiated = norm_of(norm_type, has_bias)
+    inputs = (x, jnp.full((6,), 1.5), jnp.full((6,), 0.5))[: len(differentiated)]
+    check_grads(norm, inputs, order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-def test_layer_norm_of_bfloat16_has_float32_statistics_and_gradients(program_platform):
+@every_norm
+def test_a_norm_of_bfloat16_has_float32_statistics_and_gradients(norm_type, has_bias, program_platform):
     x = (jax.random.normal(jax.random.key(2), (2, 3, 64)) + 100).astype(jnp.bfloat16)
-    scale, bias = jnp.ones(64), jnp.zeros(64)
-    out = layers.layer_norm(x, scale, bias)
-    want = plain_layer_norm(x.astype(jnp.float32), scale, bias)
+    norm, plain, differentiated = norm_of(norm_type, has_bias)
+    inputs = (x, jnp.ones(64), jnp.zeros(64))[: len(differentiated)]
+    out = norm(*inputs)
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), want, atol=0.02)
-    grads = jax.grad(lambda *a: layers.layer_norm(*a).astype(jnp.float32).sum(), (0, 1, 2))(x, scale, bias)
-    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    np.testing.assert_allclose(out.astype(jnp.float32), plain(x.astype(jnp.float32), *inputs[1:]), atol=0.02)
+    grads = jax.grad(lambda *a: norm(*a).astype(jnp.float32).sum(), differentiated)(*inputs)
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32, jnp.float32][: len(grads)]
 
 
 def test_sinusoids_are_those_of_the_paper():
@@ -66,7 +94,7 @@ def test_embedding_scales_by_root_of_width_and_logits_do_not():
 
 
 def test_feed_forward_is_equation_2():
-    block = layers.FeedForward(4, 8, 0.0, nnx.Rngs(params=0))
+    block = layers.FeedForward(config_of(4, mlp_dim=8), nnx.Rngs(params=0))
     block.bias_in[...] = jnp.linspace(-1, 1, 8)
     block.bias_out[...] = jnp.linspace(0, 1, 4)
     x = jax.random.normal(jax.random.key(3), (2, 3, 4))
@@ -78,7 +106,8 @@ def test_feed_forward_is_equation_2():
 @pytest.mark.slow
 @pytest.mark.parametrize(("qkv_dim", "value_dim"), [(8, 8), (4, 8), (16, 4)])
 def test_key_and_value_widths_are_free_of_the_model_width(qkv_dim, value_dim):
-    block = layers.MultiHeadAttention(8, 2, qkv_dim, value_dim, 0.0, "plain", nnx.Rngs(params=0))
+    config = config_of(qkv_dim=qkv_dim, value_dim=value_dim, attention="plain")
+    block = layers.MultiHeadAttention(config, nnx.Rngs(params=0))
     x = jax.random.normal(jax.random.key(4), (2, 3, 8))
     assert block(x, x, AttentionMask()).shape == (2, 3, 8)
     assert block.query[...].shape == block.key[...].shape == (8, 2, qkv_dim // 2)
@@ -87,7 +116,7 @@ def test_key_and_value_widths_are_free_of_the_model_width(qkv_dim, value_dim):
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_residual_puts_norm_and_dropout_where_the_paper_does(norm):
-    block = layers.ResidualBlock(8, norm, 0.5, nnx.Rngs(params=0))
+    block = layers.ResidualBlock(config_of(norm=norm, dropout_rate=0.5), nnx.Rngs(params=0))
     x = jax.random.normal(jax.random.key(5), (1, 2, 8))
     key = jax.random.key(6)
 
@@ -101,6 +130,6 @@ def test_residual_puts_norm_and_dropout_where_the_paper_does(norm):
 
 
 def test_every_param_names_its_axes():
-    block = layers.MultiHeadAttention(8, 2, 8, 8, 0.0, "plain", nnx.Rngs(params=0))
+    block = layers.MultiHeadAttention(config_of(qk_norm=True), nnx.Rngs(params=0))
     for _, param in nnx.to_flat_state(nnx.state(block, nnx.Param)):
         assert len(param.get_metadata()["axes"]) == param.get_value().ndim

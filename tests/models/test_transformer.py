@@ -245,7 +245,7 @@ def test_weights_of_self_attention_are_those_that_the_layers_use(norm):
         for number, layer in enumerate(layers):
             attention, given_BHTT = layer.attention, weights[:, number]
 
-            def given(y, same, mask, key=None, attention=attention, given_BHTT=given_BHTT):
+            def given(y, same, mask, key=None, rotation=None, attention=attention, given_BHTT=given_BHTT):
                 values_BTHK = attention.keys_values(y)[1]
                 return attention.project(jnp.einsum("bhts,bshk->bthk", given_BHTT, values_BTHK))
 

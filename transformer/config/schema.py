@@ -61,14 +61,39 @@ class ModelConfig:
         one_of=("attention", "recurrent", "convolutional"),
     )
     num_layers: int = _field(6, "layers of the encoder and of the decoder each", low=1)
+    encoder_layers: int = _field(0, "layers of the encoder; 0: num_layers", low=0)
+    decoder_layers: int = _field(
+        0, "layers of the decoder; 0: num_layers; few make translation faster (Kasai et al. 2021)", low=0
+    )
     emb_dim: int = _field(512, "model width D (paper: d_model)", low=1)
     num_heads: int = _field(8, "attention heads H", low=1)
     qkv_dim: int = _field(512, "width per head times heads, H * K, of queries and keys; independent of emb_dim", low=1)
     value_dim: int = _field(512, "the same of values: Table 3 (B) varies only the key width", low=1)
     mlp_dim: int = _field(2048, "feed-forward width F (paper: d_ff)", low=1)
-    norm: str = _field("post", "LayerNorm after the residual sum (paper) or before the layer", one_of=("post", "pre"))
-    positions: str = _field("sinusoidal", "position encodings", one_of=("sinusoidal", "learned"))
-    max_positions: int = _field(1024, "rows of the table of learned positions; unused by sinusoidal ones", low=1)
+    activation: str = _field(
+        "relu",
+        "of the feed-forward block; swiglu, geglu: a gate, silu or gelu of a third matrix, multiplies the hidden layer "
+        "(Shazeer 2020), so 2/3 of mlp_dim has the params and FLOPs of the others",
+        one_of=("relu", "gelu", "silu", "swiglu", "geglu"),
+    )
+    use_bias: bool = _field(True, "biases of feed-forward blocks and LayerNorm; projections of attention have none")
+    norm: str = _field("post", "norm after the residual sum (paper) or before the layer", one_of=("post", "pre"))
+    norm_type: str = _field(
+        "layer",
+        "layer: LayerNorm; rms: RMSNorm, without mean and bias (Zhang & Sennrich 2019)",
+        one_of=("layer", "rms"),
+    )
+    norm_epsilon: float = _field(1e-6, "added to the variance or mean square in norms", low=POSITIVE, high=1)
+    qk_norm: bool = _field(
+        False, "norm of queries and keys, over each head's width (Henry et al. 2020, Dehghani et al. 2023)"
+    )
+    positions: str = _field(
+        "sinusoidal",
+        "position encodings; sinusoidal, learned: added to the embeddings; rotary: queries and keys of self-attention "
+        "are rotated (Su et al. 2021), not those of cross-attention",
+        one_of=("sinusoidal", "learned", "rotary"),
+    )
+    max_positions: int = _field(1024, "rows of the table of learned positions; unused by others", low=1)
     share_embeddings: bool = _field(True, "one matrix for source, target and output embeddings (paper, 3.4)")
     dropout_rate: float = _field(
         0.1, "on each sublayer's output and on the embedded input (paper, 5.4)", low=0, high=0.99
@@ -108,9 +133,24 @@ class ModelConfig:
     )
 
     @property
+    def num_encoder_layers(self) -> int:
+        """The layers of the encoder."""
+        return self.encoder_layers or self.num_layers
+
+    @property
+    def num_decoder_layers(self) -> int:
+        """The layers of the decoder."""
+        return self.decoder_layers or self.num_layers
+
+    @property
     def num_cross_attention_layers(self) -> int:
         """The number of decoder layers with attention to the source."""
-        return 1 if self.family == "recurrent" else self.num_layers
+        return 1 if self.family == "recurrent" else self.num_decoder_layers
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward block has a gate."""
+        return self.activation in ("swiglu", "geglu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +233,7 @@ class OptimizerConfig:
     beta1: float = _field(0.9, "decay of the first moment", low=0, high=0.999999)
     beta2: float = _field(0.98, "decay of the second moment", low=0, high=0.9999999)
     epsilon: float = _field(1e-9, "added to the root of the second moment", low=POSITIVE)
-    weight_decay: float = _field(0.0, "adamw: decoupled decay of matrices, not of biases and LayerNorm", low=0)
+    weight_decay: float = _field(0.0, "adamw: decoupled decay of matrices, not of biases and norms", low=0)
     clip_norm: float = _field(0.0, "largest global norm of the gradient; 0 does not clip", low=0)
     label_smoothing: float = _field(0.1, "weight of the uniform distribution (paper, 5.4)", low=0, high=0.99)
 

@@ -143,6 +143,7 @@ _TEXT_FILES = Condition("data.name", ("text",))
 _CONDITIONS: tuple[tuple[str, tuple[Condition, ...]], ...] = (  # fields, and the conditions that must all hold
     ("model.num_heads model.mlp_dim model.norm model.mlp_dropout_rate model.attention_dropout_rate", (_ATTENTION,)),
     ("model.attention model.qkv_init_gain model.qkv_dim model.value_dim", (_ATTENTION,)),
+    ("model.activation model.use_bias model.norm_type model.norm_epsilon model.qk_norm", (_ATTENTION,)),
     ("model.positions model.remat model.scan_layers", (_NOT_RECURRENT,)),
     ("model.max_positions", (_NOT_RECURRENT, Condition("model.positions", ("learned",)))),
     ("model.attention_score", (Condition("model.family", ("recurrent", "convolutional")),)),
@@ -384,6 +385,8 @@ def _check_combinations(config: Config) -> None:
     if model.positions == "sinusoidal" and model.emb_dim % 2:
         reason = "split by two directions" if model.family == "recurrent" else "required by sinusoidal positions"
         raise UserError(f"config.model.emb_dim: expected an even width, {reason}; got {model.emb_dim}")
+    if model.positions == "rotary":
+        _check_rotary(model)
     row = "data.max_length" if data.length_multiple == 1 else "data.max_length rounded up to data.length_multiple"
     longest = max(data.max_row_length, decode.max_source_tokens + decode.max_extra_length)
     if model.positions == "learned" and longest > model.max_positions:
@@ -403,6 +406,19 @@ def _check_combinations(config: Config) -> None:
     _check_profile_steps(train)
     if optimizer.schedule in ("paper", "inverse_sqrt") and not optimizer.warmup_steps:
         raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")
+
+
+def _check_rotary(model: schema.ModelConfig) -> None:
+    if model.family != "attention":
+        raise UserError(
+            "config.model.positions = rotary: rotates queries and keys of self-attention, which family = "
+            f"{model.family} does not have; set positions to sinusoidal or learned"
+        )
+    if (model.qkv_dim // model.num_heads) % 2:
+        raise UserError(
+            "config.model.positions = rotary: expected an even width per head, got model.qkv_dim / num_heads = "
+            f"{model.qkv_dim // model.num_heads}; change qkv_dim or num_heads"
+        )
 
 
 def _check_profile_steps(train: schema.TrainConfig) -> None:

@@ -29,8 +29,8 @@ def is_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def layer_norm_saves_normed() -> bool:
-    """Whether LayerNorm keeps its normalized input for the gradient, rather than the input's mean and deviation.
+def norm_saves_normed() -> bool:
+    """Whether a norm keeps its normalized input for the gradient, rather than the input's mean and deviation.
 
     An accelerator waits for memory: mean and deviation save two of five passes over the activations. A CPU would
     have to normalize again.

@@ -16,10 +16,9 @@ from transformer.config import DecodeConfig, ModelConfig
 from transformer.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
 from transformer.export.jax_export import Score, max_length
 from transformer.models.layers import (
-    EPSILON,
     FeedForward,
-    LayerNorm,
     MultiHeadAttention,
+    Norm,
     sinusoidal_position_encoding,
     unstack_layers,
 )
@@ -35,8 +34,13 @@ def check(config: ModelConfig) -> None:
     """Checks that CTranslate2 supports the model.
 
     Raises:
-      UserError: the width of keys or values differs from the model's.
+      UserError: the width of keys or values differs from the model's, or queries and keys are normalized.
     """
+    if config.qk_norm:
+        raise UserError(
+            "model.qk_norm = True: CTranslate2 normalizes queries and keys of an encoder-decoder model in another way; "
+            "use --format=jax, or train with qk_norm = false"
+        )
     for name in ("qkv_dim", "value_dim"):
         width = getattr(config, name)
         if width != config.emb_dim:
@@ -52,17 +56,10 @@ def write(trained: RestoredModel, folder: pathlib.Path, quantization: str) -> Sc
     Raises:
       UserError: see `check` and `vocabulary`.
     """
-    from ctranslate2 import specs
-
     config = trained.config
     check(config.model)
     module = cast(Transformer, trained.model.bind(jax.device_get(trained.params)))
-    spec = specs.TransformerSpec.from_config(
-        config.model.num_layers,
-        config.model.num_heads,
-        pre_norm=config.model.norm == "pre",
-        activation=specs.Activation.RELU,
-    )
+    spec = _empty_spec(config.model)
     _set_stack(spec.encoder, module, "source", max_length(config))
     _set_stack(spec.decoder, module, "target", max_length(config))
     spec.decoder.projection.weight = _embedding_table(module, "output")
@@ -72,11 +69,30 @@ def write(trained: RestoredModel, folder: pathlib.Path, quantization: str) -> Sc
     spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = (SPECIALS[i] for i in (BOS, EOS, UNK))
     spec.config.decoder_start_token = SPECIALS[BOS]
     spec.config.add_source_eos = True
-    spec.config.layer_norm_epsilon = EPSILON
+    spec.config.layer_norm_epsilon = config.model.norm_epsilon
     spec.validate()
     spec.optimize(quantization=quantization)
     spec.save(str(folder))
     return functools.partial(score_with, folder, words, quantization)
+
+
+def _empty_spec(model: ModelConfig) -> Any:
+    """The structure of the model in CTranslate2, without weights."""
+    from ctranslate2 import specs
+
+    activations = {"relu": "RELU", "gelu": "GELU", "geglu": "GELU", "silu": "SWISH", "swiglu": "SWISH"}
+    block: dict[str, Any] = {
+        "pre_norm": model.norm == "pre",
+        "activation": specs.Activation[activations[model.activation]],
+        "ffn_glu": model.is_gated,
+        "rms_norm": model.norm_type == "rms",
+    }
+    if model.positions == "rotary":
+        block |= {"rotary_dim": model.qkv_dim // model.num_heads, "rotary_interleave": False}
+    return specs.TransformerSpec(
+        specs.TransformerEncoderSpec(model.num_encoder_layers, model.num_heads, **block),
+        specs.TransformerDecoderSpec(model.num_decoder_layers, model.num_heads, **block),
+    )
 
 
 def score_with(
@@ -156,11 +172,11 @@ def _set_stack(spec: Any, module: Transformer, side: str, positions: int) -> Non
     embeddings.weight = _embedding_table(module, side)
     if config.positions == "sinusoidal":
         spec.position_encodings.encodings = sinusoidal_position_encoding(positions, config.emb_dim)
-    else:
+    elif config.positions == "learned":
         table = module.source_positions if side == "source" else module.target_positions
         spec.position_encodings.encodings = _array(table)
     stack = module.encoder if side == "source" else module.decoder
-    for layer_spec, layer in zip(spec.layer, unstack_layers(stack, config.num_layers), strict=True):
+    for layer_spec, layer in zip(spec.layer, unstack_layers(stack, len(spec.layer)), strict=True):
         _set_self_attention(layer_spec.self_attention, layer.attention)
         _set_norm(layer_spec.self_attention.layer_norm, layer.attention_residual.norm)
         if side == "target":
@@ -186,19 +202,26 @@ def _set_cross_attention(spec: Any, attention: MultiHeadAttention) -> None:
 
 
 def _set_mlp(spec: Any, mlp: FeedForward) -> None:
-    _set_linear(spec.linear_0, _array(mlp.kernel_in).T, _array(mlp.bias_in))
-    _set_linear(spec.linear_1, _array(mlp.kernel_out).T, _array(mlp.bias_out))
+    """CTranslate2 activates linear_0, and multiplies by linear_0_noact where there is a gate."""
+    _set_linear(spec.linear_1, _array(mlp.kernel_out).T, mlp.bias_out)
+    if mlp.kernel_gate is None:
+        _set_linear(spec.linear_0, _array(mlp.kernel_in).T, mlp.bias_in)
+    else:
+        _set_linear(spec.linear_0, _array(mlp.kernel_gate).T, mlp.bias_gate)
+        _set_linear(spec.linear_0_noact, _array(mlp.kernel_in).T, mlp.bias_in)
 
 
-def _set_linear(spec: Any, weight: np.ndarray, bias: np.ndarray | None = None) -> None:
+def _set_linear(spec: Any, weight: np.ndarray, bias: Any = None) -> None:
     """`weight` is [out, in]."""
     spec.weight = np.ascontiguousarray(weight)
     if bias is not None:
-        spec.bias = bias
+        spec.bias = _array(bias)
 
 
-def _set_norm(spec: Any, norm: LayerNorm) -> None:
-    spec.gamma, spec.beta = _array(norm.scale), _array(norm.bias)
+def _set_norm(spec: Any, norm: Norm) -> None:
+    spec.gamma = _array(norm.scale)
+    if norm.norm_type == "layer":
+        spec.beta = np.zeros_like(spec.gamma) if norm.bias is None else _array(norm.bias)
 
 
 def _heads(param: Any) -> np.ndarray:

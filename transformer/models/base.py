@@ -137,13 +137,6 @@ class Seq2SeqModel(nnx.Module):
         """
         raise NotImplementedError
 
-    def _layer_keys(self, key: Key) -> tuple[Key, Key]:
-        """Dropout keys of the layers, and of the embeddings."""
-        if key is None:
-            return None, None
-        keys = jax.random.split(key, self.config.num_layers + 1)
-        return keys[:-1], keys[-1]
-
     def _embedding(self, name: str) -> Embedding:
         return self.embeddings["shared" if self.config.share_embeddings else name]
 

@@ -28,6 +28,7 @@ from transformer.models.layers import (
     glorot,
     make_param,
     read_param,
+    split_layer_keys,
     stack_layers,
     unstack_layers,
 )
@@ -69,7 +70,7 @@ class GatedConvolution(nnx.Module):
         """Convolves the window of each position and gates the result: [..., W · D] → [..., D]."""
         kernel = read_param(self.kernel, window.dtype)
         out = jnp.einsum("...d,de->...e", window, kernel.reshape(-1, kernel.shape[-1]))
-        value, gate = jnp.split(add_bias(out, self.bias[...]), 2, axis=-1)
+        value, gate = jnp.split(add_bias(out, self.bias), 2, axis=-1)
         return value * jax.nn.sigmoid(gate)
 
 
@@ -126,12 +127,16 @@ class ConvSeq2Seq(Seq2SeqModel):
 
     def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
         super().__init__(config, vocab_size, rngs)
-        self.encoder = stack_layers([EncoderLayer(config, rngs) for _ in range(config.num_layers)], config.scan_layers)
-        self.decoder = stack_layers([DecoderLayer(config, rngs) for _ in range(config.num_layers)], config.scan_layers)
+        self.encoder = stack_layers(
+            [EncoderLayer(config, rngs) for _ in range(config.num_encoder_layers)], config.scan_layers
+        )
+        self.decoder = stack_layers(
+            [DecoderLayer(config, rngs) for _ in range(config.num_decoder_layers)], config.scan_layers
+        )
 
     def encode(self, source_BS: Array, key: Key = None, packed: bool = False) -> Array:
         """Implements `Seq2SeqModel.encode`."""
-        keys, embed_key = self._layer_keys(key)
+        keys, embed_key = split_layer_keys(key, self.config.num_encoder_layers)
         segment_ids_BS = segment_ids(source_BS)
 
         def call(layer: EncoderLayer, x_BSD: Array, layer_key: Key) -> Array:
@@ -144,7 +149,7 @@ class ConvSeq2Seq(Seq2SeqModel):
         self, encoded_BSD: Array, source_BS: Array, target_BT: Array, key: Key = None, packed: bool = False
     ) -> Array:
         """Implements `Seq2SeqModel.decode`."""
-        keys, embed_key = self._layer_keys(key)
+        keys, embed_key = split_layer_keys(key, self.config.num_decoder_layers)
         segment_ids_BT = segment_ids(target_BT) if packed else None
         source, y_BTD = self._decoder_inputs(encoded_BSD, source_BS, target_BT, segment_ids_BT, embed_key)
 
@@ -211,7 +216,7 @@ class ConvSeq2Seq(Seq2SeqModel):
         return self._position_encodings(side, segment_ids_BT.shape[1], position_ids(segment_ids_BT) if packed else None)
 
     def _decoder_layers(self) -> Sequence[DecoderLayer]:
-        return unstack_layers(self.decoder, self.config.num_layers)
+        return unstack_layers(self.decoder, self.config.num_decoder_layers)
 
 
 def shift(x_BTD: Array, offset: int, segment_ids_BT: Array | None) -> Array:

@@ -2,9 +2,9 @@
 
 Counts matrix products at two FLOPs a multiply-add: projections, attention scores and weighted values, feed-forward,
 output logits. The backward pass costs twice the forward pass, so training costs three times. Padding and masked
-positions count, because the hardware computes them. Not counted: softmax, LayerNorm, activations, dropout, embedding
-lookup, loss, optimizer and rematerialization; blocks that blockwise attention skips are not subtracted. The paper's
-Table 2 estimates another figure: time x GPUs x the sustained FLOPs of a GPU.
+positions count, because the hardware computes them. Not counted: softmax, norms, activations, rotation, dropout,
+embedding lookup, loss, optimizer and rematerialization; blocks that blockwise attention skips are not subtracted. The
+paper's Table 2 estimates another figure: time x GPUs x the sustained FLOPs of a GPU.
 
 S source length, T target length, D model width, F feed-forward width, L layers, V vocabulary.
 """
@@ -35,30 +35,28 @@ def forward_flops(model: ModelConfig, vocab_size: int, rows: int, source: int, t
 
 def _attention_layers(model: ModelConfig, source: int, target: int) -> int:
     """FLOPs of the layers for one sentence pair, as the two functions below."""
-    attention = (
-        attention_flops(model, source, source)
-        + attention_flops(model, target, target)
-        + attention_flops(model, target, source)
-    )
-    feed_forward = 2 * 2 * (source + target) * model.emb_dim * model.mlp_dim
-    return model.num_layers * (attention + feed_forward)
+    token_feed_forward = 2 * (3 if model.is_gated else 2) * model.emb_dim * model.mlp_dim
+    encoder = attention_flops(model, source, source) + source * token_feed_forward
+    decoder = attention_flops(model, target, target) + attention_flops(model, target, source)
+    decoder += target * token_feed_forward
+    return model.num_encoder_layers * encoder + model.num_decoder_layers * decoder
 
 
 def _recurrent_layers(model: ModelConfig, source: int, target: int) -> int:
     """An LSTM of width w multiplies its input and its previous state by matrices of 4 w columns."""
-    D, above = model.emb_dim, model.num_layers - 1
+    D = model.emb_dim
     both_directions = 2 * (D + D // 2) * 4 * (D // 2)
-    encoder = both_directions + above * (D + D) * 4 * D
-    decoder = (D + D) * 4 * D + above * (2 * D + D) * 4 * D
+    encoder = both_directions + (model.num_encoder_layers - 1) * (D + D) * 4 * D
+    decoder = (D + D) * 4 * D + (model.num_decoder_layers - 1) * (2 * D + D) * 4 * D
     output = 2 * D * D
     return 2 * (source * encoder + target * (decoder + output)) + _cross_attention(model, source, target)
 
 
 def _convolutional_layers(model: ModelConfig, source: int, target: int) -> int:
     D = model.emb_dim
-    convolution = 2 * (source + target) * model.kernel_width * D * 2 * D
-    output = 2 * target * D * D
-    return model.num_layers * (convolution + output + _cross_attention(model, source, target))
+    token_convolution = 2 * model.kernel_width * D * 2 * D
+    decoder = target * (token_convolution + 2 * D * D) + _cross_attention(model, source, target)
+    return model.num_encoder_layers * source * token_convolution + model.num_decoder_layers * decoder
 
 
 def _cross_attention(model: ModelConfig, source: int, target: int) -> int:

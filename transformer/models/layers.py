@@ -1,4 +1,4 @@
-"""Layers: embeddings, position encodings, LayerNorm, attention, feed-forward; stacking and rematerialization.
+"""Layers: embeddings, position encodings, norms, attention, feed-forward; stacking and rematerialization.
 
 B batch, T target length, S source or key length, D model width, H heads, K width per head,
 F feed-forward width, V vocabulary, N beams.
@@ -24,6 +24,8 @@ from transformer.attention.dot_product import einsum_f32
 from transformer.attention.dropout import dropout
 from transformer.attention.mask import MASK_VALUE, AttentionMask
 from transformer.attention.ring import ring_attention
+from transformer.attention.rotary import Rotation, rotate
+from transformer.config import ModelConfig
 from transformer.config.validation import BLOCKWISE_MIN_LENGTH, FUSED_ATTENTION_PLATFORMS
 from transformer.distributed import platform as platforms
 from transformer.distributed import sharding
@@ -82,7 +84,6 @@ def apply_layers(
     return jax.lax.scan(body, x_BTD, (params, keys_L))[0]
 
 
-EPSILON = 1e-6
 ACTIVATION_AXES = ("batch", "length", "embed")  # axes of what passes from layer to layer
 glorot = jax.nn.initializers.glorot_uniform
 
@@ -110,6 +111,14 @@ def split_key(key: Key, count: int) -> list[Key]:
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
+def split_layer_keys(key: Key, num_layers: int) -> tuple[Key, Key]:
+    """Dropout keys of the layers of encoder or decoder, and of its embeddings."""
+    if key is None:
+        return None, None
+    keys = jax.random.split(key, num_layers + 1)
+    return keys[:-1], keys[-1]
+
+
 def sinusoidal_position_encoding(length: int, width: int) -> np.ndarray:
     """Position encodings, float32 [length, width]: sines in even columns, cosines in odd ones (paper, 3.5)."""
     position = np.arange(length, dtype=np.float64)[:, None]
@@ -119,65 +128,88 @@ def sinusoidal_position_encoding(length: int, width: int) -> np.ndarray:
     return table
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: Array, scale_D: Array, bias_D: Array, epsilon: float = EPSILON) -> Array:
-    """(x - mean) / √(variance + ε) · scale + bias over the last axis, computed in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalize(x: Array, scale_D: Array, bias_D: Array | None, norm_type: str, epsilon: float) -> Array:
+    """LayerNorm or RMSNorm over the last axis, computed in float32.
 
-    The gradient is written by hand: XLA's CPU back end compiles that of autodiff badly, and others would take mean and
-    deviation twice.
+    layer: (x - mean) / √(variance + ε) · scale + bias (Ba et al. 2016); rms: x / √(mean of x² + ε) · scale (Zhang &
+    Sennrich 2019). The gradient is written by hand: XLA's CPU back end compiles that of autodiff badly, and others
+    would take mean and deviation twice.
     """
-    return _layer_norm_forward(x, scale_D, bias_D, epsilon)[0]
+    return _normalize_forward(x, scale_D, bias_D, norm_type, epsilon)[0]
 
 
 def _broadcast(vector_D: Array, x: Array) -> Array:
     return jnp.broadcast_to(vector_D, x.shape)
 
 
-def _layer_norm_forward(x: Array, scale_D: Array, bias_D: Array, epsilon: float) -> tuple[Array, tuple]:
+def _mean(x: Array, norm_type: str) -> Array | None:
+    """The mean that the norm subtracts; RMSNorm has none."""
+    return x.mean(-1, keepdims=True) if norm_type == "layer" else None
+
+
+def _centre(x: Array, mean: Array | None) -> Array:
+    return x if mean is None else x - mean
+
+
+def _normalize_forward(
+    x: Array, scale_D: Array, bias_D: Array | None, norm_type: str, epsilon: float
+) -> tuple[Array, tuple]:
     x_f32 = x.astype(jnp.float32)
-    mean = x_f32.mean(-1, keepdims=True)
-    centred = x_f32 - mean
+    mean = _mean(x_f32, norm_type)
+    centred = _centre(x_f32, mean)
     inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
     normed = centred * inverse
-    out = normed * _broadcast(scale_D, x) + _broadcast(bias_D, x)
-    saved = (normed, None) if platforms.layer_norm_saves_normed() else (x, mean)
-    return out.astype(x.dtype), (*saved, inverse, scale_D)
+    out = normed * _broadcast(scale_D, x)
+    out = out if bias_D is None else out + _broadcast(bias_D, x)
+    saved = normed if platforms.norm_saves_normed() else (x, mean)
+    return out.astype(x.dtype), (saved, inverse, scale_D, bias_D)
 
 
-def _layer_norm_backward(epsilon: float, saved: tuple, grad: Array) -> tuple[Array, Array, Array]:
-    normed, mean, inverse, scale_D = saved
-    if mean is not None:
-        x, mean, inverse = jax.lax.optimization_barrier((normed, mean, inverse))
-        normed = (x.astype(jnp.float32) - mean) * inverse
+def _normalize_backward(
+    norm_type: str, epsilon: float, residuals: tuple, grad: Array
+) -> tuple[Array, Array, Array | None]:
+    normed, inverse, scale_D, bias_D = residuals
+    if isinstance(normed, tuple):
+        x, mean, inverse = jax.lax.optimization_barrier((*normed, inverse))
+        normed = _centre(x.astype(jnp.float32), mean) * inverse
     grad_f32 = grad.astype(jnp.float32)
     leading = tuple(range(grad.ndim - 1))
     scaled = grad_f32 * _broadcast(scale_D, grad)
     projection = (scaled * normed).mean(-1, keepdims=True)
-    grad_x = inverse * (scaled - scaled.mean(-1, keepdims=True) - normed * projection)
-    return grad_x.astype(grad.dtype), (grad_f32 * normed).sum(leading), grad_f32.sum(leading)
+    grad_x = (inverse * (_centre(scaled, _mean(scaled, norm_type)) - normed * projection)).astype(grad.dtype)
+    grad_scale_D = (grad_f32 * normed).sum(leading)
+    return grad_x, grad_scale_D, None if bias_D is None else grad_f32.sum(leading)
 
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
-def add_bias(x: Array, bias_D: Array) -> Array:
-    """x + bias over the last axis, in the dtype of x.
+def add_bias(x: Array, bias: nnx.Param | None) -> Array:
+    """x + bias over the last axis, in the dtype of x; x itself without a bias.
 
     It is added in float32, so that its gradient, a sum over all tokens, is float32 too: in bfloat16 it is 10% to 30%
     wrong for a batch of 25,000 tokens.
     """
-    return (x.astype(jnp.float32) + _broadcast(bias_D, x)).astype(x.dtype)
+    return x if bias is None else (x.astype(jnp.float32) + _broadcast(bias[...], x)).astype(x.dtype)
 
 
-class LayerNorm(nnx.Module):
-    """LayerNorm with a learned scale and bias."""
+def make_bias(use_bias: bool, rngs: nnx.Rngs, width: int, axis: str = "norm") -> nnx.Param | None:
+    """A bias of zeros, or None."""
+    return make_param(rngs, jax.nn.initializers.zeros, (width,), (axis,)) if use_bias else None
 
-    def __init__(self, width: int, rngs: nnx.Rngs):
+
+class Norm(nnx.Module):
+    """The norm of `model.norm_type` over a width, with a learned scale, and a bias if it is LayerNorm."""
+
+    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs, use_bias: bool = True):
+        self.norm_type, self.epsilon = config.norm_type, config.norm_epsilon
         self.scale = make_param(rngs, jax.nn.initializers.ones, (width,), ("norm",))
-        self.bias = make_param(rngs, jax.nn.initializers.zeros, (width,), ("norm",))
+        self.bias = make_bias(use_bias and config.use_bias and config.norm_type == "layer", rngs, width)
 
     def __call__(self, x: Array) -> Array:
-        return layer_norm(x, self.scale[...], self.bias[...])
+        bias_D = None if self.bias is None else self.bias[...]
+        return normalize(x, self.scale[...], bias_D, self.norm_type, self.epsilon)
 
 
 class Embedding(nnx.Module):
@@ -199,68 +231,91 @@ class Embedding(nnx.Module):
         return sharding.with_logical_constraint(logits, ("batch", "length", "vocab"))
 
 
-class FeedForward(nnx.Module):
-    """max(0, x W1 + b1) W2 + b2 (paper, equation 2)."""
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+}
+ACTIVATIONS |= {"swiglu": ACTIVATIONS["silu"], "geglu": ACTIVATIONS["gelu"]}
 
-    def __init__(self, width: int, mlp_dim: int, dropout_rate: float, rngs: nnx.Rngs):
-        self.dropout_rate = dropout_rate
+
+class FeedForward(nnx.Module):
+    """f(x W1 + b1) W2 + b2, f the rectifier (paper, equation 2) or another activation.
+
+    Gated: (f(x W3 + b3) ⊙ (x W1 + b1)) W2 + b2 (Shazeer 2020).
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        width, mlp_dim, use_bias = config.emb_dim, config.mlp_dim, config.use_bias
+        self.activation, self.dropout_rate = config.activation, config.mlp_dropout_rate
         self.kernel_in = make_param(rngs, glorot(), (width, mlp_dim), ("embed", "mlp"))
-        self.bias_in = make_param(rngs, jax.nn.initializers.zeros, (mlp_dim,), ("mlp",))
+        self.bias_in = make_bias(use_bias, rngs, mlp_dim, "mlp")
         self.kernel_out = make_param(rngs, glorot(), (mlp_dim, width), ("mlp", "embed"))
-        self.bias_out = make_param(rngs, jax.nn.initializers.zeros, (width,), ("norm",))
+        self.bias_out = make_bias(use_bias, rngs, width)
+        gated = config.is_gated
+        self.kernel_gate = make_param(rngs, glorot(), (width, mlp_dim), ("embed", "mlp")) if gated else None
+        self.bias_gate = make_bias(gated and use_bias, rngs, mlp_dim, "mlp")
 
     def __call__(self, x: Array, key: Key = None) -> Array:
-        hidden = jnp.einsum("...d,df->...f", x, read_param(self.kernel_in, x.dtype))
-        hidden = sharding.with_logical_constraint(hidden, ("batch", "length", "mlp"))
-        hidden = jax.nn.relu(add_bias(hidden, self.bias_in[...]))
+        hidden, activate = self._hidden(x, self.kernel_in, self.bias_in), ACTIVATIONS[self.activation]
+        if self.kernel_gate is None:
+            hidden = activate(hidden)
+        else:
+            hidden = activate(self._hidden(x, self.kernel_gate, self.bias_gate)) * hidden
         hidden = dropout(hidden, self.dropout_rate, key)
-        return add_bias(jnp.einsum("...f,fd->...d", hidden, read_param(self.kernel_out, x.dtype)), self.bias_out[...])
+        return add_bias(jnp.einsum("...f,fd->...d", hidden, read_param(self.kernel_out, x.dtype)), self.bias_out)
+
+    def _hidden(self, x: Array, kernel: nnx.Param, bias: nnx.Param | None) -> Array:
+        """[..., D] → [..., F], before the activation."""
+        hidden = jnp.einsum("...d,df->...f", x, read_param(kernel, x.dtype))
+        return add_bias(sharding.with_logical_constraint(hidden, ("batch", "length", "mlp")), bias)
 
 
 class MultiHeadAttention(nnx.Module):
-    """Multi-head attention (paper, 3.2.2): H heads, projections without biases, any width of keys and values."""
+    """Multi-head attention (paper, 3.2.2): H heads, projections without biases, any width of keys and values.
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        qkv_dim: int,
-        value_dim: int,
-        dropout_rate: float,
-        implementation: str,
-        rngs: nnx.Rngs,
-        init_scale: float = 1.0,
-    ):
-        self.dropout_rate, self.implementation = dropout_rate, implementation
+    Queries and keys may be normalized (`model.qk_norm`: Henry et al. 2020; with a learned scale as in Dehghani et al.
+    2023), then rotated.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.dropout_rate, self.implementation = config.attention_dropout_rate, config.attention
         into_heads = jax.nn.initializers.variance_scaling(
-            init_scale**2, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2)
+            config.qkv_init_gain**2, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2)
         )
         from_heads = glorot(in_axis=(0, 1), out_axis=2)
-        key_shape, value_shape = ((width, num_heads, dim // num_heads) for dim in (qkv_dim, value_dim))
+        width, heads = config.emb_dim, config.num_heads
+        key_shape, value_shape = ((width, heads, dim // heads) for dim in (config.qkv_dim, config.value_dim))
         axes = ("embed", "heads", "kv")
         self.query = make_param(rngs, into_heads, key_shape, axes)
         self.key = make_param(rngs, into_heads, key_shape, axes)
         self.value = make_param(rngs, into_heads, value_shape, axes)
         self.out = make_param(rngs, from_heads, (*value_shape[1:], width), ("heads", "kv", "embed"))
+        self.query_norm = Norm(config, key_shape[-1], rngs, use_bias=False) if config.qk_norm else None
+        self.key_norm = Norm(config, key_shape[-1], rngs, use_bias=False) if config.qk_norm else None
 
-    def queries(self, x: Array) -> Array:
+    def queries(self, x: Array, rotation: Rotation | None = None) -> Array:
         """[..., D] → [..., H, K]."""
-        return jnp.einsum("...d,dhk->...hk", x, read_param(self.query, x.dtype))
+        queries = jnp.einsum("...d,dhk->...hk", x, read_param(self.query, x.dtype))
+        return norm_and_rotate(queries, self.query_norm, rotation)
 
-    def keys_values(self, x: Array) -> tuple[Array, Array]:
+    def keys_values(self, x: Array, rotation: Rotation | None = None) -> tuple[Array, Array]:
         """[..., D] → keys and values, each [..., H, K]."""
         keys = jnp.einsum("...d,dhk->...hk", x, read_param(self.key, x.dtype))
+        keys = norm_and_rotate(keys, self.key_norm, rotation)
         return keys, jnp.einsum("...d,dhk->...hk", x, read_param(self.value, x.dtype))
 
     def project(self, heads: Array) -> Array:
         """[..., H, K] → [..., D]."""
         return jnp.einsum("...hk,hkd->...d", heads, read_param(self.out, heads.dtype))
 
-    def __call__(self, x_BTD: Array, kv_BSD: Array, mask: AttentionMask, key: Key = None) -> Array:
+    def __call__(
+        self, x_BTD: Array, kv_BSD: Array, mask: AttentionMask, key: Key = None, rotation: Rotation | None = None
+    ) -> Array:
         """Attends from `x_BTD` to `kv_BSD`; returns [B, T, D]."""
         q_BTHK, k_BSHK, v_BSHK = (
             sharding.with_logical_constraint(heads, ("batch", "length", "heads", "kv"))
-            for heads in (self.queries(x_BTD), *self.keys_values(kv_BSD))
+            for heads in (self.queries(x_BTD, rotation), *self.keys_values(kv_BSD, rotation))
         )
         rate = 0.0 if key is None else self.dropout_rate
         implementation = choose_attention(self.implementation, q_BTHK, v_BSHK, mask, rate)
@@ -286,10 +341,19 @@ class MultiHeadAttention(nnx.Module):
             self.queries(x_BND), k_BHKS, mask.materialize(x_BND.shape[1], k_BHKS.shape[3])
         )
 
-    def attention_weights(self, x_BTD: Array, k_BSHK: Array, mask: AttentionMask) -> Array:
+    def attention_weights(
+        self, x_BTD: Array, kv_BSD: Array, mask: AttentionMask, rotation: Rotation | None = None
+    ) -> Array:
         """Weights of each query and key: float32 [B, H, T, S]."""
-        mask_B1TS = mask.materialize(x_BTD.shape[1], k_BSHK.shape[1])
-        return dot_product.attention_weights(self.queries(x_BTD), k_BSHK, mask_B1TS)
+        mask_B1TS = mask.materialize(x_BTD.shape[1], kv_BSD.shape[1])
+        k_BSHK, _ = self.keys_values(kv_BSD, rotation)
+        return dot_product.attention_weights(self.queries(x_BTD, rotation), k_BSHK, mask_B1TS)
+
+
+def norm_and_rotate(heads: Array, norm: Norm | None, rotation: Rotation | None) -> Array:
+    """Queries or keys [..., H, K] as attention takes them."""
+    heads = heads if norm is None else norm(heads)
+    return heads if rotation is None else rotate(heads, rotation)
 
 
 def choose_attention(
@@ -320,14 +384,14 @@ def select_attention_impl(implementation: str, queries: int, keys: int, kernel: 
 
 
 class ResidualBlock(nnx.Module):
-    """Dropout, residual connection and LayerNorm around a sublayer.
+    """Dropout, residual connection and norm around a sublayer.
 
-    post: LayerNorm(x + dropout(f(x))) (paper, 3.1); pre: x + dropout(f(LayerNorm(x))).
+    post: norm(x + dropout(f(x))) (paper, 3.1); pre: x + dropout(f(norm(x))).
     """
 
-    def __init__(self, width: int, norm: str, dropout_rate: float, rngs: nnx.Rngs):
-        self.post, self.dropout_rate = norm == "post", dropout_rate
-        self.norm = LayerNorm(width, rngs)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.post, self.dropout_rate = config.norm == "post", config.dropout_rate
+        self.norm = Norm(config, config.emb_dim, rngs)
 
     def __call__(self, x: Array, sublayer: Callable[[Array], Array], key: Key = None) -> Array:
         out = sharding.with_logical_constraint(sublayer(x if self.post else self.norm(x)), ACTIVATION_AXES)

@@ -21,7 +21,16 @@ from transformer.attention.mask import AttentionMask
 from transformer.config import ModelConfig
 from transformer.distributed import sharding
 from transformer.models.base import FixedSizeCache, Seq2SeqModel, segment_ids, shift_right
-from transformer.models.layers import ACTIVATION_AXES, CrossAttention, Key, attend, glorot, make_param, read_param
+from transformer.models.layers import (
+    ACTIVATION_AXES,
+    CrossAttention,
+    Key,
+    attend,
+    glorot,
+    make_param,
+    read_param,
+    split_layer_keys,
+)
 
 
 class LstmState(NamedTuple):
@@ -193,18 +202,18 @@ class LstmSeq2Seq(Seq2SeqModel):
 
     def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
         super().__init__(config, vocab_size, rngs)
-        width, above = config.emb_dim, config.num_layers - 1
+        width = config.emb_dim
         self.forward = Lstm(width, width // 2, rngs)
         self.backward = Lstm(width, width // 2, rngs, reverse=True)
-        self.encoder = nnx.List([Lstm(width, width, rngs) for _ in range(above)])
+        self.encoder = nnx.List([Lstm(width, width, rngs) for _ in range(config.num_encoder_layers - 1)])
         self.lowest = Lstm(width, width, rngs)
         self.attention = CrossAttention(width, config.attention_score, rngs)
-        self.decoder = nnx.List([Lstm(2 * width, width, rngs) for _ in range(above)])
+        self.decoder = nnx.List([Lstm(2 * width, width, rngs) for _ in range(config.num_decoder_layers - 1)])
         self.out = make_param(rngs, glorot(), (2 * width, width), ("hidden", "gates"))
 
     def encode(self, source_BS: Array, key: Key = None, packed: bool = False) -> Array:
         """Implements `Seq2SeqModel.encode`."""
-        keys, embed_key = self._layer_keys(key)
+        keys, embed_key = split_layer_keys(key, self.config.num_encoder_layers)
         # The backward layer reads padding before the sentence, so its state is always reset; the others only if packed.
         segment_ids_BS = segment_ids(source_BS)
         forward_segments_BS = segment_ids_BS if packed else None
@@ -234,7 +243,7 @@ class LstmSeq2Seq(Seq2SeqModel):
         self, encoded_BSD: Array, source_BS: Array, target_BT: Array, key: Key, packed: bool
     ) -> tuple[Array, Array]:
         """Logits and cross-attention weights, float32 [B, T, S]."""
-        keys, embed_key = self._layer_keys(key)
+        keys, embed_key = split_layer_keys(key, self.config.num_decoder_layers)
         segment_ids_BT = segment_ids(target_BT) if packed else None
         source = self._source(encoded_BSD, source_BS, segment_ids_BT)
         y_BTD = self._embed("target", shift_right(target_BT), None, embed_key)
@@ -252,7 +261,7 @@ class LstmSeq2Seq(Seq2SeqModel):
         shape = (source_BS.shape[0], beams, self.config.emb_dim)
         empty = [
             LstmState(jnp.zeros(shape, self.dtype), jnp.zeros(shape, jnp.float32))
-            for _ in range(self.config.num_layers)
+            for _ in range(self.config.num_decoder_layers)
         ]
         return self._source(self.encode(source_BS), source_BS, None), FixedSizeCache(empty)
 

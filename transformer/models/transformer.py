@@ -14,16 +14,18 @@ from jax import Array
 
 from transformer.attention import dot_product
 from transformer.attention.mask import AttentionMask
+from transformer.attention.rotary import Rotation, rotation_at
 from transformer.config import ModelConfig
 from transformer.models.base import Seq2SeqModel, position_ids, segment_ids, shift_right
 from transformer.models.layers import (
     FeedForward,
     Key,
-    LayerNorm,
     MultiHeadAttention,
+    Norm,
     ResidualBlock,
     apply_layers,
     split_key,
+    split_layer_keys,
     stack_layers,
     unstack_layers,
 )
@@ -67,15 +69,18 @@ class EncodedSource(NamedTuple):
 
 
 def recorded(
-    attention: MultiHeadAttention, mask: AttentionMask, weights: list[Array], memory_BSD: Array | None = None
+    attention: MultiHeadAttention,
+    mask: AttentionMask,
+    weights: list[Array],
+    memory_BSD: Array | None = None,
+    rotation: Rotation | None = None,
 ) -> Callable[[Array], Array]:
     """Attention of its input to itself, or to a memory, that appends its weights, float32 [B, H, T, S], to a list."""
 
     def attend(y_BTD: Array) -> Array:
         attended_BSD = y_BTD if memory_BSD is None else memory_BSD
-        k_BSHK, _ = attention.keys_values(attended_BSD)
-        weights.append(attention.attention_weights(y_BTD, k_BSHK, mask))
-        return attention(y_BTD, attended_BSD, mask)
+        weights.append(attention.attention_weights(y_BTD, attended_BSD, mask, rotation))
+        return attention(y_BTD, attended_BSD, mask, rotation=rotation)
 
     return attend
 
@@ -84,20 +89,22 @@ class EncoderLayer(nnx.Module):
     """Self-attention, then feed-forward."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention = make_attention(config, rngs)
-        self.attention_residual = make_residual(config, rngs)
-        self.mlp = make_mlp(config, rngs)
-        self.mlp_residual = make_residual(config, rngs)
+        self.attention = MultiHeadAttention(config, rngs)
+        self.attention_residual = ResidualBlock(config, rngs)
+        self.mlp = FeedForward(config, rngs)
+        self.mlp_residual = ResidualBlock(config, rngs)
 
-    def __call__(self, x_BSD: Array, mask: AttentionMask, key: Key) -> Array:
+    def __call__(self, x_BSD: Array, mask: AttentionMask, key: Key, rotation: Rotation | None = None) -> Array:
         keys = split_key(key, 4)
-        x_BSD = self.attention_residual(x_BSD, lambda y: self.attention(y, y, mask, keys[0]), keys[1])
+        x_BSD = self.attention_residual(x_BSD, lambda y: self.attention(y, y, mask, keys[0], rotation), keys[1])
         return self.mlp_residual(x_BSD, lambda y: self.mlp(y, keys[2]), keys[3])
 
-    def self_attention_weights(self, x_BSD: Array, mask: AttentionMask) -> tuple[Array, Array]:
+    def self_attention_weights(
+        self, x_BSD: Array, mask: AttentionMask, rotation: Rotation | None = None
+    ) -> tuple[Array, Array]:
         """Calls the layer without dropout; also returns its attention weights, float32 [B, H, S, S]."""
         weights: list[Array] = []
-        x_BSD = self.attention_residual(x_BSD, recorded(self.attention, mask, weights))
+        x_BSD = self.attention_residual(x_BSD, recorded(self.attention, mask, weights, rotation=rotation))
         return self.mlp_residual(x_BSD, self.mlp), weights[0]
 
 
@@ -105,23 +112,34 @@ class DecoderLayer(nnx.Module):
     """Causal self-attention, cross-attention, then feed-forward."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention = make_attention(config, rngs)
-        self.attention_residual = make_residual(config, rngs)
-        self.cross = make_attention(config, rngs)
-        self.cross_residual = make_residual(config, rngs)
-        self.mlp = make_mlp(config, rngs)
-        self.mlp_residual = make_residual(config, rngs)
+        self.attention = MultiHeadAttention(config, rngs)
+        self.attention_residual = ResidualBlock(config, rngs)
+        self.cross = MultiHeadAttention(config, rngs)
+        self.cross_residual = ResidualBlock(config, rngs)
+        self.mlp = FeedForward(config, rngs)
+        self.mlp_residual = ResidualBlock(config, rngs)
 
     def __call__(
-        self, x_BTD: Array, encoded_BSD: Array, self_mask: AttentionMask, cross_mask: AttentionMask, key: Key
+        self,
+        x_BTD: Array,
+        encoded_BSD: Array,
+        self_mask: AttentionMask,
+        cross_mask: AttentionMask,
+        key: Key,
+        rotation: Rotation | None = None,
     ) -> Array:
         keys = split_key(key, 6)
-        x_BTD = self.attention_residual(x_BTD, lambda y: self.attention(y, y, self_mask, keys[0]), keys[1])
+        x_BTD = self.attention_residual(x_BTD, lambda y: self.attention(y, y, self_mask, keys[0], rotation), keys[1])
         x_BTD = self.cross_residual(x_BTD, lambda y: self.cross(y, encoded_BSD, cross_mask, keys[2]), keys[3])
         return self.mlp_residual(x_BTD, lambda y: self.mlp(y, keys[4]), keys[5])
 
     def attention_weights(
-        self, x_BTD: Array, encoded_BSD: Array, self_mask: AttentionMask, cross_mask: AttentionMask
+        self,
+        x_BTD: Array,
+        encoded_BSD: Array,
+        self_mask: AttentionMask,
+        cross_mask: AttentionMask,
+        rotation: Rotation | None = None,
     ) -> tuple[Array, Array, Array]:
         """Calls the layer without dropout.
 
@@ -129,7 +147,7 @@ class DecoderLayer(nnx.Module):
           Its output, and the weights of self-attention, float32 [B, H, T, T], and cross-attention [B, H, T, S].
         """
         weights: list[Array] = []
-        x_BTD = self.attention_residual(x_BTD, recorded(self.attention, self_mask, weights))
+        x_BTD = self.attention_residual(x_BTD, recorded(self.attention, self_mask, weights, rotation=rotation))
         x_BTD = self.cross_residual(x_BTD, recorded(self.cross, cross_mask, weights, encoded_BSD))
         weights_BHTT, weights_BHTS = weights
         return self.mlp_residual(x_BTD, self.mlp), weights_BHTT, weights_BHTS
@@ -142,6 +160,7 @@ class DecoderLayer(nnx.Module):
         cache: LayerKVCache,
         beam_history_BNT: Array,
         position: Array,
+        rotation: Rotation | None,
         return_attention: bool,
     ) -> tuple[Array, LayerKVCache, Array | None]:
         """Decodes one position of every beam; the beams of a sentence share the source's keys and values.
@@ -152,10 +171,10 @@ class DecoderLayer(nnx.Module):
 
         def self_attend(y_BND: Array) -> Array:
             nonlocal cache
-            k_BNHK, v_BNHK = self.attention.keys_values(y_BND)
+            k_BNHK, v_BNHK = self.attention.keys_values(y_BND, rotation)
             cache = LayerKVCache(*dot_product.write_cache(*cache, k_BNHK, v_BNHK, position))
-            heads = dot_product.cached_attention(self.attention.queries(y_BND), *cache, beam_history_BNT, position)
-            return self.attention.project(heads)
+            q_BNHK = self.attention.queries(y_BND, rotation)
+            return self.attention.project(dot_product.cached_attention(q_BNHK, *cache, beam_history_BNT, position))
 
         def cross_attend(y_BND: Array) -> Array:
             nonlocal weights_BNS
@@ -173,23 +192,26 @@ class Transformer(Seq2SeqModel):
 
     def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
         super().__init__(config, vocab_size, rngs)
-        self.encoder = stack_layers([EncoderLayer(config, rngs) for _ in range(config.num_layers)], config.scan_layers)
-        self.decoder = stack_layers([DecoderLayer(config, rngs) for _ in range(config.num_layers)], config.scan_layers)
+        self.encoder = stack_layers(
+            [EncoderLayer(config, rngs) for _ in range(config.num_encoder_layers)], config.scan_layers
+        )
+        self.decoder = stack_layers(
+            [DecoderLayer(config, rngs) for _ in range(config.num_decoder_layers)], config.scan_layers
+        )
         if config.norm == "pre":
-            self.encoder_norm = LayerNorm(config.emb_dim, rngs)
-            self.decoder_norm = LayerNorm(config.emb_dim, rngs)
+            self.encoder_norm = Norm(config, config.emb_dim, rngs)
+            self.decoder_norm = Norm(config, config.emb_dim, rngs)
 
     def encode(self, source_BS: Array, key: Key = None, packed: bool = False) -> Array:
         """Ids int32 [B, S] → states [B, S, D] in the compute dtype; those at padding must not be used."""
-        keys, embed_key = self._layer_keys(key)
+        keys, embed_key = split_layer_keys(key, self.config.num_encoder_layers)
         segment_ids_BS = segment_ids(source_BS)
         mask = AttentionMask(segment_ids_BS if packed else None, segment_ids_BS)
         position_ids_BS = position_ids(segment_ids_BS) if packed else None
-        encodings = self._position_encodings("source", source_BS.shape[1], position_ids_BS)
-        x_BSD = self._embed("source", source_BS, encodings, embed_key)
+        x_BSD, rotation = self._embed_with_positions("source", source_BS, position_ids_BS, embed_key)
 
         def call(layer: EncoderLayer, x_BSD: Array, layer_key: Key) -> Array:
-            return layer(x_BSD, mask, layer_key)
+            return layer(x_BSD, mask, layer_key, rotation)
 
         x_BSD = apply_layers(self.encoder, x_BSD, keys, self.config.remat, call)
         return self.encoder_norm(x_BSD) if self.config.norm == "pre" else x_BSD
@@ -201,7 +223,7 @@ class Transformer(Seq2SeqModel):
 
         Padding comes last in a row, so causality alone keeps real positions from attending to it.
         """
-        keys, embed_key = self._layer_keys(key)
+        keys, embed_key = split_layer_keys(key, self.config.num_decoder_layers)
         self_mask, cross_mask = AttentionMask(causal=True), AttentionMask(kv_segment_ids_BS=segment_ids(source_BS))
         position_ids_BT = None
         if packed:
@@ -210,11 +232,10 @@ class Transformer(Seq2SeqModel):
             cross_mask = AttentionMask(segment_ids_BT, cross_mask.kv_segment_ids_BS)
             position_ids_BT = position_ids(segment_ids_BT)
         inputs_BT = shift_right(target_BT)
-        encodings = self._position_encodings("target", inputs_BT.shape[1], position_ids_BT)
-        x_BTD = self._embed("target", inputs_BT, encodings, embed_key)
+        x_BTD, rotation = self._embed_with_positions("target", inputs_BT, position_ids_BT, embed_key)
 
         def call(layer: DecoderLayer, x_BTD: Array, layer_key: Key) -> Array:
-            return layer(x_BTD, encoded_BSD, self_mask, cross_mask, layer_key)
+            return layer(x_BTD, encoded_BSD, self_mask, cross_mask, layer_key, rotation)
 
         return self._logits(apply_layers(self.decoder, x_BTD, keys, self.config.remat, call))
 
@@ -224,22 +245,21 @@ class Transformer(Seq2SeqModel):
 
     def self_attention(self, source_BS: Array, target_BT: Array) -> tuple[Array, Array]:
         """Implements `Seq2SeqModel.self_attention`."""
-        x_BSD = self._embed("source", source_BS, self._position_encodings("source", source_BS.shape[1]), None)
+        x_BSD, rotation = self._embed_with_positions("source", source_BS)
         mask, weights = AttentionMask(kv_segment_ids_BS=segment_ids(source_BS)), []
-        for layer in unstack_layers(self.encoder, self.config.num_layers):
-            x_BSD, weights_BHSS = layer.self_attention_weights(x_BSD, mask)
+        for layer in unstack_layers(self.encoder, self.config.num_encoder_layers):
+            x_BSD, weights_BHSS = layer.self_attention_weights(x_BSD, mask, rotation)
             weights.append(weights_BHSS)
         return jnp.stack(weights, axis=1), self._decoder_attention(source_BS, target_BT)[0]
 
     def _decoder_attention(self, source_BS: Array, target_BT: Array) -> tuple[Array, Array]:
         """Weights of self-attention and of cross-attention: [B, L, H, T, T] and [B, L, H, T, S]."""
         encoded_BSD = self.encode(source_BS)
-        inputs_BT = shift_right(target_BT)
-        x_BTD = self._embed("target", inputs_BT, self._position_encodings("target", inputs_BT.shape[1]), None)
+        x_BTD, rotation = self._embed_with_positions("target", shift_right(target_BT))
         self_mask, cross_mask = AttentionMask(causal=True), AttentionMask(kv_segment_ids_BS=segment_ids(source_BS))
         weights = []
-        for layer in unstack_layers(self.decoder, self.config.num_layers):
-            x_BTD, *layer_weights = layer.attention_weights(x_BTD, encoded_BSD, self_mask, cross_mask)
+        for layer in unstack_layers(self.decoder, self.config.num_decoder_layers):
+            x_BTD, *layer_weights = layer.attention_weights(x_BTD, encoded_BSD, self_mask, cross_mask, rotation)
             weights.append(layer_weights)
         of_self, of_cross = (jnp.stack(each, axis=1) for each in zip(*weights, strict=True))
         return of_self, of_cross
@@ -249,7 +269,8 @@ class Transformer(Seq2SeqModel):
     ) -> tuple[EncodedSource, KVCache]:
         """Implements `Seq2SeqModel.init_decode`."""
         encoded_BSD = self.encode(source_BS)
-        kv = [layer.cross.keys_values(encoded_BSD) for layer in unstack_layers(self.decoder, self.config.num_layers)]
+        layers = unstack_layers(self.decoder, self.config.num_decoder_layers)
+        kv = [layer.cross.keys_values(encoded_BSD) for layer in layers]
         source_kv = [(k_BSHK.transpose(0, 2, 3, 1), v_BSHK.swapaxes(1, 2)) for k_BSHK, v_BSHK in kv]
         cache_length = cache_length or max_length
         S = cache_length * beams
@@ -273,43 +294,41 @@ class Transformer(Seq2SeqModel):
         return_attention: bool = False,
     ) -> tuple[Array, KVCache, Array | None]:
         """Implements `Seq2SeqModel.decode_step`."""
-        table_1TD = self._position_encodings("target", cache.beam_history_BNT.shape[2])
-        row_11D = jax.lax.dynamic_slice_in_dim(table_1TD, position, 1, axis=1)
+        rotation = row_11D = None
+        if self.config.positions == "rotary":
+            rotation = self._rotation_at(position[None, None])
+        else:
+            table_1TD = self._position_encodings("target", cache.beam_history_BNT.shape[2])
+            row_11D = jax.lax.dynamic_slice_in_dim(table_1TD, position, 1, axis=1)
         x_BND = self._embed("target", inputs_BN, row_11D, None)
         beam_BN1 = jax.lax.broadcasted_iota(jnp.int32, (*inputs_BN.shape, 1), 1)
         history_BNT = jax.lax.dynamic_update_slice_in_dim(cache.beam_history_BNT, beam_BN1, position, axis=2)
-        layers = unstack_layers(self.decoder, self.config.num_layers)
+        layers = unstack_layers(self.decoder, self.config.num_decoder_layers)
         layer_caches, attention_BNS = [], None
         for layer, source_kv, layer_cache in zip(layers, source.layers, cache.layers, strict=True):
             is_returned = return_attention and layer is layers[-1]
             x_BND, layer_cache, attention_BNS = layer.step(
-                x_BND, source_kv, source.mask, layer_cache, history_BNT, position, is_returned
+                x_BND, source_kv, source.mask, layer_cache, history_BNT, position, rotation, is_returned
             )
             layer_caches.append(layer_cache)
         return self._logits(x_BND), KVCache(layer_caches, history_BNT), attention_BNS
+
+    def _embed_with_positions(
+        self, side: str, ids_BT: Array, position_ids_BT: Array | None = None, key: Key = None
+    ) -> tuple[Array, Rotation | None]:
+        """Embeds ids at 0 … T - 1 or given positions; rotary ones are not added but returned for self-attention."""
+        length = ids_BT.shape[1]
+        if self.config.positions != "rotary":
+            encodings = self._position_encodings(side, length, position_ids_BT)
+            return self._embed(side, ids_BT, encodings, key), None
+        positions_BT = jnp.arange(length, dtype=jnp.int32)[None] if position_ids_BT is None else position_ids_BT
+        return self._embed(side, ids_BT, None, key), self._rotation_at(positions_BT)
+
+    def _rotation_at(self, positions_BT: Array) -> Rotation:
+        """The rotation of queries and keys, made once for all layers."""
+        return rotation_at(positions_BT, self.config.qkv_dim // self.config.num_heads)
 
     def _logits(self, x: Array) -> Array:
         if self.config.norm == "pre":
             x = self.decoder_norm(x)
         return super()._logits(x)
-
-
-def make_attention(config: ModelConfig, rngs: nnx.Rngs) -> MultiHeadAttention:
-    return MultiHeadAttention(
-        config.emb_dim,
-        config.num_heads,
-        config.qkv_dim,
-        config.value_dim,
-        config.attention_dropout_rate,
-        config.attention,
-        rngs,
-        config.qkv_init_gain,
-    )
-
-
-def make_mlp(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
-    return FeedForward(config.emb_dim, config.mlp_dim, config.mlp_dropout_rate, rngs)
-
-
-def make_residual(config: ModelConfig, rngs: nnx.Rngs) -> ResidualBlock:
-    return ResidualBlock(config.emb_dim, config.norm, config.dropout_rate, rngs)
