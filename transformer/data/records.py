@@ -1,0 +1,107 @@
+"""ArrayRecord files of sentence pairs: random access with a bounded number of open files, and writing a file.
+
+A record is a tf.Example with the text of each language, as TFDS writes it for `features.Translation`. Imports neither
+TFDS nor JAX: processes that prepare data start with this module.
+"""
+
+import bisect
+import collections
+import itertools
+import os
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+MAX_OPEN_FILES = 16  # of one RecordReader; an open file takes a descriptor and 0.8 MB
+
+
+class RecordReader:
+    """Random access to the serialized examples of ArrayRecord files; picklable and thread-safe.
+
+    ArrayRecord's own data source takes time proportional to the size of the file for each record: 300 µs against 7
+    here at 160,000 records. At most MAX_OPEN_FILES files are open, those read last.
+    """
+
+    def __init__(self, paths: list[str], counts: list[int]):
+        self._paths = paths
+        self._ends = list(itertools.accumulate(counts))
+        self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()  # the file read last is last
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> tuple[list[str], list[int]]:
+        return self._paths, self._ends
+
+    def __setstate__(self, state: tuple[list[str], list[int]]) -> None:
+        paths, ends = state
+        self.__init__(paths, [end - start for start, end in itertools.pairwise([0, *ends])])  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, first: int, last: int) -> list[bytes]:
+        """The records first ≤ index < last; a RuntimeError or IndexError if the files are damaged."""
+        records: list[bytes] = []
+        while first < last:
+            file = bisect.bisect_right(self._ends, first)
+            start = self._ends[file - 1] if file else 0
+            stop = min(last, self._ends[file])
+            records += self._reader(file).read(first - start, stop - start)
+            first = stop
+        return records
+
+    def _reader(self, file: int) -> Any:
+        with self._lock:
+            reader = self._open.pop(file, None)
+            if reader is None:
+                while len(self._open) >= MAX_OPEN_FILES:
+                    self._open.popitem(last=False)  # closes the file once no thread reads from it
+                options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
+                reader = ArrayRecordReader(self._paths[file], **options)
+            self._open[file] = reader
+            return reader
+
+
+def count_records(path: str) -> int:
+    """The number of records of a file; a RuntimeError or OSError if it is missing or damaged."""
+    reader = ArrayRecordReader(path)
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()
+
+
+def serialize(pair: tuple[bytes, bytes], languages: tuple[bytes, bytes]) -> bytes:
+    """A tf.Example of two texts in UTF-8 by language code; protobuf itself writes a map in no fixed order."""
+    # Each level is a message in field 1: Example.features, an entry of Features.feature, whose key is its field 1 and
+    # value its field 2, Feature.bytes_list, BytesList.value.
+    entries = b""
+    for language, text in zip(languages, pair, strict=True):
+        value = _message(_message(_message(text)))
+        entry = _message(language) + b"\x12" + value[1:]
+        entries += _message(entry)
+    return _message(entries)
+
+
+def _message(content: bytes) -> bytes:
+    """A message or bytes in field 1, with its length."""
+    size = len(content)
+    if size < 0x80:
+        return b"\x0a%c%b" % (size, content)
+    if size < 0x4000:
+        return b"\x0a%c%c%b" % (size & 0x7F | 0x80, size >> 7, content)
+    length = bytearray()
+    while size >= 0x80:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    length.append(size)
+    return b"\x0a%b%b" % (bytes(length), content)
+
+
+def write_records(path: os.PathLike | str, records: Iterable[bytes]) -> None:
+    """Writes a file as TFDS does, each record a group of its own."""
+    writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
