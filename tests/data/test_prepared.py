@@ -1,3 +1,4 @@
+import fcntl
 import os
 import pathlib
 import pickle
@@ -232,7 +233,7 @@ def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
 
 
 def test_without_locks_the_slower_process_takes_what_the_faster_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepared.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks")))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks")))
     generate = PreparedPairs._generate_examples
 
     def overtaken(self, count):

@@ -13,7 +13,7 @@ from transformer.data.records import RecordReader
 
 MANY = 1200
 # Reads all files of a folder in a process that may open 256 at once, some of which it has open.
-READ_MANY = f"""
+READ_MANY = """
 import os, resource, sys
 from transformer.data.records import RecordReader
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))

@@ -6,11 +6,13 @@ state of the iterator is the step at which it starts.
 
 import array
 import contextlib
+import dataclasses
+import hashlib
 import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -18,9 +20,18 @@ from etils import epath
 from transformer.config import Config, DataConfig
 from transformer.data import corpus as corpora
 from transformer.data import tokenizer as tokenizers
-from transformer.data.batching import Batch, BatchSchedule, BucketedSchedule, JaggedArray, make_batch, select_rows
+from transformer.data.batching import (
+    Batch,
+    BatchSchedule,
+    BucketedSchedule,
+    JaggedArray,
+    Lengths,
+    make_batch,
+    select_rows,
+)
 from transformer.data.corpus import Split
 from transformer.data.packing import PackedSchedule
+from transformer.data.schedule_store import FileStore
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
@@ -31,14 +42,24 @@ CHUNK_PAIRS = 10_000  # tokenized at a time
 METADATA_FILE = "about.json"
 FILES = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
 PREFETCH_BATCHES = 16  # made ahead of the device
+SCHEDULE_VERSION = 1  # increased whenever the same lengths give other batches
 MAX_DROPPED_FRACTION = 0.1  # of the training pairs without a warning
 
 
-class TokenIds(NamedTuple):
-    """The ids of a split; pair i is source i and target i."""
+@dataclasses.dataclass(frozen=True)
+class TokenIds:
+    """The ids of a split; pair i is source i and target i.
+
+    Attributes:
+      folder: holds schedules of their batches; None keeps those in memory.
+    """
 
     source: JaggedArray
     target: JaggedArray
+    folder: epath.Path | None = None
+
+    def __iter__(self) -> Iterator[JaggedArray]:
+        return iter((self.source, self.target))
 
 
 def train_iterator(
@@ -70,7 +91,7 @@ def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
     Raises:
       UserError: all pairs are too long.
     """
-    lengths = ids.source.lengths, ids.target.lengths
+    lengths = Lengths(ids.source), Lengths(ids.target)
     options: dict[str, Any] = {
         "batch_tokens": config.train.batch_tokens,
         "max_length": config.data.max_length,
@@ -78,11 +99,16 @@ def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
         "seed": config.train.seed,
     }
     schedule: BatchSchedule
+    if config.data.batching == "bucket":
+        options["num_buckets"] = config.data.num_buckets
+    if ids.folder is not None:
+        key = json.dumps([SCHEDULE_VERSION, config.data.batching, len(lengths[0]), options], sort_keys=True)
+        options["store"] = FileStore(ids.folder / hashlib.sha256(key.encode()).hexdigest()[:24])
     with progress.phase("scheduling batches"):
         if config.data.batching == "pack":
             schedule = PackedSchedule(*lengths, **options)
         else:
-            schedule = BucketedSchedule(*lengths, num_buckets=config.data.num_buckets, **options)
+            schedule = BucketedSchedule(*lengths, **options)
     if not schedule.kept:
         raise UserError(
             f"config.data.max_length = {config.data.max_length}: all {schedule.dropped:,} training pairs are "
@@ -226,10 +252,11 @@ def _load_ids(folder: epath.Path) -> TokenIds:
     for name in FILES:
         if sha256(folder / name) != metadata["sha256"][name]:
             raise ValueError(f"{name} has changed since it was written")
-    return TokenIds(*(_load_side(folder, side, np.dtype(metadata["dtype"])) for side in ("source", "target")))
+    source, target = (_load_side(folder, side, np.dtype(metadata["dtype"])) for side in ("source", "target"))
+    return TokenIds(source, target, folder.parent.parent / "schedules" / folder.name)
 
 
 def _load_side(folder: epath.Path, side: str, dtype: np.dtype) -> JaggedArray:
-    offsets = np.load(folder / f"{side}.offsets.npy", allow_pickle=False)
+    offsets = np.load(folder / f"{side}.offsets.npy", mmap_mode="r", allow_pickle=False)
     flat = np.memmap(folder / f"{side}.ids", dtype, mode="r") if offsets[-1] else np.zeros(0, dtype)
     return JaggedArray(flat, offsets)

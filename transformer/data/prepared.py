@@ -7,7 +7,6 @@ digests of all files.
 
 import abc
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
@@ -27,7 +26,7 @@ from transformer.data import records, text_files
 from transformer.data.records import RecordReader
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import user_error_on_oserror, write_atomic
+from transformer.runtime.files import file_lock, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
 
 Pair = tuple[str, str]
@@ -196,7 +195,7 @@ def prepare(make_builder: Callable[[], Any], *, owned: bool) -> PreparedDataset:
     if not _is_complete(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with file_lock(folder.parent), silence_tfds(progress_bars=not owned):
+            with file_lock(folder.parent, f"preparing {folder.parent}"), silence_tfds(progress_bars=not owned):
                 builder = make_builder()
                 if not _is_complete(folder):
                     _prepare_under_lock(builder, owned)
@@ -251,23 +250,6 @@ def silence_tfds(progress_bars: bool = False) -> Iterator[None]:
     finally:
         tfds.enable_progress_bar()
         logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def file_lock(folder: epath.PathLike) -> Iterator[None]:
-    """Locks a folder against other processes; without file locks, the first rename by TFDS wins."""
-    with contextlib.ExitStack() as stack:
-        if not object_storage.is_remote(folder):
-            lock = stack.enter_context(open(os.path.join(folder, ".lock"), "w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log_info(f"data: another process is preparing {os.fspath(folder)}; waiting for it")
-                with progress.phase("data: waiting for another process"):
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError:
-                pass  # a file system without locks
-        yield
 
 
 def _is_complete(folder: epath.Path) -> bool:
