@@ -70,6 +70,26 @@ def test_a_frequent_sentence_does_not_fill_or_stop_the_choice():
     assert np.flatnonzero(corpus._select_validation(keys)).tolist() == [3, 4]
 
 
+def select_by_sorting(hashes):
+    """The choice by sorting all hashes."""
+    values, counts = np.unique(hashes, return_counts=True)
+    remaining, selected = min(max(len(hashes) // 100, 1), corpus.MAX_VALIDATION_PAIRS), []
+    for value, count in zip(values, counts, strict=True):
+        if count <= remaining:
+            selected.append(value)
+            remaining -= count
+    return np.isin(hashes, selected or values[np.argmin(counts)])
+
+
+@pytest.mark.parametrize("distinct", [2, 5, 40, 3000])
+@pytest.mark.parametrize("size", [2, 99, 1000, 5000])
+def test_the_choice_without_sorting_all_is_that_of_sorting(monkeypatch, distinct, size):
+    monkeypatch.setattr(corpus, "_CANDIDATES", 4)
+    rng = np.random.default_rng(distinct * size)
+    hashes = np.concatenate([[0, 1], rng.zipf(1.3, size) * 977 % distinct]).astype(np.uint64)
+    np.testing.assert_array_equal(corpus._select_validation(hashes), select_by_sorting(hashes))
+
+
 @pytest.mark.parametrize(
     ("train", "says"),
     [

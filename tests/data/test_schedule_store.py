@@ -2,17 +2,19 @@
 
 import hashlib
 import os
+import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
 from transformer.data import schedule_store
 from transformer.data.batching import BucketedSchedule, JaggedArray, Lengths, make_batch
 from transformer.data.packing import PackedSchedule
 from transformer.data.schedule_store import FileStore, MemoryStore
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def corpus(n=3000, seed=5):

@@ -64,7 +64,6 @@ def clock(monkeypatch):
         (evaluator, "score"),
     ):
         slow(monkeypatch, clock, owner, name)
-    slow(monkeypatch, clock, text_files, "file_digest", seconds=2)
     slow(monkeypatch, clock, corpus, "hash64", seconds=0.3)
     read = text_files.read_parallel
     monkeypatch.setattr(text_files, "read_parallel", lambda *paths: (clock.sleep(0.3) or pair for pair in read(*paths)))

@@ -17,7 +17,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,32 @@ MAX_VALIDATION_PAIRS = 2000  # held out
 METADATA_VERSION = 1  # increased whenever the same data gives other metadata
 
 _CHUNK_PAIRS = 4096
+_CHUNK_ROWS = 1 << 18
+_CANDIDATES = 1 << 14  # hashes among which rows to hold out are looked for first
+
+
+class RowsExcept:
+    """The rows 0 … total - 1 without some of them, in order: few bytes in place of one integer a row.
+
+    Example: 5 rows without [1, 3] are [0, 2, 4].
+    """
+
+    def __init__(self, total: int, excluded: Sequence[int]):
+        self._excluded = np.sort(np.array(excluded, np.int64))
+        self._total = total
+        self._kept_before = self._excluded - np.arange(len(self._excluded))  # rows that are before each of them
+
+    def __len__(self) -> int:
+        return self._total - len(self._excluded)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The row of an index, or [M] int64 of a slice."""
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            wanted = np.arange(start, stop)
+        else:
+            wanted = np.int64(index)
+        return wanted + np.searchsorted(self._kept_before, wanted, side="right")
 
 
 class Split:
@@ -57,14 +83,14 @@ class Split:
         digest: str,
         languages: tuple[str, str],
         records: RecordReader,
-        rows: np.ndarray | None,
+        rows: np.ndarray | RowsExcept | None,
         strip_cr: bool = False,
     ):
         """Makes a split of serialized examples.
 
         Args:
           records: the examples.
-          rows: the indices of the split's examples, [N] int64 ascending; None for all.
+          rows: the indices of the split's examples, ascending; None for all.
           strip_cr: removes a CR at the end, for records made from lines that were split at b"\\n" only.
         """
         self.name, self.digest = name, digest
@@ -163,18 +189,16 @@ class Corpus:
         metadata = load_or_compute_metadata(data, languages, strip_cr)
         self.dropped = len(metadata.blank)
         # Split → the prepared split that holds its rows, and their indices there (None: all).
-        self._split_rows: dict[str, tuple[str, np.ndarray | None]] = {name: (name, None) for name in data.names}
+        self._split_rows: dict[str, tuple[str, np.ndarray | RowsExcept | None]] = {n: (n, None) for n in data.names}
         if metadata.blank or metadata.held_out:
-            excluded = metadata.blank + metadata.held_out
-            rows = np.setdiff1d(np.arange(metadata.pairs["train"]), excluded, assume_unique=True)
+            rows = RowsExcept(metadata.pairs["train"], metadata.blank + metadata.held_out)
             self._split_rows["train"] = ("train", rows)
         if metadata.held_out:
             self._split_rows["validation"] = ("train", np.array(metadata.held_out))
         self.names = list(self._split_rows)
         self._digests = {}
         for name, (prepared_split, indices) in self._split_rows.items():
-            content = b"all" if indices is None else indices.astype("<i8").tobytes()
-            self._digests[name] = hashlib.sha256(metadata.digests[prepared_split].encode() + content).hexdigest()
+            self._digests[name] = split_digest(metadata.digests[prepared_split], indices)
         self.digest = hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()
         _log_metadata(metadata)
 
@@ -195,6 +219,17 @@ class Corpus:
         prepared_split, rows = self._split_rows[name]
         records = self._data.records(prepared_split)
         return Split(name, self._digests[name], self._languages, records, rows, self._strip_cr)
+
+
+def split_digest(prepared_digest: str, rows: np.ndarray | RowsExcept | None) -> str:
+    """The digest of a split that holds these rows of a prepared one; None for all."""
+    digest = hashlib.sha256(prepared_digest.encode())
+    if rows is None:
+        digest.update(b"all")
+    else:
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            digest.update(rows[start : start + _CHUNK_ROWS].astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -390,18 +425,26 @@ def _select_validation(hashes_N: np.ndarray) -> np.ndarray:
     Takes hashes from the lowest up, with all their rows so that equal sentences stay together, while they fit into
     1 / VALIDATION_RATIO of all rows and into MAX_VALIDATION_PAIRS; the rarest sentence if none fits.
     """
-    hashes, counts = np.unique(hashes_N, return_counts=True)
-    if len(hashes) == 1:
+    lowest, highest = hashes_N.min(), hashes_N.max()
+    if lowest == highest:
         raise UserError("training has one distinct source sentence: none can be held out; bring validation files")
-    remaining = min(max(len(hashes_N) // VALIDATION_RATIO, 1), MAX_VALIDATION_PAIRS)
-    selected = []
-    for value, count in zip(hashes, counts, strict=True):
-        if count <= remaining:
-            selected.append(value)
-            remaining -= count
-        if not remaining:
-            break
-    return np.isin(hashes_N, selected or hashes[np.argmin(counts)])
+    most = min(max(len(hashes_N) // VALIDATION_RATIO, 1), MAX_VALIDATION_PAIRS)
+    size = _CANDIDATES
+    while True:
+        # All rows up to a hash are candidates, so that no other row has one of their sentences.
+        is_all = size >= len(hashes_N)
+        limit = highest if is_all else np.partition(hashes_N, size)[size]
+        hashes, counts = np.unique(hashes_N[hashes_N <= limit], return_counts=True)
+        selected, remaining = [], most
+        for value, count in zip(hashes, counts, strict=True):
+            if count <= remaining:
+                selected.append(value)
+                remaining -= count
+            if not remaining:
+                break
+        if is_all or not remaining:
+            return np.isin(hashes_N, selected or hashes[np.argmin(counts)])
+        size *= 8
 
 
 def _save_metadata(path: epath.Path, data_digest: str, metadata: CorpusMetadata) -> None:

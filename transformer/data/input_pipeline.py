@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,6 +36,7 @@ from transformer.data.schedule_store import FileStore
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
+from transformer.runtime.file_digests import FileDigests
 from transformer.runtime.files import atomic_directory, sha256, user_error_on_oserror
 from transformer.runtime.logging import log_info
 
@@ -213,8 +215,7 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
     with _cache_folder(data, corpus, split, "token_ids", tokenizer.digest[:24]) as folder:
         if folder.exists():
             try:
-                with progress.phase(f"verifying the token ids of {split_name}"):
-                    return _load_ids(folder)
+                return _load_ids(folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log_info(f"{folder}: damaged ({error}); tokenizing again")
                 shutil.rmtree(folder)
@@ -249,8 +250,10 @@ def _write_ids(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
 def _load_ids(folder: epath.Path) -> TokenIds:
     """Maps the ids into memory after verifying their digests; a ValueError if one is wrong."""
     metadata = json.loads((folder / METADATA_FILE).read_text())
+    cache = FileDigests(folder.parent / f".digests-{folder.name}.json")
+    digests = cache.compute([folder / name for name in FILES], f"verifying {folder}")
     for name in FILES:
-        if sha256(folder / name) != metadata["sha256"][name]:
+        if digests[os.fspath(folder / name)] != metadata["sha256"][name]:
             raise ValueError(f"{name} has changed since it was written")
     source, target = (_load_side(folder, side, np.dtype(metadata["dtype"])) for side in ("source", "target"))
     return TokenIds(source, target, folder.parent.parent / "schedules" / folder.name)

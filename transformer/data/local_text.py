@@ -18,8 +18,9 @@ from etils import epath
 from transformer.config import DataConfig
 from transformer.data import parallel_formats, text_files
 from transformer.data.prepared import Pair, ParallelTextBuilder
-from transformer.runtime import progress
+from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
+from transformer.runtime.file_digests import FileDigests
 
 VALIDATION_STEMS = ("val", "valid", "validation", "dev")
 
@@ -38,11 +39,15 @@ class SplitFiles:
             return text_files.read_parallel(*self.paths)
         return parallel_formats.read_pairs(self.paths[0], self.languages, self.columns)
 
-    def digest(self) -> list[str]:
-        """All that the pairs depend on: formats, columns and the content of the files, but not their names."""
+    def digest(self, digests: Mapping[str, str]) -> list[str]:
+        """All that the pairs depend on: formats, columns and the content of the files, but not their names.
+
+        Args:
+          digests: of the bytes of each file.
+        """
         compressions = [path.removeprefix(text_files.strip_compression(path)).lower() for path in self.paths]
         formats = ["lines"] * 2 if len(self.paths) == 2 else [parallel_formats.pair_format(self.paths[0])]
-        return [*formats, *compressions, self.columns, *map(text_files.file_digest, self.paths)]
+        return [*formats, *compressions, self.columns, *(digests[path] for path in self.paths)]
 
 
 def find_splits(data: DataConfig) -> dict[str, SplitFiles]:
@@ -133,22 +138,31 @@ class ParallelText(ParallelTextBuilder):
         self._files = dict(files)
         self.languages = self._files["train"].languages
         self.source_description = " and ".join(self._files["train"].paths)
-        self._digest = _digest(self._files)
+        self._digests_dir = data_dir
+        self._digest = _digest(self._files, data_dir)
         name = f"{'-'.join(self.languages)}-{self._digest[:16]}"
         config = tfds.core.BuilderConfig(name=name, description="Parallel text from the user's files")
         super().__init__(config=config, data_dir=data_dir, file_format="array_record")
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         super()._download_and_prepare(dl_manager, download_config)
-        if _digest(self._files) != self._digest:
+        if _digest(self._files, self._digests_dir) != self._digest:
             raise UserError("the text files changed while they were being read; run again when they are complete")
 
     def _pairs_by_split(self) -> dict[str, Callable[[], Iterator[Pair]]]:
         return {split: files.pairs for split, files in self._files.items()}
 
 
-def _digest(files: Mapping[str, SplitFiles]) -> str:
-    """A digest of all that the prepared data depends on."""
-    with progress.phase("data: hashing the text files"):
-        parts = [str(ParallelText.VERSION), {split: files[split].digest() for split in sorted(files)}]
+def _digest(files: Mapping[str, SplitFiles], data_dir: epath.PathLike) -> str:
+    """A digest of all that the prepared data depends on; files that have not changed are not read again."""
+    paths = list(dict.fromkeys(path for split in files for path in files[split].paths))
+    local = {path: path for path in paths if not object_storage.is_remote(path)}
+    local = {path: os.path.expanduser(path) for path in local}
+    digests = {path: text_files.file_digest(path) for path in paths if path not in local}
+    if local:
+        cache = FileDigests(os.path.join(data_dir, "text", ".digests.json"))
+        with text_files.user_errors(paths[0] if len(paths) == 1 else ", ".join(paths)):
+            computed = cache.compute(list(local.values()), "data: hashing the text files")
+        digests |= {path: computed[expanded] for path, expanded in local.items()}
+    parts = [str(ParallelText.VERSION), {split: files[split].digest(digests) for split in sorted(files)}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Prepares TFDS data sets as ArrayRecord, atomically, and verifies them by SHA-256 whenever a split is opened.
+"""Prepares TFDS data sets as ArrayRecord, atomically, and verifies them by SHA-256 when a split is opened.
 
 TFDS writes into a folder named incomplete.* and renames it at the end, so an interrupted preparation is never taken
 for a data set. This module adds a lock, so that one of several processes prepares and the others wait, and the
@@ -15,17 +15,18 @@ import json
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from transformer.data import records, text_files
+from transformer.data import records
 from transformer.data.records import RecordReader
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
+from transformer.runtime.file_digests import FileDigests
 from transformer.runtime.files import file_lock, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
 
@@ -135,13 +136,20 @@ class PreparedDataset:
         if split in self._empty:
             return RecordReader([], [])
         files = self._files(split)
-        for name, path in progress.track(files.items(), f"data: verifying {split}", len(files), "files"):
+        for path in files.values():
             if not path.exists():
                 raise UserError(f"{path}: missing from the prepared data; {self._remedy}")
-            if text_files.file_digest(path) != self._digests[name]:
+        digests = self._compute_digests(list(files.values()), f"data: verifying {split}")
+        for name, path in files.items():
+            if digests[os.fspath(path)] != self._digests[name]:
                 raise UserError(f"{path}: changed since it was prepared (digest differs); {self._remedy}")
         info = self._splits[split]  # not its file_instructions: they read a name such as "train[1]" as a slice
         return RecordReader([os.fspath(path) for path in info.filepaths], list(info.shard_lengths))
+
+    def _compute_digests(self, paths: Sequence[epath.Path], what: str) -> dict[str, str]:
+        """Path → SHA-256 now; files that have not changed since they were hashed on this node are not read again."""
+        with user_error_on_oserror(f"{self.folder}, of config.data.data_dir"):
+            return FileDigests(self.folder.parent / f".digests-{self.folder.name}.json").compute(paths, what)
 
     def _files(self, split: str) -> dict[str, epath.Path]:
         paths = [epath.Path(path) for path in self._splits[split].filepaths]
@@ -161,8 +169,9 @@ class PreparedDataset:
             raise UserError(f"{path}: damaged; {self._remedy}")
         for split in self._splits:
             self._check_num_records(split)
-        names = progress.track(sorted(needed), "data: hashing the prepared files", len(needed), "files")
-        digests = {name: text_files.file_digest(self.folder / name) for name in names}
+        paths = [self.folder / name for name in sorted(needed)]
+        computed = self._compute_digests(paths, "data: hashing the prepared files")
+        digests = {path.name: computed[os.fspath(path)] for path in paths}
         write_cache(path, json.dumps(digests, indent=1).encode())
         return digests
 

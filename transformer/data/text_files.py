@@ -45,7 +45,7 @@ def read_lines(path: epath.PathLike) -> Iterator[str]:
 
 def decode_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[str]:
     """Like `read_lines`, for an open stream of bytes such as stdin; errors name `path`."""
-    with _user_errors(path):
+    with user_errors(path):
         for number, raw in enumerate(iter_lines(stream, path), 1):
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             yield strip_line_end(_decode(line, path, number))
@@ -106,18 +106,18 @@ def strip_compression(name: str) -> str:
 def check_readable(path: epath.PathLike) -> None:
     """Raises a UserError unless the file can be opened and read repeatedly; reads none of it."""
     reject_pipe(epath.Path(path).expanduser())
-    with _user_errors(path):
+    with user_errors(path):
         epath.Path(path).expanduser().open("rb").close()
 
 
 def file_digest(path: epath.PathLike) -> str:
     """SHA-256 of the bytes of a file, in hexadecimal."""
-    with _user_errors(path):
+    with user_errors(path):
         return sha256(epath.Path(path).expanduser())
 
 
 @contextlib.contextmanager
-def _user_errors(path: epath.PathLike) -> Iterator[None]:
+def user_errors(path: epath.PathLike) -> Iterator[None]:
     """Turns errors of opening and reading a file into a UserError that names it."""
     try:
         yield
@@ -137,7 +137,7 @@ def _user_errors(path: epath.PathLike) -> Iterator[None]:
 def open_bytes(path: epath.PathLike) -> Iterator[io.BufferedIOBase]:
     """The bytes of a file, decompressed as its extension says."""
     extension = os.path.splitext(os.fspath(path))[1].lower()
-    with _user_errors(path), epath.Path(path).expanduser().open("rb") as raw:
+    with user_errors(path), epath.Path(path).expanduser().open("rb") as raw:
         if extension not in COMPRESSIONS:
             yield raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)  # gives readline
             return
