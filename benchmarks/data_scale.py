@@ -38,11 +38,8 @@ DUPLICATES = 200  # one pair in this many occurs before
 VOCABULARY_LINES = 400_000  # from which the given vocabulary is trained
 MEMORY_INTERVAL_S = 0.2
 
-CONSONANTS = {
-    "en": "b c d f g h l m n p r s t th w st ch sh".split(),
-    "de": "b d f g h k l m n r s t w z sch st".split(),
-}
-VOWELS = {"en": "a e i o u ea ou ai".split(), "de": "a e i o u ei ie au ü ä ö".split()}
+CONSONANTS = {"en": "b c d f g h l m n p r s t th w st ch sh", "de": "b d f g h k l m n r s t w z sch st"}
+VOWELS = {"en": "a e i o u ea ou ai", "de": "a e i o u ei ie au ü ä ö"}
 
 Pair = tuple[str, str]
 Row = dict[str, Any]
