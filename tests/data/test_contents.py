@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from transformer.config import DataConfig
-from transformer.data import corpus, local_text, prepared
+from transformer.data import corpus, local_text, prepared, shards
 from transformer.runtime.errors import UserError
 
 LANGUAGES = ("en", "de")
@@ -110,7 +110,7 @@ def test_digests_are_of_the_pairs_and_their_order_alone(tmp_path, monkeypatch):
     changed = [*pairs(20)[:-1], ("en 19", "de 1x")]
     shifted = [*pairs(20)[:-1], ("en 19d", "e 19")]
     for number, train in enumerate([pairs(20), pairs(20), changed, shifted, pairs(20)[::-1], pairs(19)]):
-        monkeypatch.setattr(prepared, "_SHARD_BYTES", 40 if number == 1 else 1 << 20)
+        monkeypatch.setattr(shards, "SHARD_BYTES", 40 if number == 1 else 1 << 20)
         (tmp_path / str(number)).mkdir()
         facts = corpus.load_or_compute_metadata(open_text(tmp_path / str(number), train, test=pairs(3)), LANGUAGES)
         digests.append(facts.digests)
@@ -131,10 +131,10 @@ def test_cached_split_metadata_is_read_again_unless_damaged(tmp_path, monkeypatc
     opened = open_text(tmp_path, [("", ""), *pairs(200)])
     facts = corpus.load_or_compute_metadata(opened, LANGUAGES)
     path = opened.folder / "contents.en-de.json"
-    read = corpus._scan_pairs
-    monkeypatch.setattr(corpus, "_scan_pairs", lambda _: pytest.fail("read again"))
+    read = corpus._scan
+    monkeypatch.setattr(corpus, "_scan", lambda *_: pytest.fail("read again"))
     assert corpus.load_or_compute_metadata(opened, LANGUAGES) == facts
-    monkeypatch.setattr(corpus, "_scan_pairs", read)
+    monkeypatch.setattr(corpus, "_scan", read)
     content = path.read_text()
     for damaged in (
         "",

@@ -11,7 +11,7 @@ import zstandard
 
 from tests.helpers.clock import FakeClock
 from transformer.config import DataConfig
-from transformer.data import local_text, prepared, text_files
+from transformer.data import local_text, prepared, shards, text_files
 from transformer.data.corpus import Split
 from transformer.runtime.errors import UserError
 
@@ -106,7 +106,7 @@ def test_a_folder_may_be_compressed_and_serves_both_directions(tmp_path):
     data = config(dir=tmp_path, source_language="de", target_language="en")
     splits = local_text.find_splits(data)
     assert names_of(splits) == {"train": ["train.de.zst", "train.en.gz"]}
-    assert list(splits["train"].pairs()) == [("y", "x")]
+    assert [pair for part in splits["train"].parts() for pair in part.pairs()] == [("y", "x")]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_one_file_formats_are_prepared(tmp_path):
 
 
 def test_many_shards_keep_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepared, "_SHARD_BYTES", 100)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100)
     lines = [f"line {number}" for number in range(99)]
     write(tmp_path / "text", train__en=lines, train__de=lines)
     opened = build(config(dir=tmp_path / "text"), tmp_path / "data")
@@ -254,28 +254,31 @@ def test_bad_text_leaves_nothing_behind(tmp_path, train, says):
 
 def test_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch):
     write(tmp_path / "text", train__en=["a"], train__de=["b"])
-    shards = local_text.ParallelText._shards
+    make = local_text.ParallelText._make_shards
 
-    def change(self, *args):
+    def change(self):
         write(tmp_path / "text", train__de=["c"])
-        return shards(self, *args)
+        return make(self)
 
-    monkeypatch.setattr(local_text.ParallelText, "_shards", change)
+    monkeypatch.setattr(local_text.ParallelText, "_make_shards", change)
     with pytest.raises(UserError, match="changed while they were being read"):
         build(config(dir=tmp_path / "text"), tmp_path / "data")
     assert not list((tmp_path / "data").glob("**/*record*"))
 
 
 def test_long_work_reports_its_progress(tmp_path, monkeypatch, capfd):
-    clock, read = FakeClock(monkeypatch), text_files.read_parallel
-    monkeypatch.setattr(text_files, "read_parallel", lambda *paths: (clock.sleep(0.1) or pair for pair in read(*paths)))
-    write(tmp_path / "text", train__en=["a"] * 1234, train__de=["b"] * 1234)
+    clock, decode = FakeClock(monkeypatch), text_files.decode_block
+    monkeypatch.setattr(text_files, "decode_block", lambda *args: clock.sleep(1) or decode(*args))
+    monkeypatch.setattr(shards, "SHARD_BYTES", 160)
+    monkeypatch.setattr(shards, "default_workers", lambda: 1)
+    monkeypatch.setattr(prepared, "_MB", 1)
+    write(tmp_path / "text", train__en=["a"] * 150, train__de=["b"] * 150)
     build(config(dir=tmp_path / "text"), tmp_path / "data")
     out, err = capfd.readouterr()
     assert out == ""
-    assert "data: sentence pairs: train 1,234\n" in err
-    assert re.search(r"data: reading train: [0-9]{2} pairs · 0:00:10 elapsed\n", err)
-    assert re.search(r"preparing train: 1,[0-9]{3}/1,234 pairs · 0:0[12]:[0-9]{2} elapsed · 0:00:0[0-9] left\n", err)
+    assert "data: sentence pairs: train 150\n" in err
+    shown = r"data: preparing: 1[0-9]{2}/600 MB · train · 0:00:[0-9]{2} elapsed · 0:0[0-9]:[0-9]{2} left\n"
+    assert re.search(shown, err)
 
 
 @pytest.mark.skipif(not MULTI30K.is_dir(), reason="needs Multi30k in ../shared/data/multi30k")

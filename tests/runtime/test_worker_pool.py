@@ -79,7 +79,6 @@ def test_workers_end_with_their_parent_however_it_ends():
 
 
 def is_running(pid):
-    with contextlib.suppress(OSError):
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] != "Z"
     return False

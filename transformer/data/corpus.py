@@ -6,7 +6,6 @@ split, a part of training is held out by a hash of the source sentence. Which ro
 all splits, are computed in one pass over the data and cached beside it (`CorpusMetadata`).
 """
 
-import array
 import dataclasses
 import difflib
 import functools
@@ -16,20 +15,26 @@ import importlib.util
 import json
 import operator
 import os
+import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.proto import tf_example_pb2
 
 from transformer.config.schema import PATH_FIELDS, WMT_NAMES, DataConfig
-from transformer.data import local_text, prepared, text_files, wmt
-from transformer.data.prepared import RecordReader
+from transformer.data import local_text, prepared, records, shards, wmt
+from transformer.data import tokenizer as tokenizers
+from transformer.data.records import RecordReader
+from transformer.data.shards import ShardedSplit, ShardJob
+from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
+from transformer.runtime.files import file_lock
 from transformer.runtime.logging import log_info
 
 Pair = tuple[str, str]
@@ -65,6 +70,15 @@ class RowsExcept:
         else:
             wanted = np.int64(index)
         return wanted + np.searchsorted(self._kept_before, wanted, side="right")
+
+    def mask(self, first: int, last: int) -> np.ndarray | None:
+        """Which of first ≤ row < last are among these rows, bool; None for all."""
+        start, stop = np.searchsorted(self._excluded, [first, last])
+        if start == stop:
+            return None
+        kept = np.ones(last - first, bool)
+        kept[self._excluded[start:stop] - first] = False
+        return kept
 
 
 class Split:
@@ -113,10 +127,7 @@ class Split:
 
     def to_lines(self, raw: Pair) -> Pair:
         """The pair as two lines of text, without line breaks."""
-        source, target = raw
-        if self._strip_cr:
-            source, target = source.removesuffix("\r"), target.removesuffix("\r")
-        return text_files.one_line(source), text_files.one_line(target)
+        return shards.to_lines(raw, self._strip_cr)
 
     def raw_pairs(self) -> Iterator[Pair]:
         """All pairs as stored, including line breaks."""
@@ -133,9 +144,28 @@ class Split:
 
     def _read(self, first: int, last: int) -> list[Pair]:
         try:
-            return [_parse(record, self._languages) for record in self._records.read(first, last)]
+            return [records.parse(record, self._languages) for record in self._records.read(first, last)]
         except Exception as error:  # ArrayRecord and protobuf raise exceptions of their own
             raise UserError(f"the prepared data of split {self.name!r} cannot be read: {error}") from error
+
+    def make_token_ids(self, folder: pathlib.Path, tokenizer: Tokenizer, workers: int = 0) -> None:
+        """Tokenizes the split by several processes into a folder, unless it exists; goes on after an interruption."""
+        work = folder.parent / f"{folder.name}.partial"
+        work.mkdir(parents=True, exist_ok=True)
+        job = ShardJob(os.fspath(work), self._languages, strip_cr=self._strip_cr, tokenizer=tokenizer)
+        kept = None
+        if self._rows is None or isinstance(self._rows, RowsExcept):
+            blocks = shards.stored_blocks("all", self._records.files(), self._languages)
+            kept = self._rows
+        else:  # few rows of a large split
+            job = dataclasses.replace(job, strip_cr=False)
+            blocks = shards.blocks("rows", shards.pair_parts(self))
+        with progress.phase(f"tokenizing {self.name}", len(self._records), "pairs") as phase:
+            workers = workers or shards.default_workers()
+            made = shards.run(job, self.name, blocks, workers, phase.advance)
+        with progress.phase(f"joining the token ids of {self.name}"):
+            shards.store_ids(made, kept.mask if kept is not None else shards.keep_all, folder)
+        shutil.rmtree(work, ignore_errors=True)
 
     def sources(self) -> list[str]:
         """All source sentences in order."""
@@ -144,13 +174,6 @@ class Split:
     def targets(self) -> list[str]:
         """All target sentences in order."""
         return [target for _, target in self]
-
-
-def _parse(record: bytes, languages: tuple[str, str]) -> Pair:
-    """Parses a serialized example; TFDS's own parser uses NumPy and takes three times as long."""
-    features = tf_example_pb2.Example.FromString(record).features.feature
-    source, target = (features[code].bytes_list.value[0].decode() for code in languages)
-    return source, target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +194,11 @@ class CorpusMetadata:
     blank: list[int]
     held_out: list[int]
 
+    def train_rows(self) -> RowsExcept | None:
+        """The rows of the training split; None for all."""
+        excluded = self.blank + self.held_out
+        return RowsExcept(self.pairs["train"], excluded) if excluded else None
+
 
 class Corpus:
     """The splits of a data set in one direction of translation.
@@ -182,16 +210,17 @@ class Corpus:
       digest: changes with any split; in hexadecimal.
     """
 
-    def __init__(self, data: prepared.PreparedDataset, languages: tuple[str, str], strip_cr: bool = False):
-        """Makes a corpus of a prepared data set; `strip_cr` as in `Split`."""
+    def __init__(
+        self, data: prepared.PreparedDataset, languages: tuple[str, str], strip_cr: bool = False, workers: int = 0
+    ):
+        """Makes a corpus of a prepared data set; `strip_cr` as in `Split`, `workers` as in `open_corpus`."""
         self.source_language, self.target_language = self._languages = languages
         self._data, self._strip_cr = data, strip_cr
-        metadata = load_or_compute_metadata(data, languages, strip_cr)
+        metadata = load_or_compute_metadata(data, languages, strip_cr, workers)
         self.dropped = len(metadata.blank)
         # Split → the prepared split that holds its rows, and their indices there (None: all).
         self._split_rows: dict[str, tuple[str, np.ndarray | RowsExcept | None]] = {n: (n, None) for n in data.names}
-        if metadata.blank or metadata.held_out:
-            rows = RowsExcept(metadata.pairs["train"], metadata.blank + metadata.held_out)
+        if (rows := metadata.train_rows()) is not None:
             self._split_rows["train"] = ("train", rows)
         if metadata.held_out:
             self._split_rows["validation"] = ("train", np.array(metadata.held_out))
@@ -232,8 +261,13 @@ def split_digest(prepared_digest: str, rows: np.ndarray | RowsExcept | None) -> 
     return digest.hexdigest()
 
 
-def open_corpus(data: DataConfig) -> Corpus:
+def open_corpus(data: DataConfig, *, tokenize: bool = False, workers: int = 0) -> Corpus:
     """Opens the data set of a config and prepares it first if necessary; logs what it does.
+
+    Args:
+      data: section of the config.
+      tokenize: whether training is tokenized in the pass that prepares, if the config names a vocabulary.
+      workers: processes that prepare; 0 for one a core.
 
     Raises:
       UserError: as `validate_source`, or the data cannot be prepared, is damaged, or leaves no training pair.
@@ -245,9 +279,35 @@ def open_corpus(data: DataConfig) -> Corpus:
         make_builder = functools.partial(local_text.ParallelText, local_text.find_splits(data), folder)
     elif name in WMT_NAMES:
         make_builder = functools.partial(wmt.WmtBuilder, _tfds_builder(data), folder, data.manual_dir)
-    dataset = prepared.prepare(make_builder, owned=name in ("text", "cldr", *WMT_NAMES))
     # TFDS splits the archives of WMT at LF only, and our records of them equal its records.
-    return Corpus(dataset, (data.source_language, data.target_language), strip_cr=name in WMT_NAMES)
+    languages, strip_cr = (data.source_language, data.target_language), name in WMT_NAMES
+
+    def one_pass() -> prepared.OnePass:
+        tokenizer = tokenizers.load_configured(data) if tokenize else None
+        finish = functools.partial(_finish_one_pass, languages, folder)
+        return prepared.OnePass(languages, strip_cr, tokenizer, workers, finish)
+
+    owned = name in ("text", "cldr", *WMT_NAMES)
+    dataset = prepared.prepare(make_builder, owned=owned, one_pass=one_pass)
+    return Corpus(dataset, languages, strip_cr, workers)
+
+
+def _finish_one_pass(
+    languages: tuple[str, str], data_dir: str, splits: Mapping[str, ShardedSplit], data_digest: str, folder: epath.Path
+) -> None:
+    """Writes the metadata, and the token ids of training if it was tokenized."""
+    with progress.phase("data: joining what is known of the pairs"):
+        metadata = _compute_metadata(splits)
+        _save_metadata(_metadata_path(folder, languages), data_digest, metadata)
+    train = splits["train"]
+    if train.job.tokenizer is not None:
+        rows = metadata.train_rows()
+        digest = split_digest(metadata.digests["train"], rows)
+        ids_folder = shards.ids_folder(data_dir, digest, languages, train.job.tokenizer)
+        with progress.phase("data: joining the token ids"):
+            ids_folder.parent.mkdir(parents=True, exist_ok=True)
+            with file_lock(ids_folder.parent, name=f".{ids_folder.name}.lock"):
+                shards.store_ids(train, rows.mask if rows is not None else shards.keep_all, ids_folder)
 
 
 def validate_source(data: DataConfig) -> None:
@@ -356,7 +416,7 @@ def _unknown_dataset_message(name: str, error: str, data_dir: str) -> str:
 
 
 def load_or_compute_metadata(
-    data: prepared.PreparedDataset, languages: tuple[str, str], strip_cr: bool = False
+    data: prepared.PreparedDataset, languages: tuple[str, str], strip_cr: bool = False, workers: int = 0
 ) -> CorpusMetadata:
     """The metadata of a data set in one direction, from the cache or by reading all pairs; `strip_cr` as in `Split`.
 
@@ -365,58 +425,44 @@ def load_or_compute_metadata(
     """
     if "train" not in data.names:
         raise UserError(f"{data.folder}: expected a split 'train', got {', '.join(data.names) or 'none'}")
-    path = data.folder / f"contents.{'-'.join(languages)}.json"
+    path = _metadata_path(data.folder, languages)
     if metadata := _load_metadata(path, data.digest()):
         return metadata
-    splits = {name: Split(name, "", languages, data.records(name), None, strip_cr) for name in data.names}
-    scans = {name: _scan_pairs(name, split) for name, split in splits.items()}
-    train = scans["train"]
-    blank, rows = np.flatnonzero(train.is_blank), np.flatnonzero(~train.is_blank)
-    if not len(rows):
-        raise UserError(f"all {len(splits['train']):,} training pairs have a blank side: nothing is left to train on")
-    held_out = [] if "validation" in splits else rows[_select_validation(train.source_hashes[rows])].tolist()
-    metadata = CorpusMetadata(
-        digests={name: scan.digest for name, scan in scans.items()},
-        pairs={name: len(split) for name, split in splits.items()},
-        line_breaks={name: scan.line_breaks for name, scan in scans.items()},
-        blank=blank.tolist(),
-        held_out=held_out,
-    )
+    with tempfile.TemporaryDirectory(prefix="scan-") as work:
+        metadata = _compute_metadata(_scan(data, ShardJob(work, languages, scan=True, strip_cr=strip_cr), workers))
     _save_metadata(path, data.digest(), metadata)
     return metadata
 
 
-class _Scan(NamedTuple):
-    """What one pass over a split computes.
-
-    Attributes:
-      digest: of all pairs.
-      source_hashes: of each source sentence, [N] uint64.
-      is_blank: whether a side is empty or white space, [N] bool.
-      line_breaks: the number of pairs with a line break.
-    """
-
-    digest: str
-    source_hashes: np.ndarray
-    is_blank: np.ndarray
-    line_breaks: int
+def _metadata_path(folder: epath.Path, languages: tuple[str, str]) -> epath.Path:
+    return folder / f"contents.{'-'.join(languages)}.json"
 
 
-def _scan_pairs(name: str, split: Split) -> _Scan:
-    digest, hashes, blank, line_breaks = hashlib.sha256(), array.array("Q"), array.array("b"), 0
-    for raw in progress.track(split.raw_pairs(), f"data: scanning {name}", len(split), "pairs"):
-        line_breaks += any("\n" in text for text in raw)
-        source, target = split.to_lines(raw)
-        texts = (source.encode(), target.encode())
-        digest.update(b"%d %d " % (len(texts[0]), len(texts[1])) + texts[0] + texts[1])
-        hashes.append(hash64(texts[0]))
-        blank.append(not (source.strip() and target.strip()))
-    return _Scan(digest.hexdigest(), np.array(hashes, np.uint64), np.array(blank, bool), line_breaks)
+def _scan(data: prepared.PreparedDataset, job: ShardJob, workers: int) -> dict[str, ShardedSplit]:
+    """Reads all pairs of all splits."""
+    splits = {}
+    for name in data.names:
+        files = data.records(name).files()
+        with progress.phase(f"data: scanning {name}", sum(count for _, count in files), "pairs") as phase:
+            blocks = shards.stored_blocks(name, files, job.languages)
+            splits[name] = shards.run(job, name, blocks, workers or shards.default_workers(), phase.advance)
+    return splits
 
 
-def hash64(text: bytes) -> int:
-    """A 64-bit hash, the same everywhere; 40 million sentences have a collision with a probability of 1 in 20,000."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+def _compute_metadata(splits: Mapping[str, ShardedSplit]) -> CorpusMetadata:
+    train = splits["train"]
+    is_blank = train.known("blank")
+    blank, rows = np.flatnonzero(is_blank), np.flatnonzero(~is_blank)
+    if not len(rows):
+        raise UserError(f"all {len(is_blank):,} training pairs have a blank side: nothing is left to train on")
+    held_out = [] if "validation" in splits else rows[_select_validation(train.known("hash")[rows])].tolist()
+    return CorpusMetadata(
+        digests={name: split.digest for name, split in splits.items()},
+        pairs={name: split.pairs() for name, split in splits.items()},
+        line_breaks={name: sum(shard.line_breaks for shard in split.shards) for name, split in splits.items()},
+        blank=blank.tolist(),
+        held_out=held_out,
+    )
 
 
 def _select_validation(hashes_N: np.ndarray) -> np.ndarray:

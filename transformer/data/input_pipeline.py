@@ -4,13 +4,13 @@ Sentences are tokenized once for each corpus and vocabulary; training maps the f
 state of the iterator is the step at which it starts.
 """
 
-import array
 import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
+import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +20,7 @@ from etils import epath
 
 from transformer.config import Config, DataConfig
 from transformer.data import corpus as corpora
+from transformer.data import shards
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import (
     Batch,
@@ -36,11 +37,9 @@ from transformer.data.schedule_store import FileStore
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.file_digests import FileDigests
-from transformer.runtime.files import atomic_directory, sha256, user_error_on_oserror
+from transformer.runtime.files import file_lock, sha256, user_error_on_oserror
 from transformer.runtime.logging import log_info
 
-CHUNK_PAIRS = 10_000  # tokenized at a time
 METADATA_FILE = "about.json"
 FILES = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
 PREFETCH_BATCHES = 16  # made ahead of the device
@@ -162,9 +161,12 @@ def _cache_folder(data: DataConfig, corpus: corpora.Corpus, split: Split, kind: 
     name = f"{split.digest[:24]}-{corpus.source_language}-{corpus.target_language}-{key}"
     folder = epath.Path(corpora.data_dir(data)) / kind / name
     with user_error_on_oserror(f"{folder}, under config.data.data_dir"):
-        object_storage.pull(folder)
-        yield folder
-        object_storage.push(folder)  # also what exists here, as an earlier attempt may have failed
+        with contextlib.suppress(OSError):  # then what is there may still be read
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(folder.parent, f"making {folder}", name=f".{name}.lock"):
+            object_storage.pull(folder)
+            yield folder
+            object_storage.push(folder)  # also what exists here, as an earlier attempt may have failed
 
 
 def check_same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path, trained: Tokenizer) -> Tokenizer:
@@ -209,8 +211,15 @@ class _Sentences:
         return any(line == other for other in self)
 
 
-def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokenizer: Tokenizer) -> TokenIds:
-    """The ids of a split, from the cache beside the prepared data, or tokenized now and cached there."""
+def token_ids(
+    data: DataConfig, corpus: corpora.Corpus, split_name: str, tokenizer: Tokenizer, workers: int = 0
+) -> TokenIds:
+    """The ids of a split, from the cache beside the prepared data, or tokenized now and cached there.
+
+    Args:
+      data, corpus, split_name, tokenizer: what they are the ids of.
+      workers: processes that tokenize; 0 for one a core.
+    """
     split = corpus.split(split_name)
     with _cache_folder(data, corpus, split, "token_ids", tokenizer.digest[:24]) as folder:
         if folder.exists():
@@ -220,38 +229,18 @@ def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokeniz
                 log_info(f"{folder}: damaged ({error}); tokenizing again")
                 shutil.rmtree(folder)
         log_info(f"tokenizing {split_name}: {len(split):,} pairs")
-        _write_ids(folder, split, tokenizer)
+        try:
+            split.make_token_ids(pathlib.Path(folder), tokenizer, workers)
+        except OSError:
+            if not folder.exists():  # otherwise another run was faster, on a file system without locks
+                raise
         return _load_ids(folder)
-
-
-def _write_ids(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
-    """Tokenizes a split into a folder, atomically: two runs may do it at once."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    lengths = {"source": array.array("q"), "target": array.array("q")}
-    try:
-        with atomic_directory(folder) as partial:
-            with (partial / "source.ids").open("wb") as source, (partial / "target.ids").open("wb") as target:
-                pairs_left = iter(split)
-                chunks = iter(lambda: list(itertools.islice(pairs_left, CHUNK_PAIRS)), [])
-                for pairs in progress.track(chunks, f"tokenizing {split.name}", len(split), "pairs", each=CHUNK_PAIRS):
-                    for side, name, file in ((0, "source", source), (1, "target", target)):
-                        sequences = tokenizer.encode([pair[side] for pair in pairs])
-                        lengths[name].extend(len(ids) for ids in sequences)
-                        file.write(np.concatenate(sequences).astype(dtype).tobytes())
-            for name, values in lengths.items():
-                np.save(partial / f"{name}.offsets.npy", np.concatenate([[0], np.cumsum(values, dtype=np.int64)]))
-            digests = {name: sha256(partial / name) for name in FILES}
-            (partial / METADATA_FILE).write_text(json.dumps({"dtype": np.dtype(dtype).name, "sha256": digests}))
-    except OSError:
-        if not folder.exists():  # otherwise another run was faster
-            raise
 
 
 def _load_ids(folder: epath.Path) -> TokenIds:
     """Maps the ids into memory after verifying their digests; a ValueError if one is wrong."""
     metadata = json.loads((folder / METADATA_FILE).read_text())
-    cache = FileDigests(folder.parent / f".digests-{folder.name}.json")
-    digests = cache.compute([folder / name for name in FILES], f"verifying {folder}")
+    digests = shards.ids_digests(folder).compute([folder / name for name in FILES], "verifying the token ids")
     for name in FILES:
         if digests[os.fspath(folder / name)] != metadata["sha256"][name]:
             raise ValueError(f"{name} has changed since it was written")

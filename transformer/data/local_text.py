@@ -16,8 +16,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from transformer.config import DataConfig
-from transformer.data import parallel_formats, text_files
-from transformer.data.prepared import Pair, ParallelTextBuilder
+from transformer.data import parallel_formats, shards, text_files
+from transformer.data.prepared import ParallelTextBuilder
+from transformer.data.shards import Part
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.file_digests import FileDigests
@@ -33,11 +34,12 @@ class SplitFiles:
     languages: tuple[str, str]
     columns: str = ""
 
-    def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yields (source, target) in the order of the files."""
+    def parts(self) -> Iterator[Part]:
+        """Yields the pairs in the order of the files, in parts."""
         if len(self.paths) == 2:
-            return text_files.read_parallel(*self.paths)
-        return parallel_formats.read_pairs(self.paths[0], self.languages, self.columns)
+            yield from shards.line_parts(*self.paths)
+        else:
+            yield from shards.pair_parts(parallel_formats.read_pairs(self.paths[0], self.languages, self.columns))
 
     def digest(self, digests: Mapping[str, str]) -> list[str]:
         """All that the pairs depend on: formats, columns and the content of the files, but not their names.
@@ -149,8 +151,14 @@ class ParallelText(ParallelTextBuilder):
         if _digest(self._files, self._digests_dir) != self._digest:
             raise UserError("the text files changed while they were being read; run again when they are complete")
 
-    def _pairs_by_split(self) -> dict[str, Callable[[], Iterator[Pair]]]:
-        return {split: files.pairs for split, files in self._files.items()}
+    def _parts_by_split(self) -> dict[str, Callable[[], Iterator[Part]]]:
+        return {split: files.parts for split, files in self._files.items()}
+
+    def _text_bytes(self) -> int | None:
+        paths = [path for files in self._files.values() for path in files.paths]
+        if any(object_storage.is_remote(path) or text_files.strip_compression(path) != path for path in paths):
+            return None
+        return sum(os.path.getsize(os.path.expanduser(path)) for path in paths)
 
 
 def _digest(files: Mapping[str, SplitFiles], data_dir: epath.PathLike) -> str:
@@ -160,7 +168,7 @@ def _digest(files: Mapping[str, SplitFiles], data_dir: epath.PathLike) -> str:
     local = {path: os.path.expanduser(path) for path in local}
     digests = {path: text_files.file_digest(path) for path in paths if path not in local}
     if local:
-        cache = FileDigests(os.path.join(data_dir, "text", ".digests.json"))
+        cache = FileDigests(os.path.join(data_dir, "parallel_text", ".digests.json"))
         with text_files.user_errors(paths[0] if len(paths) == 1 else ", ".join(paths)):
             computed = cache.compute(list(local.values()), "data: hashing the text files")
         digests |= {path: computed[expanded] for path, expanded in local.items()}

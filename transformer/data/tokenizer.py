@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import hashlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -74,6 +75,23 @@ class Tokenizer:
     def encode(self, lines: Sequence[str]) -> list[np.ndarray]:
         """Encodes each line as int32 ids ending in EOS; the text itself never gives special ids."""
         return [np.append(self._from_sp[ids], np.int32(EOS)) for ids in self._processor.encode(list(lines))]
+
+    def encode_flat(self, lines: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all lines one after another, int32, each line ending in EOS; and the length of each, [N] int64.
+
+        Takes one thread and less time than `encode`.
+        """
+        options = {"num_threads": 1} if self.file_name == FILE_NAME else {}
+        encoded = self._processor.encode(list(lines), **options)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 1
+        ends = np.cumsum(lengths)
+        total = int(ends[-1]) if len(ends) else 0
+        is_token = np.ones(total, bool)
+        is_token[ends - 1] = False
+        flat = np.full(total, EOS, np.int32)
+        sp_ids = np.fromiter(itertools.chain.from_iterable(encoded), np.int64, total - len(encoded))
+        flat[is_token] = self._from_sp[sp_ids]
+        return flat, lengths
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes the ids before the first EOS into one line; line breaks in it become spaces.

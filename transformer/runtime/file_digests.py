@@ -63,7 +63,7 @@ class FileDigests:
         names = [os.path.abspath(path) for path in paths]
         entries = self._load()
         if self._changed(names, entries):
-            with file_lock(self._path.parent, name=f".{self._path.name}.lock"):
+            with file_lock(self._path.parent, name=f"{self._path.name}.lock"):
                 entries = self._load()
                 if changed := self._changed(names, entries):
                     entries = self._save(entries, _hash_all(changed, what))
@@ -71,7 +71,7 @@ class FileDigests:
 
     def record(self, digests: Mapping[str, str]) -> None:
         """Records the digests of files that this process has just written."""
-        with file_lock(self._path.parent, name=f".{self._path.name}.lock"):
+        with file_lock(self._path.parent, name=f"{self._path.name}.lock"):
             new = {os.path.abspath(path): (stamp(path), digest) for path, digest in digests.items()}
             self._save(self._load(), new)
 

@@ -82,7 +82,7 @@ def atomic_directory(folder: epath.PathLike) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def file_lock(folder: epath.PathLike, work: str = "", name: str = ".lock") -> Iterator[bool]:
+def file_lock(folder: epath.PathLike, work: str = "", name: str = ".lock", wait: bool = True) -> Iterator[bool]:
     """Locks a local folder against other processes for the block; yields whether that was possible.
 
     It is not in object storage, in a folder that cannot be written, and on a file system without locks.
@@ -91,6 +91,7 @@ def file_lock(folder: epath.PathLike, work: str = "", name: str = ".lock") -> It
       folder: holds the file that is locked.
       work: what the holder does, for the message if this process has to wait: "preparing X". Empty: no message.
       name: of the file.
+      wait: whether to wait for another holder.
     """
     with contextlib.ExitStack() as stack:
         is_locked = False
@@ -100,6 +101,8 @@ def file_lock(folder: epath.PathLike, work: str = "", name: str = ".lock") -> It
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    if not wait:
+                        raise
                     if work:
                         log_info(f"data: another process is {work}; waiting for it")
                     with progress.phase("data: waiting for another process"):

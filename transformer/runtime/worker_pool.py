@@ -27,6 +27,10 @@ R = TypeVar("R")
 _START = "import sys; sys.path[:] = {path!r}; from transformer.runtime import worker_pool; worker_pool.serve()"
 
 
+class WorkerEndedError(UserError):
+    """A worker process was killed."""
+
+
 class WorkerPool(Generic[T, R]):
     """Calls a function in worker processes; a context manager.
 
@@ -62,7 +66,7 @@ class WorkerPool(Generic[T, R]):
         """The results in order. Takes values as workers become free, and few in advance; raises what a call raised.
 
         Raises:
-          UserError: a worker was killed.
+          WorkerEndedError: a worker was killed.
         """
         if self._size <= 1:
             yield from map(self._function, values)
@@ -104,7 +108,7 @@ class WorkerPool(Generic[T, R]):
                 code = process.wait()
                 reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 future.set_exception(
-                    UserError(
+                    WorkerEndedError(
                         f"a worker process ended ({reason}): if the machine ran out of memory, take fewer with "
                         f"--workers, and run again: what is done is kept ({type(broken).__name__})"
                     )
