@@ -146,6 +146,7 @@ def test_the_data_set_says_which_archives_it_was_made_of(tmp_path, filled):
 
 def test_many_shards_keep_the_order(tmp_path, filled, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 300)
+    monkeypatch.setattr(shards, "default_workers", lambda: 1)
     opened = corpus.open_corpus(filled("wmt14_translate/fr-en"))
     assert len(list((tmp_path / "data").glob("**/*-train.array_record*"))) > 10
     rows = [source.split()[2] for source, _ in opened.split("train") if source.startswith("en giga")]
