@@ -4,8 +4,8 @@
         [--batching=bucket|pack] [--workers=N] [--text_only]
 
 For each number of pairs, in a folder of its own: generates the text, prepares it by `transformer.prepare`, then starts
-a run of a tiny model twice and ends it after its first update. The second start finds everything cached. A row a number
-of pairs; the last line of stdout is one JSON object with the slope between the smallest and the largest.
+a run of a tiny model twice and ends it where its first update would be. The second start finds everything cached. A row
+a number of pairs; the last line of stdout is one JSON object with the slope between the smallest and the largest.
 
 The text is the same in every run: words of random syllables with Zipfian frequencies, sentences of log-normal lengths,
 targets about as long as their sources, 1 pair in 200 a duplicate of an earlier one.
@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -169,30 +170,27 @@ def session_memory_mb(session: int) -> float:
     return total * 1024 / 1e6
 
 
-# Starts a run and ends it after its first update; prints what that took.
+# Starts a run and ends it where it would make its first update; prints what that took.
 START = """
-import json, resource, sys, time
+import json, os, resource, sys
 from transformer import command_line
 from transformer.runtime import file_digests
 hashed, hash_file = [0], file_digests.hash_file
 def counted(path, phase):
-    hashed[0] += file_digests.stamp(path)[0]
+    hashed[0] += os.path.getsize(path)
     return hash_file(path, phase)
 file_digests.hash_file = counted
-config, _ = command_line.config_flags(sys.argv[2:])
+config, _ = command_line.config_flags(sys.argv[1:])
 from transformer.training import session, train_step
-def cpu():
+def update(*arguments, **options):
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-made = train_step.make_train_step
-def first(*arguments, **options):
-    # The first update would be next. What it costs does not depend on the number of pairs.
-    smaps = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
-    print(json.dumps({"cpu_s": cpu(), "hashed": hashed[0], "pss_mb": int(smaps["Pss"].split()[0]) * 1024 / 1e6}))
-    return made(*arguments, **options)
-train_step.make_train_step = first
+    with open("/proc/self/smaps_rollup") as file:
+        pss = next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+    cpu_s = usage.ru_utime + usage.ru_stime
+    print(json.dumps({"cpu_s": cpu_s, "hashed": hashed[0], "pss_mb": pss * 1024 / 1e6}), flush=True)
+    os._exit(0)
+train_step.make_train_step = lambda *arguments, **options: update
 session.train(config, sys.argv[1])
-print(json.dumps({"cpu_s": cpu()}))
 """
 
 
@@ -233,6 +231,7 @@ def measure_pairs(count: int, args: argparse.Namespace) -> Row:
     flags = prepare_flags(folder, args, given)
     workers = [f"--workers={args.workers}"] if args.workers else []
     row: Row = {"pairs": count, "text_bytes": folder_bytes(folder, "text/train.*") / count}
+    shutil.rmtree(folder / "data", ignore_errors=True)
     log_info(f"preparing {count:,} pairs")
     usage = measure([sys.executable, "-m", "transformer.prepare", *flags, *workers])
     row |= {
@@ -247,13 +246,12 @@ def measure_pairs(count: int, args: argparse.Namespace) -> Row:
         log_info(f"{name} start with {count:,} pairs")
         run_folder = folder / f"run-{name}-{time.time_ns()}"
         usage = measure([sys.executable, "-c", START, str(run_folder), *flags])
-        before, after = (json.loads(line) for line in usage.stdout.splitlines() if line.startswith("{"))
+        start = json.loads(usage.stdout.splitlines()[-1])
         row |= {
             f"{name}_start_s": usage.seconds,
-            f"{name}_start_cpu_s": before["cpu_s"],
-            f"{name}_run_cpu_s": after["cpu_s"],
-            f"{name}_start_hashed": before["hashed"] / count,
-            f"{name}_start_pss_mb": before["pss_mb"],
+            f"{name}_start_cpu_s": start["cpu_s"],
+            f"{name}_start_hashed": start["hashed"] / count,
+            f"{name}_start_pss_mb": start["pss_mb"],
         }
     offsets = folder_bytes(folder, "data/token_ids/*/*.offsets.npy")
     row["plan_bytes"] = (offsets + folder_bytes(folder, "data/schedules/*/*/*")) / count
@@ -269,7 +267,6 @@ def slopes(rows: Sequence[Row]) -> Row:
     return {
         "prepare_us_slope": (most["prepare_s"] - least["prepare_s"]) / more * 1e6,
         "start_cpu_us_slope": (most["cached_start_cpu_s"] - least["cached_start_cpu_s"]) / more * 1e6,
-        "run_cpu_us_slope": (most["cached_run_cpu_s"] - least["cached_run_cpu_s"]) / more * 1e6,
         "start_bytes_slope": (most["cached_start_pss_mb"] - least["cached_start_pss_mb"]) / more * 1e6,
     }
 
