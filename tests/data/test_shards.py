@@ -297,3 +297,10 @@ def test_a_full_disk_is_one_message_and_what_is_done_is_kept(tmp_path, monkeypat
     assert done(tmp_path / "data") == 3
     assert len(corpus.open_corpus(data).split("train")) == 198
     assert not list((tmp_path / "data").rglob("*partial*"))
+
+
+def test_lines_read_ahead_by_others_are_those_of_the_split(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", SHARD_BYTES * 6)
+    split = corpus.open_corpus(config(text, tmp_path)).split("train")
+    assert list(split.lines(2)) == [line for pair in split for line in pair]
+    assert split.longest == max(len(line.encode()) for line in split.lines(1))

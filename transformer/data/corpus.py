@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import operator
 import os
@@ -36,6 +37,7 @@ from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import file_lock
 from transformer.runtime.logging import log_info
+from transformer.runtime.worker_pool import WorkerPool
 
 Pair = tuple[str, str]
 
@@ -45,6 +47,7 @@ METADATA_VERSION = 1  # increased whenever the same data gives other metadata
 
 _CHUNK_PAIRS = 4096
 _CHUNK_ROWS = 1 << 18
+_FEW_FILES = 2  # are read by this process
 _CANDIDATES = 1 << 14  # hashes among which rows to hold out are looked for first
 
 
@@ -89,6 +92,7 @@ class Split:
     Attributes:
       name: in the data set.
       digest: changes with any pair and with their order; in hexadecimal.
+      longest: bytes that no line has more of; None if that is not known.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Split:
         records: RecordReader,
         rows: np.ndarray | RowsExcept | None,
         strip_cr: bool = False,
+        longest: int | None = None,
     ):
         """Makes a split of serialized examples.
 
@@ -106,8 +111,9 @@ class Split:
           records: the examples.
           rows: the indices of the split's examples, ascending; None for all.
           strip_cr: removes a CR at the end, for records made from lines that were split at b"\\n" only.
+          longest: bytes that no line has more of; None if that is not known.
         """
-        self.name, self.digest = name, digest
+        self.name, self.digest, self.longest = name, digest, longest
         self._languages, self._records, self._rows, self._strip_cr = languages, records, rows, strip_cr
 
     def __len__(self) -> int:
@@ -148,6 +154,21 @@ class Split:
         except Exception as error:  # ArrayRecord and protobuf raise exceptions of their own
             raise UserError(f"the prepared data of split {self.name!r} cannot be read: {error}") from error
 
+    def lines(self, workers: int = 0) -> Iterator[str]:
+        """All lines, source and target of each pair in turn; read ahead by other processes if there are many."""
+        files = self._records.files()
+        if len(files) <= _FEW_FILES or isinstance(self._rows, np.ndarray):
+            yield from itertools.chain.from_iterable(self)
+            return
+        first = 0
+        blocks = shards.stored_blocks("lines", files, self._languages)
+        with WorkerPool(shards.LineJob(self._strip_cr), workers or shards.default_workers()) as pool:
+            for (_, count), text in zip(files, pool.map(blocks), strict=True):
+                mask = self._rows.mask(first, first + count) if self._rows is not None else None
+                lines = text.split("\n")
+                yield from lines if mask is None else itertools.compress(lines, np.repeat(mask, 2))
+                first += count
+
     def make_token_ids(self, folder: pathlib.Path, tokenizer: Tokenizer, workers: int = 0) -> None:
         """Tokenizes the split by several processes into a folder, unless it exists; goes on after an interruption."""
         work = folder.parent / f"{folder.name}.partial"
@@ -186,6 +207,7 @@ class CorpusMetadata:
       line_breaks: the number of pairs of each prepared split that contain a line break.
       blank: rows of training with a blank side, ascending.
       held_out: rows of training that serve as validation, ascending.
+      longest: bytes of the longest line of each prepared split; earlier versions did not write it.
     """
 
     digests: dict[str, str]
@@ -193,6 +215,7 @@ class CorpusMetadata:
     line_breaks: dict[str, int]
     blank: list[int]
     held_out: list[int]
+    longest: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def train_rows(self) -> RowsExcept | None:
         """The rows of the training split; None for all."""
@@ -217,7 +240,7 @@ class Corpus:
         self.source_language, self.target_language = self._languages = languages
         self._data, self._strip_cr = data, strip_cr
         metadata = load_or_compute_metadata(data, languages, strip_cr, workers)
-        self.dropped = len(metadata.blank)
+        self.dropped, self._longest = len(metadata.blank), metadata.longest
         # Split → the prepared split that holds its rows, and their indices there (None: all).
         self._split_rows: dict[str, tuple[str, np.ndarray | RowsExcept | None]] = {n: (n, None) for n in data.names}
         if (rows := metadata.train_rows()) is not None:
@@ -247,7 +270,8 @@ class Corpus:
             raise UserError(f"{self._data.folder}: expected a split {name!r}, found {available}")
         prepared_split, rows = self._split_rows[name]
         records = self._data.records(prepared_split)
-        return Split(name, self._digests[name], self._languages, records, rows, self._strip_cr)
+        longest = self._longest.get(prepared_split)
+        return Split(name, self._digests[name], self._languages, records, rows, self._strip_cr, longest)
 
 
 def split_digest(prepared_digest: str, rows: np.ndarray | RowsExcept | None) -> str:
@@ -462,6 +486,7 @@ def _compute_metadata(splits: Mapping[str, ShardedSplit]) -> CorpusMetadata:
         line_breaks={name: sum(shard.line_breaks for shard in split.shards) for name, split in splits.items()},
         blank=blank.tolist(),
         held_out=held_out,
+        longest={name: max((s.longest for s in split.shards), default=0) for name, split in splits.items()},
     )
 
 

@@ -7,12 +7,11 @@ state of the iterator is the step at which it starts.
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,7 +149,8 @@ def get_or_train_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenize
         training = f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} subword tokens"
         log_info(training)
         with progress.phase(training):
-            trained = tokenizers.build(data, _Sentences(split))
+            sentences = _Sentences(split)
+            trained = tokenizers.build(data, sentences, sentences.longest)
         trained.save(folder, f"{trained.digest}.model")
     return trained
 
@@ -195,20 +195,25 @@ def check_same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath
     )
 
 
-class _Sentences:
-    """A re-iterable collection of all sentences of a split, source and target in turn."""
+class _Sentences(Sequence[str]):
+    """All sentences of a split, source and target in turn.
+
+    Attributes:
+      longest: bytes that none has more of; None if that is not known.
+    """
 
     def __init__(self, split: Split):
-        self._split = split
+        self._split, self.longest = split, split.longest
 
     def __len__(self) -> int:
         return 2 * len(self._split)
 
     def __iter__(self) -> Iterator[str]:
-        return itertools.chain.from_iterable(self._split)
+        return self._split.lines()
 
-    def __contains__(self, line: object) -> bool:
-        return any(line == other for other in self)
+    def __getitem__(self, index: Any) -> Any:
+        pair, side = divmod(index, 2)
+        return self._split[pair][side]
 
 
 def token_ids(

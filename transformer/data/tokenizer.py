@@ -221,15 +221,20 @@ def cache_key(data: DataConfig) -> str:
     return f"{data.tokenizer}-{data.vocab_size}-{FORMAT_VERSION}"
 
 
-def build(data: DataConfig, lines: Collection[str]) -> Tokenizer:
+def build(data: DataConfig, lines: Collection[str], longest: int | None = None) -> Tokenizer:
     """Builds the vocabulary from training text: trains it, or applies the merges that the config names.
+
+    Args:
+      data: section of the config.
+      lines: sentences of training.
+      longest: as in `train`.
 
     Raises:
       UserError: the size of the config cannot be reached.
     """
     if data.tokenizer.endswith(".codes"):
         return check_vocab_size(Tokenizer(subword_nmt.build_vocabulary(_read_merges(data), lines)), data)
-    return train(lines, data.vocab_size, data.tokenizer)
+    return train(lines, data.vocab_size, data.tokenizer, longest)
 
 
 def _read_merges(data: DataConfig) -> subword_nmt.Merges:
@@ -251,7 +256,7 @@ def check_vocab_size(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:
     return tokenizer
 
 
-def train(lines: Collection[str], vocab_size: int, model_type: str) -> Tokenizer:
+def train(lines: Collection[str], vocab_size: int, model_type: str, longest: int | None = None) -> Tokenizer:
     """Trains a SentencePiece model of `vocab_size` tokens with byte fallback.
 
     Text is not normalized, so that decoding restores what was encoded, up to repeated spaces. The result depends on
@@ -261,11 +266,12 @@ def train(lines: Collection[str], vocab_size: int, model_type: str) -> Tokenizer
       lines: sentences of both languages of the training split; iterated over twice.
       vocab_size: the number of tokens, including the four special ids and the 256 bytes.
       model_type: bpe or unigram.
+      longest: bytes that no line has more of, if that is known: then `lines` may be read once, and by index.
 
     Raises:
       UserError: the vocabulary is too large for so little text, or too small for the alphabet.
     """
-    info, model = _inspect(lines), io.BytesIO()
+    info, model = _inspect(lines, longest), io.BytesIO()
     if info.num_skipped:
         log_info(
             f"warning: {info.num_skipped:,} of {len(lines):,} lines of training text have over {MAX_LINE_BYTES:,} "
@@ -322,9 +328,16 @@ class _TextInfo(NamedTuple):
     characters: collections.Counter[str]
 
 
-def _inspect(lines: Collection[str]) -> _TextInfo:
+def _inspect(lines: Collection[str], limit: int | None = None) -> _TextInfo:
+    """Reads all lines, or only those whose characters are counted if no line has more than `limit` bytes."""
     count, longest, num_skipped, has_text = len(lines), 0, 0, False
     characters: collections.Counter[str] = collections.Counter()
+    if limit is not None and limit <= DEFAULT_MAX_LINE_BYTES and count > MAX_COUNTED_LINES:
+        for number in range(MAX_COUNTED_LINES):
+            characters.update(lines[-(-number * count // MAX_COUNTED_LINES)])  # type: ignore[index]
+        if any(not character.isspace() for character in characters):
+            return _TextInfo(limit, 0, True, characters)
+        characters.clear()
     for number, line in enumerate(lines):
         size = len(line) if line.isascii() else len(line.encode())
         longest = max(longest, size)
