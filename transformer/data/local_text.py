@@ -19,7 +19,7 @@ from transformer.config import DataConfig
 from transformer.data import parallel_formats, shards, text_files
 from transformer.data.prepared import ParallelTextBuilder
 from transformer.data.shards import Part
-from transformer.runtime import object_storage
+from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.file_digests import FileDigests
 
@@ -163,14 +163,15 @@ class ParallelText(ParallelTextBuilder):
 
 def _digest(files: Mapping[str, SplitFiles], data_dir: epath.PathLike) -> str:
     """A digest of all that the prepared data depends on; files that have not changed are not read again."""
-    paths = list(dict.fromkeys(path for split in files for path in files[split].paths))
-    local = {path: path for path in paths if not object_storage.is_remote(path)}
-    local = {path: os.path.expanduser(path) for path in local}
-    digests = {path: text_files.file_digest(path) for path in paths if path not in local}
-    if local:
-        cache = FileDigests(os.path.join(data_dir, "parallel_text", ".digests.json"))
-        with text_files.user_errors(paths[0] if len(paths) == 1 else ", ".join(paths)):
-            computed = cache.compute(list(local.values()), "data: hashing the text files")
-        digests |= {path: computed[expanded] for path, expanded in local.items()}
-    parts = [str(ParallelText.VERSION), {split: files[split].digest(digests) for split in sorted(files)}]
+    with progress.phase("data: hashing the text files"):
+        paths = list(dict.fromkeys(path for split in files for path in files[split].paths))
+        local = {path: path for path in paths if not object_storage.is_remote(path)}
+        local = {path: os.path.expanduser(path) for path in local}
+        digests = {path: text_files.file_digest(path) for path in paths if path not in local}
+        if local:
+            cache = FileDigests(os.path.join(data_dir, "parallel_text", ".digests.json"))
+            with text_files.user_errors(paths[0] if len(paths) == 1 else ", ".join(paths)):
+                computed = cache.compute(list(local.values()), "data: hashing the text files")
+            digests |= {path: computed[expanded] for path, expanded in local.items()}
+        parts = [str(ParallelText.VERSION), {split: files[split].digest(digests) for split in sorted(files)}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
