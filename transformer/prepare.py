@@ -6,12 +6,18 @@ train.py with the same config then starts at once. Archives of WMT are taken fro
 the command again to resume. `--report` prints statistics of the data on stdout. JAX is not imported.
 """
 
+import contextlib
+
 from transformer import command_line
 from transformer.config import schema
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline, statistics
 from transformer.data import tokenizer as tokenizers
+from transformer.runtime import progress
 from transformer.runtime.logging import log_info
+
+# Expected shares of the time that preparing takes, for the time left.
+STORE_SHARE, VOCABULARY_SHARE, ENCODE_SHARE = 20.0, 20.0, 50.0
 
 
 def main(argv: list[str]) -> None:
@@ -37,10 +43,21 @@ def prepare(config: schema.Config, *, report: bool, workers: int = 0) -> None:
       UserError: as `corpus.open_corpus`, or all training pairs are too long, or the vocabulary cannot be trained.
     """
     data = tokenizers.inherit_tokenizer(config)
-    corpus = corpora.open_corpus(data, tokenize=True, workers=workers)
-    tokenizer = input_pipeline.get_or_train_tokenizer(data, corpus)
-    ids = {"train": input_pipeline.token_ids(data, corpus, "train", tokenizer, workers)}
-    schedule = input_pipeline.make_batch_schedule(config, ids["train"])
+    is_given = tokenizers.load_configured(data) is not None
+    shares = {"pairs": STORE_SHARE + is_given * ENCODE_SHARE, "vocabulary": VOCABULARY_SHARE, "ids": ENCODE_SHARE}
+    if is_given:  # the ids are made with the pairs
+        del shares["vocabulary"], shares["ids"]
+    stages = progress.Stages("preparing", {**shares, "batches": 1.0})
+    with progress.shown(stages):
+        with stages.stage("pairs"):
+            corpus = corpora.open_corpus(data, tokenize=True, workers=workers)
+        with contextlib.nullcontext() if is_given else stages.stage("vocabulary"):
+            tokenizer = input_pipeline.get_or_train_tokenizer(data, corpus)
+        with contextlib.nullcontext() if is_given else stages.stage("ids"):
+            ids = {"train": input_pipeline.token_ids(data, corpus, "train", tokenizer, workers)}
+        with stages.stage("batches"):
+            schedule = input_pipeline.make_batch_schedule(config, ids["train"])
+            schedule.batch(0)  # orders the pairs of the first epoch
     log_info(
         f"ready in {corpora.data_dir(data)}: {schedule.kept:,} training pairs, without {schedule.dropped:,} longer "
         f"than data.max_length = {data.max_length}; {tokenizer.vocab_size:,} subword tokens; "
