@@ -304,3 +304,41 @@ def test_lines_read_ahead_by_others_are_those_of_the_split(text, tmp_path, monke
     split = corpus.open_corpus(config(text, tmp_path)).split("train")
     assert list(split.lines(2)) == [line for pair in split for line in pair]
     assert split.longest == max(len(line.encode()) for line in split.lines(1))
+
+
+# Prepares and reads many shards in processes that may open 256 files at once.
+MANY = """
+import resource, sys
+from transformer.config import DataConfig
+from transformer.data import corpus, input_pipeline, shards, tokenizer
+from transformer.config import default_config
+from transformer.config.validation import to_dataclasses
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+shards.SHARD_BYTES = 100
+folder, data_dir = sys.argv[1:]
+fields = {"name": "text", "dir": folder, "data_dir": data_dir, "vocab_size": 300, "tokenizer": folder + "/bpe.model"}
+data = DataConfig(**fields)
+opened = corpus.open_corpus(data, tokenize=True)
+train = opened.split("train")
+assert train[0] != train[len(train) - 1]
+assert sum(1 for _ in train) == len(train) == len(list(train.lines())) // 2
+ids = input_pipeline.token_ids(data, opened, "train", tokenizer.load(folder + "/bpe.model"))
+config = default_config()
+config.data.max_length = 64
+schedule = input_pipeline.make_batch_schedule(to_dataclasses(config.to_dict()), ids)
+batches = input_pipeline.train_iterator(schedule, ids, start=0, num_steps=2)
+print(len(train._records.files()), [batch.target_BT.ndim for batch in batches])
+"""
+
+
+@pytest.mark.slow
+def test_twelve_hundred_shards_need_few_open_files(text, tmp_path):
+    for language in ("en", "de"):
+        lines = (text / f"train.{language}").read_text() * 5
+        (tmp_path / f"train.{language}").write_text(lines)
+    (tmp_path / "bpe.model").write_bytes((text / "bpe.model").read_bytes())
+    command = [sys.executable, "-c", MANY, tmp_path, tmp_path / "data"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    count, _, shapes = result.stdout.partition(" ")
+    assert (int(count) > 1200, shapes) == (True, "[2, 2]\n")

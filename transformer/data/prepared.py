@@ -312,9 +312,17 @@ def is_prepared(builder: Any) -> bool:
 
 
 def _pull_from_object_storage(folder: epath.Path) -> bool:
-    """Copies the folder from object storage, if it is there; returns whether it is."""
+    """Copies the folder from object storage, if it is there; returns whether it is new here.
+
+    Of the processes of a node that start at once, one copies and the others wait.
+    """
+    if folder.exists() or not object_storage.has_address(folder):
+        return False
     with user_error_on_oserror(f"{folder}, of config.data.data_dir"):
-        return object_storage.pull(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(folder.parent, f"copying {folder} from object storage", name=f".{folder.name}.lock"):
+            object_storage.pull(folder)
+        return folder.exists()
 
 
 def preparation_instructions(builder: Any) -> str:

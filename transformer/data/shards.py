@@ -425,7 +425,7 @@ class ShardedSplit(NamedTuple):
 
     def known(self, field: str) -> np.ndarray:
         """A field of what is known of all pairs: hash, blank, source, target."""
-        parts = [np.load(self.job.path(shard.name, PAIRS), mmap_mode="r")[field] for shard in self.shards]
+        parts = [np.load(self.job.path(shard.name, PAIRS))[field].copy() for shard in self.shards]
         return np.concatenate([np.zeros(0, dict(_PAIR_FIELDS)[field]), *parts])
 
 
@@ -500,7 +500,7 @@ def assemble_ids(
         lengths_by_shard, digest, first = [], hashlib.sha256(), 0
         with (folder / f"{side}.ids").open("wb") as file:
             for shard in split.shards:
-                lengths = np.load(split.job.path(shard.name, PAIRS))[side]
+                lengths = np.load(split.job.path(shard.name, PAIRS))[side].copy()
                 ids: Any = np.fromfile(split.job.path(shard.name, f"{side}.ids"), dtype)
                 mask = kept(first, first + shard.pairs)
                 if mask is not None:
