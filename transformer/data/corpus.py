@@ -67,6 +67,7 @@ class RowsExcept:
 
     def __getitem__(self, index: Any) -> Any:
         """The row of an index, or [M] int64 of a slice."""
+        wanted: Any
         if isinstance(index, slice):
             start, stop, _ = index.indices(len(self))
             wanted = np.arange(start, stop)

@@ -95,7 +95,7 @@ class FileStore:
                     file.write(content)
                 else:
                     np.lib.format.write_array(file, content, allow_pickle=False)
-                    file.write(hashlib.sha256(content).digest())
+                    file.write(hashlib.sha256(content.data).digest())
             return True
         except OSError as error:
             log_info(f"{path}: cannot be written ({error}): every process of this node keeps its own in memory")

@@ -78,23 +78,28 @@ class Texts(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Pairs of an ArrayRecord file, `count` from `first` on, by the language codes of source and target."""
+    """Pairs of an ArrayRecord file, first ≤ index < last, by the language codes of source and target."""
 
     path: str
     first: int
-    count: int
+    last: int
     languages: tuple[str, str]
 
     def pairs(self) -> list[Pair]:
         """The pairs; a UserError if the file is damaged."""
         try:
-            reader = records.RecordReader([self.path], [self.first + self.count])
-            return [records.parse(r, self.languages) for r in reader.read(self.first, self.first + self.count)]
+            reader = records.RecordReader([self.path], [self.last])
+            return [records.parse(record, self.languages) for record in reader.read(self.first, self.last)]
         except Exception as error:  # ArrayRecord and protobuf raise exceptions of their own
             raise UserError(f"{self.path}: the prepared data cannot be read: {error}") from error
 
 
 Part = Lines | Texts | Stored
+
+
+def part_size(part: Part) -> int:
+    """The size of its text, about in bytes; 0 if it is stored."""
+    return 0 if isinstance(part, Stored) else part.size
 
 
 class Block(NamedTuple):
@@ -106,7 +111,7 @@ class Block(NamedTuple):
     @property
     def size(self) -> int:
         """Of the text."""
-        return sum(part.size for part in self.parts if not isinstance(part, Stored))
+        return sum(map(part_size, self.parts))
 
 
 class _LineReader:
@@ -136,7 +141,7 @@ class _LineReader:
 
     def take(self, count: int, size: int) -> bytes:
         """The next `count` lines, or all that are left."""
-        taken = []
+        taken: list[bytes] = []
         while count:
             found = self._rest.count(b"\n")
             if found >= count:
@@ -208,13 +213,13 @@ def _part_bytes() -> int:
     return max(min(PART_BYTES, SHARD_BYTES // 16), 1)
 
 
-def blocks(split: str, parts: Iterable[Lines | Texts]) -> Iterator[Block]:
+def blocks(split: str, parts: Iterable[Part]) -> Iterator[Block]:
     """Collects parts in blocks of about SHARD_BYTES."""
-    collected: list[Lines | Texts] = []
+    collected: list[Part] = []
     size = number = 0
     for part in parts:
         collected.append(part)
-        size += part.size
+        size += part_size(part)
         if size >= SHARD_BYTES:
             yield Block(f"{split}-{number:05}", collected)
             collected, size, number = [], 0, number + 1
@@ -327,7 +332,7 @@ class ShardJob:
         partial = {end: self.path(block.name, f"{end}.partial") for end in [*ends, PAIRS]}
         self.path(block.name, _DONE).unlink(missing_ok=True)
         inputs, known, line_breaks, longest, digest = [], [], 0, 0, self._new_digest()
-        keys = tuple(language.encode() for language in sorted(self.languages))
+        first, second = sorted(language.encode() for language in self.languages)
         with contextlib.ExitStack() as stack:
             writer = stack.enter_context(records.open_writer(partial[RECORDS])) if self.store else None
             ids = [stack.enter_context(partial[end].open("wb")) for end in (SOURCE_IDS, TARGET_IDS) if end in partial]
@@ -339,7 +344,7 @@ class ShardJob:
                 if writer is not None:
                     for pair in pairs:
                         texts = pair if self.languages[0] <= self.languages[1] else pair[::-1]
-                        writer.write(records.serialize((texts[0].encode(), texts[1].encode()), keys))
+                        writer.write(records.serialize((texts[0].encode(), texts[1].encode()), (first, second)))
                 line_breaks += sum("\n" in source or "\n" in target for source, target in pairs)
                 if self.scan:
                     longest = max(longest, *(len(text.encode()) for pair in lines for text in pair))
@@ -459,7 +464,7 @@ def stored_blocks(split: str, files: Iterable[tuple[str, int]], languages: tuple
     """A block for each file of records."""
     for number, (path, count) in enumerate(files):
         starts = range(0, count, PART_PAIRS)
-        parts = [Stored(path, start, min(PART_PAIRS, count - start), languages) for start in starts]
+        parts = [Stored(path, start, min(start + PART_PAIRS, count), languages) for start in starts]
         yield Block(f"{split}-{number:05}", parts)
 
 

@@ -48,18 +48,18 @@ class WorkerPool(Generic[T, R]):
     def __enter__(self) -> "WorkerPool[T, R]":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Ends the workers, also those at work."""
         for process in self._processes:
             process.kill()
-        for _ in self._threads:
+        for _ in range(len(self._threads)):
             self._tasks.put(None)
         for thread in self._threads:
             thread.join()
         for process in self._processes:
-            for stream in (process.stdin, process.stdout):
+            for stream in filter(None, (process.stdin, process.stdout)):
                 with contextlib.suppress(OSError):
-                    stream.close()  # type: ignore[union-attr]
+                    stream.close()
             process.wait()
 
     def map(self, values: Iterable[T]) -> Iterator[R]:
@@ -134,6 +134,7 @@ def serve() -> None:
         threading.Thread(target=_receive, args=(values,), daemon=True).start()
         function = values.get()
         while True:
+            answer: tuple[Any, Exception | None]
             try:
                 answer = (function(values.get()), None)
             except Exception as error:
