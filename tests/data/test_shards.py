@@ -15,6 +15,7 @@ import pytest
 
 from transformer.config import DataConfig
 from transformer.data import corpus, input_pipeline, prepared, shards, text_files, tokenizer
+from transformer.runtime import files
 from transformer.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -125,10 +126,15 @@ def test_after_ten_kills_more(text, tmp_path, wanted, seed):
 
 
 def test_two_processes_on_one_folder_wait_for_each_other(text, tmp_path, wanted):
-    processes = [start(text, tmp_path, 1) for _ in range(2)]
+    (folder,) = {pathlib.Path(name).parts[1] for name in wanted if name.startswith("parallel_text")}
+    (tmp_path / "parallel_text" / folder).mkdir(parents=True)
+    with files.file_lock(tmp_path / "parallel_text" / folder):
+        processes = [start(text, tmp_path, 1) for _ in range(2)]
+        for process in processes:
+            assert f"another process is preparing {tmp_path}" in process.stderr.readline()
     results = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
-    assert sum("another process is preparing" in err for _, err in results) == 1
+    assert sum("data: sentence pairs" in err for _, err in results) == 1
     assert files_of(tmp_path) == wanted
 
 

@@ -35,7 +35,8 @@ NUM_FIXED = 4 + 256  # special ids and bytes
 OPTION_HINT = "Increase vocab_size or decrease character_coverage with --character_coverage option."
 MIN_COVERAGE = 0.98  # the least that SentencePiece accepts
 MAX_COUNTED_LINES = 200_000  # enough to determine the alphabet
-MAX_TRAINING_LINES = 2_000_000
+# More lines are sampled. Those of unigram take 3 kB each in training; a vocabulary that is cached already stays in use.
+MAX_TRAINING_LINES = {"bpe": 2_000_000, "unigram": 600_000}
 # In bytes; SentencePiece skips longer lines. Its default limit is changed only if it would skip some, because the model
 # file contains the limit.
 DEFAULT_MAX_LINE_BYTES, MAX_LINE_BYTES = 4192, 65_536
@@ -277,8 +278,9 @@ def train(lines: Collection[str], vocab_size: int, model_type: str, longest: int
             f"warning: {info.num_skipped:,} of {len(lines):,} lines of training text have over {MAX_LINE_BYTES:,} "
             "bytes: the vocabulary is trained without them"
         )
-    if len(lines) > MAX_TRAINING_LINES:
-        log_info(f"the vocabulary is trained on {MAX_TRAINING_LINES:,} of {len(lines):,} lines, sampled at random")
+    most = MAX_TRAINING_LINES[model_type]
+    if len(lines) > most:
+        log_info(f"the vocabulary is trained on {most:,} of {len(lines):,} lines, sampled at random")
     if not info.has_text:
         raise UserError(
             f"config.data: cannot train a vocabulary: expected training text, but all {len(lines):,} lines are "
@@ -298,7 +300,7 @@ def train(lines: Collection[str], vocab_size: int, model_type: str, longest: int
             bos_id=BOS,
             eos_id=EOS,
             unk_id=UNK,
-            input_sentence_size=MAX_TRAINING_LINES,
+            input_sentence_size=most,
             shuffle_input_sentence=True,
             num_threads=1,
             minloglevel=2,
