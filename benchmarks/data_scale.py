@@ -4,8 +4,8 @@
         [--batching=bucket|pack] [--workers=N] [--text_only]
 
 For each number of pairs, in a folder of its own: generates the text, prepares it by `transformer.prepare`, then starts
-a run of a tiny model twice and ends it where its first update would be. The second start finds everything cached. A row
-a number of pairs; the last line of stdout is one JSON object with the slope between the smallest and the largest.
+a run of a tiny model three times and ends it where its first update would be. The second start finds everything cached;
+before the third, what was known of the digests of files is deleted. A row a number of pairs; the last line of stdout is one JSON object with the slope between the smallest and the largest.
 
 The text is the same in every run: words of random syllables with Zipfian frequencies, sentences of log-normal lengths,
 targets about as long as their sources, 1 pair in 200 a duplicate of an earlier one.
@@ -242,7 +242,10 @@ def measure_pairs(count: int, args: argparse.Namespace) -> Row:
         "shard_bytes": folder_bytes(folder, "data/*/*/*/*-train.array_record*") / count,
         "id_bytes": folder_bytes(folder, "data/token_ids/*/*.ids") / count,
     }
-    for name in ("first", "cached"):
+    for name in ("first", "cached", "forgetful"):
+        if name == "forgetful":
+            for path in folder.glob("data/**/.digests*.json"):
+                path.unlink()
         log_info(f"{name} start with {count:,} pairs")
         run_folder = folder / f"run-{name}-{time.time_ns()}"
         usage = measure([sys.executable, "-c", START, str(run_folder), *flags])

@@ -171,7 +171,7 @@ class Split:
                 first += count
 
     def make_token_ids(self, folder: pathlib.Path, tokenizer: Tokenizer, workers: int = 0) -> None:
-        """Tokenizes the split by several processes into a folder, unless it exists; goes on after an interruption."""
+        """Tokenizes the split by several processes into a folder, unless it exists; continues after an interruption."""
         work = folder.parent / f"{folder.name}.partial"
         work.mkdir(parents=True, exist_ok=True)
         job = ShardJob(os.fspath(work), self._languages, strip_cr=self._strip_cr, tokenizer=tokenizer)

@@ -2,7 +2,7 @@
 
 TFDS writes into a folder named incomplete.* and renames it at the end, so an interrupted preparation is never taken
 for a data set. This module adds a lock, so that one of several processes prepares and the others wait, the digests of
-all files, and for our own builders several processes that go on where an interrupted preparation ended.
+all files, and for our own builders several processes that continue an interrupted preparation.
 """
 
 import abc
@@ -368,7 +368,9 @@ def _work_folder(folder: epath.Path, is_locked: bool) -> pathlib.Path:
 
 
 def _delete_abandoned_work(folder: epath.Path) -> None:
-    """Deletes the shards of interrupted preparations of other text at which nobody works."""
+    """Deletes the shards of interrupted preparations at which nobody works, of this text or another."""
+    for work in pathlib.Path(folder.parent).glob(f"{glob.escape(folder.name)}.*.partial"):  # made without a lock
+        shutil.rmtree(work, ignore_errors=True)
     for work in pathlib.Path(folder.parent.parent).glob(f"*/{glob.escape(folder.name)}*.partial"):
         if work.parent != pathlib.Path(folder.parent):
             with file_lock(work.parent, wait=False) as is_locked:
