@@ -5,7 +5,8 @@
 
 For each number of pairs, in a folder of its own: generates the text, prepares it by `transformer.prepare`, then starts
 a run of a tiny model three times and ends it where its first update would be. The second start finds everything cached;
-before the third, what was known of the digests of files is deleted. A row a number of pairs; the last line of stdout is one JSON object with the slope between the smallest and the largest.
+before the third, what was known of the digests of files is deleted. Logs a row for each number of pairs; the last line
+of stdout is one JSON object with the slope between the smallest and the largest.
 
 The text is the same in every run: words of random syllables with Zipfian frequencies, sentences of log-normal lengths,
 targets about as long as their sources, 1 pair in 200 a duplicate of an earlier one.

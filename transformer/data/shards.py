@@ -31,7 +31,7 @@ from transformer.runtime.worker_pool import WorkerPool
 
 Pair = tuple[str, str]
 
-SHARD_BYTES = 32 << 20  # of text
+SHARD_BYTES = 16 << 20  # of text
 PART_BYTES = 1 << 20  # of one side, decoded at a time
 PART_PAIRS = 4096
 MAX_WORKERS = 16  # by default; each takes 100 to 300 MB

@@ -7,9 +7,8 @@ does, however it ends.
 
 import collections
 import concurrent.futures
-import contextlib
+import copy
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
 from transformer.runtime.errors import UserError
@@ -57,9 +57,6 @@ class WorkerPool(Generic[T, R]):
         for thread in self._threads:
             thread.join()
         for process in self._processes:
-            for stream in filter(None, (process.stdin, process.stdout)):
-                with contextlib.suppress(OSError):
-                    stream.close()
             process.wait()
 
     def map(self, values: Iterable[T]) -> Iterator[R]:
@@ -94,17 +91,27 @@ class WorkerPool(Generic[T, R]):
 
     def _serve(self, process: subprocess.Popen) -> None:
         """Passes tasks to a worker, one after another."""
+        assert process.stdin
+        assert process.stdout
+        values = Connection(os.dup(process.stdin.fileno()), readable=False)
+        results = Connection(os.dup(process.stdout.fileno()), writable=False)
+        process.stdin.close()
+        process.stdout.close()
+        with values, results:
+            self._pass_tasks(process, values, results)
+
+    def _pass_tasks(self, process: subprocess.Popen, values: Connection, results: Connection) -> None:
         message: Any = self._function
         while (task := self._tasks.get()) is not None:
             future, value = task
             try:
                 if message is not None:
-                    _send(process.stdin, message)
+                    values.send(message)
                     message = None
-                _send(process.stdin, value)
+                values.send(value)
                 del task, value
-                result, error = pickle.load(process.stdout)  # type: ignore[arg-type]
-            except (OSError, EOFError, pickle.UnpicklingError) as broken:
+                result, error = results.recv()
+            except (OSError, EOFError) as broken:
                 code = process.wait()
                 reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 future.set_exception(
@@ -120,15 +127,10 @@ class WorkerPool(Generic[T, R]):
                 future.set_exception(error)
 
 
-def _send(stream: Any, value: object) -> None:
-    pickle.dump(value, stream, protocol=5)
-    stream.flush()
-
-
 def serve() -> None:
     """Runs a worker: reads a function and then values from stdin, writes results to what was stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, which ends it
-    with os.fdopen(os.dup(1), "wb") as results:
+    with Connection(os.dup(1), readable=False) as results:
         os.dup2(2, 1)  # what a library prints is no result
         values: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=_receive, args=(values,), daemon=True).start()
@@ -139,18 +141,18 @@ def serve() -> None:
                 answer = (function(values.get()), None)
             except Exception as error:
                 answer = (None, _picklable(error))
-            _send(results, answer)
+            results.send(answer)
 
 
 def _receive(values: "queue.SimpleQueue[Any]") -> None:
     """Reads values until the end of stdin, and then ends this process, as the other one has ended."""
     try:
-        while True:
-            values.put(pickle.load(sys.stdin.buffer))
-    except EOFError:
-        os._exit(1)
-    except BaseException:
-        traceback.print_exc()
+        with Connection(os.dup(0), writable=False) as stdin:
+            while True:
+                values.put(stdin.recv())
+    except BaseException as error:
+        if not isinstance(error, EOFError):
+            traceback.print_exc()
         os._exit(1)
 
 
@@ -158,7 +160,7 @@ def _picklable(error: Exception) -> Exception:
     """The error with its traceback in this process, or its text if it cannot be pickled."""
     text = "".join(traceback.format_exception(error))
     try:
-        pickle.loads(pickle.dumps(error))
+        copy.deepcopy(error)  # which needs what pickling needs
     except Exception:
         error = RuntimeError(str(error))
     if not isinstance(error, UserError):
