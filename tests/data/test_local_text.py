@@ -176,6 +176,32 @@ def test_one_file_formats_are_prepared(tmp_path):
     assert pairs_of(opened, "validation") == [("x", "y")]
 
 
+def test_wildcards_match_several_files_in_the_order_of_their_names(tmp_path):
+    parts = {"b": ["3", "4"], "a": ["1", "2"], "c": [], "d": ["5"]}
+    write(tmp_path / "text", **{f"{name}__{side}": lines for name, lines in parts.items() for side in LANGUAGES})
+    (tmp_path / "text" / "a.en").write_bytes(b"\xef\xbb\xbf1\n2")  # no end of the last line
+    write(tmp_path / "valid", x__tsv=["6\t6"], y__tsv=["7\t7"])
+    pattern = tmp_path / "text" / "[a-d]"
+    data = config(train_source=f"{pattern}.en", train_target=f"{pattern}.de", valid=tmp_path / "valid" / "*.tsv")
+    opened = build(data, tmp_path / "data")
+    assert pairs_of(opened, "train") == [(digit, digit) for digit in "12345"]
+    assert pairs_of(opened, "validation") == [("6", "6"), ("7", "7")]
+    write(tmp_path / "text", b__de=["3"])
+    with pytest.raises(
+        UserError, match=r"b\.en has 2 lines and .*b\.de has 1: .* line 2 of .*b\.en has no counterpart"
+    ):
+        build(data, tmp_path / "data")
+    (tmp_path / "text" / "b.de").unlink()
+    assert "data.train_source 4, data.train_target 3" in refusal_of(data)
+    data = config(train=tmp_path / "*.tsv")
+    assert refusal_of(data).startswith("config.data.train: expected files that match")
+
+
+def test_a_path_with_a_bracket_that_exists_is_that_path(tmp_path):
+    write(tmp_path, **{"train[1]__tsv": ["a\tb"], "train1__tsv": ["c\td"]})
+    assert names_of(local_text.find_splits(config(train=tmp_path / "train[1].tsv"))) == {"train": ["train[1].tsv"]}
+
+
 def test_many_shards_keep_the_order(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 100)
     lines = [f"line {number}" for number in range(99)]
