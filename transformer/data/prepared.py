@@ -208,8 +208,11 @@ class PreparedDataset:
                 raise UserError(f"{path}: missing from the prepared data; {self._remedy}")
         digests = self._compute_digests(list(files.values()), f"data: verifying {split}")
         for name, path in files.items():
-            if digests[os.fspath(path)] != self._digests[name]:
-                raise UserError(f"{path}: changed since it was prepared (digest differs); {self._remedy}")
+            if (digest := digests[os.fspath(path)]) != self._digests[name]:
+                raise UserError(
+                    f"{path}: changed since it was prepared: expected the digest {self._digests[name][:16]}, got "
+                    f"{digest[:16]} of {path.stat().length:,} bytes; {self._remedy}"
+                )
         info = self._splits[split]  # not its file_instructions: they read a name such as "train[1]" as a slice
         return RecordReader([os.fspath(path) for path in info.filepaths], list(info.shard_lengths))
 
