@@ -31,12 +31,11 @@ class RecordReader:
         self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()  # the file read last is last
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> tuple[list[str], list[int]]:
-        return self._paths, self._ends
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock")}
 
-    def __setstate__(self, state: tuple[list[str], list[int]]) -> None:
-        paths, ends = state
-        self.__init__(paths, [end - start for start, end in itertools.pairwise([0, *ends])])  # type: ignore[misc]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _open=collections.OrderedDict(), _lock=threading.Lock())
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
