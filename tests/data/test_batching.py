@@ -189,8 +189,8 @@ def test_worked_examples_of_the_comments():
     jagged = JaggedArray(np.array([5, 6, 2, 7, 2]), np.array([0, 3, 5]))
     padded = jagged.to_padded(np.array([[1, 0], [0, PAD_EXAMPLE]]), 6)
     np.testing.assert_array_equal(padded, [[7, 2, 5, 6, 2, PAD], [5, 6, 2, PAD, PAD, PAD]])
-    source, target = np.array([1, 2, 2]), np.array([1, 1, 2])
-    assert batching._choose_widths(source, target, 1) == [(2, 2)]
-    assert batching._choose_widths(source, target, 2) == [(2, 1), (2, 2)]
+    counts = np.array([[0, 0, 0], [0, 1, 1], [0, 0, 1]])
+    assert batching._choose_widths(counts, 1) == [(2, 2)]
+    assert batching._choose_widths(counts, 2) == [(2, 1), (2, 2)]
     inf = np.inf
     assert batching._optimal_boundaries(np.array([[inf, 6, 12], [inf, inf, 4], [inf] * 3]), 2) == [(0, 1), (1, 2)]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from transformer.config import DataConfig
-from transformer.data import corpus, local_text, prepared
+from transformer.data import corpus, local_text, prepared, shards
 from transformer.runtime.errors import UserError
 
 LANGUAGES = ("en", "de")
@@ -70,6 +70,26 @@ def test_a_frequent_sentence_does_not_fill_or_stop_the_choice():
     assert np.flatnonzero(corpus._select_validation(keys)).tolist() == [3, 4]
 
 
+def select_by_sorting(hashes):
+    """The choice by sorting all hashes."""
+    values, counts = np.unique(hashes, return_counts=True)
+    remaining, selected = min(max(len(hashes) // 100, 1), corpus.MAX_VALIDATION_PAIRS), []
+    for value, count in zip(values, counts, strict=True):
+        if count <= remaining:
+            selected.append(value)
+            remaining -= count
+    return np.isin(hashes, selected or values[np.argmin(counts)])
+
+
+@pytest.mark.parametrize("distinct", [2, 5, 40, 3000])
+@pytest.mark.parametrize("size", [2, 99, 1000, 5000])
+def test_the_choice_without_sorting_all_is_that_of_sorting(monkeypatch, distinct, size):
+    monkeypatch.setattr(corpus, "_CANDIDATES", 4)
+    rng = np.random.default_rng(distinct * size)
+    hashes = np.concatenate([[0, 1], rng.zipf(1.3, size) * 977 % distinct]).astype(np.uint64)
+    np.testing.assert_array_equal(corpus._select_validation(hashes), select_by_sorting(hashes))
+
+
 @pytest.mark.parametrize(
     ("train", "says"),
     [
@@ -90,7 +110,7 @@ def test_digests_are_of_the_pairs_and_their_order_alone(tmp_path, monkeypatch):
     changed = [*pairs(20)[:-1], ("en 19", "de 1x")]
     shifted = [*pairs(20)[:-1], ("en 19d", "e 19")]
     for number, train in enumerate([pairs(20), pairs(20), changed, shifted, pairs(20)[::-1], pairs(19)]):
-        monkeypatch.setattr(prepared, "_SHARD_BYTES", 40 if number == 1 else 1 << 20)
+        monkeypatch.setattr(shards, "SHARD_BYTES", 40 if number == 1 else 1 << 20)
         (tmp_path / str(number)).mkdir()
         facts = corpus.load_or_compute_metadata(open_text(tmp_path / str(number), train, test=pairs(3)), LANGUAGES)
         digests.append(facts.digests)
@@ -111,10 +131,10 @@ def test_cached_split_metadata_is_read_again_unless_damaged(tmp_path, monkeypatc
     opened = open_text(tmp_path, [("", ""), *pairs(200)])
     facts = corpus.load_or_compute_metadata(opened, LANGUAGES)
     path = opened.folder / "contents.en-de.json"
-    read = corpus._scan_pairs
-    monkeypatch.setattr(corpus, "_scan_pairs", lambda _: pytest.fail("read again"))
+    read = corpus._scan
+    monkeypatch.setattr(corpus, "_scan", lambda *_: pytest.fail("read again"))
     assert corpus.load_or_compute_metadata(opened, LANGUAGES) == facts
-    monkeypatch.setattr(corpus, "_scan_pairs", read)
+    monkeypatch.setattr(corpus, "_scan", read)
     content = path.read_text()
     for damaged in (
         "",

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import pathlib
 import pickle
@@ -5,11 +6,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from transformer.config import DataConfig
 from transformer.data import corpus, prepared, text_files
+from transformer.runtime import file_digests
 from transformer.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -361,7 +364,7 @@ def test_data_prepared_with_its_crs_before_is_not_taken(tmp_path, monkeypatch):
     data = with_line_ends(tmp_path, b"\r\n")
     with monkeypatch.context() as before:
         before.setattr(corpus.local_text.ParallelText, "VERSION", tfds.core.Version("1.0.0"))
-        before.setattr(text_files, "strip_line_end", lambda text: text.removesuffix("\n"))
+        before.setattr(text_files, "decode_block", lambda block, *_: block.decode().split("\n")[:-1])
         old = corpus.open_corpus(data)
     assert old.split("train")[0] == ("en train 0\r0\r", "de train 0\r0\r")
     new = corpus.open_corpus(data)
@@ -398,3 +401,36 @@ def test_line_breaks_in_sentences_of_tfds_are_spaces_and_counted(tmp_path, capfd
     for split in ("train", "validation"):
         assert f"data: 4 of 4 pairs of {split} hold a line break: read as a space\n" in err
     assert opened.dropped == 1
+
+
+def test_a_start_hashes_every_byte_once_and_the_next_none(tmp_path, monkeypatch):
+    data, hashed = text_config(tmp_path, train=300, test=5), []
+    hash_file = file_digests.hash_file
+    monkeypatch.setattr(file_digests, "hash_file", lambda *args: hashed.append(args[0]) or hash_file(*args))
+    text = {str(path) for path in (tmp_path / "text").iterdir()}
+
+    def start():
+        del hashed[:]
+        opened = corpus.open_corpus(data)
+        for name in opened.names:
+            opened.split(name)
+        return hashed
+
+    assert len(set(start())) == len(hashed)
+    assert start() == []
+    for path in tmp_path.glob("data/**/.digests*.json"):
+        path.unlink()
+    shards = {str(path) for path in tmp_path.glob("data/**/*record*")}
+    assert sorted(start()) == sorted(text | shards)
+    assert start() == []
+
+
+def test_rows_without_some_are_those_of_the_array():
+    for total, excluded in ((5, [1, 3]), (6, [0, 5, 1]), (4, []), (3, [0, 1, 2]), (1000, range(3, 1000, 7))):
+        rows, wanted = corpus.RowsExcept(total, excluded), np.setdiff1d(np.arange(total), list(excluded))
+        assert len(rows) == len(wanted)
+        assert [int(rows[i]) for i in range(len(rows))] == wanted.tolist()
+        for start in range(0, len(rows), 3):
+            np.testing.assert_array_equal(rows[start : start + 5], wanted[start : start + 5])
+        digest = hashlib.sha256(b"abc" + wanted.astype("<i8").tobytes()).hexdigest()
+        assert corpus.split_digest("abc", rows) == digest

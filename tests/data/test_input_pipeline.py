@@ -101,7 +101,11 @@ def test_nothing_half_written_stays_behind(config, opened, monkeypatch):
     monkeypatch.setattr(input_pipeline.np, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(UserError, match="disk full"):
         input_pipeline.token_ids(config.data, corpus, "train", other)
-    assert not list((pathlib.Path(config.data.data_dir) / "token_ids").glob("*partial*"))
+    folder = pathlib.Path(config.data.data_dir) / "token_ids"
+    assert not list(folder.glob(f"*{other.digest[:24]}"))
+    monkeypatch.undo()
+    input_pipeline.token_ids(config.data, corpus, "train", other)
+    assert not list(folder.glob("*partial*"))
 
 
 def rows_of(host, hosts):
@@ -238,7 +242,7 @@ def test_a_training_that_fails_leaves_no_folder_that_would_pass_for_a_vocabulary
     monkeypatch.setattr(tokenizer, "train", lambda *_: (_ for _ in ()).throw(UserError("failed")))
     with pytest.raises(UserError, match="failed"):
         input_pipeline.get_or_train_tokenizer(dataclasses.replace(config.data, data_dir=str(tmp_path)), opened[0])
-    assert not list(tmp_path.glob("vocabularies/*"))
+    assert not list(tmp_path.glob("vocabularies/[!.]*"))
 
 
 def test_a_damaged_vocabulary_is_trained_anew(config, opened, capsys):

@@ -11,7 +11,7 @@ import zstandard
 
 from tests.helpers.clock import FakeClock
 from transformer.config import DataConfig
-from transformer.data import local_text, prepared, text_files
+from transformer.data import local_text, prepared, shards, text_files
 from transformer.data.corpus import Split
 from transformer.runtime.errors import UserError
 
@@ -106,7 +106,7 @@ def test_a_folder_may_be_compressed_and_serves_both_directions(tmp_path):
     data = config(dir=tmp_path, source_language="de", target_language="en")
     splits = local_text.find_splits(data)
     assert names_of(splits) == {"train": ["train.de.zst", "train.en.gz"]}
-    assert list(splits["train"].pairs()) == [("y", "x")]
+    assert [pair for part in splits["train"].parts() for pair in part.pairs()] == [("y", "x")]
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,34 @@ def test_one_file_formats_are_prepared(tmp_path):
     assert pairs_of(opened, "validation") == [("x", "y")]
 
 
+def test_wildcards_match_several_files_in_the_order_of_their_names(tmp_path):
+    parts = {"b": ["3", "4"], "a": ["1", "2"], "c": [], "d": ["5"]}
+    write(tmp_path / "text", **{f"{name}__{side}": lines for name, lines in parts.items() for side in LANGUAGES})
+    (tmp_path / "text" / "a.en").write_bytes(b"\xef\xbb\xbf1\n2")  # no end of the last line
+    write(tmp_path / "valid", x__tsv=["6\t6"], y__tsv=["7\t7"])
+    pattern = tmp_path / "text" / "[a-d]"
+    data = config(train_source=f"{pattern}.en", train_target=f"{pattern}.de", valid=tmp_path / "valid" / "*.tsv")
+    opened = build(data, tmp_path / "data")
+    assert pairs_of(opened, "train") == [(digit, digit) for digit in "12345"]
+    assert pairs_of(opened, "validation") == [("6", "6"), ("7", "7")]
+    write(tmp_path / "text", b__de=["3"])
+    with pytest.raises(
+        UserError, match=r"b\.en has 2 lines and .*b\.de has 1: .* line 2 of .*b\.en has no counterpart"
+    ):
+        build(data, tmp_path / "data")
+    (tmp_path / "text" / "b.de").unlink()
+    assert "data.train_source 4, data.train_target 3" in refusal_of(data)
+    data = config(train=tmp_path / "*.tsv")
+    assert refusal_of(data).startswith("config.data.train: expected files that match")
+
+
+def test_a_path_with_a_bracket_that_exists_is_that_path(tmp_path):
+    write(tmp_path, **{"train[1]__tsv": ["a\tb"], "train1__tsv": ["c\td"]})
+    assert names_of(local_text.find_splits(config(train=tmp_path / "train[1].tsv"))) == {"train": ["train[1].tsv"]}
+
+
 def test_many_shards_keep_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepared, "_SHARD_BYTES", 100)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100)
     lines = [f"line {number}" for number in range(99)]
     write(tmp_path / "text", train__en=lines, train__de=lines)
     opened = build(config(dir=tmp_path / "text"), tmp_path / "data")
@@ -257,28 +283,31 @@ def test_bad_text_leaves_nothing_behind(tmp_path, train, says):
 
 def test_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch):
     write(tmp_path / "text", train__en=["a"], train__de=["b"])
-    shards = local_text.ParallelText._shards
+    make = local_text.ParallelText._make_shards
 
-    def change(self, *args):
+    def change(self):
         write(tmp_path / "text", train__de=["c"])
-        return shards(self, *args)
+        return make(self)
 
-    monkeypatch.setattr(local_text.ParallelText, "_shards", change)
+    monkeypatch.setattr(local_text.ParallelText, "_make_shards", change)
     with pytest.raises(UserError, match="changed while they were being read"):
         build(config(dir=tmp_path / "text"), tmp_path / "data")
     assert not list((tmp_path / "data").glob("**/*record*"))
 
 
 def test_long_work_reports_its_progress(tmp_path, monkeypatch, capfd):
-    clock, read = FakeClock(monkeypatch), text_files.read_parallel
-    monkeypatch.setattr(text_files, "read_parallel", lambda *paths: (clock.sleep(0.1) or pair for pair in read(*paths)))
-    write(tmp_path / "text", train__en=["a"] * 1234, train__de=["b"] * 1234)
+    clock, decode = FakeClock(monkeypatch), text_files.decode_block
+    monkeypatch.setattr(text_files, "decode_block", lambda *args: clock.sleep(1) or decode(*args))
+    monkeypatch.setattr(shards, "SHARD_BYTES", 160)
+    monkeypatch.setattr(shards, "default_workers", lambda: 1)
+    monkeypatch.setattr(prepared, "_MB", 1)
+    write(tmp_path / "text", train__en=["a"] * 150, train__de=["b"] * 150)
     build(config(dir=tmp_path / "text"), tmp_path / "data")
     out, err = capfd.readouterr()
     assert out == ""
-    assert "data: sentence pairs: train 1,234\n" in err
-    assert re.search(r"data: reading train: [0-9]{2} pairs · 0:00:10 elapsed\n", err)
-    assert re.search(r"preparing train: 1,[0-9]{3}/1,234 pairs · 0:0[12]:[0-9]{2} elapsed · 0:00:0[0-9] left\n", err)
+    assert "data: sentence pairs: train 150\n" in err
+    shown = r"data: preparing: 1[0-9]{2}/600 MB · train · 0:00:[0-9]{2} elapsed · 0:0[0-9]:[0-9]{2} left\n"
+    assert re.search(shown, err)
 
 
 @pytest.mark.skipif(not MULTI30K.is_dir(), reason="needs Multi30k in ../shared/data/multi30k")

@@ -1,3 +1,4 @@
+import fcntl
 import os
 import pathlib
 import pickle
@@ -232,7 +233,7 @@ def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
 
 
 def test_without_locks_the_slower_process_takes_what_the_faster_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepared.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks")))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks")))
     generate = PreparedPairs._generate_examples
 
     def overtaken(self, count):
@@ -254,3 +255,26 @@ def test_a_read_only_folder_is_read(tmp_path, monkeypatch):
     assert again.digest() == opened.digest()
     assert len(again.records("train")) == 3
     assert not (opened.folder / "digests.json").exists()
+
+
+def test_of_several_processes_one_copies_from_object_storage(tmp_path, monkeypatch):
+    folder, copies = prepared.epath.Path(tmp_path / "set" / "1.0.0"), []
+
+    def pull(address):
+        if not address.exists():
+            copies.append(address)
+            time.sleep(0.2)
+            address.mkdir()
+
+    monkeypatch.setattr(prepared.object_storage, "has_address", lambda _: True)
+    monkeypatch.setattr(prepared.object_storage, "pull", pull)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(prepared._pull_from_object_storage(folder))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (found, copies) == ([True] * 4, [folder])
+    assert not prepared._pull_from_object_storage(folder)

@@ -168,3 +168,22 @@ def test_a_terminal_has_a_bar_and_keeps_messages_above_it():
     assert all(plain.count(f"a message after {step}\r\n") == 1 for step in range(10))
     assert "\x1b[?25l" not in shown  # Ctrl-C would leave the cursor hidden
     assert plain.rstrip().endswith("the end")
+
+
+def test_stages_are_one_line_with_the_time_left_of_all(clock, capsys):
+    stages = progress.Stages("preparing", {"cached": 50.0, "pairs": 30.0, "words": 10.0})
+    with progress.shown(stages):
+        with stages.stage("cached"):
+            pass  # takes no time, so it tells nothing about the others
+        with stages.stage("pairs"), progress.phase("storing", 100, "MB") as storing:
+            for _ in range(10):
+                clock.sleep(3)
+                storing.advance(10)
+        with stages.stage("words"), progress.phase("counting"):
+            clock.sleep(11)
+    assert capsys.readouterr().err.splitlines() == [
+        "preparing: 22% · storing 30/100 MB · 0:00:10 elapsed · 0:00:34 left",
+        "preparing: 45% · storing 60/100 MB · 0:00:20 elapsed · 0:00:24 left",
+        "preparing: 68% · storing 90/100 MB · 0:00:30 elapsed · 0:00:14 left",
+        "preparing: 75% · counting · 0:00:40 elapsed · 0:00:13 left",
+    ]

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.clock import FakeClock
 from tests.training.test_trainer import config_of, data  # noqa: F401 (a fixture)
 from transformer.checkpoints.manager import CheckpointManager
-from transformer.data import corpus, input_pipeline, local_text, text_files
+from transformer.data import input_pipeline, local_text, shards
 from transformer.data import tokenizer as tokenizers
 from transformer.decoding.translator import Translator
 from transformer.distributed import mesh
@@ -66,10 +66,7 @@ def clock(monkeypatch):
     ):
         slow(monkeypatch, clock, owner, name)
     monkeypatch.setattr(BackgroundQueue, "is_idle", False)
-    slow(monkeypatch, clock, text_files, "file_digest", seconds=2)
-    slow(monkeypatch, clock, corpus, "hash64", seconds=0.3)
-    read = text_files.read_parallel
-    monkeypatch.setattr(text_files, "read_parallel", lambda *paths: (clock.sleep(0.3) or pair for pair in read(*paths)))
+    slow(monkeypatch, clock, shards, "hash64", seconds=0.3)
     slow_result(monkeypatch, clock, train_step, "make_train_step")
     slow_result(monkeypatch, clock, evaluator, "make_eval_step")
     return clock
@@ -89,9 +86,7 @@ def test_no_phase_passes_without_a_sign_of_life(data, clock, tmp_path, capsys): 
     assert clock.now - begin > 40 * CALL_S
     for phase in (
         "data: hashing the text files",
-        "data: reading train",
-        "data: preparing train",
-        "data: scanning train",
+        "data: preparing",
         "training a bpe vocabulary of 285 subword tokens",
         "scheduling batches",
         "starting the devices",

@@ -163,11 +163,11 @@ class DataConfig:
     dir: str = _field(
         "", "text: a folder of train.LANG, val.LANG and test files TEST.LANG; names may end in .gz .xz .zst"
     )
-    train_source: str = _field("", "text: training sentences of the source language, one a line")
+    train_source: str = _field("", "text: training sentences of the source language, one a line, or a pattern of files")
     train_target: str = _field("", "text: their translations, line by line")
     valid_source: str = _field("", "text: validation sentences; empty holds out a part of training")
     valid_target: str = _field("", "text: their translations")
-    train: str = _field("", "text: both sides of training in one file: .tsv .jsonl .tmx .po")
+    train: str = _field("", "text: both sides of training in one file: .tsv .jsonl .tmx .po; * ? [ ] match several")
     valid: str = _field("", "text: both sides of validation in one file")
     columns: str = _field("", "tsv: which two columns are source and target, counted from 1, as in '1,2'")
     data_dir: str = _field(

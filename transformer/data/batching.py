@@ -8,18 +8,22 @@ B rows of the global batch, S source length, T target length, N examples.
 
 import abc
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from transformer.config.schema import round_up
+from transformer.data import schedule_store
+from transformer.data.schedule_store import Facts
 from transformer.data.tokenizer import PAD
 
 ROW_MULTIPLE = 8  # rows divide evenly over 1, 2, 4 and 8 devices
 SOURCE_COVERAGE = 0.95  # share of a bucket's sources that fit its width; the rest move up to the next bucket
 MAX_CANDIDATE_WIDTHS = 256  # lengths above this are considered in coarser steps when buckets are chosen
 PAD_EXAMPLE = -1  # in place of an example id: an empty row
+PART_PAIRS = 1 << 18  # lengths are read so many at a time
 
 
 class Batch(NamedTuple):
@@ -51,14 +55,21 @@ class BatchSpec(NamedTuple):
 
 
 class JaggedArray:
-    """Sequences of different lengths in one flat array: sequence i is flat[offsets[i] : offsets[i + 1]]."""
+    """Sequences of different lengths in one flat array: sequence i is flat[offsets[i] : offsets[i + 1]].
+
+    Both arrays may be mapped from files: only what is asked for is read.
+    """
 
     def __init__(self, flat: np.ndarray, offsets: np.ndarray):
         self.flat, self.offsets = flat, offsets
-        self.lengths = np.diff(offsets)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.offsets) - 1
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """The length of each sequence; `Lengths` reads them piece by piece."""
+        return np.diff(self.offsets)
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[np.ndarray]) -> "JaggedArray":
@@ -82,17 +93,35 @@ class JaggedArray:
         examples_BM = examples.reshape(len(examples), -1)
         is_real_BM = examples_BM != PAD_EXAMPLE
         safe_BM = np.where(is_real_BM, examples_BM, 0)
-        lengths_BM = np.where(is_real_BM, np.minimum(self.lengths[safe_BM], width), 0)
+        starts_in_flat_BM = np.asarray(self.offsets[safe_BM])
+        lengths_BM = np.where(is_real_BM, np.minimum(self.offsets[safe_BM + 1] - starts_in_flat_BM, width), 0)
         lengths = lengths_BM.ravel()
         ends = lengths.cumsum()
         within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
         row_start_B1 = np.arange(len(examples))[:, None] * width
         starts_BM = row_start_B1 + lengths_BM.cumsum(1) - lengths_BM
-        from_index = np.repeat(self.offsets[safe_BM].ravel(), lengths) + within
+        from_index = np.repeat(starts_in_flat_BM.ravel(), lengths) + within
         to_index = np.repeat(starts_BM.ravel(), lengths) + within
         padded = np.full((len(examples), width), PAD, np.int32)
         padded.ravel()[to_index] = self.flat[from_index]
         return padded
+
+
+class Lengths:
+    """The lengths of the sequences of a JaggedArray, computed for the slice asked for."""
+
+    def __init__(self, jagged: JaggedArray):
+        self._offsets = jagged.offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        return np.diff(self._offsets[start : stop + 1])
+
+
+LengthArray = np.ndarray | Lengths  # of slices
 
 
 def pad(sequences: Sequence[np.ndarray], width: int | None = None) -> np.ndarray:
@@ -108,33 +137,60 @@ def make_batch(spec: BatchSpec, source: JaggedArray, target: JaggedArray) -> Bat
 
 
 def choose_buckets(
-    source_N: np.ndarray, target_N: np.ndarray, num_buckets: int, batch_tokens: int, length_multiple: int = 1
+    source_N: LengthArray,
+    target_N: LengthArray,
+    num_buckets: int,
+    batch_tokens: int,
+    length_multiple: int = 1,
+    max_length: int | None = None,
 ) -> list[Bucket]:
     """At most `num_buckets` shapes with the least padding for these lengths.
 
     Target widths are chosen by dynamic programming over all ways to divide the range of target lengths. The source
     width of a bucket covers SOURCE_COVERAGE of its sources; longer ones move up. A batch has as many rows as
     `batch_tokens` target tokens allow, rounded down to a multiple of 8 if that leaves any. Widths are multiples of
-    `length_multiple`.
+    `length_multiple`. Pairs with a side over `max_length` are left out.
     """
-    longest = int(max(target_N.max(), source_N.max()))
+    parts = functools.partial(_kept_parts, source_N, target_N, max_length)
+    longest = max(int(max(source.max(), target.max())) for _, source, target in parts())
     unit = round_up(-(-longest // MAX_CANDIDATE_WIDTHS), length_multiple)
-    widths = _choose_widths(-(-source_N // unit), -(-target_N // unit), num_buckets)
+    size = -(-longest // unit) + 1
+    counts = np.zeros(size * size, np.int64)
+    for _, source, target in parts():
+        counts += np.bincount(-(-target // unit) * size + -(-source // unit), minlength=size * size)
+    widths = _choose_widths(counts.reshape(size, size), num_buckets)
     return [Bucket(s * unit, t * unit, rows_per_batch(batch_tokens, t * unit)) for s, t in widths]
 
 
-def _choose_widths(source_N: np.ndarray, target_N: np.ndarray, num_buckets: int) -> list[tuple[int, int]]:
-    """Source and target widths of the buckets.
+def _kept_parts(
+    source_N: LengthArray, target_N: LengthArray, max_length: int | None
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Ids, source and target lengths of the pairs within `max_length`, int64, in parts that fit into a cache.
+
+    Parts without such a pair are left out.
+    """
+    for start in range(0, len(source_N), PART_PAIRS):
+        source = np.asarray(source_N[start : start + PART_PAIRS], np.int64)
+        target = np.asarray(target_N[start : start + PART_PAIRS], np.int64)
+        if max_length is None:
+            yield np.arange(start, start + len(source)), source, target
+            continue
+        kept = np.flatnonzero((source <= max_length) & (target <= max_length))
+        if len(kept):
+            yield kept + start, source[kept], target[kept]
+
+
+def _choose_widths(counts: np.ndarray, num_buckets: int) -> list[tuple[int, int]]:
+    """Source and target widths of the buckets; counts[t, s] pairs have target length t and source length s.
 
     Example: (source, target) lengths (1, 1), (2, 1), (2, 2) and 1 bucket give widths [(2, 2)] and cost 3 × (2 + 2)
     = 12; 2 buckets give [(2, 1), (2, 2)] and cost 2 × (2 + 1) + 1 × (2 + 2) = 10, for
+      counts = [[0 0 0], [0 1 1], [0 0 1]]
       cumulative_counts[t] = [0 0 0], [0 1 2], [0 1 3]     pairs with target ≤ t and source ≤ 0, 1, 2
       cost = [[inf 6 12], [inf inf 4], [inf inf inf]]      cost[a, b]: a bucket of all pairs with a < target ≤ b
     """
-    longest = int(target_N.max())
-    counts = np.zeros((longest + 1, int(source_N.max()) + 1), np.int64)
-    np.add.at(counts, (target_N, source_N), 1)
-    cumulative_counts = counts.cumsum(0).cumsum(1)
+    longest, longest_source = (int(np.flatnonzero(counts.any(axis))[-1]) for axis in (1, 0))
+    cumulative_counts = counts[: longest + 1, : longest_source + 1].cumsum(0).cumsum(1)
     cost = np.full((longest + 1, longest + 1), np.inf)
     source_width = np.zeros((longest + 1, longest + 1), np.int64)
     for end in range(1, longest + 1):
@@ -145,7 +201,7 @@ def _choose_widths(source_N: np.ndarray, target_N: np.ndarray, num_buckets: int)
     widths, widest = [], 0
     for start, end in _optimal_boundaries(cost, num_buckets):
         is_last = end == longest
-        widest = max(widest, int(source_N.max()) if is_last else int(source_width[start, end]))
+        widest = max(widest, longest_source if is_last else int(source_width[start, end]))
         widths.append((max(widest, 1), end))
     return widths
 
@@ -180,8 +236,8 @@ def rows_per_batch(batch_tokens: int, width: int) -> int:
 
 
 def assign_buckets(source_N: np.ndarray, target_N: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
-    """The first bucket that holds each pair, int [N]; -1 if none does."""
-    bucket_N = np.full(len(source_N), -1)
+    """The first bucket that holds each pair, int16 [N]; -1 if none does."""
+    bucket_N = np.full(len(source_N), -1, np.int16)
     for index in reversed(range(len(buckets))):
         bucket_N[(source_N <= buckets[index].source) & (target_N <= buckets[index].target)] = index
     return bucket_N
@@ -190,11 +246,18 @@ def assign_buckets(source_N: np.ndarray, target_N: np.ndarray, buckets: Sequence
 def permutation(n: int, *key: int) -> np.ndarray:
     """A random permutation of 0 … n - 1 by `key`, from raw random bits, whose stream NumPy never changes."""
     bits = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
-    return np.argsort(bits, kind="stable")
+    return np.argsort(bits, kind="stable").astype(id_dtype(n))
+
+
+def id_dtype(n: int) -> type[np.signedinteger]:
+    """The smallest integers for example ids below n and PAD_EXAMPLE."""
+    return np.int32 if n <= 1 << 31 else np.int64
 
 
 class BatchSchedule(abc.ABC):
     """Endless training batches: every epoch holds each kept pair once, in a new order.
+
+    Arrays in proportion to the number of pairs are kept in a store, where the processes of a node share them.
 
     Attributes:
       buckets: the shapes, shortest first.
@@ -205,9 +268,17 @@ class BatchSchedule(abc.ABC):
       token_utilization: real target tokens divided by target token slots, padding included.
     """
 
-    def __init__(self, source_N: np.ndarray, target_N: np.ndarray, max_length: int, seed: int):
-        self._kept = np.flatnonzero((source_N <= max_length) & (target_N <= max_length))
-        self.kept, self.dropped, self.seed = len(self._kept), len(source_N) - len(self._kept), seed
+    def __init__(
+        self,
+        source_N: LengthArray,
+        target_N: LengthArray,
+        max_length: int,
+        seed: int,
+        store: schedule_store.Store | None = None,
+    ):
+        self._source_N, self._target_N, self._max_length, self.seed = source_N, target_N, max_length, seed
+        self._store = store or schedule_store.MemoryStore()
+        self.kept, self.dropped = 0, len(source_N)
         self.buckets: list[Bucket] = []
         self.batches: list[int] = []
         self.steps_per_epoch, self.token_utilization = 0, 0.0
@@ -222,6 +293,18 @@ class BatchSchedule(abc.ABC):
         """Target token slots of an epoch, with batches of `rows` rows padded to `padded_rows(rows)`."""
         return sum(n * padded_rows(b.rows) * b.target for n, b in zip(self.batches, self.buckets, strict=True))
 
+    def _kept_parts(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Ids, source and target lengths of the kept pairs, in parts."""
+        return _kept_parts(self._source_N, self._target_N, self._max_length)
+
+    def _set_facts(self, facts: Facts) -> None:
+        """Sets the attributes."""
+        self.kept, self.dropped = facts["kept"], len(self._source_N) - facts["kept"]
+        self.buckets, self.batches = [Bucket(*bucket) for bucket in facts["buckets"]], facts["batches"]
+        self.steps_per_epoch = sum(self.batches)
+        if self.kept:
+            self.token_utilization = facts["target_tokens"] / self.num_token_slots()
+
     @abc.abstractmethod
     def _plan_epoch(self, epoch: int) -> Callable[[int], BatchSpec]:
         """Maps an index in the epoch to its batch; a pure function of the seed and the lengths."""
@@ -232,39 +315,77 @@ class BucketedSchedule(BatchSchedule):
 
     def __init__(
         self,
-        source_N: np.ndarray,
-        target_N: np.ndarray,
+        source_N: LengthArray,
+        target_N: LengthArray,
         *,
         num_buckets: int,
         batch_tokens: int,
         max_length: int,
         seed: int,
         length_multiple: int = 1,
+        store: schedule_store.Store | None = None,
     ):
-        super().__init__(source_N, target_N, max_length, seed)
-        if not self.kept:
-            return
-        kept_source, kept_target = source_N[self._kept], target_N[self._kept]
-        self.buckets = choose_buckets(kept_source, kept_target, num_buckets, batch_tokens, length_multiple)
-        bucket_N = assign_buckets(kept_source, kept_target, self.buckets)
-        self._members = [self._kept[bucket_N == index] for index in range(len(self.buckets))]
-        self.batches = [-(-len(m) // b.rows) for m, b in zip(self._members, self.buckets, strict=True)]
-        self.steps_per_epoch = sum(self.batches)
-        self.token_utilization = int(kept_target.sum()) / self.num_token_slots()
+        super().__init__(source_N, target_N, max_length, seed, store)
+
+        def plan() -> Facts:
+            kept = sum(len(ids) for ids, _, _ in self._kept_parts())
+            if not kept:
+                return {"kept": 0, "buckets": [], "batches": [], "members": [], "target_tokens": 0}
+            buckets = choose_buckets(source_N, target_N, num_buckets, batch_tokens, length_multiple, max_length)
+            members, target_tokens = np.zeros(len(buckets), np.int64), 0
+            for _, source, target in self._kept_parts():
+                members += np.bincount(assign_buckets(source, target, buckets), minlength=len(buckets))
+                target_tokens += int(target.sum())
+            batches = [-(-int(n) // bucket.rows) for n, bucket in zip(members, buckets, strict=True)]
+            facts = {"kept": kept, "buckets": buckets, "batches": batches, "target_tokens": target_tokens}
+            return {**facts, "members": members.tolist()}
+
+        facts = self._store.facts(plan)
+        self._set_facts(facts)
+        self._members: list[int] = facts["members"]  # pairs of each bucket
 
     def _plan_epoch(self, epoch: int) -> Callable[[int], BatchSpec]:
-        specs: list[BatchSpec] = []
-        for index, (bucket, members) in enumerate(zip(self.buckets, self._members, strict=True)):
-            shuffled = members[permutation(len(members), self.seed, epoch, index)]
-            parts = split_evenly(shuffled, self.batches[index])
-            specs += [BatchSpec(bucket, _pad_rows(part, bucket.rows)) for part in parts]
-        order = permutation(len(specs), self.seed, epoch, len(self.buckets))
-        return lambda index: specs[order[index]]
+        # Per bucket its pairs in the order of this epoch, one bucket after another; then the order of all batches.
+        planned = self._store.array(f"epoch-{epoch}", lambda: self._order(epoch), self.kept + self.steps_per_epoch)
+        pairs, batches = planned[: self.kept], planned[self.kept :]
+        first_pairs = np.cumsum([0, *self._members])
+        first_batches = np.cumsum([0, *self.batches])
+
+        def spec(index: int) -> BatchSpec:
+            batch = int(batches[index])
+            number = int(np.searchsorted(first_batches, batch, side="right")) - 1
+            start, end = part_bounds(self._members[number], self.batches[number], batch - int(first_batches[number]))
+            examples = np.array(pairs[first_pairs[number] + start : first_pairs[number] + end], np.int64)
+            return BatchSpec(self.buckets[number], _pad_rows(examples, self.buckets[number].rows))
+
+        return spec
+
+    def _order(self, epoch: int) -> np.ndarray:
+        dtype = id_dtype(len(self._source_N))
+        planned, members = np.empty(self.kept + self.steps_per_epoch, dtype), np.empty(self.kept, dtype)
+        first_pairs = np.cumsum([0, *self._members])
+        ends = first_pairs[:-1].copy()
+        for ids, source, target in self._kept_parts():
+            bucket_N = assign_buckets(source, target, self.buckets)
+            for index in range(len(self.buckets)):
+                found = ids[bucket_N == index]
+                members[ends[index] : ends[index] + len(found)] = found
+                ends[index] += len(found)
+        for index, (start, end) in enumerate(itertools.pairwise(first_pairs)):
+            planned[start:end] = members[start:end][permutation(int(end - start), self.seed, epoch, index)]
+        planned[self.kept :] = permutation(self.steps_per_epoch, self.seed, epoch, len(self.buckets))
+        return planned
 
 
-def split_evenly(rows: np.ndarray, num_parts: int) -> list[np.ndarray]:
-    """Splits an epoch's rows into batches of even size, as tokens of a much smaller batch would weigh more."""
-    return [part for part in np.array_split(rows, max(num_parts, 1)) if len(part)]
+def part_bounds(size: int, num_parts: int, part: int) -> tuple[int, int]:
+    """Where a part begins and ends if `size` rows of an epoch are divided evenly.
+
+    Batches of an epoch have even sizes, as tokens of a much smaller batch would weigh more. The first parts have one
+    row more, as of np.array_split.
+    """
+    share, longer = divmod(size, num_parts)
+    start = part * share + min(part, longer)
+    return start, start + share + (part < longer)
 
 
 def round_up_to_power_of_two(length: int, smallest: int = 16) -> int:

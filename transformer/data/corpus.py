@@ -6,31 +6,38 @@ split, a part of training is held out by a hash of the source sentence. Which ro
 all splits, are computed in one pass over the data and cached beside it (`CorpusMetadata`).
 """
 
-import array
 import dataclasses
 import difflib
 import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import operator
 import os
+import pathlib
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.proto import tf_example_pb2
 
 from transformer.config.schema import PATH_FIELDS, WMT_NAMES, DataConfig
-from transformer.data import local_text, prepared, text_files, wmt
-from transformer.data.prepared import RecordReader
+from transformer.data import local_text, prepared, records, shards, wmt
+from transformer.data import tokenizer as tokenizers
+from transformer.data.records import RecordReader
+from transformer.data.shards import ShardedSplit, ShardJob
+from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
+from transformer.runtime.files import file_lock
 from transformer.runtime.logging import log_info
+from transformer.runtime.worker_pool import WorkerPool
 
 Pair = tuple[str, str]
 
@@ -39,6 +46,43 @@ MAX_VALIDATION_PAIRS = 2000  # held out
 METADATA_VERSION = 1  # increased whenever the same data gives other metadata
 
 _CHUNK_PAIRS = 4096
+_CHUNK_ROWS = 1 << 18
+_FEW_FILES = 2  # are read by this process
+_CANDIDATES = 1 << 14  # hashes among which rows to hold out are looked for first
+
+
+class RowsExcept:
+    """The rows 0 … total - 1 without some of them, in order: few bytes in place of one integer a row.
+
+    Example: 5 rows without [1, 3] are [0, 2, 4].
+    """
+
+    def __init__(self, total: int, excluded: Sequence[int]):
+        self._excluded = np.sort(np.array(excluded, np.int64))
+        self._total = total
+        self._kept_before = self._excluded - np.arange(len(self._excluded))  # rows that are before each of them
+
+    def __len__(self) -> int:
+        return self._total - len(self._excluded)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The row of an index, or [M] int64 of a slice."""
+        wanted: Any
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            wanted = np.arange(start, stop)
+        else:
+            wanted = np.int64(index)
+        return wanted + np.searchsorted(self._kept_before, wanted, side="right")
+
+    def mask(self, first: int, last: int) -> np.ndarray | None:
+        """Which of first ≤ row < last are among these rows, bool; None for all."""
+        start, stop = np.searchsorted(self._excluded, [first, last])
+        if start == stop:
+            return None
+        kept = np.ones(last - first, bool)
+        kept[self._excluded[start:stop] - first] = False
+        return kept
 
 
 class Split:
@@ -49,6 +93,7 @@ class Split:
     Attributes:
       name: in the data set.
       digest: changes with any pair and with their order; in hexadecimal.
+      longest: bytes that no line has more of; None if that is not known.
     """
 
     def __init__(
@@ -57,17 +102,19 @@ class Split:
         digest: str,
         languages: tuple[str, str],
         records: RecordReader,
-        rows: np.ndarray | None,
+        rows: np.ndarray | RowsExcept | None,
         strip_cr: bool = False,
+        longest: int | None = None,
     ):
         """Makes a split of serialized examples.
 
         Args:
           records: the examples.
-          rows: the indices of the split's examples, [N] int64 ascending; None for all.
+          rows: the indices of the split's examples, ascending; None for all.
           strip_cr: removes a CR at the end, for records made from lines that were split at b"\\n" only.
+          longest: bytes that no line has more of; None if that is not known.
         """
-        self.name, self.digest = name, digest
+        self.name, self.digest, self.longest = name, digest, longest
         self._languages, self._records, self._rows, self._strip_cr = languages, records, rows, strip_cr
 
     def __len__(self) -> int:
@@ -87,10 +134,7 @@ class Split:
 
     def to_lines(self, raw: Pair) -> Pair:
         """The pair as two lines of text, without line breaks."""
-        source, target = raw
-        if self._strip_cr:
-            source, target = source.removesuffix("\r"), target.removesuffix("\r")
-        return text_files.one_line(source), text_files.one_line(target)
+        return shards.to_lines(raw, self._strip_cr)
 
     def raw_pairs(self) -> Iterator[Pair]:
         """All pairs as stored, including line breaks."""
@@ -107,9 +151,43 @@ class Split:
 
     def _read(self, first: int, last: int) -> list[Pair]:
         try:
-            return [_parse(record, self._languages) for record in self._records.read(first, last)]
+            return [records.parse(record, self._languages) for record in self._records.read(first, last)]
         except Exception as error:  # ArrayRecord and protobuf raise exceptions of their own
             raise UserError(f"the prepared data of split {self.name!r} cannot be read: {error}") from error
+
+    def lines(self, workers: int = 0) -> Iterator[str]:
+        """All lines, source and target of each pair in turn; read ahead by other processes if there are many."""
+        files = self._records.files()
+        if len(files) <= _FEW_FILES or isinstance(self._rows, np.ndarray):
+            yield from itertools.chain.from_iterable(self)
+            return
+        first = 0
+        blocks = shards.stored_blocks("lines", files, self._languages)
+        with WorkerPool(shards.LineJob(self._strip_cr), workers or shards.default_workers()) as pool:
+            for (_, count), text in zip(files, pool.map(blocks), strict=True):
+                mask = self._rows.mask(first, first + count) if self._rows is not None else None
+                lines = text.split("\n")
+                yield from lines if mask is None else itertools.compress(lines, np.repeat(mask, 2))
+                first += count
+
+    def make_token_ids(self, folder: pathlib.Path, tokenizer: Tokenizer, workers: int = 0) -> None:
+        """Tokenizes the split by several processes into a folder, unless it exists; continues after an interruption."""
+        work = folder.parent / f"{folder.name}.partial"
+        work.mkdir(parents=True, exist_ok=True)
+        job = ShardJob(os.fspath(work), self._languages, strip_cr=self._strip_cr, tokenizer=tokenizer)
+        kept = None
+        if self._rows is None or isinstance(self._rows, RowsExcept):
+            blocks = shards.stored_blocks("all", self._records.files(), self._languages)
+            kept = self._rows
+        else:  # few rows of a large split
+            job = dataclasses.replace(job, strip_cr=False)
+            blocks = shards.blocks("rows", shards.pair_parts(self))
+        with progress.phase(f"tokenizing {self.name}", len(self._records), "pairs") as phase:
+            workers = workers or shards.default_workers()
+            made = shards.run(job, self.name, blocks, workers, phase.advance)
+        with progress.phase(f"joining the token ids of {self.name}"):
+            shards.store_ids(made, kept.mask if kept is not None else shards.keep_all, folder)
+        shutil.rmtree(work, ignore_errors=True)
 
     def sources(self) -> list[str]:
         """All source sentences in order."""
@@ -118,13 +196,6 @@ class Split:
     def targets(self) -> list[str]:
         """All target sentences in order."""
         return [target for _, target in self]
-
-
-def _parse(record: bytes, languages: tuple[str, str]) -> Pair:
-    """Parses a serialized example; TFDS's own parser uses NumPy and takes three times as long."""
-    features = tf_example_pb2.Example.FromString(record).features.feature
-    source, target = (features[code].bytes_list.value[0].decode() for code in languages)
-    return source, target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +208,7 @@ class CorpusMetadata:
       line_breaks: the number of pairs of each prepared split that contain a line break.
       blank: rows of training with a blank side, ascending.
       held_out: rows of training that serve as validation, ascending.
+      longest: bytes of the longest line of each prepared split; earlier versions did not write it.
     """
 
     digests: dict[str, str]
@@ -144,6 +216,12 @@ class CorpusMetadata:
     line_breaks: dict[str, int]
     blank: list[int]
     held_out: list[int]
+    longest: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def train_rows(self) -> RowsExcept | None:
+        """The rows of the training split; None for all."""
+        excluded = self.blank + self.held_out
+        return RowsExcept(self.pairs["train"], excluded) if excluded else None
 
 
 class Corpus:
@@ -156,25 +234,24 @@ class Corpus:
       digest: changes with any split; in hexadecimal.
     """
 
-    def __init__(self, data: prepared.PreparedDataset, languages: tuple[str, str], strip_cr: bool = False):
-        """Makes a corpus of a prepared data set; `strip_cr` as in `Split`."""
+    def __init__(
+        self, data: prepared.PreparedDataset, languages: tuple[str, str], strip_cr: bool = False, workers: int = 0
+    ):
+        """Makes a corpus of a prepared data set; `strip_cr` as in `Split`, `workers` as in `open_corpus`."""
         self.source_language, self.target_language = self._languages = languages
         self._data, self._strip_cr = data, strip_cr
-        metadata = load_or_compute_metadata(data, languages, strip_cr)
-        self.dropped = len(metadata.blank)
+        metadata = load_or_compute_metadata(data, languages, strip_cr, workers)
+        self.dropped, self._longest = len(metadata.blank), metadata.longest
         # Split → the prepared split that holds its rows, and their indices there (None: all).
-        self._split_rows: dict[str, tuple[str, np.ndarray | None]] = {name: (name, None) for name in data.names}
-        if metadata.blank or metadata.held_out:
-            excluded = metadata.blank + metadata.held_out
-            rows = np.setdiff1d(np.arange(metadata.pairs["train"]), excluded, assume_unique=True)
+        self._split_rows: dict[str, tuple[str, np.ndarray | RowsExcept | None]] = {n: (n, None) for n in data.names}
+        if (rows := metadata.train_rows()) is not None:
             self._split_rows["train"] = ("train", rows)
         if metadata.held_out:
             self._split_rows["validation"] = ("train", np.array(metadata.held_out))
         self.names = list(self._split_rows)
         self._digests = {}
         for name, (prepared_split, indices) in self._split_rows.items():
-            content = b"all" if indices is None else indices.astype("<i8").tobytes()
-            self._digests[name] = hashlib.sha256(metadata.digests[prepared_split].encode() + content).hexdigest()
+            self._digests[name] = split_digest(metadata.digests[prepared_split], indices)
         self.digest = hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()
         _log_metadata(metadata)
 
@@ -194,11 +271,28 @@ class Corpus:
             raise UserError(f"{self._data.folder}: expected a split {name!r}, found {available}")
         prepared_split, rows = self._split_rows[name]
         records = self._data.records(prepared_split)
-        return Split(name, self._digests[name], self._languages, records, rows, self._strip_cr)
+        longest = self._longest.get(prepared_split)
+        return Split(name, self._digests[name], self._languages, records, rows, self._strip_cr, longest)
 
 
-def open_corpus(data: DataConfig) -> Corpus:
+def split_digest(prepared_digest: str, rows: np.ndarray | RowsExcept | None) -> str:
+    """The digest of a split that holds these rows of a prepared one; None for all."""
+    digest = hashlib.sha256(prepared_digest.encode())
+    if rows is None:
+        digest.update(b"all")
+    else:
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            digest.update(rows[start : start + _CHUNK_ROWS].astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def open_corpus(data: DataConfig, *, tokenize: bool = False, workers: int = 0) -> Corpus:
     """Opens the data set of a config and prepares it first if necessary; logs what it does.
+
+    Args:
+      data: section of the config.
+      tokenize: whether training is tokenized in the pass that prepares, if the config names a vocabulary.
+      workers: processes that prepare; 0 for one a core.
 
     Raises:
       UserError: as `validate_source`, or the data cannot be prepared, is damaged, or leaves no training pair.
@@ -210,9 +304,35 @@ def open_corpus(data: DataConfig) -> Corpus:
         make_builder = functools.partial(local_text.ParallelText, local_text.find_splits(data), folder)
     elif name in WMT_NAMES:
         make_builder = functools.partial(wmt.WmtBuilder, _tfds_builder(data), folder, data.manual_dir)
-    dataset = prepared.prepare(make_builder, owned=name in ("text", "cldr", *WMT_NAMES))
     # TFDS splits the archives of WMT at LF only, and our records of them equal its records.
-    return Corpus(dataset, (data.source_language, data.target_language), strip_cr=name in WMT_NAMES)
+    languages, strip_cr = (data.source_language, data.target_language), name in WMT_NAMES
+
+    def one_pass() -> prepared.OnePass:
+        tokenizer = tokenizers.load_configured(data) if tokenize else None
+        finish = functools.partial(_finish_one_pass, languages, folder)
+        return prepared.OnePass(languages, strip_cr, tokenizer, workers, finish)
+
+    owned = name in ("text", "cldr", *WMT_NAMES)
+    dataset = prepared.prepare(make_builder, owned=owned, one_pass=one_pass)
+    return Corpus(dataset, languages, strip_cr, workers)
+
+
+def _finish_one_pass(
+    languages: tuple[str, str], data_dir: str, splits: Mapping[str, ShardedSplit], data_digest: str, folder: epath.Path
+) -> None:
+    """Writes the metadata, and the token ids of training if it was tokenized."""
+    with progress.phase("data: joining what is known of the pairs"):
+        metadata = _compute_metadata(splits)
+        _save_metadata(_metadata_path(folder, languages), data_digest, metadata)
+    train = splits["train"]
+    if train.job.tokenizer is not None:
+        rows = metadata.train_rows()
+        digest = split_digest(metadata.digests["train"], rows)
+        ids_folder = shards.ids_folder(data_dir, digest, languages, train.job.tokenizer)
+        with progress.phase("data: joining the token ids"):
+            ids_folder.parent.mkdir(parents=True, exist_ok=True)
+            with file_lock(ids_folder.parent, name=f".{ids_folder.name}.lock"):
+                shards.store_ids(train, rows.mask if rows is not None else shards.keep_all, ids_folder)
 
 
 def validate_source(data: DataConfig) -> None:
@@ -321,7 +441,7 @@ def _unknown_dataset_message(name: str, error: str, data_dir: str) -> str:
 
 
 def load_or_compute_metadata(
-    data: prepared.PreparedDataset, languages: tuple[str, str], strip_cr: bool = False
+    data: prepared.PreparedDataset, languages: tuple[str, str], strip_cr: bool = False, workers: int = 0
 ) -> CorpusMetadata:
     """The metadata of a data set in one direction, from the cache or by reading all pairs; `strip_cr` as in `Split`.
 
@@ -330,58 +450,45 @@ def load_or_compute_metadata(
     """
     if "train" not in data.names:
         raise UserError(f"{data.folder}: expected a split 'train', got {', '.join(data.names) or 'none'}")
-    path = data.folder / f"contents.{'-'.join(languages)}.json"
+    path = _metadata_path(data.folder, languages)
     if metadata := _load_metadata(path, data.digest()):
         return metadata
-    splits = {name: Split(name, "", languages, data.records(name), None, strip_cr) for name in data.names}
-    scans = {name: _scan_pairs(name, split) for name, split in splits.items()}
-    train = scans["train"]
-    blank, rows = np.flatnonzero(train.is_blank), np.flatnonzero(~train.is_blank)
-    if not len(rows):
-        raise UserError(f"all {len(splits['train']):,} training pairs have a blank side: nothing is left to train on")
-    held_out = [] if "validation" in splits else rows[_select_validation(train.source_hashes[rows])].tolist()
-    metadata = CorpusMetadata(
-        digests={name: scan.digest for name, scan in scans.items()},
-        pairs={name: len(split) for name, split in splits.items()},
-        line_breaks={name: scan.line_breaks for name, scan in scans.items()},
-        blank=blank.tolist(),
-        held_out=held_out,
-    )
+    with tempfile.TemporaryDirectory(prefix="scan-") as work:
+        metadata = _compute_metadata(_scan(data, ShardJob(work, languages, scan=True, strip_cr=strip_cr), workers))
     _save_metadata(path, data.digest(), metadata)
     return metadata
 
 
-class _Scan(NamedTuple):
-    """What one pass over a split computes.
-
-    Attributes:
-      digest: of all pairs.
-      source_hashes: of each source sentence, [N] uint64.
-      is_blank: whether a side is empty or white space, [N] bool.
-      line_breaks: the number of pairs with a line break.
-    """
-
-    digest: str
-    source_hashes: np.ndarray
-    is_blank: np.ndarray
-    line_breaks: int
+def _metadata_path(folder: epath.Path, languages: tuple[str, str]) -> epath.Path:
+    return folder / f"contents.{'-'.join(languages)}.json"
 
 
-def _scan_pairs(name: str, split: Split) -> _Scan:
-    digest, hashes, blank, line_breaks = hashlib.sha256(), array.array("Q"), array.array("b"), 0
-    for raw in progress.track(split.raw_pairs(), f"data: scanning {name}", len(split), "pairs"):
-        line_breaks += any("\n" in text for text in raw)
-        source, target = split.to_lines(raw)
-        texts = (source.encode(), target.encode())
-        digest.update(b"%d %d " % (len(texts[0]), len(texts[1])) + texts[0] + texts[1])
-        hashes.append(hash64(texts[0]))
-        blank.append(not (source.strip() and target.strip()))
-    return _Scan(digest.hexdigest(), np.array(hashes, np.uint64), np.array(blank, bool), line_breaks)
+def _scan(data: prepared.PreparedDataset, job: ShardJob, workers: int) -> dict[str, ShardedSplit]:
+    """Reads all pairs of all splits."""
+    splits = {}
+    for name in data.names:
+        files = data.records(name).files()
+        with progress.phase(f"data: scanning {name}", sum(count for _, count in files), "pairs") as phase:
+            blocks = shards.stored_blocks(name, files, job.languages)
+            splits[name] = shards.run(job, name, blocks, workers or shards.default_workers(), phase.advance)
+    return splits
 
 
-def hash64(text: bytes) -> int:
-    """A 64-bit hash, the same everywhere; 40 million sentences have a collision with a probability of 1 in 20,000."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+def _compute_metadata(splits: Mapping[str, ShardedSplit]) -> CorpusMetadata:
+    train = splits["train"]
+    is_blank = train.known("blank")
+    blank, rows = np.flatnonzero(is_blank), np.flatnonzero(~is_blank)
+    if not len(rows):
+        raise UserError(f"all {len(is_blank):,} training pairs have a blank side: nothing is left to train on")
+    held_out = [] if "validation" in splits else rows[_select_validation(train.known("hash")[rows])].tolist()
+    return CorpusMetadata(
+        digests={name: split.digest for name, split in splits.items()},
+        pairs={name: split.pairs() for name, split in splits.items()},
+        line_breaks={name: sum(shard.line_breaks for shard in split.shards) for name, split in splits.items()},
+        blank=blank.tolist(),
+        held_out=held_out,
+        longest={name: max((s.longest for s in split.shards), default=0) for name, split in splits.items()},
+    )
 
 
 def _select_validation(hashes_N: np.ndarray) -> np.ndarray:
@@ -390,18 +497,26 @@ def _select_validation(hashes_N: np.ndarray) -> np.ndarray:
     Takes hashes from the lowest up, with all their rows so that equal sentences stay together, while they fit into
     1 / VALIDATION_RATIO of all rows and into MAX_VALIDATION_PAIRS; the rarest sentence if none fits.
     """
-    hashes, counts = np.unique(hashes_N, return_counts=True)
-    if len(hashes) == 1:
+    lowest, highest = hashes_N.min(), hashes_N.max()
+    if lowest == highest:
         raise UserError("training has one distinct source sentence: none can be held out; bring validation files")
-    remaining = min(max(len(hashes_N) // VALIDATION_RATIO, 1), MAX_VALIDATION_PAIRS)
-    selected = []
-    for value, count in zip(hashes, counts, strict=True):
-        if count <= remaining:
-            selected.append(value)
-            remaining -= count
-        if not remaining:
-            break
-    return np.isin(hashes_N, selected or hashes[np.argmin(counts)])
+    most = min(max(len(hashes_N) // VALIDATION_RATIO, 1), MAX_VALIDATION_PAIRS)
+    size = _CANDIDATES
+    while True:
+        # All rows up to a hash are candidates, so that no other row has one of their sentences.
+        is_all = size >= len(hashes_N)
+        limit = highest if is_all else np.partition(hashes_N, size)[size]
+        hashes, counts = np.unique(hashes_N[hashes_N <= limit], return_counts=True)
+        selected, remaining = [], most
+        for value, count in zip(hashes, counts, strict=True):
+            if count <= remaining:
+                selected.append(value)
+                remaining -= count
+            if not remaining:
+                break
+        if is_all or not remaining:
+            return np.isin(hashes_N, selected or hashes[np.argmin(counts)])
+        size *= 8
 
 
 def _save_metadata(path: epath.Path, data_digest: str, metadata: CorpusMetadata) -> None:

@@ -13,10 +13,9 @@ import urllib.request
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from transformer.data.prepared import file_lock
 from transformer.runtime import progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import sha256, user_error_on_oserror
+from transformer.runtime.files import file_lock, sha256, user_error_on_oserror
 from transformer.runtime.logging import log_info
 
 CHUNK_BYTES = 1 << 20
@@ -101,7 +100,7 @@ class DownloadManager:
             raise ValueError(f"{archive.url}: leads out of the folder of downloads")
         with user_error_on_oserror(f"{path}, under config.data.data_dir"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with file_lock(path.parent):
+            with file_lock(path.parent, f"downloading into {path.parent}"):
                 return _verify(path, archive) if path.exists() else _download(archive, path)
 
 

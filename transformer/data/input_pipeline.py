@@ -4,42 +4,63 @@ Sentences are tokenized once for each corpus and vocabulary; training maps the f
 state of the iterator is the step at which it starts.
 """
 
-import array
 import contextlib
-import itertools
+import dataclasses
+import hashlib
 import json
+import os
+import pathlib
 import shutil
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from transformer.config import Config, DataConfig, validation
 from transformer.data import corpus as corpora
+from transformer.data import shards
 from transformer.data import tokenizer as tokenizers
-from transformer.data.batching import Batch, BatchSchedule, BucketedSchedule, JaggedArray, make_batch, select_rows
+from transformer.data.batching import (
+    Batch,
+    BatchSchedule,
+    BucketedSchedule,
+    JaggedArray,
+    Lengths,
+    make_batch,
+    select_rows,
+)
 from transformer.data.corpus import Split
 from transformer.data.packing import PackedSchedule
+from transformer.data.schedule_store import FileStore
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import atomic_directory, sha256, user_error_on_oserror
+from transformer.runtime.files import file_lock, sha256, user_error_on_oserror
 from transformer.runtime.logging import log_info
 
-CHUNK_PAIRS = 10_000  # tokenized at a time
 METADATA_FILE = "about.json"
 FILES = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
 PREFETCH_BATCHES = 16  # made ahead of the device
+SCHEDULE_VERSION = 1  # increased whenever the same lengths give other batches
 MAX_DROPPED_FRACTION = 0.1  # of the training pairs without a warning
 LOW_FILL = 0.5  # share of target positions that are not padding, under which there is a warning
 
 
-class TokenIds(NamedTuple):
-    """The ids of a split; pair i is source i and target i."""
+@dataclasses.dataclass(frozen=True)
+class TokenIds:
+    """The ids of a split; pair i is source i and target i.
+
+    Attributes:
+      folder: holds schedules of their batches; None keeps those in memory.
+    """
 
     source: JaggedArray
     target: JaggedArray
+    folder: epath.Path | None = None
+
+    def __iter__(self) -> Iterator[JaggedArray]:
+        return iter((self.source, self.target))
 
 
 def train_iterator(
@@ -72,7 +93,7 @@ def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
       UserError: all pairs are too long.
     """
     with progress.phase("scheduling batches"):
-        schedule = _schedule(config, ids)
+        schedule = _schedule(config, ids, ids.folder)
         warning = fill_warning(config, ids, schedule)
     if not schedule.kept:
         raise UserError(
@@ -90,17 +111,23 @@ def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
     return schedule
 
 
-def _schedule(config: Config, ids: TokenIds) -> BatchSchedule:
-    lengths = ids.source.lengths, ids.target.lengths
+def _schedule(config: Config, ids: TokenIds, folder: epath.Path | None = None) -> BatchSchedule:
+    """The schedule; its arrays are kept in the folder, if there is one."""
+    lengths = Lengths(ids.source), Lengths(ids.target)
     options: dict[str, Any] = {
         "batch_tokens": config.train.batch_tokens,
         "max_length": config.data.max_length,
         "length_multiple": config.data.length_multiple,
         "seed": config.train.seed,
     }
-    if config.data.batching == "pack":
-        return PackedSchedule(*lengths, **options)
-    return BucketedSchedule(*lengths, num_buckets=config.data.num_buckets, **options)
+    if config.data.batching == "bucket":
+        options["num_buckets"] = config.data.num_buckets
+    if folder is not None:
+        key = json.dumps([SCHEDULE_VERSION, config.data.batching, len(lengths[0]), options], sort_keys=True)
+        options["store"] = FileStore(folder / hashlib.sha256(key.encode()).hexdigest()[:24])
+    return (
+        PackedSchedule(*lengths, **options) if config.data.batching == "pack" else BucketedSchedule(*lengths, **options)
+    )
 
 
 def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
@@ -152,7 +179,8 @@ def get_or_train_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenize
         training = f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} subword tokens"
         log_info(training)
         with progress.phase(training):
-            trained = tokenizers.build(data, _Sentences(split))
+            sentences = _Sentences(split)
+            trained = tokenizers.build(data, sentences, sentences.longest)
         trained.save(folder, f"{trained.digest}.model")
     return trained
 
@@ -163,9 +191,12 @@ def _cache_folder(data: DataConfig, corpus: corpora.Corpus, split: Split, kind: 
     name = f"{split.digest[:24]}-{corpus.source_language}-{corpus.target_language}-{key}"
     folder = epath.Path(corpora.data_dir(data)) / kind / name
     with user_error_on_oserror(f"{folder}, under config.data.data_dir"):
-        object_storage.pull(folder)
-        yield folder
-        object_storage.push(folder)  # also what exists here, as an earlier attempt may have failed
+        with contextlib.suppress(OSError):  # then what is there may still be read
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(folder.parent, f"making {folder}", name=f".{name}.lock"):
+            object_storage.pull(folder)
+            yield folder
+            object_storage.push(folder)  # also what exists here, as an earlier attempt may have failed
 
 
 def check_same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path, trained: Tokenizer) -> Tokenizer:
@@ -194,71 +225,65 @@ def check_same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath
     )
 
 
-class _Sentences:
-    """A re-iterable collection of all sentences of a split, source and target in turn."""
+class _Sentences(Sequence[str]):
+    """All sentences of a split, source and target in turn.
+
+    Attributes:
+      longest: bytes that none has more of; None if that is not known.
+    """
 
     def __init__(self, split: Split):
-        self._split = split
+        self._split, self.longest = split, split.longest
 
     def __len__(self) -> int:
         return 2 * len(self._split)
 
     def __iter__(self) -> Iterator[str]:
-        return itertools.chain.from_iterable(self._split)
+        return self._split.lines()
 
-    def __contains__(self, line: object) -> bool:
-        return any(line == other for other in self)
+    def __getitem__(self, index: Any) -> Any:
+        pair, side = divmod(index, 2)
+        return self._split[pair][side]
 
 
-def token_ids(data: DataConfig, corpus: corpora.Corpus, split_name: str, tokenizer: Tokenizer) -> TokenIds:
-    """The ids of a split, from the cache beside the prepared data, or tokenized now and cached there."""
+def token_ids(
+    data: DataConfig, corpus: corpora.Corpus, split_name: str, tokenizer: Tokenizer, workers: int = 0
+) -> TokenIds:
+    """The ids of a split, from the cache beside the prepared data, or tokenized now and cached there.
+
+    Args:
+      data, corpus, split_name, tokenizer: what they are the ids of.
+      workers: processes that tokenize; 0 for one a core.
+    """
     split = corpus.split(split_name)
     with _cache_folder(data, corpus, split, "token_ids", tokenizer.digest[:24]) as folder:
         if folder.exists():
             try:
-                with progress.phase(f"verifying the token ids of {split_name}"):
-                    return _load_ids(folder)
+                return _load_ids(folder)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log_info(f"{folder}: damaged ({error}); tokenizing again")
                 shutil.rmtree(folder)
         log_info(f"tokenizing {split_name}: {len(split):,} pairs")
-        _write_ids(folder, split, tokenizer)
+        try:
+            split.make_token_ids(pathlib.Path(folder), tokenizer, workers)
+        except OSError:
+            if not folder.exists():  # otherwise another run was faster, on a file system without locks
+                raise
         return _load_ids(folder)
-
-
-def _write_ids(folder: epath.Path, split: Split, tokenizer: Tokenizer) -> None:
-    """Tokenizes a split into a folder, atomically: two runs may do it at once."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    lengths = {"source": array.array("q"), "target": array.array("q")}
-    try:
-        with atomic_directory(folder) as partial:
-            with (partial / "source.ids").open("wb") as source, (partial / "target.ids").open("wb") as target:
-                pairs_left = iter(split)
-                chunks = iter(lambda: list(itertools.islice(pairs_left, CHUNK_PAIRS)), [])
-                for pairs in progress.track(chunks, f"tokenizing {split.name}", len(split), "pairs", each=CHUNK_PAIRS):
-                    for side, name, file in ((0, "source", source), (1, "target", target)):
-                        sequences = tokenizer.encode([pair[side] for pair in pairs])
-                        lengths[name].extend(len(ids) for ids in sequences)
-                        file.write(np.concatenate(sequences).astype(dtype).tobytes())
-            for name, values in lengths.items():
-                np.save(partial / f"{name}.offsets.npy", np.concatenate([[0], np.cumsum(values, dtype=np.int64)]))
-            digests = {name: sha256(partial / name) for name in FILES}
-            (partial / METADATA_FILE).write_text(json.dumps({"dtype": np.dtype(dtype).name, "sha256": digests}))
-    except OSError:
-        if not folder.exists():  # otherwise another run was faster
-            raise
 
 
 def _load_ids(folder: epath.Path) -> TokenIds:
     """Maps the ids into memory after verifying their digests; a ValueError if one is wrong."""
     metadata = json.loads((folder / METADATA_FILE).read_text())
+    digests = shards.ids_digests(folder).compute([folder / name for name in FILES], "verifying the token ids")
     for name in FILES:
-        if sha256(folder / name) != metadata["sha256"][name]:
+        if digests[os.fspath(folder / name)] != metadata["sha256"][name]:
             raise ValueError(f"{name} has changed since it was written")
-    return TokenIds(*(_load_side(folder, side, np.dtype(metadata["dtype"])) for side in ("source", "target")))
+    source, target = (_load_side(folder, side, np.dtype(metadata["dtype"])) for side in ("source", "target"))
+    return TokenIds(source, target, folder.parent.parent / "schedules" / folder.name)
 
 
 def _load_side(folder: epath.Path, side: str, dtype: np.dtype) -> JaggedArray:
-    offsets = np.load(folder / f"{side}.offsets.npy", allow_pickle=False)
+    offsets = np.load(folder / f"{side}.offsets.npy", mmap_mode="r", allow_pickle=False)
     flat = np.memmap(folder / f"{side}.ids", dtype, mode="r") if offsets[-1] else np.zeros(0, dtype)
     return JaggedArray(flat, offsets)

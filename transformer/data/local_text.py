@@ -5,21 +5,24 @@ old ones, and unchanged files are not. Sentences and their order are exactly tho
 """
 
 import dataclasses
+import glob
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
 
 from transformer.config import DataConfig
-from transformer.data import parallel_formats, text_files
-from transformer.data.prepared import Pair, ParallelTextBuilder
-from transformer.runtime import progress
+from transformer.data import parallel_formats, shards, text_files
+from transformer.data.prepared import ParallelTextBuilder
+from transformer.data.shards import Part
+from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
+from transformer.runtime.file_digests import FileDigests
 
 VALIDATION_STEMS = ("val", "valid", "validation", "dev")
 GENERATED = {"runs/tasks": "python -m benchmarks.task_data"}  # parent of a data.dir → the command that writes it
@@ -27,23 +30,38 @@ GENERATED = {"runs/tasks": "python -m benchmarks.task_data"}  # parent of a data
 
 @dataclasses.dataclass(frozen=True)
 class SplitFiles:
-    """The files of one split: source and target in plain text, or one file with both languages."""
+    """The files of one split, read one after another.
+
+    Attributes:
+      paths: source, target, source, target … of plain text, or files with both languages.
+      languages: of source and target.
+      columns: as in the config.
+      sides: files that belong together: 2 of plain text, or 1.
+    """
 
     paths: tuple[str, ...]
     languages: tuple[str, str]
     columns: str = ""
+    sides: int = 2
 
-    def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yields (source, target) in the order of the files."""
-        if len(self.paths) == 2:
-            return text_files.read_parallel(*self.paths)
-        return parallel_formats.read_pairs(self.paths[0], self.languages, self.columns)
+    def parts(self) -> Iterator[Part]:
+        """Yields the pairs in the order of the files, in parts."""
+        for first in range(0, len(self.paths), self.sides):
+            if self.sides == 2:
+                yield from shards.line_parts(self.paths[first], self.paths[first + 1])
+            else:
+                pairs = parallel_formats.read_pairs(self.paths[first], self.languages, self.columns)
+                yield from shards.pair_parts(pairs)
 
-    def digest(self) -> list[str]:
-        """All that the pairs depend on: formats, columns and the content of the files, but not their names."""
+    def digest(self, digests: Mapping[str, str]) -> list[str]:
+        """All that the pairs depend on: formats, columns and the content of the files, but not their names.
+
+        Args:
+          digests: of the bytes of each file.
+        """
         compressions = [path.removeprefix(text_files.strip_compression(path)).lower() for path in self.paths]
-        formats = ["lines"] * 2 if len(self.paths) == 2 else [parallel_formats.pair_format(self.paths[0])]
-        return [*formats, *compressions, self.columns, *map(text_files.file_digest, self.paths)]
+        formats = ["lines" if self.sides == 2 else parallel_formats.pair_format(path) for path in self.paths]
+        return [*formats, *compressions, self.columns, *(digests[path] for path in self.paths)]
 
 
 def find_splits(data: DataConfig) -> dict[str, SplitFiles]:
@@ -54,22 +72,47 @@ def find_splits(data: DataConfig) -> dict[str, SplitFiles]:
     """
     languages = (data.source_language, data.target_language)
     if data.dir:
-        paths = _find_in_folder(data.dir, languages)
+        found = {split: (files, 2) for split, files in _find_in_folder(data.dir, languages).items()}
     else:
         named = {
-            "train": (data.train_source, data.train_target, data.train),
-            "validation": (data.valid_source, data.valid_target, data.valid),
+            "train": ("train_source", "train_target", "train"),
+            "validation": ("valid_source", "valid_target", "valid"),
         }
-        paths = {split: tuple(filter(None, group)) for split, group in named.items() if any(group)}
-    for path in itertools.chain.from_iterable(paths.values()):
+        found = {
+            split: _find_named(data, fields) for split, fields in named.items() if any(getattr(data, f) for f in fields)
+        }
+    for path in itertools.chain.from_iterable(paths for paths, _ in found.values()):
         text_files.check_readable(path)
-    formats = {parallel_formats.pair_format(group[0]) for group in paths.values() if len(group) == 1}
+    formats = {parallel_formats.pair_format(path) for paths, sides in found.values() if sides == 1 for path in paths}
     parallel_formats.parse_columns(data.columns)
     if data.columns and ".tsv" not in formats:
         raise UserError(
             "config.data.columns: picks columns of .tsv files, and neither data.train nor data.valid is one"
         )
-    return {split: SplitFiles(group, languages, data.columns) for split, group in paths.items()}
+    return {split: SplitFiles(paths, languages, data.columns, sides) for split, (paths, sides) in found.items()}
+
+
+def _find_named(data: DataConfig, fields: Sequence[str]) -> tuple[tuple[str, ...], int]:
+    """The files that fields for source, target and both sides name, and how many belong together."""
+    matches = {field: _expand(field, getattr(data, field)) for field in fields if getattr(data, field)}
+    counts = {f"data.{field} {len(paths):,}": len(paths) for field, paths in matches.items()}
+    if len(set(counts.values())) > 1:
+        raise UserError(
+            f"config.data: expected equally many files for source and target, paired in the order of their names; "
+            f"found {', '.join(counts)}"
+        )
+    return tuple(itertools.chain.from_iterable(zip(*matches.values(), strict=True))), len(matches)
+
+
+def _expand(field: str, pattern: str) -> list[str]:
+    """The files that match a pattern with the wildcards * ? [ ], in the order of their names; others are a path."""
+    path = os.path.expanduser(pattern)
+    if object_storage.is_remote(pattern) or not glob.has_magic(path) or os.path.exists(path):
+        return [pattern]
+    matches = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+    if not matches:
+        raise UserError(f"config.data.{field}: expected files that match {pattern}, found none; check the pattern")
+    return matches
 
 
 def _find_in_folder(folder: str, languages: tuple[str, str]) -> dict[str, tuple[str, ...]]:
@@ -135,23 +178,45 @@ class ParallelText(ParallelTextBuilder):
     def __init__(self, files: Mapping[str, SplitFiles], data_dir: epath.PathLike):
         self._files = dict(files)
         self.languages = self._files["train"].languages
-        self.source_description = " and ".join(self._files["train"].paths)
-        self._digest = _digest(self._files)
+        self.source_description = _some(self._files["train"].paths, " and ")
+        self._digests_dir = data_dir
+        self._digest = _digest(self._files, data_dir)
         name = f"{'-'.join(self.languages)}-{self._digest[:16]}"
         config = tfds.core.BuilderConfig(name=name, description="Parallel text from the user's files")
         super().__init__(config=config, data_dir=data_dir, file_format="array_record")
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         super()._download_and_prepare(dl_manager, download_config)
-        if _digest(self._files) != self._digest:
+        if _digest(self._files, self._digests_dir) != self._digest:
             raise UserError("the text files changed while they were being read; run again when they are complete")
 
-    def _pairs_by_split(self) -> dict[str, Callable[[], Iterator[Pair]]]:
-        return {split: files.pairs for split, files in self._files.items()}
+    def _parts_by_split(self) -> dict[str, Callable[[], Iterator[Part]]]:
+        return {split: files.parts for split, files in self._files.items()}
+
+    def _text_bytes(self) -> int | None:
+        paths = [path for files in self._files.values() for path in files.paths]
+        if any(object_storage.is_remote(path) or text_files.strip_compression(path) != path for path in paths):
+            return None
+        return sum(os.path.getsize(os.path.expanduser(path)) for path in paths)
 
 
-def _digest(files: Mapping[str, SplitFiles]) -> str:
-    """A digest of all that the prepared data depends on."""
+def _some(paths: Sequence[str], separator: str) -> str:
+    """The first paths for a message."""
+    more = [f"{len(paths) - 2:,} more"] if len(paths) > 2 else []
+    return separator.join([*paths[:2], *more])
+
+
+def _digest(files: Mapping[str, SplitFiles], data_dir: epath.PathLike) -> str:
+    """A digest of all that the prepared data depends on; files that have not changed are not read again."""
     with progress.phase("data: hashing the text files"):
-        parts = [str(ParallelText.VERSION), {split: files[split].digest() for split in sorted(files)}]
+        paths = list(dict.fromkeys(path for split in files for path in files[split].paths))
+        local = {path: path for path in paths if not object_storage.is_remote(path)}
+        local = {path: os.path.expanduser(path) for path in local}
+        digests = {path: text_files.file_digest(path) for path in paths if path not in local}
+        if local:
+            cache = FileDigests(os.path.join(data_dir, "parallel_text", ".digests.json"))
+            with text_files.user_errors(_some(paths, ", ")):
+                computed = cache.compute(list(local.values()), "data: hashing the text files")
+            digests |= {path: computed[expanded] for path, expanded in local.items()}
+        parts = [str(ParallelText.VERSION), {split: files[split].digest(digests) for split in sorted(files)}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

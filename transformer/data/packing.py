@@ -13,15 +13,19 @@ from typing import NamedTuple
 import numpy as np
 
 from transformer.config.schema import round_up
+from transformer.data import schedule_store
 from transformer.data.batching import (
     PAD_EXAMPLE,
     BatchSchedule,
     BatchSpec,
     Bucket,
+    LengthArray,
+    id_dtype,
+    part_bounds,
     permutation,
     rows_per_batch,
-    split_evenly,
 )
+from transformer.data.schedule_store import Facts
 
 SOURCE_SLACK = 1.03  # source width over what the mean length ratio requires, so that the targets fill the row
 
@@ -42,52 +46,95 @@ class PackedSchedule(BatchSchedule):
 
     def __init__(
         self,
-        source_N: np.ndarray,
-        target_N: np.ndarray,
+        source_N: LengthArray,
+        target_N: LengthArray,
         *,
         batch_tokens: int,
         max_length: int,
         seed: int,
         length_multiple: int = 1,
+        store: schedule_store.Store | None = None,
     ):
-        super().__init__(source_N, target_N, max_length, seed)
+        super().__init__(source_N, target_N, max_length, seed, store)
+        self._batch_tokens, self._length_multiple = batch_tokens, length_multiple
+        packed: list[np.ndarray] = []  # if the facts are computed now
+
+        def plan() -> Facts:
+            facts, rows = self._pack()
+            packed.append(rows)
+            return facts
+
+        facts = self._store.facts(plan)
+        self._set_facts(facts)
+        self._num_rows, self._max_per_row = facts["rows"], facts["max_per_row"]
         if not self.kept:
             return
-        source_N, target_N = source_N[self._kept], target_N[self._kept]
-        # Sentences with equal lengths on both sides form a class and are interchangeable.
-        classes, self._class_N, counts = np.unique(
-            source_N * (max_length + 1) + target_N, return_inverse=True, return_counts=True
+        stored = self._store.array(
+            "rows", lambda: packed[0] if packed else self._pack()[1], self.kept + self._num_rows + 1
         )
-        sources, targets = np.divmod(classes, max_length + 1)
-        target = round_up(max_length, length_multiple)
-        suitable = max(round(SOURCE_SLACK * target * source_N.sum() / target_N.sum()), int(sources.max()))
-        source = round_up(suitable, length_multiple)
+        self._positions_by_class, self._row_offsets = stored[: self.kept], stored[self.kept :]
+
+    def _pack(self) -> tuple[Facts, np.ndarray]:
+        """Facts; then the positions of the sentences by class and the position at which each row starts."""
+        # Sentences with equal lengths on both sides form a class and are interchangeable.
+        base = self._max_length + 1
+        classes, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        for _, source_N, target_N in self._kept_parts():
+            found, found_counts = np.unique(source_N * base + target_N, return_counts=True)
+            classes, index = np.unique(np.concatenate([classes, found]), return_inverse=True)
+            counts = np.bincount(index, weights=np.concatenate([counts, found_counts])).astype(np.int64)
+        if not len(classes):
+            facts = {"kept": 0, "buckets": [], "batches": [], "target_tokens": 0, "rows": 0, "max_per_row": 0}
+            return facts, np.zeros(1, np.int32)
+        sources, targets = np.divmod(classes, base)
+        target = round_up(self._max_length, self._length_multiple)
+        source_tokens, target_tokens = int((sources * counts).sum()), int((targets * counts).sum())
+        suitable = max(round(SOURCE_SLACK * target * source_tokens / target_tokens), int(sources.max()))
+        source = round_up(suitable, self._length_multiple)
         packed = pack(sources, targets, counts, source, target)
-        self.buckets = [Bucket(source, target, rows_per_batch(batch_tokens, target))]
-        self._positions_by_class = np.argsort(packed.classes, kind="stable")
-        self._row_offsets = np.cumsum([0, *packed.counts_R])
-        self._max_per_row = int(packed.counts_R.max())
-        rows = self.buckets[0].rows
-        self.steps_per_epoch = -(-len(packed.counts_R) // rows)
-        self.batches = [self.steps_per_epoch]
-        self.token_utilization = int(target_N.sum()) / self.num_token_slots()
+        bucket = Bucket(source, target, rows_per_batch(self._batch_tokens, target))
+        rows, kept = len(packed.counts_R), int(counts.sum())
+        stored = np.empty(kept + rows + 1, id_dtype(len(self._source_N)))
+        stored[:kept] = np.argsort(packed.classes, kind="stable")
+        stored[kept] = 0
+        stored[kept + 1 :] = np.cumsum(packed.counts_R)
+        facts = {"kept": kept, "buckets": [bucket], "batches": [-(-rows // bucket.rows)], "rows": rows}
+        return {**facts, "target_tokens": target_tokens, "max_per_row": int(packed.counts_R.max())}, stored
 
     def _plan_epoch(self, epoch: int) -> Callable[[int], BatchSpec]:
+        planned = self._store.array(f"epoch-{epoch}", lambda: self._order(epoch), self.kept + self._num_rows)
+        assigned, rows = planned[: self.kept], planned[self.kept :]
+
+        def spec(index: int) -> BatchSpec:
+            start, end = part_bounds(self._num_rows, self.steps_per_epoch, index)
+            # Padded to [rows, M] on request: for a whole epoch that would take many times the memory of `assigned`.
+            return BatchSpec(self.buckets[0], self._examples(assigned, np.array(rows[start:end], np.int64)))
+
+        return spec
+
+    def _order(self, epoch: int) -> np.ndarray:
         # Positions number the sentences of all rows, one row after another. With classes a b | b of 2 rows, the
         # positions of a are [0], those of b [1 2]. If the kept examples 0, 1, 2 have the classes b a b and their
         # order in this epoch is 2 0 1, example 1 gets position 0, example 2 position 1 and example 0 position 2.
+        dtype = id_dtype(len(self._source_N))
+        kept, class_N, end = np.empty(self.kept, dtype), np.empty(self.kept, np.int32), 0
+        if (self._max_length + 1) ** 2 > 1 << 31:
+            class_N = class_N.astype(np.int64)
+        for ids, source, target in self._kept_parts():
+            kept[end : end + len(ids)] = ids
+            class_N[end : end + len(ids)] = source * (self._max_length + 1) + target
+            end += len(ids)
         order = permutation(self.kept, self.seed, epoch, 0)
-        assigned = np.empty(self.kept, np.int64)
-        assigned[self._positions_by_class] = self._kept[order[np.argsort(self._class_N[order], kind="stable")]]
-        rows = permutation(len(self._row_offsets) - 1, self.seed, epoch, 1)
-        parts = split_evenly(rows, self.steps_per_epoch)
-        # Padded to [rows, M] on request: for a whole epoch that would take many times the memory of `assigned`.
-        return lambda index: BatchSpec(self.buckets[0], self._examples(assigned, parts[index]))
+        planned = np.empty(self.kept + self._num_rows, dtype)
+        planned[self._positions_by_class] = kept[order[np.argsort(class_N[order], kind="stable")]]
+        planned[self.kept :] = permutation(self._num_rows, self.seed, epoch, 1)
+        return planned
 
     def _examples(self, assigned: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """The examples of these rows, then empty rows: [rows of the batch, M]."""
-        positions = self._row_offsets[rows][:, None] + np.arange(self._max_per_row)
-        is_real = positions < self._row_offsets[rows + 1][:, None]
+        starts, ends = (np.asarray(self._row_offsets[index], np.int64)[:, None] for index in (rows, rows + 1))
+        positions = starts + np.arange(self._max_per_row)
+        is_real = positions < ends
         examples_BM = np.full((self.buckets[0].rows, self._max_per_row), PAD_EXAMPLE)
         examples_BM[: len(rows)][is_real] = assigned[positions[is_real]]
         return examples_BM

@@ -1,59 +1,91 @@
-"""Prepares TFDS data sets as ArrayRecord, atomically, and verifies them by SHA-256 whenever a split is opened.
+"""Prepares TFDS data sets as ArrayRecord, atomically, and verifies them by SHA-256 when a split is opened.
 
 TFDS writes into a folder named incomplete.* and renames it at the end, so an interrupted preparation is never taken
-for a data set. This module adds a lock, so that one of several processes prepares and the others wait, and the
-digests of all files.
+for a data set. This module adds a lock, so that one of several processes prepares and the others wait, the digests of
+all files, and for our own builders several processes that continue an interrupted preparation.
 """
 
 import abc
-import bisect
 import contextlib
-import fcntl
-import functools
+import dataclasses
+import glob
 import hashlib
 import io
-import itertools
 import json
 import os
+import pathlib
+import shutil
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
-from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
-from transformer.data import text_files
+from transformer.data import records, shards
+from transformer.data.records import RecordReader
+from transformer.data.shards import Part, ShardedSplit, ShardJob
+from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import user_error_on_oserror, write_atomic
+from transformer.runtime.file_digests import FileDigests
+from transformer.runtime.files import file_lock, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
+from transformer.runtime.worker_pool import WorkerEndedError
 
-Pair = tuple[str, str]
+_DIGESTS_FILE = "digests.json"
+_MB = 1_000_000
 
-_SHARD_BYTES = 32 << 20  # of text; TFDS holds a shard in memory while writing it
+
+@dataclasses.dataclass(frozen=True)
+class OnePass:
+    """What is made of the pairs in the pass that stores them.
+
+    Attributes:
+      languages: of source and target; None: the pairs are only stored.
+      strip_cr: as in `shards.to_lines`.
+      tokenizer: by which training is tokenized, or None.
+      workers: processes; 0 for `shards.default_workers`.
+      finish: called with the splits, the digest of the data and its folder before the data counts as prepared.
+    """
+
+    languages: tuple[str, str] | None = None
+    strip_cr: bool = False
+    tokenizer: Tokenizer | None = None
+    workers: int = 0
+    finish: Callable[[Mapping[str, ShardedSplit], str, epath.Path], None] | None = None
 
 
 class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
-    """A TFDS builder of sentence pairs, by shards: TFDS's GeneratorBasedBuilder needs TensorFlow above 1 GB a split.
+    """A TFDS builder of sentence pairs that several processes write, shard by shard, as `shards` describes.
 
-    An empty split, which TFDS cannot write, is listed in `info.metadata["empty_splits"]`.
+    Shards that are done are kept in a folder beside the data until all are. An empty split, which TFDS cannot write, is
+    listed in `info.metadata["empty_splits"]`.
 
     Attributes:
       languages: of the first and second sentence of each pair.
       source_description: where the pairs come from, for messages.
       published: what TFDS says of the data set, as arguments of `DatasetInfo`.
+      one_pass: what is made of the pairs besides.
+      work: the folder for shards that are done.
     """
 
     languages: tuple[str, str]
     source_description: str
     published: Mapping[str, Any] = types.MappingProxyType({})
+    one_pass = OnePass()
+    work: pathlib.Path
 
     @abc.abstractmethod
-    def _pairs_by_split(self) -> Mapping[str, Callable[[], Iterator[Pair]]]:
-        """For each split a function that iterates over its pairs; it is called twice."""
+    def _parts_by_split(self) -> Mapping[str, Callable[[], Iterator[Part]]]:
+        """For each split a function that reads its text."""
+
+    def _text_bytes(self) -> int | None:
+        """The size of all text; None if that is not known."""
+        return None
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -64,80 +96,78 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
             **self.published,
         )
 
-    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable[[], Iterator]]]:
-        """Reads everything once to find errors and count pairs before anything is written."""
-        del dl_manager  # whose extraction needs TensorFlow
-        sources = self._pairs_by_split()
-        lengths = {split: _shard_lengths(split, pairs()) for split, pairs in sources.items()}
-        if not lengths["train"]:
+    def _shard_iterators_per_split(self, dl_manager: Any) -> Any:
+        raise NotImplementedError  # TFDS would call it from the method below
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        del dl_manager, download_config  # whose extraction needs TensorFlow
+        splits = self._make_shards()
+        counts = {split: made.pairs() for split, made in splits.items()}
+        if not counts["train"]:
             raise UserError(f"{self.source_description}: no pairs of sentences to train on; got 0")
-        self.info.metadata["empty_splits"] = [split for split in lengths if not lengths[split]]
-        counts = ", ".join(f"{split} {sum(shards):,}" for split, shards in lengths.items())
-        log_info(f"data: sentence pairs: {counts}")
-        return {split: self._shards(split, sources[split](), shards) for split, shards in lengths.items() if shards}
+        log_info(f"data: sentence pairs: {', '.join(f'{split} {count:,}' for split, count in counts.items())}")
+        empty = [split for split in splits if not counts[split]]
+        self.info.metadata["empty_splits"] = empty
+        digests: dict[str, str] = {}
+        infos = [self._publish(name, made, digests) for name, made in splits.items() if counts[name]]
+        self.info.set_splits(tfds.core.SplitDict(infos))
+        folder = epath.Path(self.data_path)
+        (folder / _DIGESTS_FILE).write_text(json.dumps(digests, indent=1))
+        if self.one_pass.finish:
+            self.one_pass.finish(splits, data_digest(digests, empty), folder)
 
-    def _shards(self, split: str, pairs: Iterator[Pair], lengths: list[int]) -> list[Callable[[], Iterator]]:
-        """One generator for each shard; TFDS runs them in order, so they share one pass over the pairs."""
-        rows = progress.track(pairs, f"data: preparing {split}", sum(lengths), "pairs")
-        examples = ((row, dict(zip(self.languages, pair, strict=True))) for row, pair in enumerate(rows))
+    def _make_shards(self) -> dict[str, ShardedSplit]:
+        """Makes all shards that are not done."""
+        wanted, total = self.one_pass, self._text_bytes()
+        self.work.mkdir(parents=True, exist_ok=True)
+        workers = wanted.workers or shards.default_workers()
+        splits = {}
+        with progress.phase("data: preparing", total and total // _MB, "MB") as phase:
+            done = 0
 
-        def take(length: int, is_last: bool) -> Iterator[tuple[int, dict[str, str]]]:
-            yield from itertools.islice(examples, length)
-            if is_last:
-                rows.close()  # ends its progress
+            def advance(size: int) -> None:
+                nonlocal done
+                done += size
+                phase.completed = done // _MB
 
-        return [functools.partial(take, length, number == len(lengths)) for number, length in enumerate(lengths, 1)]
+            for split, read in self._parts_by_split().items():
+                job = ShardJob(
+                    os.fspath(self.work),
+                    self.languages,
+                    store=True,
+                    scan=wanted.languages is not None,
+                    reverse=wanted.languages not in (None, self.languages),
+                    strip_cr=wanted.strip_cr,
+                    tokenizer=wanted.tokenizer if split == "train" else None,
+                )
+                phase.note = split
+                splits[split] = shards.run(job, split, shards.blocks(split, read()), workers, advance)
+        earlier = sum(not shard.is_new for made in splits.values() for shard in made.shards)
+        if earlier:
+            total_shards = sum(len(made.shards) for made in splits.values())
+            log_info(f"data: {earlier:,} of {total_shards:,} shards were done before an interruption and are kept")
+        return splits
+
+    def _publish(self, split: str, made: ShardedSplit, digests: dict[str, str]) -> Any:
+        """Gives the records of a split the names by which TFDS finds them, and adds their digests."""
+        template = self._get_filename_template(split_name=split)
+        size = 0
+        for index, shard in enumerate(made.shards):
+            path = template.sharded_filepath(shard_index=index, num_shards=len(made.shards))
+            stored = made.job.path(shard.name, shards.RECORDS)
+            try:
+                os.link(stored, path)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(stored, path)
+            digests[path.name] = shard.digests[shards.RECORDS]
+            size += stored.stat().st_size
+        lengths = [shard.pairs for shard in made.shards]
+        return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
 
 
-def _shard_lengths(split: str, pairs: Iterator[Pair]) -> list[int]:
-    """The number of pairs in each shard of about _SHARD_BYTES."""
-    lengths, count, size = [], 0, 0
-    for source, target in progress.track(pairs, f"data: reading {split}", unit="pairs"):
-        count += 1
-        size += len(source) + len(target)
-        if size >= _SHARD_BYTES:
-            lengths.append(count)
-            count = size = 0
-    return [*lengths, count] if count else lengths
-
-
-_DIGESTS_FILE = "digests.json"
-
-
-class RecordReader:
-    """Random access to the serialized examples of ArrayRecord files; picklable and thread-safe.
-
-    ArrayRecord's own data source takes time proportional to the size of the file for each record: 300 µs against 7
-    here at 160,000 records.
-    """
-
-    def __init__(self, paths: list[str], counts: list[int]):
-        self._paths = paths
-        self._ends = list(itertools.accumulate(counts))
-        self._readers: dict[int, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": {}}
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def read(self, first: int, last: int) -> list[bytes]:
-        """The records first ≤ index < last; a RuntimeError or IndexError if the files are damaged."""
-        records: list[bytes] = []
-        while first < last:
-            file = bisect.bisect_right(self._ends, first)
-            start = self._ends[file - 1] if file else 0
-            stop = min(last, self._ends[file])
-            records += self._reader(file).read(first - start, stop - start)
-            first = stop
-        return records
-
-    def _reader(self, file: int) -> Any:
-        if file not in self._readers:
-            options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
-            self._readers[file] = ArrayRecordReader(self._paths[file], **options)
-        return self._readers[file]
+def data_digest(digests: Mapping[str, str], empty: Sequence[str]) -> str:
+    """SHA-256 of the digests of all files and the names of empty splits, in hexadecimal."""
+    return hashlib.sha256(json.dumps([digests, empty], sort_keys=True).encode()).hexdigest()
 
 
 class PreparedDataset:
@@ -162,7 +192,7 @@ class PreparedDataset:
 
     def digest(self) -> str:
         """SHA-256 of the recorded digests of all files, in hexadecimal; equal pairs may have different ones."""
-        return hashlib.sha256(json.dumps([self._digests, self._empty], sort_keys=True).encode()).hexdigest()
+        return data_digest(self._digests, self._empty)
 
     def records(self, split: str) -> RecordReader:
         """The serialized examples of a split, in order.
@@ -173,13 +203,30 @@ class PreparedDataset:
         if split in self._empty:
             return RecordReader([], [])
         files = self._files(split)
-        for name, path in progress.track(files.items(), f"data: verifying {split}", len(files), "files"):
+        for path in files.values():
             if not path.exists():
                 raise UserError(f"{path}: missing from the prepared data; {self._remedy}")
-            if text_files.file_digest(path) != self._digests[name]:
-                raise UserError(f"{path}: changed since it was prepared (digest differs); {self._remedy}")
+        digests = self._compute_digests(list(files.values()), f"data: verifying {split}")
+        for name, path in files.items():
+            if (digest := digests[os.fspath(path)]) != self._digests[name]:
+                raise UserError(
+                    f"{path}: changed since it was prepared: expected the digest {self._digests[name][:16]}, got "
+                    f"{digest[:16]} of {path.stat().length:,} bytes; {self._remedy}"
+                )
         info = self._splits[split]  # not its file_instructions: they read a name such as "train[1]" as a slice
         return RecordReader([os.fspath(path) for path in info.filepaths], list(info.shard_lengths))
+
+    def record_digests(self) -> None:
+        """Records that the files are as they were when they were written, by this process."""
+        self._file_digests().record({os.fspath(self.folder / name): d for name, d in self._digests.items()})
+
+    def _file_digests(self) -> FileDigests:
+        return FileDigests(self.folder.parent / f".digests-{self.folder.name}.json")
+
+    def _compute_digests(self, paths: Sequence[epath.Path], what: str) -> dict[str, str]:
+        """Path → SHA-256 now; files that have not changed since they were hashed on this node are not read again."""
+        with user_error_on_oserror(f"{self.folder}, of config.data.data_dir"):
+            return self._file_digests().compute(paths, what)
 
     def _files(self, split: str) -> dict[str, epath.Path]:
         paths = [epath.Path(path) for path in self._splits[split].filepaths]
@@ -199,8 +246,9 @@ class PreparedDataset:
             raise UserError(f"{path}: damaged; {self._remedy}")
         for split in self._splits:
             self._check_num_records(split)
-        names = progress.track(sorted(needed), "data: hashing the prepared files", len(needed), "files")
-        digests = {name: text_files.file_digest(self.folder / name) for name in names}
+        paths = [self.folder / name for name in sorted(needed)]
+        computed = self._compute_digests(paths, "data: hashing the prepared files")
+        digests = {path.name: computed[os.fspath(path)] for path in paths}
         write_cache(path, json.dumps(digests, indent=1).encode())
         return digests
 
@@ -208,21 +256,22 @@ class PreparedDataset:
         """Raises a UserError unless each file of a split holds the number of records that TFDS recorded."""
         for path, expected in zip(self._files(split).values(), self._splits[split].shard_lengths, strict=True):
             try:
-                reader = ArrayRecordReader(os.fspath(path))
-                count = reader.num_records()
-                reader.close()
+                count = records.count_records(os.fspath(path))
             except (RuntimeError, OSError) as error:
                 raise UserError(f"{path}: missing or damaged ({error}); {self._remedy}") from error
             if count != expected:
                 raise UserError(f"{path}: expected {expected:,} records, got {count:,}; {self._remedy}")
 
 
-def prepare(make_builder: Callable[[], Any], *, owned: bool) -> PreparedDataset:
+def prepare(
+    make_builder: Callable[[], Any], *, owned: bool, one_pass: Callable[[], OnePass] = OnePass
+) -> PreparedDataset:
     """Opens a data set, after preparing it if necessary.
 
     Args:
       make_builder: makes the TFDS builder, which reads what is prepared at that time.
       owned: only this function prepares this data set, so incomplete preparations of it can be deleted.
+      one_pass: called if a ParallelTextBuilder has to prepare; returns what is made in the same pass.
 
     Raises:
       UserError: the preparation failed, or the folder is damaged or not writable.
@@ -235,11 +284,22 @@ def prepare(make_builder: Callable[[], Any], *, owned: bool) -> PreparedDataset:
     if not _is_complete(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with file_lock(folder.parent), silence_tfds(progress_bars=not owned):
+            lock = file_lock(folder.parent, f"preparing {folder.parent}")
+            with lock as is_locked, silence_tfds(progress_bars=not owned):
                 builder = make_builder()
                 if not _is_complete(folder):
+                    if isinstance(builder, ParallelTextBuilder):
+                        builder.one_pass, builder.work = one_pass(), _work_folder(folder, is_locked)
                     _prepare_under_lock(builder, owned)
-                builder = make_builder()
+                    work = getattr(builder, "work", None)
+                    builder = make_builder()
+                    if work is not None:
+                        shutil.rmtree(work, ignore_errors=True)  # before, as it changes the times of linked files
+                        PreparedDataset(builder).record_digests()
+                        _delete_abandoned_work(folder)
+                else:
+                    builder = make_builder()
+                    shutil.rmtree(_work_folder(folder, True), ignore_errors=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot write data there: {error}; see config.data.data_dir") from error
     dataset = PreparedDataset(builder)
@@ -255,9 +315,17 @@ def is_prepared(builder: Any) -> bool:
 
 
 def _pull_from_object_storage(folder: epath.Path) -> bool:
-    """Copies the folder from object storage, if it is there; returns whether it is."""
+    """Copies the folder from object storage, if it is there; returns whether it is new here.
+
+    Of the processes of a node that start at once, one copies and the others wait.
+    """
+    if folder.exists() or not object_storage.has_address(folder):
+        return False
     with user_error_on_oserror(f"{folder}, of config.data.data_dir"):
-        return object_storage.pull(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(folder.parent, f"copying {folder} from object storage", name=f".{folder.name}.lock"):
+            object_storage.pull(folder)
+        return folder.exists()
 
 
 def preparation_instructions(builder: Any) -> str:
@@ -292,25 +360,25 @@ def silence_tfds(progress_bars: bool = False) -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-@contextlib.contextmanager
-def file_lock(folder: epath.PathLike) -> Iterator[None]:
-    """Locks a folder against other processes; without file locks, the first rename by TFDS wins."""
-    with contextlib.ExitStack() as stack:
-        if not object_storage.is_remote(folder):
-            lock = stack.enter_context(open(os.path.join(folder, ".lock"), "w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log_info(f"data: another process is preparing {os.fspath(folder)}; waiting for it")
-                with progress.phase("data: waiting for another process"):
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError:
-                pass  # a file system without locks
-        yield
-
-
 def _is_complete(folder: epath.Path) -> bool:
     return (folder / "dataset_info.json").exists() and (folder / "features.json").exists()
+
+
+def _work_folder(folder: epath.Path, is_locked: bool) -> pathlib.Path:
+    """The folder for shards that are done; without a lock one of this process alone."""
+    suffix = "" if is_locked else f".{uuid.uuid4().hex}"
+    return pathlib.Path(folder.parent, f"{folder.name}{suffix}.partial")
+
+
+def _delete_abandoned_work(folder: epath.Path) -> None:
+    """Deletes the shards of interrupted preparations at which nobody works, of this text or another."""
+    for work in pathlib.Path(folder.parent).glob(f"{glob.escape(folder.name)}.*.partial"):  # made without a lock
+        shutil.rmtree(work, ignore_errors=True)
+    for work in pathlib.Path(folder.parent.parent).glob(f"*/{glob.escape(folder.name)}*.partial"):
+        if work.parent != pathlib.Path(folder.parent):
+            with file_lock(work.parent, wait=False) as is_locked:
+                if is_locked:
+                    shutil.rmtree(work, ignore_errors=True)
 
 
 def _prepare_under_lock(builder: Any, owned: bool) -> None:
@@ -326,7 +394,11 @@ def _prepare_under_lock(builder: Any, owned: bool) -> None:
         phase = progress.phase(f"data: preparing {builder.info.full_name}")
         with contextlib.nullcontext() if has_own_bars else phase:
             builder.download_and_prepare()
+    except WorkerEndedError:
+        raise
     except UserError:
+        if isinstance(builder, ParallelTextBuilder):
+            shutil.rmtree(builder.work, ignore_errors=True)  # other text has another folder
         raise
     except Exception as error:
         if _is_complete(folder):
@@ -334,4 +406,6 @@ def _prepare_under_lock(builder: Any, owned: bool) -> None:
         if owned and not isinstance(error, (OSError, RuntimeError)):
             raise
         remedy = "fix the cause and run again" if owned else preparation_instructions(builder)
+        if isinstance(builder, ParallelTextBuilder):
+            remedy += f"; shards that are done are kept in {builder.work}"
         raise UserError(f"cannot prepare {builder.info.full_name} in {folder}: {error}; {remedy}") from error

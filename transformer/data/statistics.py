@@ -11,8 +11,9 @@ from rich.table import Column, Table
 
 from transformer.config import Config
 from transformer.data.batching import BatchSchedule, JaggedArray
-from transformer.data.corpus import Split, hash64
+from transformer.data.corpus import Split
 from transformer.data.input_pipeline import TokenIds
+from transformer.data.shards import hash64
 from transformer.data.tokenizer import UNK, Tokenizer
 from transformer.runtime import progress
 

@@ -13,7 +13,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import zstandard
@@ -45,7 +45,7 @@ def read_lines(path: epath.PathLike) -> Iterator[str]:
 
 def decode_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> Iterator[str]:
     """Like `read_lines`, for an open stream of bytes such as stdin; errors name `path`."""
-    with _user_errors(path):
+    with user_errors(path):
         for number, raw in enumerate(iter_lines(stream, path), 1):
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             yield strip_line_end(_decode(line, path, number))
@@ -67,10 +67,30 @@ def iter_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> It
     while raw := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(raw) > MAX_LINE_BYTES:
-            raise UserError(
-                f"{path}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB, so not a sentence; split it"
-            )
+            raise overlong_line(path, number)
         yield raw
+
+
+def overlong_line(path: epath.PathLike, number: int) -> UserError:
+    """The error for a line of more than MAX_LINE_BYTES."""
+    return UserError(f"{path}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB, so not a sentence; split it")
+
+
+def decode_block(block: bytes, path: epath.PathLike, first: int) -> list[str]:
+    """The lines of a part of a file, as `decode_lines`; the first of them has the number `first`."""
+    try:
+        text = block.decode()
+        is_valid = "\0" not in text
+    except UnicodeDecodeError:
+        is_valid = False
+    if not is_valid:
+        for number, line in enumerate(block.split(b"\n"), first):
+            _decode(line, path, number)  # raises at the first invalid one
+    lines = text.split("\n")
+    last = lines.pop()  # without a line end
+    if "\r" in text:
+        lines = [line.removesuffix("\r") for line in lines]
+    return [*lines, last] if last else lines
 
 
 def read_parallel(source: epath.PathLike, target: epath.PathLike) -> Iterator[tuple[str, str]]:
@@ -89,12 +109,17 @@ def zip_strict(
     for number, (source, target) in enumerate(itertools.zip_longest(*lines)):
         if source is None or target is None:
             longer = number + 1 + sum(1 for _ in lines[source is None])
-            counts = (number, longer) if source is None else (longer, number)
-            raise UserError(
-                f"{names[0]} has {counts[0]:,} lines and {names[1]} has {counts[1]:,}: expected equal numbers, each "
-                "line the translation of the other file's"
-            )
+            raise unequal_lines(names, (number, longer) if source is None else (longer, number))
         yield source, target
+
+
+def unequal_lines(names: Sequence[epath.PathLike], counts: Sequence[int]) -> UserError:
+    """The error for two files that do not have equally many lines."""
+    longer, least = (names[0], counts[1]) if counts[0] > counts[1] else (names[1], counts[0])
+    return UserError(
+        f"{names[0]} has {counts[0]:,} lines and {names[1]} has {counts[1]:,}: expected equal numbers, each line the "
+        f"translation of the other file's; line {least + 1:,} of {longer} has no counterpart"
+    )
 
 
 def strip_compression(name: str) -> str:
@@ -106,18 +131,18 @@ def strip_compression(name: str) -> str:
 def check_readable(path: epath.PathLike) -> None:
     """Raises a UserError unless the file can be opened and read repeatedly; reads none of it."""
     reject_pipe(epath.Path(path).expanduser())
-    with _user_errors(path):
+    with user_errors(path):
         epath.Path(path).expanduser().open("rb").close()
 
 
 def file_digest(path: epath.PathLike) -> str:
     """SHA-256 of the bytes of a file, in hexadecimal."""
-    with _user_errors(path):
+    with user_errors(path):
         return sha256(epath.Path(path).expanduser())
 
 
 @contextlib.contextmanager
-def _user_errors(path: epath.PathLike) -> Iterator[None]:
+def user_errors(path: epath.PathLike) -> Iterator[None]:
     """Turns errors of opening and reading a file into a UserError that names it."""
     try:
         yield
@@ -137,7 +162,7 @@ def _user_errors(path: epath.PathLike) -> Iterator[None]:
 def open_bytes(path: epath.PathLike) -> Iterator[io.BufferedIOBase]:
     """The bytes of a file, decompressed as its extension says."""
     extension = os.path.splitext(os.fspath(path))[1].lower()
-    with _user_errors(path), epath.Path(path).expanduser().open("rb") as raw:
+    with user_errors(path), epath.Path(path).expanduser().open("rb") as raw:
         if extension not in COMPRESSIONS:
             yield raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)  # gives readline
             return

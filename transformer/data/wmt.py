@@ -25,9 +25,10 @@ from typing import IO, Any, NamedTuple
 import tensorflow_datasets as tfds
 from etils import epath
 
-from transformer.data import text_files
+from transformer.data import shards, text_files
 from transformer.data.download import Download, DownloadManager, VerifiedFile
-from transformer.data.prepared import Pair, ParallelTextBuilder
+from transformer.data.prepared import ParallelTextBuilder
+from transformer.data.shards import Pair, Part
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 
@@ -159,7 +160,7 @@ class WmtBuilder(ParallelTextBuilder, skip_registration=True):  # type: ignore[c
         )
         super().__init__(config=config, data_dir=data_dir, file_format="array_record")
 
-    def _pairs_by_split(self) -> dict[str, Callable[[], Iterator[Pair]]]:
+    def _parts_by_split(self) -> dict[str, Callable[[], Iterator[Part]]]:
         if object_storage.is_remote(self.data_path):
             raise UserError(
                 f"{self.data_path}: expected a local folder to prepare {self.source_description} in; set "
@@ -172,7 +173,10 @@ class WmtBuilder(ParallelTextBuilder, skip_registration=True):  # type: ignore[c
             archive for subcorpus in all_subcorpora for archive in subcorpus.archives
         )
         self.info.metadata["archives"] = {archive.name: file.sha256 for archive, file in self._files.items()}
-        return {split: functools.partial(self._read_split, split) for split in self._subcorpora}
+        return {split: functools.partial(self._read_parts, split) for split in self._subcorpora}
+
+    def _read_parts(self, split: str) -> Iterator[Part]:
+        return shards.pair_parts(self._read_split(split))
 
     def _read_split(self, split: str) -> Iterator[Pair]:
         """The pairs of a split, without those with an empty side."""

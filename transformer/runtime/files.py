@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -16,8 +17,9 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from transformer.runtime import object_storage
+from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
+from transformer.runtime.logging import log_info
 
 # Of a workdir; each checkpoint has a config too.
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
@@ -77,6 +79,36 @@ def atomic_directory(folder: epath.PathLike) -> Iterator[pathlib.Path]:
         partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def file_lock(folder: epath.PathLike, work: str = "", name: str = ".lock", wait: bool = True) -> Iterator[bool]:
+    """Locks a local folder against other processes for the block; yields whether that was possible.
+
+    It is not in object storage, in a folder that cannot be written, and on a file system without locks.
+
+    Args:
+      folder: holds the file that is locked.
+      work: what the holder does, for the message if this process has to wait: "preparing X". Empty: no message.
+      name: of the file.
+      wait: whether to wait for another holder.
+    """
+    with contextlib.ExitStack() as stack:
+        is_locked = False
+        with contextlib.suppress(OSError):
+            if not object_storage.is_remote(folder):
+                lock = stack.enter_context(open(os.path.join(folder, name), "w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not wait:
+                        raise
+                    if work:
+                        log_info(f"data: another process is {work}; waiting for it")
+                    with progress.phase("data: waiting for another process"):
+                        fcntl.flock(lock, fcntl.LOCK_EX)
+                is_locked = True
+        yield is_locked
 
 
 def check_writable(path: epath.PathLike, what: str) -> None:

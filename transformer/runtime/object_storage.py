@@ -229,6 +229,11 @@ def _remote_url(folder: epath.PathLike) -> str | None:
     return _remote_urls[caches[0]] + text[len(caches[0]) :].replace(os.sep, "/") if caches else None
 
 
+def has_address(folder: epath.PathLike) -> bool:
+    """Whether a folder is in a local cache of an address."""
+    return _remote_url(folder) is not None
+
+
 COMPLETE = ".complete"  # the object that is written last
 
 

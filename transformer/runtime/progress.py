@@ -4,7 +4,7 @@
         reading.advance(10)
 
 A thread shows it, so a phase may be one long call. Short phases show nothing. Phases may be nested: a terminal has a
-bar for each, and lines are of the innermost. Messages appear above the bars.
+bar for each, and lines are of the innermost; `Stages` are one bar for all within. Messages appear above the bars.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import datetime
 import os
 import sys
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from rich.console import Console
@@ -25,9 +25,12 @@ LINE_INTERVAL_S = 10.0  # the longest time without a message
 BAR_WIDTH = 16  # characters
 BAR_DELAY_S = 1.0  # a shorter phase has no bar
 TICK_S = 0.5
+LEAST_STAGE_S = 0.5
 BREAK_S = 1.0  # phases that follow each other sooner are one stretch of work
 
 T = TypeVar("T")
+
+_STEPS = 1000
 
 
 class Phase:
@@ -68,17 +71,58 @@ class Phase:
             return None
         return max(self.seconds - self._left_out, 0.0) / done * max(self.total - self.completed, 0)
 
+    def count(self) -> str:
+        """Units done, and all if that is known; empty if nothing is counted."""
+        count = f"{self.completed:,}" + (f"/{self.total:,}" if self.total else "")
+        return f"{count} {self.unit}" if self.unit else ""
+
     def status(self) -> str:
         """Count, note, and the times elapsed and left."""
-        count = f"{self.completed:,}" + (f"/{self.total:,}" if self.total else "")
         left = self.seconds_left
         parts = [
-            f"{count} {self.unit}" if self.unit else "",
+            self.count(),
             self.note,
             f"{format_seconds(self.seconds)} elapsed",
             "" if left is None else f"{format_seconds(left)} left",
         ]
         return " · ".join(filter(None, parts))
+
+
+class Stages(Phase):
+    """The phases of a command that follow each other, shown as one with the time left of all.
+
+    Args:
+      name: of all.
+      shares: stage → the share of the work that it is expected to take, in any unit.
+    """
+
+    def __init__(self, name: str, shares: Mapping[str, float]):
+        super().__init__(name, total=_STEPS)
+        self._shares, self._done, self._current, self._began = dict(shares), 0.0, "", self.seconds
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Makes a stage the current one for the block; one that takes no time, as all is there, is taken out."""
+        self._current, self._began = name, self.seconds
+        yield
+        if self.seconds - self._began < LEAST_STAGE_S:
+            del self._shares[name]
+        else:
+            self._done += self._shares[name]
+        self._current = ""
+
+    def update(self, inner: Sequence[Phase]) -> None:
+        """Takes over what the phases within say."""
+        within = next((phase for phase in inner if phase.total), None)
+        share = min(within.completed / within.total, 1) if within and within.total else 0.0
+        done = self._done + share * self._shares.get(self._current, 0.0)
+        self.completed = round(_STEPS * done / max(sum(self._shares.values()), 1e-9))
+        parts = [f"{inner[-1].name} {inner[-1].count()}".strip(), inner[-1].note] if inner else []
+        self.note = " · ".join(filter(None, parts))
+
+    def count(self) -> str:
+        """In percent."""
+        return f"{100 * self.completed / _STEPS:.0f}%"
 
 
 def format_seconds(seconds: float) -> str:
@@ -181,11 +225,19 @@ class _Display:
                 return
             quiet_since = max(logging.last_message(), self._busy_since)
             if logging.clock() - quiet_since > LINE_INTERVAL_S - TICK_S:
-                innermost = self.phases[-1]
+                innermost = self._shown()[-1]
                 logging.log_info(f"{innermost.name}: {innermost.status()}")
 
+    def _shown(self) -> list[Phase]:
+        """All phases, or the stages that hold them."""
+        for index, phase in enumerate(self.phases):
+            if isinstance(phase, Stages):
+                phase.update(self.phases[index + 1 :])
+                return self.phases[: index + 1]
+        return self.phases
+
     def _draw(self) -> None:
-        for phase in self.phases:
+        for phase in self._shown():
             if phase.seconds < BAR_DELAY_S:
                 continue
             if self._bars is None:

@@ -180,7 +180,7 @@ def prepare_data(resume: ResumePoint, path: epath.Path) -> TrainingData:
     """
     config = resume.config
     with multihost.primary_first("data"):
-        corpus = corpora.open_corpus(config.data)
+        corpus = corpora.open_corpus(config.data, tokenize=True)
         train, validation = corpus.split("train"), corpus.split("validation")
         digests = {"training": train.digest, "validation": validation.digest}
         _check_data(resume, path, validation, digests)

@@ -1,0 +1,529 @@
+"""Shards: sentence pairs are stored, scanned and tokenized in blocks, by several processes.
+
+The preparing process cuts the text into blocks, a shard each (`line_parts`, `pair_parts`, `blocks`). A `ShardJob` makes
+the files of a shard from its block, in any process: records, token ids, and what is known of each pair. Last it writes
+the digests of these files: a shard whose digests are there and right is done and not made again, whatever was killed.
+The files depend on the text alone. `assemble_ids` joins the token ids of all shards. Imports no JAX.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from transformer.data import records, text_files
+from transformer.data.tokenizer import Tokenizer
+from transformer.runtime import environment
+from transformer.runtime.errors import UserError
+from transformer.runtime.file_digests import FileDigests
+from transformer.runtime.files import atomic_directory, sha256, write_atomic
+from transformer.runtime.worker_pool import WorkerPool
+
+Pair = tuple[str, str]
+
+SHARD_BYTES = 16 << 20  # of text
+PART_BYTES = 1 << 20  # of one side, decoded at a time
+PART_PAIRS = 4096
+MAX_WORKERS = 16  # by default; each takes 100 to 300 MB
+
+RECORDS, SOURCE_IDS, TARGET_IDS, PAIRS = "records", "source.ids", "target.ids", "pairs.npy"
+_DONE = "done.json"
+FORMAT_VERSION = 1  # of the files of a shard
+_PAIR_FIELDS = [("hash", "<u8"), ("source", "<i4"), ("target", "<i4"), ("blank", "?")]
+
+
+class Lines(NamedTuple):
+    """Lines of two files, as bytes; `first` is the number of the first, counted from 1."""
+
+    source: bytes
+    target: bytes
+    first: int
+    paths: tuple[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        return len(self.source) + len(self.target)
+
+    def pairs(self) -> list[Pair]:
+        """The pairs; a UserError names file and line of invalid text."""
+        sides = (text_files.decode_block(getattr(self, side), path, self.first)
+                 for side, path in zip(("source", "target"), self.paths, strict=True))  # fmt: skip
+        return list(zip(*sides, strict=True))
+
+
+class Texts(NamedTuple):
+    """Pairs that are read already."""
+
+    texts: list[Pair]
+
+    @property
+    def size(self) -> int:
+        """Characters of text."""
+        return sum(len(source) + len(target) for source, target in self.texts)
+
+    def pairs(self) -> list[Pair]:
+        """The pairs."""
+        return self.texts
+
+
+class Stored(NamedTuple):
+    """Pairs of an ArrayRecord file, first ≤ index < last, by the language codes of source and target."""
+
+    path: str
+    first: int
+    last: int
+    languages: tuple[str, str]
+
+    def pairs(self) -> list[Pair]:
+        """The pairs; a UserError if the file is damaged."""
+        try:
+            reader = records.RecordReader([self.path], [self.last])
+            return [records.parse(record, self.languages) for record in reader.read(self.first, self.last)]
+        except Exception as error:  # ArrayRecord and protobuf raise exceptions of their own
+            raise UserError(f"{self.path}: the prepared data cannot be read: {error}") from error
+
+
+Part = Lines | Texts | Stored
+
+
+def part_size(part: Part) -> int:
+    """The size of its text, about in bytes; 0 if it is stored."""
+    return 0 if isinstance(part, Stored) else part.size
+
+
+class Block(NamedTuple):
+    """The text of one shard; `name` begins the names of its files, such as train-00012."""
+
+    name: str
+    parts: Sequence[Part]
+
+    @property
+    def size(self) -> int:
+        """Of the text."""
+        return sum(map(part_size, self.parts))
+
+
+class _LineReader:
+    """Reads whole lines from a stream of bytes.
+
+    Attributes:
+      number: of lines read.
+    """
+
+    def __init__(self, stream: io.BufferedIOBase, path: str):
+        self._stream, self._path, self._rest, self.number = stream, path, b"", 0
+
+    def _more(self, size: int) -> bool:
+        """Reads on; returns whether there was anything."""
+        with text_files.user_errors(self._path):
+            read = self._stream.read(size)
+        self._rest += read
+        if len(self._rest) > text_files.MAX_LINE_BYTES and self._rest.find(b"\n") < 0:
+            raise text_files.overlong_line(self._path, self.number + 1)
+        return bool(read)
+
+    def chunk(self, size: int) -> bytes:
+        """About `size` bytes, but at least one line; empty at the end."""
+        while (end := self._rest.rfind(b"\n") + 1) == 0 and self._more(size):
+            pass
+        return self._split(end or len(self._rest))
+
+    def take(self, count: int, size: int) -> bytes:
+        """The next `count` lines, or all that are left."""
+        taken: list[bytes] = []
+        while count:
+            found = self._rest.count(b"\n")
+            if found >= count:
+                ends = np.flatnonzero(np.frombuffer(self._rest, np.uint8) == ord("\n"))
+                return b"".join([*taken, self._split(int(ends[count - 1]) + 1)])
+            end = self._rest.rfind(b"\n") + 1
+            taken.append(self._split(end))
+            count -= found
+            if not self._more(size):
+                return b"".join([*taken, self._split(len(self._rest))])
+        return b"".join(taken)
+
+    def _split(self, end: int) -> bytes:
+        first, self._rest = self._rest[:end], self._rest[end:]
+        self.number += count_lines(first)
+        return first
+
+    def count_rest(self, size: int) -> int:
+        """Reads to the end; returns the number of lines of the file."""
+        while self.chunk(size):
+            pass
+        return self.number
+
+
+def count_lines(text: bytes) -> int:
+    """The number of lines, the last perhaps without its end."""
+    return text.count(b"\n") + (text != b"" and not text.endswith(b"\n"))
+
+
+def line_parts(source: str, target: str) -> Iterator[Lines]:
+    """Reads two text files in parts with equally many lines, and decodes none.
+
+    Raises:
+      UserError: a file cannot be read, or they have different numbers of lines.
+    """
+    size = _part_bytes()
+    with text_files.open_bytes(source) as source_stream, text_files.open_bytes(target) as target_stream:
+        readers = _LineReader(source_stream, source), _LineReader(target_stream, target)
+        while True:
+            first = readers[0].number + 1
+            left = readers[0].chunk(size)
+            right = readers[1].take(count_lines(left), size) if left else readers[1].chunk(size)
+            if readers[0].number != readers[1].number:
+                counts = readers[0].count_rest(size), readers[1].count_rest(size)
+                raise text_files.unequal_lines((source, target), counts)
+            if not left:
+                return
+            if first == 1:
+                left, right = (side.removeprefix(b"\xef\xbb\xbf") for side in (left, right))
+            yield Lines(left, right, first, (source, target))
+
+
+def pair_parts(pairs: Iterable[Pair]) -> Iterator[Texts]:
+    """Collects pairs in parts."""
+    iterator, limit = iter(pairs), _part_bytes()
+    while True:
+        texts, size = [], 0
+        for pair in itertools.islice(iterator, PART_PAIRS):
+            texts.append(pair)
+            size += len(pair[0]) + len(pair[1])
+            if size >= limit:
+                break
+        if not texts:
+            return
+        yield Texts(texts)
+
+
+def _part_bytes() -> int:
+    return max(min(PART_BYTES, SHARD_BYTES // 16), 1)
+
+
+def blocks(split: str, parts: Iterable[Part]) -> Iterator[Block]:
+    """Collects parts in blocks of about SHARD_BYTES."""
+    collected: list[Part] = []
+    size = number = 0
+    for part in parts:
+        collected.append(part)
+        size += part_size(part)
+        if size >= SHARD_BYTES:
+            yield Block(f"{split}-{number:05}", collected)
+            collected, size, number = [], 0, number + 1
+    if collected:
+        yield Block(f"{split}-{number:05}", collected)
+
+
+class Shard(NamedTuple):
+    """A shard that is done.
+
+    Attributes:
+      name: begins the names of its files.
+      pairs: their number.
+      line_breaks: the number of pairs that hold a line break.
+      longest: bytes of the longest line, if it was scanned.
+      digests: SHA-256 of its files by the ends of their names.
+      text: SHA-256 of its sentences, or of the name of the file that they are stored in.
+      is_new: it was made now and not earlier.
+    """
+
+    name: str
+    pairs: int
+    line_breaks: int
+    longest: int
+    digests: dict[str, str]
+    text: str
+    is_new: bool = True
+
+
+class Result(NamedTuple):
+    """A shard, and its part of what the digest of the split is of; see `digest_input`."""
+
+    shard: Shard
+    digest_input: bytes
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardJob:
+    """Makes the files of a shard in a folder; picklable.
+
+    Attributes:
+      folder: holds the files.
+      languages: of the first and second text of the pairs in a block.
+      store: whether to write records.
+      scan: whether to write what is known of each pair.
+      reverse: whether the second text is the source.
+      strip_cr: as in `to_lines`.
+      tokenizer: by which to write token ids, or None.
+    """
+
+    folder: str
+    languages: tuple[str, str]
+    store: bool = False
+    scan: bool = False
+    reverse: bool = False
+    strip_cr: bool = False
+    tokenizer: Tokenizer | None = None
+
+    def __call__(self, block: Block) -> Result:
+        """Makes the shard, unless it is done.
+
+        Raises:
+          UserError: invalid text.
+          OSError: the files cannot be written.
+        """
+        if done := self._load(block.name):
+            inputs, digest = [], self._new_digest()
+            for part in block.parts:
+                inputs.append(self._digest_input(part, []))
+                digest.update(inputs[-1])
+            if digest.hexdigest() == done.text:
+                return Result(done, b"".join(inputs), block.size)
+        return self._make(block)
+
+    def _new_digest(self) -> Any:
+        """Of all that the files depend on: this job now, the text later."""
+        tokenizer = self.tokenizer.digest if self.tokenizer else ""
+        parts = [FORMAT_VERSION, self.languages, self.store, self.scan, self.reverse, self.strip_cr, tokenizer]
+        return hashlib.sha256(json.dumps(parts).encode())
+
+    def _digest_input(self, part: Part, lines: list[Pair]) -> bytes:
+        """The part's share of what the digest of the split is of; if nobody asks for that, the name of its file."""
+        if isinstance(part, Stored) and not self.scan:
+            return json.dumps([os.path.basename(part.path), *part[1:]]).encode()
+        return digest_input(lines or self._lines(part.pairs()))
+
+    def _lines(self, pairs: list[Pair]) -> list[Pair]:
+        """Source and target lines."""
+        ordered = [(target, source) for source, target in pairs] if self.reverse else pairs
+        return [to_lines(pair, self.strip_cr) for pair in ordered]
+
+    def path(self, name: str, end: str) -> pathlib.Path:
+        """A file of a shard."""
+        return pathlib.Path(self.folder, f"{name}.{end}")
+
+    def _load(self, name: str) -> Shard | None:
+        """The shard if its files are there and whole."""
+        try:
+            pairs, line_breaks, longest, digests, text = json.loads(self.path(name, _DONE).read_bytes())
+            if all(sha256(self.path(name, end)) == digest for end, digest in digests.items()):
+                return Shard(name, int(pairs), int(line_breaks), int(longest), digests, text, is_new=False)
+        except (OSError, ValueError, TypeError, AttributeError):
+            pass
+        return None
+
+    def _make(self, block: Block) -> Result:
+        """Makes the files under other names, then renames them, then writes their digests."""
+        ends = [RECORDS] * self.store + [SOURCE_IDS, TARGET_IDS] * (self.tokenizer is not None)
+        partial = {end: self.path(block.name, f"{end}.partial") for end in [*ends, PAIRS]}
+        self.path(block.name, _DONE).unlink(missing_ok=True)
+        inputs, known, line_breaks, longest, digest = [], [], 0, 0, self._new_digest()
+        first, second = sorted(language.encode() for language in self.languages)
+        with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(records.open_writer(partial[RECORDS])) if self.store else None
+            ids = [stack.enter_context(partial[end].open("wb")) for end in (SOURCE_IDS, TARGET_IDS) if end in partial]
+            for part in block.parts:
+                pairs = part.pairs()
+                lines = self._lines(pairs)
+                inputs.append(self._digest_input(part, lines))
+                digest.update(inputs[-1])
+                if writer is not None:
+                    for pair in pairs:
+                        texts = pair if self.languages[0] <= self.languages[1] else pair[::-1]
+                        writer.write(records.serialize((texts[0].encode(), texts[1].encode()), (first, second)))
+                line_breaks += sum("\n" in source or "\n" in target for source, target in pairs)
+                if self.scan:
+                    longest = max(longest, *(len(text.encode()) for pair in lines for text in pair))
+                known.append(self._know(lines, ids))
+        with partial[PAIRS].open("wb") as file:
+            np.save(file, np.concatenate(known))
+        count = sum(map(len, known))
+        if self.store and records.count_records(os.fspath(partial[RECORDS])) != count:
+            raise OSError(f"{partial[RECORDS]}: not all of {count:,} records were written; is the disk full?")
+        digests = {}
+        for end, path in partial.items():
+            digests[end] = sha256(path)
+            path.replace(self.path(block.name, end))
+        shard = Shard(block.name, count, line_breaks, longest, digests, digest.hexdigest())
+        write_atomic(self.path(block.name, _DONE), json.dumps(shard[1:6]))
+        return Result(shard, b"".join(inputs), block.size)
+
+    def _know(self, lines: list[Pair], files: Sequence[Any]) -> np.ndarray:
+        """What is known of each pair; writes the token ids."""
+        known = np.zeros(len(lines), _PAIR_FIELDS)
+        if self.scan:
+            known["hash"] = [hash64(source.encode()) for source, _ in lines]
+            known["blank"] = [not (source.strip() and target.strip()) for source, target in lines]
+        if self.tokenizer is not None and lines:
+            dtype = id_dtype(self.tokenizer)
+            for side, file, texts in zip(("source", "target"), files, zip(*lines, strict=True), strict=True):
+                flat, known[side] = self.tokenizer.encode_flat(texts)
+                file.write(flat.astype(dtype).tobytes())
+        return known
+
+
+def id_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The type in which token ids are kept."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+
+
+def to_lines(raw: Pair, strip_cr: bool) -> Pair:
+    """The pair as two lines of text, without line breaks; `strip_cr` removes a CR at the end of each."""
+    source, target = raw
+    if strip_cr:
+        source, target = source.removesuffix("\r"), target.removesuffix("\r")
+    return text_files.one_line(source), text_files.one_line(target)
+
+
+def digest_input(lines: Iterable[Pair]) -> bytes:
+    """What the digest of a split is of: both lengths in bytes and both texts of each pair, one after another."""
+    texts = ((source.encode(), target.encode()) for source, target in lines)
+    return b"".join([b"%d %d %b%b" % (len(source), len(target), source, target) for source, target in texts])
+
+
+def hash64(text: bytes) -> int:
+    """A 64-bit hash, the same everywhere; 40 million sentences have a collision with a probability of 1 in 20,000."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+@dataclasses.dataclass(frozen=True)
+class LineJob:
+    """Reads the lines of a block of stored pairs, source and target in turn; picklable."""
+
+    strip_cr: bool
+
+    def __call__(self, block: Block) -> str:
+        """The lines, joined by line breaks: a string takes little time to pickle."""
+        pairs = itertools.chain.from_iterable(part.pairs() for part in block.parts)
+        return "\n".join(itertools.chain.from_iterable(to_lines(pair, self.strip_cr) for pair in pairs))
+
+
+class ShardedSplit(NamedTuple):
+    """All shards of a split.
+
+    Attributes:
+      job: made them.
+      digest: of all pairs, in hexadecimal; empty if they were stored before.
+    """
+
+    job: ShardJob
+    shards: list[Shard]
+    digest: str
+
+    def pairs(self) -> int:
+        """The number of pairs."""
+        return sum(shard.pairs for shard in self.shards)
+
+    def known(self, field: str) -> np.ndarray:
+        """A field of what is known of all pairs: hash, blank, source, target."""
+        parts = [np.load(self.job.path(shard.name, PAIRS))[field].copy() for shard in self.shards]
+        return np.concatenate([np.zeros(0, dict(_PAIR_FIELDS)[field]), *parts])
+
+
+def run(job: ShardJob, split: str, work: Iterable[Block], workers: int, advance: Callable[[int], None]) -> ShardedSplit:
+    """Makes the shards of a split by worker processes.
+
+    Args:
+      advance: called with the size, in bytes of text, of each block that is done, or its pairs if it was stored.
+    """
+    iterator = iter(work)
+    first = list(itertools.islice(iterator, 2))  # one block is not worth a process
+    digest, shards = hashlib.sha256(), []
+    with WorkerPool(job, workers if len(first) == 2 else 1) as pool:
+        for shard, text, size in pool.map(itertools.chain(first, iterator)):
+            digest.update(text)
+            shards.append(shard)
+            advance(size or shard.pairs)
+    return ShardedSplit(job, shards, digest.hexdigest())
+
+
+def default_workers() -> int:
+    """One a core, up to MAX_WORKERS."""
+    return max(min(environment.available_cpus(), MAX_WORKERS), 1)
+
+
+def keep_all(first: int, last: int) -> None:
+    """For `assemble_ids`: all pairs are taken."""
+
+
+def stored_blocks(split: str, files: Iterable[tuple[str, int]], languages: tuple[str, str]) -> Iterator[Block]:
+    """A block for each file of records."""
+    for number, (path, count) in enumerate(files):
+        starts = range(0, count, PART_PAIRS)
+        parts = [Stored(path, start, min(start + PART_PAIRS, count), languages) for start in starts]
+        yield Block(f"{split}-{number:05}", parts)
+
+
+def store_ids(split: ShardedSplit, kept: Callable[[int, int], np.ndarray | None], folder: pathlib.Path) -> None:
+    """Writes the token ids of a split as a folder, unless it exists; `kept` as in `assemble_ids`."""
+    for partial in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):  # of processes that were killed
+        shutil.rmtree(partial, ignore_errors=True)
+    if folder.exists():
+        return
+    with atomic_directory(folder) as partial:
+        digests = assemble_ids(split, kept, partial)
+    ids_digests(folder).record({os.path.join(folder, name): digest for name, digest in digests.items()})
+
+
+def ids_digests(folder: os.PathLike) -> FileDigests:
+    """The digests of files of token ids."""
+    path = pathlib.Path(folder)
+    return FileDigests(path.parent / f".digests-{path.name}.json")
+
+
+def ids_folder(data_dir: str, digest: str, languages: tuple[str, str], tokenizer: Tokenizer) -> pathlib.Path:
+    """The folder for the token ids of the split with this digest."""
+    return pathlib.Path(data_dir, "token_ids", f"{digest[:24]}-{'-'.join(languages)}-{tokenizer.digest[:24]}")
+
+
+def assemble_ids(
+    split: ShardedSplit, kept: Callable[[int, int], np.ndarray | None], folder: pathlib.Path
+) -> dict[str, str]:
+    """Joins the token ids of all shards as files of a folder; returns their digests by name.
+
+    Args:
+      kept: for pairs first ≤ index < last of the split says which are taken, [last - first] bool; None for all.
+    """
+    tokenizer = split.job.tokenizer
+    assert tokenizer is not None
+    dtype, digests = id_dtype(tokenizer), {}
+    for side in ("source", "target"):
+        lengths_by_shard, digest, first = [], hashlib.sha256(), 0
+        with (folder / f"{side}.ids").open("wb") as file:
+            for shard in split.shards:
+                lengths = np.load(split.job.path(shard.name, PAIRS))[side].copy()
+                ids: Any = np.fromfile(split.job.path(shard.name, f"{side}.ids"), dtype)
+                mask = kept(first, first + shard.pairs)
+                if mask is not None:
+                    ids, lengths = ids[np.repeat(mask, lengths)], lengths[mask]
+                file.write(ids)
+                digest.update(ids)
+                lengths_by_shard.append(lengths)
+                first += shard.pairs
+        digests[f"{side}.ids"] = digest.hexdigest()
+        count = sum(map(len, lengths_by_shard))
+        offsets = np.lib.format.open_memmap(folder / f"{side}.offsets.npy", "w+", np.int64, (count + 1,))
+        start, total = 0, 0
+        for lengths in lengths_by_shard:
+            offsets[start + 1 : start + 1 + len(lengths)] = total + np.cumsum(lengths, dtype=np.int64)
+            start, total = start + len(lengths), total + int(lengths.sum())
+        offsets.flush()
+        digests[f"{side}.offsets.npy"] = sha256(folder / f"{side}.offsets.npy")
+    order = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
+    digests = {name: digests[name] for name in order}
+    (folder / "about.json").write_text(json.dumps({"dtype": dtype.name, "sha256": digests}))
+    return digests
