@@ -414,7 +414,7 @@ def test_help_lists_every_field_with_default_meaning_and_bounds(capsys):
             assert f"--config.{section}.{field.name}={field.default} {field.metadata['doc']}" in shown
     assert "layers of the encoder and of the decoder each; at least 1 " in shown
     assert "after its activation; at least 0, at most 0.99 " in shown
-    assert "one of sinusoidal, learned " in shown
+    assert "one of sinusoidal, learned, rotary" in shown
     assert "2147483647" not in shown
 
 

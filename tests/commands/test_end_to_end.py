@@ -301,11 +301,15 @@ def test_unequal_counts_are_refused_with_both(workdir, folder, tmp_path):
     assert b"40" in run("eval.py", f"--workdir={workdir}", *flags, code=2).stderr
 
 
+def replace_first_line(path, line):
+    path.write_bytes(line + path.read_bytes().partition(b"\n")[2])
+
+
 BAD_DATA = {
     "a missing file": (lambda f: (f / "train.de").unlink(), 2, r"train\.de"),
     "unequal counts": (lambda f: write(f / "train.de", ["eins"]), 2, r"1,\d+ lines.* has 1:"),
-    "bad UTF-8": (lambda f: (f / "train.en").write_bytes(b"\xff\n"), 2, r"train\.en, line 1: not UTF-8"),
-    "NUL": (lambda f: (f / "val.en").write_bytes(b"a\0\n"), 2, r"val\.en, line 1: holds a NUL"),
+    "bad UTF-8": (lambda f: replace_first_line(f / "train.en", b"\xff\n"), 2, r"train\.en, line 1: not UTF-8"),
+    "NUL": (lambda f: replace_first_line(f / "val.en", b"a\0\n"), 2, r"val\.en, line 1: holds a NUL"),
     "an empty file": (lambda f: [write(f / f"train.{s}", []) for s in ("en", "de")], 2, r"empty|no pairs|nothing"),
     "blank lines only": (lambda f: [write(f / f"train.{s}", ["", ""]) for s in ("en", "de")], 2, r"nothing|blank"),
 }
