@@ -11,6 +11,7 @@ Importing this package imports neither JAX nor Flax, so that a config is validat
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,12 @@ _LAZY = {
     "default_config": "transformer.config",
 }
 
-if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module of `python -m transformer.NAME`
+_program = os.path.abspath(sys.argv[0]) if sys.argv else ""
+_is_looked_up = sys.argv[:1] == ["-m"]  # as long as Python looks for the module of `python -m transformer.NAME`
+if _is_looked_up or _program in (os.path.join(os.path.dirname(__path__[0]), name) for name in ("train.py", "eval.py")):
+    # Until training takes it, Ctrl-C ends a command at once and quietly, while it imports modules too.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if _is_looked_up:
     from transformer.runtime import commands
 
     commands.reject_non_commands(sys.orig_argv)

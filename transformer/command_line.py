@@ -33,7 +33,7 @@ from transformer.runtime.logging import log_info, report_error
 def run(command: Callable[[list[str]], object]) -> None:
     """Runs a command on sys.argv; errors that a user can fix become one message and an exit code."""
     streams.prepare()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training takes it, Ctrl-C ends at once and quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package does when it is imported by a command
     code: int | str | None = 0
     try:
         command(sys.argv)

@@ -405,6 +405,18 @@ def test_usage_of_training_shows_that_a_workdir_alone_resumes():
     assert "Not needed to resume the run of --workdir." in shown
 
 
+@pytest.mark.reported
+@pytest.mark.parametrize(("program", "ends"), [("train.py", True), ("eval.py", True), ("other.py", False), ("", False)])
+def test_ctrl_c_ends_a_command_while_it_imports_and_leaves_other_programs_alone(program, ends, root):
+    argv = str(root / program) if program else ""
+    code = (
+        f"import sys; sys.argv = [{argv!r}]; import transformer, signal; print(repr(signal.getsignal(signal.SIGINT)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert ("default_int_handler" not in done.stdout) == ends
+    assert ("SIG_DFL" in done.stdout) == ends
+
+
 def test_help_lists_every_field_with_default_meaning_and_bounds(capsys):
     with pytest.raises(SystemExit, match="0"):
         command_line.parse_with_config(command_line.config_parser("make.py", ""), ["make.py", "--help"])

@@ -24,6 +24,7 @@ from transformer.checkpoints import best_metric, loading, manager
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.config import validation
 from transformer.data.batching import PAD_EXAMPLE, Batch, eval_batches
+from transformer.decoding.translator import Translator
 from transformer.distributed import platform
 from transformer.evaluation.evaluator import CrossEntropy, Evaluator
 from transformer.models.flops import TrainingCost
@@ -386,8 +387,8 @@ def stop_at(monkeypatch, update):
     monkeypatch.setattr(trainer.StepPipeline, "dispatch", interrupted)
 
 
-def test_a_stop_signal_does_not_wait_for_validation(data, whole, tmp_path, monkeypatch):
-    """Its checkpoint is saved already; the next sitting makes up for the scores."""
+def test_a_stop_signal_does_not_wait_for_validation(data, whole, tmp_path, monkeypatch, capsys):
+    """Its checkpoint is saved already; the next session makes up for the scores. Nothing is translated any more."""
     held_out = Evaluator.teacher_forced_loss
 
     def signalled(*args):
@@ -395,10 +396,14 @@ def test_a_stop_signal_does_not_wait_for_validation(data, whole, tmp_path, monke
         return held_out(*args)
 
     monkeypatch.setattr(Evaluator, "teacher_forced_loss", signalled)
+    monkeypatch.setattr(Translator, "translate", None)
     with pytest.raises(StoppedError, match="saved step 6"):
         fit(config_of(data), tmp_path / "run")
     assert CheckpointManager(tmp_path / "run").steps() == [3, 6]
     assert "valid/bleu" not in CheckpointManager(tmp_path / "run").metrics(6)
+    assert (
+        "SIGTERM: stopping after this batch of the validation, which is repeated on resume" in capsys.readouterr().err
+    )
 
 
 def test_after_the_first_signal_any_other_ends_the_process_at_once():

@@ -100,12 +100,16 @@ class Evaluator:
         metrics: Sequence[str] = DEFAULT_METRICS,
         progress: Callable[[int], None] = lambda count: None,
     ) -> EvalResult:
-        """Translates and scores every sentence once; the loss is of the first reference."""
+        """Translates and scores every sentence once; the loss is of the first reference.
+
+        Args:
+          progress: called after each batch with the number of sentences translated in it, 0 while losses are computed.
+        """
         start = time.perf_counter()
         check_lengths(len(sources), references)
         for name in metrics:
             make_metric(name)  # a missing package is reported before anything is translated
-        loss = self.teacher_forced_loss(params, sources, references[0])
+        loss = self.teacher_forced_loss(params, sources, references[0], progress)
         with phase("translating", len(sources), "sentences") as translating:
 
             def advance(count: int) -> None:
@@ -127,7 +131,13 @@ class Evaluator:
             seconds=time.perf_counter() - start,
         )
 
-    def teacher_forced_loss(self, params: Params, sources: Sequence[str], targets: Sequence[str]) -> CrossEntropy:
+    def teacher_forced_loss(
+        self,
+        params: Params,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> CrossEntropy:
         """The loss of all targets given their sources, both truncated to the lengths of decoding."""
         decode = self._config.decode
         max_length = decode.max_source_tokens + decode.max_extra_length
@@ -150,6 +160,7 @@ class Evaluator:
                 sums.append(self._eval_step(params, batch))
                 jax.block_until_ready(sums[-2:-1])  # so that what is counted is done, up to one batch
                 computing.advance(int((spec.examples_B != PAD_EXAMPLE).sum()))
+                progress(0)
             sums = jax.device_get(sums)
         tokens = sum(float(batch_sums.tokens) for batch_sums in sums)
         mean = sum(float(batch_sums.nll) for batch_sums in sums) / max(tokens, 1.0)

@@ -158,9 +158,9 @@ def leave_out(seconds: float) -> None:
     _display.leave_out(seconds)
 
 
-def current() -> str:
-    """The name of the innermost phase, "" if there is none; takes no lock, so that a signal handler may call it."""
-    return next((phase.name for phase in _display.phases[-1:]), "")
+def names() -> list[str]:
+    """The names of all phases, the innermost last; takes no lock, so that a signal handler may call it."""
+    return [phase.name for phase in _display.phases]
 
 
 def hidden() -> contextlib.AbstractContextManager[None]:

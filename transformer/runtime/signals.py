@@ -34,6 +34,15 @@ def handling(handler: Callable[[int, object], None]) -> Iterator[None]:
             signal.signal(number, handler_before)
 
 
+def _current_work() -> str:
+    phases = progress.names()
+    if any(name.startswith("validation") for name in phases):
+        return "this batch of the validation, which is repeated on resume"
+    if phases and phases[-1].startswith("compiling"):
+        return f"this update, which is {phases[-1]}"
+    return "this update"
+
+
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[Callable[[], int | None]]:
     """Catches the first stop signal for the loop to read between updates; a second one ends the process at once."""
@@ -49,9 +58,7 @@ def catch_stop_signals() -> Iterator[Callable[[], int | None]]:
         received.append(number)
         if len(received) > 1:  # it came before the first was handled
             os.kill(os.getpid(), number)
-        phase = progress.current()
-        reason = f", which is {phase}" if phase.startswith("compiling") else ""
-        log_info(f"{signal.Signals(number).name}: stopping after this update{reason}; send it again to stop at once")
+        log_info(f"{signal.Signals(number).name}: stopping after {_current_work()}; send it again to stop at once")
 
     with handling(handle):
         yield lambda: received[0] if received else None
