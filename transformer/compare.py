@@ -21,6 +21,7 @@ from transformer.evaluation import bleu_tokenizer, comparison, comparison_html, 
 from transformer.evaluation.evaluator import EvalDataset, load_eval_dataset
 from transformer.evaluation.report_html import render_page
 from transformer.evaluation.systems import System
+from transformer.runtime import progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import check_writable, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
@@ -35,9 +36,10 @@ def main(argv: list[str]) -> None:
     tokenizer = bleu_tokenizer.choose_bleu_tokenizer(config.data, dataset.references[0])
     log_info(str(tokenizer))
     metrics = (args.metrics or config.eval).metric_names
-    result = comparison.compare(
-        compared, dataset.sources, dataset.references, tokenizer.name, training, metrics=metrics
-    )
+    with progress.phase("comparing the systems"):
+        result = comparison.compare(
+            compared, dataset.sources, dataset.references, tokenizer.name, training, metrics=metrics
+        )
     for system, tests in zip(compared[1:], result.tests, strict=True):
         log_info(f"\n{significance.format_table(system.label, compared[0].label, tests)}\n")
     subtitle = f"{dataset.name}, {len(dataset.references[0]):,} sentences · " + " · ".join(

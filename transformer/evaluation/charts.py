@@ -125,7 +125,8 @@ def bar_chart(title: str, x_label: str, groups: Sequence[str], series: Sequence[
     """A figure with a bar of each series in each group, from 0; "" without groups."""
     if not groups:
         return ""
-    y_ticks = ticks(0, max(1e-9, *(value for bars in series for value in bars.values)), 5)
+    tops = (sum(top) for bars in series for top in zip(bars.values, bars.intervals or [0.0] * len(groups), strict=True))
+    y_ticks = ticks(0, max(1e-9, *tops), 5)
     y, step = Axis(0, y_ticks[-1], HEIGHT - BOTTOM, TOP), (WIDTH - LEFT - RIGHT) / len(groups)
     width = step * 0.72 / len(series)
     parts = [_grid(Axis(0, 1, LEFT, WIDTH - RIGHT), y, [], y_ticks, x_label)]
@@ -138,7 +139,7 @@ def bar_chart(title: str, x_label: str, groups: Sequence[str], series: Sequence[
             label_y = y(bars.values[i])
             if bars.intervals:
                 low, high = (bars.values[i] + sign * bars.intervals[i] for sign in (-1, 1))
-                label_y = y(min(high, y.high))
+                label_y = y(high)
                 x = left + width / 2
                 parts.append(
                     f'<line class="interval" x1="{x:.1f}" x2="{x:.1f}" y1="{y(max(low, 0)):.1f}" y2="{label_y:.1f}"/>'

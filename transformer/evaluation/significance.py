@@ -51,8 +51,10 @@ class PairedTestResult(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """The meaning of both p values, in words."""
-        return "significant" if self.is_significant else "may be chance"
+        """What the difference and both p values mean, in words."""
+        if not self.is_significant:
+            return "may be chance"
+        return "better" if (self.difference > 0) == METRICS[self.metric].higher_is_better else "worse"
 
     @property
     def formatted_p(self) -> tuple[str, str]:
@@ -170,7 +172,7 @@ def format_table(name: str, baseline: str, tests: Sequence[PairedTestResult]) ->
             f"  {label:<{label_width}}{score:>{width}}{baseline_score:>{width + 2}}{each.difference:+13.2f}"
             f"{bootstrap_p:>13}{randomization_p:>17}   {each.verdict}"
         )
-    rows.append(f"  significant: both p below {ALPHA}; ±: 95% interval of the bootstrap")
+    rows.append(f"  better, worse: both p below {ALPHA}; ±: 95% interval of the bootstrap")
     for label, each in zip(labels, tests, strict=True):
         rows += [f"  {title:<{label_width}}{line}" for title, line in zip((label, ""), each.signatures, strict=True)]
     return "\n".join(rows)

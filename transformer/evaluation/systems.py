@@ -156,7 +156,7 @@ def newest_translations(workdir: epath.PathLike, dataset: EvalDataset) -> epath.
             found.append((int(match[1]), path.stat().mtime, path))
     if not found:
         raise UserError(
-            f"{workdir}: expected translations of {dataset.name} in translations/, found none; run python eval.py "
-            f"--workdir={workdir} on the same set first"
+            f"{workdir}: expected translations of {dataset.name} in translations/, found none of these sentences; run "
+            f"python eval.py --workdir={workdir} on the same set first"
         )
     return max(found)[2]
