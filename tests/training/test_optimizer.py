@@ -18,7 +18,7 @@ from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
-from transformer.models.registry import ModelDef
+from transformer.models.registry import MODELS, ModelDef
 from transformer.training import optimizer as optimizer_lib
 from transformer.training import train_step
 from transformer.training.optimizer import make_optimizer, make_schedule
@@ -194,6 +194,10 @@ MATRICES = {  # rows and columns
     "recurrent": {"query": (16, 16), "key": (16, 16)},
     "convolutional": {"kernel": (48, 32), "query": (16, 16), "key": (16, 16), "out": (16, 16)},
 }
+
+
+def test_muon_knows_every_family():
+    assert optimizer_lib.MUON_PARAMS.keys() == BY_MUON.keys() == MODELS.keys() == {family for family, _ in BLOCKS}
 
 
 @pytest.mark.parametrize(("family", "model"), BLOCKS)
