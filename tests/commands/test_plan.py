@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
+from flax import nnx
 
 from tests.conftest import ROOT, small_config
 from transformer import plan
@@ -76,6 +78,18 @@ def test_arguments_are_the_state_and_the_batch_and_results_take_their_place():
     assert 0 <= row["arguments_bytes"] - (4 * 4 * params + batch) < 100
     assert row["outputs_bytes"] < 10_000
     assert row["bytes_per_chip"] >= row["arguments_bytes"] + row["temporaries_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "copies"), [("muon", 2), ("schedule_free_adamw", 3)])
+def test_the_state_of_other_optimizers_is_counted(name, copies):
+    """Of Muon's matrices one moment; params, z and second moment of Schedule-Free; embeddings and vectors as Adam's."""
+    row = planned(train={"batch_tokens": 1024}, optimizer={"name": name, "schedule": "constant"})
+    params = nnx.to_pure_dict(registry.ModelDef(small_config(model={"num_layers": 1}).model, 300).abstract_params)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    by_adam = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 1) + 300 * 16 if name == "muon" else 0
+    batch = 2 * 4 * 32 * 32 // 8
+    assert 0 <= row["arguments_bytes"] - (4 * (copies * size + by_adam) + batch) < 100
 
 
 @pytest.mark.slow

@@ -85,6 +85,12 @@ SWITCHES = [  # what a file sets, the flag, and what is then left of it
     ({"data.name": "wmt14_translate/de-en", "data.manual_dir": "mine"}, "data.name=cldr", {}),
     ({"data.tokenizer": "unigram"}, "train.init_from=runs/base", {"train.init_from": "runs/base"}),
     ({"optimizer.name": "adamw", "optimizer.weight_decay": 0.1}, "optimizer.name=adam", {}),
+    ({"optimizer.schedule": "wsd", "optimizer.decay_fraction": 0.2}, "optimizer.schedule=linear", {}),
+    (
+        {"train.ema_decay": 0.9, "optimizer.schedule": "constant"},
+        "optimizer.name=schedule_free_adamw",
+        {"optimizer.schedule": "constant"},
+    ),
     ({"train.spike_factor": 2.0, "train.max_skipped_updates": 3}, "train.spike_factor=0", {}),
     ({"train.init_from": "runs/base", "train.init_checkpoint": "best"}, "train.init_from=", {}),
     ({"decode.beam_size": 5, "decode.early_stopping": True}, "decode.method=mbr", {"decode.method": "mbr"}),
@@ -110,7 +116,7 @@ def test_a_selector_on_the_command_line_leaves_out_what_the_file_sets_for_other_
         (["model.family=recurrent", "model.attention=cudnn"], "attention = cudnn: read only with family = attention"),
         (["model.max_positions=1024"], "max_positions = 1024: read only with positions = learned"),
         (["data.batching=pack", "data.num_buckets=8"], "num_buckets = 8: read only with batching = bucket"),
-        (["optimizer.weight_decay=0"], "weight_decay = 0.0: read only with name = adamw"),
+        (["optimizer.weight_decay=0"], "weight_decay = 0.0: read only with name = adamw or"),
         (["decode.method=mbr", "decode.beam_size=4"], "beam_size = 4: read only with method = beam"),
     ],
 )

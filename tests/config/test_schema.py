@@ -17,6 +17,7 @@ NUMBERS = [
     if field.type in (int, float)
 ]
 FLOATS = [(section, name) for section, name, field in NUMBERS if field.type is float]
+SCHEDULE_FREE = {"name": "schedule_free_adamw", "schedule": "constant"}
 ACCURACY = {"eval": {"metrics": "accuracy"}}
 INTS = [(section, name) for section, name, field in NUMBERS if field.type is int]
 
@@ -153,7 +154,30 @@ IMPOSSIBLE = [
         {"data": {"max_length": 1028, "length_multiple": 8}, "model": {"positions": "learned", "max_positions": 1028}},
     ),
     (r"length_multiple: expected at least 1, got 0", {"data": {"length_multiple": 0}}),
-    (r"weight_decay = 0.1: read only with name = adamw, got name = adam", {"optimizer": {"weight_decay": 0.1}}),
+    (
+        r"weight_decay = 0.1: read only with name = adamw or nadamw or .*, got name = adam;",
+        {"optimizer": {"weight_decay": 0.1}},
+    ),
+    (
+        r"schedule: schedule_free_adamw averages .*: expected constant, .* got paper; set schedule to constant",
+        {"optimizer": {"name": "schedule_free_adamw"}},
+    ),
+    (r"schedule_free_adamw averages .* got wsd", {"optimizer": {"name": "schedule_free_adamw", "schedule": "wsd"}}),
+    (r"beta1: .* schedule_free_adamw: expected above 0", {"optimizer": {**SCHEDULE_FREE, "beta1": 0.0}}),
+    (
+        r"ema_decay = 0.9: read only with optimizer.name = adam or adamw or nadamw or muon, got .*_free_adamw; leave",
+        {"optimizer": SCHEDULE_FREE, "train": {"ema_decay": 0.9}},
+    ),
+    (r"decay_fraction = 0.2: read only with schedule = wsd, got", {"optimizer": {"decay_fraction": 0.2}}),
+    (r"decay_fraction: expected at most 1", {"optimizer": {"schedule": "wsd", "decay_fraction": 1.5}}),
+    (
+        r"decay_fraction = 0.5: the last 50 of train\.num_steps = 100 overlap with optimizer\.warmup_steps = 60; lower",
+        {"optimizer": {"schedule": "wsd", "decay_fraction": 0.5, "warmup_steps": 60}, "train": {"num_steps": 100}},
+    ),
+    (
+        r"the wsd schedule falls .* to 0 at train\.num_steps = 100",
+        {"optimizer": {"schedule": "wsd", "warmup_steps": 100}, "train": {"num_steps": 100}},
+    ),
     (r"warmup_steps: the paper schedule needs at least 1", {"optimizer": {"warmup_steps": 0}}),
     (
         r"warmup_steps: the cosine schedule falls .* to 0 at train\.num_steps = 100: expected fewer steps, got 100",
@@ -315,4 +339,5 @@ def test_the_best_metric_is_one_that_validation_computes():
 
 
 def test_the_last_update_of_a_schedule_may_be_its_peak():
-    validate({"optimizer": {"schedule": "linear", "warmup_steps": 99}, "train": {"num_steps": 100}})
+    for fields in ({"schedule": "linear"}, {"schedule": "wsd", "decay_fraction": 0.01}):
+        validate({"optimizer": {**fields, "warmup_steps": 99}, "train": {"num_steps": 100}})

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import small_config
 from tests.training.test_train_step import draw_batch
-from transformer.config import MeshConfig
+from transformer.config import MeshConfig, OptimizerConfig
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS
 from transformer.distributed import sharding
@@ -67,17 +67,22 @@ def gradient_of(config):
     )
 
 
-def results(config):
-    """Loss and gradients at the start, and the losses of some updates, all of one compiled program."""
+def losses_of(config):
+    """The losses of some updates, and the optimizer's state after the first."""
     mesh, model = make_mesh(config.mesh), registry.ModelDef(config.model, V)
     state = train_step.init_state(model, config, mesh)
-    update, losses, grads = train_step.make_train_step(model, config, mesh), [], None
+    update, losses, first = train_step.make_train_step(model, config, mesh), [], None
     for batch in batches():
         state, metrics = update(state, sharding.shard_batch(mesh, batch, config.train.accumulation_steps))
         losses.append(float(metrics.loss.nll / metrics.loss.tokens))
-        if grads is None:  # Adam's first moment, zero before, is then (1 - beta1) times the gradient
-            grads = jax.device_get(optax.tree.get(state.opt_state, "mu"))
-    return grads, losses
+        first = first or jax.device_get(state.opt_state)
+    return losses, first
+
+
+def results(config):
+    """Loss and gradients at the start, and the losses of some updates, all of one compiled program."""
+    losses, state = losses_of(config)  # Adam's first moment, zero before, is then (1 - beta1) times the gradient
+    return optax.tree.get(state, "mu"), losses
 
 
 @functools.cache
@@ -137,6 +142,19 @@ def test_fsdp_stores_an_eighth_on_each_device(scan):
         stored = bytes_by_device(made)
         assert len(stored) == 8
         assert max(stored.values()) <= whole / 8 + 0.02 * whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "schedule_free_adamw"])
+def test_other_optimizers_train_on_shards_like_on_one_device(name):
+    """The losses of some updates, of which all but the first depend on the state."""
+    optimizer = {"name": name, "schedule": "constant", "learning_rate": 0.01}
+    losses = []
+    for sizes in ((1, 1, 1, 1), (1, 4, 2, 1)):
+        config = dataclasses.replace(config_of(sizes, num_layers=1), optimizer=OptimizerConfig(**optimizer))
+        losses.append(losses_of(config)[0])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert losses[0][0] != losses[0][-1]
 
 
 def place(mesh):

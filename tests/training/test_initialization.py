@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from tests.checkpoints.test_manager import flip, make_parts, save, save_three
@@ -27,8 +28,9 @@ def saved(tmp_path_factory):
     return workdir
 
 
-def config_of(saved, model=None, **train):
+def config_of(saved, model=None, optimizer=None, **train):
     return small_config(
+        optimizer=optimizer or {},
         model={"num_layers": 1, **(model or {})},
         data={"vocab_size": 280},
         mesh={"data": 4},
@@ -57,6 +59,15 @@ def test_params_are_those_of_the_checkpoint_and_all_else_is_new(saved, which, ad
 def test_the_average_is_updated_apart_from_the_params(saved):
     state = first_state(config_of(saved, ema_decay=0.9))
     assert all(leaf is not twin for leaf, twin in zip(*map(jax.tree.leaves, (state.params, state.ema)), strict=True))
+
+
+@pytest.mark.slow
+def test_schedule_free_begins_with_the_params_of_the_other_run(saved):
+    """Both of its sequences."""
+    state = first_state(config_of(saved, optimizer={"name": "schedule_free_adamw", "schedule": "constant"}))
+    jax.tree.map(np.testing.assert_array_equal, optax.tree.get(state.opt_state, "z"), state.params)
+    wanted = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(100), make_parts()[4].params)
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, 1e-6), state.params, wanted)
 
 
 def test_what_is_only_for_training_may_differ_and_the_model_may_not(saved):

@@ -298,19 +298,24 @@ def test_resume_is_exact(data, whole, tmp_path, stop):
 EMA = {"ema_decay": 0.9}
 
 
-@pytest.fixture(scope="module")
-def averaged(data, tmp_path_factory):
-    """A run that keeps a moving average, and the params that its validations were of."""
-    workdir, seen = tmp_path_factory.mktemp("averaged") / "run", []
-    evaluate = Evaluator.evaluate
+def fit_and_see_validated(config, workdir):
+    """Trains; returns the params that its validations were of."""
+    seen, evaluate = [], Evaluator.evaluate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             Evaluator,
             "evaluate",
             lambda self, *a, **k: (seen.append(jax.device_get(a[0])), evaluate(self, *a, **k))[1],
         )
-        fit(config_of(data, train=EMA), workdir)
-    return workdir, seen
+        fit(config, workdir)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def averaged(data, tmp_path_factory):
+    """A run that keeps a moving average, and the params that its validations were of."""
+    workdir = tmp_path_factory.mktemp("averaged") / "run"
+    return workdir, fit_and_see_validated(config_of(data, train=EMA), workdir)
 
 
 @pytest.mark.slow
@@ -329,6 +334,17 @@ def test_a_moving_average_resumes_exactly(data, averaged, tmp_path):
     fit(config_of(data, train=EMA), tmp_path / "run")
     for which in (12, "average:1"):
         jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "run", which), restore(averaged[0], which))
+
+
+@pytest.mark.slow
+def test_schedule_free_validates_averages_and_translates_its_x_and_resumes_exactly(data, tmp_path):
+    optimizer = {"name": "schedule_free_adamw", "schedule": "constant", "learning_rate": 0.01}
+    seen = fit_and_see_validated(config_of(data, optimizer=optimizer), tmp_path / "whole")
+    assert len(seen) == 2
+    fit(config_of(data, optimizer=optimizer, train={"num_steps": 9}), tmp_path / "run")
+    fit(config_of(data, optimizer=optimizer), tmp_path / "run")
+    for folder, which in ((tmp_path / "whole", 12), (tmp_path / "run", 12), (tmp_path / "run", "average:1")):
+        jax.tree.map(np.testing.assert_array_equal, restore(folder, which), seen[1])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.attention.test_fused import stand_in_for_cudnn
-from tests.conftest import small_config
+from tests.conftest import slow, small_config
 from tests.helpers import transfers
 from tests.training.test_train_step import V, draw_batch
 from tests.training.test_trainer import config_of, data  # noqa: F401 (a fixture)
@@ -83,15 +83,17 @@ def options():
 
 
 FEW = [("attention", "none", "bucket", 0.9, 2)]
-ALL = [pytest.param(*option, marks=() if option in FEW else pytest.mark.slow) for option in options()]
+ALL = [pytest.param(*option, "adam", marks=() if option in FEW else pytest.mark.slow) for option in options()]
+ALL += [slow("attention", "none", "bucket", 0.0, 1, name) for name in ("muon", "schedule_free_adamw")]
 
 
-@pytest.mark.parametrize(("family", "remat", "batching", "ema", "parts"), ALL)
-def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, ema, parts):
+@pytest.mark.parametrize(("family", "remat", "batching", "ema", "parts", "optimizer"), ALL)
+def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, ema, parts, optimizer):
     sizes = {"num_heads": 2, "mlp_dim": 32} if family == "attention" else {"num_heads": 8, "mlp_dim": 2048}
     config = small_config(
         model={"family": family, "num_layers": 1, "remat": remat, **sizes},
         data={"batching": batching, "num_buckets": 8},
+        optimizer={} if optimizer == "adam" else {"name": optimizer, "schedule": "constant"},
         train={"ema_decay": ema, "accumulation_steps": parts},
     )
     mesh = make_mesh(config.mesh)

@@ -92,10 +92,11 @@ def test_another_tokenizer_is_no_harmless_change(folder, old, new):
         )
 
 
-def test_more_steps_are_no_harmless_change_to_a_schedule_that_ends_with_them(folder):
-    cosine = {"optimizer": {"schedule": "cosine"}}
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_more_steps_are_no_harmless_change_to_a_schedule_that_ends_with_them(folder, schedule):
+    fields = {"optimizer": {"schedule": schedule}}
     with pytest.raises(UserError, match=r"num_steps: 20 → 30"):
-        workdir.check_resume_config(folder, small_config(**cosine), small_config(train={"num_steps": 30}, **cosine))
+        workdir.check_resume_config(folder, small_config(**fields), small_config(train={"num_steps": 30}, **fields))
 
 
 def test_a_workdir_that_is_a_file_is_refused(tmp_path):

@@ -218,22 +218,38 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam and the learning rate schedule (paper, section 5.3)."""
+    """The optimizer, Adam in the paper, and the learning rate schedule (paper, section 5.3)."""
 
-    name: str = _field("adam", "adam as in the paper, or adamw with decoupled weight decay", one_of=("adam", "adamw"))
+    name: str = _field(
+        "adam",
+        "adam as in the paper; adamw: with decoupled weight decay; nadamw: with Nesterov momentum (Dozat 2016); muon: "
+        "orthogonal updates of hidden matrices (Jordan et al. 2024), adamw for the rest; schedule_free_adamw: averages "
+        "in place of a schedule (Defazio et al. 2024), with schedule = constant",
+        one_of=("adam", "adamw", "nadamw", "muon", "schedule_free_adamw"),
+    )
     learning_rate: float = _field(
         1.0, "paper: a factor on D^-0.5 min(step^-0.5, step warmup^-1.5); else the peak", low=0
     )
-    warmup_steps: int = _field(4000, "steps of linear warm-up; cosine, linear: fewer than train.num_steps", low=0)
+    warmup_steps: int = _field(4000, "steps of linear warm-up; cosine, linear, wsd: fewer than train.num_steps", low=0)
     schedule: str = _field(
         "paper",
-        "learning rate after warm-up; cosine and linear reach zero at train.num_steps",
-        one_of=("paper", "inverse_sqrt", "cosine", "linear", "constant"),
+        "learning rate after warm-up; cosine, linear and wsd reach zero at train.num_steps; wsd: constant, then linear "
+        "over the last decay_fraction of the steps (Hu et al. 2024)",
+        one_of=("paper", "inverse_sqrt", "cosine", "linear", "constant", "wsd"),
     )
-    beta1: float = _field(0.9, "decay of the first moment", low=0, high=0.999999)
+    decay_fraction: float = _field(
+        0.1, "wsd: share of train.num_steps over which the rate falls to zero", low=POSITIVE, high=1
+    )
+    beta1: float = _field(
+        0.9,
+        "decay of the first moment; schedule_free_adamw: weight of the average in the params at which gradients are "
+        "taken, above 0",
+        low=0,
+        high=0.999999,
+    )
     beta2: float = _field(0.98, "decay of the second moment", low=0, high=0.9999999)
     epsilon: float = _field(1e-9, "added to the root of the second moment", low=POSITIVE)
-    weight_decay: float = _field(0.0, "adamw: decoupled decay of matrices, not of biases and norms", low=0)
+    weight_decay: float = _field(0.0, "all but adam: decoupled decay of matrices, not of biases and norms", low=0)
     clip_norm: float = _field(0.0, "largest global norm of the gradient; 0 does not clip", low=0)
     label_smoothing: float = _field(0.1, "weight of the uniform distribution (paper, 5.4)", low=0, high=0.99)
 

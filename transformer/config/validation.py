@@ -34,7 +34,7 @@ from transformer.runtime.files import user_error_on_oserror
 BLOCKWISE_MIN_LENGTH = 512  # from this length on `auto` chooses attention with memory linear in the length
 
 FUSED_ATTENTION_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # values of model.attention that need a platform
-DECAY_TO_ZERO_SCHEDULES = ("cosine", "linear")  # at train.num_steps
+DECAY_TO_ZERO_SCHEDULES = ("cosine", "linear", "wsd")  # at train.num_steps
 
 
 def _check_mesh(config: Config) -> None:
@@ -159,7 +159,9 @@ _CONDITIONS: tuple[tuple[str, tuple[Condition, ...]], ...] = (  # fields, and th
     ("data.tokenizer", _unset("train.init_from")),
     ("data.bleu_tokenizer", (Condition("data.tokenized", (False,)),)),
     ("data.num_buckets", (Condition("data.batching", ("bucket",)),)),
-    ("optimizer.weight_decay", (Condition("optimizer.name", ("adamw",)),)),
+    ("optimizer.weight_decay", (Condition("optimizer.name", ("adamw", "nadamw", "muon", "schedule_free_adamw")),)),
+    ("optimizer.decay_fraction", (Condition("optimizer.schedule", ("wsd",)),)),
+    ("train.ema_decay", (Condition("optimizer.name", ("adam", "adamw", "nadamw", "muon")),)),
     ("train.max_skipped_updates", (Condition("train.spike_factor"),)),
     ("train.init_checkpoint", (Condition("train.init_from"),)),
     ("decode.beam_size decode.coverage_penalty decode.early_stopping", (Condition("decode.method", ("beam",)),)),
@@ -248,6 +250,12 @@ def check_consistency(
             f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule falls from its peak to 0 at "
             f"train.num_steps = {steps}: expected fewer steps, got {optimizer.warmup_steps}; change either. A quick "
             f"trial needs both lowered, such as optimizer.warmup_steps = {steps // 10}"
+        )
+    decay = optimizer.decay_fraction * steps
+    if strict and optimizer.schedule == "wsd" and optimizer.warmup_steps + decay > steps:
+        raise UserError(
+            f"config.optimizer.decay_fraction = {optimizer.decay_fraction}: the last {decay:g} of train.num_steps = "
+            f"{steps} overlap with optimizer.warmup_steps = {optimizer.warmup_steps}; lower either"
         )
 
 
@@ -404,8 +412,24 @@ def _check_combinations(config: Config) -> None:
     if 0 < train.spike_factor <= 1:
         raise UserError(f"config.train.spike_factor: expected 0 (off), or above 1, such as 2, got {train.spike_factor}")
     _check_profile_steps(train)
+    if optimizer.name == "schedule_free_adamw":
+        _check_schedule_free(optimizer)
     if optimizer.schedule in ("paper", "inverse_sqrt") and not optimizer.warmup_steps:
         raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")
+
+
+def _check_schedule_free(optimizer: schema.OptimizerConfig) -> None:
+    if optimizer.schedule != "constant":
+        raise UserError(
+            "config.optimizer.schedule: schedule_free_adamw averages its iterates instead of lowering the learning "
+            f"rate: expected constant, which has a warm-up too, got {optimizer.schedule}; set schedule to constant and "
+            "learning_rate to its peak"
+        )
+    if not optimizer.beta1:
+        raise UserError(
+            "config.optimizer.beta1: the weight of the average of schedule_free_adamw: expected above 0, such as 0.9, "
+            "got 0"
+        )
 
 
 def _check_rotary(model: schema.ModelConfig) -> None:

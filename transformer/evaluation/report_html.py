@@ -34,7 +34,7 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem; }
   var(--cover) 40%, transparent) left / 36px 100% no-repeat local, linear-gradient(to left, var(--cover) 40%,
   transparent) right / 36px 100% no-repeat local, linear-gradient(to right, var(--shade), transparent) left / 16px
   100% no-repeat, linear-gradient(to left, var(--shade), transparent) right / 16px 100% no-repeat; }
-.card .scroll { --cover: var(--card); }
+.card .scroll, .attention .scroll { --cover: var(--card); }
 th { text-align: left; font-weight: 500; }
 th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--edge); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

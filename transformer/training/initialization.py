@@ -19,6 +19,7 @@ from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 from transformer.training import train_step
+from transformer.training.optimizer import make_optimizer
 from transformer.training.train_step import TrainState
 
 
@@ -127,4 +128,6 @@ def initial_state(warm_start: WarmStart | None, model: ModelDef, config: Config,
     params = loading.read_params(
         warm_start.checkpoints, warm_start.selector, warm_start.steps, warm_start.config, model, mesh
     )
-    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.train.ema_decay else None)
+    ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay else None
+    init = jax.jit(make_optimizer(config).init, out_shardings=train_step.state_shardings(model, config, mesh).opt_state)
+    return TrainState(state.step, params, init(params), ema)  # Schedule-Free's state begins with the params

@@ -1,16 +1,33 @@
-"""The optimizer (paper, section 5.3): learning-rate schedule, Adam, skipped loss spikes, moving average of params."""
+"""The optimizer: schedule, Adam (paper, section 5.3) or another, skipped loss spikes, moving average of params."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
-from transformer.config import Config, TrainConfig
+from transformer.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from transformer.models.registry import Params
 
 LOSS_EMA_DECAY = 0.98  # of the mean loss with which a loss is compared: about the last 50 updates
+MUON_RMS = 0.2  # root mean square of Muon's update before the learning rate: about that of Adam (Liu et al. 2025)
+
+# Axes of a param that Muon takes for rows and columns of a matrix, from the last, as stacked layers have one more.
+_MATRIX = contrib.MuonDimensionNumbers(-2, -1)
+_INTO_HEADS = contrib.MuonDimensionNumbers(-3, (-2, -1))
+_FROM_HEADS = _CONVOLUTION = contrib.MuonDimensionNumbers((-3, -2), -1)
+MUON_PARAMS: dict[str, dict[str, contrib.MuonDimensionNumbers]] = {  # by model.family, and the last part of its name
+    "attention": {
+        **dict.fromkeys(("query", "key", "value"), _INTO_HEADS),
+        "out": _FROM_HEADS,
+        **dict.fromkeys(("kernel_in", "kernel_gate", "kernel_out"), _MATRIX),
+    },
+    "recurrent": dict.fromkeys(("kernel_in", "kernel_state", "query", "key", "out"), _MATRIX),
+    "convolutional": {"kernel": _CONVOLUTION, **dict.fromkeys(("query", "key", "out"), _MATRIX)},
+}
 
 
 class SpikeState(NamedTuple):
@@ -73,7 +90,8 @@ def make_schedule(config: Config) -> optax.Schedule:
 
     `paper`: learning_rate · D^-0.5 · min(step^-0.5, step · warmup^-1.5) with step = count + 1
     (equation 3). All others rise linearly to learning_rate over the warm-up, then stay (`constant`),
-    fall as step^-0.5 (`inverse_sqrt`), or reach 0 at num_steps (`cosine`, `linear`).
+    fall as step^-0.5 (`inverse_sqrt`), or reach 0 at num_steps (`cosine`, `linear`); `wsd` stays, then falls linearly
+    over the last `decay_fraction` of the steps (warm-up, stable, decay: Hu et al. 2024).
     """
     optimizer, steps = config.optimizer, config.train.num_steps
     peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
@@ -87,6 +105,8 @@ def make_schedule(config: Config) -> optax.Schedule:
             return peak * rise
         if optimizer.schedule in ("paper", "inverse_sqrt"):
             return peak * jnp.minimum(rise, (warmup / step) ** 0.5)
+        if optimizer.schedule == "wsd":
+            return peak * rise * jnp.clip((steps + 1.0 - step) / (optimizer.decay_fraction * steps), 0.0, 1.0)
         # From 0 at the end of warm-up to 1 after the last update.
         decayed = jnp.clip((step - 1.0 - warmup) / max(steps - warmup, 1), 0.0, 1.0)
         fall = 0.5 * (1.0 + jnp.cos(jnp.pi * decayed)) if optimizer.schedule == "cosine" else 1.0 - decayed
@@ -96,20 +116,101 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, Adam, decoupled weight decay of matrices, and the schedule, skipped in a loss spike.
+    """Clipping by global norm, the optimizer of `optimizer.name` with its schedule, skipped in a loss spike.
 
-    Its `update` takes the loss of the batch as `value`.
+    All but `adam` have decoupled weight decay of matrices. `update` takes the loss of the batch as `value`.
     """
-    optimizer = config.optimizer
-    chain = []
-    if optimizer.clip_norm:
-        chain.append(optax.clip_by_global_norm(optimizer.clip_norm))
-    chain.append(optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.epsilon))
-    if optimizer.name == "adamw":
+    optimizer, schedule = config.optimizer, make_schedule(config)
+    chain = [_update_direction(config)]
+    if optimizer.name != "adam":
         mask = functools.partial(weight_decay_mask, config.model.scan_layers)
         chain.append(optax.add_decayed_weights(optimizer.weight_decay, mask=mask))
-    chain.append(optax.scale_by_learning_rate(make_schedule(config)))
-    return skip_spikes(optax.chain(*chain), config.train)
+    chain.append(optax.scale_by_learning_rate(schedule))
+    if optimizer.name == "schedule_free_adamw":
+        chain = [schedule_free(optax.chain(*chain), schedule, optimizer)]
+    clip = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
+    return skip_spikes(optax.chain(*clip, *chain), config.train)
+
+
+def _update_direction(config: Config) -> optax.GradientTransformation:
+    """The update before weight decay and learning rate."""
+    optimizer = config.optimizer
+    if optimizer.name == "schedule_free_adamw":  # Adam without momentum, for which the average stands
+        return optax.scale_by_rms(optimizer.beta2, optimizer.epsilon, eps_in_sqrt=False, bias_correction=True)
+    nesterov = optimizer.name == "nadamw"  # Dozat 2016
+    adam = optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.epsilon, nesterov=nesterov)
+    return muon_with_adam(config.model, adam) if optimizer.name == "muon" else adam
+
+
+def muon_with_adam(model: ModelConfig, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for matrices of attention and feed-forward blocks; Adam for all other params.
+
+    Muon's update is an orthogonal matrix, scaled to a root mean square of `MUON_RMS` whatever its shape, so that one
+    learning rate serves both.
+    """
+    dimensions = functools.partial(muon_dimension_numbers, model)
+
+    def scale(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        return jax.tree.map(
+            lambda update, axes: MUON_RMS * _max_fan(update, axes) ** 0.5 * update, updates, dimensions(updates)
+        )
+
+    muon = optax.chain(contrib.scale_by_muon(weight_dimension_numbers=dimensions), optax.stateless(scale))
+    return optax.partition({"muon": muon, "adam": adam}, functools.partial(muon_labels, model))
+
+
+def _max_fan(param: jax.Array, dimensions: contrib.MuonDimensionNumbers) -> int:
+    """The rows or columns of a matrix, whichever are more."""
+    return max(
+        math.prod(param.shape[axis] for axis in ((axes,) if isinstance(axes, int) else axes)) for axes in dimensions
+    )
+
+
+def muon_dimension_numbers(model: ModelConfig, params: optax.Params) -> optax.Params:
+    """Which axes of each param are rows and columns for Muon; None if Adam updates it."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: MUON_PARAMS[model.family].get(path[-1].key), params)
+
+
+def muon_labels(model: ModelConfig, params: optax.Params) -> optax.Params:
+    """The optimizer of each param: muon or adam."""
+    names = MUON_PARAMS[model.family]
+    return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if path[-1].key in names else "adam", params)
+
+
+def schedule_free(
+    inner: optax.GradientTransformation, schedule: optax.Schedule, optimizer: OptimizerConfig
+) -> optax.GradientTransformationExtraArgs:
+    """Schedule-Free learning (Defazio et al. 2024), whose params are the average x of the iterates z.
+
+    Gradients are those at y, see `gradient_params`. `optax.contrib.schedule_free` keeps y as the params and computes x
+    of it; kept the other way round, what is validated, saved, averaged and exported is x as it is.
+
+    Args:
+      inner: the optimizer that moves z, without momentum.
+    """
+    # It counts updates from 1, and `schedule` from 0.
+    free = contrib.schedule_free(inner, lambda count: schedule(count - 1), optimizer.beta1)
+
+    def update(
+        updates: optax.Updates, state: contrib.ScheduleFreeState, params: optax.Params | None = None, **_: Any
+    ) -> tuple[optax.Updates, contrib.ScheduleFreeState]:
+        y = _interpolate(optimizer.beta1, params, state.z)
+        y_updates, state = free.update(updates, state, y)
+        x = contrib.schedule_free_eval_params(state, optax.apply_updates(y, y_updates))
+        return jax.tree.map(jnp.subtract, x, params), state
+
+    return optax.GradientTransformationExtraArgs(free.init, update)
+
+
+def gradient_params(optimizer: OptimizerConfig, params: Params, opt_state: optax.OptState) -> Params:
+    """The params at which the gradient is taken: y = beta1 x + (1 - beta1) z of Schedule-Free, else the params."""
+    if optimizer.name != "schedule_free_adamw":
+        return params
+    return _interpolate(optimizer.beta1, params, optax.tree.get(opt_state, "z"))
+
+
+def _interpolate(weight: float, x: Any, z: Any) -> Any:
+    return jax.tree.map(lambda x_leaf, z_leaf: weight * x_leaf + (1.0 - weight) * z_leaf, x, z)
 
 
 def weight_decay_mask(stacked: bool, params: optax.Params) -> optax.Params:

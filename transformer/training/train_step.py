@@ -50,12 +50,17 @@ def state_shardings(model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
     shapes = nnx.to_pure_dict(model.abstract_params)
     optimizer = make_optimizer(config)
     replicated = sharding.replicated(mesh)
+
+    def is_masked(leaf: Any) -> bool:  # a param that another optimizer of the same run updates
+        return isinstance(leaf, optax.MaskedNode)
+
     opt_state = optax.tree.map_params(
         optimizer,
-        lambda _, param_sharding: param_sharding,
+        lambda leaf, param_sharding: leaf if is_masked(leaf) else param_sharding,
         jax.eval_shape(optimizer.init, shapes),
         params,
         transform_non_params=lambda _: replicated,
+        is_leaf=is_masked,
     )
     return TrainState(cast(Any, replicated), params, opt_state, params if config.train.ema_decay else None)
 
@@ -104,7 +109,8 @@ def make_train_step(
         # Made here: a key made outside would be a constant, read back from an accelerator while the step is lowered.
         dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         key = jax.random.fold_in(dropout_key, state.step)
-        grad_sums, sums = accumulate_gradients(objective, state.params, batch, key, config.train.accumulation_steps)
+        at = optimizer_lib.gradient_params(config.optimizer, state.params, state.opt_state)
+        grad_sums, sums = accumulate_gradients(objective, at, batch, key, config.train.accumulation_steps)
         # The sums run over all rows of all devices, so these are gradients of the mean over the global batch's tokens.
         tokens = jnp.maximum(sums.tokens, 1.0)
         grads = jax.tree.map(lambda grad: grad / tokens, grad_sums)
