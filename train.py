@@ -11,6 +11,7 @@ A config file is Python and runs. Exit codes are listed in transformer/command_l
 
 from transformer import command_line
 from transformer.distributed import multihost
+from transformer.runtime.logging import log_info
 from transformer.training.session import train
 
 
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> None:
     config, args = command_line.parse_with_config(parser, argv)
     with multihost.initialize(args):
         train(config, args.workdir)
+        log_info(f"evaluate it: python eval.py --workdir={args.workdir} --checkpoint=best")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,10 @@ def parse_with_config(
     if found.print_config:
         print(config.to_json(), end="")
         raise SystemExit(0)
+    for flag in parser.parse_known_args(rest)[1]:
+        name = flag.removeprefix("--").partition("=")[0]
+        if sections := [section for section in schema.SECTIONS if name in schema.field_names(section)]:
+            raise UserError(f"--{name}: unknown flag; did you mean --config.{sections[0]}.{name}?")
     return config, parser.parse_args(rest)
 
 

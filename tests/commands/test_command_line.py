@@ -467,6 +467,7 @@ def test_a_workdir_keeps_its_config(tmp_path, capsys):
         (["--workdir=no_such_folder"], "got 0; no_such_folder holds no run to resume"),
         (["--workdir=x", "--config=no_such_folder/config.json"], "no_such_folder/config.json"),
         ([DEMO, "--workdir=x", "--train.num_steps=10"], r"did you mean --config\.train\.num_steps=10\?"),
+        ([DEMO, "--workdir=x", "--num_steps=10"], r"did you mean --config\.train\.num_steps\?"),
     ],
 )
 def test_a_config_that_cannot_be_read_and_a_flag_without_its_prefix_are_refused(flags, match):

@@ -64,7 +64,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
 def test_the_newest_translations_of_a_set_are_found(tmp_path):
     """By step, not by name, and never those of another set or of other decode fields."""
     folder, trained = tmp_path / "translations", make_trained()
-    with pytest.raises(UserError, match=r"expected translations of mine .* found none of these sentences; run python eval.py"):
+    with pytest.raises(
+        UserError, match=r"expected translations of mine .* found none of these sentences; run python eval.py"
+    ):
         systems.newest_translations(tmp_path, DATASET)
     evaluator.result_name(tmp_path, trained, DATASET)
     other = DATASET._replace(references=[["the", "second", "set"]])
