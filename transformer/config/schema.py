@@ -196,6 +196,28 @@ class DataConfig:
         one_of=("auto", "13a", "intl", "zh", "char", "none"),
     )
     max_length: int = _field(256, "training drops pairs with a side of more tokens, end included", low=2, high=65536)
+    filter_min_length: int = _field(0, "training drops pairs with a side of fewer filter_unit; 0: off", low=0)
+    filter_max_length: int = _field(0, "training drops pairs with a side of more filter_unit; 0: off", low=0)
+    filter_max_ratio: float = _field(
+        0.0, "training drops pairs with a side of over this times as many filter_unit as the other; 0: off", low=0
+    )
+    filter_unit: str = _field(
+        "words",
+        "what filters of length and ratio count; words are separated by white space",
+        one_of=("words", "characters"),
+    )
+    filter_copies: bool = _field(False, "training drops pairs whose source equals the target")
+    filter_controls: bool = _field(
+        False, "training drops pairs with control characters other than tabs, or U+FFFD, which stands for damaged text"
+    )
+    filter_script: float = _field(
+        0.0,
+        "training drops pairs with a side of which less than this share of letters is in the script of its language, "
+        "where that is known; 0: off",
+        low=0,
+        high=1,
+    )
+    filter_duplicates: bool = _field(False, "training drops pairs that occur before, by a 64-bit hash")
     batching: str = _field(
         "bucket",
         "bucket: rows of one sentence, in shapes by length; pack: rows of several, in one shape",
