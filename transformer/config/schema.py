@@ -167,9 +167,14 @@ class DataConfig:
     train_target: str = _field("", "text: their translations, line by line")
     valid_source: str = _field("", "text: validation sentences; empty holds out a part of training")
     valid_target: str = _field("", "text: their translations")
-    train: str = _field("", "text: both sides of training in one file: .tsv .jsonl .tmx .po; * ? [ ] match several")
+    train: str = _field(
+        "", "text: both sides of training in one file: .tsv .jsonl .parquet .tmx .po; * ? [ ] match several"
+    )
     valid: str = _field("", "text: both sides of validation in one file")
-    columns: str = _field("", "tsv: which two columns are source and target, counted from 1, as in '1,2'")
+    columns: str = _field(
+        "",
+        "tsv, parquet: which two columns are source and target, counted from 1, as in '1,2'; parquet: or their names",
+    )
     data_dir: str = _field(
         "", "folder of prepared data, vocabularies and token ids; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
     )
