@@ -24,7 +24,7 @@ Pair = tuple[str, str]
 NAMES = ("length", "ratio", "copies", "controls", "script", "duplicates")
 VERSION = 1  # increased whenever the same chain drops other pairs of the same data
 
-MAX_HASHES = 1 << 23  # compared at a time; each takes about 40 bytes
+MAX_HASHES = 1 << 22  # compared at a time; each takes up to 80 bytes
 
 _DUPLICATES = NAMES.index("duplicates") + 1
 _NOT_EXAMINED = 255  # in place of a code
