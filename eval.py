@@ -2,6 +2,7 @@
 
     python eval.py --workdir=DIR [--checkpoint=WHICH] [--split=test]
     python eval.py --workdir=DIR --source=FILE --reference=FILE[,FILE…]
+    python eval.py --workdir=DIR --test_set=wmt14/full
     python eval.py --workdir=DIR --versus=DIR-or-FILE [--versus_checkpoint=WHICH]
     python eval.py --workdir=DIR --watch
 
@@ -67,7 +68,7 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     restored = restored.with_decode(fields)
     data = restored.config.data
     with multihost.primary_first("evaluation set"):
-        dataset = evaluator.load_eval_dataset(data, args.split, args.source, args.reference)
+        dataset = evaluator.load_eval_dataset(data, args.split, args.source, args.reference, args.test_set)
     evaluator.assert_same_on_hosts(restored, dataset)
     baseline = None
     if args.versus:
@@ -114,7 +115,7 @@ def watch(args: argparse.Namespace) -> None:
 
     continuous.CheckpointWatcher(
         args.workdir,
-        lambda config: evaluator.load_eval_dataset(config.data, args.split, args.source, args.reference),
+        lambda config: evaluator.load_eval_dataset(config.data, args.split, args.source, args.reference, args.test_set),
         lambda entry: print(json.dumps(entry), flush=True),
     ).run_forever()
 
@@ -127,6 +128,10 @@ def parse(rest: list[str]) -> argparse.Namespace:
     parser.add_argument("--split", help="split of the config's data set, such as val (default: test)")
     parser.add_argument("--source", type=path, help="text file to translate instead, one sentence a line")
     parser.add_argument("--reference", type=paths, default=[], help="its references; several files with commas between")
+    parser.add_argument(
+        "--test_set",
+        help="public test set to translate instead, by sacreBLEU's name, such as wmt14/full; fetched by sacreBLEU",
+    )
     parser.add_argument(
         "--output",
         type=path,
@@ -145,6 +150,12 @@ def parse(rest: list[str]) -> argparse.Namespace:
     command_line.reject_overwriting(args.output, (args.source, args.versus, *args.reference))
     if args.source and args.split:
         raise UserError("expected --split, or --source with --reference, got both")
+    if args.test_set is not None:
+        if other := "split" if args.split else "source" if args.source else "":
+            raise UserError(f"--test_set replaces --split, and --source with --reference; leave out --{other}")
+        from transformer.evaluation import public_test_sets
+
+        public_test_sets.check_name(args.test_set)
     if args.versus_checkpoint and not args.versus:
         raise UserError("--versus_checkpoint goes with --versus=DIR, got none")
     for flag in ("checkpoint", "output", "versus", "metrics"):

@@ -3,7 +3,7 @@
     python train.py --config=configs/text.py --workdir=runs/mine --config.data.dir=FOLDER
 
 Other languages: --config.data.source_language=fr --config.data.target_language=en. Other layouts:
-one file of both sides (`data.train`: .tsv .jsonl .tmx .po) or two named files (`data.train_source`,
+one file of both sides (`data.train`: .tsv .jsonl .parquet .tmx .po) or two named files (`data.train_source`,
 `data.train_target`), see DataConfig in transformer/config/schema.py. The sizes suit some tens of thousands of
 sentences; more data allows a larger vocabulary, width and more steps.
 

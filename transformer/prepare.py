@@ -67,7 +67,7 @@ def prepare(config: schema.Config, *, report: bool, workers: int = 0) -> None:
         splits = {name: corpus.split(name) for name in corpus.names}
         for name in splits:
             ids.setdefault(name, input_pipeline.token_ids(data, corpus, name, tokenizer, workers))
-        statistics.print_report(config, splits, ids, schedule, corpus.dropped, tokenizer)
+        statistics.print_report(config, splits, ids, schedule, corpus, tokenizer)
 
 
 if __name__ == "__main__":

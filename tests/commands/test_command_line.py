@@ -310,11 +310,17 @@ MISTAKES = [
     (["train.py", DEMO, "--workdir=x", "--config.train.seed=-1"], "config.train.seed: expected at least 0, got -1"),
     (["train.py", DEMO, "--workdir=x", "--config.model.num_heads=3"], "num_heads = 3 does not divide"),
     (["train.py", DEMO, "--workdir=x", "--config.data.name=no_such_set"], "no_such_set"),
+    (["train.py", DEMO, "--workdir=x", "--config.data.filter_max_ratio=0.5"], "expected 0 (off), or at least 1"),
+    (["train.py", DEMO, "--workdir=x", "--config.data.filter_max_ratio=nan"], "expected a finite number, got nan"),
     (["train.py", DEMO], "--workdir"),
     (["train.py", DEMO, "--workdir=x", "--wrokdir=y"], "--wrokdir"),
     (["train.py", DEMO, "--workdir=x", "--config.data.tokenizer=no.model"], "no.model: expected a SentencePiece"),
     (["eval.py"], "--workdir"),
     (["eval.py", "--workdir=x", "--source=a"], "--source and --reference go together"),
+    (["eval.py", "--workdir=x", "--test_set=wmt14/fall"], "sacreBLEU has no such test set; did you mean wmt14/full"),
+    (["eval.py", "--workdir=x", "--test_set="], "sacreBLEU has no such test set"),
+    (["eval.py", "--workdir=x", "--test_set=wmt14/full", "--split=val"], "leave out --split"),
+    (["eval.py", "--workdir=x", "--test_set=wmt14", "--source=a", "--reference=b"], "leave out --source"),
     (["eval.py", "--workdir=x", "--decode.bean_size=3"], "unknown field 'bean_size'; did you mean 'beam_size'"),
 ]
 

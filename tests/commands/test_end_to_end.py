@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import sacrebleu
 
 from tests.conftest import ROOT, slow
 from tests.helpers.commands import run
@@ -157,6 +158,21 @@ def test_the_score_is_that_of_the_sacrebleu_command_on_the_written_file(workdir,
     page = (workdir / "report.html").read_text()
     assert report["bleu_signature"] in page
     assert "validation, step 250" in page
+
+
+def test_a_public_test_set_is_scored_under_its_name(workdir, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sacrebleu.DATASETS["wmt14/full"], "_outdir", str(tmp_path))
+    texts = {"src": (folder / "test.en").read_bytes(), "ref": (folder / "test.de").read_bytes()}
+    for field in sacrebleu.DATASETS["wmt14/full"].fieldnames("en-de"):
+        (tmp_path / f"wmt14_full.en-de.{field}").write_bytes(texts.get(field, b""))
+    flag = "--test_set=wmt14/full"
+    public, own = (
+        json.loads(run("eval.py", f"--workdir={workdir}", *flags).stdout.splitlines()[-1]) for flags in ([flag], [])
+    )
+    assert public["bleu"] == own["bleu"]
+    written = (workdir / "translations" / "250.wmt14_full.txt").read_bytes()
+    assert written == (workdir / "translations" / "250.test.txt").read_bytes()
+    assert (workdir / "reports" / "250.wmt14_full.html").exists()
 
 
 def test_validation_and_eval_agree(workdir):

@@ -96,6 +96,8 @@ ZERO_IS_FINE = {
     ("train", "seed"),
     ("train", "keep_best"),
     ("train", "early_stopping_patience"),
+    ("data", "filter_min_length"),
+    ("data", "filter_max_length"),
     ("optimizer", "warmup_steps"),
     ("eval", "validation_sentences"),
     ("eval", "validation_beam_size"),

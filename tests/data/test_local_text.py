@@ -155,11 +155,24 @@ def test_missing_files_are_refused(tmp_path):
     assert "unknown format '.en'" in refusal_of(config(train=tmp_path / "train.en"))
 
 
+def test_parquet_files_become_splits(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name, rows in {"a": [("x", "y"), ("", "z")], "b": [("u", "v")], "valid": [("s", "t")]}.items():
+        table = {"id": range(len(rows)), "target": [row[1] for row in rows], "source": [row[0] for row in rows]}
+        parquet.write_table(arrow.table(table), tmp_path / f"{name}.parquet")
+    named = {"train": tmp_path / "[ab].parquet", "valid": tmp_path / "valid.parquet", "columns": "source,target"}
+    splits = local_text.find_splits(config(**named))
+    pairs = {name: [pair for part in files.parts() for pair in part.pairs()] for name, files in splits.items()}
+    assert pairs == {"train": [("x", "y"), ("", "z"), ("u", "v")], "validation": [("s", "t")]}
+    assert "expected names or numbers" in refusal_of(config(**{**named, "columns": "source"}))
+
+
 def test_columns_without_tsv_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"")
     (tmp_path / "a.tsv").write_bytes(b"")
-    assert "picks columns of .tsv files" in refusal_of(config(train=tmp_path / "a.jsonl", columns="1,2"))
+    assert "picks columns of .tsv or .parquet files" in refusal_of(config(train=tmp_path / "a.jsonl", columns="1,2"))
     assert "expected two columns" in refusal_of(config(train=tmp_path / "a.tsv", columns="1"))
+    assert "expected two columns" in refusal_of(config(train=tmp_path / "a.tsv", columns="source,target"))
     assert local_text.find_splits(config(train=tmp_path / "a.tsv", columns="2,1"))["train"].columns == "2,1"
 
 

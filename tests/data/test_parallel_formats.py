@@ -1,4 +1,5 @@
 import gzip
+import importlib.util
 import json
 import lzma
 
@@ -231,7 +232,7 @@ def test_a_file_of_no_bytes_has_no_pairs(tmp_path, extension):
 def test_an_unknown_extension_is_refused_with_the_known_ones(tmp_path, name):
     message = refusal_of(tmp_path / name, b"a\tb\n")
     assert name in message
-    assert ".tsv, .jsonl, .tmx, .po" in message
+    assert ".tsv, .jsonl, .parquet, .tmx, .po" in message
 
 
 @pytest.mark.parametrize(
@@ -247,3 +248,90 @@ def test_a_truncated_archive_is_refused_in_every_format(tmp_path, extension, con
     packed = lzma.compress(content.encode())
     assert len(pairs_of(tmp_path / f"a{extension}.xz", packed)) == 1000
     assert "damaged or truncated archive" in refusal_of(tmp_path / f"a{extension}.xz", packed[:-20])
+
+
+PAIRS = [("one", "eins"), ("", "  two\u2028"), ("three\rthree", "drei")]
+
+
+def parquet_of(path, table, **options):
+    """Writes a table, or the columns of one."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table(table) if isinstance(table, dict) else table, path, **options)
+    return path
+
+
+def parquet_refusal(path, columns=""):
+    with pytest.raises(UserError) as error:
+        list(parallel_formats.read_pairs(path, LANGUAGES, columns))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (("id", "en", "de"), ""),
+        (("id", "source", "target"), "source, target"),
+        (("id", "source", "target"), "2,3"),
+        (("1", "3", "2"), "3,2"),  # names come before numbers
+    ],
+)
+def test_parquet_columns_are_picked_by_language_name_or_number(tmp_path, names, columns):
+    table = dict(zip(names, [range(3), *([pair[side] for pair in PAIRS] for side in (0, 1))], strict=True))
+    path = parquet_of(tmp_path / "a.parquet", table, row_group_size=2)
+    assert list(parallel_formats.read_pairs(path, LANGUAGES, columns)) == PAIRS
+
+
+def test_parquet_may_have_the_layout_of_hugging_face_and_many_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel_formats, "_PARQUET_ROWS", 2)
+    texts = [{"de": target, "en": source, "fr": "x"} for source, target in PAIRS * 5]
+    path = parquet_of(tmp_path / "a.parquet", {"translation": texts, "n": range(15)}, compression="zstd")
+    assert list(parallel_formats.read_pairs(path, LANGUAGES)) == PAIRS * 5
+    path = parquet_of(tmp_path / "b.parquet", {"translation": [{"en": "a", "fr": "b"}]})
+    assert "expected 'de' in the column 'translation', got en, fr" in parquet_refusal(path)
+
+
+def test_parquet_of_dictionaries_and_no_rows(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    text = arrow.array(["a", "b", "a"]).dictionary_encode()
+    path = parquet_of(tmp_path / "a.parquet", {"en": text, "de": arrow.array(["x", "y", "z"], arrow.large_string())})
+    assert list(parallel_formats.read_pairs(path, LANGUAGES)) == [("a", "x"), ("b", "y"), ("a", "z")]
+    path = parquet_of(tmp_path / "b.parquet", {"en": arrow.array([], "string"), "de": arrow.array([], "string")})
+    assert list(parallel_formats.read_pairs(path, LANGUAGES)) == []
+
+
+def test_what_is_no_text_in_parquet_is_refused_with_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel_formats, "_PARQUET_ROWS", 2)
+    for value, says in [(None, "expected text under 'de', got None"), ("a\nb", "a line break"), ("\0", "a NUL")]:
+        path = parquet_of(tmp_path / "a.parquet", {"en": ["a"] * 4, "de": ["b", "b", "b", value]})
+        assert parquet_refusal(path).startswith(f"{path}, row 4: ")
+        assert says in parquet_refusal(path)
+    path = parquet_of(tmp_path / "a.parquet", {"en": [1], "de": ["b"]})
+    assert "row 1: expected text under 'en', got 1" in parquet_refusal(path)
+    arrow = pytest.importorskip("pyarrow")
+    damaged = arrow.array([b"\xff"], arrow.binary()).view(arrow.string())
+    path = parquet_of(tmp_path / "a.parquet", {"en": damaged, "de": ["b"]})
+    assert "damaged, or no Parquet file ('utf-8' codec" in parquet_refusal(path)
+
+
+def test_parquet_columns_that_are_not_there_are_refused(tmp_path):
+    path = parquet_of(tmp_path / "a.parquet", {"en": ["a"], "x": ["b"]})
+    assert "expected the column 'de', got 'en', 'x'; pick two with config.data.columns" in parquet_refusal(path)
+    assert "expected the column '3', got 'en', 'x'" in parquet_refusal(path, "1,3")
+    assert "picks the column 'en' for source and target" in parquet_refusal(path, "1,en")
+    for columns in ("x", "x,", "x,y,z"):
+        assert "expected names or numbers of two columns" in parquet_refusal(path, columns)
+    assert "the same column" in parquet_refusal(path, "x,x")
+
+
+def test_a_file_that_is_not_parquet_is_refused(tmp_path):
+    whole = parquet_of(tmp_path / "a.parquet", {"en": ["a"] * 999, "de": ["b"] * 999}).read_bytes()
+    for content in (b"", b"a\tb\n", whole[:-20], whole[:4] + bytes(60) + whole[64:]):
+        (tmp_path / "a.parquet").write_bytes(content)
+        assert parquet_refusal(tmp_path / "a.parquet").startswith(f"{tmp_path}/a.parquet")
+    assert "Parquet compresses its columns itself" in parquet_refusal(tmp_path / "a.parquet.gz")
+    assert "no such file" in parquet_refusal(tmp_path / "none.parquet")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert parquet_refusal(tmp_path / "a.parquet").endswith("which is not installed; pip install pyarrow")

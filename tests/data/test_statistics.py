@@ -82,7 +82,7 @@ def rows(text):
 def test_the_tables_say_it(parts, capsys):
     config, corpus, splits, ids, trained = parts
     plan = input_pipeline.make_batch_schedule(config, ids["train"])
-    statistics.print_report(config, splits, ids, plan, corpus.dropped, trained)
+    statistics.print_report(config, splits, ids, plan, corpus, trained)
     out = capsys.readouterr().out
     pairs, tokens = rows(out)[:3], rows(out)[3:]
     assert pairs == [
@@ -98,10 +98,32 @@ def test_the_tables_say_it(parts, capsys):
     assert f"train.num_steps = 100 are {100 / plan.steps_per_epoch:,.1f} epochs" in out
 
 
+def test_the_report_shows_what_each_filter_took(parts, capsys):
+    config, _, _, ids, trained = parts
+    chain = {"filter_max_ratio": 3.0, "filter_controls": True, "filter_duplicates": True}
+    corpus = corpora.open_corpus(dataclasses.replace(config.data, **chain))
+    splits = {"train": corpus.split("train")}
+    ids = {"train": input_pipeline.token_ids(config.data, corpus, "train", trained)}
+    statistics.print_report(
+        config, splits, ids, input_pipeline.make_batch_schedule(config, ids["train"]), corpus, trained
+    )
+    out = capsys.readouterr().out
+    assert rows(out)[0] == ["train", "5", "1", "0 dropped", "0 (0.0%)", ""]
+    assert "Filters of 8 training pairs" in out
+    assert rows(out)[3:] == [
+        ["ratio", "a side has over 3 times the words of the other", "1 (12.5%)"],
+        ["controls", "control characters or U+FFFD", "0 (0.0%)"],
+        ["duplicates", "the pair occurs before", "2 (25.0%)"],
+    ]
+    assert f"ratio: {('long ' * 40)[:80]}… → lang\n" in out
+    assert out.count("duplicates: one two → eins zwei\n") == 2
+    assert statistics._shorten("a\x07\ufffd\u2028b") == "a\\x07\ufffd\\u2028b"
+
+
 def test_markup_in_a_name_is_escaped(parts, capsys):
     config, corpus, splits, ids, trained = parts
     plan = input_pipeline.make_batch_schedule(dataclasses.replace(config), ids["train"])
     renamed = {"train": splits["train"], "[b]": splits["test"]}
     both = {"train": ids["train"], "[b]": ids["test"]}
-    statistics.print_report(config, renamed, both, plan, corpus.dropped, trained)
+    statistics.print_report(config, renamed, both, plan, corpus, trained)
     assert "[b]" in capsys.readouterr().out

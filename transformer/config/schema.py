@@ -167,9 +167,14 @@ class DataConfig:
     train_target: str = _field("", "text: their translations, line by line")
     valid_source: str = _field("", "text: validation sentences; empty holds out a part of training")
     valid_target: str = _field("", "text: their translations")
-    train: str = _field("", "text: both sides of training in one file: .tsv .jsonl .tmx .po; * ? [ ] match several")
+    train: str = _field(
+        "", "text: both sides of training in one file: .tsv .jsonl .parquet .tmx .po; * ? [ ] match several"
+    )
     valid: str = _field("", "text: both sides of validation in one file")
-    columns: str = _field("", "tsv: which two columns are source and target, counted from 1, as in '1,2'")
+    columns: str = _field(
+        "",
+        "tsv, parquet: which two columns are source and target, counted from 1, as in '1,2'; parquet: or their names",
+    )
     data_dir: str = _field(
         "", "folder of prepared data, vocabularies and token ids; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
     )
@@ -196,6 +201,28 @@ class DataConfig:
         one_of=("auto", "13a", "intl", "zh", "char", "none"),
     )
     max_length: int = _field(256, "training drops pairs with a side of more tokens, end included", low=2, high=65536)
+    filter_min_length: int = _field(0, "training drops pairs with a side of fewer filter_unit; 0: off", low=0)
+    filter_max_length: int = _field(0, "training drops pairs with a side of more filter_unit; 0: off", low=0)
+    filter_max_ratio: float = _field(
+        0.0, "training drops pairs with a side of over this times as many filter_unit as the other; 0: off", low=0
+    )
+    filter_unit: str = _field(
+        "words",
+        "what filters of length and ratio count; words are separated by white space",
+        one_of=("words", "characters"),
+    )
+    filter_copies: bool = _field(False, "training drops pairs whose source equals the target")
+    filter_controls: bool = _field(
+        False, "training drops pairs with control characters other than tabs, or U+FFFD, which stands for damaged text"
+    )
+    filter_script: float = _field(
+        0.0,
+        "training drops pairs with a side of which less than this share of letters is in the script of its language, "
+        "where that is known; 0: off",
+        low=0,
+        high=1,
+    )
+    filter_duplicates: bool = _field(False, "training drops pairs that occur before, by a 64-bit hash")
     batching: str = _field(
         "bucket",
         "bucket: rows of one sentence, in shapes by length; pack: rows of several, in one shape",

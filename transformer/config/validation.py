@@ -491,6 +491,7 @@ def _check_data(data: DataConfig, needs_data: bool) -> None:
             "config.data.tokenizer: expected bpe, unigram or the path of a .model, .codes or .json file, got "
             f"{data.tokenizer!r}"
         )
+    _check_filters(data)
     if data.name != "text":
         return
     sources = [name for name in ("dir", "train_source", "train") if getattr(data, name)]
@@ -507,6 +508,24 @@ def _check_data(data: DataConfig, needs_data: bool) -> None:
         raise UserError("config.data: set valid or valid_source with valid_target, not both")
     if data.dir and (data.valid or data.valid_source):
         raise UserError("config.data: data.dir has its own val files; leave the valid fields empty")
+
+
+def _check_filters(data: DataConfig) -> None:
+    low, high, unit = data.filter_min_length, data.filter_max_length, data.filter_unit
+    if low > high > 0:
+        raise UserError(
+            f"config.data.filter_max_length: expected at least filter_min_length = {low}, or 0 for no limit, got {high}"
+        )
+    if 0 < data.filter_max_ratio < 1:
+        raise UserError(
+            "config.data.filter_max_ratio: expected 0 (off), or at least 1, such as 3: how many times as long the "
+            f"longer side may be; got {data.filter_max_ratio:g}"
+        )
+    if unit != "words" and not (low or high or data.filter_max_ratio):
+        raise UserError(
+            f"config.data.filter_unit = {unit}: read only with filter_min_length, filter_max_length or "
+            "filter_max_ratio, all of which are off; set one, or leave it out"
+        )
 
 
 # Fields that may change on resume because they do not affect future updates. Files of data and vocabulary may have

@@ -1,9 +1,10 @@
 """Opens the corpus of a config: splits of sentence pairs from TFDS, the user's text files or WMT archives.
 
 `open_corpus` prepares the data set if necessary (`prepared`) and returns a `Corpus`, whose `split(name)` is a `Split`:
-random access to (source, target). Training drops pairs with a blank side; other splits keep them. Without a validation
-split, a part of training is held out by a hash of the source sentence. Which rows these are, and the digests of
-all splits, are computed in one pass over the data and cached beside it (`CorpusMetadata`).
+random access to (source, target). Training drops pairs with a blank side and what the filters of the config drop;
+other splits keep all. Without a validation split, a part of training is held out by a hash of the source sentence,
+before filters. Which rows these are, and the digests of all splits, are computed in one pass over the data and cached
+beside it (`CorpusMetadata`), as is what filters drop (`load_or_compute_drops`).
 """
 
 import dataclasses
@@ -28,14 +29,17 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from transformer.config.schema import PATH_FIELDS, WMT_NAMES, DataConfig
+from transformer.data import filters as filter_chain
 from transformer.data import local_text, prepared, records, shards, wmt
 from transformer.data import tokenizer as tokenizers
+from transformer.data.filters import FilterChain
 from transformer.data.records import RecordReader
+from transformer.data.schedule_store import FileStore
 from transformer.data.shards import ShardedSplit, ShardJob
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import file_lock
+from transformer.runtime.files import file_lock, user_error_on_oserror
 from transformer.runtime.logging import log_info
 from transformer.runtime.worker_pool import WorkerPool
 
@@ -48,6 +52,7 @@ METADATA_VERSION = 1  # increased whenever the same data gives other metadata
 _CHUNK_PAIRS = 4096
 _CHUNK_ROWS = 1 << 18
 _FEW_FILES = 2  # are read by this process
+_DROPS = "dropped"  # name of the array of `load_or_compute_drops`
 _CANDIDATES = 1 << 14  # hashes among which rows to hold out are looked for first
 
 
@@ -57,8 +62,8 @@ class RowsExcept:
     Example: 5 rows without [1, 3] are [0, 2, 4].
     """
 
-    def __init__(self, total: int, excluded: Sequence[int]):
-        self._excluded = np.sort(np.array(excluded, np.int64))
+    def __init__(self, total: int, excluded: Sequence[int] | np.ndarray):
+        self._excluded = np.sort(np.asarray(excluded, np.int64))
         self._total = total
         self._kept_before = self._excluded - np.arange(len(self._excluded))  # rows that are before each of them
 
@@ -218,10 +223,10 @@ class CorpusMetadata:
     held_out: list[int]
     longest: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def train_rows(self) -> RowsExcept | None:
-        """The rows of the training split; None for all."""
-        excluded = self.blank + self.held_out
-        return RowsExcept(self.pairs["train"], excluded) if excluded else None
+    def train_rows(self, filtered: Sequence[int] | np.ndarray = ()) -> RowsExcept | None:
+        """The rows of the training split without those that filters drop; None for all."""
+        excluded = np.concatenate([np.array(rows, np.int64) for rows in (self.blank, self.held_out, filtered)])
+        return RowsExcept(self.pairs["train"], excluded) if len(excluded) else None
 
 
 class Corpus:
@@ -231,20 +236,39 @@ class Corpus:
       source_language, target_language: language codes.
       names: of the splits.
       dropped: the number of training pairs dropped because a side is blank.
+      filters: of training, or None.
+      filtered: filter → the number of training pairs that it dropped.
       digest: changes with any split; in hexadecimal.
     """
 
     def __init__(
-        self, data: prepared.PreparedDataset, languages: tuple[str, str], strip_cr: bool = False, workers: int = 0
+        self,
+        data: prepared.PreparedDataset,
+        languages: tuple[str, str],
+        strip_cr: bool = False,
+        workers: int = 0,
+        filters: FilterChain | None = None,
+        cache_dir: str = "",
     ):
-        """Makes a corpus of a prepared data set; `strip_cr` as in `Split`, `workers` as in `open_corpus`."""
+        """Makes a corpus of a prepared data set; `strip_cr` as in `Split`, `workers` as in `open_corpus`.
+
+        Args:
+          filters: of training.
+          cache_dir: the folder under which what they drop is cached.
+        """
         self.source_language, self.target_language = self._languages = languages
         self._data, self._strip_cr = data, strip_cr
         metadata = load_or_compute_metadata(data, languages, strip_cr, workers)
         self.dropped, self._longest = len(metadata.blank), metadata.longest
         # Split → the prepared split that holds its rows, and their indices there (None: all).
         self._split_rows: dict[str, tuple[str, np.ndarray | RowsExcept | None]] = {n: (n, None) for n in data.names}
-        if (rows := metadata.train_rows()) is not None:
+        self.filters, self.filtered = filters, dict[str, int]()
+        self._codes_N = np.zeros(0, np.uint8)
+        if filters is not None:
+            job = ShardJob("", languages, scan=True, strip_cr=strip_cr, filters=filters)
+            self._codes_N = load_or_compute_drops(data, metadata, job, workers, cache_dir)
+            self.filtered = filter_chain.counts(self._codes_N, filters)
+        if (rows := metadata.train_rows(np.flatnonzero(self._codes_N))) is not None:
             self._split_rows["train"] = ("train", rows)
         if metadata.held_out:
             self._split_rows["validation"] = ("train", np.array(metadata.held_out))
@@ -254,6 +278,28 @@ class Corpus:
             self._digests[name] = split_digest(metadata.digests[prepared_split], indices)
         self.digest = hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()
         _log_metadata(metadata)
+        self._check_filtered()
+
+    def _check_filtered(self) -> None:
+        """Logs what filters dropped; a UserError if that is everything."""
+        if self.filters is None:
+            return
+        rows = self._split_rows["train"][1]
+        count = sum(self.filtered.values())
+        total = count + (len(self._codes_N) if rows is None else len(rows))
+        by_filter = ", ".join(f"{name} {number:,}" for name, number in self.filtered.items())
+        if count == total:
+            raise UserError(
+                f"config.data.filter_…: the filters drop all {total:,} training pairs ({by_filter}): expected some to "
+                "be left; loosen them"
+            )
+        log_info(f"data: filters drop {count:,} of {total:,} training pairs: {by_filter}")
+
+    def filtered_examples(self, name: str, count: int) -> list[Pair]:
+        """A few of the training pairs that a filter dropped, spread over the split."""
+        rows = filter_chain.rows_of(self._codes_N, name)
+        rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64))]
+        return list(Split("train", "", self._languages, self._data.records("train"), rows, self._strip_cr))
 
     def split(self, name: str) -> Split:
         """The split `name`; "test" also names the only split whose name starts with it, and "val" the validation split.
@@ -304,29 +350,34 @@ def open_corpus(data: DataConfig, *, tokenize: bool = False, workers: int = 0) -
         make_builder = functools.partial(local_text.ParallelText, local_text.find_splits(data), folder)
     elif name in WMT_NAMES:
         make_builder = functools.partial(wmt.WmtBuilder, _tfds_builder(data), folder, data.manual_dir)
+    filters = FilterChain.from_config(data)
     # TFDS splits the archives of WMT at LF only, and our records of them equal its records.
     languages, strip_cr = (data.source_language, data.target_language), name in WMT_NAMES
 
     def one_pass() -> prepared.OnePass:
         tokenizer = tokenizers.load_configured(data) if tokenize else None
         finish = functools.partial(_finish_one_pass, languages, folder)
-        return prepared.OnePass(languages, strip_cr, tokenizer, workers, finish)
+        return prepared.OnePass(languages, strip_cr, tokenizer, filters, workers, finish)
 
     owned = name in ("text", "cldr", *WMT_NAMES)
     dataset = prepared.prepare(make_builder, owned=owned, one_pass=one_pass)
-    return Corpus(dataset, languages, strip_cr, workers)
+    return Corpus(dataset, languages, strip_cr, workers, filters, folder)
 
 
 def _finish_one_pass(
     languages: tuple[str, str], data_dir: str, splits: Mapping[str, ShardedSplit], data_digest: str, folder: epath.Path
 ) -> None:
-    """Writes the metadata, and the token ids of training if it was tokenized."""
+    """Writes the metadata, what filters drop, and the token ids of training if it was tokenized."""
+    train = splits["train"]
+    codes_N = np.zeros(0, np.uint8)
     with progress.phase("data: joining what is known of the pairs"):
         metadata = _compute_metadata(splits)
         _save_metadata(_metadata_path(folder, languages), data_digest, metadata)
-    train = splits["train"]
-    if train.job.tokenizer is not None:
-        rows = metadata.train_rows()
+        if train.job.filters is not None:
+            store = FileStore(_drops_folder(data_dir, metadata, languages, train.job.filters))
+            codes_N = store.array(_DROPS, lambda: _resolve_drops(metadata, train), metadata.pairs["train"])
+    rows = metadata.train_rows(np.flatnonzero(codes_N))
+    if train.job.tokenizer is not None and (rows is None or len(rows)):
         digest = split_digest(metadata.digests["train"], rows)
         ids_folder = shards.ids_folder(data_dir, digest, languages, train.job.tokenizer)
         with progress.phase("data: joining the token ids"):
@@ -344,6 +395,7 @@ def validate_source(data: DataConfig) -> None:
     for name, address in (addresses | {"TFDS_DATA_DIR": os.environ.get("TFDS_DATA_DIR", "")}).items():
         if reason := object_storage.unsupported_reason(address):
             raise UserError(f"{name}: {reason}")
+    FilterChain.from_config(data)
     if data.name == "text":
         local_text.find_splits(data)
     else:
@@ -459,14 +511,57 @@ def load_or_compute_metadata(
     return metadata
 
 
+def load_or_compute_drops(
+    data: prepared.PreparedDataset, metadata: CorpusMetadata, job: ShardJob, workers: int, cache_dir: str
+) -> np.ndarray:
+    """Which filter drops each row of training, [N] uint8 as in `filters`, from the cache or by reading all of them.
+
+    Args:
+      job: scans with these filters, in any folder.
+      cache_dir: the folder under which the result is cached.
+    """
+    assert job.filters is not None
+
+    def compute() -> np.ndarray:
+        with tempfile.TemporaryDirectory(prefix="scan-") as work:
+            scanned = _scan(data, dataclasses.replace(job, folder=work), workers, ["train"])
+            return _resolve_drops(metadata, scanned["train"])
+
+    folder = _drops_folder(cache_dir, metadata, job.languages, job.filters)
+    with user_error_on_oserror(f"{folder}, under config.data.data_dir"):
+        object_storage.pull(folder)
+        codes_N = FileStore(folder).array(_DROPS, compute, metadata.pairs["train"])
+        if folder.exists():
+            object_storage.push(folder)
+    return codes_N
+
+
+def _drops_folder(
+    cache_dir: str, metadata: CorpusMetadata, languages: tuple[str, str], filters: FilterChain
+) -> epath.Path:
+    """The cache of what filters drop of this training split."""
+    digest = split_digest(metadata.digests["train"], metadata.train_rows())
+    return epath.Path(cache_dir, "filters", f"{digest[:24]}-{'-'.join(languages)}-{filters.digest[:24]}")
+
+
+def _resolve_drops(metadata: CorpusMetadata, train: ShardedSplit) -> np.ndarray:
+    """Which filter drops each row, from what the shards say of each pair."""
+    assert train.job.filters is not None
+    hashes = functools.partial(train.known_by_shard, "pair_hash")
+    left_out = metadata.blank + metadata.held_out
+    return filter_chain.resolve(train.known("filter"), left_out, train.job.filters, hashes)
+
+
 def _metadata_path(folder: epath.Path, languages: tuple[str, str]) -> epath.Path:
     return folder / f"contents.{'-'.join(languages)}.json"
 
 
-def _scan(data: prepared.PreparedDataset, job: ShardJob, workers: int) -> dict[str, ShardedSplit]:
-    """Reads all pairs of all splits."""
+def _scan(
+    data: prepared.PreparedDataset, job: ShardJob, workers: int, names: Sequence[str] = ()
+) -> dict[str, ShardedSplit]:
+    """Reads all pairs of these splits, by default of all."""
     splits = {}
-    for name in data.names:
+    for name in names or data.names:
         files = data.records(name).files()
         with progress.phase(f"data: scanning {name}", sum(count for _, count in files), "pairs") as phase:
             blocks = shards.stored_blocks(name, files, job.languages)

@@ -84,11 +84,7 @@ def find_splits(data: DataConfig) -> dict[str, SplitFiles]:
     for path in itertools.chain.from_iterable(paths for paths, _ in found.values()):
         text_files.check_readable(path)
     formats = {parallel_formats.pair_format(path) for paths, sides in found.values() if sides == 1 for path in paths}
-    parallel_formats.parse_columns(data.columns)
-    if data.columns and ".tsv" not in formats:
-        raise UserError(
-            "config.data.columns: picks columns of .tsv files, and neither data.train nor data.valid is one"
-        )
+    parallel_formats.check_columns(data.columns, formats)
     return {split: SplitFiles(paths, languages, data.columns, sides) for split, (paths, sides) in found.items()}
 
 

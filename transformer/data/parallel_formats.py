@@ -1,10 +1,12 @@
-"""Reads (source, target) pairs from files with both languages: TSV, JSONL, TMX and PO."""
+"""Reads (source, target) pairs from files with both languages: TSV, JSONL, Parquet, TMX and PO."""
 
+import importlib.util
 import json
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import Any
 from xml.parsers import expat
 
 import polib
@@ -13,9 +15,10 @@ from etils import epath
 from transformer.data import text_files
 from transformer.runtime.errors import UserError
 
-PAIR_FORMATS = (".tsv", ".jsonl", ".tmx", ".po")
+PAIR_FORMATS = (".tsv", ".jsonl", ".parquet", ".tmx", ".po")
 
 _CHUNK = 1 << 16
+_PARQUET_ROWS = 4096  # decoded at a time
 
 
 def read_pairs(path: epath.PathLike, languages: tuple[str, str], columns: str = "") -> Iterator[tuple[str, str]]:
@@ -24,7 +27,7 @@ def read_pairs(path: epath.PathLike, languages: tuple[str, str], columns: str = 
     Args:
       path: ends in one of PAIR_FORMATS, optionally followed by one of COMPRESSIONS.
       languages: codes of source and target.
-      columns: of a TSV file, counted from 1: "1,2". Empty: the file has two.
+      columns: of a TSV file, counted from 1: "1,2". Empty: the file has two. Of a Parquet file, also names: "en,de".
 
     Raises:
       UserError: as `text_files.read_lines`, or an unknown extension, or a record that is not one pair.
@@ -34,6 +37,8 @@ def read_pairs(path: epath.PathLike, languages: tuple[str, str], columns: str = 
         return _read_tsv(path, parse_columns(columns))
     if extension == ".jsonl":
         return _read_jsonl(path, languages)
+    if extension == ".parquet":
+        return _read_parquet(path, languages, columns)
     return _read_tmx(path, languages) if extension == ".tmx" else _read_po(path)
 
 
@@ -46,6 +51,11 @@ def pair_format(path: epath.PathLike) -> str:
             f"ending in {', '.join(PAIR_FORMATS)}, then perhaps in {', '.join(text_files.COMPRESSIONS)}; "
             "plain text takes two files"
         )
+    if extension == ".parquet":
+        if text_files.strip_compression(os.fspath(path)) != os.fspath(path):
+            raise UserError(f"{path}: Parquet compresses its columns itself; decompress the file")
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError(f"{path}: reading Parquet needs pyarrow, which is not installed; pip install pyarrow")
     return extension
 
 
@@ -54,11 +64,41 @@ def parse_columns(columns: str) -> tuple[int, int] | None:
     if not columns:
         return None
     parts = [part.strip() for part in columns.split(",")]
-    if len(parts) != 2 or not all(re.fullmatch("[0-9]{1,9}", part) and int(part) for part in parts):
+    if len(parts) != 2 or not all(map(_is_column_number, parts)):
         raise UserError(f"config.data.columns: expected two columns counted from 1, as in '1,2', got {columns!r}")
     if int(parts[0]) == int(parts[1]):
         raise UserError(f"config.data.columns: source and target are the same column in {columns!r}")
     return int(parts[0]) - 1, int(parts[1]) - 1
+
+
+def parse_column_names(columns: str) -> tuple[str, str] | None:
+    """The two names or numbers in `data.columns` for Parquet; None if it is empty."""
+    if not columns:
+        return None
+    parts = tuple(part.strip() for part in columns.split(","))
+    if len(parts) != 2 or not all(parts):
+        raise UserError(
+            f"config.data.columns: expected names or numbers of two columns, as in 'en,de' or '1,2', got {columns!r}"
+        )
+    if parts[0] == parts[1]:
+        raise UserError(f"config.data.columns: source and target are the same column in {columns!r}")
+    return parts[0], parts[1]
+
+
+def check_columns(columns: str, formats: Iterable[str]) -> None:
+    """Raises a UserError unless `data.columns` suits files of these formats."""
+    if ".tsv" in formats or ".parquet" not in formats:
+        parse_columns(columns)
+    else:
+        parse_column_names(columns)
+    if columns and not {".tsv", ".parquet"} & set(formats):
+        raise UserError(
+            "config.data.columns: picks columns of .tsv or .parquet files, and neither data.train nor data.valid is one"
+        )
+
+
+def _is_column_number(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,9}", text) is not None and int(text) > 0
 
 
 def _strip_trailing_blank_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -108,7 +148,11 @@ def _read_jsonl(path: epath.PathLike, languages: tuple[str, str]) -> Iterator[tu
 def _json_text(record: dict, language: str, where: str) -> str:
     if language not in record:
         raise UserError(f"{where}: expected the key {language!r}, got {', '.join(map(repr, record)) or 'none'}")
-    text = record[language]
+    return _one_line_text(record[language], language, where)
+
+
+def _one_line_text(text: Any, language: str, where: str) -> str:
+    """The text under a key or in a column, which must be one line of characters."""
     if not isinstance(text, str):
         raise UserError(f"{where}: expected text under {language!r}, got {text!r:.60}")
     # A line break would shift all later lines of a plain text file; replacing it would change the reference.
@@ -118,6 +162,63 @@ def _json_text(record: dict, language: str, where: str) -> str:
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         raise UserError(f"{where}: the text under {language!r} holds half a surrogate pair, which is not a character")
     return text
+
+
+def _read_parquet(path: epath.PathLike, languages: tuple[str, str], columns: str) -> Iterator[tuple[str, str]]:
+    """Yields pairs row by row; rows are decoded a few at a time."""
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    row = 1
+    with text_files.user_errors(path), epath.Path(path).expanduser().open("rb") as stream:
+        try:
+            file = pyarrow.parquet.ParquetFile(stream)
+            picked = _parquet_columns(file.schema_arrow, f"{path}", languages, parse_column_names(columns))
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=[".".join(name) for name in picked]):
+                sides = []
+                for top, *fields in picked:
+                    column = batch.column(top)
+                    sides.append((pyarrow.compute.struct_field(column, fields) if fields else column).to_pylist())
+                for number, texts in enumerate(zip(*sides, strict=True), row):
+                    where = f"{path}, row {number:,}"
+                    source, target = (
+                        _one_line_text(text, name[-1], where) for text, name in zip(texts, picked, strict=True)
+                    )
+                    yield source, target
+                row += batch.num_rows
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{path}, at row {row:,} or later: damaged, or no Parquet file ({error}); make or fetch it again"
+            ) from error
+
+
+def _parquet_columns(
+    schema: Any, path: str, languages: tuple[str, str], columns: tuple[str, str] | None
+) -> list[list[str]]:
+    """The column of each side, as the names that lead to it from the top level."""
+    names, picked = list(schema.names), []
+    for wanted in columns or languages:
+        if wanted in names:
+            picked.append([wanted])
+        elif columns and _is_column_number(wanted) and int(wanted) <= len(names):
+            picked.append([names[int(wanted) - 1]])
+        elif not columns and "translation" in names:  # the layout of Hugging Face's data sets
+            picked.append(["translation", wanted])
+        else:
+            raise UserError(
+                f"{path}: expected the column {wanted!r}, got {', '.join(map(repr, names)) or 'none'}; pick two with "
+                "config.data.columns, as in 'source,target'"
+            )
+    if picked[0] == picked[1]:
+        raise UserError(f"{path}: config.data.columns picks the column {picked[0][-1]!r} for source and target")
+    for name in picked:
+        kind = schema.field(name[0]).type
+        if len(name) == 2:
+            fields = [kind.field(index).name for index in range(kind.num_fields)]
+            if name[1] not in fields:
+                raise UserError(f"{path}: expected {name[1]!r} in the column 'translation', got {', '.join(fields)}")
+    return picked
 
 
 def _read_po(path: epath.PathLike) -> Iterator[tuple[str, str]]:

@@ -26,6 +26,7 @@ from absl import logging
 from etils import epath
 
 from transformer.data import records, shards
+from transformer.data.filters import FilterChain
 from transformer.data.records import RecordReader
 from transformer.data.shards import Part, ShardedSplit, ShardJob
 from transformer.data.tokenizer import Tokenizer
@@ -48,6 +49,7 @@ class OnePass:
       languages: of source and target; None: the pairs are only stored.
       strip_cr: as in `shards.to_lines`.
       tokenizer: by which training is tokenized, or None.
+      filters: of training, or None.
       workers: processes; 0 for `shards.default_workers`.
       finish: called with the splits, the digest of the data and its folder before the data counts as prepared.
     """
@@ -55,6 +57,7 @@ class OnePass:
     languages: tuple[str, str] | None = None
     strip_cr: bool = False
     tokenizer: Tokenizer | None = None
+    filters: FilterChain | None = None
     workers: int = 0
     finish: Callable[[Mapping[str, ShardedSplit], str, epath.Path], None] | None = None
 
@@ -139,6 +142,7 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
                     reverse=wanted.languages not in (None, self.languages),
                     strip_cr=wanted.strip_cr,
                     tokenizer=wanted.tokenizer if split == "train" else None,
+                    filters=wanted.filters if split == "train" else None,
                 )
                 phase.note = split
                 splits[split] = shards.run(job, split, shards.blocks(split, read()), workers, advance)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from transformer.data import records, text_files
+from transformer.data.filters import FilterChain
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import environment
 from transformer.runtime.errors import UserError
@@ -40,6 +41,7 @@ RECORDS, SOURCE_IDS, TARGET_IDS, PAIRS = "records", "source.ids", "target.ids", 
 _DONE = "done.json"
 FORMAT_VERSION = 1  # of the files of a shard
 _PAIR_FIELDS = [("hash", "<u8"), ("source", "<i4"), ("target", "<i4"), ("blank", "?")]
+_FILTER_FIELDS = [("pair_hash", "<u8"), ("filter", "u1")]  # with filters only
 
 
 class Lines(NamedTuple):
@@ -269,6 +271,7 @@ class ShardJob:
       reverse: whether the second text is the source.
       strip_cr: as in `to_lines`.
       tokenizer: by which to write token ids, or None.
+      filters: which to apply to each pair, or None.
     """
 
     folder: str
@@ -278,6 +281,7 @@ class ShardJob:
     reverse: bool = False
     strip_cr: bool = False
     tokenizer: Tokenizer | None = None
+    filters: FilterChain | None = None
 
     def __call__(self, block: Block) -> Result:
         """Makes the shard, unless it is done.
@@ -299,6 +303,8 @@ class ShardJob:
         """Of all that the files depend on: this job now, the text later."""
         tokenizer = self.tokenizer.digest if self.tokenizer else ""
         parts = [FORMAT_VERSION, self.languages, self.store, self.scan, self.reverse, self.strip_cr, tokenizer]
+        if self.filters:
+            parts.append(self.filters.digest)
         return hashlib.sha256(json.dumps(parts).encode())
 
     def _digest_input(self, part: Part, lines: list[Pair]) -> bytes:
@@ -364,7 +370,11 @@ class ShardJob:
 
     def _know(self, lines: list[Pair], files: Sequence[Any]) -> np.ndarray:
         """What is known of each pair; writes the token ids."""
-        known = np.zeros(len(lines), _PAIR_FIELDS)
+        known = np.zeros(len(lines), _PAIR_FIELDS + _FILTER_FIELDS * (self.filters is not None))
+        if self.filters:
+            known["filter"] = self.filters.find(lines)
+            if self.filters.duplicates:
+                known["pair_hash"] = [pair_hash(pair) for pair in lines]
         if self.scan:
             known["hash"] = [hash64(source.encode()) for source, _ in lines]
             known["blank"] = [not (source.strip() and target.strip()) for source, target in lines]
@@ -400,6 +410,12 @@ def hash64(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+def pair_hash(pair: Pair) -> int:
+    """A 64-bit hash of both sides."""
+    source, target = pair[0].encode(), pair[1].encode()
+    return hash64(b"%d " % len(source) + source + target)
+
+
 @dataclasses.dataclass(frozen=True)
 class LineJob:
     """Reads the lines of a block of stored pairs, source and target in turn; picklable."""
@@ -429,9 +445,14 @@ class ShardedSplit(NamedTuple):
         return sum(shard.pairs for shard in self.shards)
 
     def known(self, field: str) -> np.ndarray:
-        """A field of what is known of all pairs: hash, blank, source, target."""
-        parts = [np.load(self.job.path(shard.name, PAIRS))[field].copy() for shard in self.shards]
-        return np.concatenate([np.zeros(0, dict(_PAIR_FIELDS)[field]), *parts])
+        """A field of what is known of all pairs: hash, blank, source, target; with filters, filter and pair_hash."""
+        parts = [part.copy() for part in self.known_by_shard(field)]
+        return np.concatenate([np.zeros(0, dict(_PAIR_FIELDS + _FILTER_FIELDS)[field]), *parts])
+
+    def known_by_shard(self, field: str) -> Iterator[np.ndarray]:
+        """The same, one shard after another, mapped into memory."""
+        for shard in self.shards:
+            yield np.asarray(np.load(self.job.path(shard.name, PAIRS), mmap_mode="r")[field])
 
 
 def run(job: ShardJob, split: str, work: Iterable[Block], workers: int, advance: Callable[[int], None]) -> ShardedSplit:

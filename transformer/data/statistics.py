@@ -11,14 +11,16 @@ from rich.table import Column, Table
 
 from transformer.config import Config
 from transformer.data.batching import BatchSchedule, JaggedArray
-from transformer.data.corpus import Split
+from transformer.data.corpus import Corpus, Split
 from transformer.data.input_pipeline import TokenIds
-from transformer.data.shards import hash64
+from transformer.data.shards import hash64, pair_hash
 from transformer.data.tokenizer import UNK, Tokenizer
 from transformer.runtime import progress
 
 PERCENTILES = (50, 95, 99, 100)
 TABLE_WIDTH = 110  # if stdout is not a terminal
+NUM_EXAMPLES = 3  # of the pairs that each filter dropped
+EXAMPLE_LENGTH = 80  # characters of each side of them
 
 _CHUNK_TOKENS = 1 << 24
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -49,9 +51,8 @@ def read_texts(split: Split) -> TextStats:
     for pair in progress.track(split, f"report: reading {split.name}", len(split), "pairs"):
         for side in (0, 1):
             words[side] += len(pair[side].split())
-        source, target = pair[0].encode(), pair[1].encode()
-        source_hashes.append(hash64(source))
-        pair_hashes.append(hash64(b"%d " % len(source) + source + target))
+        source_hashes.append(hash64(pair[0].encode()))
+        pair_hashes.append(pair_hash(pair))
     return TextStats((words[0], words[1]), np.array(pair_hashes, np.uint64), np.array(source_hashes, np.uint64))
 
 
@@ -88,7 +89,7 @@ def print_report(
     splits: dict[str, Split],
     ids: dict[str, TokenIds],
     schedule: BatchSchedule,
-    blank: int,
+    corpus: Corpus,
     tokenizer: Tokenizer,
 ) -> None:
     """Prints the report on stdout.
@@ -97,14 +98,15 @@ def print_report(
       config: of the run.
       splits, ids: by name, including "train".
       schedule: the training batches.
-      blank: the number of training pairs dropped because a side is blank.
+      corpus: of the splits; knows what training left out.
       tokenizer: by which the ids were made.
     """
     console = Console(width=None if Console().is_terminal else TABLE_WIDTH, markup=False, highlight=False, emoji=False)
     order = sorted(splits, key=lambda name: (name != "train", name != "validation", name))
     texts = {name: read_texts(splits[name]) for name in order}
-    console.print(_pairs_table(config, texts, ids, schedule, blank))
+    console.print(_pairs_table(config, texts, ids, schedule, corpus.dropped))
     console.print(_tokens_table(config, texts, ids, tokenizer))
+    _print_filters(console, corpus)
     epochs = config.train.num_steps / schedule.steps_per_epoch
     console.print(
         f"{schedule.steps_per_epoch:,} steps an epoch, {schedule.token_utilization:.1%} of their target slots filled; "
@@ -125,6 +127,26 @@ def _pairs_table(
         too_long = f"{schedule.dropped:,} dropped" if train else f"{long:,} kept"
         table.add_row(name, f"{count:,}", f"{blank:,}" * train, too_long, _percent(text.duplicates, count), seen)
     return table
+
+
+def _print_filters(console: Console, corpus: Corpus) -> None:
+    """What each filter dropped, if any is on, with a few examples."""
+    if corpus.filters is None:
+        return
+    total = len(corpus.split("train")) + sum(corpus.filtered.values())
+    table = _table(f"Filters of {total:,} training pairs, each after those above it", ("filter", "drops"), ("pairs",))
+    for name, rule in corpus.filters.active().items():
+        table.add_row(name, rule, _percent(corpus.filtered[name], total))
+    console.print(table)
+    for name in corpus.filters.active():
+        for source, target in corpus.filtered_examples(name, NUM_EXAMPLES):
+            console.print(f"{name}: {_shorten(source)} → {_shorten(target)}", soft_wrap=True)
+
+
+def _shorten(text: str) -> str:
+    """The beginning of a text, in which characters that do not print are escaped."""
+    begin = text if len(text) <= EXAMPLE_LENGTH else f"{text[:EXAMPLE_LENGTH]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in begin)
 
 
 def _tokens_table(config: Config, texts: dict[str, TextStats], ids: dict[str, TokenIds], tokenizer: Tokenizer) -> Table:

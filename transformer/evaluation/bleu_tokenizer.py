@@ -6,15 +6,14 @@ or the language has spaces, that of most letters of the references.
 """
 
 import collections
-import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from babel.core import get_global
 from sacrebleu.metrics import BLEU
 
 from transformer.config import DataConfig
+from transformer.data.scripts import script_of_language
 
 DEFAULT = "13a"
 PUBLISHED = "none -lc -s none"  # for published sets that are lowercased and tokenized: data.tokenized
@@ -52,7 +51,7 @@ def choose_bleu_tokenizer(data: DataConfig, references: Sequence[str]) -> BleuTo
         return BleuTokenizer(PUBLISHED, "as data.tokenized says")
     if data.bleu_tokenizer != "auto":
         return BleuTokenizer(data.bleu_tokenizer, "as data.bleu_tokenizer says")
-    script = _script(data.target_language)
+    script = script_of_language(data.target_language)
     if script in BY_SCRIPT_CODE:
         return BleuTokenizer(BY_SCRIPT_CODE[script], f"as {data.target_language} is written without spaces")
     by_letters = _by_letters(references)
@@ -77,17 +76,6 @@ def split_words(lines: Sequence[str], tokenizer: str) -> list[list[str]]:
 def count_short(references: Sequence[str], tokenizer: str) -> int:
     """The number of references with under four tokens, which have no 4-grams for BLEU."""
     return sum(len(words) < 4 for words in split_words(references, tokenizer))
-
-
-def _script(language: str) -> str:
-    """ISO 15924 code of a language's script, such as Latn; "" if the Unicode CLDR lacks the language."""
-    code, *subtags = re.split("[-_]", language)
-    for subtag in subtags:
-        if len(subtag) == 4 and subtag.isalpha():
-            return subtag.title()
-    code = get_global("language_aliases").get(code.lower(), code.lower())
-    likely = get_global("likely_subtags").get(code, "").split("_")
-    return likely[1] if len(likely) > 1 else ""
 
 
 def _by_letters(references: Sequence[str]) -> str:

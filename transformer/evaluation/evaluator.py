@@ -25,7 +25,7 @@ from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray, eval_batc
 from transformer.data.tokenizer import Tokenizer, truncate
 from transformer.decoding.translator import Translator
 from transformer.distributed import consistency, multihost, sharding
-from transformer.evaluation import bleu_tokenizer
+from transformer.evaluation import bleu_tokenizer, public_test_sets
 from transformer.evaluation.metrics import DEFAULT_METRICS, Scores, check_lengths, extended_scores, make_metric, score
 from transformer.models.loss import LossSums, cross_entropy
 from transformer.models.registry import ModelDef, Params
@@ -203,7 +203,7 @@ class EvalDataset(NamedTuple):
     """Sources and their references.
 
     Attributes:
-      name: of the split or of the file of sources.
+      name: of the split, of the file of sources, or of the test set with _ for /.
       references: one or several lists, each as long as the sources.
     """
 
@@ -218,19 +218,27 @@ class EvalDataset(NamedTuple):
 
 
 def load_eval_dataset(
-    data: DataConfig, split: str | None, source: str | None, references: Sequence[str] | None
+    data: DataConfig,
+    split: str | None,
+    source: str | None,
+    references: Sequence[str] | None,
+    test_set: str | None = None,
 ) -> EvalDataset:
-    """Reads a split of the config's data, or text files.
+    """Reads a split of the config's data, text files, or a public test set.
 
     Args:
       data: the config's.
       split: its name, as `Corpus.split` takes it; None is "test".
       source: a file of sentences, instead of a split.
       references: the files of its references.
+      test_set: sacreBLEU's name of a test set, instead of a split.
 
     Raises:
-      UserError: a split or file is missing, or the numbers of lines differ.
+      UserError: a split, file or test set is missing, or the numbers of lines differ.
     """
+    if test_set:
+        sources, lists = public_test_sets.load(test_set, (data.source_language, data.target_language))
+        return EvalDataset(test_set.replace("/", "_"), sources, lists)
     if source and references:
         lines = [list(text_files.read_lines(path)) for path in references]
         dataset = EvalDataset(epath.Path(source).name, list(text_files.read_lines(source)), lines)
