@@ -93,4 +93,3 @@ def make_objective(model: ModelDef, config: Config, mesh: Mesh) -> Objective:
 def interleave(first: Array, second: Array) -> Array:
     """Two arrays [B, ...] → one [2B, ...], whose rows 2i and 2i + 1 are rows i of both."""
     return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
-

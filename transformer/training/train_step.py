@@ -27,7 +27,6 @@ from transformer.training import optimizer as optimizer_lib
 from transformer.training.objective import make_objective
 from transformer.training.optimizer import make_optimizer, make_schedule, update_ema
 
-
 Sums = TypeVar("Sums")
 
 
