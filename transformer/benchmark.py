@@ -107,7 +107,7 @@ def measure(config: Config, schedule: BatchSchedule, ids: TokenIds, num_steps: i
         for batch in itertools.islice(batches, steps_per_round):
             sharded = sharding.shard_batch(mesh, batch, parts)
             tokens += real_tokens(batch)
-            flops += cost.batch_flops(config.model, config.data.vocab_size, sharded)
+            flops += cost.batch_flops(config.model, config.data.vocab_size, sharded, config.train.passes)
             state, metrics = update(state, sharded)
         jax.block_until_ready(metrics)
         rounds.append((time.perf_counter() - since, tokens, flops))

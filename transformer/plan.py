@@ -148,7 +148,7 @@ def cost_and_bounds(
     config: Config, topology: Topology, compiled: "aot.Compiled", mesh: Any, rows: int, length: int
 ) -> Row:
     """FLOPs, traffic and bounds of a program; only the closed form of its FLOPs if it is too large to compile."""
-    closed_form = cost.training_flops(config.model, config.data.vocab_size, rows, length, length)
+    closed_form = cost.training_flops(config.model, config.data.vocab_size, config.train.passes * rows, length, length)
     if not compiled.text:
         return {
             "flops_per_step": closed_form,

@@ -65,6 +65,12 @@ def test_flops_are_those_of_the_closed_form():
 
 
 @pytest.mark.slow
+def test_consistency_computes_each_row_twice():
+    plain, twice = (planned(train={"batch_tokens": 1024, "consistency": name}) for name in ("none", "simcut"))
+    assert twice["flops_per_step"] == twice["flops_closed_form"] == 2 * plain["flops_per_step"]
+
+
+@pytest.mark.slow
 def test_the_parts_of_a_step_are_a_loop_that_is_counted_by_its_trips():
     row = planned(train={"batch_tokens": 1024, "accumulation_steps": 4})
     assert row["flops_per_step"] == row["flops_closed_form"]

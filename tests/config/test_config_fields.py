@@ -92,6 +92,7 @@ SWITCHES = [  # what a file sets, the flag, and what is then left of it
         {"optimizer.schedule": "constant"},
     ),
     ({"train.spike_factor": 2.0, "train.max_skipped_updates": 3}, "train.spike_factor=0", {}),
+    ({"train.consistency": "simcut", "train.cutoff_rate": 0.1}, "train.consistency=rdrop", {}),
     ({"train.init_from": "runs/base", "train.init_checkpoint": "best"}, "train.init_from=", {}),
     ({"decode.beam_size": 5, "decode.early_stopping": True}, "decode.method=mbr", {"decode.method": "mbr"}),
     ({"decode.method": "sample", "decode.top_k": 5}, "decode.method=beam", {"decode.method": "beam"}),

@@ -217,12 +217,35 @@ IMPOSSIBLE = [
     (r"remat: expected one of none, dots, full", {"model": {"remat": "some"}}),
     (r"spike_factor: expected 0 \(off\), or above 1, such as 2, got 1", {"train": {"spike_factor": 1.0}}),
     (r"max_skipped_updates = 3: read only with spike_factor", {"train": {"max_skipped_updates": 3}}),
+    (r"consistency: expected one of none, rdrop, simcut", {"train": {"consistency": "r-drop"}}),
+    (r"consistency_weight = 5.0: read only with consistency = rdrop or simcut", {"train": {"consistency_weight": 5.0}}),
+    (
+        r"cutoff_rate = 0.1: read only with consistency = simcut, got consistency = rdrop",
+        {"train": {"consistency": "rdrop", "cutoff_rate": 0.1}},
+    ),
+    (r"consistency_weight: expected at least 0, got -1", {"train": {"consistency": "rdrop", "consistency_weight": -1}}),
+    (r"cutoff_rate: expected above 0, got 0", {"train": {"consistency": "simcut", "cutoff_rate": 0}}),
+    (r"cutoff_rate: expected at most 0.999999, got 1", {"train": {"consistency": "simcut", "cutoff_rate": 1}}),
+    (
+        r"rdrop: .* expected model\.dropout_rate or model\.attention_dropout_rate or .* above 0, got 0; set it, or",
+        {"train": {"consistency": "rdrop"}, "model": {"dropout_rate": 0.0}},
+    ),
+    (
+        r"rdrop: .* expected model\.dropout_rate above 0, got 0; set it, or consistency to simcut or none",
+        {"train": {"consistency": "rdrop"}, "model": {"dropout_rate": 0.0, "family": "recurrent"}},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("match", "sections"), IMPOSSIBLE)
 def test_what_cannot_be_is_refused_with_a_message(match, sections):
     refused(match, **sections)
+
+
+def test_any_dropout_serves_rdrop_and_simcut_needs_none():
+    for name in ("attention_dropout_rate", "mlp_dropout_rate"):
+        validate({"train": {"consistency": "rdrop"}, "model": {"dropout_rate": 0.0, name: 0.1}})
+    validate({"train": {"consistency": "simcut"}, "model": {"dropout_rate": 0.0}})
 
 
 def test_a_whole_number_is_a_float_but_not_the_other_way_round():

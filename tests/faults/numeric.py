@@ -25,6 +25,7 @@ from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
 from transformer.evaluation.evaluator import CrossEntropy, Evaluator
+from transformer.models.loss import cross_entropy
 from transformer.runtime.errors import DivergedError
 from transformer.training import train_step, workdir
 
@@ -186,7 +187,7 @@ def parts_of_a_batch(world: World, tally: Tally) -> None:
 
             def objective(params, batch, key):
                 logits = built.bind(params)(batch.source_BS, batch.target_BT, key)  # noqa: B023
-                sums = train_step.cross_entropy(logits, batch.target_BT, 0.1)
+                sums = cross_entropy(logits, batch.target_BT, 0.1)
                 return sums.smoothed_nll, sums
 
             init = built.init

@@ -130,6 +130,7 @@ def test_a_batch_costs_what_its_rectangles_do():
     batch = Batch(np.zeros((4, 6), np.int32), np.zeros((4, 9), np.int32))
     model = ModelConfig()
     assert cost.batch_flops(model, V, batch) == cost.training_flops(model, V, 4, 6, 9)
+    assert cost.batch_flops(model, V, batch, passes=2) == cost.training_flops(model, V, 8, 6, 9)
 
 
 def test_the_paper_s_base_model_makes_fair_use_of_the_paper_s_hardware():

@@ -48,6 +48,19 @@ def test_means_are_over_tokens_not_over_batches():
     assert summary["train/accuracy"] == 6 / 20
 
 
+def test_consistency_is_a_mean_over_tokens_where_there_is_one():
+    meter = MetricsAccumulator(clock=Clock())
+    meter.add(metrics(tokens=5), 1, slots=8, flops=0)
+    assert "train/consistency" not in meter.summary()
+    meter.reset()
+    for consistency, tokens in ((2.0, 5), (6.0, 15)):
+        meter.add(metrics(tokens=tokens)._replace(consistency=np.float32(consistency)), 1, slots=8, flops=0)
+    assert meter.summary()["train/consistency"] == 0.4
+    assert meter.summary()["train/loss"] == 1.0
+    meter.reset()
+    assert "train/consistency" not in meter.summary()
+
+
 def test_time_spent_elsewhere_is_left_out():
     clock = Clock()
     meter = MetricsAccumulator(clock=clock)

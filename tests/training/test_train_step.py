@@ -18,6 +18,7 @@ from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
 from transformer.models import registry
+from transformer.models.loss import cross_entropy
 from transformer.runtime.environment import CompileCounter
 from transformer.training import train_step
 
@@ -118,7 +119,7 @@ def test_uneven_rows_are_one_batch():
 
     def objective(params, batch):
         logits = built.bind(params)(batch.source_BS, batch.target_BT)
-        sums = train_step.cross_entropy(logits, batch.target_BT, config.optimizer.label_smoothing)
+        sums = cross_entropy(logits, batch.target_BT, config.optimizer.label_smoothing)
         return sums.smoothed_nll, sums.tokens
 
     @jax.jit
@@ -158,7 +159,7 @@ def test_parts_drop_different_units():
     twice = Batch(*(np.repeat(side, 2, 0) for side in batch))
 
     def objective(params, batch, key):
-        sums = train_step.cross_entropy(built.bind(params)(batch.source_BS, batch.target_BT, key), batch.target_BT, 0.0)
+        sums = cross_entropy(built.bind(params)(batch.source_BS, batch.target_BT, key), batch.target_BT, 0.0)
         return sums.smoothed_nll, sums
 
     sums = jax.jit(

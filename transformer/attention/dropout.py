@@ -67,6 +67,16 @@ def attention_keep_mask(
     return bits >= np.uint32(round(rate * 2**32))
 
 
+def token_keep_mask(key: Array, rate: float, rows: int, length: int) -> Array:
+    """Which tokens of a batch a cutoff with probability `rate` keeps, bool [rows, length].
+
+    Each bit is a hash of row and position: the same whatever the padding and the mesh.
+    """
+    row_BT, position_BT = (jax.lax.broadcasted_iota(jnp.uint32, (rows, length), axis) for axis in (0, 1))
+    bits_BT, _ = _hash(_key_words(key), row_BT, position_BT)
+    return bits_BT >= np.uint32(round(rate * 2**32))
+
+
 def _key_words(key: Array) -> Array:
     return jax.random.key_data(key).ravel()[:2]
 

@@ -288,6 +288,23 @@ class TrainConfig:
     num_steps: int = _field(100_000, "updates of the whole run", low=1)
     batch_tokens: int = _field(25_000, "target tokens of the global batch, padding counted", low=1)
     accumulation_steps: int = _field(1, "micro-batches of a batch, whose gradients are summed", low=1, high=4096)
+    consistency: str = _field(
+        "none",
+        "loss of how much two predictions of each target token differ, added to cross-entropy; each row is computed "
+        "twice; rdrop: with different dropout (Liang et al. 2021); simcut: of the sentence pair, and of the pair with "
+        "tokens cut off (Gao et al. 2022)",
+        one_of=("none", "rdrop", "simcut"),
+    )
+    consistency_weight: float = _field(
+        3.0, "alpha, the weight of that loss; published for translation: rdrop 5, simcut 3", low=0
+    )
+    cutoff_rate: float = _field(
+        0.05,
+        "simcut: probability that the embedding of a source token, or of a target token in the decoder's input, is "
+        "zero",
+        low=POSITIVE,
+        high=0.999999,
+    )
     log_every_steps: int = _field(50, "steps between lines of metrics", low=1)
     eval_every_steps: int = _field(2_000, "steps between validations: loss, BLEU, chrF2 and eval.metrics", low=1)
     checkpoint_every_steps: int = _field(1_000, "steps between checkpoints", low=1)
@@ -329,6 +346,11 @@ class TrainConfig:
         "defaults become those of that run",
     )
     init_checkpoint: str = _field("latest", "with init_from: its checkpoint, as in eval.py --checkpoint")
+
+    @property
+    def passes(self) -> int:
+        """How often an update computes each row of its batch."""
+        return 1 if self.consistency == "none" else 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

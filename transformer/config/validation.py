@@ -162,6 +162,8 @@ _CONDITIONS: tuple[tuple[str, tuple[Condition, ...]], ...] = (  # fields, and th
     ("optimizer.weight_decay", (Condition("optimizer.name", ("adamw", "nadamw", "muon", "schedule_free_adamw")),)),
     ("optimizer.decay_fraction", (Condition("optimizer.schedule", ("wsd",)),)),
     ("train.ema_decay", (Condition("optimizer.name", ("adam", "adamw", "nadamw", "muon")),)),
+    ("train.consistency_weight", (Condition("train.consistency", ("rdrop", "simcut")),)),
+    ("train.cutoff_rate", (Condition("train.consistency", ("simcut",)),)),
     ("train.max_skipped_updates", (Condition("train.spike_factor"),)),
     ("train.init_checkpoint", (Condition("train.init_from"),)),
     ("decode.beam_size decode.coverage_penalty decode.early_stopping", (Condition("decode.method", ("beam",)),)),
@@ -411,6 +413,7 @@ def _check_combinations(config: Config) -> None:
         )
     if 0 < train.spike_factor <= 1:
         raise UserError(f"config.train.spike_factor: expected 0 (off), or above 1, such as 2, got {train.spike_factor}")
+    _check_dropout_of_rdrop(config)
     _check_profile_steps(train)
     if optimizer.name == "schedule_free_adamw":
         _check_schedule_free(optimizer)
@@ -442,6 +445,16 @@ def _check_rotary(model: schema.ModelConfig) -> None:
         raise UserError(
             "config.model.positions = rotary: expected an even width per head, got model.qkv_dim / num_heads = "
             f"{model.qkv_dim // model.num_heads}; change qkv_dim or num_heads"
+        )
+
+
+def _check_dropout_of_rdrop(config: Config) -> None:
+    rates = [f"model.{name}" for name in ("dropout_rate", "attention_dropout_rate", "mlp_dropout_rate")]
+    rates = [name for name in rates if name not in inapplicable_fields(config)]
+    if config.train.consistency == "rdrop" and not any(get_field(config, name) for name in rates):
+        raise UserError(
+            "config.train.consistency = rdrop: compares two passes with different dropout, so expected "
+            f"{' or '.join(rates)} above 0, got 0; set it, or consistency to simcut or none"
         )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from transformer.attention.dropout import dropout
+from transformer.attention.dropout import dropout, token_keep_mask
 from transformer.config import ModelConfig
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.distributed import sharding
@@ -58,6 +58,19 @@ def shift_right(target_BT: Array) -> Array:
     return jnp.where(previous_BT == EOS, BOS, previous_BT)
 
 
+CUT = -1
+"""The id of a token that is cut off: its embedding is zero, its position encoding is not (see `cut_tokens`)."""
+
+
+def cut_tokens(ids_BT: Array, rate: float, key: Array) -> Array:
+    """Replaces each token but EOS and padding by CUT with probability `rate`.
+
+    The decoder's input of such a target has the same tokens cut off, and never BOS, which `shift_right` makes of EOS.
+    """
+    keep_BT = token_keep_mask(key, rate, *ids_BT.shape) | (ids_BT == EOS) | (ids_BT == PAD)
+    return jnp.where(keep_BT, ids_BT, CUT)
+
+
 Cache = Any
 """Any pytree of arrays: the decoder's state of each hypothesis."""
 
@@ -68,7 +81,12 @@ class Seq2SeqModel(nnx.Module):
     `share_embeddings` uses one matrix for source, target and output (paper, 3.4); otherwise there
     are three. Sequences of ids end in EOS and are padded with PAD; the decoder's input is the target
     shifted right by BOS.
+
+    Attributes:
+      has_cut_tokens: whether ids may be CUT; static, so that without them nothing is compiled for it.
     """
+
+    has_cut_tokens: bool = False
 
     def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
         self.config, self.vocab_size = config, vocab_size
@@ -152,7 +170,11 @@ class Seq2SeqModel(nnx.Module):
         return table_TD[None] if position_ids_BT is None else jnp.take(table_TD, position_ids_BT, axis=0)
 
     def _embed(self, side: str, ids: Array, positions: Array | None, key: Key) -> Array:
-        x = self._embedding(side)(ids, self.dtype)
+        if self.has_cut_tokens:
+            x = self._embedding(side)(jnp.maximum(ids, 0), self.dtype)
+            x = jnp.where((ids == CUT)[..., None], jnp.zeros((), self.dtype), x)
+        else:
+            x = self._embedding(side)(ids, self.dtype)
         if positions is not None:
             # In float32, and so is the gradient of learned positions, a sum over rows.
             x = (x.astype(jnp.float32) + positions).astype(self.dtype)

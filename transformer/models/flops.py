@@ -16,10 +16,10 @@ from transformer.config import ModelConfig
 from transformer.data.batching import Batch
 
 
-def batch_flops(model: ModelConfig, vocab_size: int, batch: Batch) -> int:
-    """FLOPs of one update."""
+def batch_flops(model: ModelConfig, vocab_size: int, batch: Batch, passes: int = 1) -> int:
+    """FLOPs of one update, with one or more passes over each row (`TrainConfig.passes`)."""
     rows, source = batch.source_BS.shape
-    return training_flops(model, vocab_size, rows, source, batch.target_BT.shape[1])
+    return training_flops(model, vocab_size, passes * rows, source, batch.target_BT.shape[1])
 
 
 def training_flops(model: ModelConfig, vocab_size: int, rows: int, source: int, target: int) -> int:

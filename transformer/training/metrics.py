@@ -52,6 +52,7 @@ class MetricsAccumulator:
         """Starts the next log line."""
         self.nll = self.correct = self.tokens = self.slots = self.input_wait = self.grad_norm = self.learning_rate = 0.0
         self._device_seconds, self.updates = 0.0, 0
+        self.consistency: float | None = None
         self._start = self._clock()
 
     def add(self, metrics: StepMetrics, step: int, *, slots: int, flops: float) -> None:
@@ -72,6 +73,8 @@ class MetricsAccumulator:
             log_info(f"update {step:,} skipped: its loss of {loss:.3f} is a spike; {self.skipped:,} skipped so far")
         self.nll += float(metrics.loss.nll)
         self.correct += float(metrics.loss.correct)
+        if metrics.consistency is not None:
+            self.consistency = (self.consistency or 0.0) + float(metrics.consistency)
         self.tokens += float(metrics.loss.tokens)
         self.grad_norm += float(metrics.grad_norm)
         self.learning_rate = float(metrics.learning_rate)
@@ -123,8 +126,10 @@ class MetricsAccumulator:
     def summary(self) -> dict[str, float]:
         """Means since the last reset: loss in nats per target token without label smoothing, tokens without padding."""
         seconds = max(self._clock() - self._start, 1e-9)
+        consistency = {} if self.consistency is None else {"train/consistency": self.consistency / max(self.tokens, 1)}
         return {
             "train/loss": self.nll / max(self.tokens, 1),
+            **consistency,
             "train/accuracy": self.correct / max(self.tokens, 1),
             "train/grad_norm": self.grad_norm / max(self.updates, 1),
             "train/learning_rate": self.learning_rate,

@@ -5,7 +5,7 @@ Params are a plain nested dict; the Flax module is split from them once and merg
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,14 @@ from transformer.config import Config
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
-from transformer.models.loss import LossSums, cross_entropy
+from transformer.models.loss import LossSums
 from transformer.models.registry import ModelDef, Params, with_shardings
 from transformer.runtime import progress
 from transformer.training import optimizer as optimizer_lib
+from transformer.training.objective import make_objective
 from transformer.training.optimizer import make_optimizer, make_schedule, update_ema
+
+Sums = TypeVar("Sums")
 
 
 class StepMetrics(NamedTuple):
@@ -35,6 +38,7 @@ class StepMetrics(NamedTuple):
       grad_norm: of the mean gradient, before clipping.
       source_tokens: without padding, EOS included.
       skipped: number of updates of the run skipped because of a loss spike, int32.
+      consistency: the sum over target tokens of what `train.consistency` adds, without its weight; None without.
     """
 
     loss: LossSums
@@ -42,6 +46,7 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     source_tokens: jax.Array
     skipped: Any = 0
+    consistency: Any = None
 
 
 def state_shardings(model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
@@ -97,20 +102,15 @@ def make_train_step(
     """
     fused.check_supported(config, mesh)
     optimizer, schedule = make_optimizer(config), make_schedule(config)
-    packed = config.data.batching == "pack"
-
-    def objective(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, LossSums]:
-        with sharding.use_mesh(mesh):
-            logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key, packed)
-            sums = cross_entropy(logits_BTV, batch.target_BT, config.optimizer.label_smoothing)
-        return sums.smoothed_nll, sums
+    objective = make_objective(model, config, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         # Made here: a key made outside would be a constant, read back from an accelerator while the step is lowered.
         dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         key = jax.random.fold_in(dropout_key, state.step)
         at = optimizer_lib.gradient_params(config.optimizer, state.params, state.opt_state)
-        grad_sums, sums = accumulate_gradients(objective, at, batch, key, config.train.accumulation_steps)
+        parts = config.train.accumulation_steps
+        grad_sums, (sums, consistency) = accumulate_gradients(objective, at, batch, key, parts)
         # The sums run over all rows of all devices, so these are gradients of the mean over the global batch's tokens.
         tokens = jnp.maximum(sums.tokens, 1.0)
         grads = jax.tree.map(lambda grad: grad / tokens, grad_sums)
@@ -124,7 +124,7 @@ def make_train_step(
             optimizer_lib.num_skipped(opt_state),
         )
         rate = schedule(state.step - optimizer_lib.num_skipped(state.opt_state))
-        metrics = StepMetrics(sums, optax.tree.norm(grads), rate, source_tokens, num_skipped)
+        metrics = StepMetrics(sums, optax.tree.norm(grads), rate, source_tokens, num_skipped, consistency)
         ema = None if state.ema is None else update_ema(state.ema, params, state.step, config.train.ema_decay)
         is_bad = ~(jnp.isfinite(sums.smoothed_nll) & jnp.isfinite(metrics.grad_norm))
         return optimizer_lib.where_tree(is_bad, state, TrainState(state.step + 1, params, opt_state, ema)), metrics
@@ -166,12 +166,12 @@ def batch_shape(batch: Batch) -> tuple[int, ...]:
 
 
 def accumulate_gradients(
-    objective: Callable[[Params, Batch, jax.Array], tuple[jax.Array, LossSums]],
+    objective: Callable[[Params, Batch, jax.Array], tuple[jax.Array, Sums]],
     params: Params,
     batch: Batch,
     key: jax.Array,
     num_micro_batches: int,
-) -> tuple[Params, LossSums]:
+) -> tuple[Params, Sums]:
     """Gradient of a sum over the batch, and its sums, computed one micro-batch after the other.
 
     Only one micro-batch's activations are in memory at a time. As sums are added, and divided once by all tokens,
@@ -187,12 +187,13 @@ def accumulate_gradients(
         rows = array.reshape(array.shape[0] // num_micro_batches, num_micro_batches, *array.shape[1:])
         return jnp.moveaxis(rows, 1, 0)
 
-    def add(
-        total: tuple[Params, LossSums], micro_batch: tuple[Batch, jax.Array]
-    ) -> tuple[tuple[Params, LossSums], None]:
+    def add(total: tuple[Params, Sums], micro_batch: tuple[Batch, jax.Array]) -> tuple[tuple[Params, Sums], None]:
         return jax.tree.map(jnp.add, total, gradient(params, *micro_batch)), None
 
-    zeros = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros(()) for _ in LossSums._fields)))
+    def sums_of_first(batch: Batch) -> Sums:
+        return objective(params, jax.tree.map(lambda array: split(array)[0], batch), key)[1]
+
+    zeros = jax.tree.map(jnp.zeros_like, (params, jax.eval_shape(sums_of_first, batch)))
     return jax.lax.scan(add, zeros, (jax.tree.map(split, batch), jax.random.split(key, num_micro_batches)))[0]
 
 

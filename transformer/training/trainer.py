@@ -209,7 +209,9 @@ class TrainingLoop:
             rows=functools.partial(sharding.local_row_indices, context.mesh, **sizes),
         )
         shard = functools.partial(sharding.shard_batch, context.mesh, **sizes)
-        flops_of = functools.partial(flops.batch_flops, self._config.model, data.tokenizer.vocab_size)
+        flops_of = functools.partial(
+            flops.batch_flops, self._config.model, data.tokenizer.vocab_size, passes=train.passes
+        )
         buckets = [bucket for bucket, count in zip(data.schedule.buckets, data.schedule.batches, strict=True) if count]
         programs = self._compile_ahead(state, buckets)
         return StepPipeline(context.train_step, state, batches, shard, flops_of, self._cost, len(buckets), programs)
