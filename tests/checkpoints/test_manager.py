@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 from orbax.checkpoint._src.serialization import serialization
 
-from tests.conftest import small_config
+from tests.conftest import slow, small_config
 from tests.training.test_train_step import draw_batch
 from transformer.checkpoints import manager
 from transformer.checkpoints.manager import CheckpointManager
@@ -226,9 +226,7 @@ def slow_writes(monkeypatch, seconds):
     monkeypatch.setattr(serialization, "async_serialize_from_host", late)
 
 
-@pytest.mark.parametrize(
-    ("devices", "count", "seconds"), [(1, 2, 0.3), (2, 2, 0.3), pytest.param(1, 20, 5.0, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("devices", "count", "seconds"), [(1, 2, 0.3), slow(2, 2, 0.3), slow(1, 20, 5.0)])
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, devices, count, seconds):
     """What is written are the arrays as they were, though updates take their memory."""
     slow_writes(monkeypatch, seconds)

@@ -242,12 +242,13 @@ def test_a_run_leaves_what_is_documented(whole):
     assert CheckpointManager(whole).metrics(12)["valid/bleu"] == valid[1]["valid/bleu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batching", "sections"),
     [
         ({}, {}),
-        pytest.param({}, {"mesh": {"data": 2}, "train": {"accumulation_steps": 2}}, marks=pytest.mark.slow),
-        pytest.param({"batching": "pack", "num_buckets": 8}, {"mesh": {"sequence": 2}}, marks=pytest.mark.slow),
+        ({}, {"mesh": {"data": 2}, "train": {"accumulation_steps": 2}}),
+        ({"batching": "pack", "num_buckets": 8}, {"mesh": {"sequence": 2}}),
     ],
 )
 def test_shapes_compiled_ahead_give_the_same_run(
