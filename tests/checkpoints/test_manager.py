@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import threading
+import time
 from types import SimpleNamespace
 
 import jax
@@ -253,6 +254,20 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, d
         jax.tree.map(np.testing.assert_array_equal, restored, saved)
 
 
+def test_nothing_is_written_any_more_after_a_save_that_failed_at_once(workdir, parts, monkeypatch):
+    """What was begun before it may still be on its way."""
+    slow_writes(monkeypatch, 0.3)
+    begin = manager.ocp.save_async
+    monkeypatch.setattr(
+        manager.ocp, "save_async", lambda path, tree: fail() if path.name == "optimizer" else begin(path, tree)
+    )
+    with pytest.raises(UserError, match="No space left"):
+        save(workdir, parts, 200)
+    monkeypatch.setattr(manager.ocp, "save_async", begin)
+    save(workdir, parts, 200)
+    assert CheckpointManager(workdir).latest_valid_step() == 200
+
+
 def test_what_changes_checkpoints_waits_for_the_save_under_way(workdir, monkeypatch):
     slow_writes(monkeypatch, 0.2)
     config, vocabulary, _, mesh, state = make_parts()
@@ -276,8 +291,11 @@ def test_a_failure_in_the_background_is_raised_once_and_drops_what_waits(workdir
     checkpoints.prune(1, 0)
     checkpoints.check()
     begun.set()
+    while not checkpoints._queue.is_idle:
+        time.sleep(0.01)
     with pytest.raises(UserError, match="No space left"):
-        checkpoints.wait()
+        checkpoints.update_metrics(200, {})
+    checkpoints.wait()
     assert checkpoints.steps() == [9, 10, 100]
     checkpoints.prune(2, 0)
     assert checkpoints.steps() == [10, 100]

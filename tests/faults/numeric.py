@@ -46,7 +46,8 @@ def poisoned(place: str, value: float, updates: range = range(AT, AT + 1), seed:
         def bad(params, batch, key):
             total, sums = objective(params, batch, key)
             change = jnp.multiply if place == "scale" else jnp.add
-            return change(total, poison), sums._replace(smoothed_nll=change(sums.smoothed_nll, poison))
+            loss = sums.loss._replace(smoothed_nll=change(sums.loss.smoothed_nll, poison))
+            return change(total, poison), sums._replace(loss=loss)
 
         if place == "params":
             params = jax.tree.map(lambda leaf: leaf + poison, params)

@@ -107,8 +107,13 @@ class CheckpointManager(contextlib.AbstractContextManager):
         self.check()
 
     def _after_save(self, function: Callable[[], None]) -> None:
-        """Calls a function that changes checkpoints once the save under way is done; now if there is none."""
+        """Calls a function that changes checkpoints once the save under way is done; now if there is none.
+
+        Raises:
+          UserError: the save has failed.
+        """
         if self._queue.is_idle:
+            self.check()
             function()
         else:
             self._queue.submit(function)
@@ -160,9 +165,12 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 folder.mkdir(parents=True)
             multihost.barrier("checkpoint begun")
             target = stack.enter_context(object_storage.staged(folder, write=True))
+            writes: dict[str, ocp.AsyncResponse[None]] = {}
+            stack.callback(_end_writes, writes)
             # Each process writes its shards, from copies on the host; on a CPU from views, and JAX does not donate an
             # array that has one: the next update copies instead.
-            writes = {name: ocp.save_async(target / name, tree) for name, tree in _trees(state).items()}
+            for name, tree in _trees(state).items():
+                writes[name] = ocp.save_async(target / name, tree)
             staged = stack.pop_all()
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
 
@@ -381,6 +389,13 @@ def _trees(state: TrainState) -> dict[str, Any]:
     """The parts of a state that have arrays, by the names of their folders."""
     trees = {name: getattr(state, part) for name, part in PARTS.items()}
     return {name: tree for name, tree in trees.items() if tree is not None}
+
+
+def _end_writes(writes: Mapping[str, ocp.AsyncResponse[None]]) -> None:
+    """Waits until nothing is written any more, also after an error, which has been raised."""
+    for write in writes.values():
+        with contextlib.suppress(Exception):
+            write.result()
 
 
 def _finish_files(
