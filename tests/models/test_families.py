@@ -46,11 +46,11 @@ def family_config(**fields):
     return small_config(model={**plain, **fields})
 
 
-def drawn(model):
+def drawn(model, scale=0.25):
     """Params of the model's shapes, drawn by NumPy: initialisation takes longer to compile than all else."""
     rng = np.random.default_rng(0)
     shapes = nnx.to_pure_dict(model.abstract_params)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.25, leaf.shape), jnp.float32), shapes)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, scale, leaf.shape), jnp.float32), shapes)
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from tests.commands.test_plan import planned
 from tests.commands.test_translate import save
@@ -17,6 +16,7 @@ from tests.conftest import slow, small_config
 from tests.decoding.test_translator import LINES
 from tests.distributed import test_mesh
 from tests.helpers import reference_model
+from tests.models import test_families
 from tests.models.test_flops import dot_flops, of_family, traced
 from tests.models.test_stack import stack
 from tests.models.test_transformer import SOURCE, TARGET, V, sentences
@@ -73,11 +73,7 @@ def test_no_field_or_choice_is_left_out():
             assert {*field.metadata["one_of"]} <= {field.default, *tried}, field.name
 
 
-def drawn(model):
-    """Params of the model's shapes, biases and scales too, drawn by NumPy."""
-    rng = np.random.default_rng(0)
-    shapes = nnx.to_pure_dict(model.abstract_params)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
+drawn = functools.partial(test_families.drawn, scale=0.3)
 
 
 @functools.cache
