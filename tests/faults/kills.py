@@ -46,7 +46,8 @@ def killed_at_random(world: World, tally: Tally) -> None:
             with tally.one(f"seed {seed}, killed at step {done}"):
                 assert process.code == KILLED, process.stderr()
                 lost = max(process.trace()) + 1 - min(after.trace())
-                assert 0 <= lost <= SAVE, f"{lost} updates were done again"
+                # The newest save may still be written; the next one waits for it.
+                assert 0 <= lost <= 2 * SAVE, f"{lost} updates were done again"
                 assert_order(process, world, seed)
                 assert last.code == 0, last.stderr()
                 assert_order(last, world, seed)

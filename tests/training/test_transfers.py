@@ -119,6 +119,8 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
     with transfers.recorded_jits() as result:
         train = {"num_steps": 2, "eval_every_steps": 2, "checkpoint_every_steps": 1, "ema_decay": 0.5}
         fit(config_of(data, train=train), tmp_path / "run")
+        warm = {"num_steps": 1, "init_from": str(tmp_path / "run"), "eval_every_steps": 1}
+        fit(config_of(data, train=warm), tmp_path / "warm")
         loaded = loading.load_checkpoint(tmp_path / "run", "average:2")
         (tmp_path / "exported").mkdir()
         verify.write(loaded, tmp_path / "exported", "jax")
