@@ -27,12 +27,13 @@ from transformer.config import schema, validation, warm_start
 from transformer.runtime import object_storage, streams
 from transformer.runtime.errors import StoppedError, UserError
 from transformer.runtime.files import CONFIG_FILE
-from transformer.runtime.logging import log_info, report_error
+from transformer.runtime.logging import log_info, report_error, report_unraisable
 
 
 def run(command: Callable[[list[str]], object]) -> None:
     """Runs a command on sys.argv; errors that a user can fix become one message and an exit code."""
     streams.prepare()
+    sys.unraisablehook = report_unraisable
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package does when it is imported by a command
     code: int | str | None = 0
     try:

@@ -3,8 +3,11 @@
 import io
 import signal
 import sys
+from types import SimpleNamespace
 
-from transformer.runtime.logging import log_info
+import pytest
+
+from transformer.runtime.logging import log_info, report_unraisable
 
 
 class Interrupted(io.RawIOBase):
@@ -43,3 +46,11 @@ def test_a_handler_s_message_may_come_while_another_is_written(monkeypatch):
     lines = file.written.decode().splitlines()
     assert "step 1" in lines
     assert lines[-1] == "step 2"
+
+
+@pytest.mark.parametrize(("message", "is_shown"), [("Event loop is closed", False), ("another", True)])
+def test_writes_that_end_after_a_failed_save_say_nothing(monkeypatch, message, is_shown):
+    shown = []
+    monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
+    report_unraisable(SimpleNamespace(exc_value=RuntimeError(message)))
+    assert bool(shown) == is_shown

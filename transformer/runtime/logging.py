@@ -57,6 +57,12 @@ def _print(message: str) -> None:
         print(f"{streams.printable(message, sys.stderr)}\n", end="", file=sys.stderr, flush=True)
 
 
+def report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """A `sys.unraisablehook` that leaves out writes which end after Orbax's event loop, when a save has failed."""
+    if repr(unraisable.exc_value) != "RuntimeError('Event loop is closed')":
+        sys.__unraisablehook__(unraisable)
+
+
 def report_error(error: BaseException) -> int:
     """Prints an error, without a traceback if the user can correct it, and returns its exit code."""
     if isinstance(error, (UserError, StoppedError)):
