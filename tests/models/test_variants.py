@@ -138,8 +138,7 @@ def test_packed_sentences_get_the_logits_that_they_get_alone(variant, attention)
         np.testing.assert_allclose(packed[row, place[i] : place[i] + len(targets[i])], want, rtol=1e-4, atol=1e-4)
 
 
-@every_variant_slow
-@pytest.mark.parametrize("batching", ["bucket", "pack"])
+@pytest.mark.parametrize(("variant", "batching"), each_or_all("pack", "bucket"))
 def test_two_updates_change_every_param_and_lower_the_loss(variant, batching):
     data = {"batching": batching, **({"num_buckets": 8} if batching == "pack" else {})}
     optimizer = {"schedule": "constant", "learning_rate": 3e-3, "warmup_steps": 0}
@@ -164,8 +163,7 @@ def mesh_config(variant, sizes=(1, 1, 1, 1)):
     return test_mesh.config_of(sizes, num_heads=2, dropout_rate=0.0, **VARIANTS[variant])
 
 
-@every_variant_slow
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize(("variant", "sizes"), each_or_all((1, 2, 2, 2), (8, 1, 1, 1)), ids=str)
 def test_a_mesh_trains_like_one_device(variant, sizes):
     """Rows over all; or params stored in parts, heads and lengths split, and so ring attention."""
     (grads, losses), (wanted_grads, wanted) = test_mesh.results(mesh_config(variant, sizes)), on_one_device(variant)
@@ -214,8 +212,7 @@ def vocabulary():
     return tokenizer.train(LINES, 300, "bpe")
 
 
-@every_variant_slow
-@pytest.mark.parametrize("form", ["ctranslate2", "jax"])
+@pytest.mark.parametrize(("variant", "form"), each_or_all("ctranslate2", "jax"))
 def test_it_is_exported_or_refused(variant, form, vocabulary, tmp_path):
     pytest.importorskip(verify.NEEDS[form], reason="the export extra is not installed")
     trained = load_checkpoint(save(tmp_path / "run", vocabulary, **VARIANTS[variant]), "latest")
