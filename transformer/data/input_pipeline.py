@@ -19,7 +19,7 @@ from etils import epath
 
 from transformer.config import Config, DataConfig, validation
 from transformer.data import corpus as corpora
-from transformer.data import shards
+from transformer.data import shards, subword_dropout
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import (
     Batch,
@@ -33,6 +33,7 @@ from transformer.data.batching import (
 from transformer.data.corpus import Split
 from transformer.data.packing import PackedSchedule
 from transformer.data.schedule_store import FileStore
+from transformer.data.subword_dropout import SubwordDropout
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
@@ -53,11 +54,13 @@ class TokenIds:
 
     Attributes:
       folder: holds schedules of their batches; None keeps those in memory.
+      dropout: splits the words of training batches at random, if the config says so.
     """
 
     source: JaggedArray
     target: JaggedArray
     folder: epath.Path | None = None
+    dropout: SubwordDropout | None = None
 
     def __iter__(self) -> Iterator[JaggedArray]:
         return iter((self.source, self.target))
@@ -80,10 +83,19 @@ def train_iterator(
 
     def make(step: int) -> Batch:
         spec = schedule.batch(step)
-        return make_batch(select_rows(spec, rows(spec.bucket.rows)), *ids)
+        spec = select_rows(spec, rows(spec.bucket.rows))
+        return ids.dropout.make_batch(spec, ids.source, ids.target, step) if ids.dropout else make_batch(spec, *ids)
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)
     return iter(grain.MapDataset.range(start, num_steps).map(make).to_iter_dataset(options))
+
+
+def with_subword_dropout(config: Config, ids: TokenIds, tokenizer: Tokenizer) -> TokenIds:
+    """The ids of training with what `data.subword_dropout` asks for."""
+    if not config.data.subword_dropout:
+        return ids
+    dropout = subword_dropout.make_dropout(config, tokenizer, (ids.source, ids.target), ids.folder)
+    return dataclasses.replace(ids, dropout=dropout)
 
 
 def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
@@ -113,7 +125,11 @@ def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
 
 def _schedule(config: Config, ids: TokenIds, folder: epath.Path | None = None) -> BatchSchedule:
     """The schedule; its arrays are kept in the folder, if there is one."""
-    lengths = Lengths(ids.source), Lengths(ids.target)
+    lengths = [Lengths(ids.source), Lengths(ids.target)]
+    planned_by: list[Any] = []
+    if ids.dropout:
+        lengths = [*ids.dropout.planned_lengths((ids.source, ids.target), config.data)]
+        planned_by = [ids.dropout.models[config.data.batching]]
     options: dict[str, Any] = {
         "batch_tokens": config.train.batch_tokens,
         "max_length": config.data.max_length,
@@ -123,7 +139,9 @@ def _schedule(config: Config, ids: TokenIds, folder: epath.Path | None = None) -
     if config.data.batching == "bucket":
         options["num_buckets"] = config.data.num_buckets
     if folder is not None:
-        key = json.dumps([SCHEDULE_VERSION, config.data.batching, len(lengths[0]), options], sort_keys=True)
+        key = json.dumps(
+            [SCHEDULE_VERSION, config.data.batching, len(lengths[0]), options, *planned_by], sort_keys=True
+        )
         options["store"] = FileStore(folder / hashlib.sha256(key.encode()).hexdigest()[:24])
     return (
         PackedSchedule(*lengths, **options) if config.data.batching == "pack" else BucketedSchedule(*lengths, **options)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import sentencepiece
 from etils import epath
+from sentencepiece import sentencepiece_model_pb2
 
 from transformer.config.schema import TOKENIZER_ALGORITHMS, Config, DataConfig
 from transformer.data import subword_nmt
@@ -41,6 +42,14 @@ MAX_TRAINING_LINES = {"bpe": 2_000_000, "unigram": 600_000}
 # file contains the limit.
 DEFAULT_MAX_LINE_BYTES, MAX_LINE_BYTES = 4192, 65_536
 RESERVED = "\u2585"  # SentencePiece skips lines that contain it
+
+
+class BpePiece(NamedTuple):
+    """A subword token of a BPE model: its text, with SPACE for spaces, the score of its merge, whether it has one."""
+
+    text: str
+    score: float
+    is_merged: bool
 
 
 class Tokenizer:
@@ -110,6 +119,20 @@ class Tokenizer:
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The subword token of each id."""
         return [self._processor.id_to_piece(int(self._to_sp[token])) for token in ids]
+
+    def bpe_pieces(self) -> list[BpePiece]:
+        """The subword token of each id if this is a BPE model of SentencePiece; else none.
+
+        The higher the score of a piece, the earlier two pieces are merged into it. Single characters count as merged;
+        special tokens, bytes and symbols that a user defined do not.
+        """
+        if self.file_name != FILE_NAME:
+            return []
+        model = sentencepiece_model_pb2.ModelProto.FromString(self._model)
+        if model.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.BPE:
+            return []
+        pieces, normal = model.pieces, sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
+        return [BpePiece(pieces[i].piece, pieces[i].score, pieces[i].type == normal) for i in self._to_sp.tolist()]
 
     def word_ids(self, ids: Sequence[int]) -> list[int]:
         """The index of the word that each id is part of, counted from 0; words are separated by spaces. EOS: -1."""
