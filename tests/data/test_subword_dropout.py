@@ -9,8 +9,8 @@ import pytest
 from tests.conftest import small_config
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline, subword_dropout, tokenizer
-from transformer.data.batching import PAD_EXAMPLE, JaggedArray
-from transformer.data.subword_dropout import LengthModel
+from transformer.data.batching import PAD_EXAMPLE, BatchSpec, Bucket, JaggedArray
+from transformer.data.subword_dropout import LengthModel, LengthSample, PlannedLengths
 from transformer.data.tokenizer import EOS, PAD
 from transformer.runtime.errors import UserError
 from transformer.training import session
@@ -154,20 +154,53 @@ def test_at_most_one_sentence_in_a_hundred_falls_back(config, opened, batching, 
     assert "warning: subword" not in shown
 
 
-def test_the_schedule_keeps_the_same_pairs_in_rows_as_wide_at_most(config, opened):
+@BATCHING
+@pytest.mark.parametrize("longest", [12, 20, 64])
+def test_the_schedule_keeps_the_same_pairs(config, opened, batching, longest):
+    config = with_fields(config, batching=batching, max_length=longest)
     _, ids, dropped = opened
-    for batching in ("bucket", "pack"):
-        for longest in (20, 64):
-            wanted = with_fields(config, batching=batching, max_length=longest)
-            plain, planned = (input_pipeline.make_batch_schedule(wanted, each) for each in (ids, dropped))
-            assert (plain.kept, plain.dropped) == (planned.kept, planned.dropped)
-            assert max(bucket.target for bucket in planned.buckets) <= longest
-            assert planned.steps_per_epoch > plain.steps_per_epoch
+    plain, planned = (input_pipeline.make_batch_schedule(config, each) for each in (ids, dropped))
+    assert (plain.kept, plain.dropped) == (planned.kept, planned.dropped)
+    assert planned.steps_per_epoch > plain.steps_per_epoch
+    lengths = np.maximum(ids.source.lengths, ids.target.lengths)
+    for schedule in (plain, planned):
+        specs = [schedule.batch(step) for step in range(schedule.steps_per_epoch)]
+        examples = np.sort(np.concatenate([spec.examples_B[spec.examples_B != PAD_EXAMPLE] for spec in specs]))
+        np.testing.assert_array_equal(examples, np.flatnonzero(lengths <= longest))
+    dropped.dropout.num_sentences = dropped.dropout.num_fallbacks = 0
+    batches_of(config, dropped, num_steps=planned.steps_per_epoch)
+    assert dropped.dropout.num_sentences == 2 * plain.kept
+    assert dropped.dropout.fallback_share <= 0.01
 
 
-def test_the_plan_has_the_headroom_that_sentences_need():
-    lengths = np.array([1, 2, 25, 64, 99, 100, 101, 500])
-    np.testing.assert_array_equal(LengthModel(0.1, 1.5).plan(lengths, 100), [3, 5, 35, 83, 100, 100, 101, 500])
+def test_rows_are_no_wider_than_learned_positions_reach(config, opened):
+    config = with_fields(config, max_length=20)
+    learned = dataclasses.replace(config.model, positions="learned", max_positions=22)
+    for model, widest in ((config.model, range(23, 40)), (learned, range(22, 23))):
+        schedule = input_pipeline.make_batch_schedule(dataclasses.replace(config, model=model), opened[2])
+        assert schedule.buckets[-1].target in widest
+
+
+def test_the_plan_has_headroom():
+    lengths = np.array([1, 2, 25, 64, 96, 500])
+    model = LengthModel(0.1, 1.5)
+    np.testing.assert_array_equal(model.plan(lengths), [3, 5, 35, 83, 121, 584])
+    np.testing.assert_array_equal(PlannedLengths(lengths, model, 100, 110)[1:], [5, 35, 83, 110, 111])
+
+
+def test_the_fallbacks_that_are_planned_for_are_counted_like_those_of_batches():
+    """Two rows of 10 source tokens, with sentences of 4 and 5, and of 9; those that grow too much are counted."""
+
+    class Schedule:
+        steps_per_epoch, kept = 1, 3
+
+        def batch(self, step):
+            return BatchSpec(Bucket(10, 99, 2), np.array([[0, 1], [2, PAD_EXAMPLE]]))
+
+    sides = [np.array([4, 5, 9]), np.array([5, 5, 12])]
+    assert LengthSample((sides[0],) * 2, (sides[1],) * 2).fallback_share(Schedule()) == 1 / 6
+    sides = [np.array([4, 5, 9]), np.array([5, 6, 12])]
+    assert LengthSample((sides[0],) * 2, (sides[1],) * 2).fallback_share(Schedule()) == 2 / 6
 
 
 def words_that_fit(growths, totals, width):

@@ -6,6 +6,7 @@ state of the iterator is the step at which it starts.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from transformer.data.batching import (
     BatchSchedule,
     BucketedSchedule,
     JaggedArray,
+    LengthArray,
     Lengths,
     make_batch,
     select_rows,
@@ -125,23 +127,28 @@ def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
 
 def _schedule(config: Config, ids: TokenIds, folder: epath.Path | None = None) -> BatchSchedule:
     """The schedule; its arrays are kept in the folder, if there is one."""
-    lengths = [Lengths(ids.source), Lengths(ids.target)]
-    planned_by: list[Any] = []
-    if ids.dropout:
-        lengths = [*ids.dropout.planned_lengths((ids.source, ids.target), config.data)]
-        planned_by = [ids.dropout.models[config.data.batching]]
+    lengths: Sequence[LengthArray] = (Lengths(ids.source), Lengths(ids.target))
+    if not ids.dropout:
+        return _schedule_lengths(config, lengths, config.data.max_length, folder)
+    planned, longest = ids.dropout.plan(lengths, config, functools.partial(_schedule_lengths, config))
+    return _schedule_lengths(config, planned, longest, folder, *(each.key for each in planned))
+
+
+def _schedule_lengths(
+    config: Config, lengths: Sequence[LengthArray], max_length: int, folder: epath.Path | None = None, *key_parts: Any
+) -> BatchSchedule:
+    """The schedule for these lengths of source and target; `key_parts` say how they differ from those of the ids."""
     options: dict[str, Any] = {
         "batch_tokens": config.train.batch_tokens,
-        "max_length": config.data.max_length,
+        "max_length": max_length,
         "length_multiple": config.data.length_multiple,
         "seed": config.train.seed,
     }
     if config.data.batching == "bucket":
         options["num_buckets"] = config.data.num_buckets
     if folder is not None:
-        key = json.dumps(
-            [SCHEDULE_VERSION, config.data.batching, len(lengths[0]), options, *planned_by], sort_keys=True
-        )
+        parts = [SCHEDULE_VERSION, config.data.batching, len(lengths[0]), options, *key_parts]
+        key = json.dumps(parts, sort_keys=True)
         options["store"] = FileStore(folder / hashlib.sha256(key.encode()).hexdigest()[:24])
     return (
         PackedSchedule(*lengths, **options) if config.data.batching == "pack" else BucketedSchedule(*lengths, **options)

@@ -5,8 +5,9 @@ table (`WordTable`) beside the schedules. `SubwordDropout.make_batch` finds the 
 a segmentation of each by a hash of (seed, step, example, side, position of the word): the same after any resume, on any
 number of hosts and in any process.
 
-Batches are planned from plain lengths with headroom (`PlannedLengths`), which suffices for almost all sentences. Where
-the words of a row would still not fit, the last of them keep their plain segmentation, that of the token ids.
+Batches are planned from plain lengths with headroom (`PlannedLengths`), which is chosen so that it suffices for almost
+all sentences of a sample. Where the words of a row would still not fit, the last of them keep their plain segmentation,
+that of the token ids.
 
 T tokens, W words, N sentences, B rows, M sentences of a row, K segmentations.
 """
@@ -14,6 +15,7 @@ T tokens, W words, N sentences, B rows, M sentences of a row, K segmentations.
 import functools
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +23,7 @@ from etils import epath
 
 from transformer.config import Config, DataConfig
 from transformer.config.validation import subword_dropout_error
-from transformer.data.batching import PAD_EXAMPLE, Batch, BatchSpec, JaggedArray, Lengths
+from transformer.data.batching import PAD_EXAMPLE, Batch, BatchSchedule, BatchSpec, JaggedArray, LengthArray, Lengths
 from transformer.data.bpe_dropout import GOLDEN, BpeMerges, mix, segment, take
 from transformer.data.schedule_store import FileStore, MemoryStore, Store
 from transformer.data.tokenizer import EOS, PAD, SPACE, BpePiece, Tokenizer
@@ -34,15 +36,16 @@ SEGMENTATION_BITS = 4
 SEGMENTATIONS = 1 << SEGMENTATION_BITS
 MAX_WORD_CHARACTERS = 64  # longer words, such as lines of a script without spaces, stay as they are
 MAX_TABLE_CHARACTERS = 1 << 23  # of all words in the table, which hold the most frequent ones: at most 270 MB
-# Share of sentences for which the planned length suffices. In packed rows the excess of one sentence fits into the
-# headroom of the others, so less is needed.
-FITTING_SHARES = {"bucket": 0.99, "pack": 0.9}
+# Shares of sentences for which the planned length suffices, from which `plan` chooses. In packed rows the excess of one
+# sentence fits into the headroom of the others, so less is needed.
+FITTING_SHARES = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
+PLANNED_FALLBACK_SHARE = 0.005  # the most, in the sample by which it chooses
 MAX_FALLBACK_SHARE = 0.01  # of sentences without a warning
-MEASURED_SENTENCES = 1 << 16  # of each side, from which lengths are predicted
+SAMPLE_PAIRS = 1 << 15  # from which lengths are predicted
 
-_CHUNK_SENTENCES, _CHUNK_WORDS, _CHUNK_MEASURED = 1 << 16, 1 << 16, 1 << 13
+_CHUNK_SENTENCES, _CHUNK_WORDS, _CHUNK_SAMPLE = 1 << 16, 1 << 16, 1 << 13
 _UNLIMITED = 1 << 40  # a width
-_TABLE, _BATCH, _MEASURE = 1, 2, 3  # what a key is for
+_TABLE, _BATCH, _SAMPLE = 1, 2, 3  # what a key is for
 _WORD_FIELDS = [
     ("hash", "u8"),
     ("count", "i8"),  # how often it occurs
@@ -65,22 +68,66 @@ class LengthModel(NamedTuple):
     growth: float
     spread: float
 
-    def plan(self, lengths_N: np.ndarray, max_length: int) -> np.ndarray:
-        """Tokens to plan for each sentence: at least its own, and no more than `max_length` unless it is longer."""
+    def plan(self, lengths_N: np.ndarray) -> np.ndarray:
+        """Tokens to plan for sentences of these lengths: at least as many."""
         lengths_N = np.asarray(lengths_N, np.int64)
-        wanted = np.ceil(lengths_N * (1 + self.growth) + np.sqrt(lengths_N) * self.spread).astype(np.int64)
-        return np.maximum(np.minimum(wanted, max_length), lengths_N)
+        wanted = np.ceil(lengths_N * (1 + self.growth) + np.sqrt(lengths_N) * self.spread)
+        return np.maximum(wanted.astype(np.int64), lengths_N)
 
 
 class PlannedLengths(Lengths):
-    """The lengths for which batches are planned, computed for the slice asked for."""
+    """The lengths for which batches are planned, computed for the slice asked for.
 
-    def __init__(self, jagged: JaggedArray, model: LengthModel, max_length: int):
-        super().__init__(jagged)
-        self._model, self._max_length = model, max_length
+    Sentences of over `max_length` tokens get more than `limit`, others at most that.
+
+    Attributes:
+      key: what the lengths depend on besides the plain ones; in JSON.
+    """
+
+    def __init__(self, lengths_N: LengthArray, model: LengthModel, max_length: int, limit: int):
+        self._lengths_N, self._model, self._max_length, self._limit = lengths_N, model, max_length, limit
+        self.key = [*model, max_length, limit]
+
+    def __len__(self) -> int:
+        return len(self._lengths_N)
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        return self._model.plan(super().__getitem__(part), self._max_length)
+        lengths_N = self._lengths_N[part]
+        planned_N = np.minimum(self._model.plan(lengths_N), self._limit)
+        return np.where(lengths_N > self._max_length, self._limit + 1, planned_N)
+
+
+class LengthSample(NamedTuple):
+    """Lengths of sentences spread over training: plain, and with dropout; of source and target each, [N]."""
+
+    plain: tuple[np.ndarray, np.ndarray]
+    made: tuple[np.ndarray, np.ndarray]
+
+    def growth(self, side: int) -> float:
+        """How much longer sentences become, in the mean over tokens."""
+        return max(float(self.made[side].sum() / self.plain[side].sum()) - 1, 0.0)
+
+    def model(self, side: int, share: float) -> LengthModel:
+        """The model by which this share of sentences is at most as long as planned."""
+        plain_N, growth = self.plain[side], self.growth(side)
+        excess_N = np.sort((self.made[side] - plain_N * (1 + growth)) / np.sqrt(plain_N))
+        # Not interpolated: every host must get the same.
+        return LengthModel(growth, max(float(excess_N[int(np.ceil(share * (len(excess_N) - 1)))]), 0.0))
+
+    def fallback_share(self, schedule: BatchSchedule) -> float:
+        """The share of sentences that would not fit in full into the batches of a schedule of the sample."""
+        count = 0
+        for step in range(schedule.steps_per_epoch):
+            bucket, examples_B = schedule.batch(step)
+            examples_BM = examples_B.reshape(len(examples_B), -1)
+            for side, width in enumerate((bucket.source, bucket.target)):
+                plain_BM, made_BM = (
+                    np.where(examples_BM == PAD_EXAMPLE, 0, lengths[side][examples_BM]) for lengths in self
+                )
+                added_BM = np.maximum(made_BM - plain_BM, 0)
+                free_B1 = width - plain_BM.sum(1, keepdims=True)
+                count += int(((added_BM > 0) & (added_BM.cumsum(1) > free_B1)).sum())
+        return count / max(2 * schedule.kept, 1)
 
 
 class WordTable(NamedTuple):
@@ -138,14 +185,14 @@ class SubwordDropout:
     """Splits the words of batches at random; picklable, for one thread at a time.
 
     Attributes:
-      models: for source and target, what to plan by the value of `data.batching`.
+      sample: lengths with and without dropout.
       num_sentences: that were split; source and target count as two.
       num_fallbacks: of these, sentences with words that kept their plain segmentation to fit.
     """
 
     def __init__(self, table: WordTable, begins_V: np.ndarray, seed: int):
         self._table, self._begins_V, self._seed = table, begins_V, seed
-        self.models: dict[str, tuple[LengthModel, LengthModel]] = {}
+        self.sample: LengthSample
         self.num_sentences = self.num_fallbacks = self._num_batches = 0
 
     @property
@@ -153,10 +200,39 @@ class SubwordDropout:
         """Share of sentences with words that kept their plain segmentation to fit."""
         return self.num_fallbacks / max(self.num_sentences, 1)
 
-    def planned_lengths(self, sides: tuple[JaggedArray, JaggedArray], data: DataConfig) -> list[PlannedLengths]:
-        """Of source and target."""
-        models = self.models[data.batching]
-        return [PlannedLengths(ids, model, data.max_length) for ids, model in zip(sides, models, strict=True)]
+    def plan(
+        self,
+        lengths: Sequence[LengthArray],
+        config: Config,
+        make: Callable[[Sequence[LengthArray], int], BatchSchedule],
+    ) -> tuple[list[PlannedLengths], int]:
+        """The lengths for which to plan batches, with as little headroom as suffices for almost all sentences.
+
+        Args:
+          lengths: of source and target, plain.
+          config: of the run.
+          make: a schedule for lengths of source and target, whose second argument is the longest that is kept.
+
+        Returns:
+          The lengths of source and target to plan for, and that of the longest sentence that `data.max_length` keeps.
+        """
+        smallest, largest = 0, len(FITTING_SHARES) - 1
+        while smallest < largest:
+            middle = (smallest + largest) // 2
+            schedule = make(*self._planned_lengths(self.sample.plain, config, FITTING_SHARES[middle]))
+            is_enough = self.sample.fallback_share(schedule) <= PLANNED_FALLBACK_SHARE
+            smallest, largest = (smallest, middle) if is_enough else (middle + 1, largest)
+        return self._planned_lengths(lengths, config, FITTING_SHARES[smallest])
+
+    def _planned_lengths(
+        self, lengths: Sequence[LengthArray], config: Config, share: float
+    ) -> tuple[list[PlannedLengths], int]:
+        """Of source and target, with headroom for this share of sentences; and the most of a sentence."""
+        models, longest = [self.sample.model(side, share) for side in (0, 1)], config.data.max_length
+        limit = max(int(model.plan(np.array([longest]))[0]) for model in models)
+        if config.model.positions == "learned":
+            limit = max(min(limit, config.model.max_positions), longest)
+        return [PlannedLengths(*each, longest, limit) for each in zip(lengths, models, strict=True)], limit
 
     def make_batch(self, spec: BatchSpec, source: JaggedArray, target: JaggedArray, step: int) -> Batch:
         """The padded arrays of a batch, or of some of its rows."""
@@ -226,11 +302,10 @@ class SubwordDropout:
         batches = self._num_batches
         if batches < 10 or batches != 10 ** (len(str(batches)) - 1):
             return
-        share, is_often = self.fallback_share, self.fallback_share > MAX_FALLBACK_SHARE
+        share = self.fallback_share
         log_info(
-            f"{'warning: ' * is_often}subword dropout: to fit, words of {self.num_fallbacks:,} of "
+            f"{'warning: ' * (share > MAX_FALLBACK_SHARE)}subword dropout: to fit, words of {self.num_fallbacks:,} of "
             f"{self.num_sentences:,} sentences ({share:.2%}) in {batches:,} batches kept their plain segmentation"
-            f"{'; raise data.max_length' * is_often}"
         )
 
 
@@ -274,8 +349,7 @@ def make_dropout(
 
     def make_facts() -> dict[str, Any]:
         table, known_share = draw()
-        lengths = _measure(SubwordDropout(table, begins_V, seed), sides)
-        return {"sizes": [len(array) for array in _arrays(table)], "known_share": known_share, "lengths": lengths}
+        return {"sizes": [len(array) for array in _arrays(table)], "known_share": known_share}
 
     def make_array(number: int) -> np.ndarray:
         return _arrays(draw()[0])[number]
@@ -286,10 +360,8 @@ def make_dropout(
         for number, name in enumerate(("hashes", "groups", "ids", "offsets"))
     )
     dropout = SubwordDropout(WordTable(hashes_W, groups_W, JaggedArray(flat, offsets)), begins_V, seed)
-    dropout.models = {
-        batching: (LengthModel(*models[0]), LengthModel(*models[1])) for batching, models in facts["lengths"].items()
-    }
-    source, target = (model.growth for model in dropout.models[config.data.batching])
+    dropout.sample = _sample_lengths(dropout, sides)
+    source, target = (dropout.sample.growth(side) for side in (0, 1))
     log_info(
         f"subword dropout {rate:g}: {SEGMENTATIONS} segmentations of each of {len(hashes_W):,} words, of which "
         f"{facts['known_share']:.1%} of training consists; sources become {source:.1%} longer, targets {target:.1%}"
@@ -372,23 +444,20 @@ def _merge_counts(parts: list[np.ndarray]) -> np.ndarray:
     return merged
 
 
-def _measure(dropout: SubwordDropout, sides: tuple[JaggedArray, JaggedArray]) -> dict[str, list[LengthModel]]:
-    """By value of `data.batching` the length models of source and target, from sentences spread over training."""
-    models: dict[str, list[LengthModel]] = {batching: [] for batching in FITTING_SHARES}
+def _sample_lengths(dropout: SubwordDropout, sides: tuple[JaggedArray, JaggedArray]) -> LengthSample:
+    """Splits sentences spread over training once."""
+    count = len(sides[0])
+    examples_N = np.unique(np.linspace(0, count - 1, min(SAMPLE_PAIRS, count)).astype(np.int64))
+    plain: list[np.ndarray] = []
+    made: list[np.ndarray] = []
     for side, ids in enumerate(sides):
-        examples_N = np.unique(np.linspace(0, len(ids) - 1, min(MEASURED_SENTENCES, len(ids))).astype(np.int64))
-        plain_parts, made_parts = [], []
-        for part in np.array_split(examples_N, -(-len(examples_N) // _CHUNK_MEASURED)):
-            starts = np.asarray(ids.offsets[part])
-            plain = take(ids.flat, starts, np.asarray(ids.offsets[part + 1]) - starts)
-            made, _ = dropout.split(plain, _key(_MEASURE, side), part, np.arange(len(part)), _UNLIMITED)
-            plain_parts.append(plain.lengths)
-            made_parts.append(made.lengths)
-        plain_N, made_N = np.concatenate(plain_parts), np.concatenate(made_parts)
-        growth = float(made_N.sum() / plain_N.sum() - 1)
-        # Sorted, not interpolated: every host must get the same.
-        excess_N = np.sort((made_N - plain_N * (1 + growth)) / np.sqrt(plain_N))
-        for batching, share in FITTING_SHARES.items():
-            spread = float(excess_N[int(np.ceil(share * (len(excess_N) - 1)))])
-            models[batching].append(LengthModel(growth, max(spread, 0.0)))
-    return models
+        starts_N = np.asarray(ids.offsets[examples_N])
+        plain.append(np.asarray(ids.offsets[examples_N + 1]) - starts_N)
+        parts = []
+        for start in range(0, len(examples_N), _CHUNK_SAMPLE):
+            part = slice(start, start + _CHUNK_SAMPLE)
+            sentences = take(ids.flat, starts_N[part], plain[side][part])
+            rows_N = np.arange(len(sentences))
+            parts.append(dropout.split(sentences, _key(_SAMPLE, side), examples_N[part], rows_N, _UNLIMITED)[0].lengths)
+        made.append(np.concatenate(parts))
+    return LengthSample((plain[0], plain[1]), (made[0], made[1]))
