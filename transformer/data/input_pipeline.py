@@ -56,7 +56,7 @@ class TokenIds:
 
     Attributes:
       folder: holds schedules of their batches; None keeps those in memory.
-      dropout: splits the words of training batches at random, if the config says so.
+      dropout: splits the words of training batches at random; None if `data.subword_dropout` is 0.
     """
 
     source: JaggedArray

@@ -363,8 +363,8 @@ def make_dropout(
     dropout.sample = _sample_lengths(dropout, sides)
     source, target = (dropout.sample.growth(side) for side in (0, 1))
     log_info(
-        f"subword dropout {rate:g}: {SEGMENTATIONS} segmentations of each of {len(hashes_W):,} words, of which "
-        f"{facts['known_share']:.1%} of training consists; sources become {source:.1%} longer, targets {target:.1%}"
+        f"subword dropout {rate:g}: {SEGMENTATIONS} segmentations of each of {len(hashes_W):,} words, which cover "
+        f"{facts['known_share']:.1%} of the running words; sources become {source:.1%} longer, targets {target:.1%}"
     )
     return dropout
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import sentencepiece
 from etils import epath
-from sentencepiece import sentencepiece_model_pb2
 
 from transformer.config.schema import TOKENIZER_ALGORITHMS, Config, DataConfig
 from transformer.data import subword_nmt
@@ -128,6 +127,8 @@ class Tokenizer:
         """
         if self.file_name != FILE_NAME:
             return []
+        from sentencepiece import sentencepiece_model_pb2  # takes 0.1 s, and most processes do not need it
+
         model = sentencepiece_model_pb2.ModelProto.FromString(self._model)
         if model.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.BPE:
             return []
