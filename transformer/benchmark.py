@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
         corpus = corpora.open_corpus(config.data)
         tokenizer = input_pipeline.get_tokenizer(tokenizers.inherit_tokenizer(config), corpus, epath.Path(folder))
     ids = input_pipeline.token_ids(config.data, corpus, "train", tokenizer)
+    ids = input_pipeline.with_subword_dropout(config, ids, tokenizer)
     schedule = input_pipeline.make_batch_schedule(config, ids)
     row = measure_input(schedule, ids, args.num_steps) if args.input else measure(config, schedule, ids, args.num_steps)
     print(json.dumps({**row, **sizes(config, tokenizer.vocab_size)}))
@@ -83,7 +84,10 @@ def measure_input(schedule: BatchSchedule, ids: TokenIds, num_steps: int) -> Row
         since = time.perf_counter()
         tokens = sum(real_tokens(batch) for batch in batches)
         rates.append(tokens / (time.perf_counter() - since))
-    return {"input_target_tokens_per_s": round(float(np.median(rates)))}
+    row: Row = {"input_target_tokens_per_s": round(float(np.median(rates)))}
+    if ids.dropout:
+        row["subword_dropout_fallback_share"] = ids.dropout.fallback_share
+    return row
 
 
 def measure(config: Config, schedule: BatchSchedule, ids: TokenIds, num_steps: int) -> Row:

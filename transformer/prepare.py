@@ -11,7 +11,7 @@ import contextlib
 from transformer import command_line
 from transformer.config import schema
 from transformer.data import corpus as corpora
-from transformer.data import input_pipeline, statistics
+from transformer.data import input_pipeline, statistics, subword_dropout
 from transformer.data import tokenizer as tokenizers
 from transformer.runtime import progress
 from transformer.runtime.logging import log_info
@@ -43,7 +43,9 @@ def prepare(config: schema.Config, *, report: bool, workers: int = 0) -> None:
       UserError: as `corpus.open_corpus`, or all training pairs are too long, or the vocabulary cannot be trained.
     """
     data = tokenizers.inherit_tokenizer(config)
-    is_given = tokenizers.load_configured(data) is not None
+    given = tokenizers.load_configured(data)
+    subword_dropout.check_tokenizer(data, given)
+    is_given = given is not None
     shares = {"pairs": STORE_SHARE + is_given * ENCODE_SHARE, "vocabulary": VOCABULARY_SHARE, "ids": ENCODE_SHARE}
     if is_given:  # the ids are made with the pairs
         del shares["vocabulary"], shares["ids"]
@@ -56,6 +58,7 @@ def prepare(config: schema.Config, *, report: bool, workers: int = 0) -> None:
         with contextlib.nullcontext() if is_given else stages.stage("ids"):
             ids = {"train": input_pipeline.token_ids(data, corpus, "train", tokenizer, workers)}
         with stages.stage("batches"):
+            ids["train"] = input_pipeline.with_subword_dropout(config, ids["train"], tokenizer)
             schedule = input_pipeline.make_batch_schedule(config, ids["train"])
             schedule.batch(0)  # orders the pairs of the first epoch
     log_info(

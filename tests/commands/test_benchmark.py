@@ -28,7 +28,17 @@ SPEED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flags", "keys"), [([], SPEED), (["--input"], ["input_target_tokens_per_s"])])
+@pytest.mark.parametrize(
+    ("flags", "keys"),
+    [
+        ([], SPEED),
+        (["--input"], ["input_target_tokens_per_s"]),
+        (
+            ["--input", "--config.data.subword_dropout=0.3"],
+            ["input_target_tokens_per_s", "subword_dropout_fallback_share"],
+        ),
+    ],
+)
 def test_it_prints_the_documented_keys(tmp_path, flags, keys):
     words = ["red", "green", "blue", "old", "new", "house", "tree"]
     rng = np.random.default_rng(0)
@@ -45,7 +55,8 @@ def test_it_prints_the_documented_keys(tmp_path, flags, keys):
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout.splitlines()[-1])
     assert list(row) == [*keys, *SIZES]
-    assert all(row[key] > 0 for key in keys if key != "device")
+    assert all(row[key] > 0 for key in keys if key not in ("device", "subword_dropout_fallback_share"))
+    assert 0 <= row.get("subword_dropout_fallback_share", 0) < 0.05
     assert [row[key] for key in SIZES] == ["attention", "float32", 16, 16, 1, 1, 1, 4, 285, 256]
 
 

@@ -156,6 +156,13 @@ IMPOSSIBLE = [
         {"data": {"max_length": 1028, "length_multiple": 8}, "model": {"positions": "learned", "max_positions": 1028}},
     ),
     (r"length_multiple: expected at least 1, got 0", {"data": {"length_multiple": 0}}),
+    (r"subword_dropout: expected at most 0.999999, got 1", {"data": {"subword_dropout": 1}}),
+    (r"subword_dropout: expected at least 0, got -0.1", {"data": {"subword_dropout": -0.1}}),
+    (
+        r"subword_dropout = 0.1: .*: expected data\.tokenizer = bpe, .*, got unigram; change it, or set",
+        {"data": {"subword_dropout": 0.1, "tokenizer": "unigram"}},
+    ),
+    (r"subword_dropout = 0.1: .* got my\.codes;", {"data": {"subword_dropout": 0.1, "tokenizer": "my.codes"}}),
     (
         r"weight_decay = 0.1: read only with name = adamw or nadamw or .*, got name = adam;",
         {"optimizer": {"weight_decay": 0.1}},

@@ -382,6 +382,30 @@ def test_the_cost_of_a_run_is_summed_over_resumes(data, whole, tmp_path):
     assert [line["train/flops"] for line in lines_of(tmp_path / "run")][-1] == spent.flops
 
 
+def fit_with_subword_dropout(data, workdir, steps, rate=0.3):
+    """A run whose params do not change, so that losses depend on batches and dropout alone."""
+    data = {**data, "subword_dropout": rate, "num_buckets": 1}
+    train = {"num_steps": steps, "log_every_steps": 1, "eval_every_steps": 4}
+    fit(config_of(data, optimizer={"learning_rate": 0.0}, train=train), workdir)
+    return [[line[name] for line in lines_of(workdir) if name in line] for name in ("train/loss", "valid/loss")]
+
+
+def test_a_run_with_subword_dropout_resumes_exactly_and_keeps_its_rate(data, tmp_path):
+    losses, _ = fit_with_subword_dropout(data, tmp_path / "whole", 4)
+    fit_with_subword_dropout(data, tmp_path / "run", 3)
+    assert fit_with_subword_dropout(data, tmp_path / "run", 4)[0] == losses
+    assert len(losses) == 4
+    with pytest.raises(UserError, match=r"another config: data\.subword_dropout: 0\.3 → 0\.1"):
+        fit_with_subword_dropout(data, tmp_path / "run", 6, rate=0.1)
+
+
+@pytest.mark.slow
+def test_training_sees_subword_dropout_and_validation_does_not(data, tmp_path):
+    on, off = (fit_with_subword_dropout(data, tmp_path / f"{rate}", 4, rate) for rate in (0.3, 0.0))
+    assert on[1] == off[1]
+    assert not set(on[0]) & set(off[0])
+
+
 def test_a_finished_run_is_left_alone(data, whole, capsys):
     before = files_of(whole)
     fit(config_of(data), whole)

@@ -223,6 +223,13 @@ class DataConfig:
         high=1,
     )
     filter_duplicates: bool = _field(False, "training drops pairs that occur before, by a 64-bit hash")
+    subword_dropout: float = _field(
+        0.0,
+        "bpe: probability of leaving out a merge when a word of training is split, which varies from epoch to epoch "
+        "(BPE-dropout, Provilkov et al. 2020: 0.1); 0: off",
+        low=0,
+        high=0.999999,
+    )
     batching: str = _field(
         "bucket",
         "bucket: rows of one sentence, in shapes by length; pack: rows of several, in one shape",

@@ -414,6 +414,7 @@ def _check_combinations(config: Config) -> None:
     if 0 < train.spike_factor <= 1:
         raise UserError(f"config.train.spike_factor: expected 0 (off), or above 1, such as 2, got {train.spike_factor}")
     _check_dropout_of_rdrop(config)
+    _check_subword_dropout(config)
     _check_profile_steps(train)
     if optimizer.name == "schedule_free_adamw":
         _check_schedule_free(optimizer)
@@ -456,6 +457,22 @@ def _check_dropout_of_rdrop(config: Config) -> None:
             "config.train.consistency = rdrop: compares two passes with different dropout, so expected "
             f"{' or '.join(rates)} above 0, got 0; set it, or consistency to simcut or none"
         )
+
+
+def _check_subword_dropout(config: Config) -> None:
+    tokenizer = config.data.tokenizer
+    is_other = tokenizer == "unigram" or tokenizer.endswith((".codes", ".json"))
+    if config.data.subword_dropout and is_other and not config.train.init_from:  # its tokenizer is checked when read
+        raise UserError(subword_dropout_error(config.data.subword_dropout, tokenizer))
+
+
+def subword_dropout_error(rate: float, tokenizer: str) -> str:
+    """The message for a vocabulary that subword dropout does not support."""
+    return (
+        f"config.data.subword_dropout = {rate:g}: leaves out merges of a SentencePiece BPE vocabulary, which holds the "
+        f"result of each: expected data.tokenizer = bpe, or the .model of one, got {tokenizer}; change it, or set "
+        "subword_dropout to 0"
+    )
 
 
 def _check_profile_steps(train: schema.TrainConfig) -> None:

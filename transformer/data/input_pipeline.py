@@ -6,6 +6,7 @@ state of the iterator is the step at which it starts.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -19,13 +20,14 @@ from etils import epath
 
 from transformer.config import Config, DataConfig, validation
 from transformer.data import corpus as corpora
-from transformer.data import shards
+from transformer.data import shards, subword_dropout
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import (
     Batch,
     BatchSchedule,
     BucketedSchedule,
     JaggedArray,
+    LengthArray,
     Lengths,
     make_batch,
     select_rows,
@@ -33,6 +35,7 @@ from transformer.data.batching import (
 from transformer.data.corpus import Split
 from transformer.data.packing import PackedSchedule
 from transformer.data.schedule_store import FileStore
+from transformer.data.subword_dropout import SubwordDropout
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
@@ -53,11 +56,13 @@ class TokenIds:
 
     Attributes:
       folder: holds schedules of their batches; None keeps those in memory.
+      dropout: splits the words of training batches at random; None if `data.subword_dropout` is 0.
     """
 
     source: JaggedArray
     target: JaggedArray
     folder: epath.Path | None = None
+    dropout: SubwordDropout | None = None
 
     def __iter__(self) -> Iterator[JaggedArray]:
         return iter((self.source, self.target))
@@ -80,10 +85,19 @@ def train_iterator(
 
     def make(step: int) -> Batch:
         spec = schedule.batch(step)
-        return make_batch(select_rows(spec, rows(spec.bucket.rows)), *ids)
+        spec = select_rows(spec, rows(spec.bucket.rows))
+        return ids.dropout.make_batch(spec, ids.source, ids.target, step) if ids.dropout else make_batch(spec, *ids)
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)
     return iter(grain.MapDataset.range(start, num_steps).map(make).to_iter_dataset(options))
+
+
+def with_subword_dropout(config: Config, ids: TokenIds, tokenizer: Tokenizer) -> TokenIds:
+    """The ids of training with what `data.subword_dropout` asks for."""
+    if not config.data.subword_dropout:
+        return ids
+    dropout = subword_dropout.make_dropout(config, tokenizer, (ids.source, ids.target), ids.folder)
+    return dataclasses.replace(ids, dropout=dropout)
 
 
 def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
@@ -113,17 +127,28 @@ def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
 
 def _schedule(config: Config, ids: TokenIds, folder: epath.Path | None = None) -> BatchSchedule:
     """The schedule; its arrays are kept in the folder, if there is one."""
-    lengths = Lengths(ids.source), Lengths(ids.target)
+    lengths: Sequence[LengthArray] = (Lengths(ids.source), Lengths(ids.target))
+    if not ids.dropout:
+        return _schedule_lengths(config, lengths, config.data.max_length, folder)
+    planned, longest = ids.dropout.plan(lengths, config, functools.partial(_schedule_lengths, config))
+    return _schedule_lengths(config, planned, longest, folder, *(each.key for each in planned))
+
+
+def _schedule_lengths(
+    config: Config, lengths: Sequence[LengthArray], max_length: int, folder: epath.Path | None = None, *key_parts: Any
+) -> BatchSchedule:
+    """The schedule for these lengths of source and target; `key_parts` say how they differ from those of the ids."""
     options: dict[str, Any] = {
         "batch_tokens": config.train.batch_tokens,
-        "max_length": config.data.max_length,
+        "max_length": max_length,
         "length_multiple": config.data.length_multiple,
         "seed": config.train.seed,
     }
     if config.data.batching == "bucket":
         options["num_buckets"] = config.data.num_buckets
     if folder is not None:
-        key = json.dumps([SCHEDULE_VERSION, config.data.batching, len(lengths[0]), options], sort_keys=True)
+        parts = [SCHEDULE_VERSION, config.data.batching, len(lengths[0]), options, *key_parts]
+        key = json.dumps(parts, sort_keys=True)
         options["store"] = FileStore(folder / hashlib.sha256(key.encode()).hexdigest()[:24])
     return (
         PackedSchedule(*lengths, **options) if config.data.batching == "pack" else BucketedSchedule(*lengths, **options)

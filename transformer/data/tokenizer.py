@@ -43,6 +43,14 @@ DEFAULT_MAX_LINE_BYTES, MAX_LINE_BYTES = 4192, 65_536
 RESERVED = "\u2585"  # SentencePiece skips lines that contain it
 
 
+class BpePiece(NamedTuple):
+    """A subword token of a BPE model: its text, with SPACE for spaces, the score of its merge, whether it has one."""
+
+    text: str
+    score: float
+    is_merged: bool
+
+
 class Tokenizer:
     """A trained SentencePiece model, or BPE merges with a vocabulary; safe to pickle and to share between threads.
 
@@ -110,6 +118,22 @@ class Tokenizer:
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The subword token of each id."""
         return [self._processor.id_to_piece(int(self._to_sp[token])) for token in ids]
+
+    def bpe_pieces(self) -> list[BpePiece]:
+        """The subword token of each id if this is a BPE model of SentencePiece; else none.
+
+        The higher the score of a piece, the earlier two pieces are merged into it. Single characters count as merged;
+        special tokens, bytes and symbols that a user defined do not.
+        """
+        if self.file_name != FILE_NAME:
+            return []
+        from sentencepiece import sentencepiece_model_pb2  # takes 0.1 s, and most processes do not need it
+
+        model = sentencepiece_model_pb2.ModelProto.FromString(self._model)
+        if model.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.BPE:
+            return []
+        pieces, normal = model.pieces, sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
+        return [BpePiece(pieces[i].piece, pieces[i].score, pieces[i].type == normal) for i in self._to_sp.tolist()]
 
     def word_ids(self, ids: Sequence[int]) -> list[int]:
         """The index of the word that each id is part of, counted from 0; words are separated by spaces. EOS: -1."""

@@ -9,7 +9,7 @@ from ml_collections import config_dict
 
 from transformer.checkpoints import best_metric
 from transformer.config import Config, schema, validation, warm_start
-from transformer.data import corpus, tokenizer
+from transformer.data import corpus, subword_dropout, tokenizer
 from transformer.evaluation.metrics import make_metric
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
@@ -71,7 +71,8 @@ def check_data(config: Config, workdir: str) -> None:
     for name in best_metric.validation_metrics(config):
         make_metric(name)  # which may need a package
     is_fine_tuning = config.train.init_from and not epath.Path(workdir, "checkpoints").exists()
-    tokenizer.load_configured(tokenizer.inherit_tokenizer(config) if is_fine_tuning else config.data)
+    data = tokenizer.inherit_tokenizer(config) if is_fine_tuning else config.data
+    subword_dropout.check_tokenizer(data, tokenizer.load_configured(data))
 
 
 def prepare(config: Config, path: epath.Path) -> "tuple[RunContext, TrainState]":
