@@ -175,8 +175,8 @@ def translate_shards(
             is_new = False
             for shard in corpus.read(missing):
                 check_stop()
-                with corpus.claim(shard.index) as is_mine:
-                    of_others = of_others - {shard.index} if is_mine else of_others | {shard.index}
+                with corpus.claim(shard.number) as is_mine:
+                    of_others = of_others - {shard.number} if is_mine else of_others | {shard.number}
                     translating.total = total - corpus.num_lines(of_others)
                     if is_mine:
                         num_blank += _translate_shard(corpus, shard, translate, tag, translating, check_stop)
@@ -204,7 +204,7 @@ def _translate_shard(
         check_stop()
 
     translations = translate(shard.lines, advance)
-    corpus.write(shard.index, [f"{tag} {line}" if tag and line.strip() else line for line in translations])
+    corpus.write(shard.number, [f"{tag} {line}" if tag and line.strip() else line for line in translations])
     translating.completed = before + len(shard.lines)  # with blank ones, which are in no batch
     pairs = zip(shard.lines, translations, strict=True)
     return sum(bool(line.strip()) and not translation.strip() for line, translation in pairs)

@@ -33,7 +33,7 @@ def make(folder, text, side="target", shard_lines=3, **settings):
 def translate(corpus, shards=None):
     """Each line in upper case."""
     for shard in corpus.read(corpus.missing() if shards is None else shards):
-        corpus.write(shard.index, [line.upper() for line in shard.lines])
+        corpus.write(shard.number, [line.upper() for line in shard.lines])
 
 
 def test_lines_of_all_files_are_counted_and_cut_into_shards(text, tmp_path):
@@ -42,7 +42,7 @@ def test_lines_of_all_files_are_counted_and_cut_into_shards(text, tmp_path):
     corpus = make(tmp_path / "out", text)
     assert corpus.num_shards == 3
     assert [shard.lines for shard in corpus.read(range(3))] == [LINES[:3], LINES[3:6], LINES[6:]]
-    assert [shard.index for shard in corpus.read([2, 0])] == [0, 2]
+    assert [shard.number for shard in corpus.read([2, 0])] == [0, 2]
     assert [corpus.num_lines(shards) for shards in ([0, 1, 2], [2], [0, 2], [])] == [7, 1, 4, 0]
     (tmp_path / "empty").touch()
     with pytest.raises(UserError, match="empty: expected lines to translate, found none"):

@@ -248,9 +248,9 @@ def test_a_synthetic_corpus_is_made_there(folder, bucket):
 
     def translate(corpus, shards):
         for shard in corpus.read(shards):
-            with corpus.claim(shard.index) as claimed:
+            with corpus.claim(shard.number) as claimed:
                 assert claimed
-                corpus.write(shard.index, shard.lines[::-1])
+                corpus.write(shard.number, shard.lines[::-1])
 
     translate(make(), [0, 2])
     again = make()

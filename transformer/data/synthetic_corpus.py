@@ -62,9 +62,9 @@ def scan(paths: Sequence[str]) -> InputText:
 
 
 class Shard(NamedTuple):
-    """A part of the text."""
+    """A part of the text, numbered from 0."""
 
-    index: int
+    number: int
     lines: list[str]
 
 
@@ -226,7 +226,7 @@ class SyntheticCorpus:
                 self._shards.rmtree()
 
     def _translations(self, shard: Shard) -> bytes:
-        path = self._shards / self._name(shard.index)
+        path = self._shards / self._name(shard.number)
         content = path.read_bytes()
         if (count := content.count(b"\n")) != len(shard.lines):
             raise UserError(
