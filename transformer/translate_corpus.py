@@ -155,7 +155,7 @@ def part_of(shards: Iterable[int], index: int, count: int) -> list[int]:
 
 
 def translate_shards(
-    corpus: SyntheticCorpus, shards: list[int], translate: Translate, tag: str, check_stop: Callable[[], None]
+    corpus: SyntheticCorpus, shards: Sequence[int], translate: Translate, tag: str, check_stop: Callable[[], None]
 ) -> None:
     """Translates those of the shards that are not there, except what other commands hold.
 
@@ -200,7 +200,7 @@ def _translate_shard(
     def advance(count: int) -> None:
         translating.advance(count)
         if (rate := translating.units_per_s) is not None:
-            translating.note = f"{rate:,.0f} lines/s"
+            translating.note = f"{rate:,.{0 if rate >= 10 else 1}f} lines/s"
         check_stop()
 
     translations = translate(shard.lines, advance)

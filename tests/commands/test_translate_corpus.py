@@ -14,10 +14,11 @@ import transformer
 from tests.commands.test_translate import save, write
 from tests.decoding.test_translator import LINES
 from tests.helpers import commands
+from tests.helpers.clock import FakeClock
 from tests.helpers.processes import Processes, on_hosts
 from transformer import translate_corpus
 from transformer.config import DataConfig
-from transformer.data import local_text, tokenizer
+from transformer.data import local_text, synthetic_corpus, tokenizer
 from transformer.data.synthetic_corpus import SyntheticCorpus
 from transformer.runtime.errors import StoppedError, UserError
 
@@ -188,6 +189,40 @@ def test_what_cannot_be_translated_is_one_message(flags, tmp_path, extra, messag
 def test_a_part_is_one_of_several(flags, part):
     stderr = commands.run("-m", "transformer.translate_corpus", *flags, f"--part={part}", code=2).stderr.decode()
     assert f"--part: expected I/N with I from 1 to N, such as 1/4, got '{part}'" in stderr
+
+
+def test_progress_has_a_rate_and_the_time_left(tmp_path, monkeypatch, capsys):
+    """Of this command's own work: what was there before, or is of others, does not count."""
+    clock = FakeClock(monkeypatch)
+    write(tmp_path / "mono", ["line"] * 50)
+    text = synthetic_corpus.scan([str(tmp_path / "mono")])
+    corpus = SyntheticCorpus(tmp_path / "out", text, ("en", "de"), "source", 10, {}, {})
+    corpus.open()
+    corpus.write(1, ["Zeile"] * 10)
+
+    def translate(lines, advance):
+        for _ in range(2):
+            clock.sleep(5)
+            advance(5)
+        return ["Zeile"] * 10
+
+    with corpus.claim(3):
+        translate_corpus.translate_shards(corpus, range(5), translate, "", lambda: None)
+    resumed, first, second, third = capsys.readouterr().err.splitlines()
+    assert resumed == f"{tmp_path}/out: resuming, 1 of 5 shards are there"
+    assert first == "translating: 15/50 lines · 1.0 lines/s · 0:00:10 elapsed · 0:01:10 left"
+    assert second == "translating: 25/50 lines · 1.0 lines/s · 0:00:20 elapsed · 0:00:33 left"
+    assert third == "translating: 35/40 lines · 1.0 lines/s · 0:00:30 elapsed · 0:00:06 left"
+    assert corpus.missing() == [3]
+
+
+@pytest.mark.slow
+def test_an_ensemble_translates_too(flags, workdir, tmp_path):
+    run(*flags, f"--ensemble={workdir}", "--decode.beam_size=1")
+    both = transformer.load(workdir, ensemble=[workdir]).translate(TEXT, beam_size=1)
+    assert read(tmp_path / "out") == (TEXT, both)
+    settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
+    assert settings["model"] == settings["model2"]
 
 
 @pytest.mark.hosts
