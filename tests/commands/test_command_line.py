@@ -313,6 +313,7 @@ for sys.argv in json.loads(sys.argv[1]):
             code = end.code
     print(json.dumps([code, stderr.getvalue(), os.path.exists("x")]))
 """
+CORPUS = ["transformer/translate_corpus.py", "--workdir=x", "--input_side=target", "--output=x"]
 MISTAKES = [
     (["train.py"], "expected one --config=FILE"),
     (["train.py", DEMO, "--workdir=x", "--config.train.seed=-1"], "config.train.seed: expected at least 0, got -1"),
@@ -330,6 +331,10 @@ MISTAKES = [
     (["eval.py", "--workdir=x", "--test_set=wmt14/full", "--split=val"], "leave out --split"),
     (["eval.py", "--workdir=x", "--test_set=wmt14", "--source=a", "--reference=b"], "leave out --source"),
     (["eval.py", "--workdir=x", "--decode.bean_size=3"], "unknown field 'bean_size'; did you mean 'beam_size'"),
+    (["eval.py", "--workdir=x"], "x: expected a folder that train.py wrote, found none"),
+    ([*CORPUS, "--input=README.md"], "x: expected a folder that train.py wrote, found none"),
+    ([*CORPUS, "--input=none/*"], "--input: expected files that match "),
+    ([*CORPUS, "--input=README.md", "--tag=a b"], "--tag='a b': expected one word without spaces"),
 ]
 
 
