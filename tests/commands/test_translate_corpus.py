@@ -240,7 +240,7 @@ def test_two_hosts_share_the_shards(flags, expected, tmp_path):
 @pytest.mark.hosts
 def test_a_signal_to_one_host_ends_both_and_a_killed_command_is_resumed(workdir, tmp_path):
     rng = np.random.default_rng(0)
-    lines = [" ".join(rng.choice(LINES[0].split() + LINES[7].split(), 12)) for _ in range(1500)]
+    lines = [" ".join(rng.choice(LINES[0].split() + LINES[7].split(), 12)) for _ in range(2400)]
     write(tmp_path / "mono", lines)
     command = [
         "-m", "transformer.translate_corpus", f"--workdir={workdir}", f"--input={tmp_path}/mono",
