@@ -246,8 +246,8 @@ class Translator:
             if count not in self._programs:
                 program = functools.partial(decode, self._models, self._config, count)
                 self._programs[count] = sharding.data_parallel_jit(self._mesh, program)
-        is_new = shapes not in self._compiled
-        with _DISPATCH_LOCK if self._workers == 1 or is_new else contextlib.nullcontext():
+        with _DISPATCH_LOCK if self._workers == 1 or shapes not in self._compiled else contextlib.nullcontext():
+            is_new = shapes not in self._compiled  # unless another thread has compiled it meanwhile
             width = inputs.source_BS.shape[1]
             with phase(f"compiling, sources of {width} tokens") if is_new else contextlib.nullcontext():
                 hypotheses = self._programs[count](params if self._is_ensemble else (params,), on_device)
