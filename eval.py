@@ -41,7 +41,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--watch decodes as each checkpoint says; leave out --decode.{min(fields)}")
     if args.watch and multihost.is_multiprocess(args):
         raise UserError("--watch runs in one process; start it on one host alone")
+    if not args.watch:  # which may wait for the run to begin
+        command_line.reject_missing_workdirs(args.workdir)
     with multihost.initialize(args):
+        log_info(f"{args.workdir}: loading JAX …")
         from transformer.runtime import environment
 
         environment.enable_compilation_cache()

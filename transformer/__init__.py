@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformer.config import Config, default_config
     from transformer.inference import TranslationModel
     from transformer.runtime.errors import UserError
+    from transformer.training.session import TrainingResult
 
 __version__ = "0.1.0"
 __all__ = ["Config", "TranslationModel", "UserError", "default_config", "load", "train"]
@@ -53,11 +54,11 @@ def load(
     return inference.load(workdir, checkpoint, ensemble)
 
 
-def train(config: "Config | config_dict.ConfigDict", workdir: str | os.PathLike) -> None:
+def train(config: "Config | config_dict.ConfigDict", workdir: str | os.PathLike) -> "TrainingResult":
     """Trains in a workdir, or resumes the run there: see `transformer.training.session.train`."""
     from transformer.training import session
 
-    session.train(config, workdir)
+    return session.train(config, workdir)
 
 
 def __getattr__(name: str) -> Any:

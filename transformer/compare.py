@@ -2,6 +2,7 @@
 
     python -m transformer.compare runs/a runs/b [runs/c …]
     python -m transformer.compare a.txt b.txt --reference=FILE[,FILE…] [--source=FILE]
+    python -m transformer.compare a.txt b.txt --test_set=wmt14/full --language_pair=en-de
 
 Each system is a workdir, of which the newest translations by eval.py are taken, or a file of translations, one sentence
 a line, of any program. The first one is the baseline. A table goes to stderr, one JSON object last to stdout.
@@ -17,7 +18,14 @@ from etils import epath
 from transformer import command_line
 from transformer.config import Config, DataConfig
 from transformer.data import corpus, text_files
-from transformer.evaluation import bleu_tokenizer, comparison, comparison_html, significance, systems
+from transformer.evaluation import (
+    bleu_tokenizer,
+    comparison,
+    comparison_html,
+    public_test_sets,
+    significance,
+    systems,
+)
 from transformer.evaluation.evaluator import EvalDataset, load_eval_dataset
 from transformer.evaluation.report_html import render_page
 from transformer.evaluation.systems import System
@@ -54,7 +62,7 @@ def main(argv: list[str]) -> None:
 
 
 def load_test_set(args: argparse.Namespace) -> tuple[EvalDataset, Config, Iterable[str] | None]:
-    """The files of the flags, or the split of the first workdir.
+    """The files of the flags, a public test set, or the split of the first workdir.
 
     Returns:
       The data set, whose sources are empty if they are unknown; the config of the metrics and of BLEU's tokenizer; and
@@ -67,6 +75,17 @@ def load_test_set(args: argparse.Namespace) -> tuple[EvalDataset, Config, Iterab
     config = systems.read_config(workdirs[0]) if workdirs else Config(data=DataConfig(target_language=""))
     data = config.data
     training = text_files.read_lines(args.frequency_corpus) if args.frequency_corpus else None
+    if args.test_set:
+        if args.language_pair and workdirs:
+            raise UserError(
+                f"--language_pair is for files of translations: {workdirs[0]} translates {data.source_language} to "
+                f"{data.target_language}; leave it out"
+            )
+        if not workdirs:
+            source, target = public_test_sets.languages(args.test_set, args.language_pair)
+            data = DataConfig(source_language=source, target_language=target)
+            config = Config(data=data)
+        return load_eval_dataset(data, None, None, None, args.test_set), config, training
     if args.reference:
         if workdirs and not args.source:
             raise UserError(f"{workdirs[0]}: its translations are found by their sources; add --source=FILE")
@@ -75,7 +94,9 @@ def load_test_set(args: argparse.Namespace) -> tuple[EvalDataset, Config, Iterab
         references = [list(text_files.read_lines(path)) for path in args.reference]
         return EvalDataset(epath.Path(args.reference[0]).name, [], references), config, training
     if not workdirs:
-        raise UserError("files of translations need --reference=FILE, got none; --source=FILE is optional")
+        raise UserError(
+            "files of translations need --reference=FILE or --test_set=NAME, got none; --source=FILE is optional"
+        )
     dataset = load_eval_dataset(data, args.split, None, None)
     if training is None:
         training = (target for _, target in corpus.open_corpus(data).split("train"))
@@ -101,6 +122,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--reference", type=command_line.absolute_paths, default=[], help="its references; several with commas between"
     )
+    parser.add_argument(
+        "--test_set", help="public test set instead, by sacreBLEU's name, such as wmt14/full; fetched by sacreBLEU"
+    )
+    parser.add_argument("--language_pair", help="of that set, such as en-de, where there is no workdir to tell")
     parser.add_argument("--split", help="split of the first workdir's data set (default: test)")
     command_line.add_metrics_flag(parser, "those of the first workdir")
     parser.add_argument(
@@ -118,6 +143,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise UserError("--source goes with --reference, got none")
     if args.reference and args.split:
         raise UserError("expected --split, or --reference, got both")
+    if args.test_set is not None:
+        if other := "split" if args.split else "reference" if args.reference else "":
+            raise UserError(f"--test_set replaces --split, and --source with --reference; leave out --{other}")
+        public_test_sets.check_name(args.test_set)
+    elif args.language_pair:
+        raise UserError("--language_pair goes with --test_set, got none")
     read = *args.systems, args.source, args.frequency_corpus, *args.reference
     command_line.reject_overwriting(args.output, read)
     return args

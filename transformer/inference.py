@@ -26,6 +26,7 @@ class TranslationModel:
     Each decode config is compiled once for each width of sentences, at first use, and kept.
 
     Attributes:
+      models: all of them.
       primary: the model whose tokenizer and decode config apply to all.
       params: what `Translator.translate` takes.
       all_params: what `Scorer.score` takes: those of each model.
@@ -33,7 +34,7 @@ class TranslationModel:
     """
 
     def __init__(self, models: Sequence[RestoredModel]):
-        self._models, self.primary = models, models[0]
+        self.models, self.primary = models, models[0]
         is_ensemble = len(models) > 1
         definition = [model.model for model in models] if is_ensemble else self.primary.model
         self.all_params = tuple(model.params for model in models)
@@ -47,7 +48,11 @@ class TranslationModel:
 
     def __repr__(self) -> str:
         """Family, size, languages and step of each model."""
-        return f"TranslationModel({' + '.join(map(_describe, self._models))})"
+        return f"TranslationModel({' + '.join(map(_describe, self.models))})"
+
+    def on_local_devices(self) -> "TranslationModel":
+        """The model on the devices of this process alone, which then translates without the others."""
+        return TranslationModel([model.on_local_devices() for model in self.models])
 
     @overload
     def translate(
@@ -154,7 +159,7 @@ class TranslationModel:
 
     def _decode_config(self, fields: dict[str, Any]) -> DecodeConfig:
         decode = validation.override_decode(self.primary.config, fields).decode
-        for member in self._models[1:]:  # its learned positions may be too few for these fields
+        for member in self.models[1:]:  # its learned positions may be too few for these fields
             validation.validate(dataclasses.asdict(dataclasses.replace(member.config, decode=decode)), strict=False)
         return decode
 

@@ -102,6 +102,7 @@ def test_a_path_is_made_absolute_and_never_empty(monkeypatch):
 PATH_FLAGS = {
     "eval": ["workdir", "source", "reference", "output", "versus"],
     "transformer.translate": ["workdir", "ensemble", "prefix_file", "constraint_file", "alignments", "attention"],
+    "transformer.translate_corpus": ["workdir", "ensemble", "input", "output"],
     "transformer.score": ["workdir", "ensemble", "source", "target", "output"],
     "transformer.export": ["workdir", "output"],
 }
@@ -112,14 +113,15 @@ def test_every_flag_that_is_a_path_is_read_as_one(command, monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/me")
     module = importlib.import_module(command + ".__main__" * (command == "transformer.export"))
     parse = module.parse if command == "eval" else module._parse
-    others = ["--format=jax"] if command == "transformer.export" else []
+    required = {"transformer.export": "--format=jax", "transformer.translate_corpus": "--input_side=target"}
+    others = [required[command]] if command in required else []
     flags = {name: f"--{name}=~/{name}" for name in PATH_FLAGS[command]}
     args = parse([*flags.values(), *others])
     for name in flags:
         given = getattr(args, name)
-        assert (given[0] if name in ("ensemble", "reference") else given) == f"/home/me/{name}"
+        assert (given[0] if name in ("ensemble", "reference", "input") else given) == f"/home/me/{name}"
     monkeypatch.setattr(command_line.object_storage.importlib.util, "find_spec", lambda name: None)
-    for name in set(flags) - {"output" if others else ""}:
+    for name in set(flags) - {"output" if command == "transformer.export" else ""}:
         with pytest.raises(SystemExit, match="2"):
             parse([*{**flags, name: f"--{name}=gs://b/x"}.values(), *others])
         assert f"--{name}: gs:// needs the package gcsfs: pip install gcsfs" in capsys.readouterr().err
@@ -157,6 +159,12 @@ def test_a_config_may_be_at_home(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", [["train.py", DEMO], ["eval.py"], ["-m", "transformer.translate"]])
 def test_an_empty_workdir_is_refused(command):
     assert b"got an empty name" in commands.run(*command, "--workdir=", code=2).stderr
+
+
+def test_evaluation_says_what_it_loads_before_it_does(tmp_path):
+    first, second = commands.run("eval.py", f"--workdir={tmp_path}", code=2).stderr.decode().splitlines()
+    assert first == f"{tmp_path}: loading JAX …"
+    assert "found no checkpoint" in second
 
 
 def failing(error):
@@ -305,6 +313,7 @@ for sys.argv in json.loads(sys.argv[1]):
             code = end.code
     print(json.dumps([code, stderr.getvalue(), os.path.exists("x")]))
 """
+CORPUS = ["transformer/translate_corpus.py", "--workdir=x", "--input_side=target", "--output=x"]
 MISTAKES = [
     (["train.py"], "expected one --config=FILE"),
     (["train.py", DEMO, "--workdir=x", "--config.train.seed=-1"], "config.train.seed: expected at least 0, got -1"),
@@ -322,6 +331,10 @@ MISTAKES = [
     (["eval.py", "--workdir=x", "--test_set=wmt14/full", "--split=val"], "leave out --split"),
     (["eval.py", "--workdir=x", "--test_set=wmt14", "--source=a", "--reference=b"], "leave out --source"),
     (["eval.py", "--workdir=x", "--decode.bean_size=3"], "unknown field 'bean_size'; did you mean 'beam_size'"),
+    (["eval.py", "--workdir=x"], "x: expected a folder that train.py wrote, found none"),
+    ([*CORPUS, "--input=README.md"], "x: expected a folder that train.py wrote, found none"),
+    ([*CORPUS, "--input=none/*"], "--input: expected files that match "),
+    ([*CORPUS, "--input=README.md", "--tag=a b"], "--tag='a b': expected one word without spaces"),
 ]
 
 

@@ -40,7 +40,7 @@ def test_the_package_lists_its_commands(root):
     lines = done.stdout.splitlines()
     assert lines[0].startswith("python train.py ")
     names = {line.split("  ")[0].strip() for line in lines[:-2]}
-    others = {"translate", "score", "compare", "prepare", "benchmark", "plan", "export"}
+    others = {"translate", "translate_corpus", "score", "compare", "prepare", "benchmark", "plan", "export"}
     assert {f"python -m transformer.{name}" for name in others} | {"python eval.py"} < names
     assert "python -m transformer" not in names
     (line,) = (line for line in lines if "transformer.prepare " in line)
@@ -51,7 +51,7 @@ def test_the_package_lists_its_commands(root):
     ("argument", "code", "out", "err"),
     [
         ("--version", 0, f"{transformer.__version__}\n", ""),
-        ("--help", 0, "transformer train      Trains the config's model", ""),
+        ("--help", 0, "transformer train             Trains the config's model", ""),
         (
             "trian",
             2,

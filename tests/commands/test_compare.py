@@ -10,7 +10,7 @@ from tests.evaluation.test_significance import FAIR, GOOD, POOR, REFERENCES
 from tests.helpers.clock import FakeClock
 from transformer import compare
 from transformer.data import corpus
-from transformer.evaluation import comparison
+from transformer.evaluation import comparison, public_test_sets
 from transformer.evaluation.evaluator import DATASETS_FILE, EvalDataset
 from transformer.runtime.errors import UserError
 
@@ -89,11 +89,38 @@ def test_the_test_split_of_the_first_workdir_is_the_default(folder, capsys, monk
     assert {"0", "1"} <= set(fields["systems"][0]["f1_by_frequency"])
 
 
+def test_a_public_set_gives_sources_and_references(folder, capsys, monkeypatch):
+    """To files of translations, and to the workdirs that were evaluated on it."""
+    asked = []
+
+    def load(name, languages):
+        asked.append((name, languages))
+        return REFERENCES, [REFERENCES]
+
+    monkeypatch.setattr(public_test_sets, "load", load)
+    fields = run(capsys, "poor", "good", "--test_set=wmt14/full", "--language_pair=en-fr")
+    assert "bleu_by_source_length" in fields["systems"][0]
+    assert "wmt14_full, 60 sentences" in (folder / "comparison.html").read_text()
+    dataset = EvalDataset("wmt14_full", REFERENCES, [REFERENCES])
+    workdir = make_workdir(folder / "run", dataset, s9=POOR)
+    fields = run(capsys, workdir, "good", "--test_set=wmt14/full")
+    assert fields["systems"][0]["path"].endswith("run/translations/9.wmt14_full.txt")
+    assert asked == [("wmt14/full", ("en", "fr")), ("wmt14/full", ("en", "de"))]
+    with pytest.raises(UserError, match=r"--language_pair is for files of translations: .*run translates en to de"):
+        run(capsys, workdir, "good", "--test_set=wmt14/full", "--language_pair=en-de")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["good"], "expected two systems or more, got 1"),
-        (["good", "poor"], "files of translations need --reference=FILE, got none"),
+        (["good", "poor"], "files of translations need --reference=FILE or --test_set=NAME, got none"),
+        (["good", "poor", "--test_set=wmt14/ful"], "no such test set; did you mean wmt14/full"),
+        (["good", "poor", "--test_set=wmt14/full"], "wmt14/full: has .*de-en.*; choose with --language_pair=cs-en"),
+        (["good", "poor", "--test_set=wmt14/full", "--language_pair=de-fr"], "--language_pair=de-fr: wmt14/full has"),
+        (["good", "poor", "--test_set=wmt14", "--reference=ref"], "--test_set replaces .*; leave out --reference"),
+        (["good", "poor", "--test_set=wmt14", "--split=val"], "--test_set replaces .*; leave out --split"),
+        (["good", "poor", "--reference=ref", "--language_pair=en-de"], "--language_pair goes with --test_set"),
         (["good", "poor", "--source=src"], "--source goes with --reference"),
         (["good", "poor", "--reference=ref", "--split=test"], "expected --split, or --reference, got both"),
         (["good", "none", "--reference=ref"], "none: there is no such file"),

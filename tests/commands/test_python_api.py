@@ -24,9 +24,16 @@ def config_dict(config):
 def test_a_config_dict_trains_and_resumes_and_the_model_says_what_it_is(data, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     config = config_dict(config_of(data, train={"num_steps": 3}))
-    assert transformer.train(config, "run") is None
+    result = transformer.train(config, "run")
+    assert (result.workdir, result.step) == (str(tmp_path / "run"), 3)
+    logged = {name: value for line in lines_of(tmp_path / "run") for name, value in line.items() if name != "step"}
+    assert result.metrics == logged
+    assert {"train/loss", "valid/loss", "valid/bleu"} <= logged.keys()
     config.train.num_steps = 6
-    transformer.train(config, tmp_path / "run")
+    assert transformer.train(config, tmp_path / "run").step == 6
+    again = transformer.train(config, tmp_path / "run")  # with nothing left to do
+    assert again.step == 6
+    assert again.metrics["valid/bleu"] == lines_of(tmp_path / "run")[-1]["valid/bleu"]
     assert [line["step"] for line in lines_of(tmp_path / "run") if "train/loss" in line] == [3, 5, 6]
     model = transformer.load("run")
     params = model.primary.model.num_params()

@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import slow, small_config
 from transformer.data import batching, tokenizer
+from transformer.decoding import translator as translators
 from transformer.decoding.base import Hypotheses
 from transformer.decoding.mbr import expected_chrf
 from transformer.decoding.translator import Translator
@@ -370,6 +371,23 @@ def test_translations_cut_at_their_limit_and_with_unk_are_counted(parts, capsys)
     assert "warning: 2 translations hold the unknown token, unk\n" in err
     translator.log_warnings()
     assert capsys.readouterr().err == ""
+
+
+def test_warnings_may_name_the_model(parts, capsys):
+    translator, params = answering(parts, [[tokenizer.UNK, 2]], [2], [-1.0], [True])
+    translator.translate(params, SHORT[:2])
+    translator.log_warnings("other, checkpoint 4")
+    assert capsys.readouterr().err == "warning: other, checkpoint 4: 2 translations hold the unknown token, unk\n"
+
+
+def test_each_program_is_shown_while_it_is_compiled(parts, monkeypatch):
+    translator, params = make(parts)
+    shown, show = [], translators.phase
+    monkeypatch.setattr(translators, "phase", lambda name: (shown.append(name), show(name))[1])
+    widths = {batching.round_up_to_power_of_two(len(ids)) for ids in parts[1].encode(LINES)}
+    translator.translate(params, LINES)
+    translator.translate(params, LINES)
+    assert sorted(shown) == sorted(f"compiling, sources of {width} tokens" for width in widths)
 
 
 @pytest.mark.reported

@@ -148,3 +148,18 @@ def test_a_browser_filters_and_sorts(page, compared, tmp_path):
         hint = f"cut {cut} local, local, scroll, scroll"
         assert f"<title>1 of {len(REFERENCES)}; first 1; wide false; {hint}</title>" in shown.stdout
         assert "CONSOLE" not in shown.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.reported
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page with; install Debian's package chromium")
+@pytest.mark.parametrize("size", ["390,900", "1300,900"])
+def test_long_words_fit_into_the_tables_of_ngrams(tmp_path, size):
+    word = "Rindfleischetikettierungsüberwachungsaufgabenübertragungsgesetz"
+    systems = [System("base-averaged", "a", POOR), System("modern-rotary", "b", [f"{line} {word}" for line in GOOD])]
+    result = comparison.compare(systems, [], [[f"{line} {word}" for line in REFERENCES]], "13a", samples=20)
+    act = """<script>document.title = [...document.querySelectorAll('#ngrams .scroll')].map(
+      frame => frame.scrollWidth - frame.clientWidth)</script></body>"""
+    path = tmp_path / "page.html"
+    path.write_text(render_page("", "", comparison_html.sections(result)).replace("</body>", act))
+    assert "<title>0,0</title>" in browse(path, tmp_path, "--dump-dom", f"--window-size={size}").stdout

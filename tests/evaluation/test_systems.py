@@ -24,10 +24,11 @@ def test_labels_are_as_short_as_they_differ(paths, labels):
 
 
 @pytest.mark.slow
-def test_another_workdir_translates_the_same_sources(tmp_path):
+def test_another_workdir_translates_the_same_sources(tmp_path, capsys):
     save(tmp_path / "other", make_parts(), 0)
     result = systems.baseline_system(tmp_path / "other", "latest", DATASET, "de")
     assert (result.label, result.name) == ("other", "other, checkpoint 0")
+    assert "warning: other, checkpoint 0: 2 translations are cut at" in capsys.readouterr().err
     trained = make_trained()
     assert result.translations == evaluator.CheckpointEvaluator(DATASET).evaluate(trained).translations
     assert result.run.num_params == trained.model.num_params()

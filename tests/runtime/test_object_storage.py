@@ -17,6 +17,7 @@ from tests.helpers import storage
 from tests.helpers.processes import TINY, environment, on_hosts, write_data
 from transformer.checkpoints.manager import MANIFEST, CheckpointManager
 from transformer.data import corpus as corpora
+from transformer.data import synthetic_corpus, text_files
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError, WorkdirError
 from transformer.runtime.files import append, open_atomic, user_error_on_oserror, write_atomic
@@ -235,6 +236,35 @@ def test_text_files_are_read_there(folder, bucket, tmp_path):
         there, here = ([pair for part in files[split].parts() for pair in part.pairs()] for files in (result, wanted))
         assert there == here
     assert local_text._digest(result, tmp_path) == local_text._digest(wanted, tmp_path)
+
+
+def test_a_synthetic_corpus_is_made_there(folder, bucket):
+    text = synthetic_corpus.scan([str(folder / "train.en")])
+
+    def make():
+        corpus = synthetic_corpus.SyntheticCorpus(f"{bucket}/corpus", text, ("en", "de"), "source", 50, {}, {})
+        corpus.open()
+        return corpus
+
+    def translate(corpus, shards):
+        for shard in corpus.read(shards):
+            with corpus.claim(shard.number) as claimed:
+                assert claimed
+                corpus.write(shard.number, shard.lines[::-1])
+
+    translate(make(), [0, 2])
+    again = make()
+    assert again.missing() == [1]
+    with again.claim(2) as claimed:
+        assert not claimed
+    translate(again, [1])
+    again.join()
+    assert make().is_complete()
+    assert make().missing() == []
+    names = [path.name for path in (epath.Path(bucket) / "corpus").iterdir()]
+    assert sorted(names) == ["manifest.json", "train.de", "train.en"]
+    lines = list(text_files.read_lines(f"{bucket}/corpus/train.de"))
+    assert lines == [line for shard in again.read(range(3)) for line in shard.lines[::-1]]
 
 
 def test_a_step_without_a_manifest_is_not_a_checkpoint(bucket):

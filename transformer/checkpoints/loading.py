@@ -6,9 +6,10 @@ The paper's base model is the mean of its last 5 checkpoints (section 6.1): `ave
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +21,13 @@ from transformer.checkpoints.manager import CheckpointManager, Metrics, no_valid
 from transformer.config import Config, MeshConfig, schema, validation
 from transformer.config.validation import RESUMABLE_FIELDS
 from transformer.data.tokenizer import Tokenizer
+from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh, warm_up_collectives
 from transformer.models.registry import ModelDef, Params
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError, WorkdirError
 
+PARAM_FOLDERS = ("params/", "ema/")  # of a checkpoint
 AVERAGE = re.compile(r"(best-)?average:([1-9][0-9]{0,5})")
 
 
@@ -68,6 +71,12 @@ class RestoredModel:
           UserError: as `validation.override_decode`.
         """
         return dataclasses.replace(self, config=validation.override_decode(self.config, dict(fields)))
+
+    def on_local_devices(self) -> "RestoredModel":
+        """The model on the devices of this process alone, which then computes without the others."""
+        mesh = make_mesh(MeshConfig(), jax.local_devices())
+        local = jax.tree.map(lambda leaf: leaf.addressable_data(0), sharding.replicate(self.mesh, self.params))
+        return dataclasses.replace(self, params=jax.device_put(local, sharding.replicated(mesh)), mesh=mesh)
 
     @property
     def tag(self) -> str:
@@ -151,6 +160,21 @@ def average_params(manager: CheckpointManager, steps: list[int], model: ModelDef
     if len(steps) == 1:
         return total
     return in_place(lambda total: jax.tree.map(lambda leaf: leaf / len(steps), total))(total)
+
+
+def params_digest(workdir: epath.PathLike, steps: Sequence[int]) -> str:
+    """SHA-256 of the params, and their moving averages, in the checkpoints of these steps, by their manifests.
+
+    Raises:
+      CheckpointDeletedError: one of them is no longer there.
+    """
+    manager, digest = CheckpointManager(epath.Path(workdir).expanduser()), hashlib.sha256()
+    with _deletion_reported(manager, list(steps)):
+        for step in steps:
+            for name, (_, sha256) in sorted(manager.manifest(step).files.items()):
+                if name.startswith(PARAM_FOLDERS):
+                    digest.update(f"{name} {sha256}\n".encode())
+    return digest.hexdigest()
 
 
 def resolve_steps(manager: CheckpointManager, selector: str) -> list[int]:

@@ -5,7 +5,6 @@ old ones, and unchanged files are not. Sentences and their order are exactly tho
 """
 
 import dataclasses
-import glob
 import hashlib
 import itertools
 import json
@@ -90,7 +89,8 @@ def find_splits(data: DataConfig) -> dict[str, SplitFiles]:
 
 def _find_named(data: DataConfig, fields: Sequence[str]) -> tuple[tuple[str, ...], int]:
     """The files that fields for source, target and both sides name, and how many belong together."""
-    matches = {field: _expand(field, getattr(data, field)) for field in fields if getattr(data, field)}
+    given = {field: getattr(data, field) for field in fields if getattr(data, field)}
+    matches = {field: text_files.expand(pattern, f"config.data.{field}") for field, pattern in given.items()}
     counts = {f"data.{field} {len(paths):,}": len(paths) for field, paths in matches.items()}
     if len(set(counts.values())) > 1:
         raise UserError(
@@ -98,17 +98,6 @@ def _find_named(data: DataConfig, fields: Sequence[str]) -> tuple[tuple[str, ...
             f"found {', '.join(counts)}"
         )
     return tuple(itertools.chain.from_iterable(zip(*matches.values(), strict=True))), len(matches)
-
-
-def _expand(field: str, pattern: str) -> list[str]:
-    """The files that match a pattern with the wildcards * ? [ ], in the order of their names; others are a path."""
-    path = os.path.expanduser(pattern)
-    if object_storage.is_remote(pattern) or not glob.has_magic(path) or os.path.exists(path):
-        return [pattern]
-    matches = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
-    if not matches:
-        raise UserError(f"config.data.{field}: expected files that match {pattern}, found none; check the pattern")
-    return matches
 
 
 def _find_in_folder(folder: str, languages: tuple[str, str]) -> dict[str, tuple[str, ...]]:

@@ -6,6 +6,7 @@ never held in memory.
 """
 
 import contextlib
+import glob
 import gzip
 import io
 import itertools
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 import zstandard
 from etils import epath
 
+from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import reject_pipe, sha256
 
@@ -126,6 +128,21 @@ def strip_compression(name: str) -> str:
     """Removes the compression extension of a file name, if it has one."""
     stem, extension = os.path.splitext(name)
     return stem if extension.lower() in COMPRESSIONS else name
+
+
+def expand(pattern: str, name: str) -> list[str]:
+    """The files that match a pattern with the wildcards * ? [ ], in the order of their names; others are a path.
+
+    Raises:
+      UserError: there are none; begins with `name`.
+    """
+    path = os.path.expanduser(pattern)
+    if object_storage.is_remote(pattern) or not glob.has_magic(path) or os.path.exists(path):
+        return [pattern]
+    matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
+    if not matches:
+        raise UserError(f"{name}: expected files that match {pattern}, found none; check the pattern")
+    return matches
 
 
 def check_readable(path: epath.PathLike) -> None:

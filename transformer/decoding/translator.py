@@ -31,6 +31,7 @@ from transformer.decoding.warning_counts import WarningCounts
 from transformer.distributed import platform, sharding
 from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import UserError
+from transformer.runtime.progress import phase
 
 # Held to compile a program and, on several devices, to start one: threads start programs one by one, so that all
 # devices see them in the same order.
@@ -149,8 +150,12 @@ class Translator:
                 progress(len(batch.indices))
         return translations
 
-    def log_warnings(self) -> None:
-        """Logs, once, sources that were changed to be read, and translations that are truncated or hold unk."""
+    def log_warnings(self, name: str = "") -> None:
+        """Logs, once, sources that were changed to be read, and translations that are truncated or hold unk.
+
+        Args:
+          name: of the model, where there are several.
+        """
         max_length, extra = self._config.max_source_tokens, self._config.max_extra_length
         messages = {
             "line break": "sources hold line breaks, read as spaces; pass one line each",
@@ -158,7 +163,7 @@ class Translator:
             "unfinished": f"translations are cut at source tokens + decode.max_extra_length = {extra}",
             "unknown": "translations hold the unknown token, unk",
         }
-        self._warnings.log(messages)
+        self._warnings.log(messages, name)
 
     def _lines(self, sentences: Iterable[str], first: int) -> list[str]:
         texts = text_inputs.items(sentences, "sentences: expected a list of sentences")
@@ -242,7 +247,10 @@ class Translator:
                 program = functools.partial(decode, self._models, self._config, count)
                 self._programs[count] = sharding.data_parallel_jit(self._mesh, program)
         with _DISPATCH_LOCK if self._workers == 1 or shapes not in self._compiled else contextlib.nullcontext():
-            hypotheses = self._programs[count](params if self._is_ensemble else (params,), on_device)
+            is_new = shapes not in self._compiled  # unless another thread has compiled it meanwhile
+            width = inputs.source_BS.shape[1]
+            with phase(f"compiling, sources of {width} tokens") if is_new else contextlib.nullcontext():
+                hypotheses = self._programs[count](params if self._is_ensemble else (params,), on_device)
             self._compiled.add(shapes)
         return hypotheses if self._workers == 1 else jax.block_until_ready(hypotheses)
 

@@ -19,10 +19,14 @@ class WarningCounts:
         with self._lock:
             self._counts[name] += count
 
-    def log(self, messages: Mapping[str, str]) -> None:
-        """Logs each count above 0 with the message of its name, and starts again from 0."""
+    def log(self, messages: Mapping[str, str], subject: str = "") -> None:
+        """Logs each count above 0 with the message of its name, and starts again from 0.
+
+        Args:
+          subject: what all messages are about.
+        """
         with self._lock:
             counts, self._counts = self._counts, collections.Counter()
         for name, message in messages.items():
             if counts[name]:
-                log_info(f"warning: {counts[name]:,} {message}")
+                log_info(f"warning: {f'{subject}: ' * bool(subject)}{counts[name]:,} {message}")

@@ -10,7 +10,7 @@ import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 from transformer.distributed import launchers
 from transformer.distributed.heartbeat import Heartbeat, report_on_sigabrt
@@ -141,6 +141,22 @@ def _join(args: argparse.Namespace) -> _ProcessGroup:
             )
         numbers = state.process_id, state.num_processes, args.host_timeout, args.lost_host_exit_code
         return _ProcessGroup(state.client, *numbers)
+
+
+def process_index() -> int:
+    """The number of this process, from 0."""
+    return _group.index
+
+
+def stop_all(error: StoppedError) -> NoReturn:
+    """Ends all processes as this one ends, by a signal that the others do not know of.
+
+    Raises:
+      StoppedError: the error, in a process that is alone.
+    """
+    if isinstance(_group, _ProcessGroup):
+        _group.heartbeat.abort(error)
+    raise error
 
 
 def process_description() -> str:

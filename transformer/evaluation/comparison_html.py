@@ -120,7 +120,7 @@ def difference_histogram(comparison: Comparison, system: int, title: str) -> str
 
 
 def ngram_tables(baseline: str, system: str, pair: tuple[list[NgramDifference], list[NgramDifference]]) -> str:
-    """Two tables side by side: in favor of the baseline, and of the system."""
+    """Two tables, one below the other as words may be long: in favor of the baseline, and of the system."""
     columns = [Column("n-gram", "words"), *numbers(baseline, system, "references", "log-odds")]
     blocks = []
     for name, ngrams in zip((baseline, system), pair, strict=True):
@@ -130,7 +130,7 @@ def ngram_tables(baseline: str, system: str, pair: tuple[list[NgramDifference], 
         ]
         content = table(columns, rows) if rows else '<p class="soft">none</p>'
         blocks.append(f'<div class="card"><h3>more often by {html.escape(name)}</h3>{content}</div>')
-    return f'<div class="charts">{"".join(blocks)}</div>'
+    return f'<div class="charts rows">{"".join(blocks)}</div>'
 
 
 def sentence_section(comparison: Comparison) -> str:

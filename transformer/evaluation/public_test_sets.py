@@ -22,6 +22,21 @@ def check_name(name: str) -> None:
         raise UserError(f"--test_set={name}: sacreBLEU has no such test set; {hint} sacrebleu --list shows all")
 
 
+def languages(name: str, pair: str | None) -> tuple[str, str]:
+    """The codes of source and target of a test set; those of its only pair if none is given.
+
+    Raises:
+      UserError: the set has several pairs and none is given, or not the one that is.
+    """
+    pairs = sorted(sacrebleu.DATASETS[name].langpairs)
+    if pair is None and len(pairs) > 1:
+        raise UserError(f"--test_set={name}: has {', '.join(pairs)}; choose with --language_pair={pairs[0]}")
+    if pair is not None and pair not in pairs:
+        raise UserError(f"--language_pair={pair}: {name} has {', '.join(pairs)}; name one of them")
+    source, target = (pair or pairs[0]).split("-", 1)
+    return source, target
+
+
 def load(name: str, languages: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
     """The sources of a test set and its lists of references; downloads it first if it is not cached.
 

@@ -92,7 +92,9 @@ mark.won { background: var(--won); color: var(--won-ink); text-decoration: none;
 .list .sentence { content-visibility: auto; contain-intrinsic-size: auto 9rem; }
 details { margin: 12px 0; }
 summary { cursor: pointer; color: var(--soft); font-size: .9rem; }
-td.words { min-width: 8.5rem; }
+td.words { min-width: 8.5rem; overflow-wrap: anywhere; }
+.card th { white-space: normal; overflow-wrap: anywhere; min-width: min(5.5rem, 13vw); }
+.rows { grid-template-columns: minmax(0, 1fr); }
 .charts + .charts { margin-top: 16px; }
 .card table { font-size: .85rem; }
 .layer { display: flex; gap: 8px; align-items: center; margin-top: 8px; }

@@ -95,8 +95,9 @@ def baseline_system(
         )
     translator = Translator(restored.model, restored.tokenizer, restored.config.decode, restored.mesh)
     translations = translator.translate(restored.params, dataset.sources)
-    translator.log_warnings()
-    return evaluated(path, restored, translations)
+    system = evaluated(path, restored, translations)
+    translator.log_warnings(system.name)
+    return system
 
 
 def evaluated(workdir: epath.PathLike, restored: RestoredModel, translations: Sequence[str]) -> System:

@@ -64,6 +64,12 @@ class Phase:
         return logging.clock() - self._start
 
     @property
+    def units_per_s(self) -> float | None:
+        """The rate so far; None if that is not known: the first unit tells too little."""
+        done, seconds = self.completed - self._first, self.seconds - self._left_out
+        return done / seconds if done > 1 and seconds > 0 else None
+
+    @property
     def seconds_left(self) -> float | None:
         """At the rate so far; None if that is not known: the first unit tells too little."""
         done = self.completed - self._first

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP: caught for the training loop, which saves before it stops."""
+"""SIGTERM, SIGINT and SIGHUP: caught for loops that save before they stop."""
 
 import contextlib
 import os
@@ -44,8 +44,12 @@ def _current_work() -> str:
 
 
 @contextlib.contextmanager
-def catch_stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Catches the first stop signal for the loop to read between updates; a second one ends the process at once."""
+def catch_stop_signals(work: Callable[[], str] | None = None) -> Iterator[Callable[[], int | None]]:
+    """Catches the first stop signal for the loop to read between updates; a second one ends the process at once.
+
+    Args:
+      work: says what is done before the process stops; of training by default.
+    """
     received: list[int] = []
     numbers = handled_signals()
     if threading.current_thread() is not threading.main_thread():
@@ -58,7 +62,8 @@ def catch_stop_signals() -> Iterator[Callable[[], int | None]]:
         received.append(number)
         if len(received) > 1:  # it came before the first was handled
             os.kill(os.getpid(), number)
-        log_info(f"{signal.Signals(number).name}: stopping after {_current_work()}; send it again to stop at once")
+        current = (work or _current_work)()
+        log_info(f"{signal.Signals(number).name}: stopping after {current}; send it again to stop at once")
 
     with handling(handle):
         yield lambda: received[0] if received else None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from etils import epath
 from ml_collections import config_dict
@@ -19,7 +19,21 @@ if TYPE_CHECKING:
     from transformer.training.train_step import TrainState
 
 
-def train(config: Config | config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
+class TrainingResult(NamedTuple):
+    """What a session of training leaves.
+
+    Attributes:
+      workdir: of the run, which `transformer.load` takes.
+      step: the last one done.
+      metrics: the newest value of each, by its name in metrics.jsonl, such as valid/bleu.
+    """
+
+    workdir: str
+    step: int
+    metrics: dict[str, float]
+
+
+def train(config: Config | config_dict.ConfigDict, workdir: str | os.PathLike) -> TrainingResult:
     """Trains in a workdir until `train.num_steps` updates are done, or resumes the run there.
 
     Config and data are checked before JAX is imported.
@@ -38,7 +52,8 @@ def train(config: Config | config_dict.ConfigDict, workdir: str | os.PathLike) -
     from transformer.training import run, trainer  # which import JAX
 
     with run.exclusive_workdir(config, workdir) as path:
-        trainer.train(*prepare(config, path))
+        step, metrics = trainer.train(*prepare(config, path))
+    return TrainingResult(workdir, step, metrics)
 
 
 def absolute_workdir(workdir: str | os.PathLike) -> str:

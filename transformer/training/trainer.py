@@ -44,8 +44,11 @@ from transformer.training.run import RunContext
 from transformer.training.train_step import StepMetrics, TrainState, all_finite, batch_shape, compile_shapes
 
 
-def train(context: RunContext, state: TrainState) -> None:
+def train(context: RunContext, state: TrainState) -> tuple[int, Metrics]:
     """Does the updates that are left; the arrays of `state` are donated to the first.
+
+    Returns:
+      The last step, and the newest value of each metric.
 
     Raises:
       DivergedError: a loss, a gradient or a param is not finite.
@@ -53,7 +56,9 @@ def train(context: RunContext, state: TrainState) -> None:
     """
     workdir.save_config(context.workdir, context.config, context.resume.run_ids.run_id)
     with signals.catch_stop_signals() as stop_signal:
-        TrainingLoop(context, stop_signal).run(state)
+        loop = TrainingLoop(context, stop_signal)
+        loop.run(state)
+    return loop.step, loop.metrics
 
 
 NO_PROGRAMS: Mapping[tuple[int, ...], Any] = types.MappingProxyType({})
@@ -155,11 +160,16 @@ class TrainingLoop:
 
     Args:
       stop_signal: the signal that this process has received, if any.
+
+    Attributes:
+      step: the last one done.
+      metrics: the newest value of each, as in the log; those of the checkpoint that was resumed too.
     """
 
     def __init__(self, context: RunContext, stop_signal: Callable[[], int | None]):
         self.context, self._config, self._stop_signal = context, context.config, stop_signal
         saved = context.resume.metrics
+        self.step, self.metrics = context.start, {name: value for name, value in saved.items() if "/" in name}
         # A score of another search or metric cannot be compared.
         self.early_stopping = EarlyStopping.from_metrics(saved if context.resume.scores_comparable else {})
         self._cost = flops.TrainingCost.from_metrics(saved) or flops.TrainingCost()
@@ -194,6 +204,7 @@ class TrainingLoop:
                     writer.advance(step)
                     with pipeline.meter.device_wait():
                         signal_number = preemption()
+                    self.step = step
                     self._after_update(pipeline, step, writer, signal_number)
                     if self._should_stop(step):
                         return
@@ -264,10 +275,14 @@ class TrainingLoop:
         }
         timing = {**meter.host_timing(), "memory_mb": machine["train/peak_memory_mb"]}
         hosts = gather_host_metrics(self.context.mesh, timing)
-        writer.write(step, {**meter.summary(), **self._cost.metrics(), **machine, **summarize_hosts(hosts)})
+        self._write(writer, step, {**meter.summary(), **self._cost.metrics(), **machine, **summarize_hosts(hosts)})
         if warning := self._stragglers.update(hosts):
             log_info(warning)
         meter.reset()
+
+    def _write(self, writer: MetricWriter | NullMetricWriter, step: int, metrics: Metrics) -> None:
+        self.metrics |= metrics
+        writer.write(step, metrics)
 
     def _should_stop(self, step: int) -> bool:
         """Whether training is over; logs why, unless this session has done its last step."""
@@ -329,7 +344,7 @@ class TrainingLoop:
         if step > context.start or context.resume.scores_comparable:
             context.checkpoints.update_metrics(step, {**scores, **self.early_stopping.to_metrics()})
         self._validation_seconds += result.seconds
-        writer.write(step, {**scores, "valid/seconds": result.seconds, **self._cost.metrics()})
+        self._write(writer, step, {**scores, "valid/seconds": result.seconds, **self._cost.metrics()})
         shown = {"loss": f"validation loss {result.loss:.3f}"}
         for name in metrics:
             if name == best or name in self._config.eval.metric_names:
