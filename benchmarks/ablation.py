@@ -40,7 +40,7 @@ from transformer.evaluation.metrics import METRICS
 from transformer.evaluation.significance import PairedTestResult
 from transformer.runtime import object_storage, progress, signals
 from transformer.runtime.errors import StoppedError, UserError, WorkdirError
-from transformer.runtime.files import METRICS_FILE, read_json_lines, write_atomic
+from transformer.runtime.files import METRICS_FILE, check_writable, read_json_lines, write_atomic
 from transformer.runtime.logging import log_error, log_info
 from transformer.training import workdir as workdirs
 
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     changes = ablation_plan.load_changes(args.changes, base)
     names = command_line.known_names("--only", args.only, changes) if args.only else list(changes)
     variants = ablation_plan.plan(flags, changes, args.equal == "flops")
-    print(ablation_plan.format_plan(variants))
+    print(ablation_plan.format_plan(variants), flush=True)
     ablation = Ablation(args, variants)
     if args.check:
         print(json.dumps(ablation.results()))
@@ -153,6 +153,7 @@ class Ablation:
         first = self._variants[BASE].config.train.seed
         runs = [self._run(name, first + i) for i in range(self._args.seeds) for name in names]
         missing = [run for run in runs if run.seed not in self.finished[run.name]]
+        check_writable(self._output / "results.json", f"--output={self._output}")
         log_info(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished before")
         done = sum(run.step() for run in runs)
         phase = progress.Phase("ablation", sum(run.config.train.num_steps for run in runs), "updates", done)

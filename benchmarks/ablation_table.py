@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import scipy.special  # of JAX's dependencies
 from etils import epath
 
 from benchmarks import plots
@@ -48,9 +49,7 @@ class Row(NamedTuple):
         values = [run[key] for run in self.runs.values()]
         if len(values) < 2 or None in values:
             return None
-        from scipy import stats  # which JAX needs, too
-
-        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+        quantile = float(scipy.special.stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
         return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
     def as_json(self, metric: str) -> dict[str, Any]:

@@ -39,33 +39,6 @@ def get_changes(base):
         "wide": {"model.mlp_dim": 2 * base.model.mlp_dim, "model.norm": "pre"},
     }
 """
-TRAIN = """
-import json, pathlib, sys
-flags = dict(flag.lstrip("-").split("=", 1) for flag in sys.argv[1:])
-workdir = pathlib.Path(flags["workdir"])
-name, output = workdir.parent.name, workdir.parent.parent
-with open(output / "trained", "a") as record:
-    print(name, json.loads(pathlib.Path(flags["config"]).read_text())["train"]["seed"], file=record)
-if f"{name}/{workdir.name}" in (output / "broken").read_text():
-    sys.exit("train.py: the loss of update 7 is | nan")
-costs = {"train/tokens": 100.0, "train/hours": 0.5, "train/flops": 1e9}
-rows = [{"step": 20, "train/target_tokens_per_s": 50.0}, {"step": 40, "train/target_tokens_per_s": 70.0}]
-rows.append({"step": 40, "valid/bleu": 4.0, "valid/loss": 2.0, **costs})
-(workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
-"""
-EVAL = """
-import json, pathlib, sys
-flags = dict(flag.lstrip("-").split("=", 1) for flag in sys.argv[1:])
-assert (flags["checkpoint"], flags["split"]) == ("latest", "test")
-workdir = pathlib.Path(flags["workdir"])
-name, seed = workdir.parent.name, int(workdir.name[4:])
-references = pathlib.Path({folder!r}, "test.de").read_text().splitlines()
-lines = references if name == "wide" else [line if i % 2 else line[::-1] for i, line in enumerate(references)]
-pathlib.Path(flags["output"]).write_text("".join(f"{line}\\n" for line in lines))
-bleu = {"base": 50.0, "rms": 51.0, "wide": 90.0}[name] + seed
-figures = {"step": 40, "bleu": bleu, "bleu_signature": "nrefs:1", "perplexity": 2.0, "train_hours": 0.5}
-print(json.dumps({**figures, "train_flops": 1e9, "train_tokens": 100.0}))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -76,18 +49,48 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def command(data, tmp_path, monkeypatch):
-    """The command without its own flags, with programs that stand for train.py and eval.py."""
+    """The command with flags; train.py and eval.py are functions, and train.py fails for CHANGE/seedN in `broken`."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "changes.py").write_text(CHANGES)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "broken").write_text("")
-    for name, program in (("TRAIN", TRAIN), ("EVAL", EVAL.replace("{folder!r}", repr(str(data))))):
-        path = tmp_path / f"{name.lower()}.py"
-        path.write_text(program)
-        monkeypatch.setattr(ablation, name, str(path))
-    monkeypatch.setattr(ablation, "POLL_S", 0.02)
+    (tmp_path / "broken").write_text("")
+
+    def call(command: list[str], log: epath.Path, tick) -> str:
+        flags = dict(flag.removeprefix("--").split("=", 1) for flag in command[1:])
+        workdir = pathlib.Path(flags["workdir"])
+        if command[0] == ablation.EVAL:
+            return evaluate(flags, workdir, data)
+        train(flags, workdir)
+        tick()
+        if f"{workdir.parent.name}/{workdir.name}" in (tmp_path / "broken").read_text():
+            raise ablation.RunFailedError("the loss of update 7 is | nan")
+        return ""
+
+    monkeypatch.setattr(ablation, "call", call)
     monkeypatch.setattr(ablation_plan, "num_params", lambda config, vocab_size: config.model.mlp_dim)
     return ["ablation", *TINY, *data_flags(data), f"--changes={tmp_path}/changes.py", f"--output={tmp_path}/out"]
+
+
+def train(flags: dict[str, str], workdir: pathlib.Path) -> None:
+    """Stands for train.py: writes metrics, and the name and seed to the file `trained`."""
+    seed = validation.load(flags["config"]).train.seed
+    assert workdir.name == f"seed{seed}"
+    with (workdir.parent.parent / "trained").open("a") as record:
+        record.write(f"{workdir.parent.name} {seed}\n")
+    costs = {"train/tokens": 100.0, "train/hours": 0.5, "train/flops": 1e9}
+    rows = [{"step": step, "train/target_tokens_per_s": step + 30.0} for step in (20, 40)]
+    rows.append({"step": 40, "valid/bleu": 4.0, "valid/loss": 2.0, **costs})
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def evaluate(flags: dict[str, str], workdir: pathlib.Path, data: pathlib.Path) -> str:
+    """Stands for eval.py: `wide` translates without a mistake, the others have half of the sentences right."""
+    assert (flags["checkpoint"], flags["split"]) == ("latest", "test")
+    name, seed = workdir.parent.name, int(workdir.name.removeprefix("seed"))
+    lines = (data / "test.de").read_text().splitlines()
+    lines = [line if i % 2 or name == "wide" else line[::-1] for i, line in enumerate(lines)]
+    pathlib.Path(flags["output"]).write_text("".join(f"{line}\n" for line in lines))
+    figures = {"step": 40, "bleu": {"base": 50.0, "rms": 51.0, "wide": 90.0}[name] + seed, "bleu_signature": "nrefs:1"}
+    return json.dumps({**figures, "perplexity": 2.0, "train_hours": 0.5, "train_flops": 1e9}) + "\n"
 
 
 def trained(tmp_path: pathlib.Path) -> list[str]:
@@ -246,7 +249,7 @@ def test_a_result_of_another_config_is_refused(command, tmp_path):
 
 
 def test_a_run_that_fails_is_a_row_and_is_tried_again(command, capsys, tmp_path):
-    (tmp_path / "out" / "broken").write_text("rms/seed1")
+    (tmp_path / "broken").write_text("rms/seed1")
     with pytest.raises(SystemExit) as ended:
         ablation.main([*command, "--seeds=2"])
     assert ended.value.code == 1
@@ -255,11 +258,11 @@ def test_a_run_that_fails_is_a_row_and_is_tried_again(command, capsys, tmp_path)
     assert "failed: rms seed 1; " in captured.err
     table = (tmp_path / "out" / "ablation.md").read_text().splitlines()
     (row,) = [line for line in table if line.startswith("| rms, seed 1 |")]
-    assert row.endswith("| failed: train.py, exit code 1: the loss of update 7 is / nan |")
+    assert row.endswith("| failed: the loss of update 7 is / nan |")
     assert row.count("|") == table[0].count("|")
     results = json.loads(captured.out.splitlines()[-1])
     assert (list(results["rms"]["runs"]), list(results["rms"]["failed"])) == (["0"], ["1"])
-    (tmp_path / "out" / "broken").write_text("")
+    (tmp_path / "broken").write_text("")
     ablation.main([*command, "--seeds=2"])
     assert trained(tmp_path) == ["rms 1"]
     assert "failed" not in (tmp_path / "out" / "ablation.md").read_text()
@@ -279,11 +282,21 @@ def test_a_stop_signal_reaches_the_command(tmp_path, monkeypatch):
     assert stopped.value.exit_code == 143
 
 
-def test_a_command_that_is_killed_says_by_what(tmp_path):
-    script = tmp_path / "die.py"
-    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    with pytest.raises(ablation.RunFailedError, match=r"die\.py was ended by SIGKILL"):
-        ablation.call([str(script)], epath.Path(tmp_path / "log"), lambda: None)
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("import sys; print('warning', file=sys.stderr); sys.exit('die.py: too bad')", "die.py, exit code 1: too bad"),
+        ("raise SystemExit(3)", "die.py, exit code 3: before"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "die.py was ended by SIGKILL"),
+    ],
+)
+def test_a_command_that_fails_says_why(program, message, tmp_path):
+    script, log = tmp_path / "die.py", epath.Path(tmp_path / "log")
+    script.write_text(program)
+    log.write_text("before\n")
+    with pytest.raises(ablation.RunFailedError) as failed:
+        ablation.call([str(script)], log, lambda: None)
+    assert str(failed.value) == message
 
 
 def test_another_process_in_the_workdir_is_waited_for(tmp_path, monkeypatch):
