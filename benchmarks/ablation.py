@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(ablation.results()))
         return
     ablation.run(names)
-    print(f"\n{ablation_table.table(ablation.rows(), ablation.metric)}")
+    print(f"\n{ablation.table()}")
     print(json.dumps(ablation.results()))
     if failed := ", ".join(f"{name} seed {seed}" for name, seeds in ablation.failed.items() for seed in seeds):
         log_error(f"failed: {failed}; {args.output} has the logs, and the same command tries them again")
@@ -214,6 +214,12 @@ class Ablation:
         files = (self._run(*each).file(f"{self._result}.txt") for each in seeds.items())
         return ablation_table.paired_test(*files, self._variants[BASE].config.data, self._args.split, self.metric)
 
+    def table(self) -> str:
+        """The results as Markdown, with the conditions."""
+        args = self._args
+        conditions = f"- Equal {args.equal}; split {args.split}; checkpoint {args.checkpoint}."
+        return f"{ablation_table.table(self.rows(), self.metric)}\n{conditions}"
+
     def results(self) -> dict[str, Any]:
         """All results by change."""
         return {row.name: row.as_json(self.metric) for row in self.rows()}
@@ -221,10 +227,9 @@ class Ablation:
     def save(self) -> None:
         """Writes tables and plots of the results so far, with those of other processes."""
         self._load()
-        rows = self.rows()
         write_atomic(self._output / "results.json", json.dumps(self.results(), indent=1) + "\n")
-        write_atomic(self._output / "ablation.md", ablation_table.table(rows, self.metric) + "\n")
-        ablation_table.draw(self._output, rows, self.metric)
+        write_atomic(self._output / "ablation.md", self.table() + "\n")
+        ablation_table.draw(self._output, self.rows(), self.metric)
 
 
 def wait_for_lock(workdir: epath.Path) -> None:

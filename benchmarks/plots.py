@@ -17,7 +17,7 @@ STYLE = """
 text { font: 11px system-ui, sans-serif; fill: #5b6470 } .title { font-weight: 600; fill: #20262e }
 .grid { stroke: #e2e4e8 } .line { fill: none; stroke-width: 1.8; stroke-linejoin: round } .hit { fill: transparent }
 .interval { stroke: #2a6fdb; stroke-width: 1.8 } .seed { fill: #9aa3ad }
-.baseline { stroke: #c2570c; stroke-dasharray: 3 3 }
+.baseline { stroke: #c2570c; stroke-dasharray: 3 3 } .faint { stroke-dasharray: 4 3 }
 .end { text-anchor: end } .mid { text-anchor: middle }
 .line.s1 { stroke: #2a6fdb } .line.s2 { stroke: #c2570c } .line.s3 { stroke: #2b8a57 }
 .line.s4 { stroke: #8250c8 } .line.s5 { stroke: #b8860b } .line.s6 { stroke: #5b6470 }
@@ -29,23 +29,26 @@ text { font: 11px system-ui, sans-serif; fill: #5b6470 } .title { font-weight: 6
 def write(
     path: epath.PathLike, title: str, x_label: str, lines: Mapping[str, Iterable[charts.Point]], log: bool = True
 ) -> None:
-    """Writes a chart of lines by name, log-log by default; writes nothing if there is nothing to draw."""
+    """Writes a chart of lines by name, log-log by default; writes nothing if there is nothing to draw.
+
+    Lines beyond the number of colors are dashed.
+    """
     series = [
-        charts.Series(name, list(points), markers=True, color=i % charts.NUM_COLORS + 1)
+        charts.Series(name, list(points), True, i % charts.NUM_COLORS + 1, faint=i >= charts.NUM_COLORS)
         for i, (name, points) in enumerate(lines.items())
     ]
     figure = charts.line_chart(title, x_label, series, log)
     drawing = re.search(r"<svg[^>]*>(.*)</svg>", figure, re.DOTALL)
     if not drawing:
         return
-    names = re.findall(r'<span class="key (s\d)">([^<]*)</span>', figure)
+    names = re.findall(r'<span class="key (s\d)( faint)?">([^<]*)</span>', figure)
     num_rows = -(-len(names) // NAMES_IN_ROW)
     spacing = min(130, (charts.WIDTH - charts.LEFT) // min(len(names) or 1, NAMES_IN_ROW))
     keys = []
-    for position, (name, text) in enumerate(names):
+    for position, (color, is_dashed, text) in enumerate(names):
         row, column = divmod(position, NAMES_IN_ROW)
         x, y = charts.LEFT + spacing * column, LEGEND_ROW * (row + 1 - num_rows) - 6
-        keys.append(f'<text class="key {name}" x="{x}" y="{y}">— {text}</text>')
+        keys.append(f'<text class="key {color}" x="{x}" y="{y}">{"- -" if is_dashed else "—"} {text}</text>')
     _write_page(path, title, "".join(keys) + drawing[1], charts.HEIGHT, HEAD + LEGEND_ROW * max(num_rows, 1))
 
 

@@ -229,7 +229,9 @@ def test_runs_are_trained_once_and_seeds_are_added(command, capsys, tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {
         *("ablation.svg", "curves_by_flops.svg", "curves_by_minutes.svg")
     }
-    assert "| wide | 64 |" in (tmp_path / "out" / "ablation.md").read_text()
+    table = (tmp_path / "out" / "ablation.md").read_text()
+    assert "| wide | 64 |" in table
+    assert table.endswith("- Equal updates; split test; checkpoint latest.\n")
 
 
 def test_only_some_are_trained_and_all_finished_ones_are_in_the_table(command, capsys, tmp_path):
@@ -393,6 +395,8 @@ def test_names_of_many_lines_have_rows_of_their_own(tmp_path):
     assert len({(key.get("x"), key.get("y")) for key in keys}) == 7
     assert len({key.get("y") for key in keys}) == 2
     assert {key.get("class") for key in keys} == {f"key s{i}" for i in range(1, 7)}
+    assert [key.text for key in keys][-2:] == ["— line5", "- - line6"]
+    assert [line.get("class") for line in root.iter() if "line " in (line.get("class") or "")][-1] == "line s1 faint"
 
 
 @pytest.mark.parametrize(
