@@ -97,10 +97,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, list[str]]:
     """The flags, the base config without what the changes file sets in it, and the flags that it is made of."""
     parser = command_line.config_parser("python -m benchmarks.ablation", __doc__, "--changes=FILE --output=DIR")
     path = command_line.absolute_path
-    parser.add_argument("--changes", required=True, metavar="FILE", help=", ".join(ablation_plan.shipped()))
+    own = ", ".join(ablation_plan.shipped())
+    parser.add_argument("--changes", required=True, metavar="FILE", help=f"with get_changes. The project's own: {own}")
     parser.add_argument("--output", required=True, type=path, help="folder of all runs and results")
     parser.add_argument("--seeds", type=command_line.positive_int, default=1, help="runs of each change (default: 1)")
-    parser.add_argument("--equal", choices=["updates", "flops"], default="updates", help="of all runs")
+    parser.add_argument(
+        "--equal", choices=["updates", "flops"], default="updates", help="cost of all runs (default: updates)"
+    )
     parser.add_argument("--only", default="", help="names to train, commas between (default: all)")
     parser.add_argument("--split", default="test", help="that is scored (default: test)")
     parser.add_argument("--checkpoint", default="latest", help="as in eval.py (default: latest)")

@@ -55,8 +55,13 @@ class Row(NamedTuple):
     def as_json(self, metric: str) -> dict[str, Any]:
         """The change, its costs, runs and comparison with the base."""
         change, config, params, flops = self.variant
-        entry = {"fields": dict(change.fields), "comment": change.comment, "published": dict(change.published)}
-        entry |= {"params": params, "flops_per_update": flops, "updates": config.train.num_steps}
+        entry: dict[str, Any] = {"fields": dict(change.fields), "comment": change.comment}
+        entry |= {
+            "published": dict(change.published),
+            "params": params,
+            "flops_per_update": flops,
+            "updates": config.train.num_steps,
+        }
         if self.runs:
             entry |= {metric: self.mean(metric), "interval": self.interval(metric)}
             entry["median_seed"] = median_seed(self.runs, metric)
@@ -78,8 +83,8 @@ def paired_test(
 
     dataset = evaluator.load_eval_dataset(data, split, None, None)
     tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, dataset.references[0]).name
-    both = (systems.read_translations(path, dataset, f"{path}") for path in (translations, baseline))
-    return significance.paired_tests(*both, dataset.references, tokenizer, [metric])[0]
+    ours, theirs = (systems.read_translations(path, dataset, f"{path}") for path in (translations, baseline))
+    return significance.paired_tests(ours, theirs, dataset.references, tokenizer, [metric])[0]
 
 
 def table(rows: Sequence[Row], metric: str) -> str:
@@ -157,10 +162,8 @@ def _notes(rows: Sequence[Row], metric: str, label: str) -> Iterable[str]:
 
 def curve(logged: Iterable[Figures], key: str) -> list[Figures]:
     """The score of each validation, and the cost of training until then."""
-    costs = {"loss": "valid/loss", "tokens": "train/tokens", "flops": "train/flops"}
     return [
-        {"step": row["step"], "score": row[key], "minutes": 60 * row["train/hours"]}
-        | {name: row[cost] for name, cost in costs.items()}
+        {"step": row["step"], "score": row[key], "flops": row["train/flops"], "minutes": 60 * row["train/hours"]}
         for row in logged
         if key in row
     ]
