@@ -22,7 +22,7 @@ NAME = re.compile(r"\w[\w.+-]*")  # also of a folder
 # The same for all runs, as their scores are compared on the same sentences.
 FIXED_FIELDS = (
     *("data.name", "data.source_language", "data.target_language", "data.dir", "data.tokenized"),
-    *("data.bleu_tokenizer", "eval.metrics"),
+    *("data.valid", "data.valid_source", "data.valid_target", "data.bleu_tokenizer", "eval.metrics"),
 )
 
 
