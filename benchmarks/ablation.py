@@ -77,7 +77,7 @@ class RunFailedError(Exception):
 def main(argv: list[str]) -> None:
     """Checks all changes, trains and scores what is not finished; rewrites the table after each run."""
     args, base, flags = parse(argv)
-    changes = ablation_plan.load_changes(args.changes, base)
+    changes = ablation_plan.load_changes(args.changes, base, flags)
     names = command_line.known_names("--only", args.only, changes) if args.only else list(changes)
     variants = ablation_plan.plan(flags, changes, args.equal == "flops")
     print(ablation_plan.format_plan(variants), flush=True)

@@ -66,8 +66,10 @@ def shipped() -> list[str]:
     return [f"benchmarks/changes/{path.name}" for path in sorted(folder.glob("*.py"))]
 
 
-def load_changes(path: str, base: Config) -> dict[str, Change]:
+def load_changes(path: str, base: Config, flags: Sequence[str] = ()) -> dict[str, Change]:
     """What `get_changes(base)` of a changes file returns: the base and the changes by name, the base first.
+
+    Flags override fields of the base, which are left out.
 
     Raises:
       UserError: no such file, an error inside it, or something else than named fields.
@@ -76,7 +78,10 @@ def load_changes(path: str, base: Config) -> dict[str, Change]:
     entries = command_line.call_file(flag, path, "get_changes", base, others=others, see="benchmarks/changes/demo.py")
     if not isinstance(entries, dict) or not entries.keys() - {BASE}:
         raise UserError(f"{flag}: expected get_changes to return a dict of name → fields, got {entries!r}")
-    return {name: _change(f"{flag}: {name}", name, entry) for name, entry in {BASE: {}, **entries}.items()}
+    changes = {name: _change(f"{flag}: {name}", name, entry) for name, entry in {BASE: {}, **entries}.items()}
+    given = {each.partition("=")[0] for each in flags}
+    fields = {field: value for field, value in changes[BASE].fields.items() if f"--config.{field}" not in given}
+    return {**changes, BASE: changes[BASE]._replace(fields=fields)}
 
 
 def _change(where: str, name: Any, entry: Any) -> Change:
@@ -133,15 +138,12 @@ def resolve(
     Raises:
       UserError: as `plan`.
     """
-    file = [flag for flag in flags if flag.startswith("--config=")]
-    own = [flag for flag in flags if flag not in file]
     configs: dict[str, Config] = {}
     errors = []
     for name, change in changes.items():
-        given = [*file, *changes[BASE].flags(), *own, *(change.flags() if name != BASE else ())]
-        given += [f"--config.train.num_steps={steps[name]}"] if steps else []
+        length = [f"--config.train.num_steps={steps[name]}"] if steps else []
         try:
-            config, _ = command_line.config_flags(["ablation", *given])
+            config, _ = command_line.config_flags(["", *flags, *changes[BASE].flags(), *change.flags(), *length])
             configs[name] = schema.with_absolute_paths(config)
             session.check_data(configs[name], workdir="")
             _check_comparable(configs[name], configs[BASE], is_base=name == BASE)

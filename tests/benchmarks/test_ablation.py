@@ -170,6 +170,7 @@ def test_flags_override_what_the_changes_file_sets_in_the_base(command, capsys):
     ablation.main([*command, "--check", "--config.train.num_steps=60"])
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {row["updates"] for row in plan.values()} == {60}
+    assert plan["base"]["fields"] == {}
 
 
 def test_at_equal_flops_a_costlier_change_has_fewer_updates(command, capsys, tmp_path):
