@@ -1,18 +1,23 @@
-"""Writes charts of `transformer.evaluation.charts` as stand-alone SVG files for the documentation."""
+"""Writes charts as stand-alone SVG files: those of `transformer.evaluation.charts`, and means with intervals."""
 
 import html
 import re
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
 
 from transformer.evaluation import charts
 from transformer.runtime.files import write_atomic
 
-HEAD = 40  # above the drawing, for title and legend
+HEAD = 26  # above the drawing, for the title
+LEGEND_ROW, NAMES_IN_ROW = 14, 4
+NAME_WIDTH, ROW_HEIGHT = 130, 24  # of the rows of intervals
 STYLE = """
 text { font: 11px system-ui, sans-serif; fill: #5b6470 } .title { font-weight: 600; fill: #20262e }
 .grid { stroke: #e2e4e8 } .line { fill: none; stroke-width: 1.8; stroke-linejoin: round } .hit { fill: transparent }
+.interval { stroke: #2a6fdb; stroke-width: 1.8 } .seed { fill: #9aa3ad }
+.baseline { stroke: #c2570c; stroke-dasharray: 3 3 } .faint { stroke-dasharray: 4 3 }
 .end { text-anchor: end } .mid { text-anchor: middle }
 .line.s1 { stroke: #2a6fdb } .line.s2 { stroke: #c2570c } .line.s3 { stroke: #2b8a57 }
 .line.s4 { stroke: #8250c8 } .line.s5 { stroke: #b8860b } .line.s6 { stroke: #5b6470 }
@@ -24,22 +29,72 @@ text { font: 11px system-ui, sans-serif; fill: #5b6470 } .title { font-weight: 6
 def write(
     path: epath.PathLike, title: str, x_label: str, lines: Mapping[str, Iterable[charts.Point]], log: bool = True
 ) -> None:
-    """Writes a chart of lines by name, log-log by default; writes nothing if there is nothing to draw."""
-    series = [charts.Series(name, list(points), markers=True) for name, points in lines.items()]
+    """Writes a chart of lines by name, log-log by default; writes nothing if there is nothing to draw.
+
+    Lines beyond the number of colors are dashed.
+    """
+    series = [
+        charts.Series(name, list(points), True, i % charts.NUM_COLORS + 1, faint=i >= charts.NUM_COLORS)
+        for i, (name, points) in enumerate(lines.items())
+    ]
     figure = charts.line_chart(title, x_label, series, log)
     drawing = re.search(r"<svg[^>]*>(.*)</svg>", figure, re.DOTALL)
     if not drawing:
         return
-    names = re.findall(r'<span class="key (s\d)">([^<]*)</span>', figure)
-    spacing = min(130, (charts.WIDTH - charts.LEFT) // max(len(names), 1))
-    keys = "".join(
-        f'<text class="key {name}" x="{charts.LEFT + spacing * position}" y="-6">— {text}</text>'
-        for position, (name, text) in enumerate(names)
-    )
-    width, height = charts.WIDTH, charts.HEIGHT + HEAD
+    names = re.findall(r'<span class="key (s\d)( faint)?">([^<]*)</span>', figure)
+    num_rows = -(-len(names) // NAMES_IN_ROW)
+    spacing = min(130, (charts.WIDTH - charts.LEFT) // min(len(names) or 1, NAMES_IN_ROW))
+    keys = []
+    for position, (color, is_dashed, text) in enumerate(names):
+        row, column = divmod(position, NAMES_IN_ROW)
+        x, y = charts.LEFT + spacing * column, LEGEND_ROW * (row + 1 - num_rows) - 6
+        keys.append(f'<text class="key {color}" x="{x}" y="{y}">{"- -" if is_dashed else "—"} {text}</text>')
+    _write_page(path, title, "".join(keys) + drawing[1], charts.HEIGHT, HEAD + LEGEND_ROW * max(num_rows, 1))
+
+
+def write_intervals(
+    path: epath.PathLike, title: str, x_label: str, rows: Mapping[str, tuple[Sequence[float], float | None]]
+) -> None:
+    """Writes a chart with a row for each name: values as small dots, their mean, and half the width of its interval.
+
+    A dashed line is at the mean of the first row. Writes nothing without rows.
+    """
+    if not rows:
+        return
+    means = {name: statistics.fmean(values) for name, (values, _) in rows.items()}
+    ends = [x for values, _ in rows.values() for x in values]
+    ends += [means[name] + sign * (interval or 0) for name, (_, interval) in rows.items() for sign in (-1, 1)]
+    ticks, bottom = charts.ticks(min(ends), max(ends), 5), ROW_HEIGHT * len(rows)
+    x = charts.Axis(ticks[0], ticks[-1], NAME_WIDTH, charts.WIDTH - charts.RIGHT)
+
+    def line(css_class: str, x1: float, x2: float, y1: float, y2: float) -> str:
+        return f'<line class="{css_class}" x1="{x(x1):.1f}" x2="{x(x2):.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+
+    def text(css_class: str, left: float, y: float, content: str) -> str:
+        return f'<text class="{css_class}" x="{left:.1f}" y="{y:.1f}">{html.escape(content)}</text>'
+
+    parts = [line("grid", tick, tick, 0, bottom) for tick in ticks]
+    parts += [text("mid", x(tick), bottom + 16, charts.format_si(tick)) for tick in ticks]
+    parts.append(text("mid", (x.start + x.end) / 2, bottom + 34, x_label))
+    first = next(iter(means.values()))
+    parts.append(line("baseline", first, first, 0, bottom))
+    for number, (name, (values, interval)) in enumerate(rows.items()):
+        y, mean = ROW_HEIGHT * (number + 0.5), means[name]
+        parts.append(text("end", NAME_WIDTH - 10, y + 4, name))
+        if interval is not None:
+            parts.append(line("interval", mean - interval, mean + interval, y, y))
+        parts += [f'<circle class="seed" cx="{x(value):.1f}" cy="{y:.1f}" r="2.5"/>' for value in values]
+        tip = f"<title>{html.escape(name)}: {mean:.4g}</title>"
+        parts.append(f'<circle class="dot s1" cx="{x(mean):.1f}" cy="{y:.1f}" r="4">{tip}</circle>')
+    _write_page(path, title, "".join(parts), bottom + charts.BOTTOM, HEAD)
+
+
+def _write_page(path: epath.PathLike, title: str, drawing: str, height: int, head: int) -> None:
+    """Writes a drawing, with its title and whatever else is in the `head` pixels above it."""
+    width, total = charts.WIDTH, height + head
     write_atomic(
         epath.Path(path),
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-HEAD} {width} {height}" width="{width}" '
-        f'height="{height}"><style>{STYLE}</style><rect y="{-HEAD}" width="{width}" height="{height}" fill="#fff"/>'
-        f'<text class="title" x="{charts.LEFT}" y="-24">{html.escape(title)}</text>{keys}{drawing[1]}</svg>\n',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-head} {width} {total}" width="{width}" '
+        f'height="{total}"><style>{STYLE}</style><rect y="{-head}" width="{width}" height="{total}" fill="#fff"/>'
+        f'<text class="title" x="{charts.LEFT}" y="{16 - head}">{html.escape(title)}</text>{drawing}</svg>\n',
     )

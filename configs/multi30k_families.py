@@ -1,6 +1,7 @@
 """LSTM, convolution and attention at an equal budget: 1.8M params and 10 epochs of Multi30k, English to German.
 
-    python -m benchmarks.equal_budget --config.data.dir=FOLDER --output=runs/families
+    python -m benchmarks.ablation --config=configs/multi30k_families.py --changes=benchmarks/changes/families.py
+        --config.data.dir=FOLDER --split=test_2016_flickr --output=runs/families
 
 or one of them: `python train.py --config=configs/multi30k_families.py:recurrent --workdir=… --config.data.dir=FOLDER`.
 FOLDER, data, vocabulary and batches as in configs/multi30k.py. Attention is that model; the others have its number of

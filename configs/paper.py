@@ -1,7 +1,8 @@
 """The models of the paper's Table 3, each with the results that the paper reports: configs/paper.py:ROW.
 
     python train.py --config=configs/paper.py:base --workdir=runs/base
-    python -m benchmarks.sweep --table=3 --config=configs/paper.py --output=runs/table3
+    python -m benchmarks.ablation --config=configs/paper.py --changes=benchmarks/changes/table3.py
+        --split=validation --output=runs/table3
 
 ROW is base (the default), big, or one of ROWS below, named by its group and its change: a-h1, b-dk16, c-n2,
 d-drop0, e-learned … None has been trained here at this size.

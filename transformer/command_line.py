@@ -206,22 +206,9 @@ def _saved_config(workdir: str) -> str:
 def _load(path: str) -> config_dict.ConfigDict:
     """What the `get_config` of a config file returns."""
     file, _, name = path.partition(":")
-    file = _find(file)
-    if os.path.exists(file) and not os.path.isfile(file):
-        raise UserError(f"--config={path}: expected a file that ends in .py, got a folder, pipe or device")
-    if not os.path.isfile(file):
-        raise UserError(
-            f"--config={path}: no such file; the configs that come with the project: {', '.join(_shipped())}"
-        )
-    try:
-        with _neighbours(file):
-            config = runpy.run_path(file, run_name=f"{_NEIGHBOURS}.main")["get_config"](*([name] if name else []))
-    except KeyError as error:
-        if error.args != ("get_config",):
-            raise UserError(_inside(path, file, error)) from error
-        raise UserError(f"--config={path}: expected a function get_config, found none; see configs/demo.py") from error
-    except Exception as error:  # whatever the config file, which is Python, may raise
-        raise UserError(_inside(path, file, error)) from error
+    names = [name] if name else []
+    others = f"the configs that come with the project: {', '.join(_shipped())}"
+    config = call_file(f"--config={path}", _find(file), "get_config", *names, others=others, see="configs/demo.py")
     if not isinstance(config, (config_dict.ConfigDict, dict)):
         raise UserError(f"--config={path}: expected get_config to return a ConfigDict, got {type(config).__name__}")
     given = validation.to_sections(config)
@@ -233,6 +220,32 @@ def _load(path: str) -> config_dict.ConfigDict:
         if section not in given:
             config[section] = config_dict.ConfigDict()
     return config
+
+
+def call_file(flag: str, file: str, function: str, *arguments: Any, others: str, see: str) -> Any:
+    """What a function of a Python file returns.
+
+    Args:
+      flag: names the file in errors.
+      others: the files there are, for the error if there is no such file.
+      see: an example, for the error if the file has no such function.
+
+    Raises:
+      UserError: no such file or function, or an error inside it.
+    """
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise UserError(f"{flag}: expected a file that ends in .py, got a folder, pipe or device")
+    if not os.path.isfile(file):
+        raise UserError(f"{flag}: no such file; {others}")
+    try:
+        with _neighbours(file):
+            return runpy.run_path(file, run_name=f"{_NEIGHBOURS}.main")[function](*arguments)
+    except KeyError as error:
+        if error.args != (function,):
+            raise UserError(_inside(flag, file, error)) from error
+        raise UserError(f"{flag}: expected a function {function}, found none; see {see}") from error
+    except Exception as error:  # whatever the file, which is Python, may raise
+        raise UserError(_inside(flag, file, error)) from error
 
 
 def _shipped() -> dict[str, str]:
@@ -266,8 +279,8 @@ def _neighbours(file: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def _inside(path: str, file: str, error: Exception) -> str:
-    """One line on an error inside a config file."""
+def _inside(flag: str, file: str, error: Exception) -> str:
+    """One line on an error inside a file that a flag names."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(file)]
     if isinstance(error, SyntaxError):
@@ -278,8 +291,8 @@ def _inside(path: str, file: str, error: Exception) -> str:
         known = [name for section in schema.SECTIONS for name in (section, *schema.field_names(section))]
         close = difflib.get_close_matches(unknown[1], known, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"--config={path}: {where}unknown field {unknown[1]!r}{hint}"
-    return f"--config={path}: {where}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"{flag}: {where}unknown field {unknown[1]!r}{hint}"
+    return f"{flag}: {where}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def decode_flags(argv: list[str]) -> tuple[dict[str, int | float | bool | str], list[str]]:

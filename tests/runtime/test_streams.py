@@ -120,7 +120,7 @@ def test_every_command_keeps_these_promises(root):
     blocks = {path.name: re.split('\nif __name__ == "__main__":\n', path.read_text())[1:] for path in paths}
     del blocks["torch_transformer.py"]  # imports nothing of this project
     commands = {name: block[0] for name, block in blocks.items() if block}
-    assert {"train.py", "eval.py", "translate.py", "sweep.py"} <= commands.keys()
+    assert {"train.py", "eval.py", "translate.py", "ablation.py"} <= commands.keys()
     for name, block in commands.items():
         assert re.search(r"^    (command_line\.)?run\(main\)$", block, re.MULTILINE), name
 
