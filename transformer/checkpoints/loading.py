@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from transformer.checkpoints.manager import CheckpointManager, Metrics, no_valid_checkpoint
 from transformer.config import Config, MeshConfig, schema, validation
+from transformer.config.mixture import Direction
 from transformer.config.validation import RESUMABLE_FIELDS
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed.mesh import make_mesh, warm_up_collectives
@@ -40,6 +41,7 @@ class RestoredModel:
       selector: by which it was chosen.
       steps: of the checkpoints whose params these are, oldest first; several if it is their mean.
       metrics: recorded with the newest.
+      source_tag: the tag of the target language before each source; empty for none. See `with_direction`.
     """
 
     selector: str
@@ -50,6 +52,7 @@ class RestoredModel:
     model: ModelDef
     params: Params
     mesh: Mesh
+    source_tag: str = ""
 
     @property
     def step(self) -> int:
@@ -68,6 +71,11 @@ class RestoredModel:
           UserError: as `validation.override_decode`.
         """
         return dataclasses.replace(self, config=validation.override_decode(self.config, dict(fields)))
+
+    def with_direction(self, direction: Direction) -> "RestoredModel":
+        """The model with the data and the tag of one of its directions, and without the others."""
+        config = dataclasses.replace(self.config, data=direction.data)
+        return dataclasses.replace(self, config=config, source_tag=direction.tag)
 
     @property
     def tag(self) -> str:

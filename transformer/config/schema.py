@@ -154,6 +154,28 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureEntry:
+    """An entry of `data.mixture`: where its pairs are, the languages, how often they are trained on, and tags."""
+
+    name: str = _field("text", "as data.name")
+    source_language: str = _field("", "language code translated from")
+    target_language: str = _field("", "language code translated to")
+    dir: str = _field("", "text: as data.dir")
+    train_source: str = _field("", "text: as data.train_source")
+    train_target: str = _field("", "text: as data.train_target")
+    valid_source: str = _field("", "text: as data.valid_source")
+    valid_target: str = _field("", "text: as data.valid_target")
+    train: str = _field("", "text: as data.train")
+    valid: str = _field("", "text: as data.valid")
+    columns: str = _field("", "as data.columns; '2,1' swaps the sides of a .tsv file")
+    weight: float = _field(1.0, "share of the examples, relative to the other entries", low=POSITIVE)
+    tag: str = _field("", "token of the target language put before each source, such as <2de>; empty: none")
+    origin_tag: str = _field("", "token of the origin put after it in training, such as <bt>; empty: none")
+    from_step: int = _field(0, "updates done before the entry joins", low=0)
+    until_step: int = _field(0, "updates done when the entry leaves; 0: never", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The data set, the vocabulary and batching."""
 
@@ -174,6 +196,18 @@ class DataConfig:
     columns: str = _field(
         "",
         "tsv, parquet: which two columns are source and target, counted from 1, as in '1,2'; parquet: or their names",
+    )
+    mixture: tuple = _field(
+        (),
+        "several sources in place of one, a list of dicts with the fields of MixtureEntry; examples are drawn from "
+        "them by weight, one vocabulary serves all; on the command line as JSON",
+    )
+    mixture_temperature: float = _field(
+        0.0,
+        "mixture: T in shares proportional to weight * pairs^(1/T): 1 draws by the number of pairs, more is nearer to "
+        "equal shares; 0: by weight alone",
+        low=0,
+        high=1000,
     )
     data_dir: str = _field(
         "", "folder of prepared data, vocabularies and token ids; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
@@ -474,6 +508,10 @@ def with_absolute_paths(config: Config) -> Config:
 
     data, train = config.data, config.train
     paths: dict[str, Any] = {name: absolute(getattr(data, name)) for name in PATH_FIELDS}
+    paths["mixture"] = tuple(
+        dataclasses.replace(entry, **{name: absolute(getattr(entry, name)) for name in TEXT_PATH_FIELDS})
+        for entry in data.mixture
+    )
     if data.tokenizer not in TOKENIZER_ALGORITHMS:
         paths["tokenizer"] = absolute(data.tokenizer)
     train = dataclasses.replace(train, init_from=absolute(train.init_from))

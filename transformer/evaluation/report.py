@@ -77,11 +77,15 @@ def write(
       fields: of decoding, other than the checkpoint's own.
     """
     name = result_name(workdir, restored, dataset, fields)
-    suffix = re.sub(r"[^\w.-]+", "-", f".versus-{comparison.systems[0].name}") if comparison else ""
-    path, newest = epath.Path(workdir) / "reports" / f"{name}{suffix}.html", epath.Path(workdir) / REPORT_FILE
     text = build(workdir, restored, dataset, result, comparison)  # runs the model on all hosts
-    if not multihost.is_primary():
-        return
+    suffix = re.sub(r"[^\w.-]+", "-", f".versus-{comparison.systems[0].name}") if comparison else ""
+    save(workdir, f"{name}{suffix}", text)
+
+
+@multihost.primary_only
+def save(workdir: epath.PathLike, name: str, text: str) -> None:
+    """Writes a page as reports/NAME.html and as report.html; logs if the workdir is not writable."""
+    path, newest = epath.Path(workdir) / "reports" / f"{name}.html", epath.Path(workdir) / REPORT_FILE
     try:
         for file in (path, newest):
             with user_error_on_oserror(f"{file}"):
@@ -129,8 +133,8 @@ def build(
                 if comparison
                 else [_length_section(this, dataset, restored.config)]
             ),
-            section("worst", "Worst sentences", _sentences(dataset, result, worst, label), note),
-            section("best", "Best sentences", _sentences(dataset, result, best, label), note),
+            section("worst", "Worst sentences", list_sentences(dataset, result, worst, label), note),
+            section("best", "Best sentences", list_sentences(dataset, result, best, label), note),
             section("attention", "Attention", _attention(restored, dataset, result, ranked, label), ATTENTION_NOTE),
             section("config", "Config", details("all fields", f"<pre>{html.escape(restored.config.to_json())}</pre>")),
         ],
@@ -251,7 +255,7 @@ def _curves(systems: Sequence[System], name: str, metrics: Sequence[str]) -> str
     return f'<div class="charts">{drawn}</div>' if drawn else ""
 
 
-def _sentences(dataset: EvalDataset, result: EvalResult, ranked: Sequence[tuple[float, int]], label: str) -> str:
+def list_sentences(dataset: EvalDataset, result: EvalResult, ranked: Sequence[tuple[float, int]], label: str) -> str:
     """Sentences by score; `label` is that of the metric."""
     _, sources, references = dataset
     return "".join(
@@ -285,7 +289,7 @@ def _attention(
     layers = config.model.num_cross_attention_layers
     aligner = Aligner(restored.model, restored.tokenizer, layers, config.decode, restored.mesh, self_attention=True)
     pairs = [[side[i] for _, i in selected] for side in sides]
-    maps = dict(aligner.attention(restored.params, pairs[0], pairs[1]))
+    maps = dict(aligner.attention(restored.params, pairs[0], pairs[1], restored.source_tag))
     return "".join(
         f"<h3>sentence {i + 1:,} · {label} {score:.1f}</h3>{_attention_maps(restored, maps[number], aligner.layer)}"
         for number, (score, i) in enumerate(selected)
