@@ -63,7 +63,7 @@ def prepare(config: schema.Config, *, report: bool, workers: int = 0) -> None:
     log_info(
         f"ready in {corpora.data_dir(data)}: {schedule.kept:,} training pairs, without {schedule.dropped:,} longer "
         f"than data.max_length = {data.max_length}; {tokenizer.vocab_size:,} subword tokens; "
-        f"{schedule.steps_per_epoch:,} steps an epoch"
+        f"{schedule.steps_per_epoch:,} steps {schedule.period}"
     )
     for line in schedule.summary():
         log_info(line)

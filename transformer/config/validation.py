@@ -568,8 +568,8 @@ def _check_mixture(config: Config, needs_data: bool) -> None:
         )
     if 0 < data.mixture_temperature < mixture.MIN_TEMPERATURE:
         raise UserError(
-            f"config.data.mixture_temperature: expected 0 (by weight alone), or at least {mixture.MIN_TEMPERATURE}, got "
-            f"{data.mixture_temperature}"
+            "config.data.mixture_temperature: expected 0 (by weight alone), or at least "
+            f"{mixture.MIN_TEMPERATURE}, got {data.mixture_temperature}"
         )
     for number, entry in enumerate(data.mixture, 1):
         with mixture.entry_errors(number, entry):

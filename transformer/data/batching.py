@@ -266,7 +266,10 @@ class BatchSchedule(abc.ABC):
       batches: the number of batches of each shape in an epoch; the same in every epoch.
       steps_per_epoch: their sum.
       token_utilization: real target tokens divided by target token slots, padding included.
+      period: what repeats after `steps_per_epoch`, for messages.
     """
+
+    period = "an epoch"
 
     def __init__(
         self,

@@ -89,6 +89,8 @@ class MixtureSchedule(BatchSchedule):
       pairs: the number of kept pairs of each entry.
     """
 
+    period = "a round of the mixture"
+
     def __init__(
         self,
         data: DataConfig,

@@ -79,7 +79,7 @@ def baseline_system(
       dataset: whose sources are translated.
       language: code of the target language.
       fields: of decoding, instead of the workdir's own.
-      source_language: code of the source language, by which a model of several directions is told which.
+      source_language: code of the source language, which chooses among several directions.
 
     Raises:
       UserError: the path is neither, the number of lines is wrong, or the model translates into another language.
