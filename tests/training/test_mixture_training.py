@@ -1,6 +1,9 @@
 """A run on a mixture of two directions: from files to BLEU of each direction, resumed, translated and reported."""
 
+import io
 import json
+import shutil
+import sys
 
 import jax
 import numpy as np
@@ -10,13 +13,14 @@ import eval as evaluation
 import transformer
 from tests.conftest import small_config
 from train import train as fit
-from transformer import prepare
+from transformer import compare, prepare, score, translate
 from transformer.checkpoints.loading import load_checkpoint
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.config import mixture
 from transformer.data import input_pipeline, mixture_corpus
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import PAD
+from transformer.evaluation import continuous, evaluator
 from transformer.evaluation.evaluator import EvalResult
 from transformer.runtime.errors import UserError
 from transformer.training import trainer
@@ -204,6 +208,56 @@ def test_evaluation_reports_all_directions_in_one_table(whole, capsys):
     assert {"4.validation.en-de.txt", "4.validation.en-fr.txt"} <= names
     with pytest.raises(UserError, match="--versus is of one direction, got en-de, en-fr: choose one by --target_lang"):
         evaluation.main(["eval.py", f"--workdir={whole}", "--split=val", f"--versus={whole}"])
+
+
+def test_lines_are_translated_and_scored_in_the_direction_of_the_flag(folder, whole, monkeypatch, capsysbinary):
+    def run(*flags):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"cat sees dog\nred house\n")))
+        translate.main(["translate", f"--workdir={whole}", *flags])
+        return capsysbinary.readouterr().out.decode().splitlines()
+
+    model = transformer.load(whole)
+    for language in ("de", "fr"):
+        assert run(f"--target_language={language}") == model.translate(
+            ["cat sees dog", "red house"], target_language=language
+        )
+    with pytest.raises(UserError, match="expected target_language to choose one"):
+        run()
+    score.main(["score", f"--workdir={whole}", f"--source={folder}/valid.en", f"--target={folder}/valid.de",
+                "--target_language=de"])  # fmt: skip
+    sources, targets = ((folder / f"valid.{code}").read_text().splitlines() for code in ("en", "de"))
+    wanted = [each.log_prob for each in model.score(sources, targets, target_language="de")]
+    assert list(map(float, capsysbinary.readouterr().out.split())) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_one_direction_is_watched_and_compared(whole, tmp_path, capsys):
+    for copy in ("a", "b"):
+        shutil.copytree(whole, tmp_path / copy)
+        evaluation.main(["eval.py", f"--workdir={tmp_path}/{copy}", "--split=val"])
+    compare.main(["compare", f"{tmp_path}/a", f"{tmp_path}/b", "--split=val", "--target_language=fr",
+                  f"--output={tmp_path}/page.html"])  # fmt: skip
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["sentences"] == 4
+    with pytest.raises(UserError, match="expected one direction, got en-de, en-fr"):
+        compare.main(["compare", f"{tmp_path}/a", f"{tmp_path}/b", "--split=val", f"--output={tmp_path}/page.html"])
+    watched = []
+    watcher = continuous.CheckpointWatcher(
+        tmp_path / "a",
+        lambda config: evaluator.load_eval_dataset(
+            config.data, "val", None, None, direction=mixture.find_direction(config.data, None, "fr")
+        ),
+        watched.append,
+        (None, "fr"),
+    )
+    while watcher.poll():
+        pass
+    assert [entry["step"] for entry in watched] == [2, 4]
+    assert {entry["name"] for entry in watched} == {"validation.en-fr"}
+    assert watched[-1]["bleu"] == pytest.approx(metrics_of(whole)[-1]["valid/en-fr/bleu"])
+    evaluation.main(["eval.py", f"--workdir={tmp_path}/a", "--split=val", "--target_language=fr",
+                     f"--versus={tmp_path}/b"])  # fmt: skip
+    versus = json.loads(capsys.readouterr().out.splitlines()[-1])["versus"]
+    assert versus["bleu"]["difference"] == 0
 
 
 @pytest.mark.slow

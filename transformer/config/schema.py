@@ -561,18 +561,21 @@ def field_default(section: str, name: str) -> Any:
 
 
 def field_help() -> str:
-    """All fields as text for the terminal: flag with default, meaning, bounds."""
+    """All fields as text for the terminal: flag with default, meaning, bounds; those of an entry of a mixture last."""
     blocks = []
     for name, section in SECTIONS.items():
-        blocks.append(f"{name}: {(section.__doc__ or '').splitlines()[0]}")
-        for field in dataclasses.fields(section):
-            text = "; ".join(filter(None, (field.metadata["doc"], _bounds_help(field.metadata))))
-            blocks.append(f"  --config.{name}.{field.name}={field.default}")
-            blocks += textwrap.wrap(
-                text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
-            )
-        blocks.append("")
-    return "\n".join(blocks)
+        blocks += _section_help(name, section, f"--config.{name}.")
+    return "\n".join([*blocks, *_section_help("data.mixture", MixtureEntry, "")])
+
+
+def _section_help(name: str, section: type, prefix: str) -> list[str]:
+    """The lines of one section and an empty one."""
+    blocks = [f"{name}: {(section.__doc__ or '').splitlines()[0]}"]
+    for field in dataclasses.fields(section):
+        text = "; ".join(filter(None, (field.metadata["doc"], _bounds_help(field.metadata))))
+        blocks.append(f"  {prefix}{field.name}={field.default}")
+        blocks += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+    return [*blocks, ""]
 
 
 def _bounds_help(metadata: Mapping[str, Any]) -> str:

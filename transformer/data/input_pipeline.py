@@ -141,7 +141,7 @@ def _mixture_schedule(config: Config, ids: TokenIds, folder: epath.Path | None) 
     sources = []
     for entry, own in zip(config.data.mixture, ids.entries, strict=True):
         sources.append((TaggedLengths(own.source, len(mixture.tags_of(entry))), Lengths(own.target)))
-    options = {"batch_tokens": config.train.batch_tokens, "seed": config.train.seed}
+    options: dict[str, Any] = {"batch_tokens": config.train.batch_tokens, "seed": config.train.seed}
     if folder is None:
         return MixtureSchedule(config.data, sources, **options)
     names = ("num_buckets", "max_length", "length_multiple")

@@ -169,9 +169,10 @@ class MixtureSchedule(BatchSchedule):
                         f"all {len(self._sources[number - 1][0]):,} training pairs are longer than data.max_length = "
                         f"{self._max_length} tokens, tags included; raise it, or leave the entry out"
                     )
-        sample = self._sample_lengths(pairs)
-        options = {"length_multiple": self._data.length_multiple}
-        buckets = choose_buckets(*sample, self._data.num_buckets, self._batch_tokens, **options)
+        source_N, target_N = self._sample_lengths(pairs)
+        buckets = choose_buckets(
+            source_N, target_N, self._data.num_buckets, self._batch_tokens, self._data.length_multiple
+        )
         members = np.zeros((len(pairs), len(buckets)), np.int64)
         tokens = np.zeros((len(pairs), len(buckets)), np.int64)
         for index in range(len(pairs)):
