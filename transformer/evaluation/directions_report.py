@@ -12,7 +12,7 @@ from etils import epath
 
 from transformer.checkpoints.loading import RestoredModel
 from transformer.evaluation import report, summary
-from transformer.evaluation.charts import Series, line_chart
+from transformer.evaluation.charts import NUM_COLORS, Series, line_chart
 from transformer.evaluation.evaluator import EvalDataset, EvalResult
 from transformer.evaluation.metrics import METRICS, sentence_metric
 from transformer.evaluation.report_html import (
@@ -78,13 +78,14 @@ def curves(workdir: epath.PathLike, directions: Sequence[str], metrics: Sequence
     """Loss, and the first metric of each direction and their mean, by step."""
     entries = files.read_json_lines(epath.Path(workdir) / METRICS_FILE)
 
-    def series(title: str, key: str) -> Series:
+    def series(title: str, key: str, number: int = 0) -> Series:
         points = sorted({entry["step"]: entry[key] for entry in entries if key in entry}.items())
-        return Series(title, points, markers=not key.startswith("train"))
+        color, faint = number % NUM_COLORS + 1, number >= NUM_COLORS
+        return Series(title, points, markers=not key.startswith("train"), color=color, faint=faint)
 
     first = metrics[0] if metrics[0] != "ter" else "chrf"  # which validation leaves out
-    scores = [series(name, f"valid/{name}/{first}") for name in directions]
-    losses = [series("training", "train/loss"), series("validation", "valid/loss")]
+    scores = [series(name, f"valid/{name}/{first}", number) for number, name in enumerate(directions, 1)]
+    losses = [series("training", "train/loss"), series("validation", "valid/loss", 1)]
     charts = [
         line_chart("loss, nats per token", "step", losses, log_y=True),
         line_chart(METRICS[first].label, "step", [series("mean", f"valid/{first}"), *scores]),
