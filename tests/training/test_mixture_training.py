@@ -20,7 +20,7 @@ from transformer.config import mixture
 from transformer.data import input_pipeline, mixture_corpus
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import PAD
-from transformer.evaluation import continuous, evaluator
+from transformer.evaluation import continuous, evaluator, report
 from transformer.evaluation.evaluator import EvalResult
 from transformer.runtime.errors import UserError
 from transformer.training import trainer
@@ -266,6 +266,9 @@ def test_evaluation_of_one_direction_is_that_of_a_model_of_one(whole, capsys):
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert "directions" not in scores
     assert scores["sentences"] == 4
+    assert (whole / "reports" / "4.validation.en-fr.html").exists()
+    (shown,) = report.in_direction(metrics_of(whole)[-1:], "en-fr")
+    assert shown["valid/loss"] == metrics_of(whole)[-1]["valid/en-fr/loss"] != metrics_of(whole)[-1]["valid/loss"]
     last = metrics_of(whole)[-1]
     assert scores["bleu"] == pytest.approx(last["valid/en-fr/bleu"])
     assert scores["loss"] == pytest.approx(last["valid/en-fr/loss"], rel=1e-5)
@@ -294,3 +297,19 @@ def test_both_directions_of_one_corpus_and_then_one(folder, tmp_path):
     fit(one, tmp_path / "one")
     assert "valid/en-de/bleu" not in metrics_of(tmp_path / "one")[-1]
     assert [each.name for each in mixture.directions(load_checkpoint(tmp_path / "one", "1").config.data)] == ["en-de"]
+
+
+@pytest.mark.slow
+def test_the_tag_decides_the_target(folder, tmp_path):
+    train = {"num_steps": 300, "eval_every_steps": 300, "checkpoint_every_steps": 300, "batch_tokens": 1024}
+    optimizer = {"schedule": "constant", "learning_rate": 5e-3, "warmup_steps": 20}
+    fit(config_of(folder, train=train, optimizer=optimizer), tmp_path / "run")
+    model = transformer.load(tmp_path / "run")
+    sources, german = ((folder / f"valid.{code}").read_text().splitlines() for code in ("en", "de"))
+    targets = {"de": german, "fr": [line.replace(" ", "-") for line in sources]}
+    for language, lines in targets.items():
+        scores = [
+            [each.log_prob for each in model.score(sources, lines, target_language=code)]
+            for code in (language, *(targets.keys() - {language}))
+        ]
+        assert all(right > wrong + 5 for right, wrong in zip(*scores, strict=True))  # nats of a sentence

@@ -323,11 +323,8 @@ def _inapplicable_message(config: Config, name: str, condition: Condition) -> st
     requirement = f"with {selector} = {values}" if condition.values else f"with {selector}"
     if condition.values == UNSET:
         requirement = f"without {selector}"
-    value, default, selected = (
-        get_field(config, name),
-        default_value(config, name),
-        get_field(config, condition.selector),
-    )
+    value, default = get_field(config, name), default_value(config, name)
+    selected = get_field(config, condition.selector)
     if isinstance(selected, tuple):
         selected = f"{len(selected)} entries"
     return (

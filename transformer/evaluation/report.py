@@ -8,7 +8,7 @@ import datetime
 import html
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -111,6 +111,7 @@ def build(
         f"{dataset.name}, {result.sentences:,} sentences, {data.source_language} → {data.target_language} · "
         f"{restored.description} · {when}"
     )
+    direction = f"{data.source_language}-{data.target_language}"
     ranking = sentence_metric(metrics)
     ranked, label = rank_sentences(dataset, result.translations, ranking), METRICS[ranking].label
     sample = f", of {len(ranked):,} sentences ranked, evenly spread" if len(ranked) < result.sentences else ""
@@ -127,7 +128,7 @@ def build(
             _stat_cards(result, metrics),
             _runs(systems),
             section("scores", "Scores", table(score_columns, summary.score_rows(result))),
-            section("curves", "Learning curves", _curves(systems, dataset.name, metrics)),
+            section("curves", "Learning curves", _curves(systems, dataset.name, metrics, direction)),
             *(
                 comparison_html.sections(comparison)
                 if comparison
@@ -212,18 +213,26 @@ def _length_section(system: System, dataset: EvalDataset, config: Config) -> str
     return section("length", breakdown.title, f'<div class="charts">{chart}</div>' if chart else "")
 
 
-def _curves(systems: Sequence[System], name: str, metrics: Sequence[str]) -> str:
+def in_direction(entries: Iterable[Mapping[str, Any]], direction: str) -> list[dict[str, Any]]:
+    """Lines of metrics, with the scores of a direction in place of the means over all."""
+    part = f"/{direction}/"
+    return [{**entry, **{key.replace(part, "/"): entry[key] for key in entry if part in key}} for entry in entries]
+
+
+def _curves(systems: Sequence[System], name: str, metrics: Sequence[str], direction: str) -> str:
     """Loss, the first metric that is known, learning rate and speed by step; with results of --watch on this data set.
 
-    A run of an earlier version was validated by BLEU and chrF2 alone.
+    Validation is that of the direction, such as en-de, where a run has several. A run of an earlier version was
+    validated by BLEU and chrF2 alone.
     """
     runs = [(system.label, system.run) for system in systems if system.run]
     many = len(runs) > 1
     entries = []
     for _, run in runs:
+        logged = in_direction(files.read_json_lines(run.workdir / METRICS_FILE), direction)
         evaluations = (each for each in read_evaluations(run.workdir) if each["name"] == name)
         renamed = ({"step": each["step"], **{f"set/{key}": each[key] for key in each}} for each in evaluations)
-        entries.append([*files.read_json_lines(run.workdir / METRICS_FILE), *renamed])
+        entries.append([*logged, *renamed])
 
     def lines(title: str, key: str) -> list[Series]:
         """A line of a key for each run: train/, valid/ or, of the results on this data set, set/."""
