@@ -435,7 +435,10 @@ class EvalConfig:
         list_of=METRIC_NAMES,
     )
     validation_sentences: int = _field(
-        0, "sentences that validation during training translates, spread over the split, always the same; 0: all", low=0
+        0,
+        "sentences that validation during training translates, of each direction, spread over the split, always the "
+        "same; 0: all",
+        low=0,
     )
     validation_beam_size: int = _field(
         0, "beam size of validation during training, 1 is greedy; 0: decode.beam_size", low=0, high=1000
