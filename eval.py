@@ -5,11 +5,13 @@
     python eval.py --workdir=DIR --test_set=wmt14/full
     python eval.py --workdir=DIR --versus=DIR-or-FILE [--versus_checkpoint=WHICH]
     python eval.py --workdir=DIR --watch
+    python eval.py --workdir=DIR --target_language=CODE
 
 WHICH is latest, best, a step, or the mean of several: average:N of the newest N, best-average:N of the N with
 the best validation scores. Model, vocabulary and decoding settings are those saved with the checkpoint;
 --decode.FIELD=VALUE overrides one, --metrics the scores. DIR/report.html shows scores, learning curves, sentences and
-attention; DIR/reports/ keeps the report of each evaluation.
+attention; DIR/reports/ keeps the report of each evaluation. Of a model of several directions, all are evaluated unless
+--source_language and --target_language choose.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from transformer import command_line
+from transformer.config import mixture
 from transformer.distributed import multihost
 from transformer.runtime import progress
 from transformer.runtime.errors import UserError
@@ -27,6 +30,7 @@ from transformer.runtime.files import check_writable
 from transformer.runtime.logging import log_info
 
 if TYPE_CHECKING:
+    from transformer.checkpoints.loading import RestoredModel
     from transformer.evaluation.evaluator import EvalDataset, EvalResult
 
 NUM_SAMPLES = 5
@@ -69,14 +73,22 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         restored = dataclasses.replace(restored, config=dataclasses.replace(restored.config, eval=args.metrics))
     changed = {name: value for name, value in fields.items() if value != getattr(restored.config.decode, name)}
     restored = restored.with_decode(fields)
-    data = restored.config.data
+    directions = mixture.find_directions(restored.config.data, args.source_language, args.target_language)
+    if len(directions) > 1:
+        evaluate_directions(args, restored, directions, changed)
+        return
     with multihost.primary_first("evaluation set"):
-        dataset = evaluator.load_eval_dataset(data, args.split, args.source, args.reference, args.test_set)
+        dataset = evaluator.load_eval_dataset(
+            restored.config.data, args.split, args.source, args.reference, args.test_set, directions[0]
+        )
+    restored = restored.with_direction(directions[0])
+    data = restored.config.data
     evaluator.assert_same_on_hosts(restored, dataset)
     baseline = None
     if args.versus:
         checkpoint = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
-        baseline = systems.baseline_system(args.versus, checkpoint, dataset, data.target_language, fields)
+        languages = data.target_language, fields, data.source_language
+        baseline = systems.baseline_system(args.versus, checkpoint, dataset, *languages)
     result = evaluator.CheckpointEvaluator(dataset).evaluate(restored)
     log_samples(dataset, result)
     log_info(summary.format_table(restored, dataset, result))
@@ -95,6 +107,39 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         report.write(args.workdir, restored, dataset, result, comparison, changed)
     if multihost.is_primary():
         print(json.dumps(summary.as_json(restored, result, comparison)))
+
+
+def evaluate_directions(
+    args: argparse.Namespace, restored: "RestoredModel", directions: list[mixture.Direction], changed: dict[str, Any]
+) -> None:
+    """Evaluates each direction on its own data set; one table, one report, one JSON object."""
+    from transformer.evaluation import directions_report, evaluator, summary
+    from transformer.evaluation import report as reports
+
+    for flag in ("source", "versus", "test_set", "output"):
+        if getattr(args, flag):
+            names = ", ".join(direction.name for direction in directions)
+            raise UserError(f"--{flag} is of one direction, got {names}: choose one by --target_language")
+    evaluated, scorer = {}, None
+    for direction in directions:
+        with multihost.primary_first("evaluation set"):
+            dataset = evaluator.load_eval_dataset(restored.config.data, args.split, None, None, direction=direction)
+        own = restored.with_direction(direction)
+        evaluator.assert_same_on_hosts(own, dataset)
+        scorer = scorer or evaluator.CheckpointEvaluator(dataset)
+        result = scorer.evaluate(own, dataset)
+        log_samples(dataset, result, 1)
+        save_translations(result, None, evaluator.translations_path(args.workdir, own, dataset, changed))
+        evaluated[direction.name] = directions_report.Evaluated(own, dataset, result)
+    results = {name: each.result for name, each in evaluated.items()}
+    log_info(summary.format_directions(restored, results))
+    split = args.split or "test"
+    with progress.phase("writing the report"):
+        page = directions_report.build(args.workdir, restored, evaluated, split)
+        suffix = "".join(f".{name}={value}" for name, value in sorted(changed.items()))
+        reports.save(args.workdir, f"{restored.tag}.{split}{suffix}", page)
+    if multihost.is_primary():
+        print(json.dumps(summary.directions_as_json({name: (e.restored, e.result) for name, e in evaluated.items()})))
 
 
 @multihost.primary_only
@@ -116,10 +161,19 @@ def watch(args: argparse.Namespace) -> None:
     """Evaluates every new checkpoint; prints a JSON object a line on stdout."""
     from transformer.evaluation import continuous, evaluator
 
+    languages = args.source_language, args.target_language
     continuous.CheckpointWatcher(
         args.workdir,
-        lambda config: evaluator.load_eval_dataset(config.data, args.split, args.source, args.reference, args.test_set),
+        lambda config: evaluator.load_eval_dataset(
+            config.data,
+            args.split,
+            args.source,
+            args.reference,
+            args.test_set,
+            mixture.find_direction(config.data, *languages),
+        ),
         lambda entry: print(json.dumps(entry), flush=True),
+        languages,
     ).run_forever()
 
 
@@ -146,6 +200,7 @@ def parse(rest: list[str]) -> argparse.Namespace:
     parser.add_argument("--versus_checkpoint", help="of that workdir (default: as --checkpoint; latest for a step)")
     command_line.add_metrics_flag(parser, "eval.metrics of the checkpoint's config")
     parser.add_argument("--watch", action="store_true", help="score every checkpoint as it lands, until a signal")
+    command_line.add_direction_flags(parser)
     command_line.add_process_flags(parser)
     args = parser.parse_args(rest)
     if bool(args.source) != bool(args.reference):
@@ -168,10 +223,10 @@ def parse(rest: list[str]) -> argparse.Namespace:
     return args
 
 
-def log_samples(dataset: "EvalDataset", result: "EvalResult") -> None:
+def log_samples(dataset: "EvalDataset", result: "EvalResult", count: int = NUM_SAMPLES) -> None:
     """Logs a few evenly spaced sentences."""
     _, sources, references = dataset
-    for i in range(0, len(sources), -(-len(sources) // NUM_SAMPLES) or 1):
+    for i in range(0, len(sources), -(-len(sources) // count) or 1):
         translation = result.translations[i]
         log_info(f"  source      {sources[i]}\n  translation {translation}\n  reference   {references[0][i]}\n")
 

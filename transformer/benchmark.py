@@ -19,8 +19,7 @@ from etils import epath
 from transformer import command_line
 from transformer.command_line import positive_int
 from transformer.config import Config, schema
-from transformer.data import corpus as corpora
-from transformer.data import input_pipeline
+from transformer.data import input_pipeline, mixture_corpus
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import Batch, BatchSchedule
 from transformer.data.input_pipeline import TokenIds
@@ -46,10 +45,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num_steps", type=positive_int, default=50, help="updates to time (default: 50)")
     config, args = command_line.parse_with_config(parser, argv)
     config = schema.with_absolute_paths(config)
-    corpora.validate_source(config.data)
+    mixture_corpus.validate_sources(config.data)
     environment.enable_compilation_cache()
     with tempfile.TemporaryDirectory() as folder:
-        corpus = corpora.open_corpus(config.data)
+        corpus = mixture_corpus.open_sources(config.data)
         tokenizer = input_pipeline.get_tokenizer(tokenizers.inherit_tokenizer(config), corpus, epath.Path(folder))
     ids = input_pipeline.token_ids(config.data, corpus, "train", tokenizer)
     ids = input_pipeline.with_subword_dropout(config, ids, tokenizer)

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import json
 import os
 import pathlib
 import re
@@ -136,6 +137,12 @@ def model_parser(
         "--checkpoint", default="latest", help="latest (default), best, a step, average:N or best-average:N"
     )
     return parser
+
+
+def add_direction_flags(parser: argparse.ArgumentParser) -> None:
+    """--source_language and --target_language, which choose a direction of a model of several."""
+    parser.add_argument("--source_language", help="of a model of several directions: code of the source language")
+    parser.add_argument("--target_language", help="of a model of several directions: code of the target language")
 
 
 def add_ensemble_flag(parser: argparse.ArgumentParser) -> None:
@@ -330,7 +337,7 @@ def split_flags(arguments: list[str], prefix: str) -> tuple[list[str], list[str]
     return mine, rest
 
 
-def _override(argument: str) -> tuple[str, str, int | float | bool | str]:
+def _override(argument: str) -> tuple[str, str, Any]:
     """Section, field and value of one --config.SECTION.FIELD=VALUE."""
     name, _, text = argument.partition("=")
     parts = name.removeprefix("--config.").split(".")
@@ -341,14 +348,15 @@ def _override(argument: str) -> tuple[str, str, int | float | bool | str]:
     return section, field, _parse(name, section, field, text)
 
 
-def _parse(flag: str, section: str, field: str, text: str) -> int | float | bool | str:
+def _parse(flag: str, section: str, field: str, text: str) -> Any:
     """The value of a flag in the type of its field."""
     validation.reject_unknown_fields(f"config.{section}", [field], schema.field_names(section))
     kind = type(schema.field_default(section, field))
     try:
         return PARSERS[kind](text)
     except (ValueError, KeyError, OverflowError) as error:
-        raise UserError(f"{flag}: expected {kind.__name__}, got {text!r}") from error
+        expected = "a list in JSON" if kind is tuple else kind.__name__
+        raise UserError(f"{flag}: expected {expected}, got {text!r}") from error
 
 
 def _parse_int(text: str) -> int:
@@ -357,11 +365,20 @@ def _parse_int(text: str) -> int:
     return int(text) if value != int(value) or abs(value) >= 2**53 else int(value)
 
 
-PARSERS: dict[type, Callable[[str], int | float | bool | str]] = {
+def _parse_list(text: str) -> tuple:
+    """A list in JSON."""
+    value = json.loads(text)
+    if not isinstance(value, list):
+        raise ValueError(text)
+    return tuple(value)
+
+
+PARSERS: dict[type, Callable[[str], Any]] = {
     int: _parse_int,
     float: float,
     bool: lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()],
     str: str,
+    tuple: _parse_list,
 }
 
 

@@ -9,6 +9,7 @@ a line, of any program. The first one is the baseline. A table goes to stderr, o
 """
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from collections.abc import Iterable
 from etils import epath
 
 from transformer import command_line
-from transformer.config import Config, DataConfig
+from transformer.config import Config, DataConfig, mixture
 from transformer.data import corpus, text_files
 from transformer.evaluation import (
     bleu_tokenizer,
@@ -90,16 +91,20 @@ def load_test_set(args: argparse.Namespace) -> tuple[EvalDataset, Config, Iterab
         if workdirs and not args.source:
             raise UserError(f"{workdirs[0]}: its translations are found by their sources; add --source=FILE")
         if args.source:
-            return load_eval_dataset(data, None, args.source, args.reference), config, training
+            direction = mixture.find_direction(data, args.source_language, args.target_language)
+            dataset = load_eval_dataset(data, None, args.source, args.reference, direction=direction)
+            return dataset, dataclasses.replace(config, data=direction.data), training
         references = [list(text_files.read_lines(path)) for path in args.reference]
         return EvalDataset(epath.Path(args.reference[0]).name, [], references), config, training
     if not workdirs:
         raise UserError(
             "files of translations need --reference=FILE or --test_set=NAME, got none; --source=FILE is optional"
         )
-    dataset = load_eval_dataset(data, args.split, None, None)
+    direction = mixture.find_direction(data, args.source_language, args.target_language)
+    dataset = load_eval_dataset(data, args.split, None, None, direction=direction)
+    config = dataclasses.replace(config, data=direction.data)
     if training is None:
-        training = (target for _, target in corpus.open_corpus(data).split("train"))
+        training = (target for _, target in corpus.open_corpus(direction.data).split("train"))
     return dataset, config, training
 
 
@@ -128,6 +133,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--language_pair", help="of that set, such as en-de, where there is no workdir to tell")
     parser.add_argument("--split", help="split of the first workdir's data set (default: test)")
     command_line.add_metrics_flag(parser, "those of the first workdir")
+    command_line.add_direction_flags(parser)
     parser.add_argument(
         "--frequency_corpus",
         type=path,

@@ -10,7 +10,7 @@ from typing import Any, overload
 from etils import epath
 
 from transformer.checkpoints.loading import RestoredModel, load_checkpoint
-from transformer.config import DecodeConfig, validation
+from transformer.config import DecodeConfig, mixture, validation
 from transformer.data import text_inputs
 from transformer.decoding.scorer import Scorer, TargetScore
 from transformer.decoding.translator import Hypothesis, Translator, first_text
@@ -62,6 +62,8 @@ class TranslationModel:
         n_best: None = None,
         prefixes: Iterable[str | None] | None = None,
         constraints: Iterable[Iterable[str] | None] | None = None,
+        source_language: str | None = None,
+        target_language: str | None = None,
         **decode: int | float | str,
     ) -> list[str]: ...
 
@@ -73,6 +75,8 @@ class TranslationModel:
         n_best: int,
         prefixes: Iterable[str | None] | None = None,
         constraints: Iterable[Iterable[str] | None] | None = None,
+        source_language: str | None = None,
+        target_language: str | None = None,
         **decode: int | float | str,
     ) -> list[list[Hypothesis]]: ...
 
@@ -83,6 +87,8 @@ class TranslationModel:
         n_best: int | None = None,
         prefixes: Iterable[str | None] | None = None,
         constraints: Iterable[Iterable[str] | None] | None = None,
+        source_language: str | None = None,
+        target_language: str | None = None,
         **decode: int | float | str,
     ) -> list[str] | list[list[Hypothesis]]:
         """Returns one translation for each sentence, in order; that of a blank sentence is empty.
@@ -96,14 +102,16 @@ class TranslationModel:
             those of beam search are all different.
           prefixes: for each sentence a text that its translation begins with; blank or None for no constraint.
           constraints: for each sentence a list of phrases that its translation holds, or None.
+          source_language, target_language: the direction, of a model of several; mostly the target is enough.
           decode: fields of the config's decode section, such as `beam_size=8`, in place of the model's own; with
             another `method` the model's own fields that do not apply to it are left out.
 
         Raises:
           UserError: an item is not text, a field is unknown, a value is invalid, a prefix or constraint cannot be met,
-            or this process was forked after the model was loaded.
+            the direction is none of the model's or is not given, or this process was forked after the model was loaded.
         """
         self._reject_fork()
+        tag = self.source_tag(source_language, target_language)
         translator, seed = self.translator(decode)
         translations = translator.translate_nbest(
             self.params,
@@ -112,11 +120,24 @@ class TranslationModel:
             prefixes=prefixes,
             constraints=constraints,
             seed=seed,
+            tag=tag,
         )
         translator.log_warnings()
         return [first_text(hypotheses) for hypotheses in translations] if n_best is None else translations
 
-    def score(self, sources: Iterable[str], targets: Iterable[str], **decode: int) -> list[TargetScore]:
+    def source_tag(self, source_language: str | None, target_language: str | None) -> str:
+        """The tag of the target language before each source, empty for none; a UserError as `mixture.find_tag`."""
+        return mixture.find_tag(self.primary.config.data, source_language, target_language)
+
+    def score(
+        self,
+        sources: Iterable[str],
+        targets: Iterable[str],
+        *,
+        source_language: str | None = None,
+        target_language: str | None = None,
+        **decode: int,
+    ) -> list[TargetScore]:
         """Returns the log-probability of each target given its source, in order, and of each token.
 
         Natural logarithms; the end of the sentence is a token too. Warnings on stderr count pairs that are truncated
@@ -125,6 +146,7 @@ class TranslationModel:
         Args:
           sources: one line of text each.
           targets: a translation of each.
+          source_language, target_language: as in `translate`.
           decode: `max_source_tokens` and `max_extra_length`, which limit the lengths, and `batch_rows`, in place of the
             model's own.
 
@@ -134,7 +156,8 @@ class TranslationModel:
         """
         self._reject_fork()
         config = self.scoring_config(decode)
-        scores = self.scorer.score(self.all_params, sources, targets, config)
+        tag = self.source_tag(source_language, target_language)
+        scores = self.scorer.score(self.all_params, sources, targets, config, tag)
         self.scorer.log_warnings(config)
         return scores
 
@@ -165,9 +188,16 @@ class TranslationModel:
 
 
 def _describe(model: RestoredModel) -> str:
-    data, family = model.config.data, model.config.model.family
-    languages = f"{data.source_language} to {data.target_language}"
-    return f"{family}, {model.model.num_params():,} params, {languages}, {model.description}"
+    languages = _languages(model)
+    return f"{model.config.model.family}, {model.model.num_params():,} params, {languages}, {model.description}"
+
+
+def _languages(model: RestoredModel) -> str:
+    """The directions and their tags, for messages."""
+    data, directions = model.config.data, mixture.directions(model.config.data)
+    if not data.mixture:
+        return f"{data.source_language} to {data.target_language}"
+    return ", ".join(" ".join(filter(None, (direction.name, direction.tag))) for direction in directions)
 
 
 def load(
@@ -194,9 +224,7 @@ def load(
                 f"{folder}: expected the tokenizer of {workdir}, {primary.tokenizer.digest[:12]}, got "
                 f"{member.tokenizer.digest[:12]}; an ensemble shares one: train with data.tokenizer = its .model file"
             )
-        expected, got = (
-            f"{data.source_language} to {data.target_language}" for data in (primary.config.data, member.config.data)
-        )
+        expected, got = _languages(primary), _languages(member)
         if got != expected:
             raise UserError(
                 f"{folder}: translates {got}, expected {expected} as {workdir} does; an ensemble has one direction"

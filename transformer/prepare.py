@@ -11,8 +11,10 @@ import contextlib
 from transformer import command_line
 from transformer.config import schema
 from transformer.data import corpus as corpora
-from transformer.data import input_pipeline, statistics, subword_dropout
+from transformer.data import input_pipeline, mixture_corpus, statistics, subword_dropout
 from transformer.data import tokenizer as tokenizers
+from transformer.data.mixture_corpus import MixtureCorpus
+from transformer.data.mixture_schedule import MixtureSchedule
 from transformer.runtime import progress
 from transformer.runtime.logging import log_info
 
@@ -52,7 +54,7 @@ def prepare(config: schema.Config, *, report: bool, workers: int = 0) -> None:
     stages = progress.Stages("preparing", {**shares, "batches": 1.0})
     with progress.shown(stages):
         with stages.stage("pairs"):
-            corpus = corpora.open_corpus(data, tokenize=True, workers=workers)
+            corpus = mixture_corpus.open_sources(data, tokenize=True, workers=workers)
         with contextlib.nullcontext() if is_given else stages.stage("vocabulary"):
             tokenizer = input_pipeline.get_or_train_tokenizer(data, corpus)
         with contextlib.nullcontext() if is_given else stages.stage("ids"):
@@ -64,9 +66,16 @@ def prepare(config: schema.Config, *, report: bool, workers: int = 0) -> None:
     log_info(
         f"ready in {corpora.data_dir(data)}: {schedule.kept:,} training pairs, without {schedule.dropped:,} longer "
         f"than data.max_length = {data.max_length}; {tokenizer.vocab_size:,} subword tokens; "
-        f"{schedule.steps_per_epoch:,} steps an epoch"
+        f"{schedule.steps_per_epoch:,} steps {schedule.period}"
     )
-    if report:
+    for line in schedule.summary():
+        log_info(line)
+    if not report:
+        return
+    if isinstance(corpus, MixtureCorpus):
+        assert isinstance(schedule, MixtureSchedule)
+        statistics.print_mixture_report(config, corpus, schedule, tokenizer)
+    else:
         splits = {name: corpus.split(name) for name in corpus.names}
         for name in splits:
             ids.setdefault(name, input_pipeline.token_ids(data, corpus, name, tokenizer, workers))

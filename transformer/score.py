@@ -35,14 +35,14 @@ def main(argv: list[str]) -> None:
     num_pairs = sum(1 for _ in text_files.read_parallel(args.source, args.target))  # invalid lines cost no time later
     environment.enable_compilation_cache()
     model = load(args.workdir, args.checkpoint, args.ensemble)
-    config = model.scoring_config(fields)
+    config, tag = model.scoring_config(fields), model.source_tag(args.source_language, args.target_language)
     pairs = text_files.read_parallel(args.source, args.target)
     groups = iter(lambda: list(itertools.islice(pairs, GROUP)), [])
     done, num_tokens, log_prob = 0, 0, 0.0
     with _output(args.output) as out, progress.phase("scoring", num_pairs, "pairs") as scoring:
         for group in groups:
             sources, targets = zip(*group, strict=True)
-            scores = model.scorer.score(model.all_params, sources, targets, config)
+            scores = model.scorer.score(model.all_params, sources, targets, config, tag)
             lines = "".join(format_line(score, args.per_token) for score in scores)
             with progress.hidden():
                 out.write(streams.printable(lines, out).encode())
@@ -94,6 +94,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=path, help="where the scores go (default: standard output)")
     parser.add_argument("--per_token", action="store_true", help="write tokens and their log-probabilities as JSON")
     command_line.add_ensemble_flag(parser)
+    command_line.add_direction_flags(parser)
     args = parser.parse_args(rest)
     command_line.reject_overwriting(args.output, (args.source, args.target))
     return args

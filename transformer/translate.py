@@ -6,6 +6,7 @@ python -m transformer.translate --workdir=DIR    # translates each line that is 
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import os
 import signal
@@ -141,6 +142,7 @@ def main(argv: list[str]) -> None:
     environment.enable_compilation_cache()
     model = load(args.workdir, args.checkpoint, args.ensemble)
     translator, seed = model.translator(fields)
+    tag = model.source_tag(args.source_language, args.target_language)
 
     def translate(group: list[Line]) -> list[str]:
         sources = [line.source for line in group]
@@ -152,6 +154,7 @@ def main(argv: list[str]) -> None:
             constraints=[line.phrases for line in group] if args.constraint_file else None,
             seed=seed,
             first=group[0].number,
+            tag=tag,
         )
         if args.n_best:
             return format_nbest(group, translations)
@@ -163,7 +166,8 @@ def main(argv: list[str]) -> None:
     lines = read_aligned_lines(stdin, args.prefix_file, args.constraint_file)
     # With the fields of this command: alignments truncate a long source as decoding does.
     try:
-        with alignment_writer(args, model.primary.with_decode(fields)) as write_alignments:
+        trained = dataclasses.replace(model.primary.with_decode(fields), source_tag=tag)
+        with alignment_writer(args, trained) as write_alignments:
             if sys.stdin.isatty():
                 translate_interactively(translate, lines, sys.stdout.buffer)
             else:
@@ -208,6 +212,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
         "--constraint_file", type=absolute_path, help="for each line the phrases its translation holds, tabs between"
     )
     command_line.add_ensemble_flag(parser)
+    command_line.add_direction_flags(parser)
     parser.add_argument("--mbr", type=positive_int, help="of so many samples, the one most like the others by chrF")
     add_alignment_flags(parser)
     args = parser.parse_args(rest)
@@ -265,7 +270,7 @@ def alignment_writer(args: argparse.Namespace, trained: RestoredModel) -> Iterat
         def write(sources: Sequence[str], translations: Sequence[str]) -> None:
             nonlocal num_lines
             alignments: list[Alignment] = [[] for _ in sources]
-            for index, attention in aligner.attention(trained.params, sources, translations):
+            for index, attention in aligner.attention(trained.params, sources, translations, trained.source_tag):
                 if lines:
                     alignments[index] = aligner.word_alignment(attention)
                 if archive:

@@ -314,6 +314,13 @@ for sys.argv in json.loads(sys.argv[1]):
     print(json.dumps([code, stderr.getvalue(), os.path.exists("x")]))
 """
 CORPUS = ["transformer/translate_corpus.py", "--workdir=x", "--input_side=target", "--output=x"]
+
+
+def mixture(**fields):
+    entry = {"name": "cldr", "source_language": "en", "target_language": "de", **fields}
+    return f"--config.data.mixture={json.dumps([entry])}"
+
+
 MISTAKES = [
     (["train.py"], "expected one --config=FILE"),
     (["train.py", DEMO, "--workdir=x", "--config.train.seed=-1"], "config.train.seed: expected at least 0, got -1"),
@@ -321,6 +328,13 @@ MISTAKES = [
     (["train.py", DEMO, "--workdir=x", "--config.data.name=no_such_set"], "no_such_set"),
     (["train.py", DEMO, "--workdir=x", "--config.data.filter_max_ratio=0.5"], "expected 0 (off), or at least 1"),
     (["train.py", DEMO, "--workdir=x", "--config.data.filter_max_ratio=nan"], "expected a finite number, got nan"),
+    (["train.py", DEMO, "--workdir=x", mixture(weight=0)], "entry 1, weight: expected above 0, got 0.0"),
+    (["train.py", DEMO, "--workdir=x", mixture(weight=-1)], "entry 1, weight: expected above 0, got -1.0"),
+    (["train.py", DEMO, "--workdir=x", mixture(weight=float("nan"))], "weight: expected a finite number, got nan"),
+    (["train.py", DEMO, "--workdir=x", mixture(name="text", train="/dev/null.tsv")], "/dev/null.tsv"),
+    (["train.py", DEMO, "--workdir=x", mixture(from_step=9)], "got none for updates 1 to 9"),
+    (["train.py", DEMO, "--workdir=x", mixture(name="no_such_set")], "config.data.mixture, entry 1, en to de:"),
+    (["train.py", DEMO, "--workdir=x", "--config.data.mixture=de"], "expected a list in JSON, got 'de'"),
     (["train.py", DEMO], "--workdir"),
     (["train.py", DEMO, "--workdir=x", "--wrokdir=y"], "--wrokdir"),
     (["train.py", DEMO, "--workdir=x", "--config.data.tokenizer=no.model"], "no.model: expected a SentencePiece"),

@@ -31,6 +31,7 @@ ANOTHER = {  # for fields of which twice the default, or one more, is no other p
     "model.emb_dim": 32,
     "model.kernel_width": 5,
     "model.qkv_init_gain": 0.5,
+    "data.mixture": (schema.MixtureEntry(),),
     "data.source_language": "fr",
     "data.target_language": "fr",
     "data.tokenizer": "unigram",

@@ -32,7 +32,8 @@ def parts():
     model = ModelDef(config.model, vocabulary.vocab_size)
     mesh = make_mesh(config.mesh)
     params = jax.device_put(model.init(1), sharding.replicated(mesh))
-    return types.SimpleNamespace(config=config, tokenizer=vocabulary, model=model, mesh=mesh, params=params)
+    fields = {"config": config, "tokenizer": vocabulary, "model": model, "mesh": mesh, "params": params}
+    return types.SimpleNamespace(**fields, source_tag="")
 
 
 def make(parts, layer=None):

@@ -111,7 +111,7 @@ def test_compiled_shapes_are_kept_while_config_and_vocabulary_stay(monkeypatch):
     def evaluator(*args):
         made.append(args)
         result = scoring.EvalResult(3, 1.0, 2.7, 3.0, {}, ["", "", ""], 0.1)
-        return types.SimpleNamespace(evaluate=lambda *args: result)
+        return types.SimpleNamespace(evaluate=lambda *args, **_: result)
 
     monkeypatch.setattr(scoring, "Evaluator", evaluator)
     scorer, trained = scoring.CheckpointEvaluator(DATASET), make_trained()

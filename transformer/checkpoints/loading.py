@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from transformer.checkpoints.manager import CheckpointManager, Metrics, no_valid_checkpoint
 from transformer.config import Config, MeshConfig, schema, validation
+from transformer.config.mixture import Direction
 from transformer.config.validation import RESUMABLE_FIELDS
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed import sharding
@@ -43,6 +44,7 @@ class RestoredModel:
       selector: by which it was chosen.
       steps: of the checkpoints whose params these are, oldest first; several if it is their mean.
       metrics: recorded with the newest.
+      source_tag: the tag of the target language before each source; empty for none. See `with_direction`.
     """
 
     selector: str
@@ -53,6 +55,7 @@ class RestoredModel:
     model: ModelDef
     params: Params
     mesh: Mesh
+    source_tag: str = ""
 
     @property
     def step(self) -> int:
@@ -77,6 +80,11 @@ class RestoredModel:
         mesh = make_mesh(MeshConfig(), jax.local_devices())
         local = jax.tree.map(lambda leaf: leaf.addressable_data(0), sharding.replicate(self.mesh, self.params))
         return dataclasses.replace(self, params=jax.device_put(local, sharding.replicated(mesh)), mesh=mesh)
+
+    def with_direction(self, direction: Direction) -> "RestoredModel":
+        """The model with the data and the tag of one of its directions, and without the others."""
+        config = dataclasses.replace(self.config, data=direction.data)
+        return dataclasses.replace(self, config=config, source_tag=direction.tag)
 
     @property
     def tag(self) -> str:

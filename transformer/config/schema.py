@@ -154,6 +154,28 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureEntry:
+    """An entry of `data.mixture`: where its pairs are, the languages, how often they are trained on, and tags."""
+
+    name: str = _field("text", "as data.name")
+    source_language: str = _field("", "language code translated from")
+    target_language: str = _field("", "language code translated to")
+    dir: str = _field("", "text: as data.dir")
+    train_source: str = _field("", "text: as data.train_source")
+    train_target: str = _field("", "text: as data.train_target")
+    valid_source: str = _field("", "text: as data.valid_source")
+    valid_target: str = _field("", "text: as data.valid_target")
+    train: str = _field("", "text: as data.train")
+    valid: str = _field("", "text: as data.valid")
+    columns: str = _field("", "as data.columns; '2,1' swaps the sides of a .tsv file")
+    weight: float = _field(1.0, "share of the examples, relative to the other entries", low=POSITIVE)
+    tag: str = _field("", "token of the target language put before each source, such as <2de>; empty: none")
+    origin_tag: str = _field("", "token of the origin put after it in training, such as <bt>; empty: none")
+    from_step: int = _field(0, "updates done before the entry joins", low=0)
+    until_step: int = _field(0, "updates done when the entry leaves; 0: never", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The data set, the vocabulary and batching."""
 
@@ -174,6 +196,18 @@ class DataConfig:
     columns: str = _field(
         "",
         "tsv, parquet: which two columns are source and target, counted from 1, as in '1,2'; parquet: or their names",
+    )
+    mixture: tuple = _field(
+        (),
+        "several sources in place of one, a list of dicts with the fields of MixtureEntry; examples are drawn from "
+        "them by weight, one vocabulary serves all; on the command line as JSON",
+    )
+    mixture_temperature: float = _field(
+        0.0,
+        "mixture: T in shares proportional to weight * pairs^(1/T): 1 draws by the number of pairs, more is nearer to "
+        "equal shares; 0: by weight alone",
+        low=0,
+        high=1000,
     )
     data_dir: str = _field(
         "", "folder of prepared data, vocabularies and token ids; empty: TFDS_DATA_DIR or ~/tensorflow_datasets"
@@ -408,7 +442,10 @@ class EvalConfig:
         list_of=METRIC_NAMES,
     )
     validation_sentences: int = _field(
-        0, "sentences that validation during training translates, spread over the split, always the same; 0: all", low=0
+        0,
+        "sentences that validation during training translates, of each direction, spread over the split, always the "
+        "same; 0: all",
+        low=0,
     )
     validation_beam_size: int = _field(
         0, "beam size of validation during training, 1 is greedy; 0: decode.beam_size", low=0, high=1000
@@ -481,6 +518,10 @@ def with_absolute_paths(config: Config) -> Config:
 
     data, train = config.data, config.train
     paths: dict[str, Any] = {name: absolute(getattr(data, name)) for name in PATH_FIELDS}
+    paths["mixture"] = tuple(
+        dataclasses.replace(entry, **{name: absolute(getattr(entry, name)) for name in TEXT_PATH_FIELDS})
+        for entry in data.mixture
+    )
     if data.tokenizer not in TOKENIZER_ALGORITHMS:
         paths["tokenizer"] = absolute(data.tokenizer)
     train = dataclasses.replace(train, init_from=absolute(train.init_from))
@@ -530,18 +571,21 @@ def field_default(section: str, name: str) -> Any:
 
 
 def field_help() -> str:
-    """All fields as text for the terminal: flag with default, meaning, bounds."""
+    """All fields as text for the terminal: flag with default, meaning, bounds; those of an entry of a mixture last."""
     blocks = []
     for name, section in SECTIONS.items():
-        blocks.append(f"{name}: {(section.__doc__ or '').splitlines()[0]}")
-        for field in dataclasses.fields(section):
-            text = "; ".join(filter(None, (field.metadata["doc"], _bounds_help(field.metadata))))
-            blocks.append(f"  --config.{name}.{field.name}={field.default}")
-            blocks += textwrap.wrap(
-                text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
-            )
-        blocks.append("")
-    return "\n".join(blocks)
+        blocks += _section_help(name, section, f"--config.{name}.")
+    return "\n".join([*blocks, *_section_help("data.mixture", MixtureEntry, "")])
+
+
+def _section_help(name: str, section: type, prefix: str) -> list[str]:
+    """The lines of one section and an empty one."""
+    blocks = [f"{name}: {(section.__doc__ or '').splitlines()[0]}"]
+    for field in dataclasses.fields(section):
+        text = "; ".join(filter(None, (field.metadata["doc"], _bounds_help(field.metadata))))
+        blocks.append(f"  {prefix}{field.name}={field.default}")
+        blocks += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+    return [*blocks, ""]
 
 
 def _bounds_help(metadata: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import config_dict
 
-from transformer.config import schema, warm_start
+from transformer.config import mixture, schema, warm_start
 from transformer.config.schema import (
     DEFAULTS_TO_EMB_DIM,
     POSITIVE,
@@ -27,6 +27,7 @@ from transformer.config.schema import (
     WMT_NAMES,
     Config,
     DataConfig,
+    MixtureEntry,
 )
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import user_error_on_oserror
@@ -134,12 +135,15 @@ class Condition(NamedTuple):
 
 
 def _unset(*selectors: str) -> tuple[Condition, ...]:
-    return tuple(Condition(selector, ("",)) for selector in selectors)
+    return tuple(Condition(selector, UNSET) for selector in selectors)
 
 
+UNSET = ("", ())
+_ONE_SOURCE = _unset("data.mixture")
 _ATTENTION = Condition("model.family", ("attention",))
 _NOT_RECURRENT = Condition("model.family", ("attention", "convolutional"))
 _TEXT_FILES = Condition("data.name", ("text",))
+_ONE_TEXT = (*_ONE_SOURCE, _TEXT_FILES)
 _CONDITIONS: tuple[tuple[str, tuple[Condition, ...]], ...] = (  # fields, and the conditions that must all hold
     ("model.num_heads model.mlp_dim model.norm model.mlp_dropout_rate model.attention_dropout_rate", (_ATTENTION,)),
     ("model.attention model.qkv_init_gain model.qkv_dim model.value_dim", (_ATTENTION,)),
@@ -149,13 +153,15 @@ _CONDITIONS: tuple[tuple[str, tuple[Condition, ...]], ...] = (  # fields, and th
     ("model.attention_score", (Condition("model.family", ("recurrent", "convolutional")),)),
     ("model.kernel_width", (Condition("model.family", ("convolutional",)),)),
     ("mesh.tensor mesh.sequence", (_ATTENTION,)),
-    ("data.columns", (_TEXT_FILES,)),
-    ("data.dir", (_TEXT_FILES, *_unset("data.train_source", "data.train"))),
-    ("data.train", (_TEXT_FILES, *_unset("data.dir", "data.train_source"))),
-    ("data.valid", (_TEXT_FILES, *_unset("data.dir", "data.valid_source"))),
-    ("data.train_source data.train_target", (_TEXT_FILES, *_unset("data.dir", "data.train"))),
-    ("data.valid_source data.valid_target", (_TEXT_FILES, *_unset("data.dir", "data.valid"))),
-    ("data.manual_dir", (Condition("data.name", WMT_NAMES),)),
+    ("data.name data.source_language data.target_language", _ONE_SOURCE),
+    ("data.mixture_temperature", (Condition("data.mixture"),)),
+    ("data.columns", _ONE_TEXT),
+    ("data.dir", (*_ONE_TEXT, *_unset("data.train_source", "data.train"))),
+    ("data.train", (*_ONE_TEXT, *_unset("data.dir", "data.train_source"))),
+    ("data.valid", (*_ONE_TEXT, *_unset("data.dir", "data.valid_source"))),
+    ("data.train_source data.train_target", (*_ONE_TEXT, *_unset("data.dir", "data.train"))),
+    ("data.valid_source data.valid_target", (*_ONE_TEXT, *_unset("data.dir", "data.valid"))),
+    ("data.manual_dir", (*_ONE_SOURCE, Condition("data.name", WMT_NAMES))),
     ("data.tokenizer", _unset("train.init_from")),
     ("data.bleu_tokenizer", (Condition("data.tokenized", (False,)),)),
     ("data.num_buckets", (Condition("data.batching", ("bucket",)),)),
@@ -228,7 +234,10 @@ def check_consistency(
       strict: as in `validate`.
       given: fields set on the command line or in a call, such as model.family, which must apply whatever their value.
     """
-    _check_data(config.data, needs_data)
+    if config.data.mixture:
+        _check_mixture(config, needs_data)
+    else:
+        _check_data(config.data, needs_data)
     for name, condition in inapplicable_fields(config).items():
         if name in given or (strict and get_field(config, name) != default_value(config, name)):
             raise UserError(_inapplicable_message(config, name, condition))
@@ -312,11 +321,14 @@ def _inapplicable_message(config: Config, name: str, condition: Condition) -> st
     selector = condition.selector.removeprefix(f"{section}.")
     values = " or ".join(map(str, condition.values))
     requirement = f"with {selector} = {values}" if condition.values else f"with {selector}"
-    if condition.values == ("",):
+    if condition.values == UNSET:
         requirement = f"without {selector}"
     value, default = get_field(config, name), default_value(config, name)
+    selected = get_field(config, condition.selector)
+    if isinstance(selected, tuple):
+        selected = f"{len(selected)} entries"
     return (
-        f"config.{name} = {value}: read only {requirement}, got {selector} = {get_field(config, condition.selector)}; "
+        f"config.{name} = {value}: read only {requirement}, got {selector} = {selected}; "
         f"leave {field} out (default: {default}), or change the {selector}"
     )
 
@@ -368,6 +380,8 @@ def reject_unknown_fields(where: str, given: Iterable[str], known: list[str], ki
 def _check_value(where: str, field: dataclasses.Field, value: Any) -> Any:
     """Returns the value in the type of the field, or raises a UserError if type or bounds are violated."""
     expected = typing.cast(type, field.type)
+    if expected is tuple:
+        return _to_mixture(where, value)
     if expected is float and type(value) is int:
         value = float(value)
     if type(value) is not expected:
@@ -385,6 +399,26 @@ def _check_value(where: str, field: dataclasses.Field, value: Any) -> Any:
     if limits.high is not None and value > limits.high:
         raise UserError(f"{where}: expected at most {limits.high}, got {value}")
     return value
+
+
+def _to_mixture(where: str, value: Any) -> tuple[MixtureEntry, ...]:
+    """The entries of a list of dicts; a UserError names the entry and the field that is invalid."""
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{where}: expected a list of entries, got {value!r} of type {type(value).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(MixtureEntry)}
+    entries = []
+    for number, given in enumerate(value, 1):
+        name = f"{where}, entry {number}"
+        if isinstance(given, MixtureEntry):
+            given = dataclasses.asdict(given)
+        elif isinstance(given, config_dict.ConfigDict):
+            given = given.to_dict()
+        if not isinstance(given, dict):
+            raise UserError(f"{name}: expected a dict of fields such as weight, got {given!r}")
+        reject_unknown_fields(name, given, list(fields))
+        checked = {key: _check_value(f"{name}, {key}", fields[key], item) for key, item in given.items()}
+        entries.append(MixtureEntry(**checked))
+    return tuple(entries)
 
 
 def _check_combinations(config: Config) -> None:
@@ -538,6 +572,29 @@ def _check_data(data: DataConfig, needs_data: bool) -> None:
         raise UserError("config.data: set valid or valid_source with valid_target, not both")
     if data.dir and (data.valid or data.valid_source):
         raise UserError("config.data: data.dir has its own val files; leave the valid fields empty")
+
+
+def _check_mixture(config: Config, needs_data: bool) -> None:
+    data = config.data
+    if data.batching == "pack":
+        raise UserError(
+            "config.data.batching = pack: a mixture makes rows of one sentence: expected bucket; leave batching out"
+        )
+    if data.subword_dropout:
+        raise UserError(
+            f"config.data.subword_dropout = {data.subword_dropout:g}: not supported with a mixture: expected 0; leave "
+            "one of them out"
+        )
+    if 0 < data.mixture_temperature < mixture.MIN_TEMPERATURE:
+        raise UserError(
+            "config.data.mixture_temperature: expected 0 (by weight alone), or at least "
+            f"{mixture.MIN_TEMPERATURE}, got {data.mixture_temperature}"
+        )
+    for number, entry in enumerate(data.mixture, 1):
+        with mixture.entry_errors(number, entry):
+            _check_data(mixture.entry_data(data, entry), needs_data)
+    mixture.check_tags(data)
+    mixture.check_stages(data, config.train.num_steps)
 
 
 def _check_filters(data: DataConfig) -> None:

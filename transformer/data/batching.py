@@ -151,7 +151,7 @@ def choose_buckets(
     `batch_tokens` target tokens allow, rounded down to a multiple of 8 if that leaves any. Widths are multiples of
     `length_multiple`. Pairs with a side over `max_length` are left out.
     """
-    parts = functools.partial(_kept_parts, source_N, target_N, max_length)
+    parts = functools.partial(kept_parts, source_N, target_N, max_length)
     longest = max(int(max(source.max(), target.max())) for _, source, target in parts())
     unit = round_up(-(-longest // MAX_CANDIDATE_WIDTHS), length_multiple)
     size = -(-longest // unit) + 1
@@ -162,7 +162,7 @@ def choose_buckets(
     return [Bucket(s * unit, t * unit, rows_per_batch(batch_tokens, t * unit)) for s, t in widths]
 
 
-def _kept_parts(
+def kept_parts(
     source_N: LengthArray, target_N: LengthArray, max_length: int | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Ids, source and target lengths of the pairs within `max_length`, int64, in parts that fit into a cache.
@@ -266,7 +266,10 @@ class BatchSchedule(abc.ABC):
       batches: the number of batches of each shape in an epoch; the same in every epoch.
       steps_per_epoch: their sum.
       token_utilization: real target tokens divided by target token slots, padding included.
+      period: what repeats after `steps_per_epoch`, for messages.
     """
+
+    period = "an epoch"
 
     def __init__(
         self,
@@ -289,13 +292,17 @@ class BatchSchedule(abc.ABC):
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)(index)
 
+    def summary(self) -> list[str]:
+        """Lines for the log, besides what is logged of every schedule."""
+        return []
+
     def num_token_slots(self, padded_rows: Callable[[int], int] = lambda rows: rows) -> int:
         """Target token slots of an epoch, with batches of `rows` rows padded to `padded_rows(rows)`."""
         return sum(n * padded_rows(b.rows) * b.target for n, b in zip(self.batches, self.buckets, strict=True))
 
     def _kept_parts(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Ids, source and target lengths of the kept pairs, in parts."""
-        return _kept_parts(self._source_N, self._target_N, self._max_length)
+        return kept_parts(self._source_N, self._target_N, self._max_length)
 
     def _set_facts(self, facts: Facts) -> None:
         """Sets the attributes."""
@@ -356,7 +363,7 @@ class BucketedSchedule(BatchSchedule):
             number = int(np.searchsorted(first_batches, batch, side="right")) - 1
             start, end = part_bounds(self._members[number], self.batches[number], batch - int(first_batches[number]))
             examples = np.array(pairs[first_pairs[number] + start : first_pairs[number] + end], np.int64)
-            return BatchSpec(self.buckets[number], _pad_rows(examples, self.buckets[number].rows))
+            return BatchSpec(self.buckets[number], pad_rows(examples, self.buckets[number].rows))
 
         return spec
 
@@ -405,11 +412,11 @@ def eval_batches(source_N: np.ndarray, target_N: np.ndarray, rows_of: Callable[[
         bucket = Bucket(int(width), int(width), rows)
         members = np.flatnonzero(widths_N == width)
         members = members[np.argsort(np.maximum(source_N, target_N)[members], kind="stable")]
-        specs += [BatchSpec(bucket, _pad_rows(members[i : i + rows], rows)) for i in range(0, len(members), rows)]
+        specs += [BatchSpec(bucket, pad_rows(members[i : i + rows], rows)) for i in range(0, len(members), rows)]
     return specs
 
 
-def _pad_rows(examples: np.ndarray, rows: int) -> np.ndarray:
+def pad_rows(examples: np.ndarray, rows: int) -> np.ndarray:
     """Appends empty rows up to `rows`."""
     padding = ((0, rows - len(examples)), *((0, 0),) * (examples.ndim - 1))
     return np.pad(examples, padding, constant_values=PAD_EXAMPLE)
@@ -417,5 +424,5 @@ def _pad_rows(examples: np.ndarray, rows: int) -> np.ndarray:
 
 def select_rows(spec: BatchSpec, rows: np.ndarray) -> BatchSpec:
     """The rows of a global batch with these indices, such as those of one host; indices past its end are empty rows."""
-    examples_B = _pad_rows(spec.examples_B, max(int(rows.max(initial=-1)) + 1, len(spec.examples_B)))
+    examples_B = pad_rows(spec.examples_B, max(int(rows.max(initial=-1)) + 1, len(spec.examples_B)))
     return BatchSpec(spec.bucket, examples_B[rows])

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from transformer.config import Config, DataConfig, validation
+from transformer.config import Config, DataConfig, mixture, validation
 from transformer.data import corpus as corpora
-from transformer.data import shards, subword_dropout
+from transformer.data import mixture_schedule, shards, subword_dropout
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import (
     Batch,
@@ -32,7 +32,10 @@ from transformer.data.batching import (
     make_batch,
     select_rows,
 )
-from transformer.data.corpus import Split
+from transformer.data.corpus import Corpus, Split
+from transformer.data.mixed_sequences import MixedSequences, TaggedLengths
+from transformer.data.mixture_corpus import MixtureCorpus, MixtureSplit, VocabularyText, train_split
+from transformer.data.mixture_schedule import MixtureSchedule
 from transformer.data.packing import PackedSchedule
 from transformer.data.schedule_store import FileStore
 from transformer.data.subword_dropout import SubwordDropout
@@ -56,12 +59,14 @@ class TokenIds:
 
     Attributes:
       folder: holds schedules of their batches; None keeps those in memory.
+      entries: of a mixture, without tags.
       dropout: splits the words of training batches at random; None if `data.subword_dropout` is 0.
     """
 
     source: JaggedArray
     target: JaggedArray
     folder: epath.Path | None = None
+    entries: "tuple[TokenIds, ...]" = ()
     dropout: SubwordDropout | None = None
 
     def __iter__(self) -> Iterator[JaggedArray]:
@@ -127,6 +132,8 @@ def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
 
 def _schedule(config: Config, ids: TokenIds, folder: epath.Path | None = None) -> BatchSchedule:
     """The schedule; its arrays are kept in the folder, if there is one."""
+    if config.data.mixture:
+        return _mixture_schedule(config, ids, folder)
     lengths: Sequence[LengthArray] = (Lengths(ids.source), Lengths(ids.target))
     if not ids.dropout:
         return _schedule_lengths(config, lengths, config.data.max_length, folder)
@@ -155,6 +162,19 @@ def _schedule_lengths(
     )
 
 
+def _mixture_schedule(config: Config, ids: TokenIds, folder: epath.Path | None) -> MixtureSchedule:
+    sources = []
+    for entry, own in zip(config.data.mixture, ids.entries, strict=True):
+        sources.append((TaggedLengths(own.source, len(mixture.tags_of(entry))), Lengths(own.target)))
+    options: dict[str, Any] = {"batch_tokens": config.train.batch_tokens, "seed": config.train.seed}
+    if folder is None:
+        return MixtureSchedule(config.data, sources, **options)
+    names = ("num_buckets", "max_length", "length_multiple")
+    lengths = {name: getattr(config.data, name) for name in names}
+    key = mixture_schedule.store_key(config.data, [len(own.source) for own in ids.entries], {**options, **lengths})
+    return MixtureSchedule(config.data, sources, **options, store_of=lambda name: FileStore(folder / key / name))
+
+
 def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
     """What to change where most positions are padding, or many shapes have one batch; empty for other schedules."""
     fill, steps, shapes = schedule.token_utilization, schedule.steps_per_epoch, sum(map(bool, schedule.batches))
@@ -164,7 +184,8 @@ def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
     changes: dict[str, int | str] = {}
     if config.data.batching == "bucket":
         changes["data.num_buckets"] = max(steps // 4, 1) if has_many_shapes else min(max(2 * shapes, 8), 64)
-        changes["data.batching"] = "pack"
+        if not config.data.mixture:
+            changes["data.batching"] = "pack"
     batch_tokens = max(round(fill * schedule.num_token_slots()) // (4 * shapes), config.data.max_row_length)
     if batch_tokens < config.train.batch_tokens:
         changes["train.batch_tokens"] = batch_tokens
@@ -178,7 +199,7 @@ def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
     )
 
 
-def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) -> Tokenizer:
+def get_tokenizer(data: DataConfig, corpus: Corpus | MixtureCorpus, stored: epath.Path) -> Tokenizer:
     """The tokenizer of a run without a checkpoint: made from config and corpus, replacing another in `stored`."""
     tokenizer = get_or_train_tokenizer(data, corpus)
     path = stored / tokenizer.file_name
@@ -190,11 +211,11 @@ def get_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path) 
     return tokenizer
 
 
-def get_or_train_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenizer:
+def get_or_train_tokenizer(data: DataConfig, corpus: Corpus | MixtureCorpus) -> Tokenizer:
     """The tokenizer that the config names, or else that of the corpus, cached beside the prepared data."""
     if configured := tokenizers.load_configured(data):
         return configured
-    split = corpus.split("train")
+    split = train_split(corpus)
     with _cache_folder(data, corpus, split, "vocabularies", tokenizers.cache_key(data)) as folder:
         for path in sorted(folder.glob("*.model")):
             if sha256(path) == path.stem:
@@ -204,14 +225,19 @@ def get_or_train_tokenizer(data: DataConfig, corpus: corpora.Corpus) -> Tokenize
         training = f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} subword tokens"
         log_info(training)
         with progress.phase(training):
-            sentences = _Sentences(split)
-            trained = tokenizers.build(data, sentences, sentences.longest)
+            if isinstance(corpus, MixtureCorpus):
+                trained = tokenizers.build(data, VocabularyText(corpus))
+            else:
+                sentences = _Sentences(corpus.split("train"))
+                trained = tokenizers.build(data, sentences, sentences.longest)
         trained.save(folder, f"{trained.digest}.model")
     return trained
 
 
 @contextlib.contextmanager
-def _cache_folder(data: DataConfig, corpus: corpora.Corpus, split: Split, kind: str, key: str) -> Iterator[epath.Path]:
+def _cache_folder(
+    data: DataConfig, corpus: Corpus | MixtureCorpus, split: Split | MixtureSplit, kind: str, key: str
+) -> Iterator[epath.Path]:
     """The folder for what is made of a split, beside the prepared data; kept equal to its copy in object storage."""
     name = f"{split.digest[:24]}-{corpus.source_language}-{corpus.target_language}-{key}"
     folder = epath.Path(corpora.data_dir(data)) / kind / name
@@ -224,7 +250,9 @@ def _cache_folder(data: DataConfig, corpus: corpora.Corpus, split: Split, kind: 
             object_storage.push(folder)  # also what exists here, as an earlier attempt may have failed
 
 
-def check_same_tokenizer(data: DataConfig, corpus: corpora.Corpus, stored: epath.Path, trained: Tokenizer) -> Tokenizer:
+def check_same_tokenizer(
+    data: DataConfig, corpus: Corpus | MixtureCorpus, stored: epath.Path, trained: Tokenizer
+) -> Tokenizer:
     """Returns the tokenizer of the checkpoints, which must be that of the workdir and the config.
 
     Raises:
@@ -272,7 +300,7 @@ class _Sentences(Sequence[str]):
 
 
 def token_ids(
-    data: DataConfig, corpus: corpora.Corpus, split_name: str, tokenizer: Tokenizer, workers: int = 0
+    data: DataConfig, corpus: Corpus | MixtureCorpus, split_name: str, tokenizer: Tokenizer, workers: int = 0
 ) -> TokenIds:
     """The ids of a split, from the cache beside the prepared data, or tokenized now and cached there.
 
@@ -280,6 +308,9 @@ def token_ids(
       data, corpus, split_name, tokenizer: what they are the ids of.
       workers: processes that tokenize; 0 for one a core.
     """
+    if isinstance(corpus, MixtureCorpus):
+        own = [(mixture.entry_data(data, e), c) for e, c in zip(data.mixture, corpus.corpora, strict=True)]
+        return _mix(data, tuple(token_ids(*each, split_name, tokenizer, workers) for each in own), tokenizer)
     split = corpus.split(split_name)
     with _cache_folder(data, corpus, split, "token_ids", tokenizer.digest[:24]) as folder:
         if folder.exists():
@@ -295,6 +326,17 @@ def token_ids(
             if not folder.exists():  # otherwise another run was faster, on a file system without locks
                 raise
         return _load_ids(folder)
+
+
+def _mix(data: DataConfig, entries: tuple[TokenIds, ...], tokenizer: Tokenizer) -> TokenIds:
+    """The ids of all entries, tags before their sources."""
+    tags = [[tokenizer.tag_id(tag) for tag in mixture.tags_of(entry)] for entry in data.mixture]
+    source = MixedSequences([ids.source for ids in entries], tags)
+    target = MixedSequences([ids.target for ids in entries], [[] for _ in entries])
+    folders = [ids.folder for ids in entries if ids.folder is not None]
+    digest = hashlib.sha256(json.dumps([folder.name for folder in folders]).encode()).hexdigest()
+    folder = folders[0].parent / f"mixture-{digest[:24]}" if folders else None
+    return TokenIds(source, target, folder, entries)
 
 
 def _load_ids(folder: epath.Path) -> TokenIds:

@@ -9,10 +9,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from transformer.config import Config
+from transformer.config import Config, mixture
 from transformer.data.batching import BatchSchedule, JaggedArray
 from transformer.data.corpus import Corpus, Split
 from transformer.data.input_pipeline import TokenIds
+from transformer.data.mixture_corpus import MixtureCorpus
+from transformer.data.mixture_schedule import MixtureSchedule
 from transformer.data.shards import hash64, pair_hash
 from transformer.data.tokenizer import UNK, Tokenizer
 from transformer.runtime import progress
@@ -112,6 +114,40 @@ def print_report(
         f"{schedule.steps_per_epoch:,} steps an epoch, {schedule.token_utilization:.1%} of their target slots filled; "
         f"train.num_steps = {config.train.num_steps:,} are {epochs:,.1f} epochs"
     )
+
+
+def print_mixture_report(
+    config: Config, corpus: MixtureCorpus, schedule: MixtureSchedule, tokenizer: Tokenizer
+) -> None:
+    """Prints on stdout what training takes of each entry of a mixture, and what filters drop.
+
+    Args:
+      config: of the run.
+      corpus: of its mixture.
+      schedule: the training batches.
+      tokenizer: the vocabulary.
+    """
+    console = Console(width=None if Console().is_terminal else TABLE_WIDTH, markup=False, highlight=False, emoji=False)
+    steps = config.train.num_steps
+    examples = schedule.examples(steps)
+    title = f"Entries of the mixture, in {steps:,} updates; a vocabulary of {tokenizer.vocab_size:,}"
+    columns = ("pairs", "blank, left out", f"over {config.data.max_length} tokens", "share of examples", "epochs")
+    table = _table(title, ("languages", "tags"), columns)
+    for entry, own, kept, count in zip(config.data.mixture, corpus.corpora, schedule.pairs, examples, strict=True):
+        pairs = len(own.split("train"))
+        table.add_row(
+            f"{entry.source_language}-{entry.target_language}",
+            " ".join(mixture.tags_of(entry)),
+            f"{pairs:,}",
+            f"{own.dropped:,}",
+            f"{pairs - kept:,} dropped",
+            f"{count / sum(examples):.1%}",
+            f"{count / kept:.1f}",
+        )
+    console.print(table)
+    for own in corpus.corpora:
+        _print_filters(console, own)
+    console.print(f"{schedule.token_utilization:.1%} of target slots filled")
 
 
 def _pairs_table(

@@ -74,9 +74,10 @@ def _merge(parts: Sequence[str], pair: tuple[str, str]) -> list[str]:
 class SubwordProcessor:
     """Merges with a vocabulary, with the interface of SentencePieceProcessor that `tokenizer` uses."""
 
-    def __init__(self, merges: Merges, pieces: Sequence[str]):
-        self._segmenter, self._pieces = BpeSegmenter(merges), [*SPECIALS, *pieces]
-        self._ids = {piece: number for number, piece in enumerate(self._pieces) if number >= len(SPECIALS)}
+    def __init__(self, merges: Merges, pieces: Sequence[str], tags: Sequence[str] = ()):
+        self._segmenter, self._pieces = BpeSegmenter(merges), [*SPECIALS, *tags, *pieces]
+        self._first = len(SPECIALS) + len(tags)  # id that text may give
+        self._ids = {piece: number for number, piece in enumerate(self._pieces) if number >= self._first}
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
         """The ids of each line; `<unk>` for a subword token that is not in the vocabulary."""
@@ -84,10 +85,17 @@ class SubwordProcessor:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text: subword tokens separated by spaces, except after a continuation marker."""
-        return re.sub(f"{CONTINUATION_MARKER}( |$)", "", " ".join(self._pieces[number] for number in ids))
+        pieces = (self._pieces[number] for number in ids if not self.is_control(number))
+        return re.sub(f"{CONTINUATION_MARKER}( |$)", "", " ".join(pieces))
 
     def id_to_piece(self, number: int) -> str:
         return self._pieces[number]
+
+    def piece_to_id(self, piece: str) -> int:
+        return self._pieces.index(piece) if piece in self._pieces else self.unk_id()
+
+    def is_control(self, number: int) -> bool:
+        return len(SPECIALS) <= number < self._first
 
     def vocab_size(self) -> int:
         return len(self._pieces)
@@ -105,13 +113,16 @@ class SubwordProcessor:
         return 3
 
 
-def build_vocabulary(merges: Merges, lines: Iterable[str]) -> bytes:
-    """The merges and the subword tokens of these lines, the most frequent first, as a file that `load` reads."""
+def build_vocabulary(merges: Merges, lines: Iterable[str], tags: Sequence[str] = ()) -> bytes:
+    """The merges and the subword tokens of these lines, the most frequent first, as a file that `load` reads.
+
+    Tags are tokens too, which no text gives.
+    """
     segmenter = BpeSegmenter(merges)
     counts = collections.Counter(piece for line in lines for piece in segmenter.segment(line))
-    pieces = sorted(counts.keys() - set(SPECIALS), key=lambda piece: (-counts[piece], piece))
-    text = json.dumps({"format": "subword-nmt 0.2", "pieces": pieces, "merges": merges}, ensure_ascii=False)
-    return text.encode()
+    pieces = sorted(counts.keys() - {*SPECIALS, *tags}, key=lambda piece: (-counts[piece], piece))
+    fields = {"format": "subword-nmt 0.2", "pieces": pieces, "merges": merges, **({"tags": tags} if tags else {})}
+    return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def load(model: bytes, path: str) -> SubwordProcessor:
@@ -123,6 +134,8 @@ def load(model: bytes, path: str) -> SubwordProcessor:
     try:
         fields = json.loads(model)
         merges = tuple((str(left), str(right)) for left, right in fields["merges"])
-        return SubwordProcessor(merges, [str(piece) for piece in fields["pieces"]])
+        return SubwordProcessor(
+            merges, [str(piece) for piece in fields["pieces"]], list(map(str, fields.get("tags", [])))
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: expected a vocabulary of BPE merges, got something else: {error}") from error

@@ -18,6 +18,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from transformer.config import mixture
 from transformer.config.schema import TOKENIZER_ALGORITHMS, Config, DataConfig
 from transformer.data import subword_nmt
 from transformer.runtime import object_storage
@@ -81,9 +82,27 @@ class Tokenizer:
     def __setstate__(self, model: bytes) -> None:
         self.__init__(model)  # type: ignore[misc]
 
-    def encode(self, lines: Sequence[str]) -> list[np.ndarray]:
-        """Encodes each line as int32 ids ending in EOS; the text itself never gives special ids."""
-        return [np.append(self._from_sp[ids], np.int32(EOS)) for ids in self._processor.encode(list(lines))]
+    def encode(self, lines: Sequence[str], tag: str = "") -> list[np.ndarray]:
+        """Encodes each line as int32 ids ending in EOS, after that of a tag; text never gives special ids or tags.
+
+        Raises:
+          UserError: the tag is not in the vocabulary.
+        """
+        encoded = [np.append(self._from_sp[ids], np.int32(EOS)) for ids in self._processor.encode(list(lines))]
+        return [np.insert(ids, 0, self.tag_id(tag)) for ids in encoded] if tag else encoded
+
+    def tag_id(self, tag: str) -> int:
+        """The id of a tag such as <2de>; a UserError if it is not in the vocabulary."""
+        token = int(self._from_sp[self._processor.piece_to_id(tag)])
+        if not self.is_tag(token):
+            raise UserError(
+                f"the tag {tag} is not in this vocabulary: expected one that was trained with the tags of data.mixture"
+            )
+        return token
+
+    def is_tag(self, token: int) -> bool:
+        """Whether an id is that of a tag, which stands for no text."""
+        return token > UNK and bool(self._processor.is_control(int(self._to_sp[token])))
 
     def encode_flat(self, lines: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all lines one after another, int32, each line ending in EOS; and the length of each, [N] int64.
@@ -136,10 +155,13 @@ class Tokenizer:
         return [BpePiece(pieces[i].piece, pieces[i].score, pieces[i].type == normal) for i in self._to_sp.tolist()]
 
     def word_ids(self, ids: Sequence[int]) -> list[int]:
-        """The index of the word that each id is part of, counted from 0; words are separated by spaces. EOS: -1."""
+        """The index of the word that each id is part of, counted from 0; words are separated by spaces.
+
+        -1 for EOS and tags.
+        """
         word_ids, num_words, in_word = [], 0, False
         for token, piece in zip(ids, self.pieces(ids), strict=True):
-            if token == EOS:
+            if token == EOS or self.is_tag(token):
                 word_ids.append(-1)
                 continue
             word_id = None
@@ -215,7 +237,7 @@ def load_configured(data: DataConfig) -> Tokenizer | None:
     if data.tokenizer.endswith(".codes"):
         _read_merges(data)
         return None
-    return check_vocab_size(load(data.tokenizer), data)
+    return check_tags(check_vocab_size(load(data.tokenizer), data), data)
 
 
 def inherit_tokenizer(config: Config) -> DataConfig:
@@ -241,9 +263,13 @@ def inherit_tokenizer(config: Config) -> DataConfig:
 
 def cache_key(data: DataConfig) -> str:
     """Identifies the vocabulary that a config makes from a given text."""
+    mixed = ""
+    if data.mixture:  # tags are tokens, weights say how much text of each entry there is
+        parts = [[entry.weight, *mixture.tags_of(entry)] for entry in data.mixture]
+        mixed = f"-{hashlib.sha256(repr([data.mixture_temperature, parts]).encode()).hexdigest()[:24]}"
     if data.tokenizer.endswith(".codes"):
-        return f"codes-{hashlib.sha256(repr(_read_merges(data)).encode()).hexdigest()[:24]}"
-    return f"{data.tokenizer}-{data.vocab_size}-{FORMAT_VERSION}"
+        return f"codes-{hashlib.sha256(repr(_read_merges(data)).encode()).hexdigest()[:24]}{mixed}"
+    return f"{data.tokenizer}-{data.vocab_size}-{FORMAT_VERSION}{mixed}"
 
 
 def build(data: DataConfig, lines: Collection[str], longest: int | None = None) -> Tokenizer:
@@ -258,8 +284,9 @@ def build(data: DataConfig, lines: Collection[str], longest: int | None = None) 
       UserError: the size of the config cannot be reached.
     """
     if data.tokenizer.endswith(".codes"):
-        return check_vocab_size(Tokenizer(subword_nmt.build_vocabulary(_read_merges(data), lines)), data)
-    return train(lines, data.vocab_size, data.tokenizer, longest)
+        model = subword_nmt.build_vocabulary(_read_merges(data), lines, mixture.tags(data))
+        return check_vocab_size(Tokenizer(model), data)
+    return train(lines, data.vocab_size, data.tokenizer, longest, mixture.tags(data))
 
 
 def _read_merges(data: DataConfig) -> subword_nmt.Merges:
@@ -281,7 +308,19 @@ def check_vocab_size(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:
     return tokenizer
 
 
-def train(lines: Collection[str], vocab_size: int, model_type: str, longest: int | None = None) -> Tokenizer:
+def check_tags(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:
+    """Returns the tokenizer, or raises a UserError if it lacks a tag of the config's mixture."""
+    for tag in mixture.tags(data):
+        try:
+            tokenizer.tag_id(tag)
+        except UserError as error:
+            raise UserError(f"config.data.tokenizer = {data.tokenizer}: {error}") from error
+    return tokenizer
+
+
+def train(
+    lines: Collection[str], vocab_size: int, model_type: str, longest: int | None = None, tags: Sequence[str] = ()
+) -> Tokenizer:
     """Trains a SentencePiece model of `vocab_size` tokens with byte fallback.
 
     Text is not normalized, so that decoding restores what was encoded, up to repeated spaces. The result depends on
@@ -292,6 +331,7 @@ def train(lines: Collection[str], vocab_size: int, model_type: str, longest: int
       vocab_size: the number of tokens, including the four special ids and the 256 bytes.
       model_type: bpe or unigram.
       longest: bytes that no line has more of, if that is known: then `lines` may be read once, and by index.
+      tags: tokens that no text gives.
 
     Raises:
       UserError: the vocabulary is too large for so little text, or too small for the alphabet.
@@ -310,7 +350,9 @@ def train(lines: Collection[str], vocab_size: int, model_type: str, longest: int
             f"config.data: cannot train a vocabulary: expected training text, but all {len(lines):,} lines are "
             f"blank or have over {MAX_LINE_BYTES:,} bytes; check the files"
         )
-    limit: dict[str, Any] = {"max_sentence_length": MAX_LINE_BYTES} if info.longest > DEFAULT_MAX_LINE_BYTES else {}
+    options: dict[str, Any] = {"max_sentence_length": MAX_LINE_BYTES} if info.longest > DEFAULT_MAX_LINE_BYTES else {}
+    if tags:
+        options["control_symbols"] = list(tags)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line.replace(RESERVED, " ") for line in lines),
@@ -328,7 +370,7 @@ def train(lines: Collection[str], vocab_size: int, model_type: str, longest: int
             shuffle_input_sentence=True,
             num_threads=1,
             minloglevel=2,
-            **limit,
+            **options,
         )
     except (RuntimeError, OSError) as error:
         reason = str(error).split("] ")[-1].replace(OPTION_HINT, "Raise data.vocab_size.") or str(error)

@@ -76,15 +76,15 @@ class Aligner:
         self._weights = sharding.data_parallel_jit(mesh, weights)
 
     def attention(
-        self, params: Params, sources: Sequence[str], translations: Sequence[str]
+        self, params: Params, sources: Sequence[str], translations: Sequence[str], tag: str = ""
     ) -> Iterator[tuple[int, Attention]]:
         """Yields the index and attention of each pair without a blank side, in the order of the batches.
 
-        Long sources are truncated as in decoding.
+        Long sources are truncated as in decoding; `tag`, of the target language, is put before each.
         """
         indices = [i for i, pair in enumerate(zip(sources, translations, strict=True)) if all(map(str.strip, pair))]
         max_length = self._config.max_source_tokens
-        source = self._encode([sources[i] for i in indices], max_length)
+        source = self._encode([sources[i] for i in indices], max_length, tag)
         target = self._encode([translations[i] for i in indices], max_length + self._config.max_extra_length)
 
         def rows_of(width: int) -> int:
@@ -118,8 +118,8 @@ class Aligner:
         words_WW = is_target_word_WT.astype(np.float32) @ weights_TS @ is_source_word_SW.astype(np.float32)
         return sorted((int(source), target) for target, source in enumerate(words_WW.argmax(1)))
 
-    def _encode(self, lines: Sequence[str], max_length: int) -> list[np.ndarray]:
-        return [truncate(ids, max_length) for ids in self._tokenizer.encode(lines)]
+    def _encode(self, lines: Sequence[str], max_length: int, tag: str = "") -> list[np.ndarray]:
+        return [truncate(ids, max_length) for ids in self._tokenizer.encode(lines, tag)]
 
 
 def default_layer(num_layers: int) -> int:

@@ -64,6 +64,7 @@ class Scorer:
         sources: Iterable[str],
         targets: Iterable[str],
         config: DecodeConfig,
+        tag: str = "",
     ) -> list[TargetScore]:
         """Scores each target given its source, in order; counts pairs that are truncated or blank.
 
@@ -71,6 +72,7 @@ class Scorer:
           params: of each model.
           sources, targets: any iterables of lines of text; one line end at the end of a text is stripped.
           config: its `max_source_tokens` and `max_extra_length` limit the lengths, as in decoding.
+          tag: of the target language, put before each source; empty for none.
 
         Raises:
           UserError: an item is not text, or the numbers of sources and targets differ.
@@ -80,7 +82,7 @@ class Scorer:
             raise UserError(
                 f"expected a target for each source, got {len(source_lines):,} sources, {len(target_lines):,} targets"
             )
-        source = self._encode(source_lines, config.max_source_tokens, "sources")
+        source = self._encode(source_lines, config.max_source_tokens, "sources", tag)
         target = self._encode(target_lines, config.max_source_tokens + config.max_extra_length, "targets")
         lines = zip(source_lines, target_lines, strict=True)
         self._warnings.add("blank", sum(not (a.strip() and b.strip()) for a, b in lines))
@@ -114,8 +116,8 @@ class Scorer:
         }
         self._warnings.log(messages)
 
-    def _encode(self, lines: Sequence[str], max_length: int, side: str) -> list[np.ndarray]:
-        encoded = self._tokenizer.encode(lines)
+    def _encode(self, lines: Sequence[str], max_length: int, side: str, tag: str = "") -> list[np.ndarray]:
+        encoded = self._tokenizer.encode(lines, tag)
         self._warnings.add(side, sum(len(ids) > max_length for ids in encoded))
         return [truncate(ids, max_length) for ids in encoded]
 

@@ -97,6 +97,7 @@ class Translator:
         params: Params | Sequence[Params],
         sentences: Iterable[str],
         progress: Callable[[int], None] = lambda count: None,
+        tag: str = "",
     ) -> list[str]:
         """Returns one translation for each sentence, in order; that of a blank sentence is empty.
 
@@ -104,8 +105,10 @@ class Translator:
           params: of the model, on the mesh; for an ensemble, one of each model.
           sentences: one line of text each.
           progress: called with the number of sentences of each finished batch.
+          tag: of the target language, put before each sentence; empty for none.
         """
-        return [first_text(hypotheses) for hypotheses in self.translate_nbest(params, sentences, progress=progress)]
+        translations = self.translate_nbest(params, sentences, progress=progress, tag=tag)
+        return [first_text(hypotheses) for hypotheses in translations]
 
     def translate_nbest(
         self,
@@ -118,6 +121,7 @@ class Translator:
         seed: int | None = None,
         first: int = 1,
         progress: Callable[[int], None] = lambda count: None,
+        tag: str = "",
     ) -> list[list[Hypothesis]]:
         """Returns at most `n_best` translations of each sentence, best first; samples in the order drawn.
 
@@ -130,6 +134,7 @@ class Translator:
           constraints: the phrases that each translation holds, or None.
           seed: of the samples, in place of `decode.seed`.
           first: number of the first sentence in errors.
+          tag: of the target language, put before each sentence; empty for none.
 
         Raises:
           UserError: n_best is too large, an item is not text, or a constraint cannot be met (see
@@ -139,7 +144,7 @@ class Translator:
         count = self._num_hypotheses(n_best, constraints)
         params = sharding.replicate(self._mesh, params)
         request = self._encode_requests(
-            lines, prefixes, constraints, self._config.seed if seed is None else seed, first
+            lines, prefixes, constraints, self._config.seed if seed is None else seed, first, tag
         )
         translations: list[list[Hypothesis]] = [[Hypothesis("", 0.0, True)] for _ in lines]
         with ThreadPoolExecutor(self._workers) as pool:
@@ -192,10 +197,11 @@ class Translator:
         constraints: Iterable[Iterable[str] | None] | None,
         seed: int,
         first: int,
+        tag: str,
     ) -> _Requests:
         indices = [i for i, line in enumerate(lines) if line.strip()]
         max_length = self._config.max_source_tokens
-        encoded = self._tokenizer.encode([lines[i] for i in indices])
+        encoded = self._tokenizer.encode([lines[i] for i in indices], tag)
         self._warnings.add("long", sum(len(ids) > max_length for ids in encoded))
         sources = JaggedArray.from_sequences([truncate(ids, max_length) for ids in encoded])
         limits = np.zeros(len(lines), np.int64)

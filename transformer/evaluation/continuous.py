@@ -16,7 +16,7 @@ from etils import epath
 
 from transformer.checkpoints.loading import RestoredModel, load_checkpoint
 from transformer.checkpoints.manager import CheckpointManager, CorruptCheckpointError
-from transformer.config import Config
+from transformer.config import Config, mixture
 from transformer.evaluation import summary
 from transformer.evaluation.evaluator import CheckpointEvaluator, EvalDataset, translations_path, write_translations
 from transformer.runtime import files, signals
@@ -52,6 +52,7 @@ class CheckpointWatcher:
       workdir: of the run.
       load_dataset: loads the data set once there is a config.
       on_result: called with each result.
+      languages: of source and target, which choose one of several directions; None for any.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class CheckpointWatcher:
         workdir: epath.PathLike,
         load_dataset: Callable[[Config], EvalDataset],
         on_result: Callable[[Entry], None] = lambda entry: None,
+        languages: tuple[str | None, str | None] = (None, None),
     ):
         self._workdir, self._checkpoints = epath.Path(workdir), CheckpointManager(workdir)
-        self._load_dataset, self._on_result = load_dataset, on_result
+        self._load_dataset, self._on_result, self._languages = load_dataset, on_result, languages
         self._evaluator: CheckpointEvaluator | None = None
         self._failed: set[str] = set()  # digests of damaged and diverged checkpoints
         self.num_scored = 0
@@ -123,6 +125,7 @@ class CheckpointWatcher:
 
     def _score(self, evaluator: CheckpointEvaluator, restored: RestoredModel, digest: str) -> None:
         dataset = evaluator.dataset
+        restored = restored.with_direction(mixture.find_direction(restored.config.data, *self._languages))
         try:
             result = evaluator.evaluate(restored)
         except DivergedError as error:

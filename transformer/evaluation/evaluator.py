@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from transformer.checkpoints.loading import RestoredModel
 from transformer.config import Config, DataConfig
+from transformer.config.mixture import Direction
 from transformer.data import corpus, text_files
 from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray, eval_batches, make_batch, select_rows
 from transformer.data.tokenizer import Tokenizer, truncate
@@ -99,26 +100,28 @@ class Evaluator:
         references: Sequence[Sequence[str]],
         metrics: Sequence[str] = DEFAULT_METRICS,
         progress: Callable[[int], None] = lambda count: None,
+        direction: Direction | None = None,
     ) -> EvalResult:
         """Translates and scores every sentence once; the loss is of the first reference.
 
         Args:
+          direction: of the sentences; None for that of the config, without a tag.
           progress: called after each batch with the number of sentences translated in it, 0 while losses are computed.
         """
-        start = time.perf_counter()
+        start, (data, tag, _) = time.perf_counter(), direction or Direction(self._config.data)
         check_lengths(len(sources), references)
         for name in metrics:
             make_metric(name)  # a missing package is reported before anything is translated
-        loss = self.teacher_forced_loss(params, sources, references[0], progress)
+        loss = self.teacher_forced_loss(params, sources, references[0], progress, tag)
         with phase("translating", len(sources), "sentences") as translating:
 
             def advance(count: int) -> None:
                 translating.advance(count)
                 progress(count)
 
-            translations = self.translator.translate(params, sources, advance)
+            translations = self.translator.translate(params, sources, advance, tag)
         self.translator.log_warnings()
-        tokenizer = bleu_tokenizer.choose_bleu_tokenizer(self._config.data, references[0]).name
+        tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, references[0]).name
         with phase("computing scores"):
             scores = score(translations, references, metrics, tokenizer)
         return EvalResult(
@@ -137,8 +140,9 @@ class Evaluator:
         sources: Sequence[str],
         targets: Sequence[str],
         progress: Callable[[int], None] = lambda count: None,
+        tag: str = "",
     ) -> CrossEntropy:
-        """The loss of all targets given their sources, both truncated to the lengths of decoding."""
+        """The loss of all targets given their sources after a tag, both truncated to the lengths of decoding."""
         decode = self._config.decode
         max_length = decode.max_source_tokens + decode.max_extra_length
         encoded = self._tokenizer.encode(targets)
@@ -150,7 +154,7 @@ class Evaluator:
             )
         target = JaggedArray.from_sequences([truncate(ids, max_length) for ids in encoded])
         source = JaggedArray.from_sequences(
-            [truncate(ids, decode.max_source_tokens) for ids in self._tokenizer.encode(sources)]
+            [truncate(ids, decode.max_source_tokens) for ids in self._tokenizer.encode(sources, tag)]
         )
         sums: list[LossSums] = []
         with phase("loss of references", len(targets), "sentences") as computing:
@@ -223,10 +227,12 @@ def load_eval_dataset(
     source: str | None,
     references: Sequence[str] | None,
     test_set: str | None = None,
+    direction: Direction | None = None,
 ) -> EvalDataset:
     """Reads a split of the config's data, text files, or a public test set.
 
     Args:
+      direction: of a mixture, whose name becomes part of that of the data set.
       data: the config's.
       split: its name, as `Corpus.split` takes it; None is "test".
       source: a file of sentences, instead of a split.
@@ -236,6 +242,9 @@ def load_eval_dataset(
     Raises:
       UserError: a split, file or test set is missing, or the numbers of lines differ.
     """
+    if direction is not None and data.mixture:
+        dataset = load_eval_dataset(direction.data, split, source, references, test_set)
+        return dataset._replace(name=f"{dataset.name}.{direction.name}")
     if test_set:
         sources, lists = public_test_sets.load(test_set, (data.source_language, data.target_language))
         return EvalDataset(test_set.replace("/", "_"), sources, lists)
@@ -252,40 +261,59 @@ def load_eval_dataset(
 
 
 class CheckpointEvaluator:
-    """Evaluates checkpoints on a data set; keeps compiled programs as long as config and vocabulary are the same."""
+    """Evaluates checkpoints on a data set; keeps compiled programs as long as config and vocabulary are the same.
+
+    Attributes:
+      dataset: by default.
+    """
 
     def __init__(self, dataset: EvalDataset):
         self.dataset = dataset
         self._evaluator: Evaluator | None = None
         self._compiled_for: tuple[Config, str] | None = None
+        self._logged_for: tuple[Any, ...] | None = None
 
-    def evaluate(self, restored: RestoredModel) -> EvalResult:
+    def evaluate(self, restored: RestoredModel, dataset: EvalDataset | None = None) -> EvalResult:
         """Translates every sentence once; computes the metrics of the config and what belongs to them.
+
+        Args:
+          restored: in the direction of the data set.
+          dataset: in place of the default one.
 
         Raises:
           DivergedError: the loss is not finite.
         """
-        key, metrics = (restored.config, restored.tokenizer.digest), restored.config.eval.metric_names
-        data, (_, sources, references) = restored.config.data, self.dataset
+        # The data, of one direction, changes no program.
+        key = dataclasses.replace(restored.config, data=DataConfig()), restored.tokenizer.digest
+        metrics = restored.config.eval.metric_names
+        data, (_, sources, references) = restored.config.data, dataset or self.dataset
         tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, references[0])
-        if self._evaluator is None or key != self._compiled_for:
+        if (logged_for := (*key, data)) != self._logged_for:
+            self._logged_for = logged_for
             if "bleu" in metrics:
-                log_info(str(tokenizer))
-                num_short = bleu_tokenizer.count_short(references[0], tokenizer.name)
-                if 2 * num_short > len(references[0]):
-                    log_info(
-                        f"warning: {num_short:,} of {len(references[0]):,} references have under four tokens, so they "
-                        "have no 4-grams for BLEU; use chrF2"
-                    )
+                _log_tokenizer(tokenizer, references[0])
+        if self._evaluator is None or key != self._compiled_for:
             self._evaluator = Evaluator(restored.model, restored.tokenizer, restored.config, restored.mesh)
             self._compiled_for = key
-        result = self._evaluator.evaluate(restored.params, sources, references, metrics)
+        direction = Direction(data, restored.source_tag)
+        result = self._evaluator.evaluate(restored.params, sources, references, metrics, direction=direction)
         if not math.isfinite(result.loss):
             raise DivergedError(f"{restored.description}: its loss is {result.loss}; evaluate another")
         language = data.target_language
         with phase("computing more scores"):
             extended = extended_scores(sources, result.translations, references, language, tokenizer.name, metrics)
         return dataclasses.replace(result, scores={**result.scores, **extended})
+
+
+def _log_tokenizer(tokenizer: bleu_tokenizer.BleuTokenizer, references: Sequence[str]) -> None:
+    """Logs how BLEU is computed, and whether it suits the references."""
+    log_info(str(tokenizer))
+    num_short = bleu_tokenizer.count_short(references, tokenizer.name)
+    if 2 * num_short > len(references):
+        log_info(
+            f"warning: {num_short:,} of {len(references):,} references have under four tokens, so they have no 4-grams "
+            "for BLEU; use chrF2"
+        )
 
 
 def assert_same_on_hosts(restored: RestoredModel, dataset: EvalDataset) -> None:

@@ -8,7 +8,7 @@ import datetime
 import html
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -77,11 +77,15 @@ def write(
       fields: of decoding, other than the checkpoint's own.
     """
     name = result_name(workdir, restored, dataset, fields)
-    suffix = re.sub(r"[^\w.-]+", "-", f".versus-{comparison.systems[0].name}") if comparison else ""
-    path, newest = epath.Path(workdir) / "reports" / f"{name}{suffix}.html", epath.Path(workdir) / REPORT_FILE
     text = build(workdir, restored, dataset, result, comparison)  # runs the model on all hosts
-    if not multihost.is_primary():
-        return
+    suffix = re.sub(r"[^\w.-]+", "-", f".versus-{comparison.systems[0].name}") if comparison else ""
+    save(workdir, f"{name}{suffix}", text)
+
+
+@multihost.primary_only
+def save(workdir: epath.PathLike, name: str, text: str) -> None:
+    """Writes a page as reports/NAME.html and as report.html; logs if the workdir is not writable."""
+    path, newest = epath.Path(workdir) / "reports" / f"{name}.html", epath.Path(workdir) / REPORT_FILE
     try:
         for file in (path, newest):
             with user_error_on_oserror(f"{file}"):
@@ -107,6 +111,7 @@ def build(
         f"{dataset.name}, {result.sentences:,} sentences, {data.source_language} → {data.target_language} · "
         f"{restored.description} · {when}"
     )
+    direction = f"{data.source_language}-{data.target_language}"
     ranking = sentence_metric(metrics)
     ranked, label = rank_sentences(dataset, result.translations, ranking), METRICS[ranking].label
     sample = f", of {len(ranked):,} sentences ranked, evenly spread" if len(ranked) < result.sentences else ""
@@ -123,14 +128,14 @@ def build(
             _stat_cards(result, metrics),
             _runs(systems),
             section("scores", "Scores", table(score_columns, summary.score_rows(result))),
-            section("curves", "Learning curves", _curves(systems, dataset.name, metrics)),
+            section("curves", "Learning curves", _curves(systems, dataset.name, metrics, direction)),
             *(
                 comparison_html.sections(comparison)
                 if comparison
                 else [_length_section(this, dataset, restored.config)]
             ),
-            section("worst", "Worst sentences", _sentences(dataset, result, worst, label), note),
-            section("best", "Best sentences", _sentences(dataset, result, best, label), note),
+            section("worst", "Worst sentences", list_sentences(dataset, result, worst, label), note),
+            section("best", "Best sentences", list_sentences(dataset, result, best, label), note),
             section("attention", "Attention", _attention(restored, dataset, result, ranked, label), ATTENTION_NOTE),
             section("config", "Config", details("all fields", f"<pre>{html.escape(restored.config.to_json())}</pre>")),
         ],
@@ -208,18 +213,26 @@ def _length_section(system: System, dataset: EvalDataset, config: Config) -> str
     return section("length", breakdown.title, f'<div class="charts">{chart}</div>' if chart else "")
 
 
-def _curves(systems: Sequence[System], name: str, metrics: Sequence[str]) -> str:
+def in_direction(entries: Iterable[Mapping[str, Any]], direction: str) -> list[dict[str, Any]]:
+    """Lines of metrics, with the scores of a direction in place of the means over all."""
+    part = f"/{direction}/"
+    return [{**entry, **{key.replace(part, "/"): entry[key] for key in entry if part in key}} for entry in entries]
+
+
+def _curves(systems: Sequence[System], name: str, metrics: Sequence[str], direction: str) -> str:
     """Loss, the first metric that is known, learning rate and speed by step; with results of --watch on this data set.
 
-    A run of an earlier version was validated by BLEU and chrF2 alone.
+    Validation is that of the direction, such as en-de, where a run has several. A run of an earlier version was
+    validated by BLEU and chrF2 alone.
     """
     runs = [(system.label, system.run) for system in systems if system.run]
     many = len(runs) > 1
     entries = []
     for _, run in runs:
+        logged = in_direction(files.read_json_lines(run.workdir / METRICS_FILE), direction)
         evaluations = (each for each in read_evaluations(run.workdir) if each["name"] == name)
         renamed = ({"step": each["step"], **{f"set/{key}": each[key] for key in each}} for each in evaluations)
-        entries.append([*files.read_json_lines(run.workdir / METRICS_FILE), *renamed])
+        entries.append([*logged, *renamed])
 
     def lines(title: str, key: str) -> list[Series]:
         """A line of a key for each run: train/, valid/ or, of the results on this data set, set/."""
@@ -251,7 +264,7 @@ def _curves(systems: Sequence[System], name: str, metrics: Sequence[str]) -> str
     return f'<div class="charts">{drawn}</div>' if drawn else ""
 
 
-def _sentences(dataset: EvalDataset, result: EvalResult, ranked: Sequence[tuple[float, int]], label: str) -> str:
+def list_sentences(dataset: EvalDataset, result: EvalResult, ranked: Sequence[tuple[float, int]], label: str) -> str:
     """Sentences by score; `label` is that of the metric."""
     _, sources, references = dataset
     return "".join(
@@ -285,7 +298,7 @@ def _attention(
     layers = config.model.num_cross_attention_layers
     aligner = Aligner(restored.model, restored.tokenizer, layers, config.decode, restored.mesh, self_attention=True)
     pairs = [[side[i] for _, i in selected] for side in sides]
-    maps = dict(aligner.attention(restored.params, pairs[0], pairs[1]))
+    maps = dict(aligner.attention(restored.params, pairs[0], pairs[1], restored.source_tag))
     return "".join(
         f"<h3>sentence {i + 1:,} · {label} {score:.1f}</h3>{_attention_maps(restored, maps[number], aligner.layer)}"
         for number, (score, i) in enumerate(selected)

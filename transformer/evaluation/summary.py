@@ -1,6 +1,8 @@
 """Formats an evaluation as one JSON object and as a table for the terminal."""
 
 import math
+from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from transformer.checkpoints.loading import RestoredModel
@@ -33,6 +35,45 @@ def as_json(restored: RestoredModel, result: EvalResult, comparison: Comparison 
     if comparison:
         fields["versus"] = significance.as_json(comparison.systems[0].name, comparison.tests[0])
     return fields
+
+
+def directions_as_json(evaluated: Mapping[str, tuple[RestoredModel, EvalResult]]) -> dict[str, Any]:
+    """The fields of eval.py's JSON for several directions: means of the scores, and those of each under its name."""
+    by_direction = {name: as_json(*each) for name, each in evaluated.items()}
+    first, results = next(iter(by_direction.values())), [result for _, result in evaluated.values()]
+    restored, _ = next(iter(evaluated.values()))
+    return {
+        "step": first["step"],
+        "steps": first["steps"],
+        "sentences": sum(result.sentences for result in results),
+        "loss": mean(result.loss for result in results),
+        **{name: mean(result.scores[name] for result in results) for name in restored.config.eval.metric_names},
+        "seconds": round(sum(result.seconds for result in results), 3),
+        **{name: first[name] for name in ("train_flops", "train_tokens", "train_hours")},
+        "directions": by_direction,
+    }
+
+
+def direction_rows(results: Mapping[str, EvalResult], metrics: Sequence[str]) -> list[list[str]]:
+    """Name, sentences, scores and loss of each direction, and means as the last row."""
+    rows = [
+        [name, f"{result.sentences:,}", *(f"{result.scores[m]:.2f}" for m in metrics), f"{result.loss:.3f}"]
+        for name, result in results.items()
+    ]
+    scores = [f"{mean(result.scores[m] for result in results.values()):.2f}" for m in metrics]
+    total = sum(result.sentences for result in results.values())
+    return [*rows, ["mean", f"{total:,}", *scores, f"{mean(result.loss for result in results.values()):.3f}"]]
+
+
+def format_directions(restored: RestoredModel, results: Mapping[str, EvalResult]) -> str:
+    """The table for the terminal, a line for each direction."""
+    metrics = restored.config.eval.metric_names
+    heads = ["direction", "sentences", *(METRICS[name].label for name in metrics), "loss"]
+    rows = [heads, *direction_rows(results, metrics)]
+    widths = [max(len(head), 8) for head in heads]
+    lines = ["  ".join(["", row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    signature = next(iter(results.values())).scores.get("bleu_signature")
+    return "\n".join([restored.description, *lines, *([f"  BLEU {signature}"] if signature else [])])
 
 
 def finite(value: float) -> float | None:

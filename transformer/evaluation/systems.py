@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from transformer.checkpoints.loading import RestoredModel, load_checkpoint
-from transformer.config import Config, validation
+from transformer.config import Config, mixture, validation
 from transformer.data import text_files
 from transformer.decoding.translator import Translator
 from transformer.evaluation.evaluator import EvalDataset, set_name
@@ -69,6 +69,7 @@ def baseline_system(
     dataset: EvalDataset,
     language: str,
     fields: Mapping[str, Any] | None = None,
+    source_language: str | None = None,
 ) -> System:
     """A baseline for `eval.py --versus`, and its translations of the same sources.
 
@@ -78,6 +79,7 @@ def baseline_system(
       dataset: whose sources are translated.
       language: code of the target language.
       fields: of decoding, instead of the workdir's own.
+      source_language: code of the source language, which chooses among several directions.
 
     Raises:
       UserError: the path is neither, the number of lines is wrong, or the model translates into another language.
@@ -88,13 +90,16 @@ def baseline_system(
     if not (path / "checkpoints").is_dir():
         raise UserError(f"--versus={path}: expected a workdir of train.py or a file of translations, found neither")
     restored = load_checkpoint(path, checkpoint).with_decode(fields or {})
+    if restored.config.data.mixture:
+        direction = mixture.find_direction(restored.config.data, source_language, language)
+        restored = restored.with_direction(direction)
     if restored.config.data.target_language != language:
         raise UserError(
             f"--versus={path}: translates into {restored.config.data.target_language!r}, expected {language!r}; "
             "name a model of the same direction"
         )
     translator = Translator(restored.model, restored.tokenizer, restored.config.decode, restored.mesh)
-    translations = translator.translate(restored.params, dataset.sources)
+    translations = translator.translate(restored.params, dataset.sources, tag=restored.source_tag)
     system = evaluated(path, restored, translations)
     translator.log_warnings(system.name)
     return system

@@ -17,10 +17,11 @@ from transformer.attention import fused
 from transformer.checkpoints import best_metric
 from transformer.checkpoints.manager import CheckpointManager, Metrics, score_definition
 from transformer.config import Config
-from transformer.data import corpus as corpora
-from transformer.data import input_pipeline
+from transformer.data import input_pipeline, mixture_corpus
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import Batch, BatchSchedule
+from transformer.data.corpus import Split
+from transformer.data.mixture_corpus import MixtureSplit, ValidationSplit
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed import consistency, mesh, multihost, sharding
 from transformer.evaluation import bleu_tokenizer
@@ -70,13 +71,14 @@ class TrainingData:
     """Both splits, and the training split tokenized and scheduled.
 
     Attributes:
+      validation: of each direction of translation.
       digests: of both splits, as checkpoints keep them.
       best_metric: as decided for a new run, from eval.metrics and the validation references.
       ids: of the training split.
     """
 
-    train: corpora.Split
-    validation: corpora.Split
+    train: Split | MixtureSplit
+    validation: list[ValidationSplit]
     digests: dict[str, str]
     best_metric: str
     tokenizer: Tokenizer
@@ -180,11 +182,12 @@ def prepare_data(resume: ResumePoint, path: epath.Path) -> TrainingData:
     """
     config = resume.config
     with multihost.primary_first("data"):
-        corpus = corpora.open_corpus(config.data, tokenize=True)
-        train, validation = corpus.split("train"), corpus.split("validation")
-        digests = {"training": train.digest, "validation": validation.digest}
-        _check_data(resume, path, validation, digests)
-        metric = _decide_best_metric(config, validation.targets())
+        corpus = mixture_corpus.open_sources(config.data, tokenize=True)
+        train = mixture_corpus.train_split(corpus)
+        validation = mixture_corpus.validation_splits(config.data, corpus)
+        digests = {"training": train.digest, "validation": mixture_corpus.validation_digest(validation)}
+        _check_data(resume, path, digests)
+        metric = _decide_best_metric(config, validation)
         stored = path / "tokenizer"
         if resume.step is None:
             tokenizer = input_pipeline.get_tokenizer(tokenizers.inherit_tokenizer(config), corpus, stored)
@@ -198,10 +201,8 @@ def prepare_data(resume: ResumePoint, path: epath.Path) -> TrainingData:
     return TrainingData(train, validation, digests, metric, tokenizer, ids, schedule)
 
 
-def _check_data(resume: ResumePoint, path: epath.Path, validation: corpora.Split, digests: dict[str, str]) -> None:
+def _check_data(resume: ResumePoint, path: epath.Path, digests: dict[str, str]) -> None:
     """Raises a UserError for other data than the run has used: batches and validation scores would differ."""
-    if not len(validation):
-        raise UserError("the validation split has no pairs: fill it, or leave it out to hold out training pairs")
     if resume.step is None:
         return
     for kind, old in resume.checkpoints.manifest(resume.step).data.items():
@@ -212,12 +213,17 @@ def _check_data(resume: ResumePoint, path: epath.Path, validation: corpora.Split
             )
 
 
-def _decide_best_metric(config: Config, references: list[str]) -> str:
+def _decide_best_metric(config: Config, validation: list[ValidationSplit]) -> str:
     """The metric that makes a checkpoint the best; logs why, and how BLEU is computed."""
     names = config.eval.metric_names
-    tokenizer = bleu_tokenizer.choose_bleu_tokenizer(config.data, references)
+    references = [split.targets() for _, split in validation]
+    tokenizers_by_direction = [
+        bleu_tokenizer.choose_bleu_tokenizer(direction.data, lines)
+        for (direction, _), lines in zip(validation, references, strict=True)
+    ]
     if "bleu" in names:
-        log_info(str(tokenizer))
+        for line in dict.fromkeys(map(str, tokenizers_by_direction)):
+            log_info(line)
     if config.train.best_metric != "auto":
         return config.train.best_metric
     if "bleu" not in names:
@@ -226,7 +232,11 @@ def _decide_best_metric(config: Config, references: list[str]) -> str:
             "train.best_metric sets another"
         )
         return names[0]
-    metric, reason = bleu_tokenizer.choose_best_metric(references, tokenizer.name)
+    choices = [
+        bleu_tokenizer.choose_best_metric(lines, tokenizer.name)
+        for lines, tokenizer in zip(references, tokenizers_by_direction, strict=True)
+    ]
+    metric, reason = next((choice for choice in choices if choice[1]), choices[0])
     if reason:
         log_info(reason)
     return metric
@@ -250,11 +260,13 @@ def log_summary(context: RunContext, model: ModelDef) -> None:
     log_info(
         f"{model.num_params():,} params · {data.tokenizer.vocab_size:,} pieces · {schedule.kept:,} pairs, dropped "
         f"{schedule.dropped:,} longer than data.max_length = {config.data.max_length} · "
-        f"{schedule.steps_per_epoch:,} steps an epoch, fill {schedule.token_utilization:.2f} · "
+        f"{schedule.steps_per_epoch:,} steps {schedule.period}, fill {schedule.token_utilization:.2f} · "
         f"{devices.size} x {devices.devices.flat[0].device_kind}"
     )
     shapes = " ".join(f"{b.rows}x({b.source}, {b.target})" for b in schedule.buckets)
     log_info(f"batch shapes, rows x (source, target): {shapes}")
+    for line in schedule.summary():
+        log_info(line)
     if warning := sharding.padding_warning(devices, schedule, config.train.accumulation_steps):
         log_info(f"warning: {warning}")
     if devices.size < jax.device_count():

@@ -9,7 +9,7 @@ from ml_collections import config_dict
 
 from transformer.checkpoints import best_metric
 from transformer.config import Config, schema, validation, warm_start
-from transformer.data import corpus, subword_dropout, tokenizer
+from transformer.data import mixture_corpus, subword_dropout, tokenizer
 from transformer.evaluation.metrics import make_metric
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
@@ -82,7 +82,7 @@ def check_config(config: Config | config_dict.ConfigDict, workdir: str) -> Confi
 
 def check_data(config: Config, workdir: str) -> None:
     """Raises a UserError where the data set, tokenizer or metrics that the config names are missing or invalid."""
-    corpus.validate_source(config.data)
+    mixture_corpus.validate_sources(config.data)
     for name in best_metric.validation_metrics(config):
         make_metric(name)  # which may need a package
     is_fine_tuning = config.train.init_from and not epath.Path(workdir, "checkpoints").exists()

@@ -21,6 +21,7 @@ from transformer.config import schema, validation
 from transformer.data import input_pipeline
 from transformer.data.batching import Batch, Bucket
 from transformer.distributed import multihost, platform, sharding
+from transformer.evaluation.evaluator import EvalResult
 from transformer.evaluation.metrics import METRICS
 from transformer.models import flops, registry
 from transformer.runtime import environment, progress, signals
@@ -312,7 +313,7 @@ class TrainingLoop:
         )
 
     def evaluate(self, params: registry.Params, step: int, writer: MetricWriter | NullMetricWriter) -> None:
-        """Scores the validation split, and records the scores with the checkpoint of this step.
+        """Scores the validation split of each direction, and records the scores with the checkpoint of this step.
 
         A stop signal interrupts it, as it may take longer than the time that is left; the next session repeats it.
         """
@@ -323,35 +324,61 @@ class TrainingLoop:
                 context.checkpoints.wait()
                 raise signals.preempted(signal_number, step)
 
-        context, split = self.context, self.context.data.validation
+        context, validated = self.context, self.context.data.validation
         count = self._config.eval.validation_sentences
-        sources, references = (fixed_sample(lines, count) for lines in (split.sources(), split.targets()))
         metrics = best_metric.validation_metrics(self._config)
+        results, samples = {}, []
         with progress.phase(f"validation at step {step:,}"):
-            result = context.evaluator.evaluate(
-                params, sources, [references], metrics=metrics, progress=stop_if_signalled
-            )
-        if not math.isfinite(result.loss):
+            for direction, split in validated:
+                sources, references = (fixed_sample(lines, count) for lines in (split.sources(), split.targets()))
+                result = context.evaluator.evaluate(
+                    params, sources, [references], metrics=metrics, progress=stop_if_signalled, direction=direction
+                )
+                results[direction.name] = result
+                samples.append((sources, references, result.translations))
+        scores = validation_scores(results, metrics)
+        loss, seconds = scores["valid/loss"], sum(result.seconds for result in results.values())
+        if not math.isfinite(loss):
             context.checkpoints.wait()
             context.checkpoints.remove(step)
             raise DivergedError(
-                f"the run diverged: after update {step} the validation loss is {result.loss}; {DIVERGENCE_HINT}"
+                f"the run diverged: after update {step} the validation loss is {loss}; {DIVERGENCE_HINT}"
             )
-        scores = {"valid/loss": result.loss, **{f"valid/{name}": float(result.scores[name]) for name in metrics}}
         best = self._config.train.best_metric
         self.early_stopping = self.early_stopping.update(best_metric.score(best, scores) or 0.0)
         # The checkpoint that was resumed keeps the scores of its own search.
         if step > context.start or context.resume.scores_comparable:
             context.checkpoints.update_metrics(step, {**scores, **self.early_stopping.to_metrics()})
-        self._validation_seconds += result.seconds
-        self._write(writer, step, {**scores, "valid/seconds": result.seconds, **self._cost.metrics()})
-        shown = {"loss": f"validation loss {result.loss:.3f}"}
+        self._validation_seconds += seconds
+        self._write(writer, step, {**scores, "valid/seconds": seconds, **self._cost.metrics()})
+        shown = {"loss": f"validation loss {loss:.3f}"}
         for name in metrics:
             if name == best or name in self._config.eval.metric_names:
-                shown[name] = f"{METRICS[name].label} {result.scores[name]:.2f}"
+                shown[name] = f"{METRICS[name].label} {scores[f'valid/{name}']:.2f}"
         shown[best] += f", best {best_metric.format_score(best, self.early_stopping.best)}"
-        log_info(f"step {step:,} · {' · '.join(shown.values())} · {result.seconds:.0f} s · after {self._cost}")
-        log_sample(sources, references, result.translations)
+        log_info(f"step {step:,} · {' · '.join(shown.values())} · {seconds:.0f} s · after {self._cost}")
+        if len(results) > 1:
+            by_direction = " · ".join(f"{name} {result.scores['bleu']:.2f}" for name, result in results.items())
+            log_info(f"  BLEU {by_direction}")
+        for sample in samples:
+            log_sample(*sample)
+
+
+def validation_scores(results: Mapping[str, EvalResult], metrics: Sequence[str]) -> dict[str, float]:
+    """The scores of a validation by the keys of the log: of several directions the mean, and those of each."""
+
+    def values(result: EvalResult) -> dict[str, float]:
+        return {"loss": result.loss, **{name: float(result.scores[name]) for name in metrics}}
+
+    by_direction = {direction: values(result) for direction, result in results.items()}
+    scores = {
+        f"valid/{name}": sum(each[name] for each in by_direction.values()) / len(by_direction)
+        for name in ("loss", *metrics)
+    }
+    if len(by_direction) > 1:
+        for direction, each in by_direction.items():
+            scores |= {f"valid/{direction}/{name}": value for name, value in each.items()}
+    return scores
 
 
 def fixed_sample(lines: list[str], count: int) -> list[str]:

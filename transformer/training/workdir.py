@@ -11,11 +11,12 @@ from typing import IO, Any
 
 from etils import epath
 
-from transformer.config import schema
+from transformer.config import mixture, schema
 from transformer.config.schema import RUN_ID, Config
 from transformer.config.validation import RESUMABLE_FIELDS, inapplicable_fields, schedule_depends_on_num_steps
 from transformer.data.batching import PAD_EXAMPLE, BatchSchedule
 from transformer.data.corpus import Split
+from transformer.data.mixture_corpus import MixtureSplit
 from transformer.distributed import multihost
 from transformer.runtime import object_storage
 from transformer.runtime.errors import DivergedError, UserError, WorkdirError
@@ -141,13 +142,15 @@ def _may_change(change: schema.FieldDiff, config: Config) -> bool:
         return not schedule_depends_on_num_steps(config)
     if (change.section, change.field) == ("data", "tokenizer"):
         return not {change.old, change.new} & set(schema.TOKENIZER_ALGORITHMS)
+    if (change.section, change.field) == ("data", "mixture"):
+        return mixture.without_paths(change.old) == mixture.without_paths(change.new)
     if (change.section, change.field) == ("train", "init_from"):
         return bool(change.old and change.new)  # `initialization.check_base_unchanged` compares the runs
     return change.field in RESUMABLE_FIELDS.get(change.section, ())
 
 
 @contextlib.contextmanager
-def dump_batch_on_divergence(workdir: epath.Path, plan: BatchSchedule, split: Split) -> Iterator[None]:
+def dump_batch_on_divergence(workdir: epath.Path, plan: BatchSchedule, split: Split | MixtureSplit) -> Iterator[None]:
     """Writes the batch of the update that a DivergedError names to WORKDIR/diverged.json, and passes the error on."""
     try:
         yield
@@ -162,7 +165,7 @@ def dump_batch_on_divergence(workdir: epath.Path, plan: BatchSchedule, split: Sp
         raise DivergedError(f"{error}. The sentence pairs of its batch are in {path}", error.step) from error
 
 
-def _describe_batch(plan: BatchSchedule, split: Split, error: DivergedError) -> dict[str, Any]:
+def _describe_batch(plan: BatchSchedule, split: Split | MixtureSplit, error: DivergedError) -> dict[str, Any]:
     """The update, the reason, and number and text of each sentence pair of its batch."""
     examples = plan.batch((error.step or 1) - 1).examples_B
     numbers = examples[examples != PAD_EXAMPLE].tolist()

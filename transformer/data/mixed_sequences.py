@@ -1,0 +1,55 @@
+"""Token ids of several sources as one: example ids count through the sources, tags come before each sequence.
+
+B rows of a batch.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from transformer.data.batching import PAD_EXAMPLE, JaggedArray, Lengths
+from transformer.data.tokenizer import PAD
+
+
+class MixedSequences(JaggedArray):
+    """The sequences of several sources, one source after another, each sequence with the tags of its source.
+
+    Nothing is copied: a batch is read from the sources themselves.
+    """
+
+    def __init__(self, sources: Sequence[JaggedArray], tags: Sequence[Sequence[int]]):
+        self._sources, self._tags = sources, [np.array(own, np.int32) for own in tags]
+        self._starts = np.cumsum([0, *map(len, sources)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """The length of each sequence, tags included."""
+        return np.concatenate(
+            [source.lengths + len(own) for source, own in zip(self._sources, self._tags, strict=True)]
+        )
+
+    def to_padded(self, examples: np.ndarray, width: int) -> np.ndarray:
+        """int32 [B, width]: tags and sequence of each row, then PAD; PAD_EXAMPLE is an empty row."""
+        padded = np.full((len(examples), width), PAD, np.int32)
+        source_B = np.where(examples == PAD_EXAMPLE, -1, np.searchsorted(self._starts, examples, side="right") - 1)
+        for index in np.unique(source_B[source_B >= 0]):
+            rows, own = source_B == index, self._tags[index]
+            padded[rows, : len(own)] = own
+            sequences = self._sources[index].to_padded(examples[rows] - self._starts[index], width - len(own))
+            padded[rows, len(own) :] = sequences
+        return padded
+
+
+class TaggedLengths(Lengths):
+    """The lengths of the sequences of one source, tags included, computed for the slice asked for."""
+
+    def __init__(self, jagged: JaggedArray, num_tags: int):
+        super().__init__(jagged)
+        self._num_tags = num_tags
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return super().__getitem__(part) + self._num_tags

@@ -1,0 +1,185 @@
+"""The sources of a mixture: a corpus for each entry, each prepared by itself, and what spans all of them.
+
+Example ids count through the training pairs of the entries, one entry after another. Imports no JAX.
+"""
+
+import bisect
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from transformer.config import mixture
+from transformer.config.mixture import Direction
+from transformer.config.schema import DataConfig
+from transformer.data import corpus as corpora
+from transformer.data import local_text, parallel_formats, text_files
+from transformer.data.corpus import Corpus, Pair, Split
+from transformer.data.local_text import SplitFiles
+from transformer.data.tokenizer import MAX_TRAINING_LINES, TOKENIZER_ALGORITHMS
+from transformer.runtime.errors import UserError
+
+
+class MixtureSplit:
+    """The training pairs of all entries, one entry after another.
+
+    Attributes:
+      splits: of the entries.
+      digest: changes with any pair and with their order; in hexadecimal.
+    """
+
+    def __init__(self, splits: list[Split]):
+        self.splits = splits
+        self._ends = list(itertools.accumulate(map(len, splits)))
+        self.digest = hashlib.sha256(json.dumps([split.digest for split in splits]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Pair:
+        """The pair (source, target) of an example id, without tags."""
+        entry = bisect.bisect_right(self._ends, index)
+        return self.splits[entry][index - (self._ends[entry - 1] if entry else 0)]
+
+
+class ValidationSplit(NamedTuple):
+    """The validation split of a direction."""
+
+    direction: Direction
+    split: Split
+
+
+class MixtureCorpus:
+    """The corpora of a mixture.
+
+    Attributes:
+      corpora: of the entries.
+      source_language, target_language: of all entries, for names of folders.
+      digest: changes with any of them; in hexadecimal.
+    """
+
+    def __init__(self, data: DataConfig, entries: list[Corpus]):
+        self.data, self.corpora = data, entries
+        self.source_language, self.target_language = "mixture", str(len(entries))
+        self.digest = hashlib.sha256(json.dumps([corpus.digest for corpus in entries]).encode()).hexdigest()
+
+    @functools.cached_property
+    def train(self) -> MixtureSplit:
+        """The training split."""
+        return MixtureSplit([corpus.split("train") for corpus in self.corpora])
+
+
+def open_sources(data: DataConfig, *, tokenize: bool = False, workers: int = 0) -> Corpus | MixtureCorpus:
+    """Opens the data set of a config, or that of each entry of its mixture; as `corpus.open_corpus`."""
+    if not data.mixture:
+        return corpora.open_corpus(data, tokenize=tokenize, workers=workers)
+    found = []
+    for number, entry in enumerate(data.mixture, 1):
+        with mixture.entry_errors(number, entry):
+            own = mixture.entry_data(data, entry)
+            found.append(corpora.open_corpus(own, tokenize=tokenize, workers=workers))
+    return MixtureCorpus(data, found)
+
+
+def train_split(corpus: Corpus | MixtureCorpus) -> Split | MixtureSplit:
+    """The training split."""
+    return corpus.train if isinstance(corpus, MixtureCorpus) else corpus.split("train")
+
+
+def validation_splits(data: DataConfig, corpus: Corpus | MixtureCorpus) -> list[ValidationSplit]:
+    """The validation split of each direction.
+
+    Raises:
+      UserError: one has no pairs.
+    """
+    own = corpus.corpora if isinstance(corpus, MixtureCorpus) else [corpus]
+    found = [ValidationSplit(each, own[each.entry].split("validation")) for each in mixture.directions(data)]
+    for direction, split in found:
+        if not len(split):
+            where = f" of {direction.name}" if data.mixture else ""
+            raise UserError(
+                f"the validation split{where} has no pairs: fill it, or leave it out to hold out training pairs"
+            )
+    return found
+
+
+def validation_digest(splits: list[ValidationSplit]) -> str:
+    """The digest of one split, or of several together."""
+    digests = [split.digest for _, split in splits]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def validate_sources(data: DataConfig) -> None:
+    """Raises a UserError if the files, data sets or languages of the config or of an entry are missing.
+
+    A source of a mixture without a pair to train on is an error too. Imports no JAX.
+    """
+    if not data.mixture:
+        corpora.validate_source(data)
+    for number, entry in enumerate(data.mixture, 1):
+        with mixture.entry_errors(number, entry):
+            own = mixture.entry_data(data, entry)
+            corpora.validate_source(own)
+            if own.name == "text":
+                _check_not_empty(local_text.find_splits(own)["train"])
+    _check_sides(data)
+
+
+def _check_not_empty(files: SplitFiles) -> None:
+    """Raises a UserError unless one of the pairs has text on both sides; reads no more than that pair."""
+    for first in range(0, len(files.paths), files.sides):
+        pairs: Iterator[Pair]
+        if files.sides == 2:
+            pairs = text_files.read_parallel(files.paths[first], files.paths[first + 1])
+        else:
+            pairs = parallel_formats.read_pairs(files.paths[first], files.languages, files.columns)
+        if any(source.strip() and target.strip() for source, target in pairs):
+            return
+    raise UserError(f"{' and '.join(files.paths[:2])}: expected pairs of sentences to train on, got none")
+
+
+def _check_sides(data: DataConfig) -> None:
+    """Raises a UserError if two entries read the same columns of a file as two directions."""
+    seen: dict[tuple[str, str], tuple[int, str, str]] = {}
+    for number, entry in enumerate(data.mixture, 1):
+        if not entry.train or not text_files.strip_compression(entry.train).lower().endswith(".tsv"):
+            continue
+        languages = entry.source_language, entry.target_language
+        first, *before = seen.setdefault((entry.train, entry.columns or "1,2"), (number, *languages))
+        if tuple(before) == languages[::-1]:
+            raise UserError(
+                f"config.data.mixture: entries {first} and {number} are two directions with the same columns of "
+                f"{entry.train}; set columns='2,1' in the one that reads it the other way round"
+            )
+
+
+class VocabularyText(Collection[str]):
+    """Sentences of all entries by their shares, source and target in turn, for the vocabulary.
+
+    A source with a greater share than of pairs is repeated, one with less is thinned out evenly. Merges of subword-nmt
+    get all pairs once, as the vocabulary is then all subword tokens of the text.
+    """
+
+    def __init__(self, corpus: MixtureCorpus):
+        self._splits = corpus.train.splits
+        self._counts = sizes = list(map(len, self._splits))
+        if corpus.data.tokenizer in TOKENIZER_ALGORITHMS:
+            most = min(MAX_TRAINING_LINES[corpus.data.tokenizer] // 2, sum(sizes))
+            self._counts = [max(round(share * most), 1) for share in mixture.shares(corpus.data, sizes)]
+
+    def __len__(self) -> int:
+        return 2 * sum(self._counts)
+
+    def __iter__(self) -> Iterator[str]:
+        for split, count in zip(self._splits, self._counts, strict=True):
+            repeats = np.bincount(np.arange(count) * len(split) // count, minlength=len(split))
+            for pair, times in zip(split, repeats.tolist(), strict=True):
+                for _ in range(times):
+                    yield from pair
+
+    def __contains__(self, line: object) -> bool:
+        return any(line == other for other in self)
