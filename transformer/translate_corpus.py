@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import transformer
 from transformer import command_line
+from transformer.config import mixture
+from transformer.config.mixture import Direction
 from transformer.data import synthetic_corpus, text_files
 from transformer.data.synthetic_corpus import InputText, Shard, SyntheticCorpus
 from transformer.distributed import consistency, multihost
@@ -77,15 +79,15 @@ def translate_corpus(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     environment.enable_compilation_cache()
     consistency.assert_same_code()
     model = inference.load(args.workdir, args.checkpoint, args.ensemble)
-    corpus = open_corpus(args, fields, text, model)
+    direction = mixture.find_direction(model.primary.config.data, args.source_language, args.target_language)
+    corpus = open_corpus(args, fields, text, model, direction)
     if multihost.process_count() > 1:
         model = model.on_local_devices()
     translator, seed = model.translator(fields)
 
     def translate(lines: list[str], advance: Callable[[int], None]) -> list[str]:
-        return [
-            first_text(each) for each in translator.translate_nbest(model.params, lines, seed=seed, progress=advance)
-        ]
+        translated = translator.translate_nbest(model.params, lines, seed=seed, progress=advance, tag=direction.tag)
+        return [first_text(each) for each in translated]
 
     shards = part_of(range(corpus.num_shards), *args.part)
     shards = part_of(shards, multihost.process_index(), multihost.process_count())
@@ -101,7 +103,7 @@ def translate_corpus(args: argparse.Namespace, fields: dict[str, Any]) -> None:
 
 
 def open_corpus(
-    args: argparse.Namespace, fields: dict[str, Any], text: InputText, model: "TranslationModel"
+    args: argparse.Namespace, fields: dict[str, Any], text: InputText, model: "TranslationModel", direction: Direction
 ) -> SyntheticCorpus:
     """Makes the folder of the corpus, or resumes what is there; on all processes.
 
@@ -109,14 +111,13 @@ def open_corpus(
       UserError: it was made with other settings, or processes differ in them or do not share the folder.
     """
     settings = describe_settings(args, fields, model)
-    data = model.primary.config.data
     about = {
         "version": transformer.__version__,
         "workdirs": [args.workdir, *args.ensemble],
         "checkpoint": f"{args.checkpoint}: {model.primary.description}",
         "input": args.input,
     }
-    languages = data.source_language, data.target_language
+    languages = direction.data.source_language, direction.data.target_language
     corpus = SyntheticCorpus(args.output, text, languages, args.input_side, args.shard_lines, settings, about)
     if multihost.process_count() > 1:
         remedy = "give every host the same flags, workdir and text"
@@ -272,6 +273,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
         help="translate every N-th shard from the I-th on, I from 1; for several commands on one folder without locks",
     )
     command_line.add_ensemble_flag(parser)
+    command_line.add_direction_flags(parser)
     command_line.add_process_flags(parser)
     args = parser.parse_args(rest)
     if args.tag and args.input_side == "source":

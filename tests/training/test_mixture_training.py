@@ -13,7 +13,7 @@ import eval as evaluation
 import transformer
 from tests.conftest import small_config
 from train import train as fit
-from transformer import compare, prepare, score, translate
+from transformer import compare, prepare, score, translate, translate_corpus
 from transformer.checkpoints.loading import load_checkpoint
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.config import mixture
@@ -184,6 +184,16 @@ def test_the_direction_of_a_translation_is_chosen(whole):
     tagged = model.primary.tokenizer.encode(["cat sees dog"], "<2fr>")
     assert len(tagged[0]) == len(model.primary.tokenizer.encode(["cat sees dog"])[0]) + 1
     assert translation
+
+
+def test_a_corpus_is_translated_in_the_direction_that_is_chosen(folder, whole, tmp_path):
+    flags = [f"--workdir={whole}", f"--input={folder}/valid.en", "--input_side=source", f"--output={tmp_path}/out"]
+    with pytest.raises(UserError, match="expected one direction, got en-de, en-fr; choose it by source_language"):
+        translate_corpus.main(["translate_corpus", *flags])
+    translate_corpus.main(["translate_corpus", *flags, "--target_language=fr"])
+    lines = (folder / "valid.en").read_text().splitlines()
+    expected = transformer.load(whole).translate(lines, target_language="fr")
+    assert (tmp_path / "out" / "train.fr").read_bytes().decode().split("\n")[:-1] == expected
 
 
 def test_evaluation_reports_all_directions_in_one_table(whole, capsys):
