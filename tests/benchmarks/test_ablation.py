@@ -189,14 +189,16 @@ def test_equal_steps():
     assert ablation_plan.equal_steps(300, costs) == {"base": 300, "twice": 150, "less": 316, "huge": 1}
 
 
-@pytest.mark.parametrize("batching", ["bucket", "pack"])
-def test_the_cost_of_an_update_is_the_mean_of_an_epoch(data, batching):
+@pytest.mark.parametrize(("batching", "rate"), [("bucket", 0.0), ("pack", 0.0), ("bucket", 0.3)])
+def test_the_cost_of_an_update_is_the_mean_of_an_epoch(data, batching, rate):
     fields = {"name": "text", "dir": str(data), "data_dir": f"{data}/prepared", "vocab_size": 286}
+    fields["subword_dropout"] = rate
     config = small_config(data={**fields, "batching": batching, "num_buckets": 8}, train={"consistency": "rdrop"})
     cost, vocab_size = ablation_plan.update_cost(config)
     opened = corpus.open_corpus(config.data)
     tokenizer = input_pipeline.get_or_train_tokenizer(config.data, opened)
     ids = input_pipeline.token_ids(config.data, opened, "train", tokenizer)
+    ids = input_pipeline.with_subword_dropout(config, ids, tokenizer)
     schedule = input_pipeline.make_batch_schedule(config, ids)
     steps = schedule.steps_per_epoch
     batches = input_pipeline.train_iterator(schedule, ids, start=0, num_steps=steps)
