@@ -185,3 +185,12 @@ def test_jax_is_not_imported(root):
         "assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=root)
+
+
+def test_a_resumed_run_is_told_which_entry_differs():
+    old = validate(config_of(entry(), entry("fr", weight=2.0)))
+    new = validate(config_of(entry(), entry("fr", weight=3.0, origin_tag="<bt>")))
+    assert [str(change) for change in schema.diff(old, new)] == [
+        "data.mixture: entry 2, weight: 2.0 → 3.0, entry 2, origin_tag: '' → '<bt>'"
+    ]
+    assert [str(change) for change in schema.diff(validate(config_of(entry())), old)] == ["data.mixture: 1 entries → 2"]

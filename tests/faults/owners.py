@@ -48,9 +48,17 @@ def two_trainers(world: World, tally: Tally) -> None:
 def other(section: str, field: dataclasses.Field) -> object:
     """Another value of a field."""
     value = getattr(getattr(Config(), section), field.name)
-    return {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 0.125, str: lambda: value + "x"}[
-        field.type
-    ]()
+    others = {
+        bool: lambda: not value,
+        int: lambda: value + 1,
+        float: lambda: value + 0.125,
+        str: lambda: value + "x",
+        tuple: lambda: (*value, schema.MixtureEntry()),
+    }
+    return others[type(value)]()
+
+
+SELECTED = {bool: True, int: 1, float: 1.0, str: "1", tuple: (schema.MixtureEntry(),)}
 
 
 def config_that_reads(name: str) -> Config:
@@ -58,7 +66,7 @@ def config_that_reads(name: str) -> Config:
     sections = dataclasses.asdict(Config())
     for reader in validation.APPLICABLE_TO.get(name, ()):
         section, selector = reader.selector.split(".")
-        sections[section][selector] = reader.values[0] if reader.values else type(sections[section][selector])(1)
+        sections[section][selector] = reader.values[0] if reader.values else SELECTED[type(sections[section][selector])]
     return Config(**{section: kind(**sections[section]) for section, kind in schema.SECTIONS.items()})
 
 
@@ -74,6 +82,8 @@ def run_resumed_as_another(world: World, tally: Tally) -> None:
                 changed = dataclasses.replace(getattr(old, section), **{field.name: after})
                 config = dataclasses.replace(old, **{section: changed})
                 change = f"{section}.{field.name}: {before!r} → {after!r}"
+                if field.name == "mixture":
+                    change = f"{section}.{field.name}: {len(before)} entries → {len(after)}"
                 if field.name in validation.RESUMABLE_FIELDS.get(section, ()) or field.name == "num_steps":
                     assert workdirs.check_resume_config(pathlib.Path("run"), old, config) == [change]
                     named = (f"`{section}.{field.name}`", f"`{section}.*`", field.name in schema.PATH_FIELDS)

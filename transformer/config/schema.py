@@ -10,7 +10,7 @@ import os
 import re
 import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
@@ -537,7 +537,22 @@ class FieldDiff(NamedTuple):
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.section}.{self.field}: {self.old!r} → {self.new!r}"
+        change = f"{self.old!r} → {self.new!r}"
+        if isinstance(self.old, tuple):  # the entries of a mixture
+            change = _entry_changes(self.old, self.new)
+        return f"{self.section}.{self.field}: {change}"
+
+
+def _entry_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> str:
+    """What differs between the entries of two mixtures."""
+    if len(old) != len(new):
+        return f"{len(old)} entries → {len(new)}"
+    return ", ".join(
+        f"entry {number}, {name}: {before[name]!r} → {after[name]!r}"
+        for number, (before, after) in enumerate(zip(old, new, strict=True), 1)
+        for name in before
+        if before[name] != after[name]
+    )
 
 
 def diff(old: Config, new: Config) -> list[FieldDiff]:
