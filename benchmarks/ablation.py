@@ -215,7 +215,8 @@ class Ablation:
             return None
         seeds = {each: ablation_table.median_seed(self.finished[each], self.metric) for each in (name, BASE)}
         files = (self._run(*each).file(f"{self._result}.txt") for each in seeds.items())
-        return ablation_table.paired_test(*files, self._variants[BASE].config.data, self._args.split, self.metric)
+        data = ablation_plan.scored_data(self._variants[BASE].config.data)
+        return ablation_table.paired_test(*files, data, self._args.split, self.metric)
 
     def table(self) -> str:
         """The results as Markdown, with the conditions."""

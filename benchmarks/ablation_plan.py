@@ -3,13 +3,14 @@
 Only `num_params` imports JAX.
 """
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformer import command_line
-from transformer.config import Config, schema, validation
+from transformer.config import Config, DataConfig, mixture, schema, validation
 from transformer.data import input_pipeline, mixture_corpus
 from transformer.data import tokenizer as tokenizers
 from transformer.models.flops import training_flops
@@ -155,9 +156,23 @@ def resolve(
     return configs
 
 
+def scored_data(data: DataConfig) -> DataConfig:
+    """The data section of the test and validation sets.
+
+    Raises:
+      UserError: a mixture has several directions.
+    """
+    found = mixture.directions(data)
+    if len(found) > 1:
+        names = ", ".join(direction.name for direction in found)
+        raise UserError(f"config.data.mixture: an ablation compares models of one direction, got {names}")
+    return found[0].data
+
+
 def _check_comparable(config: Config, base: Config, is_base: bool) -> None:
+    scored = [dataclasses.replace(each, data=scored_data(each.data)) for each in (base, config)]
     for field in FIXED_FIELDS:
-        expected, value = (validation.get_field(each, field) for each in (base, config))
+        expected, value = (validation.get_field(each, field) for each in scored)
         if value != expected:
             raise UserError(
                 f"config.{field}: decides what is scored, so expected that of the base, {expected!r}, got {value!r}"
@@ -182,7 +197,7 @@ def update_cost(config: Config) -> tuple[float, int]:
         count * training_flops(config.model, tokenizer.vocab_size, config.train.passes * rows, source, target)
         for count, (source, target, rows) in zip(schedule.batches, schedule.buckets, strict=True)
     )
-    return flops / schedule.steps_per_epoch, tokenizer.vocab_size
+    return flops / sum(schedule.batches), tokenizer.vocab_size  # about, if a mixture has stages
 
 
 def num_params(config: Config, vocab_size: int) -> int:

@@ -24,7 +24,7 @@ from tests.conftest import ROOT, small_config
 from tests.helpers.processes import TINY, data_flags, environment, write_data
 from transformer import command_line
 from transformer.config import Config, validation
-from transformer.data import corpus, input_pipeline
+from transformer.data import input_pipeline, mixture_corpus
 from transformer.evaluation.significance import PairedTestResult
 from transformer.models import flops
 from transformer.models.registry import ModelDef
@@ -189,13 +189,21 @@ def test_equal_steps():
     assert ablation_plan.equal_steps(300, costs) == {"base": 300, "twice": 150, "less": 316, "huge": 1}
 
 
-@pytest.mark.parametrize(("batching", "rate"), [("bucket", 0.0), ("pack", 0.0), ("bucket", 0.3)])
-def test_the_cost_of_an_update_is_the_mean_of_an_epoch(data, batching, rate):
-    fields = {"name": "text", "dir": str(data), "data_dir": f"{data}/prepared", "vocab_size": 286}
-    fields["subword_dropout"] = rate
-    config = small_config(data={**fields, "batching": batching, "num_buckets": 8}, train={"consistency": "rdrop"})
+def mixed(data, **other):
+    """A mixture of one corpus with itself, the second time with other fields."""
+    entry = {"dir": str(data), "source_language": "en", "target_language": "de"}
+    return (entry, {**entry, **other})
+
+
+@pytest.mark.parametrize(
+    "fields", [{"batching": "bucket"}, {"batching": "pack"}, {"subword_dropout": 0.3}, {"mixture": True}]
+)
+def test_the_cost_of_an_update_is_the_mean_of_an_epoch(data, fields):
+    where = {"mixture": mixed(data, weight=2)} if "mixture" in fields else {"name": "text", "dir": str(data), **fields}
+    sizes = {"data_dir": f"{data}/prepared", "vocab_size": 286, "num_buckets": 8}
+    config = small_config(data={**where, **sizes}, train={"consistency": "rdrop"})
     cost, vocab_size = ablation_plan.update_cost(config)
-    opened = corpus.open_corpus(config.data)
+    opened = mixture_corpus.open_sources(config.data)
     tokenizer = input_pipeline.get_or_train_tokenizer(config.data, opened)
     ids = input_pipeline.token_ids(config.data, opened, "train", tokenizer)
     ids = input_pipeline.with_subword_dropout(config, ids, tokenizer)
@@ -245,6 +253,17 @@ def test_only_some_are_trained_and_all_finished_ones_are_in_the_table(command, c
     assert [list(row["runs"]) for row in results.values()] == [["0", "1"], [], ["1"]]
     with pytest.raises(UserError, match="--only: expected some of base, rms, wide, got 'norm'"):
         ablation.main([*command, "--only=norm"])
+
+
+def test_a_mixture_of_one_direction_is_scored_on_its_test_set(command, data, capsys, tmp_path):
+    flags = [flag for flag in command if not flag.startswith("--config.data.dir=")]
+    ablation.main([*flags, f"--config.data.mixture={json.dumps(mixed(data, weight=2))}", "--only=base,wide"])
+    assert trained(tmp_path) == ["base 0", "wide 0"]
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["wide"]["versus"]["bleu"]["ours"] == pytest.approx(100)
+    both = mixed(data, source_language="de", target_language="en")
+    with pytest.raises(UserError, match=r"base: config\.data\.mixture: .* one direction, got en-de, de-en"):
+        ablation.main([*flags, f"--config.data.mixture={json.dumps(both)}"])
 
 
 def test_a_result_of_another_config_is_refused(command, tmp_path):
