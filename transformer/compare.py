@@ -76,36 +76,32 @@ def load_test_set(args: argparse.Namespace) -> tuple[EvalDataset, Config, Iterab
     config = systems.read_config(workdirs[0]) if workdirs else Config(data=DataConfig(target_language=""))
     data = config.data
     training = text_files.read_lines(args.frequency_corpus) if args.frequency_corpus else None
-    if args.test_set:
-        if args.language_pair and workdirs:
+    if not workdirs:
+        if args.source_language or args.target_language:
+            raise UserError("--source_language and --target_language choose a direction of a workdir, got none")
+        if not args.reference and not args.test_set:
             raise UserError(
-                f"--language_pair is for files of translations: {workdirs[0]} translates {data.source_language} to "
-                f"{data.target_language}; leave it out"
+                "files of translations need --reference=FILE or --test_set=NAME, got none; --source=FILE is optional"
             )
-        if not workdirs:
+        if args.test_set:
             source, target = public_test_sets.languages(args.test_set, args.language_pair)
             data = DataConfig(source_language=source, target_language=target)
-            config = Config(data=data)
-        return load_eval_dataset(data, None, None, None, args.test_set), config, training
-    if args.reference:
-        if workdirs and not args.source:
+    if args.reference and not args.source:
+        if workdirs:
             raise UserError(f"{workdirs[0]}: its translations are found by their sources; add --source=FILE")
-        if args.source:
-            direction = mixture.find_direction(data, args.source_language, args.target_language)
-            dataset = load_eval_dataset(data, None, args.source, args.reference, direction=direction)
-            return dataset, dataclasses.replace(config, data=direction.data), training
         references = [list(text_files.read_lines(path)) for path in args.reference]
         return EvalDataset(epath.Path(args.reference[0]).name, [], references), config, training
-    if not workdirs:
-        raise UserError(
-            "files of translations need --reference=FILE or --test_set=NAME, got none; --source=FILE is optional"
-        )
     direction = mixture.find_direction(data, args.source_language, args.target_language)
-    dataset = load_eval_dataset(data, args.split, None, None, direction=direction)
-    config = dataclasses.replace(config, data=direction.data)
-    if training is None:
+    if args.language_pair and workdirs:
+        raise UserError(
+            f"--language_pair is for files of translations: {workdirs[0]} translates "
+            f"{direction.data.source_language} to {direction.data.target_language}; leave it out"
+        )
+    files = args.source, args.reference or None
+    dataset = load_eval_dataset(data, args.split, *files, args.test_set, direction)
+    if training is None and not args.source and not args.test_set:
         training = (target for _, target in corpus.open_corpus(direction.data).split("train"))
-    return dataset, config, training
+    return dataset, dataclasses.replace(config, data=direction.data), training
 
 
 def load_systems(paths: list[str], dataset: EvalDataset) -> list[System]:

@@ -1,5 +1,6 @@
 """The compare command: workdirs and files of any program, one page, one JSON object, and messages for people."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from tests.commands.test_translate import write
 from tests.evaluation.test_significance import FAIR, GOOD, POOR, REFERENCES
 from tests.helpers.clock import FakeClock
 from transformer import compare
+from transformer.config import MixtureEntry
 from transformer.data import corpus
 from transformer.evaluation import comparison, public_test_sets
 from transformer.evaluation.evaluator import DATASETS_FILE, EvalDataset
@@ -110,6 +112,34 @@ def test_a_public_set_gives_sources_and_references(folder, capsys, monkeypatch):
         run(capsys, workdir, "good", "--test_set=wmt14/full", "--language_pair=en-de")
 
 
+def test_a_model_of_several_directions_is_compared_with_one_of_one(folder, capsys, monkeypatch):
+    """On the same sentences, whose set has another name there."""
+    asked = []
+
+    def load(name, languages):
+        asked.append(languages)
+        return REFERENCES, [REFERENCES]
+
+    monkeypatch.setattr(public_test_sets, "load", load)
+    of_one = EvalDataset("wmt14_full", REFERENCES, [REFERENCES])
+    both = make_workdir(folder / "both", of_one._replace(name="wmt14_full.en-fr"), s9=POOR)
+    entries = [
+        MixtureEntry(dir="d", source_language="en", target_language=code, tag=f"<2{code}>") for code in ("de", "fr")
+    ]
+    config = make_parts()[0]
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=tuple(entries)))
+    (both / "config.json").write_text(config.to_json())
+    one = make_workdir(folder / "one", of_one, s9=GOOD)
+    fields = run(capsys, both, one, "--test_set=wmt14/full", "--target_language=fr")
+    assert [system["path"].rpartition("/")[2] for system in fields["systems"]] == [
+        "9.wmt14_full.en-fr.txt",
+        "9.wmt14_full.txt",
+    ]
+    assert asked == [("en", "fr")]
+    with pytest.raises(UserError, match="expected one direction, got en-de, en-fr"):
+        run(capsys, both, one, "--test_set=wmt14/full")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -122,6 +152,7 @@ def test_a_public_set_gives_sources_and_references(folder, capsys, monkeypatch):
         (["good", "poor", "--test_set=wmt14", "--split=val"], "--test_set replaces .*; leave out --split"),
         (["good", "poor", "--reference=ref", "--language_pair=en-de"], "--language_pair goes with --test_set"),
         (["good", "poor", "--source=src"], "--source goes with --reference"),
+        (["good", "poor", "--reference=ref", "--target_language=fr"], "choose a direction of a workdir, got none"),
         (["good", "poor", "--reference=ref", "--split=test"], "expected --split, or --reference, got both"),
         (["good", "none", "--reference=ref"], "none: there is no such file"),
         (

@@ -63,7 +63,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
 
 
 def test_the_newest_translations_of_a_set_are_found(tmp_path):
-    """By step, not by name, and never those of another set or of other decode fields."""
+    """By step, not by name, and never those of other sentences or of other decode fields."""
     folder, trained = tmp_path / "translations", make_trained()
     with pytest.raises(
         UserError, match=r"expected translations of mine .* found none of these sentences; run python eval.py"
@@ -83,3 +83,6 @@ def test_the_newest_translations_of_a_set_are_found(tmp_path):
     (folder / "110-best-average-3.mine.txt").write_text("")
     assert systems.newest_translations(tmp_path, DATASET).name == "110-best-average-3.mine.txt"
     assert systems.newest_translations(tmp_path, other).name == f"300.mine-{other.digest[:8]}.txt"
+    evaluator.result_name(tmp_path, trained, DATASET._replace(name="mine.en-de"))
+    (folder / "120.mine.en-de.txt").write_text("")
+    assert systems.newest_translations(tmp_path, DATASET).name == "120.mine.en-de.txt"

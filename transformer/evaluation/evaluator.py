@@ -357,6 +357,12 @@ def set_name(workdir: epath.PathLike, dataset: EvalDataset) -> str:
     return dataset.name if first == dataset.digest else f"{dataset.name}-{dataset.digest[:8]}"
 
 
+def set_names(workdir: epath.PathLike, dataset: EvalDataset) -> list[str]:
+    """SET, and the names under which the workdir has other data sets of the same sentences."""
+    same = (name for name, digest in _registered_digests(workdir).items() if digest == dataset.digest)
+    return list(dict.fromkeys([set_name(workdir, dataset), *same]))
+
+
 def _registered_digests(workdir: epath.PathLike) -> dict[str, str]:
     """The digest of the first data set of each name in the workdir."""
     try:

@@ -11,7 +11,7 @@ from transformer.checkpoints.loading import RestoredModel, load_checkpoint
 from transformer.config import Config, mixture, validation
 from transformer.data import text_files
 from transformer.decoding.translator import Translator
-from transformer.evaluation.evaluator import EvalDataset, set_name
+from transformer.evaluation.evaluator import EvalDataset, set_names
 from transformer.models.flops import TrainingCost
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import CONFIG_FILE
@@ -151,11 +151,15 @@ def read_config(workdir: epath.PathLike) -> Config:
 def newest_translations(workdir: epath.PathLike, dataset: EvalDataset) -> epath.Path:
     """The file of translations that eval.py wrote for the newest step evaluated on a data set, decoded by the config.
 
+    A data set of the same sentences is the same under any name: models of one direction and of several name it
+    otherwise.
+
     Raises:
       UserError: there is none.
     """
     workdir = epath.Path(workdir)
-    pattern = re.compile(rf"(\d+)(-(best-)?average-\d+)?\.{re.escape(set_name(workdir, dataset))}\.txt")
+    names = "|".join(map(re.escape, set_names(workdir, dataset)))
+    pattern = re.compile(rf"(\d+)(-(best-)?average-\d+)?\.({names})\.txt")
     folder, found = workdir / "translations", []
     for path in folder.iterdir() if folder.is_dir() else ():
         if match := pattern.fullmatch(path.name):
