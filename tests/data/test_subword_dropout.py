@@ -183,6 +183,17 @@ def test_rows_are_no_wider_than_learned_positions_reach(config, opened):
         assert schedule.buckets[-1].target in widest
 
 
+@BATCHING
+def test_no_sentence_outgrows_the_learned_positions(config, opened, batching):
+    """Though rows are wider: of several sentences, or as a multiple of 8."""
+    config = with_fields(config, batching=batching, max_length=20, length_multiple=8)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, positions="learned", max_positions=22))
+    ids = input_pipeline.with_subword_dropout(config, opened[1], opened[0])
+    for side in zip(*batches_of(config, ids, num_steps=200), strict=True):
+        lengths = [len(sentence) + 1 for padded in side for sentence in sentences_of(padded)]
+        assert 20 < max(lengths) <= 22
+
+
 def test_the_plan_has_headroom():
     lengths = np.array([1, 2, 25, 64, 96, 500])
     model = LengthModel(0.1, 1.5)
@@ -280,7 +291,7 @@ def test_words_that_do_not_fit_keep_their_plain_segmentation(opened):
             assert trained.decode(ends[0]) == trained.decode(ends[1])
     spans = subword_dropout._find_words(plain, dropped.dropout._begins_V)
     growth = np.random.default_rng(0).integers(-1, 4, len(spans.starts_W))
-    got = subword_dropout._fits(growth, spans, plain.lengths, rows, int(totals.max()))
+    got = subword_dropout._fits(growth, spans, plain.lengths, rows, int(totals.max()), 10_000)
     row_W = rows[spans.sentence_W]
     by_row = [growth[row_W == row] for row in range(13)]
     np.testing.assert_array_equal(got, words_that_fit(by_row, totals, totals.max()))

@@ -35,7 +35,7 @@ TABLE_VERSION = 1  # increased whenever the same words get other segmentations
 SEGMENTATION_BITS = 4
 SEGMENTATIONS = 1 << SEGMENTATION_BITS
 MAX_WORD_CHARACTERS = 64  # longer words, such as lines of a script without spaces, stay as they are
-MAX_TABLE_CHARACTERS = 1 << 23  # of all words in the table, which hold the most frequent ones: at most 270 MB
+MAX_TABLE_CHARACTERS = 1 << 23  # of all words in the table, the most frequent ones: at most 0.6 GB
 # Shares of sentences for which the planned length suffices, from which `plan` chooses. In packed rows the excess of one
 # sentence fits into the headroom of the others, so less is needed.
 FITTING_SHARES = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
@@ -184,14 +184,20 @@ def _key(*parts: int) -> np.uint64:
 class SubwordDropout:
     """Splits the words of batches at random; picklable, for one thread at a time.
 
+    Args:
+      table: of the words of training.
+      begins_V: whether an id begins a word.
+      seed: of the run.
+      longest: the most tokens of a sentence.
+
     Attributes:
       sample: lengths with and without dropout.
       num_sentences: that were split; source and target count as two.
       num_fallbacks: of these, sentences with words that kept their plain segmentation to fit.
     """
 
-    def __init__(self, table: WordTable, begins_V: np.ndarray, seed: int):
-        self._table, self._begins_V, self._seed = table, begins_V, seed
+    def __init__(self, table: WordTable, begins_V: np.ndarray, seed: int, longest: int = _UNLIMITED):
+        self._table, self._begins_V, self._seed, self._longest = table, begins_V, seed, longest
         self.sample: LengthSample
         self.num_sentences = self.num_fallbacks = self._num_batches = 0
 
@@ -284,7 +290,7 @@ class SubwordDropout:
         starts_W = np.asarray(table.segmentations.offsets[chosen_W], np.int64)
         lengths_W = np.asarray(table.segmentations.offsets[chosen_W + 1], np.int64) - starts_W
         growth_W = np.where(is_known_W, lengths_W - spans.lengths_W, 0)
-        fits_W = _fits(growth_W, spans, plain.lengths, rows_N, width)
+        fits_W = _fits(growth_W, spans, plain.lengths, rows_N, width, self._longest)
         is_new_W = is_known_W & fits_W
         starts_W = np.where(is_new_W, starts_W, spans.starts_W)
         lengths_W = np.where(is_new_W, lengths_W, spans.lengths_W)
@@ -309,8 +315,12 @@ class SubwordDropout:
         )
 
 
-def _fits(growth_W: np.ndarray, spans: _Spans, lengths_N: np.ndarray, rows_N: np.ndarray, width: int) -> np.ndarray:
+def _fits(
+    growth_W: np.ndarray, spans: _Spans, lengths_N: np.ndarray, rows_N: np.ndarray, width: int, longest: int
+) -> np.ndarray:
     """Which words may become longer by `growth_W`, bool [W]: those of a row, in order, while they fit.
+
+    Those of a sentence fit while it has at most `longest` tokens, those of a row while it has at most `width`.
 
     Example: a row of width 9 with 7 tokens, in words that would grow by 1, 0, 2, -1, 1: all but the third and the last.
     """
@@ -320,7 +330,8 @@ def _fits(growth_W: np.ndarray, spans: _Spans, lengths_N: np.ndarray, rows_N: np
     first_N = np.maximum.accumulate(np.where(is_first_N, np.arange(len(rows_N)), 0))
     free_N = width - np.bincount(rows_N, lengths_N).astype(np.int64)[rows_N]
     limit_N = before_W[spans.first_word_N[first_N]] + free_N
-    return (growth_W <= 0) | (before_W + added_W <= limit_N[spans.sentence_W])
+    sentence_limit_N = before_W[spans.first_word_N] + longest - lengths_N
+    return (growth_W <= 0) | (before_W + added_W <= np.minimum(limit_N, sentence_limit_N)[spans.sentence_W])
 
 
 def make_dropout(
@@ -359,7 +370,8 @@ def make_dropout(
         store.array(name, functools.partial(make_array, number), facts["sizes"][number])
         for number, name in enumerate(("hashes", "groups", "ids", "offsets"))
     )
-    dropout = SubwordDropout(WordTable(hashes_W, groups_W, JaggedArray(flat, offsets)), begins_V, seed)
+    longest = config.model.max_positions if config.model.positions == "learned" else _UNLIMITED
+    dropout = SubwordDropout(WordTable(hashes_W, groups_W, JaggedArray(flat, offsets)), begins_V, seed, longest)
     dropout.sample = _sample_lengths(dropout, sides)
     source, target = (dropout.sample.growth(side) for side in (0, 1))
     log_info(
