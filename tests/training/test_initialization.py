@@ -12,7 +12,7 @@ import pytest
 from tests.checkpoints.test_manager import flip, make_parts, save, save_three
 from tests.conftest import small_config
 from transformer import command_line
-from transformer.config import schema, validation, warm_start
+from transformer.config import MixtureEntry, schema, validation, warm_start
 from transformer.data import tokenizer
 from transformer.distributed.mesh import make_mesh
 from transformer.models import registry
@@ -41,6 +41,20 @@ def config_of(saved, model=None, optimizer=None, **train):
 def first_state(config):
     model, mesh = registry.ModelDef(config.model, config.data.vocab_size), make_mesh(config.mesh)
     return initialization.initial_state(initialization.resolve_warm_start(config), model, config, mesh)
+
+
+def test_a_tag_that_the_base_has_not_is_warned_of():
+    def data(tag, language="fr"):
+        entry = MixtureEntry(dir="d", source_language="en", target_language=language, tag=tag)
+        return dataclasses.replace(small_config().data, mixture=(entry,))
+
+    plain = dataclasses.replace(small_config().data, source_language="en", target_language="fr")
+    assert initialization.tag_warning(data("<2fr>"), data("<2fr>")) == ""
+    assert initialization.tag_warning(data("<2fr>"), data("<2de>", "de")) == ""
+    assert initialization.tag_warning(plain, plain) == ""
+    missing = "sources of en-fr have <2fr> before them there, no tag here"
+    assert missing in initialization.tag_warning(data("<2fr>"), plain)
+    assert "no tag before them there, <2fr> here" in initialization.tag_warning(plain, data("<2fr>"))
 
 
 @pytest.mark.slow

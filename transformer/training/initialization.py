@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import CheckpointManager
-from transformer.config import Config, schema
+from transformer.config import Config, DataConfig, mixture, schema
 from transformer.config.warm_start import ALLOWED_MODEL_DIFFS
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import Tokenizer
@@ -67,7 +67,22 @@ def resolve_warm_start(config: Config) -> WarmStart | None:
             f"trained with; copy it back from {checkpoints.folder / str(steps[-1]) / 'tokenizer'}"
         )
     log_info(f"starting from the params of {folder}, {loading.describe(selector, steps)}")
+    if warning := tag_warning(base_config.data, config.data):
+        log_info(f"warning: config.train.init_from = {folder}: {warning}")
     return WarmStart(checkpoints, selector, steps, base_config, checkpoints.manifest(steps[-1]).run_id)
+
+
+def tag_warning(base: DataConfig, data: DataConfig) -> str:
+    """What to change if a direction of both runs has another tag than in the base run; empty if none has."""
+    tags = {direction.name: direction.tag for direction in mixture.directions(base)}
+    for direction in mixture.directions(data):
+        name, tag = direction.name, direction.tag
+        if tags.get(name, tag) != tag:
+            return (
+                f"sources of {name} have {tags[name] or 'no tag'} before them there, {tag or 'no tag'} here; set the "
+                "tag in data.mixture"
+            )
+    return ""
 
 
 def check_base_unchanged(old: Config, config: Config, base_run_id: str, tokenizer: Tokenizer) -> None:
