@@ -194,8 +194,9 @@ def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
         changed = _schedule(validation.replace_field(config, name, value), ids)
         effects.append(f"{name} = {value} gives fill {changed.token_utilization:.2f}, shapes: {len(changed.buckets)}")
     return (
-        f"shapes of batches: {shapes}, each of which is compiled, for {steps:,} batches an epoch; fill {fill:.2f} is "
-        f"the share of token positions that are not padding. {'; '.join(effects) or 'More pairs would help'}"
+        f"shapes of batches: {shapes}, each of which is compiled, for {steps:,} batches {schedule.period}; "
+        f"fill {fill:.2f} is the share of token positions that are not padding. "
+        f"{'; '.join(effects) or 'More pairs would help'}"
     )
 
 
