@@ -133,7 +133,8 @@ def evaluate_directions(
         evaluated[direction.name] = directions_report.Evaluated(own, dataset, result)
     results = {name: each.result for name, each in evaluated.items()}
     log_info(summary.format_directions(restored, results))
-    split = args.split or "test"
+    first, of_first = next(iter(evaluated.items()))
+    split = of_first.dataset.name.removesuffix(f".{first}")  # validation, where --split=val
     with progress.phase("writing the report"):
         page = directions_report.build(args.workdir, restored, evaluated, split)
         suffix = "".join(f".{name}={value}" for name, value in sorted(changed.items()))

@@ -193,6 +193,8 @@ class Ablation:
         printed = call([EVAL, f"--workdir={run.workdir}", *which, f"--output={translations}"], log, tick)
         logged = read_json_lines(run.workdir / METRICS_FILE)
         rates = [row[RATE] for row in logged if RATE in row]
+        if not rates:
+            raise RunFailedError("it ended before a speed was logged; lower train.log_every_steps")
         points = ablation_table.curve(logged, f"valid/{self.metric}")
         figures = json.loads(printed.splitlines()[-1]) | {
             "target_tokens_per_s": statistics.median(rates),

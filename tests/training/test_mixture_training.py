@@ -214,6 +214,7 @@ def test_evaluation_reports_all_directions_in_one_table(whole, capsys):
         assert name in table
         assert f"{scores['directions'][name]['bleu']:.2f}" in table
     assert "Worst sentences, en-fr" in page
+    assert (whole / "reports" / "4.validation.html").read_text() == page
     names = {path.name for path in (whole / "translations").glob("*.txt")}
     assert {"4.validation.en-de.txt", "4.validation.en-fr.txt"} <= names
     with pytest.raises(UserError, match="--versus is of one direction, got en-de, en-fr: choose one by --target_lang"):
