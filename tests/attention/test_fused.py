@@ -233,7 +233,7 @@ def test_a_kernel_forced_on_another_platform_is_refused_before_anything_compiles
 
 
 def test_a_run_is_refused_before_its_data_is_prepared(tmp_path, monkeypatch):
-    monkeypatch.setattr(run.corpora, "open_corpus", None)
+    monkeypatch.setattr(run.mixture_corpus, "open_sources", None)
     with pytest.raises(UserError, match="it runs on tpu devices"):
         prepare(small_config(model={"attention": "splash"}), epath.Path(tmp_path))
 
