@@ -26,7 +26,7 @@ from transformer.config import mixture
 from transformer.distributed import multihost
 from transformer.runtime import progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import check_writable
+from transformer.runtime.files import check_writable, reject_missing_workdirs
 from transformer.runtime.logging import log_info
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     if args.watch and multihost.is_multiprocess(args):
         raise UserError("--watch runs in one process; start it on one host alone")
     if not args.watch:  # which may wait for the run to begin
-        command_line.reject_missing_workdirs(args.workdir)
+        reject_missing_workdirs(args.workdir)
     with multihost.initialize(args):
         log_info(f"{args.workdir}: loading JAX …")
         from transformer.runtime import environment

@@ -190,8 +190,7 @@ def update_cost(config: Config) -> tuple[float, int]:
     """FLOPs of an update, the mean over the batches of an epoch, and the size of the vocabulary; prepares the data."""
     corpus = mixture_corpus.open_sources(config.data)
     tokenizer = input_pipeline.get_or_train_tokenizer(tokenizers.inherit_tokenizer(config), corpus)
-    ids = input_pipeline.token_ids(config.data, corpus, "train", tokenizer)
-    ids = input_pipeline.with_subword_dropout(config, ids, tokenizer)
+    ids = input_pipeline.training_ids(config, corpus, tokenizer)
     schedule = input_pipeline.make_batch_schedule(config, ids)
     flops = sum(
         count * training_flops(config.model, tokenizer.vocab_size, config.train.passes * rows, source, target)

@@ -50,8 +50,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = mixture_corpus.open_sources(config.data)
         tokenizer = input_pipeline.get_tokenizer(tokenizers.inherit_tokenizer(config), corpus, epath.Path(folder))
-    ids = input_pipeline.token_ids(config.data, corpus, "train", tokenizer)
-    ids = input_pipeline.with_subword_dropout(config, ids, tokenizer)
+    ids = input_pipeline.training_ids(config, corpus, tokenizer)
     schedule = input_pipeline.make_batch_schedule(config, ids)
     row = measure_input(schedule, ids, args.num_steps) if args.input else measure(config, schedule, ids, args.num_steps)
     print(json.dumps({**row, **sizes(config, tokenizer.vocab_size)}))

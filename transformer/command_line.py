@@ -408,13 +408,6 @@ def _existing_paths(parts: list[str]) -> list[str]:
     return []
 
 
-def reject_missing_workdirs(*workdirs: str) -> None:
-    """Raises a UserError for a workdir that is not there, before time is spent on imports."""
-    for workdir in workdirs:
-        if not epath.Path(workdir).is_dir():
-            raise UserError(f"{workdir}: expected a folder that train.py wrote, found none")
-
-
 def reject_overwriting(output: str | None, read: Iterable[str | None]) -> None:
     """Raises a UserError if --output is one of the files that the command reads."""
     if output and os.path.realpath(output) in map(os.path.realpath, filter(None, read)):

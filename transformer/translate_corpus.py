@@ -27,6 +27,7 @@ from transformer.data.synthetic_corpus import InputText, Shard, SyntheticCorpus
 from transformer.distributed import consistency, multihost
 from transformer.runtime import environment, progress, signals
 from transformer.runtime.errors import StoppedError, UserError
+from transformer.runtime.files import reject_missing_workdirs
 from transformer.runtime.logging import log_info
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     fields, rest = command_line.decode_flags(argv)
     args = _parse(rest)
     args.input = find_text(args.input)
-    command_line.reject_missing_workdirs(args.workdir, *args.ensemble)
+    reject_missing_workdirs(args.workdir, *args.ensemble)
     with multihost.initialize(args):
         try:
             translate_corpus(args, fields)

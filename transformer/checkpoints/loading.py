@@ -27,6 +27,7 @@ from transformer.distributed.mesh import make_mesh, warm_up_collectives
 from transformer.models.registry import ModelDef, Params
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError, WorkdirError
+from transformer.runtime.files import reject_missing_workdirs
 
 PARAM_FOLDERS = ("params/", "ema/")  # of a checkpoint
 AVERAGE = re.compile(r"(best-)?average:([1-9][0-9]{0,5})")
@@ -111,8 +112,7 @@ def load_checkpoint(workdir: epath.PathLike, selector: str | int) -> RestoredMod
     if reason := object_storage.unsupported_reason(workdir):
         raise UserError(f"{workdir}: {reason}")
     workdir, selector = epath.Path(workdir).expanduser(), str(selector)
-    if not workdir.is_dir():
-        raise UserError(f"{workdir}: expected a folder that train.py wrote, found none")
+    reject_missing_workdirs(workdir)
     manager = CheckpointManager(workdir)
     available = manager.steps()
     candidates = [step for step in available if str(step) == selector] or available

@@ -29,10 +29,18 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+def span_index(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The indices start … start + length - 1 of all spans, one span after another, and where each span begins and ends.
+
+    Example: starts 7, 3 and lengths 2, 1 give the indices 7, 8, 3 and the offsets 0, 2, 3.
+    """
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
+
+
 def take(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> JaggedArray:
     """Sequences flat[start : start + length], one after another."""
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    index = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+    index, offsets = span_index(starts, lengths)
     return JaggedArray(np.asarray(flat[index]), offsets)
 
 

@@ -105,6 +105,11 @@ def with_subword_dropout(config: Config, ids: TokenIds, tokenizer: Tokenizer) ->
     return dataclasses.replace(ids, dropout=dropout)
 
 
+def training_ids(config: Config, corpus: Corpus | MixtureCorpus, tokenizer: Tokenizer) -> TokenIds:
+    """The ids that batches of training are scheduled from and made of."""
+    return with_subword_dropout(config, token_ids(config.data, corpus, "train", tokenizer), tokenizer)
+
+
 def make_batch_schedule(config: Config, ids: TokenIds) -> BatchSchedule:
     """The schedule of training batches; warns if many pairs are too long, or the batches do not suit the data.
 

@@ -119,8 +119,8 @@ class MixtureSchedule(BatchSchedule):
         self._members: list[list[int]] = facts["members"]
         self.kept = sum(self.pairs)
         self.dropped = int(self._starts[-1]) - self.kept
-        self._member_ids = self._store.array("members", self._collect, self.kept)
         self._first_members = np.cumsum([0, *(count for row in self._members for count in row)])
+        self._member_ids = self._store.array("members", self._collect, self.kept)
         self._stages = self._plan_stages()
         self.batches = np.max([stage.batches for stage in self._stages], axis=0).tolist()
         self.steps_per_epoch = self._stages[0].steps
@@ -204,7 +204,7 @@ class MixtureSchedule(BatchSchedule):
     def _collect(self) -> np.ndarray:
         """Example ids of the kept pairs, by entry, then by shape."""
         members = np.empty(self.kept, id_dtype(int(self._starts[-1])))
-        ends = np.cumsum([0, *(count for row in self._members for count in row)])[:-1].reshape(len(self._sources), -1)
+        ends = self._first_members[:-1].reshape(len(self._sources), -1).copy()
         for index, start in enumerate(self._starts[:-1]):
             for ids, source, target in self._parts(index):
                 bucket_N = assign_buckets(source, target, self.buckets)

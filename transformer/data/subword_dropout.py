@@ -24,7 +24,7 @@ from etils import epath
 from transformer.config import Config, DataConfig
 from transformer.config.validation import subword_dropout_error
 from transformer.data.batching import PAD_EXAMPLE, Batch, BatchSchedule, BatchSpec, JaggedArray, LengthArray, Lengths
-from transformer.data.bpe_dropout import GOLDEN, BpeMerges, mix, segment, take
+from transformer.data.bpe_dropout import GOLDEN, BpeMerges, mix, segment, span_index, take
 from transformer.data.schedule_store import FileStore, MemoryStore, Store
 from transformer.data.tokenizer import EOS, PAD, SPACE, BpePiece, Tokenizer
 from transformer.runtime import progress
@@ -294,8 +294,7 @@ class SubwordDropout:
         is_new_W = is_known_W & fits_W
         starts_W = np.where(is_new_W, starts_W, spans.starts_W)
         lengths_W = np.where(is_new_W, lengths_W, spans.lengths_W)
-        offsets_W = np.concatenate([[0], np.cumsum(lengths_W)])
-        index_T = np.repeat(starts_W - offsets_W[:-1], lengths_W) + np.arange(offsets_W[-1])
+        index_T, offsets_W = span_index(starts_W, lengths_W)
         is_new_T = np.repeat(is_new_W, lengths_W)
         flat = np.empty(len(index_T), plain.flat.dtype)
         flat[is_new_T] = table.segmentations.flat[index_T[is_new_T]]

@@ -3,7 +3,6 @@
 `eval.py --target_language=CODE` writes the full report of one direction.
 """
 
-import datetime
 import html
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -51,7 +50,6 @@ def build(workdir: epath.PathLike, restored: RestoredModel, evaluated: Mapping[s
       name: of the data set.
     """
     metrics, ranking = restored.config.eval.metric_names, sentence_metric(restored.config.eval.metric_names)
-    when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     results = {direction: each.result for direction, each in evaluated.items()}
     columns = [Column("direction"), *numbers("sentences", *(METRICS[m].label for m in metrics), "loss")]
     signatures = {result.scores[f"{m}_signature"] for result in results.values() for m in metrics}
@@ -64,7 +62,7 @@ def build(workdir: epath.PathLike, restored: RestoredModel, evaluated: Mapping[s
         worst.append(section(f"worst-{direction}", f"Worst sentences, {direction}", sentences, DIFF_LEGEND))
     return render_page(
         f"{epath.Path(workdir).name}: report of {len(evaluated)} directions",
-        f"{name} · {restored.description} · {when}",
+        f"{name} · {report.described(restored)}",
         [
             section("directions", "Directions", table(columns, summary.direction_rows(results, metrics)), note),
             section("curves", "Learning curves", curves(workdir, list(evaluated), metrics)),
@@ -79,7 +77,7 @@ def curves(workdir: epath.PathLike, directions: Sequence[str], metrics: Sequence
     entries = files.read_json_lines(epath.Path(workdir) / METRICS_FILE)
 
     def series(title: str, key: str, number: int = 0) -> Series:
-        points = sorted({entry["step"]: entry[key] for entry in entries if key in entry}.items())
+        points = report.logged_points(entries, key)
         color, faint = number % NUM_COLORS + 1, number >= NUM_COLORS
         return Series(title, points, markers=not key.startswith("train"), color=color, faint=faint)
 
@@ -90,5 +88,4 @@ def curves(workdir: epath.PathLike, directions: Sequence[str], metrics: Sequence
         line_chart("loss, nats per token", "step", losses, log_y=True),
         line_chart(METRICS[first].label, "step", [series("mean", f"valid/{first}"), *scores]),
     ]
-    drawn = "".join(charts)
-    return f'<div class="charts">{drawn}</div>' if drawn else ""
+    return report.chart_grid(charts)

@@ -106,10 +106,9 @@ def build(
 ) -> str:
     """The page as HTML."""
     data, metrics = restored.config.data, restored.config.eval.metric_names
-    when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     subtitle = (
         f"{dataset.name}, {result.sentences:,} sentences, {data.source_language} → {data.target_language} · "
-        f"{restored.description} · {when}"
+        f"{described(restored)}"
     )
     direction = f"{data.source_language}-{data.target_language}"
     ranking = sentence_metric(metrics)
@@ -210,7 +209,7 @@ def _length_section(system: System, dataset: EvalDataset, config: Config) -> str
     tokenizer = choose_bleu_tokenizer(config.data, dataset.references[0]).name
     breakdown = by_length(config.eval.metric_names[0], [system], dataset.references, groups, "source", tokenizer)
     chart = comparison_html.breakdown_chart(breakdown, [system])
-    return section("length", breakdown.title, f'<div class="charts">{chart}</div>' if chart else "")
+    return section("length", breakdown.title, chart_grid([chart]))
 
 
 def in_direction(entries: Iterable[Mapping[str, Any]], direction: str) -> list[dict[str, Any]]:
@@ -240,7 +239,7 @@ def _curves(systems: Sequence[System], name: str, metrics: Sequence[str], direct
         return [
             Series(
                 ", ".join(filter(None, (label if many else "", title))),
-                sorted({entry["step"]: entry[key] for entry in run_entries if key in entry}.items()),
+                logged_points(run_entries, key),
                 markers=kind != "train",
                 color=number + 2 * (kind == "set") if many else 0,
                 faint=key == "train/loss" and many,
@@ -260,6 +259,22 @@ def _curves(systems: Sequence[System], name: str, metrics: Sequence[str], direct
         line_chart("learning rate", "step", lines("" if many else "learning rate", "train/learning_rate")),
         line_chart(speed, "step", lines("" if many else speed, "train/target_tokens_per_s")),
     ]
+    return chart_grid(charts)
+
+
+def described(restored: RestoredModel) -> str:
+    """The model and the time now, for the head of a page."""
+    when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return f"{restored.description} · {when}"
+
+
+def logged_points(entries: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of a key in lines of metrics, by step; of lines of one step the last."""
+    return sorted({entry["step"]: entry[key] for entry in entries if key in entry}.items())
+
+
+def chart_grid(charts: Iterable[str]) -> str:
+    """Charts side by side; empty if all are."""
     drawn = "".join(charts)
     return f'<div class="charts">{drawn}</div>' if drawn else ""
 

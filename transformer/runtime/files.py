@@ -25,6 +25,13 @@ from transformer.runtime.logging import log_info
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 
 
+def reject_missing_workdirs(*workdirs: epath.PathLike) -> None:
+    """Raises a UserError for a workdir that is not there."""
+    for workdir in workdirs:
+        if not epath.Path(workdir).is_dir():
+            raise UserError(f"{workdir}: expected a folder that train.py wrote, found none")
+
+
 def write_atomic(path: epath.PathLike, content: bytes | str) -> None:
     """Writes a file under another name and renames it, so that it is never read half-written."""
     with open_atomic(path) as file:

@@ -194,8 +194,7 @@ def prepare_data(resume: ResumePoint, path: epath.Path) -> TrainingData:
         else:
             trained = resume.checkpoints.tokenizer(resume.step)
             tokenizer = input_pipeline.check_same_tokenizer(config.data, corpus, stored, trained)
-        ids = input_pipeline.token_ids(config.data, corpus, "train", tokenizer)
-        ids = input_pipeline.with_subword_dropout(config, ids, tokenizer)
+        ids = input_pipeline.training_ids(config, corpus, tokenizer)
     consistency.assert_same_data(corpus.digest, tokenizer.digest)
     schedule = input_pipeline.make_batch_schedule(config, ids)
     return TrainingData(train, validation, digests, metric, tokenizer, ids, schedule)
