@@ -50,6 +50,7 @@ def test_a_mixture_survives_json_and_a_config_file_and_the_command_line(root, mo
         ([entry(until_step=10), entry("fr", from_step=20)], "of train.num_steps = 100 updates, got none .* 11 to 20;"),
         ([entry(from_step=20)], "got none for updates 1 to 20;"),
         ([entry(until_step=90)], "got none for updates 91 to 100;"),
+        ([entry(), entry("fr", from_step=100)], "entry 2: expected from_step below train.num_steps = 100, .* got 100"),
         ([entry(from_step=20, until_step=10)], "expected until_step above from_step = 20, or 0 for no end, got 10"),
         ([entry(wieght=1)], "entry 1: unknown field 'wieght'; did you mean 'weight'?"),
         ([entry(), 5], "entry 2: expected a dict of fields such as weight, got 5"),

@@ -246,7 +246,6 @@ def test_a_run_leaves_what_is_documented(whole):
 @pytest.mark.parametrize(
     ("batching", "sections"),
     [
-        ({}, {}),
         ({}, {"mesh": {"data": 2}, "train": {"accumulation_steps": 2}}),
         ({"batching": "pack", "num_buckets": 8}, {"mesh": {"sequence": 2}}),
     ],

@@ -186,12 +186,17 @@ def _is_active(entry: MixtureEntry, step: int) -> bool:
 
 
 def check_stages(data: DataConfig, num_steps: int) -> None:
-    """Raises a UserError if an entry ends before it begins, or an update of the run has no entry."""
+    """Raises a UserError if an entry ends before it begins or begins after the run, or an update has no entry."""
     for number, entry in enumerate(data.mixture, 1):
         if 0 < entry.until_step <= entry.from_step:
             raise UserError(
                 f"config.data.mixture, entry {number}: expected until_step above from_step = {entry.from_step}, or 0 "
                 f"for no end, got {entry.until_step}"
+            )
+        if entry.from_step >= num_steps:
+            raise UserError(
+                f"config.data.mixture, entry {number}: expected from_step below train.num_steps = {num_steps}, or the "
+                f"entry is never drawn from, got {entry.from_step}"
             )
     found = stages(data)
     ends = [stage.start for stage in found[1:]] + [num_steps]

@@ -38,6 +38,16 @@ def norm_saves_normed() -> bool:
     return current() == "cpu"
 
 
+def merges_leading_axes() -> bool:
+    """Whether products of activations with a kernel see batch and length as one axis.
+
+    The kernel's gradient sums over both. XLA's CPU back end first copies the other operands of sums over two axes,
+    transposed, and may compute them again for it: a feed-forward block takes 1.4 times as long, a gated one without
+    biases 2.2 times.
+    """
+    return current() == "cpu"
+
+
 def gathers_target_logits() -> bool:
     """Whether the loss gathers the logit of each target token, rather than compare all token ids with it.
 

@@ -31,6 +31,7 @@ from transformer.models.layers import (
     read_param,
     split_layer_keys,
 )
+from transformer.models.projection import merge_leading, project
 
 
 class LstmState(NamedTuple):
@@ -72,8 +73,7 @@ def lstm(x_BTD: Array, weights: LstmWeights, keep_BT: Array | None = None, rever
     """
     # Length first, so that the rows of a step are contiguous; the input is transposed, for the gates are wider.
     x_TBD = jnp.swapaxes(x_BTD, 0, 1)
-    x_TBG = _as_matrix(x_TBD) @ weights.input_DG
-    x_TBG = x_TBG.reshape(*x_TBD.shape[:2], -1)
+    x_TBG = project("...d,dg->...g", x_TBD, weights.input_DG)
     keep_TB1 = None if keep_BT is None else keep_BT.T[:, :, None].astype(jnp.float32)
     return jnp.swapaxes(lstm_scan(x_TBG, weights.state_HG, weights.bias_G, keep_TB1, reverse), 0, 1)
 
@@ -135,20 +135,12 @@ def _backward(reverse: bool, saved: tuple, grad_TBH: Array) -> tuple[Array, Arra
 
 def _weight_gradient(previous_TBH: Array, grad_TBG: Array) -> Array:
     """The gradient of `state_HG`, summed over all steps: [H, G]."""
-    previous, grad = _as_matrix(previous_TBH), _as_matrix(grad_TBG)
+    previous, grad = merge_leading(previous_TBH), merge_leading(grad_TBG)
     leading = list(range(grad.ndim - 1))
     return jnp.tensordot(previous, grad, (leading, leading))
 
 
 lstm_scan.defvjp(_forward, _backward)
-
-
-def _as_matrix(x_TBD: Array) -> Array:
-    """Flattens to a matrix, whose products are faster in XLA's CPU back end; unchanged where the batch is sharded.
-
-    XLA loses the sharding of an axis that is merged into an earlier one, and gathers it.
-    """
-    return x_TBD if sharding.num_shards("batch") > 1 else x_TBD.reshape(-1, x_TBD.shape[-1])
 
 
 def _reset_state(value: Array, keep_B1: Array | None) -> Array:
@@ -294,7 +286,7 @@ class LstmSeq2Seq(Seq2SeqModel):
 
     def _output(self, x_BTD: Array, context_BTD: Array) -> Array:
         joined_BTD = jnp.concatenate([x_BTD, context_BTD], axis=-1)
-        return self._logits(jnp.einsum("bte,ed->btd", joined_BTD, read_param(self.out, joined_BTD.dtype)))
+        return self._logits(project("...e,ed->...d", joined_BTD, read_param(self.out, joined_BTD.dtype)))
 
     def _dropout(self, x_BTD: Array, keys: Key, layer: int) -> Array:
         return dropout(x_BTD, self.config.dropout_rate, None if keys is None else keys[layer])

@@ -327,7 +327,7 @@ class TrainingLoop:
         context, validated = self.context, self.context.data.validation
         count = self._config.eval.validation_sentences
         metrics = best_metric.validation_metrics(self._config)
-        results, samples = {}, []
+        results, samples = {}, {}
         with progress.phase(f"validation at step {step:,}"):
             for direction, split in validated:
                 sources, references = (fixed_sample(lines, count) for lines in (split.sources(), split.targets()))
@@ -335,7 +335,7 @@ class TrainingLoop:
                     params, sources, [references], metrics=metrics, progress=stop_if_signalled, direction=direction
                 )
                 results[direction.name] = result
-                samples.append((sources, references, result.translations))
+                samples[direction.name] = sources, references, result.translations
         scores = validation_scores(results, metrics)
         loss, seconds = scores["valid/loss"], sum(result.seconds for result in results.values())
         if not math.isfinite(loss):
@@ -360,8 +360,8 @@ class TrainingLoop:
         if len(results) > 1:
             by_direction = " · ".join(f"{name} {result.scores['bleu']:.2f}" for name, result in results.items())
             log_info(f"  BLEU {by_direction}")
-        for sample in samples:
-            log_sample(*sample)
+        for name, sample in samples.items():
+            log_sample(*sample, name if len(samples) > 1 else "")
 
 
 def validation_scores(results: Mapping[str, EvalResult], metrics: Sequence[str]) -> dict[str, float]:
@@ -386,7 +386,9 @@ def fixed_sample(lines: list[str], count: int) -> list[str]:
     return [lines[i * len(lines) // count] for i in range(count)] if 0 < count < len(lines) else lines
 
 
-def log_sample(sources: Sequence[str], references: Sequence[str], translations: Sequence[str]) -> None:
+def log_sample(
+    sources: Sequence[str], references: Sequence[str], translations: Sequence[str], direction: str = ""
+) -> None:
     """Logs one translation, of the same sentence at every validation: that in the middle of the split."""
-    i = len(sources) // 2
-    log_info(f"  source      {sources[i]}\n  reference   {references[i]}\n  translation {translations[i]}")
+    i, heading = len(sources) // 2, f"  {direction}\n" if direction else ""
+    log_info(f"{heading}  source      {sources[i]}\n  reference   {references[i]}\n  translation {translations[i]}")
