@@ -47,7 +47,7 @@ def get_config(folder: str = "tatoeba") -> config_dict.ConfigDict:
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 500
 
-    config.train.num_steps = 3500
+    config.train.num_steps = 2500
     config.train.batch_tokens = 4096
     config.train.eval_every_steps = 500
     config.train.checkpoint_every_steps = 500
