@@ -9,7 +9,10 @@ Sentence pairs of https://tatoeba.org, through https://www.manythings.org/anki/ 
 does not need the same number of pairs: with data.mixture_temperature = 2 a language with a quarter of the pairs gets
 half of the examples.
 
-Sized for less than 30 minutes on 2 CPU cores, float32.
+BLEU on the four validation files (sacreBLEU nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0), beam 4, the
+last checkpoint: de 22.2, fr 27.4, es 25.5, nl 29.5, mean 26.2. 2.15M params, 2,500 updates of 8.3M target tokens and
+1.3e14 FLOPs; 24 minutes on 2 cores of a shared AMD EPYC, float32, preparation and scoring included (2026-11-29, commit
+5157eaf).
 """
 
 from ml_collections import config_dict

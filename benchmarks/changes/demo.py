@@ -16,10 +16,11 @@ def get_changes(base: Config) -> dict[str, dict[str, Any]]:
     return {
         "base": {
             "train.num_steps": 300,
+            "train.batch_tokens": 2048,
             "optimizer.warmup_steps": 100,
             "train.log_every_steps": 20,
-            "train.eval_every_steps": 100,
-            "train.checkpoint_every_steps": 100,
+            "train.eval_every_steps": 150,
+            "train.checkpoint_every_steps": 50,
             "eval.validation_sentences": 200,
             "eval.validation_beam_size": 1,
         },

@@ -428,6 +428,7 @@ def test_names_of_many_lines_have_rows_of_their_own(tmp_path):
         ("demo", "learning_rate", []),
         ("paper_cldr", "table3", []),
         ("multi30k_families", "families", ["--config.data.dir={data}"]),
+        ("multi30k", "modern", ["--config.data.dir={data}"]),
     ],
 )
 def test_shipped_changes_can_be_trained(config, changes, flags, data, monkeypatch):
