@@ -132,6 +132,7 @@ def temporaries(attend, length):
     return gradient.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_length_and_not_its_square():
     def blockwise(*qkv):
         return blockwise_attention(*qkv, AttentionMask(causal=True))

@@ -50,6 +50,7 @@ def evaluate(workdir, *flags, code=0):
     return run("eval.py", f"--workdir={workdir}", *flags, code=code)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_that_of_the_metric_of_the_task(trained):
     _, workdir = trained
     assert json.loads((workdir / "config.json").read_text())["train"]["best_metric"] == "accuracy"
@@ -69,6 +70,7 @@ def test_a_missing_package_is_reported_before_training(tmp_path, monkeypatch):
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_model_of_labels_is_scored_by_accuracy_alone(trained):
     """Against a count by hand, and against the baseline with a test of significance."""
     folder, workdir = trained
@@ -87,6 +89,7 @@ def test_a_model_of_labels_is_scored_by_accuracy_alone(trained):
     assert "equal lines, higher is better" in page
 
 
+@pytest.mark.slow
 def test_other_metrics_may_be_named_later(trained):
     _, workdir = trained
     fields = json.loads(evaluate(workdir, "--metrics=exact_match,chrf").stdout.splitlines()[-1])
@@ -97,6 +100,7 @@ def test_other_metrics_may_be_named_later(trained):
     assert b"--watch" in evaluate(workdir, "--metrics=bleu", "--watch", code=2).stderr
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_reported_before_translating(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     result = evaluate(trained[1], "--metrics=rougeL", code=2)
@@ -104,6 +108,7 @@ def test_a_missing_package_is_reported_before_translating(trained, monkeypatch):
     assert b"source  " not in result.stderr
 
 
+@pytest.mark.slow
 def test_systems_are_compared_by_the_metrics_of_the_first_workdir(trained, tmp_path):
     folder, workdir = trained
     evaluate(workdir)

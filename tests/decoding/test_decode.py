@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.conftest import small_config
+from tests.conftest import slow, small_config
 from tests.decoding.test_translator import LINES
 from tests.models.test_families import family_config
 from transformer.config import DecodeConfig
@@ -49,7 +49,7 @@ def test_extra_length_bounds_the_output(parts):
         assert (lengths == sources.lengths + extra).any()
 
 
-@pytest.mark.parametrize("beam_size", [1, 4])
+@pytest.mark.parametrize("beam_size", [slow(1), 4])
 def test_scores_are_what_the_model_gives_to_the_whole_hypothesis(parts, beam_size):
     """Beams cross and cross again; decoding at once must agree with what each then remembers."""
     _, vocabulary, model, params = parts

@@ -108,8 +108,8 @@ VARIANTS = {
     "convolutional": {"family": "convolutional"},
 }
 COMBINED = [
-    ("rdrop", "plain", "bucket"),
     ("simcut", "plain", "bucket"),
+    slow("rdrop", "plain", "bucket"),
     slow("simcut", "dropouts", "pack"),
     slow("rdrop", "scan", "pack"),
     slow("simcut", "rotary", "bucket"),

@@ -53,6 +53,7 @@ def test_only_the_primary_process_traces(monkeypatch):
     assert Traces(monkeypatch).run("1:2", range(1, 3)) == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_tensorboard_and_perfetto_open_and_may_be_resumed_without(data, tmp_path, capsys):  # noqa: F811
     settings = {"num_steps": 4, "eval_every_steps": 99, "checkpoint_every_steps": 2}
     train(config_of(data, train={**settings, "num_steps": 2, "profile_steps": "2:2"}), tmp_path / "run")
