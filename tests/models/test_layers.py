@@ -1,5 +1,7 @@
 """The blocks: the norms' hand-written gradient, positions, embeddings, shapes of heads, dropout's places."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,3 +135,14 @@ def test_every_param_names_its_axes():
     block = layers.MultiHeadAttention(config_of(qk_norm=True), nnx.Rngs(params=0))
     for _, param in nnx.to_flat_state(nnx.state(block, nnx.Param)):
         assert len(param.get_metadata()["axes"]) == param.get_value().ndim
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_gelu_is_that_of_the_error_function(dtype, tolerance):
+    given = jnp.linspace(-9, 9, 181).astype(dtype)
+    x = np.asarray(given.astype(jnp.float32))
+    phi = np.array([0.5 * math.erfc(-value / 2**0.5) for value in x])
+    value, slope = jax.vmap(jax.value_and_grad(layers.gelu))(given)
+    np.testing.assert_allclose(value.astype(jnp.float32), x * phi, rtol=tolerance, atol=tolerance)
+    density = np.exp(-np.square(x) / 2) / (2 * np.pi) ** 0.5
+    np.testing.assert_allclose(slope.astype(jnp.float32), phi + x * density, rtol=tolerance, atol=2 * tolerance)

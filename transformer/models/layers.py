@@ -232,11 +232,14 @@ class Embedding(nnx.Module):
         return sharding.with_logical_constraint(logits, ("batch", "length", "vocab"))
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "silu": jax.nn.silu,
-}
+def gelu(x: Array) -> Array:
+    """x Φ(x) (Hendrycks & Gimpel 2016); in float32 by erf, which a CPU computes faster than erfc."""
+    if x.dtype != jnp.float32:
+        return jax.nn.gelu(x, approximate=False)
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu": gelu, "silu": jax.nn.silu}
 ACTIVATIONS |= {"swiglu": ACTIVATIONS["silu"], "geglu": ACTIVATIONS["gelu"]}
 
 
