@@ -13,7 +13,7 @@ from transformer.config import Config
 
 def get_changes(base: Config) -> dict[str, dict[str, Any]]:
     """The paper's recipe, and one idea a change."""
-    gated = {"model.mlp_dim": round(base.model.mlp_dim * 2 / 3)}  # three matrices in place of two
+    gated = {"model.mlp_dim": round(base.model.mlp_dim * 2 / 3 / 8) * 8}  # three matrices in place of two
     return {
         "base": {
             "train.num_steps": 4000,
