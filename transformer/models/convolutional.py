@@ -32,7 +32,7 @@ from transformer.models.layers import (
     stack_layers,
     unstack_layers,
 )
-from transformer.models.projection import project
+from transformer.models.linear import linear
 
 
 class SourceStates(NamedTuple):
@@ -70,7 +70,7 @@ class GatedConvolution(nnx.Module):
     def glu(self, window: Array) -> Array:
         """Convolves the window of each position and gates the result: [..., W · D] → [..., D]."""
         kernel = read_param(self.kernel, window.dtype)
-        out = project("...d,de->...e", window, kernel.reshape(-1, kernel.shape[-1]))
+        out = linear("...d,de->...e", window, kernel.reshape(-1, kernel.shape[-1]))
         value, gate = jnp.split(add_bias(out, self.bias), 2, axis=-1)
         return value * jax.nn.sigmoid(gate)
 
@@ -110,7 +110,7 @@ class DecoderLayer(nnx.Module):
         """Cross-attention and residual connections, after the convolution."""
         weights_BTS = self.attention.weights(scale_by_sqrt_half(convolved_BTD + y_BTD), keys_BSD, source.mask)
         context_BTD = attend(weights_BTS, source.values_BSD)
-        context_BTD = project("...d,de->...e", context_BTD, read_param(self.out, context_BTD.dtype))
+        context_BTD = linear("...d,de->...e", context_BTD, read_param(self.out, context_BTD.dtype))
         return scale_by_sqrt_half(x_BTD + scale_by_sqrt_half(convolved_BTD + context_BTD)), weights_BTS
 
     def step(

@@ -29,7 +29,7 @@ from transformer.config import ModelConfig
 from transformer.config.validation import BLOCKWISE_MIN_LENGTH, FUSED_ATTENTION_PLATFORMS
 from transformer.distributed import platform as platforms
 from transformer.distributed import sharding
-from transformer.models.projection import project
+from transformer.models.linear import linear
 
 Key = Array | None
 
@@ -228,7 +228,7 @@ class Embedding(nnx.Module):
     def logits(self, x: Array) -> Array:
         """[..., D] → float32 [..., V]."""
         table_VD = read_param(self.table, x.dtype)
-        logits = project("...d,vd->...v", x, table_VD, einsum_f32)
+        logits = linear("...d,vd->...v", x, table_VD, einsum_f32)
         return sharding.with_logical_constraint(logits, ("batch", "length", "vocab"))
 
 
@@ -267,11 +267,11 @@ class FeedForward(nnx.Module):
         else:
             hidden = activate(self._hidden(x, self.kernel_gate, self.bias_gate)) * hidden
         hidden = dropout(hidden, self.dropout_rate, key)
-        return add_bias(project("...f,fd->...d", hidden, read_param(self.kernel_out, x.dtype)), self.bias_out)
+        return add_bias(linear("...f,fd->...d", hidden, read_param(self.kernel_out, x.dtype)), self.bias_out)
 
     def _hidden(self, x: Array, kernel: nnx.Param, bias: nnx.Param | None) -> Array:
         """[..., D] → [..., F], before the activation."""
-        hidden = project("...d,df->...f", x, read_param(kernel, x.dtype))
+        hidden = linear("...d,df->...f", x, read_param(kernel, x.dtype))
         return add_bias(sharding.with_logical_constraint(hidden, ("batch", "length", "mlp")), bias)
 
 
@@ -300,18 +300,18 @@ class MultiHeadAttention(nnx.Module):
 
     def queries(self, x: Array, rotation: Rotation | None = None) -> Array:
         """[..., D] → [..., H, K]."""
-        queries = project("...d,dhk->...hk", x, read_param(self.query, x.dtype))
+        queries = linear("...d,dhk->...hk", x, read_param(self.query, x.dtype))
         return norm_and_rotate(queries, self.query_norm, rotation)
 
     def keys_values(self, x: Array, rotation: Rotation | None = None) -> tuple[Array, Array]:
         """[..., D] → keys and values, each [..., H, K]."""
-        keys = project("...d,dhk->...hk", x, read_param(self.key, x.dtype))
+        keys = linear("...d,dhk->...hk", x, read_param(self.key, x.dtype))
         keys = norm_and_rotate(keys, self.key_norm, rotation)
-        return keys, project("...d,dhk->...hk", x, read_param(self.value, x.dtype))
+        return keys, linear("...d,dhk->...hk", x, read_param(self.value, x.dtype))
 
     def project(self, heads: Array) -> Array:
         """[..., H, K] → [..., D]."""
-        return project("...hk,hkd->...d", heads, read_param(self.out, heads.dtype))
+        return linear("...hk,hkd->...d", heads, read_param(self.out, heads.dtype))
 
     def __call__(
         self, x_BTD: Array, kv_BSD: Array, mask: AttentionMask, key: Key = None, rotation: Rotation | None = None
@@ -419,11 +419,11 @@ class CrossAttention(nnx.Module):
 
     def keys(self, encoded_BSD: Array) -> Array:
         """Projected keys of the source, [B, S, D]."""
-        return project("...d,de->...e", encoded_BSD, read_param(self.key, encoded_BSD.dtype))
+        return linear("...d,de->...e", encoded_BSD, read_param(self.key, encoded_BSD.dtype))
 
     def weights(self, x_BTD: Array, keys_BSD: Array, mask: AttentionMask) -> Array:
         """Weights of each target and source state, float32 [B, T, S], of sum 1 over the source."""
-        q_BTD = project("...d,de->...e", x_BTD, read_param(self.query, x_BTD.dtype))
+        q_BTD = linear("...d,de->...e", x_BTD, read_param(self.query, x_BTD.dtype))
         scores_BTS = (self._dot if self.score == "dot" else self._additive)(q_BTD, keys_BSD)
         mask_BTS = mask.materialize(scores_BTS.shape[1], scores_BTS.shape[2])[:, 0]
         return jax.nn.softmax(jnp.where(mask_BTS, scores_BTS, MASK_VALUE), axis=-1)

@@ -31,7 +31,7 @@ from transformer.models.layers import (
     read_param,
     split_layer_keys,
 )
-from transformer.models.projection import merge_leading, project
+from transformer.models.linear import linear, merge_leading
 
 
 class LstmState(NamedTuple):
@@ -73,7 +73,7 @@ def lstm(x_BTD: Array, weights: LstmWeights, keep_BT: Array | None = None, rever
     """
     # Length first, so that the rows of a step are contiguous; the input is transposed, for the gates are wider.
     x_TBD = jnp.swapaxes(x_BTD, 0, 1)
-    x_TBG = project("...d,dg->...g", x_TBD, weights.input_DG)
+    x_TBG = linear("...d,dg->...g", x_TBD, weights.input_DG)
     keep_TB1 = None if keep_BT is None else keep_BT.T[:, :, None].astype(jnp.float32)
     return jnp.swapaxes(lstm_scan(x_TBG, weights.state_HG, weights.bias_G, keep_TB1, reverse), 0, 1)
 
@@ -286,7 +286,7 @@ class LstmSeq2Seq(Seq2SeqModel):
 
     def _output(self, x_BTD: Array, context_BTD: Array) -> Array:
         joined_BTD = jnp.concatenate([x_BTD, context_BTD], axis=-1)
-        return self._logits(project("...e,ed->...d", joined_BTD, read_param(self.out, joined_BTD.dtype)))
+        return self._logits(linear("...e,ed->...d", joined_BTD, read_param(self.out, joined_BTD.dtype)))
 
     def _dropout(self, x_BTD: Array, keys: Key, layer: int) -> Array:
         return dropout(x_BTD, self.config.dropout_rate, None if keys is None else keys[layer])

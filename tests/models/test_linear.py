@@ -10,7 +10,7 @@ from transformer.config import MeshConfig
 from transformer.distributed import platform as platforms
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
-from transformer.models.projection import project
+from transformer.models.linear import linear
 
 SHAPES = {
     "...d,df->...f": ((2, 3, 4), (4, 5)),
@@ -36,7 +36,7 @@ def test_values_and_gradients_are_those_of_the_einsum(subscripts, einsum, progra
     got, wanted = (
         jax.value_and_grad(value(product), argnums=(0, 1), has_aux=True)(x, kernel)
         for product in (
-            lambda x, kernel: project(subscripts, x, kernel, einsum),
+            lambda x, kernel: linear(subscripts, x, kernel, einsum),
             lambda x, kernel: jnp.einsum(subscripts, x, kernel),
         )
     )
@@ -49,7 +49,7 @@ def summed_axes(subscripts, mesh=None):
 
     def loss(kernel):
         with sharding.use_mesh(mesh or make_mesh(MeshConfig(data=1))):
-            return jnp.sin(project(subscripts, x, kernel)).sum()
+            return jnp.sin(linear(subscripts, x, kernel)).sum()
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))(kernel)
     dots = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]

@@ -13,7 +13,7 @@ from transformer.distributed import platform as platforms
 from transformer.distributed import sharding
 
 
-def project(
+def linear(
     subscripts: str, x: Array, kernel: Array, einsum: Callable[[str, Array, Array], Array] = jnp.einsum
 ) -> Array:
     """The einsum of activations and a kernel, such as "...d,df->...f": [..., D], [D, F] → [..., F]."""
