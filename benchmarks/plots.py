@@ -1,6 +1,8 @@
 """Writes charts as stand-alone SVG files: those of `transformer.evaluation.charts`, and means with intervals."""
 
 import html
+import itertools
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,13 +59,21 @@ def write_intervals(
 ) -> None:
     """Writes a chart with a row for each name: values as small dots, their mean, and half the width of its interval.
 
-    A dashed line is at the mean of the first row. Writes nothing without rows.
+    A dashed line is at the mean of the first row. An interval ends at the latest as far beyond all values as these are
+    apart: one of two values may be a hundred times as wide. Writes nothing without rows.
     """
     if not rows:
         return
     means = {name: statistics.fmean(values) for name, (values, _) in rows.items()}
-    ends = [x for values, _ in rows.values() for x in values]
-    ends += [means[name] + sign * (interval or 0) for name, (_, interval) in rows.items() for sign in (-1, 1)]
+    shown = [x for values, _ in rows.values() for x in values]
+    beyond = (max(shown) - min(shown)) or math.inf
+    lowest, highest = min(shown) - beyond, max(shown) + beyond
+    intervals = {
+        name: (max(means[name] - interval, lowest), min(means[name] + interval, highest))
+        for name, (_, interval) in rows.items()
+        if interval is not None
+    }
+    ends = [*shown, *itertools.chain.from_iterable(intervals.values())]
     ticks, bottom = charts.ticks(min(ends), max(ends), 5), ROW_HEIGHT * len(rows)
     x = charts.Axis(ticks[0], ticks[-1], NAME_WIDTH, charts.WIDTH - charts.RIGHT)
 
@@ -78,11 +88,11 @@ def write_intervals(
     parts.append(text("mid", (x.start + x.end) / 2, bottom + 34, x_label))
     first = next(iter(means.values()))
     parts.append(line("baseline", first, first, 0, bottom))
-    for number, (name, (values, interval)) in enumerate(rows.items()):
+    for number, (name, (values, _)) in enumerate(rows.items()):
         y, mean = ROW_HEIGHT * (number + 0.5), means[name]
         parts.append(text("end", NAME_WIDTH - 10, y + 4, name))
-        if interval is not None:
-            parts.append(line("interval", mean - interval, mean + interval, y, y))
+        if name in intervals:
+            parts.append(line("interval", *intervals[name], y, y))
         parts += [f'<circle class="seed" cx="{x(value):.1f}" cy="{y:.1f}" r="2.5"/>' for value in values]
         tip = f"<title>{html.escape(name)}: {mean:.4g}</title>"
         parts.append(f'<circle class="dot s1" cx="{x(mean):.1f}" cy="{y:.1f}" r="4">{tip}</circle>')

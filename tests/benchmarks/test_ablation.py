@@ -421,6 +421,16 @@ def test_names_of_many_lines_have_rows_of_their_own(tmp_path):
     assert [line.get("class") for line in root.iter() if "line " in (line.get("class") or "")][-1] == "line s1 faint"
 
 
+def test_an_interval_of_two_seeds_does_not_flatten_the_plot(tmp_path):
+    plots.write_intervals(tmp_path / "plot.svg", "t", "x", {"base": ([40, 44], 127.0), "rms": ([41, 42], 0.5)})
+    drawing = ElementTree.parse(tmp_path / "plot.svg").getroot()
+    lines, dots = ([e for e in drawing.iter() if e.get("class") == name] for name in ("interval", "seed"))
+    wide, narrow = (float(line.get("x2")) - float(line.get("x1")) for line in lines)
+    low, high = (float(dot.get("cx")) for dot in dots[:2])
+    assert wide == pytest.approx(3 * (high - low), abs=0.2)
+    assert narrow == pytest.approx((high - low) / 4, abs=0.2)
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "flags"),
     [
