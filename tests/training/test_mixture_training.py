@@ -20,7 +20,7 @@ from transformer.config import mixture
 from transformer.data import input_pipeline, mixture_corpus
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import PAD
-from transformer.evaluation import continuous, evaluator, report
+from transformer.evaluation import continuous, evaluator, report, systems
 from transformer.evaluation.evaluator import EvalResult
 from transformer.runtime.errors import UserError
 from transformer.training import trainer
@@ -219,6 +219,8 @@ def test_evaluation_reports_all_directions_in_one_table(whole, capsys):
     assert {"4.validation.en-de.txt", "4.validation.en-fr.txt"} <= names
     with pytest.raises(UserError, match="--versus is of one direction, got en-de, en-fr: choose one by --target_lang"):
         evaluation.main(["eval.py", f"--workdir={whole}", "--split=val", f"--versus={whole}"])
+    with pytest.raises(UserError, match=r"--versus=.*: no direction en to es: this model translates en-de, en-fr"):
+        systems.baseline_system(whole, "latest", None, "es", source_language="en")
 
 
 def test_lines_are_translated_and_scored_in_the_direction_of_the_flag(folder, whole, monkeypatch, capsysbinary):

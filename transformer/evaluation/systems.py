@@ -91,7 +91,10 @@ def baseline_system(
         raise UserError(f"--versus={path}: expected a workdir of train.py or a file of translations, found neither")
     restored = load_checkpoint(path, checkpoint).with_decode(fields or {})
     if restored.config.data.mixture:
-        direction = mixture.find_direction(restored.config.data, source_language, language)
+        try:
+            direction = mixture.find_direction(restored.config.data, source_language, language)
+        except UserError as error:
+            raise UserError(f"--versus={path}: {error}") from error
         restored = restored.with_direction(direction)
     if restored.config.data.target_language != language:
         raise UserError(
