@@ -59,6 +59,7 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in updates}
     for number in range(rounds):  # there and back, so that no update always follows the same one
         for name in list(updates)[:: 1 if number % 2 else -1]:
+            timing.seconds_of(updates[name].run)  # finds memory as another update left it
             seconds[name].append(timing.seconds_of(updates[name].run))
     medians = {name: 1000 * statistics.median(each) for name, each in seconds.items()}
     return {
