@@ -158,8 +158,8 @@ class Ablation:
         missing = [run for run in runs if run.seed not in self.finished[run.name]]
         check_writable(self._output / "results.json", f"--output={self._output}")
         log_info(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished before")
-        done = sum(run.step() for run in runs)
-        phase = progress.Phase("ablation", sum(run.config.train.num_steps for run in runs), "updates", done)
+        done = sum(run.step() for run in missing)
+        phase = progress.Phase("ablation", sum(run.config.train.num_steps for run in missing), "updates", done)
         self.save()
         with progress.shown(phase):
             for number, run in enumerate(missing, 1):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +228,8 @@ def test_runs_are_trained_once_and_seeds_are_added(command, capsys, tmp_path):
     ablation.main(command)
     assert trained(tmp_path) == []
     assert capsys.readouterr().out == out
+    for name in ("base", "rms", "wide"):
+        shutil.rmtree(tmp_path / "out" / name / "seed0")  # the results beside the workdirs suffice
     ablation.main([*command, "--seeds=2"])
     assert trained(tmp_path) == ["base 1", "rms 1", "wide 1"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
