@@ -24,6 +24,12 @@ FIXED_FIELDS = (
     *("data.name", "data.source_language", "data.target_language", "data.dir", "data.tokenized"),
     *("data.valid", "data.valid_source", "data.valid_target", "data.bleu_tokenizer", "eval.metrics"),
 )
+TRAINING_FIELDS = (
+    "data.train",
+    "data.train_source",
+    "data.train_target",
+    "data.columns",
+)  # a part is held out for validation
 
 
 class Change(NamedTuple):
@@ -171,7 +177,8 @@ def scored_data(data: DataConfig) -> DataConfig:
 
 def _check_comparable(config: Config, base: Config, is_base: bool) -> None:
     scored = [dataclasses.replace(each, data=scored_data(each.data)) for each in (base, config)]
-    for field in FIXED_FIELDS:
+    is_held_out = not (scored[0].data.valid or scored[0].data.valid_source)
+    for field in (*FIXED_FIELDS, *(TRAINING_FIELDS if is_held_out else ())):
         expected, value = (validation.get_field(each, field) for each in scored)
         if value != expected:
             raise UserError(

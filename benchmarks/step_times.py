@@ -48,9 +48,10 @@ def measure(
 ) -> dict[str, tuple[float, float]]:
     """The median milliseconds of an update, and the speed relative to the base on as many rows as are computed."""
     changes = {AGAIN: base, **changes}
-    of_base = {passes: f"base on {passes} x {rows} rows" for passes in {each.train.passes for each in changes.values()}}
+    rows_of = {passes: -(-passes * rows // base.train.passes) for passes in {c.train.passes for c in changes.values()}}
+    of_base = {passes: f"base on {count} rows" for passes, count in rows_of.items()}
     updates = {
-        name: timing.compile_update(base, base.data.vocab_size, random_batch(base, passes * rows, length))
+        name: timing.compile_update(base, base.data.vocab_size, random_batch(base, rows_of[passes], length))
         for passes, name in sorted(of_base.items())
     }
     for name, config in changes.items():
@@ -76,8 +77,8 @@ def random_batch(config: Config, rows: int, length: int) -> Batch:
 
 def format_table(medians: dict[str, tuple[float, float]]) -> str:
     """A Markdown table."""
-    rows = [f"| {name} | {ms:.1f} | {speed:.2f} |" for name, (ms, speed) in medians.items()]
-    return "\n".join(["| change | ms an update | relative speed |", "|---|---|---|", *rows])
+    rows = [(name, f"{ms:.1f}", f"{speed:.2f}") for name, (ms, speed) in medians.items()]
+    return "\n".join(command_line.markdown_table(("change", "ms an update", "relative speed"), rows))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,10 @@ def load_test_set(args: argparse.Namespace) -> tuple[EvalDataset, Config, Iterab
     workdirs = [path for path in args.systems if epath.Path(path).is_dir()]
     config = systems.read_config(workdirs[0]) if workdirs else Config(data=DataConfig(target_language=""))
     data = config.data
-    training = text_files.read_lines(args.frequency_corpus) if args.frequency_corpus else None
+    training: Iterable[str] | None = None
+    if args.frequency_corpus:
+        with text_files.open_bytes(args.frequency_corpus):  # a missing file is an error now, not after all tests
+            training = text_files.read_lines(args.frequency_corpus)
     if not workdirs:
         if args.source_language or args.target_language:
             raise UserError("--source_language and --target_language choose a direction of a workdir, got none")

@@ -132,6 +132,16 @@ def test_a_change_that_cannot_be_is_refused(entries, message, command, tmp_path)
     assert message in str(refused.value)
 
 
+def test_a_change_of_the_training_text_is_refused_where_validation_is_a_part_of_it(tmp_path):
+    for name in ("a.tsv", "b.tsv", "valid.tsv"):
+        (tmp_path / name).write_text("one\teins\ntwo\tzwei\n")
+    flags = ["--config=configs/text.py", f"--config.data.train={tmp_path}/a.tsv"]
+    changes = {"base": Change({}, "", {}), "b": Change({"data.train": f"{tmp_path}/b.tsv"}, "", {})}
+    with pytest.raises(UserError, match=r"b: config\.data\.train: decides what is scored"):
+        ablation_plan.resolve(flags, changes)
+    assert len(ablation_plan.resolve([*flags, f"--config.data.valid={tmp_path}/valid.tsv"], changes)) == 2
+
+
 def test_every_change_that_cannot_be_is_named_before_jax_is_imported(data, tmp_path):
     (tmp_path / "changes.py").write_text(
         "def get_changes(base):\n"

@@ -50,7 +50,9 @@ def workdir(evaluation, tmp_path_factory):
     lines += [{"step": 10, "valid/loss": 3.0, "valid/bleu": 11.0}, {"step": 20, "valid/loss": 2.0, "valid/bleu": 17.5}]
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 3')
     for step, bleu in ((20, 16.0), (10, 12.25)):
-        continuous.append_evaluation(workdir, {"step": step, "name": "mine", "bleu": bleu, "loss": 2.5})
+        for digest, score in ((DATASET.digest, bleu), ("another", 99.0)):  # a file of the same name
+            entry = {"step": step, "name": "mine", "set": digest, "bleu": score, "loss": 2.5}
+            continuous.append_evaluation(workdir, entry)
     translations = evaluation[2].translations
     baseline = [*DATASET.references[0][:9], *translations[9:]]
     other = systems.System("other", "the other", baseline)

@@ -46,6 +46,15 @@ def test_scores_of_sentences_are_tested_too():
     assert "  accuracy  " in significance.format_table("a", "b", [accuracy])
 
 
+@pytest.mark.parametrize(("wins", "losses", "exact"), [(3, 0, 0.25), (10, 3, 0.0923), (6, 0, 0.03125)])
+def test_samples_that_differ_as_much_as_the_systems_count(wins, losses, exact):
+    """The exact p of a sign test, to which sacreBLEU's own is 0.0001, 0.02 and 0.0001."""
+    ours = ["x" if i < losses else line for i, line in enumerate(REFERENCES)]
+    theirs = ["x" if i >= len(REFERENCES) - wins else line for i, line in enumerate(REFERENCES)]
+    p = significance.randomization_p(metrics.make_metric("accuracy"), ours, theirs, [REFERENCES], trials=4000)
+    assert p == pytest.approx(exact, abs=0.02)
+
+
 def test_equal_systems_differ_by_nothing_but_chance():
     """Where no sample differs by more than nothing, sacreBLEU counts none, and its p is the least there is."""
     for each in significance.paired_tests(GOOD, list(GOOD), [REFERENCES], "13a", samples=100):

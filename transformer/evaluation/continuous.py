@@ -35,6 +35,11 @@ def read_evaluations(workdir: epath.PathLike) -> list[Entry]:
     return [entry for entry in files.read_json_lines(epath.Path(workdir) / EVALUATIONS_FILE) if "name" in entry]
 
 
+def is_of(entry: Entry, dataset: EvalDataset) -> bool:
+    """Whether a result is of this data set: two files of one name may hold different sentences."""
+    return (entry["name"], entry.get("set")) == (dataset.name, dataset.digest)
+
+
 def checkpoint_digest(checkpoints: CheckpointManager, step: int) -> str:
     """A digest of a checkpoint's content, which differs if the run is restarted in the same folder.
 
@@ -106,9 +111,7 @@ class CheckpointWatcher:
 
     def _scored(self, dataset: EvalDataset) -> set[str]:
         """The digests of the checkpoints that are scored on this data set."""
-        key = dataset.name, dataset.digest
-        entries = read_evaluations(self._workdir)
-        return {str(entry.get("fingerprint")) for entry in entries if (entry["name"], entry.get("set")) == key}
+        return {str(entry.get("fingerprint")) for entry in read_evaluations(self._workdir) if is_of(entry, dataset)}
 
     def _restore(self, step: int, digest: str) -> RestoredModel | None:
         """Restores a checkpoint; logs and returns None if it is damaged or was deleted meanwhile."""

@@ -52,8 +52,7 @@ def build(workdir: epath.PathLike, restored: RestoredModel, evaluated: Mapping[s
     metrics, ranking = restored.config.eval.metric_names, sentence_metric(restored.config.eval.metric_names)
     results = {direction: each.result for direction, each in evaluated.items()}
     columns = [Column("direction"), *numbers("sentences", *(METRICS[m].label for m in metrics), "loss")]
-    signatures = {result.scores[f"{m}_signature"] for result in results.values() for m in metrics}
-    note = f"The last row is the mean over directions. {' · '.join(sorted(filter(None, signatures)))}"
+    note = f"The last row is the mean over directions. {' · '.join(summary.signatures(results, metrics))}"
     worst = []
     for direction, each in evaluated.items():
         ranked = report.rank_sentences(each.dataset, each.result.translations, ranking)

@@ -22,7 +22,7 @@ from transformer.evaluation import comparison_html, summary
 from transformer.evaluation.bleu_tokenizer import choose_bleu_tokenizer
 from transformer.evaluation.charts import Series, line_chart
 from transformer.evaluation.comparison import Comparison, by_length
-from transformer.evaluation.continuous import read_evaluations
+from transformer.evaluation.continuous import is_of, read_evaluations
 from transformer.evaluation.evaluator import EvalDataset, EvalResult, result_name
 from transformer.evaluation.heatmaps import attention_heatmaps
 from transformer.evaluation.metrics import METRICS, group_by_length, sentence_metric, sentence_scores
@@ -127,7 +127,7 @@ def build(
             _stat_cards(result, metrics),
             _runs(systems),
             section("scores", "Scores", table(score_columns, summary.score_rows(result))),
-            section("curves", "Learning curves", _curves(systems, dataset.name, metrics, direction)),
+            section("curves", "Learning curves", _curves(systems, dataset, metrics, direction)),
             *(
                 comparison_html.sections(comparison)
                 if comparison
@@ -218,18 +218,18 @@ def in_direction(entries: Iterable[Mapping[str, Any]], direction: str) -> list[d
     return [{**entry, **{key.replace(part, "/"): entry[key] for key in entry if part in key}} for entry in entries]
 
 
-def _curves(systems: Sequence[System], name: str, metrics: Sequence[str], direction: str) -> str:
+def _curves(systems: Sequence[System], dataset: EvalDataset, metrics: Sequence[str], direction: str) -> str:
     """Loss, the first metric that is known, learning rate and speed by step; with results of --watch on this data set.
 
     Validation is that of the direction, such as en-de, where a run has several. A run of an earlier version was
     validated by BLEU and chrF2 alone.
     """
     runs = [(system.label, system.run) for system in systems if system.run]
-    many = len(runs) > 1
+    many, name = len(runs) > 1, dataset.name
     entries = []
     for _, run in runs:
         logged = in_direction(files.read_json_lines(run.workdir / METRICS_FILE), direction)
-        evaluations = (each for each in read_evaluations(run.workdir) if each["name"] == name)
+        evaluations = (each for each in read_evaluations(run.workdir) if is_of(each, dataset))
         renamed = ({"step": each["step"], **{f"set/{key}": each[key] for key in each}} for each in evaluations)
         entries.append([*logged, *renamed])
 

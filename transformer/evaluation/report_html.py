@@ -231,7 +231,7 @@ def sentence(
     by_any = set.union(*(set(match) for match in matches))
     rows.append(("reference", _marked(expected, ["" if i in by_any else "lack" for i in range(len(expected))])))
     items = "".join(f'<dt>{html.escape(name)}</dt><dd dir="auto">{text}</dd>' for name, text in rows)
-    data = "".join(f' data-{name}="{value:.4g}"' for name, value in (values or {}).items())
+    data = "".join(f' data-{name}="{value:.10g}"' for name, value in (values or {}).items())
     return f'<article class="sentence"{data}><span class="soft">{html.escape(title)}</span><dl>{items}</dl></article>'
 
 

@@ -72,8 +72,20 @@ def format_directions(restored: RestoredModel, results: Mapping[str, EvalResult]
     rows = [heads, *direction_rows(results, metrics)]
     widths = [max(len(head), 8) for head in heads]
     lines = ["  ".join(["", row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    signature = next(iter(results.values())).scores.get("bleu_signature")
-    return "\n".join([restored.description, *lines, *([f"  BLEU {signature}"] if signature else [])])
+    return "\n".join([restored.description, *lines, *(f"  {line}" for line in signatures(results, metrics[:1]))])
+
+
+def signatures(results: Mapping[str, EvalResult], metrics: Sequence[str]) -> list[str]:
+    """The signatures of metrics, each with its directions if these have several."""
+    lines = []
+    for metric in metrics:
+        directions: dict[str, list[str]] = {}
+        for name, result in results.items():
+            directions.setdefault(result.scores[f"{metric}_signature"], []).append(name)
+        for signature, names in directions.items():
+            of = f" of {', '.join(names)}" if len(directions) > 1 else ""
+            lines.append(f"{METRICS[metric].label}{of} {signature}")
+    return lines
 
 
 def finite(value: float) -> float | None:
