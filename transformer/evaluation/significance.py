@@ -105,9 +105,9 @@ def paired_tests(
         metric = make_metric(name, tokenizer)
         systems: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), ("system", list(translations))]
         paired = PairedTest(systems, {name: metric}, lines, "bs", samples)
-        signatures, scores = paired()
-        ((key, signature),) = signatures.items()  # keyed by sacreBLEU's own name
-        theirs, ours = scores[key]
+        found: Any = paired()
+        ((key, signature),) = found[0].items()  # keyed by sacreBLEU's own name, as are the scores
+        theirs, ours = found[1][key]
         # sacreBLEU counts the resamples that differ by more than the systems do: of equal systems none.
         bootstrap_p = ours.p_value if ours.score != theirs.score else 1.0
         results.append(
