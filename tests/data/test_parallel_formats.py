@@ -170,6 +170,13 @@ def test_tmx_that_cannot_be_taken_is_refused(tmp_path, content, says):
     assert says in refusal_of(tmp_path / "a.tmx", content)
 
 
+@pytest.mark.parametrize("text", ["caf&eacute;", "a <it>&eacute;</it>"])
+def test_tmx_with_an_entity_of_a_dtd_is_refused_and_not_left_out(tmp_path, text):
+    message = refusal_of(tmp_path / "a.tmx", TMX.format(unit(en="a", de="b") + "\n" + unit(en=text, de="b")))
+    assert message == f"{tmp_path}/a.tmx, line 4: the entity &eacute; is not defined; write its text out"
+    assert pairs_of(tmp_path / "b.tmx", TMX.format(unit(en="&amp;&#233;", de="b"))) == [("&é", "b")]
+
+
 @pytest.mark.parametrize("encoding", ["gb2312", "shift_jis", "big5", "klingon"])
 def test_tmx_in_an_encoding_that_expat_lacks_is_refused(tmp_path, encoding):
     message = refusal_of(tmp_path / "a.tmx", TMX.replace("UTF-8", encoding).format(unit(en="a", de="b")))

@@ -269,7 +269,7 @@ class _TmxReader:
     """Parses a TMX file in chunks into units, each {language in lower case: text}.
 
     The content of inline codes (bpt, ept, it, ph, ut) is markup and skipped; hi and sub hold text. Entity declarations
-    are errors, so nothing can expand; a DTD is never fetched.
+    are errors, so nothing can expand; a DTD is never fetched, and an entity that only it defines is an error too.
     """
 
     _CODES = frozenset(("bpt", "ept", "it", "ph", "ut"))
@@ -290,6 +290,7 @@ class _TmxReader:
         self._parser.EndElementHandler = self._end
         self._parser.CharacterDataHandler = self._characters
         self._parser.EntityDeclHandler = self._refuse_entity
+        self._parser.SkippedEntityHandler = self._refuse_undefined_entity
 
     def feed(self, chunk: bytes, last: bool = False) -> list[dict[str, str]]:
         """The units that this chunk completes."""
@@ -333,3 +334,8 @@ class _TmxReader:
 
     def _refuse_entity(self, name: str, *_: object) -> None:
         raise UserError(f"{self._path}: declares the XML entity {name!r}, which is refused; write its text out instead")
+
+    def _refuse_undefined_entity(self, name: str, is_parameter: bool) -> None:
+        if not is_parameter:  # whose entities, if they are used, are refused themselves
+            line = self._parser.CurrentLineNumber
+            raise UserError(f"{self._path}, line {line}: the entity &{name}; is not defined; write its text out")
