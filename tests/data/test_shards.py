@@ -205,6 +205,8 @@ def write(folder, name, content):
 
 TEXTS = [
     b"",
+    b"\xef\xbb\xbf",
+    b"\xef\xbb\xbf\n",
     b"a",
     b"a\n",
     b"\n",
@@ -223,6 +225,14 @@ def test_lines_are_those_that_are_read_one_by_one(tmp_path, monkeypatch, source,
     paths = write(tmp_path, "a.en", source), write(tmp_path, "a.de.gz", b"some words\n" * count)
     pairs = [pair for part in shards.line_parts(*paths) for pair in part.pairs()]
     assert pairs == list(text_files.read_parallel(*paths))
+
+
+@pytest.mark.parametrize("target", [b"\xef\xbb\xbf", b"a", b"a\n", b"\n"])
+def test_a_byte_order_mark_alone_is_an_empty_line(tmp_path, target):
+    for paths in itertools.permutations((write(tmp_path, "a.en", b"\xef\xbb\xbf"), write(tmp_path, "a.de", target))):
+        pairs = [pair for part in shards.line_parts(*paths) for pair in part.pairs()]
+        assert pairs == list(text_files.read_parallel(*paths))
+        assert len(pairs) == 1
 
 
 @pytest.mark.parametrize("counts", [(3, 4), (4, 3), (0, 1), (2000, 1999), (1, 2000)])

@@ -191,8 +191,6 @@ def line_parts(source: str, target: str) -> Iterator[Lines]:
                 raise text_files.unequal_lines((source, target), counts)
             if not left:
                 return
-            if first == 1:
-                left, right = (side.removeprefix(b"\xef\xbb\xbf") for side in (left, right))
             yield Lines(left, right, first, (source, target))
 
 

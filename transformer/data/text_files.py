@@ -27,6 +27,7 @@ from transformer.runtime.files import reject_pipe, sha256
 COMPRESSIONS = (".gz", ".xz", ".zst")
 MAX_LINE_BYTES = 64 << 20  # bytes
 
+_BOM = b"\xef\xbb\xbf"
 _CHUNK = 1 << 16
 _ZSTD_CHUNK = 1 << 12  # small because the data may be 30,000 times as large when decompressed
 _TRUNCATED = "the archive ends before its data does"
@@ -49,7 +50,7 @@ def decode_lines(stream: BinaryIO | io.BufferedIOBase, path: epath.PathLike) -> 
     """Like `read_lines`, for an open stream of bytes such as stdin; errors name `path`."""
     with user_errors(path):
         for number, raw in enumerate(iter_lines(stream, path), 1):
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            line = raw.removeprefix(_BOM) if number == 1 else raw
             yield strip_line_end(_decode(line, path, number))
 
 
@@ -80,6 +81,9 @@ def overlong_line(path: epath.PathLike, number: int) -> UserError:
 
 def decode_block(block: bytes, path: epath.PathLike, first: int) -> list[str]:
     """The lines of a part of a file, as `decode_lines`; the first of them has the number `first`."""
+    has_open_line = block != b"" and not block.endswith(b"\n")  # before the BOM, which may be all of it, is dropped
+    if first == 1:
+        block = block.removeprefix(_BOM)
     try:
         text = block.decode()
         is_valid = "\0" not in text
@@ -89,10 +93,10 @@ def decode_block(block: bytes, path: epath.PathLike, first: int) -> list[str]:
         for number, line in enumerate(block.split(b"\n"), first):
             _decode(line, path, number)  # raises at the first invalid one
     lines = text.split("\n")
-    last = lines.pop()  # without a line end
+    last = lines.pop()
     if "\r" in text:
         lines = [line.removesuffix("\r") for line in lines]
-    return [*lines, last] if last else lines
+    return [*lines, last] if has_open_line else lines
 
 
 def read_parallel(source: epath.PathLike, target: epath.PathLike) -> Iterator[tuple[str, str]]:
