@@ -274,11 +274,32 @@ def test_overlong_lines_are_refused(tmp_path, monkeypatch):
         list(shards.line_parts(*paths))
 
 
-def test_interrupted_preparations_of_text_that_has_changed_are_deleted(text, tmp_path):
-    abandoned = tmp_path / "parallel_text" / "en-de-0123456789abcdef" / "1.1.0.partial"
-    abandoned.mkdir(parents=True)
-    corpus.open_corpus(config(text, tmp_path))
-    assert not abandoned.exists()
+def test_finishing_deletes_interrupted_preparations_of_the_same_files_alone(tmp_path, monkeypatch):
+    def write_text(name, content, languages=("en", "de")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        for language in languages:
+            write(tmp_path / name, f"train.{language}", content)
+        fields = dict(zip(("source_language", "target_language"), languages, strict=True))
+        return config(tmp_path / name, tmp_path / "data", **fields)
+
+    def interrupt(data):
+        """Returns the folder with what is done."""
+        before = set((tmp_path / "data").rglob("*.partial"))
+        with monkeypatch.context() as patch:
+            patch.setattr(shards, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("interrupted")))
+            with pytest.raises(UserError, match="interrupted; fix"):
+                corpus.open_corpus(data)
+        (work,) = set((tmp_path / "data").rglob("*.partial")) - before
+        return work
+
+    earlier = interrupt(write_text("one", b"a\nb\n"))
+    held = interrupt(write_text("one", b"a\nc\n"))
+    others = interrupt(write_text("two", b"a\nb\nc\n")), interrupt(write_text("one", b"x\ny\n", ("en", "fr")))
+    reverse = interrupt(write_text("one", b"a\nd\n", ("de", "en")))
+    with files.file_lock(held.parent):  # somebody works at it
+        corpus.open_corpus(write_text("one", b"a\ne\n"))
+    assert not earlier.exists()
+    assert all(work.exists() for work in (held, reverse, *others))
 
 
 @pytest.mark.parametrize("call", ["write", "close"])

@@ -164,6 +164,7 @@ class ParallelText(ParallelTextBuilder):
         self._files = dict(files)
         self.languages = self._files["train"].languages
         self.source_description = _some(self._files["train"].paths, " and ")
+        self.origin = _origin(self._files)
         self._digests_dir = data_dir
         self._digest = _digest(self._files, data_dir)
         name = f"{'-'.join(self.languages)}-{self._digest[:16]}"
@@ -189,6 +190,17 @@ def _some(paths: Sequence[str], separator: str) -> str:
     """The first paths for a message."""
     more = [f"{len(paths) - 2:,} more"] if len(paths) > 2 else []
     return separator.join([*paths[:2], *more])
+
+
+def _origin(files: Mapping[str, SplitFiles]) -> str:
+    """Where the text is: paths, languages and columns."""
+    parts = []
+    for split in sorted(files):
+        made = files[split]
+        local = {path: os.path.abspath(os.path.expanduser(path)) for path in made.paths}
+        paths = [path if object_storage.is_remote(path) else local[path] for path in made.paths]
+        parts.append([split, made.languages, made.columns, paths])
+    return json.dumps(parts)
 
 
 def _digest(files: Mapping[str, SplitFiles], data_dir: epath.PathLike) -> str:

@@ -38,6 +38,7 @@ from transformer.runtime.logging import log_info
 from transformer.runtime.worker_pool import WorkerEndedError
 
 _DIGESTS_FILE = "digests.json"
+_ORIGIN_FILE = "origin"  # beside the shards that are done
 _MB = 1_000_000
 
 
@@ -71,6 +72,7 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
     Attributes:
       languages: of the first and second sentence of each pair.
       source_description: where the pairs come from, for messages.
+      origin: names the files that the text is read from, whatever they hold; empty if the name of the data set does.
       published: what TFDS says of the data set, as arguments of `DatasetInfo`.
       one_pass: what is made of the pairs besides.
       work: the folder for shards that are done.
@@ -78,6 +80,7 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
 
     languages: tuple[str, str]
     source_description: str
+    origin: str = ""
     published: Mapping[str, Any] = types.MappingProxyType({})
     one_pass = OnePass()
     work: pathlib.Path
@@ -123,6 +126,7 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
         """Makes all shards that are not done."""
         wanted, total = self.one_pass, self._text_bytes()
         self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / _ORIGIN_FILE).write_text(self.origin)
         workers = wanted.workers or shards.default_workers()
         splits = {}
         with progress.phase("data: preparing", total and total // _MB, "MB") as phase:
@@ -300,7 +304,7 @@ def prepare(
                     if work is not None:
                         shutil.rmtree(work, ignore_errors=True)  # before, as it changes the times of linked files
                         PreparedDataset(builder).record_digests()
-                        _delete_abandoned_work(folder)
+                        _delete_abandoned_work(folder, builder.origin)
                 else:
                     builder = make_builder()
                     shutil.rmtree(_work_folder(folder, True), ignore_errors=True)
@@ -374,15 +378,20 @@ def _work_folder(folder: epath.Path, is_locked: bool) -> pathlib.Path:
     return pathlib.Path(folder.parent, f"{folder.name}{suffix}.partial")
 
 
-def _delete_abandoned_work(folder: epath.Path) -> None:
-    """Deletes the shards of interrupted preparations at which nobody works, of this text or another."""
+def _delete_abandoned_work(folder: epath.Path, origin: str) -> None:
+    """Deletes the shards of interrupted preparations of this text, and of other text that the same files held before.
+
+    A preparation that may still be continued, such as of another corpus or language pair, is left alone.
+    """
     for work in pathlib.Path(folder.parent).glob(f"{glob.escape(folder.name)}.*.partial"):  # made without a lock
         shutil.rmtree(work, ignore_errors=True)
-    for work in pathlib.Path(folder.parent.parent).glob(f"*/{glob.escape(folder.name)}*.partial"):
-        if work.parent != pathlib.Path(folder.parent):
-            with file_lock(work.parent, wait=False) as is_locked:
-                if is_locked:
-                    shutil.rmtree(work, ignore_errors=True)
+    for path in pathlib.Path(folder.parent.parent).glob(f"*/{glob.escape(folder.name)}*.partial/{_ORIGIN_FILE}"):
+        work = path.parent
+        with contextlib.suppress(OSError):  # another process may delete it
+            if origin and path.read_text() == origin and work.parent != pathlib.Path(folder.parent):
+                with file_lock(work.parent, wait=False) as is_locked:
+                    if is_locked:
+                        shutil.rmtree(work, ignore_errors=True)
 
 
 def _prepare_under_lock(builder: Any, owned: bool) -> None:
