@@ -130,6 +130,30 @@ def test_old_epochs_and_files_of_killed_processes_are_deleted(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*epoch*")) == ["epoch-2.npy", "epoch-3.npy"]
 
 
+def test_a_file_that_another_run_deletes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    schedule = make(corpus(), "bucket", store=FileStore(tmp_path))
+    wanted, load, stat = schedule.batch(0).examples_B, np.load, pathlib.Path.stat
+
+    def load_deleted(path, **options):
+        loaded = load(path, **options)
+        path.unlink()
+        monkeypatch.setattr(np, "load", load)
+        return loaded
+
+    monkeypatch.setattr(np, "load", load_deleted)
+    again = make(corpus(), "bucket", store=FileStore(tmp_path))
+    np.testing.assert_array_equal(again.batch(0).examples_B, wanted)
+
+    def stat_deleted(path, **options):
+        if path.name == "epoch-0.npy":
+            path.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(pathlib.Path, "stat", stat_deleted)
+    again.batch(again.steps_per_epoch)
+    assert [path.name for path in tmp_path.glob("epoch-*")] == ["epoch-1.npy"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
 def test_in_a_folder_that_is_read_only_each_process_has_its_own(tmp_path):
     tmp_path.chmod(0o500)

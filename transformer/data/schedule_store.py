@@ -105,7 +105,8 @@ class FileStore:
         epochs = {}
         for path in self._folder.glob("epoch-*.npy"):
             if match := re.fullmatch(r"epoch-(\d+)\.npy", path.name):
-                epochs[path] = (path.stat().st_mtime_ns, int(match[1]))
+                with contextlib.suppress(FileNotFoundError):  # another run has deleted it
+                    epochs[path] = (path.stat().st_mtime_ns, int(match[1]))
         for path in sorted(epochs, key=epochs.__getitem__)[:-KEPT_EPOCHS]:
             path.unlink(missing_ok=True)  # processes that map it keep it
 
@@ -123,10 +124,10 @@ def _map(path: pathlib.Path, size: int) -> np.ndarray | None:
     """Maps an array into memory; None if it is missing, damaged or of another size."""
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        with path.open("rb") as file:  # which another run may have deleted
+            file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
+            digest = file.read()
     except (OSError, ValueError, EOFError):
         return None
-    with path.open("rb") as file:
-        file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
-        digest = file.read()
     is_same = mapped.ndim == 1 and len(mapped) == size and hashlib.sha256(mapped).digest() == digest
     return mapped if is_same else None
