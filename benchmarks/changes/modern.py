@@ -1,4 +1,4 @@
-"""Ideas since 2017, each alone, at half the updates of configs/multi30k.py.
+"""Fourteen ideas beyond the paper's, each alone, and the paper's recipe, at half the updates of configs/multi30k.py.
 
     python -m benchmarks.ablation --config=configs/multi30k.py --changes=benchmarks/changes/modern.py
         --config.data.dir=FOLDER --split=validation --output=runs/modern
