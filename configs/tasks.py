@@ -4,6 +4,8 @@
     python train.py --config=configs/tasks.py:sentiment --workdir=runs/sentiment
     python eval.py --workdir=runs/sentiment --checkpoint=best --versus=runs/tasks/sentiment/baseline.txt
 
+Summarization needs `pip install rouge-score`.
+
 Test scores (trivial baseline): sentiment accuracy 100.0 (51.1), question answering exact match 67.4 (3.5),
 summarization ROUGE-1 95.1 (12.3). About three minutes each on 2 shared cores of an Intel Xeon, float32 (2026-11-29,
 commit 89c37d2 with this file). docs/tasks.md describes the tasks.
