@@ -29,7 +29,6 @@ PAGES = {
     for path in [*map(ROOT.joinpath, ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *(ROOT / "docs").glob("*.md")]
 }
 every_page = pytest.mark.parametrize("page", PAGES)
-# Pages name files by their places in the new layout.
 # Private words that pages used to have, as patterns over prose, each with the term of the field.
 PRIVATE_PHRASES = {
     r"\brooms?\b": "module, space",
