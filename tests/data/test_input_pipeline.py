@@ -184,6 +184,16 @@ def test_low_fill_and_many_shapes_are_reported_with_what_helps(pairs, sections, 
         assert float(fill) > float(re.search("fill (0.[0-9]+) is", shown)[1])
 
 
+def test_no_change_is_advised_that_the_config_would_not_accept(capsys):
+    lengths = np.clip(np.random.default_rng(0).lognormal(2.8, 0.6, 300), 2, 128).astype(int)
+    ids = input_pipeline.TokenIds(*[JaggedArray(np.zeros(lengths.sum(), np.int32), np.cumsum([0, *lengths]))] * 2)
+    given = {"data": {"max_length": 128}, "train": {"batch_tokens": 4096}}
+    given["model"] = {"attention": "cudnn", "dtype": "bfloat16", "attention_dropout_rate": 0.0}
+    input_pipeline.make_batch_schedule(validation.to_dataclasses(given), ids)
+    shown = capsys.readouterr().err
+    assert re.findall(r"([a-z]+\.[a-z_]+) = ", shown) == ["data.num_buckets", "train.batch_tokens"]
+
+
 def test_if_every_pair_is_too_long_there_is_nothing_to_train_on(config, opened):
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=2))
     with pytest.raises(UserError, match=r"max_length = 2: all 202 training pairs"):

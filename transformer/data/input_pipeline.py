@@ -189,14 +189,18 @@ def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
     changes: dict[str, int | str] = {}
     if config.data.batching == "bucket":
         changes["data.num_buckets"] = max(steps // 4, 1) if has_many_shapes else min(max(2 * shapes, 8), 64)
-        if not config.data.mixture:
-            changes["data.batching"] = "pack"
+        changes["data.batching"] = "pack"
     batch_tokens = max(round(fill * schedule.num_token_slots()) // (4 * shapes), config.data.max_row_length)
     if batch_tokens < config.train.batch_tokens:
         changes["train.batch_tokens"] = batch_tokens
     effects = []
     for name, value in changes.items():
-        changed = _schedule(validation.replace_field(config, name, value), ids)
+        changed_config = validation.replace_field(config, name, value)
+        try:
+            validation.check_consistency(changed_config, needs_data=False, strict=False)
+        except UserError:  # of a mixture or an attention that does not support packed rows
+            continue
+        changed = _schedule(changed_config, ids)
         effects.append(f"{name} = {value} gives fill {changed.token_utilization:.2f}, shapes: {len(changed.buckets)}")
     return (
         f"shapes of batches: {shapes}, each of which is compiled, for {steps:,} batches {schedule.period}; "
