@@ -15,7 +15,7 @@ import pytest
 
 from transformer.config import DataConfig
 from transformer.data import corpus, input_pipeline, prepared, shards, text_files, tokenizer
-from transformer.runtime import files
+from transformer.runtime import files, progress
 from transformer.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -168,6 +168,17 @@ def test_ids_made_in_one_pass_are_those_of_each_sentence(text, tmp_path, monkeyp
     for side, jagged in enumerate(ids):
         flat = np.concatenate(trained.encode([pair[side] for pair in pairs]))
         np.testing.assert_array_equal(jagged.flat, flat)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_progress_of_tokenizing_ends_at_its_total(text, tmp_path, monkeypatch, split):
+    phases, shown = [], progress.shown
+    opened = corpus.open_corpus(config(text, tmp_path), workers=1)
+    monkeypatch.setattr(progress, "shown", lambda phase: phases.append(phase) or shown(phase))
+    opened.split(split).make_token_ids(tmp_path / "ids", tokenizer.load(text / "bpe.model"), workers=1)
+    (tokenizing,) = (phase for phase in phases if phase.name == f"tokenizing {split}")
+    total = {"train": 700, "validation": len(opened.split("validation"))}[split]
+    assert (tokenizing.completed, tokenizing.total, tokenizing.unit) == (total, total, "pairs")
 
 
 def test_another_vocabulary_or_direction_takes_nothing_of_an_interrupted_preparation(text, tmp_path):

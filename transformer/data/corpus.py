@@ -180,16 +180,16 @@ class Split:
         work = folder.parent / f"{folder.name}.partial"
         work.mkdir(parents=True, exist_ok=True)
         job = ShardJob(os.fspath(work), self._languages, strip_cr=self._strip_cr, tokenizer=tokenizer)
-        kept = None
         if self._rows is None or isinstance(self._rows, RowsExcept):
             blocks = shards.stored_blocks("all", self._records.files(), self._languages)
-            kept = self._rows
+            kept, total = self._rows, len(self._records)
         else:  # few rows of a large split
             job = dataclasses.replace(job, strip_cr=False)
             blocks = shards.blocks("rows", shards.pair_parts(self))
-        with progress.phase(f"tokenizing {self.name}", len(self._records), "pairs") as phase:
+            kept, total = None, len(self)
+        with progress.phase(f"tokenizing {self.name}", total, "pairs") as phase:
             workers = workers or shards.default_workers()
-            made = shards.run(job, self.name, blocks, workers, phase.advance)
+            made = shards.run(job, self.name, blocks, workers, lambda done: phase.advance(done.shard.pairs))
         with progress.phase(f"joining the token ids of {self.name}"):
             shards.store_ids(made, kept.mask if kept is not None else shards.keep_all, folder)
         shutil.rmtree(work, ignore_errors=True)
@@ -565,7 +565,8 @@ def _scan(
         files = data.records(name).files()
         with progress.phase(f"data: scanning {name}", sum(count for _, count in files), "pairs") as phase:
             blocks = shards.stored_blocks(name, files, job.languages)
-            splits[name] = shards.run(job, name, blocks, workers or shards.default_workers(), phase.advance)
+            count = workers or shards.default_workers()
+            splits[name] = shards.run(job, name, blocks, count, lambda done: phase.advance(done.shard.pairs))
     return splits
 
 

@@ -132,9 +132,9 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
         with progress.phase("data: preparing", total and total // _MB, "MB") as phase:
             done = 0
 
-            def advance(size: int) -> None:
+            def advance(result: shards.Result) -> None:
                 nonlocal done
-                done += size
+                done += result.size
                 phase.completed = done // _MB
 
             for split, read in self._parts_by_split().items():

@@ -250,7 +250,7 @@ class Shard(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A shard, and its part of what the digest of the split is of; see `digest_input`."""
+    """A shard, its part of what the digest of the split is of (see `digest_input`), and the size of its text."""
 
     shard: Shard
     digest_input: bytes
@@ -453,20 +453,22 @@ class ShardedSplit(NamedTuple):
             yield np.asarray(np.load(self.job.path(shard.name, PAIRS), mmap_mode="r")[field])
 
 
-def run(job: ShardJob, split: str, work: Iterable[Block], workers: int, advance: Callable[[int], None]) -> ShardedSplit:
+def run(
+    job: ShardJob, split: str, work: Iterable[Block], workers: int, advance: Callable[[Result], None]
+) -> ShardedSplit:
     """Makes the shards of a split by worker processes.
 
     Args:
-      advance: called with the size, in bytes of text, of each block that is done, or its pairs if it was stored.
+      advance: called with each shard that is done.
     """
     iterator = iter(work)
     first = list(itertools.islice(iterator, 2))  # one block is not worth a process
     digest, shards = hashlib.sha256(), []
     with WorkerPool(job, workers if len(first) == 2 else 1) as pool:
-        for shard, text, size in pool.map(itertools.chain(first, iterator)):
-            digest.update(text)
-            shards.append(shard)
-            advance(size or shard.pairs)
+        for result in pool.map(itertools.chain(first, iterator)):
+            digest.update(result.digest_input)
+            shards.append(result.shard)
+            advance(result)
     return ShardedSplit(job, shards, digest.hexdigest())
 
 
