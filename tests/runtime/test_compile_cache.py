@@ -4,11 +4,13 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 
 from transformer.runtime import environment as fingerprint
+from transformer.runtime import progress
 
 PROGRAM = """
 import jax, jax.numpy as jnp
@@ -48,3 +50,13 @@ def test_programs_are_counted_while_it_is_entered():
         function(inputs[2])
     function(inputs[3])
     assert counter.count == 2
+
+
+def test_programs_compiled_at_once_are_left_out_of_the_time_left_once(monkeypatch):
+    left_out = []
+    fingerprint._leave_out_compilation()
+    monkeypatch.setattr(progress, "leave_out", left_out.append)
+    time.sleep(0.2)
+    for _ in range(4):
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 0.2)
+    assert 0 < sum(left_out) < 0.3

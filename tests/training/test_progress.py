@@ -6,6 +6,7 @@ import re
 import pytest
 
 from tests.helpers.clock import FakeClock
+from tests.helpers.updates import FakeUpdate
 from tests.training.test_trainer import config_of, data  # noqa: F401 (a fixture)
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.data import input_pipeline, local_text, shards
@@ -43,7 +44,7 @@ def slow_result(monkeypatch, clock, owner, name):
             clock.sleep(CALL_S)
             return made(*arguments)
 
-        return late
+        return FakeUpdate(late, on_compile=lambda: clock.sleep(CALL_S))
 
     monkeypatch.setattr(owner, name, make_late)
 

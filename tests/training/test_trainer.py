@@ -19,6 +19,7 @@ from etils import epath
 
 from configs import wmt14
 from tests.conftest import small_config
+from tests.helpers.updates import FakeUpdate
 from train import train as fit
 from transformer.checkpoints import best_metric, loading, manager
 from transformer.checkpoints.manager import CheckpointManager
@@ -39,13 +40,14 @@ from transformer.training.session import prepare
 from transformer.training.train_step import StepMetrics, TrainState
 
 
-class FakeStep:
+class FakeStep(FakeUpdate):
     """Records what happens; metrics are numbers that are only good once read."""
 
     def __init__(self, losses):
+        super().__init__(self.update)
         self.losses, self.events = iter(losses), []
 
-    def __call__(self, state, batch):
+    def update(self, state, batch):
         self.events.append(f"run {batch.source_BS}")
         loss = jax.device_put(np.float32(next(self.losses)))
         metrics = StepMetrics(LossSums(loss, loss, loss, jax.device_put(np.float32(4))), loss, loss, loss)
@@ -79,17 +81,19 @@ def test_metrics_are_read_while_the_next_update_runs(monkeypatch):
 def test_time_to_compile_is_left_out_of_the_speed_but_not_of_the_cost(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(trainer, "MetricsAccumulator", functools.partial(MetricsAccumulator, clock=lambda: now[0]))
-    updates, fake = make_updates([1, 2], monkeypatch)
-    run = fake.__class__.__call__
+    update = FakeStep.update
 
-    def compile_and_run(self, *args):
-        if not self.events:
-            now[0] += 50
-            jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 50.0)
+    def slow_compile(self):
+        now[0] += 50
+        return self
+
+    def slow_update(self, *args):
         now[0] += 2
-        return run(self, *args)
+        return update(self, *args)
 
-    monkeypatch.setattr(FakeStep, "__call__", compile_and_run)
+    monkeypatch.setattr(FakeStep, "compile", slow_compile)
+    monkeypatch.setattr(FakeStep, "update", slow_update)
+    updates, _ = make_updates([1, 2], monkeypatch)
     updates.dispatch()
     updates.dispatch()
     updates.flush()
@@ -102,18 +106,18 @@ def test_time_to_compile_is_left_out_of_the_speed_but_not_of_the_cost(monkeypatc
 def test_a_signal_is_answered_while_a_shape_is_compiled(monkeypatch, capfd):
     """The compiler is one long call outside of Python, in which the main thread handles no signal."""
     updates, _ = make_updates([1], monkeypatch)
-    answered, compiled, run = [], [], FakeStep.__call__
+    answered, compiled = [], []
 
-    def compile_and_run(self, *args):
+    def compile_slowly(self):
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
         hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2_000_000)
         compiled.append(time.perf_counter())
-        return run(self, *args)
+        return self
 
     def note(message):
         answered.append((time.perf_counter(), message))
 
-    monkeypatch.setattr(FakeStep, "__call__", compile_and_run)
+    monkeypatch.setattr(FakeStep, "compile", compile_slowly)
     monkeypatch.setattr(signals, "log_info", note)
     with signals.catch_stop_signals() as stop_signal:
         updates.dispatch()
@@ -568,7 +572,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data, whole, tmp_pat
                 return state, metrics._replace(loss=metrics.loss._replace(smoothed_nll=bad))
             return state._replace(params=jax.tree.map(jax.jit(lambda leaf: leaf / 0.0), state.params)), metrics
 
-        return run
+        return FakeUpdate(run)
 
     monkeypatch.setattr(train_step, "make_train_step", failing)
     with pytest.raises(DivergedError, match="the run diverged") as diverged:

@@ -11,6 +11,8 @@ import os
 import pathlib
 import platform
 import sys
+import threading
+import time
 from collections.abc import Mapping
 
 from transformer.runtime import progress
@@ -115,9 +117,15 @@ def enable_compilation_cache() -> None:
 def _leave_out_compilation() -> None:
     import jax
 
+    lock, left_out_until = threading.Lock(), 0.0
+
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        nonlocal left_out_until
         if event in (_LOWERED, _COMPILED):
-            progress.leave_out(duration_secs)
+            with lock:  # programs may be compiled at once, and their common time counts once
+                now = time.perf_counter()
+                progress.leave_out(now - max(now - duration_secs, left_out_until))
+                left_out_until = now
 
     jax.monitoring.register_event_duration_secs_listener(listen)
 
@@ -127,11 +135,10 @@ class CompileCounter:
 
     Attributes:
       count: of programs.
-      seconds: for lowering and compiling them.
     """
 
     def __init__(self) -> None:
-        self.count, self.seconds = 0, 0.0
+        self.count = 0
 
     def __enter__(self) -> "CompileCounter":
         import jax
@@ -146,8 +153,6 @@ class CompileCounter:
 
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self.count += event == _LOWERED
-        if event in (_LOWERED, _COMPILED):
-            self.seconds += duration_secs
 
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "sentencepiece", "sacrebleu")

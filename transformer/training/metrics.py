@@ -99,13 +99,12 @@ class MetricsAccumulator:
         self._start += paused
         self._cost_start += paused
 
-    def leave_out(self, seconds: float) -> None:
-        """Takes seconds of `device_wait` that do not recur, such as those of compilation, out of the speed.
-
-        The cost of the run has them.
-        """
-        self._start += seconds
-        self._device_seconds -= seconds
+    @contextlib.contextmanager
+    def compilation(self) -> Iterator[None]:
+        """Takes the block out of the speed, as it does not recur; the cost of the run has it."""
+        since = self._clock()
+        yield
+        self._start += self._clock() - since
 
     @contextlib.contextmanager
     def device_wait(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ are logged, a checkpoint saved or the validation split scored.
 import functools
 import math
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -62,11 +61,11 @@ def train(context: RunContext, state: TrainState) -> tuple[int, Metrics]:
     return loop.step, loop.metrics
 
 
-NO_PROGRAMS: Mapping[tuple[int, ...], Any] = types.MappingProxyType({})
-
-
 class StepPipeline:
     """Dispatches updates, and reads the metrics of each while the next one runs.
+
+    Args:
+      train_step: of `train_step.make_train_step`; compiled for each shape of batches.
 
     Attributes:
       state: after the last update dispatched.
@@ -74,57 +73,53 @@ class StepPipeline:
 
     def __init__(
         self,
-        train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]],
+        train_step: Any,
         state: TrainState,
         batches: Iterator[Batch],
         shard: Callable[[Batch], Batch],
         flops_of: Callable[[Batch], float],
         cost: flops.TrainingCost,
         num_shapes: int,
-        programs: Mapping[tuple[int, ...], Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]] = NO_PROGRAMS,
     ):
         num_skipped = int(jax.device_get(optimizer.num_skipped(state.opt_state)))
         self.state, self.meter = state, MetricsAccumulator(cost, skipped=num_skipped)
         self.compiles = environment.CompileCounter()
         self._train_step, self._batches, self._shard, self._flops_of = train_step, batches, shard, flops_of
-        self._num_shapes, self._programs, self._shapes = num_shapes, programs, set(programs)
+        self._num_shapes, self._programs = num_shapes, dict[tuple[int, ...], Any]()
         self._step = int(jax.device_get(state.step))
         self._unread: tuple[StepMetrics, int, dict[str, Any]] | None = None
+
+    def compile_ahead(self, batches: Sequence[Batch], threads: int) -> None:
+        """Compiles the update for batches of these shapes, several at once."""
+        with self.meter.compilation():
+            self._programs = compile_shapes(self._train_step, self.state, batches, threads)
 
     def dispatch(self) -> None:
         """Starts one update; nothing but the batch travels to the devices, and nothing back."""
         waiting_since = time.perf_counter()
         batch = next(self._batches)
         self.meter.input_wait += time.perf_counter() - waiting_since
-        compile_seconds = self.compiles.seconds
         with jax.transfer_guard("disallow"), self.compiles:
             sharded = self._shard(batch)
+            update = self._programs.get(batch_shape(sharded)) or self._compile(sharded)
             with self.meter.device_wait():
-                self.state, metrics = self._update(sharded)
-        self.meter.leave_out(self.compiles.seconds - compile_seconds)
+                self.state, metrics = update(self.state, sharded)
         self.flush()
         self._step += 1
         self._unread = metrics, self._step, {"slots": sharded.target_BT.size, "flops": self._flops_of(sharded)}
 
-    def _update(self, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """One update. It is compiled for a batch of a new shape, which is logged.
+    def _compile(self, batch: Batch) -> Any:
+        """The update for a batch of a new shape; in a thread, as this one handles no signal while it compiles."""
 
-        That is done in a thread, as this one handles no signal while it compiles.
-        """
-        shape = batch_shape(batch)
-        train_step = self._programs.get(shape, self._train_step)
-        if shape in self._shapes:
-            return train_step(self.state, batch)
-        self._shapes.add(shape)
-
-        def compile_and_update() -> tuple[TrainState, StepMetrics]:
+        def compile_update() -> Any:
             with jax.transfer_guard("disallow"):  # which is of each thread
-                return train_step(self.state, batch)
+                return self._train_step.lower(self.state, batch).compile()
 
-        compiling = f"compiling shape {len(self._shapes)} of {self._num_shapes}"
+        compiling = f"compiling shape {len(self._programs) + 1} of {self._num_shapes}"
         log_info(compiling)
-        with progress.phase(compiling), ThreadPoolExecutor(1) as pool:
-            return pool.submit(compile_and_update).result()
+        with self.meter.compilation(), progress.phase(compiling), ThreadPoolExecutor(1) as pool:
+            program = self._programs[batch_shape(batch)] = pool.submit(compile_update).result()
+        return program
 
     def flush(self) -> None:
         """Reads the metrics that are still on the devices; a DivergedError if they are not finite."""
@@ -225,19 +220,16 @@ class TrainingLoop:
             flops.batch_flops, self._config.model, data.tokenizer.vocab_size, passes=train.passes
         )
         buckets = [bucket for bucket, count in zip(data.schedule.buckets, data.schedule.batches, strict=True) if count]
-        programs = self._compile_ahead(state, buckets)
-        return StepPipeline(context.train_step, state, batches, shard, flops_of, self._cost, len(buckets), programs)
+        pipeline = StepPipeline(context.train_step, state, batches, shard, flops_of, self._cost, len(buckets))
+        if (threads := platform.compile_threads(context.mesh)) > 1:
+            log_info(f"compiling {len(buckets)} shapes of batches, up to {threads} at once")
+            pipeline.compile_ahead([self._abstract_batch(bucket) for bucket in buckets], threads)
+        return pipeline
 
-    def _compile_ahead(self, state: TrainState, buckets: Sequence[Bucket]) -> Mapping[tuple[int, ...], Any]:
-        """The update compiled for all shapes where several can be compiled at once; else none."""
-        context, threads = self.context, platform.compile_threads(self.context.mesh)
-        if threads == 1:
-            return NO_PROGRAMS
-        log_info(f"compiling {len(buckets)} shapes of batches, up to {threads} at once")
-        widths = ([np.zeros((b.rows, width), np.int32) for width in (b.source, b.target)] for b in buckets)
-        parts = self._config.train.accumulation_steps
-        batches = [sharding.abstract_batch(context.mesh, Batch(*sides), parts) for sides in widths]
-        return compile_shapes(context.train_step, state, batches, threads)
+    def _abstract_batch(self, bucket: Bucket) -> Batch:
+        """Shapes and shardings of a bucket's batches."""
+        sides = [np.zeros((bucket.rows, width), np.int32) for width in (bucket.source, bucket.target)]
+        return sharding.abstract_batch(self.context.mesh, Batch(*sides), self._config.train.accumulation_steps)
 
     def _after_update(
         self, pipeline: StepPipeline, step: int, writer: MetricWriter | NullMetricWriter, signal_number: int | None
