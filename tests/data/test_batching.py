@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from transformer.config import DataConfig
 from transformer.data import batching
 from transformer.data.batching import PAD_EXAMPLE, BatchSpec, Bucket, BucketedSchedule, JaggedArray
 from transformer.data.tokenizer import PAD
@@ -115,6 +116,19 @@ def test_widths_are_multiples_of_the_length_multiple_and_the_same_pairs_are_kept
     assert rounded.kept == plain.kept
     assert 0.8 * plain.token_utilization < rounded.token_utilization <= plain.token_utilization + 0.01
     assert make_plan(length_multiple=1, **fields).buckets == plain.buckets
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("longest", [37, 256, 257, 514, 5000])
+def test_no_width_exceeds_the_longest_row_of_the_config(longest, multiple):
+    data = DataConfig(max_length=longest, length_multiple=multiple)
+    source, target = np.arange(2, longest + 1), np.arange(longest, 1, -1)
+    buckets = batching.choose_buckets(source, target, 4, longest, multiple, longest)
+    assert max(max(bucket[:2]) for bucket in buckets) == data.max_row_length
+    assert (batching.assign_buckets(source, target, buckets) >= 0).all()
+    widest = buckets[-1]
+    assert widest.rows * widest.target <= max(longest, data.max_row_length)
+    assert widest.source % multiple == widest.target % multiple == 0
 
 
 @pytest.mark.parametrize("num_buckets", [1, 2, 3, 5])

@@ -280,7 +280,7 @@ class DataConfig:
 
     @property
     def max_row_length(self) -> int:
-        """The width of the longest training row on the target side: max_length rounded up to length_multiple."""
+        """The largest width of a training row on the target side: max_length rounded up to length_multiple."""
         return round_up(self.max_length, self.length_multiple)
 
 

@@ -158,8 +158,10 @@ def choose_buckets(
     counts = np.zeros(size * size, np.int64)
     for _, source, target in parts():
         counts += np.bincount(-(-target // unit) * size + -(-source // unit), minlength=size * size)
-    widths = _choose_widths(counts.reshape(size, size), num_buckets)
-    return [Bucket(s * unit, t * unit, rows_per_batch(batch_tokens, t * unit)) for s, t in widths]
+    widest = round_up(longest, length_multiple)  # the last of the coarser steps may end after it
+    units = _choose_widths(counts.reshape(size, size), num_buckets)
+    widths = [(min(source * unit, widest), min(target * unit, widest)) for source, target in units]
+    return [Bucket(source, target, rows_per_batch(batch_tokens, target)) for source, target in widths]
 
 
 def kept_parts(

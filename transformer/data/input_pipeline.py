@@ -48,7 +48,7 @@ from transformer.runtime.logging import log_info
 METADATA_FILE = "about.json"
 FILES = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
 PREFETCH_BATCHES = 16  # made ahead of the device
-SCHEDULE_VERSION = 1  # increased whenever the same lengths give other batches
+SCHEDULE_VERSION = 2  # increased whenever the same lengths give other batches
 MAX_DROPPED_FRACTION = 0.1  # of the training pairs without a warning
 LOW_FILL = 0.5  # share of target positions that are not padding, under which there is a warning
 

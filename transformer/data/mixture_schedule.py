@@ -39,7 +39,7 @@ from transformer.data.batching import (
 from transformer.data.schedule_store import Facts
 from transformer.runtime.errors import UserError
 
-SCHEDULE_VERSION = 1  # increased whenever the same lengths give other batches
+SCHEDULE_VERSION = 2  # increased whenever the same lengths give other batches
 ROUND_EXAMPLES = 1 << 16  # of a round, at least
 ROUND_BATCHES = 16  # of each shape in a round, on average at least
 SAMPLE_PAIRS = 1 << 18  # whose lengths decide the shapes
