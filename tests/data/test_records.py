@@ -30,7 +30,9 @@ def make_files(folder, count, per_file=1):
     paths = []
     for number in range(count):
         paths.append(str(folder / f"{number:05}"))
-        records.write_records(paths[-1], [b"%d %d" % (number, row) for row in range(per_file)])
+        with records.open_writer(paths[-1]) as writer:
+            for row in range(per_file):
+                writer.write(b"%d %d" % (number, row))
     return paths
 
 

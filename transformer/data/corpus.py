@@ -36,14 +36,13 @@ from transformer.data.filters import FilterChain
 from transformer.data.records import RecordReader
 from transformer.data.schedule_store import FileStore
 from transformer.data.shards import ShardedSplit, ShardJob
+from transformer.data.text_files import Pair
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import file_lock, user_error_on_oserror
 from transformer.runtime.logging import log_info
 from transformer.runtime.worker_pool import WorkerPool
-
-Pair = tuple[str, str]
 
 VALIDATION_RATIO = 100  # without a validation split, one training pair in this many is held out
 MAX_VALIDATION_PAIRS = 2000  # held out

@@ -17,9 +17,8 @@ import numpy as np
 
 from transformer.config.schema import DataConfig
 from transformer.data import scripts
+from transformer.data.text_files import Pair
 from transformer.runtime.errors import UserError
-
-Pair = tuple[str, str]
 
 NAMES = ("length", "ratio", "copies", "controls", "script", "duplicates")
 VERSION = 1  # increased whenever the same chain drops other pairs of the same data

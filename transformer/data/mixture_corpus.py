@@ -18,8 +18,9 @@ from transformer.config.mixture import Direction
 from transformer.config.schema import DataConfig
 from transformer.data import corpus as corpora
 from transformer.data import local_text, parallel_formats, text_files
-from transformer.data.corpus import Corpus, Pair, Split
+from transformer.data.corpus import Corpus, Split
 from transformer.data.local_text import SplitFiles
+from transformer.data.text_files import Pair
 from transformer.data.tokenizer import MAX_TRAINING_LINES, TOKENIZER_ALGORITHMS
 from transformer.runtime.errors import UserError
 

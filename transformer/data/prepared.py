@@ -294,20 +294,16 @@ def prepare(
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = file_lock(folder.parent, f"preparing {folder.parent}")
             with lock as is_locked, silence_tfds(progress_bars=not owned):
-                builder = make_builder()
-                if not _is_complete(folder):
+                builder, work, is_new = make_builder(), _work_folder(folder, is_locked), not _is_complete(folder)
+                if is_new:
                     if isinstance(builder, ParallelTextBuilder):
-                        builder.one_pass, builder.work = one_pass(), _work_folder(folder, is_locked)
+                        builder.one_pass, builder.work = one_pass(), work
                     _prepare_under_lock(builder, owned)
-                    work = getattr(builder, "work", None)
-                    builder = make_builder()
-                    if work is not None:
-                        shutil.rmtree(work, ignore_errors=True)  # before, as it changes the times of linked files
-                        PreparedDataset(builder).record_digests()
-                        _delete_abandoned_work(folder, builder.origin)
-                else:
-                    builder = make_builder()
-                    shutil.rmtree(_work_folder(folder, True), ignore_errors=True)
+                builder = make_builder()
+                shutil.rmtree(work, ignore_errors=True)  # before the digests: it changes the times of linked files
+                if is_new and isinstance(builder, ParallelTextBuilder):
+                    PreparedDataset(builder).record_digests()
+                    _delete_abandoned_work(folder, builder.origin)
         except OSError as error:
             raise UserError(f"{folder}: cannot write data there: {error}; see config.data.data_dir") from error
     dataset = PreparedDataset(builder)

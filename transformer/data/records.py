@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -120,10 +120,3 @@ def open_writer(path: os.PathLike | str) -> Iterator[Any]:
         writer.close()
     except RuntimeError as error:  # of ArrayRecord
         raise OSError(f"{path}: cannot be written: {error}") from error
-
-
-def write_records(path: os.PathLike | str, records: Iterable[bytes]) -> None:
-    """Writes a file."""
-    with open_writer(path) as writer:
-        for record in records:
-            writer.write(record)

@@ -23,14 +23,13 @@ import numpy as np
 
 from transformer.data import records, text_files
 from transformer.data.filters import FilterChain
+from transformer.data.text_files import Pair
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import environment
 from transformer.runtime.errors import UserError
 from transformer.runtime.file_digests import FileDigests
 from transformer.runtime.files import atomic_directory, sha256, write_atomic
 from transformer.runtime.worker_pool import WorkerPool
-
-Pair = tuple[str, str]
 
 SHARD_BYTES = 16 << 20  # of text
 PART_BYTES = 1 << 20  # of one side, decoded at a time
@@ -59,9 +58,9 @@ class Lines(NamedTuple):
 
     def pairs(self) -> list[Pair]:
         """The pairs; a UserError names file and line of invalid text."""
-        sides = (text_files.decode_block(getattr(self, side), path, self.first)
-                 for side, path in zip(("source", "target"), self.paths, strict=True))  # fmt: skip
-        return list(zip(*sides, strict=True))
+        source = text_files.decode_block(self.source, self.paths[0], self.first)
+        target = text_files.decode_block(self.target, self.paths[1], self.first)
+        return list(zip(source, target, strict=True))
 
 
 class Texts(NamedTuple):

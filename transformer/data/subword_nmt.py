@@ -58,7 +58,7 @@ class BpeSegmenter:
                 break
             parts = _merge(parts, best)
         parts[-1] = parts[-1].removesuffix(END_OF_WORD)
-        return tuple(part + CONTINUATION_MARKER for part in parts[:-1] if part) + tuple(parts[-1:] if parts[-1] else ())
+        return (*(part + CONTINUATION_MARKER for part in parts[:-1]), parts[-1])
 
 
 def _merge(parts: Sequence[str], pair: tuple[str, str]) -> list[str]:

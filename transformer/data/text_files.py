@@ -24,6 +24,8 @@ from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import reject_pipe, sha256
 
+Pair = tuple[str, str]
+
 COMPRESSIONS = (".gz", ".xz", ".zst")
 MAX_LINE_BYTES = 64 << 20  # bytes
 
@@ -99,7 +101,7 @@ def decode_block(block: bytes, path: epath.PathLike, first: int) -> list[str]:
     return [*lines, last] if has_open_line else lines
 
 
-def read_parallel(source: epath.PathLike, target: epath.PathLike) -> Iterator[tuple[str, str]]:
+def read_parallel(source: epath.PathLike, target: epath.PathLike) -> Iterator[Pair]:
     """Yields (source, target) of two plain text files, line by line.
 
     Raises:

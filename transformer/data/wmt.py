@@ -28,7 +28,8 @@ from etils import epath
 from transformer.data import shards, text_files
 from transformer.data.download import Download, DownloadManager, VerifiedFile
 from transformer.data.prepared import ParallelTextBuilder
-from transformer.data.shards import Pair, Part
+from transformer.data.shards import Part
+from transformer.data.text_files import Pair
 from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 
