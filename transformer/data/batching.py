@@ -9,7 +9,7 @@ B rows of the global batch, S source length, T target length, N examples.
 import abc
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -354,36 +354,66 @@ class BucketedSchedule(BatchSchedule):
         self._members: list[int] = facts["members"]  # pairs of each bucket
 
     def _plan_epoch(self, epoch: int) -> Callable[[int], BatchSpec]:
-        # Per bucket its pairs in the order of this epoch, one bucket after another; then the order of all batches.
         planned = self._store.array(f"epoch-{epoch}", lambda: self._order(epoch), self.kept + self.steps_per_epoch)
-        pairs, batches = planned[: self.kept], planned[self.kept :]
-        first_pairs = np.cumsum([0, *self._members])
-        first_batches = np.cumsum([0, *self.batches])
-
-        def spec(index: int) -> BatchSpec:
-            batch = int(batches[index])
-            number = int(np.searchsorted(first_batches, batch, side="right")) - 1
-            start, end = part_bounds(self._members[number], self.batches[number], batch - int(first_batches[number]))
-            examples = np.array(pairs[first_pairs[number] + start : first_pairs[number] + end], np.int64)
-            return BatchSpec(self.buckets[number], pad_rows(examples, self.buckets[number].rows))
-
-        return spec
+        return planned_batches(planned, self.buckets, self._members, self.batches)
 
     def _order(self, epoch: int) -> np.ndarray:
+        """What `planned_batches` takes."""
         dtype = id_dtype(len(self._source_N))
         planned, members = np.empty(self.kept + self.steps_per_epoch, dtype), np.empty(self.kept, dtype)
         first_pairs = np.cumsum([0, *self._members])
-        ends = first_pairs[:-1].copy()
-        for ids, source, target in self._kept_parts():
-            bucket_N = assign_buckets(source, target, self.buckets)
-            for index in range(len(self.buckets)):
-                found = ids[bucket_N == index]
-                members[ends[index] : ends[index] + len(found)] = found
-                ends[index] += len(found)
+        group_by_bucket(members, self._kept_parts(), self.buckets, first_pairs[:-1])
         for index, (start, end) in enumerate(itertools.pairwise(first_pairs)):
             planned[start:end] = members[start:end][permutation(int(end - start), self.seed, epoch, index)]
         planned[self.kept :] = permutation(self.steps_per_epoch, self.seed, epoch, len(self.buckets))
         return planned
+
+
+def group_by_bucket(
+    members: np.ndarray,
+    parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    buckets: Sequence[Bucket],
+    starts: np.ndarray,
+    first_id: int = 0,
+) -> None:
+    """Writes the ids of pairs into `members`, those of each bucket together and in order.
+
+    Args:
+      parts: ids, source and target lengths, as of `kept_parts`.
+      starts: where each bucket begins.
+      first_id: added to the ids.
+    """
+    ends = starts.copy()
+    for ids, source, target in parts:
+        bucket_N = assign_buckets(source, target, buckets)
+        for index in range(len(buckets)):
+            found = ids[bucket_N == index] + first_id
+            members[ends[index] : ends[index] + len(found)] = found
+            ends[index] += len(found)
+
+
+def planned_batches(
+    planned: np.ndarray, buckets: Sequence[Bucket], members: Sequence[int], batches: Sequence[int]
+) -> Callable[[int], BatchSpec]:
+    """Maps an index in an epoch to its batch.
+
+    Args:
+      planned: the example ids in the order of this epoch, one bucket after another; then the order of all batches.
+      buckets: the shapes.
+      members: pairs of each bucket.
+      batches: of each bucket.
+    """
+    pairs, order = planned[: sum(members)], planned[sum(members) :]
+    first_pairs, first_batches = np.cumsum([0, *members]), np.cumsum([0, *batches])
+
+    def spec(index: int) -> BatchSpec:
+        batch = int(order[index])
+        number = int(np.searchsorted(first_batches, batch, side="right")) - 1
+        start, end = part_bounds(members[number], batches[number], batch - int(first_batches[number]))
+        examples = np.array(pairs[first_pairs[number] + start : first_pairs[number] + end], np.int64)
+        return BatchSpec(buckets[number], pad_rows(examples, buckets[number].rows))
+
+    return spec
 
 
 def part_bounds(size: int, num_parts: int, part: int) -> tuple[int, int]:

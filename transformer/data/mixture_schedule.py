@@ -30,11 +30,11 @@ from transformer.data.batching import (
     LengthArray,
     assign_buckets,
     choose_buckets,
+    group_by_bucket,
     id_dtype,
     kept_parts,
-    pad_rows,
-    part_bounds,
     permutation,
+    planned_batches,
 )
 from transformer.data.schedule_store import Facts
 from transformer.runtime.errors import UserError
@@ -204,14 +204,9 @@ class MixtureSchedule(BatchSchedule):
     def _collect(self) -> np.ndarray:
         """Example ids of the kept pairs, by entry, then by shape."""
         members = np.empty(self.kept, id_dtype(int(self._starts[-1])))
-        ends = self._first_members[:-1].reshape(len(self._sources), -1).copy()
-        for index, start in enumerate(self._starts[:-1]):
-            for ids, source, target in self._parts(index):
-                bucket_N = assign_buckets(source, target, self.buckets)
-                for bucket in range(len(self.buckets)):
-                    found = ids[bucket_N == bucket] + start
-                    members[ends[index, bucket] : ends[index, bucket] + len(found)] = found
-                    ends[index, bucket] += len(found)
+        first_members = self._first_members[:-1].reshape(len(self._sources), -1)
+        for index, first_id in enumerate(self._starts[:-1]):
+            group_by_bucket(members, self._parts(index), self.buckets, first_members[index], int(first_id))
         return members
 
     def _plan_stages(self) -> list[_Stage]:
@@ -256,17 +251,7 @@ class MixtureSchedule(BatchSchedule):
         planned = self._store.array(
             f"epoch-{epoch}", lambda: self._order(epoch, drawn, after, stage.batches), sum(sizes) + stage.steps
         )
-        pairs, batches = planned[: sum(sizes)], planned[sum(sizes) :]
-        first_pairs, first_batches = np.cumsum([0, *sizes]), np.cumsum([0, *stage.batches])
-
-        def spec(index: int) -> BatchSpec:
-            batch = int(batches[index])
-            number = int(np.searchsorted(first_batches, batch, side="right")) - 1
-            start, end = part_bounds(sizes[number], stage.batches[number], batch - int(first_batches[number]))
-            examples = np.array(pairs[first_pairs[number] + start : first_pairs[number] + end], np.int64)
-            return BatchSpec(self.buckets[number], pad_rows(examples, self.buckets[number].rows))
-
-        return spec
+        return planned_batches(planned, self.buckets, sizes, stage.batches)
 
     def _order(self, epoch: int, drawn: list[list[int]], after: list[list[int]], batches: list[int]) -> np.ndarray:
         """The pairs of a round, one shape after another, then the order of its batches."""
