@@ -1,7 +1,5 @@
 """What all hosts must have in common."""
 
-import dataclasses
-
 import pytest
 from etils import epath
 
@@ -38,11 +36,21 @@ def test_another_config_is_named_field_by_field(others):
         consistency.assert_same_config(small_config())
 
 
-def test_data_may_lie_elsewhere(others):
-    config = small_config()
-    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir="/elsewhere"))
-    others["config"] = moved.to_json()
-    consistency.assert_same_config(config)
+def mixed(folder="/a", file="/b.tsv", weight=1.0):
+    entry = {"source_language": "en", "target_language": "de", "weight": weight}
+    return {"mixture": ({**entry, "dir": folder}, {**entry, "train": file, "valid": "/c.tsv"})}
+
+
+@pytest.mark.parametrize(("here", "there"), [({}, {"data_dir": "/elsewhere"}), (mixed(), mixed("/x", "/y.tsv"))])
+def test_data_may_lie_elsewhere(others, here, there):
+    others["config"] = small_config(data=there).to_json()
+    consistency.assert_same_config(small_config(data=here))
+
+
+def test_a_mixture_of_other_shares_is_refused(others):
+    others["config"] = small_config(data=mixed(weight=2.0)).to_json()
+    with pytest.raises(UserError, match=r"data\.mixture: entry 1, weight: 1\.0 → 2\.0"):
+        consistency.assert_same_config(small_config(data=mixed()))
 
 
 def test_other_code_data_or_vocabulary_is_refused(others):

@@ -5,6 +5,7 @@ Most tests train or translate for the sake of files, signals or scores, with one
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -35,17 +36,39 @@ HOST_FIELDS = (
 
 def share_programs(patch: pytest.MonkeyPatch) -> None:
     """Until the patch is undone, equal configs get one training step, evaluation step and search."""
-    patch.setattr(train_step, "make_train_step", _once(train_step.make_train_step, _training_key))
+    make_train_step = train_step.make_train_step
+    patch.setattr(
+        train_step, "make_train_step", _once(lambda *args: SharedUpdate(make_train_step(*args)), _training_key)
+    )
     patch.setattr(evaluator, "make_eval_step", _once(evaluator.make_eval_step, lambda model, mesh: (_key(model), mesh)))
     patch.setattr(sharding, "data_parallel_jit", _once(sharding.data_parallel_jit, _search_key))
     drawn = _once(_drawn, _training_key)
     init_state = train_step.init_state
 
-    def draw(model: registry.ModelDef, config: Any, mesh: jax.sharding.Mesh) -> train_step.TrainState:
+    def draw(model: registry.ModelDef, config: Any, mesh: jax.sharding.Mesh, params: Any = None) -> Any:
+        if params is not None:
+            return init_state(model, config, mesh, params)
         state, shardings = drawn(init_state, model, config, mesh)
         return jax.device_put(state, shardings)
 
     patch.setattr(train_step, "init_state", draw)
+
+
+class SharedUpdate:
+    """A jitted update that is lowered and compiled once for equal shapes and shardings."""
+
+    def __init__(self, update: Any):
+        self._update, self._programs = update, dict[Any, Any]()
+
+    def __call__(self, *args: Any) -> Any:
+        return self._update(*args)
+
+    def lower(self, *args: Any) -> Any:
+        leaves = jax.tree.leaves(args)
+        key = tuple((leaf.shape, str(leaf.dtype), getattr(leaf, "sharding", None)) for leaf in leaves)
+        if key not in self._programs:
+            self._programs[key] = self._update.lower(*args).compile()
+        return types.SimpleNamespace(compile=lambda: self._programs[key])
 
 
 def _once(make: Callable, key_of: Callable[..., Any]) -> Callable:

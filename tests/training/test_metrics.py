@@ -1,5 +1,6 @@
 """Sums, speeds and files of the log."""
 
+import errno
 import json
 import math
 import subprocess
@@ -16,7 +17,7 @@ from tests.conftest import ROOT
 from tests.helpers.clock import FakeClock
 from transformer.models.flops import TrainingCost
 from transformer.models.loss import LossSums
-from transformer.runtime.errors import DivergedError, UserError
+from transformer.runtime.errors import DivergedError, StoppedError, UserError
 from transformer.training.metrics import MetricsAccumulator, MetricWriter, peak_memory_mb, summarize_hosts
 from transformer.training.train_step import StepMetrics
 
@@ -166,6 +167,32 @@ def test_a_disk_that_is_full_is_a_message(tmp_path, monkeypatch):
         monkeypatch.setattr(log, "_jsonl", open("/dev/full", "w"))  # noqa: SIM115
         with pytest.raises(UserError, match=r"^(?!--).*: No space left on device"):
             log.write(1, {"valid/bleu": 1.0})
+
+
+def fail():
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_an_error_of_the_event_file_is_a_message_too(tmp_path, monkeypatch):
+    with MetricWriter(epath.Path(tmp_path), 0, 20) as log:
+        log.write(1, {"valid/bleu": 1.0})
+        with monkeypatch.context() as patched, pytest.raises(UserError, match="Input/output error"):
+            patched.setattr(log._events, "flush", fail)
+            log.write(2, {"valid/bleu": 1.0})
+
+
+def test_a_failed_upload_does_not_replace_the_error_that_ends_the_run(tmp_path, monkeypatch, capsys):
+    def write(error):
+        with MetricWriter(epath.Path(tmp_path), 0, 20) as log:
+            monkeypatch.setattr(log._directory, "close", fail)
+            if error:
+                raise error
+
+    with pytest.raises(UserError, match="Input/output error"):
+        write(None)
+    with pytest.raises(StoppedError, match="stopped"):
+        write(StoppedError(15, "stopped"))
+    assert "Input/output error" in capsys.readouterr().err
 
 
 def test_events_hold_the_same_numbers(tmp_path):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from transformer.config.schema import TEXT_PATH_FIELDS, DataConfig, MixtureEntry
+from transformer.config.schema import PATH_FIELDS, TEXT_PATH_FIELDS, DataConfig, FieldDiff, MixtureEntry
 from transformer.runtime.errors import UserError
 
 DATA_FIELDS = ("name", "source_language", "target_language", "columns", *TEXT_PATH_FIELDS)  # also of DataConfig
@@ -72,6 +72,13 @@ def without_paths(entries: Sequence[MixtureEntry] | Sequence[Mapping[str, Any]])
     """The fields of each entry but for the paths of its files, which may move."""
     values = [dataclasses.asdict(entry) if isinstance(entry, MixtureEntry) else dict(entry) for entry in entries]
     return [{name: value for name, value in each.items() if name not in TEXT_PATH_FIELDS} for each in values]
+
+
+def moves_data_only(change: FieldDiff) -> bool:
+    """Whether a field that differs names other paths of the data, and nothing else."""
+    if (change.section, change.field) == ("data", "mixture"):
+        return without_paths(change.old) == without_paths(change.new)
+    return change.section == "data" and change.field in PATH_FIELDS
 
 
 def directions(data: DataConfig) -> list[Direction]:

@@ -9,7 +9,7 @@ import uuid
 
 from etils import epath
 
-from transformer.config import Config, schema, validation
+from transformer.config import Config, mixture, schema, validation
 from transformer.distributed import multihost
 from transformer.runtime import object_storage
 from transformer.runtime.environment import code_digest, versions
@@ -53,7 +53,7 @@ def assert_same_config(config: Config) -> None:
     primary = validation.from_json(texts[0], "the config of host 0")
     for host, text in enumerate(texts):
         other = validation.from_json(text, f"the config of host {host}")
-        changes = [c for c in schema.diff(primary, other) if c.section != "data" or c.field not in schema.PATH_FIELDS]
+        changes = [change for change in schema.diff(primary, other) if not mixture.moves_data_only(change)]
         if changes:
             raise UserError(
                 f"the config differs between hosts, {multihost.process_name(0)} → {multihost.process_name(host)}: "

@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """The loss is no longer a finite number; `step` is the first that would have been made of that, if known."""
+    """The loss is no longer finite; `step` is the update that showed it, whose batch is written down, if known."""
 
     exit_code = 3
 

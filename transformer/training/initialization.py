@@ -3,8 +3,6 @@
 import json
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from transformer.checkpoints import loading
@@ -19,7 +17,6 @@ from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 from transformer.training import train_step
-from transformer.training.optimizer import make_optimizer
 from transformer.training.train_step import TrainState
 
 
@@ -137,12 +134,9 @@ def _resolve_steps(checkpoints: CheckpointManager, selector: str) -> str:
 
 def initial_state(warm_start: WarmStart | None, model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
     """The state before the first update; step and optimizer state are new in any case."""
-    state = train_step.init_state(model, config, mesh)
     if warm_start is None:
-        return state
+        return train_step.init_state(model, config, mesh)
     params = loading.read_params(
         warm_start.checkpoints, warm_start.selector, warm_start.steps, warm_start.config, model, mesh
     )
-    ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay else None
-    init = jax.jit(make_optimizer(config).init, out_shardings=train_step.state_shardings(model, config, mesh).opt_state)
-    return TrainState(state.step, params, init(params), ema)  # Schedule-Free's state begins with the params
+    return train_step.init_state(model, config, mesh, params)

@@ -8,24 +8,27 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from transformer.distributed import multihost
 from transformer.distributed.sharding import allgather_to_devices
 from transformer.models.flops import TrainingCost
 from transformer.runtime import object_storage, progress
-from transformer.runtime.errors import DivergedError
+from transformer.runtime.errors import DivergedError, UserError
 from transformer.runtime.files import METRICS_FILE, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
 from transformer.training.train_step import StepMetrics
 
 DIVERGENCE_HINT = (
-    "no checkpoint was made of it. Lower optimizer.learning_rate, raise optimizer.warmup_steps or set "
+    "no checkpoint of it is kept. Lower optimizer.learning_rate, raise optimizer.warmup_steps or set "
     "optimizer.clip_norm, and start in a new workdir"
 )
 
@@ -156,7 +159,9 @@ class MetricWriter:
         self._workdir, self._directory = workdir, object_storage.SyncedDirectory(workdir, METRICS_FILE)
         _truncate_after(self._directory.folder / METRICS_FILE, start)
         self._jsonl = (self._directory.folder / METRICS_FILE).open("a")
-        self._events = SummaryWriter(str(self._directory.folder), purge_step=start + 1)
+        # Not a SummaryWriter: it writes in a thread, and blocks for ever once an error has ended that.
+        self._events = EventsWriter(str(self._directory.folder / "events"))
+        self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))  # drops what is trained again
         self._training = progress.Phase("training", num_steps, "steps", completed=start)
         self._shown = contextlib.ExitStack()
 
@@ -164,16 +169,23 @@ class MetricWriter:
         self._shown.enter_context(progress.shown(self._training))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._shown.close()
-        with contextlib.suppress(OSError):  # what is written was flushed; a full disk has been reported
-            self._jsonl.close()
-            self._events.close()
-        self._directory.close()
+        for file in (self._jsonl, self._events):
+            with contextlib.suppress(OSError):  # what is written was flushed; a full disk has been reported
+                file.close()
+        try:
+            with user_error_on_oserror(f"{self._workdir}"):
+                self._directory.close()
+        except UserError as failure:
+            if error is None:
+                raise
+            log_info(str(failure))  # beside the error that ends the run
 
     def sync(self) -> None:
         """Copies to object storage what is written so far."""
-        self._directory.sync(now=True)
+        with user_error_on_oserror(f"{self._workdir}"):
+            self._directory.sync(now=True)
 
     def advance(self, step: int) -> None:
         """Shows how many updates have been started."""
@@ -184,8 +196,8 @@ class MetricWriter:
         with user_error_on_oserror(f"{self._workdir}"):
             self._jsonl.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
             self._jsonl.flush()
-            for name, value in values.items():
-                self._events.add_scalar(name, np.float64(value), step)
+            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+            self._write_event(step, summary=Summary(value=scalars))
             self._events.flush()
             self._directory.sync()
         if "train/loss" in values:
@@ -196,6 +208,9 @@ class MetricWriter:
             if share := values.get("train/validation_share"):
                 self._training.note += f" · {share:.0%} of the time validation"
             self.log_step(step, self._training.note)
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def log_step(self, step: int, text: str) -> None:
         """Logs a text about a step, and the time left if it is known."""

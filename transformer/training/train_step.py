@@ -70,15 +70,19 @@ def state_shardings(model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
     return TrainState(cast(Any, replicated), params, opt_state, params if config.train.ema_decay else None)
 
 
-def init_state(model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
-    """Initializes the state on the devices, already sharded."""
+def init_state(model: ModelDef, config: Config, mesh: Mesh, params: Params | None = None) -> TrainState:
+    """Makes the state before the first update on the devices, already sharded.
 
-    def init() -> TrainState:
-        params = model.init(config.train.seed)
+    Args:
+      params: to start from, donated; drawn anew if None.
+    """
+
+    def init(params: Params | None) -> TrainState:
+        params = model.init(config.train.seed) if params is None else params
         ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay else None
         return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params), ema)
 
-    return jax.jit(init, out_shardings=state_shardings(model, config, mesh))()
+    return jax.jit(init, out_shardings=state_shardings(model, config, mesh), donate_argnums=0)(params)
 
 
 def abstract_state(model: ModelDef, config: Config, mesh: Mesh) -> TrainState:

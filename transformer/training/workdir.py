@@ -142,8 +142,8 @@ def _may_change(change: schema.FieldDiff, config: Config) -> bool:
         return not schedule_depends_on_num_steps(config)
     if (change.section, change.field) == ("data", "tokenizer"):
         return not {change.old, change.new} & set(schema.TOKENIZER_ALGORITHMS)
-    if (change.section, change.field) == ("data", "mixture"):
-        return mixture.without_paths(change.old) == mixture.without_paths(change.new)
+    if mixture.moves_data_only(change):
+        return True
     if (change.section, change.field) == ("train", "init_from"):
         return bool(change.old and change.new)  # `initialization.check_base_unchanged` compares the runs
     return change.field in RESUMABLE_FIELDS.get(change.section, ())
