@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import small_config
 from transformer.config import validation
 from transformer.data import corpus as corpora
-from transformer.data import input_pipeline, tokenizer
+from transformer.data import input_pipeline, token_id_cache, tokenizer
 from transformer.data.batching import JaggedArray
 from transformer.data.tokenizer import EOS, PAD
 from transformer.runtime.errors import UserError
@@ -68,7 +68,7 @@ def test_another_vocabulary_has_ids_of_its_own(config, opened):
     )
 
 
-@pytest.mark.parametrize("name", [*input_pipeline.FILES, input_pipeline.METADATA_FILE])
+@pytest.mark.parametrize("name", [*token_id_cache.FILES, token_id_cache.METADATA_FILE])
 def test_damaged_ids_are_made_anew(config, opened, name, capsys):
     corpus, _, _ = opened
     other = tokenizer.train([" ".join(pair) for pair in corpus.split("train")], 285, "bpe")
@@ -88,7 +88,7 @@ def test_cached_ids_of_an_unknown_format_are_rebuilt(config, opened, capsys):
     (folder,) = (pathlib.Path(config.data.data_dir) / "token_ids").glob(
         f"{corpus.split('train').digest[:24]}*{trained.digest[:24]}"
     )
-    path = folder / input_pipeline.METADATA_FILE
+    path = folder / token_id_cache.METADATA_FILE
     path.write_text(path.read_text().replace("uint16", "uint17"))
     got = input_pipeline.token_ids(config.data, corpus, "train", trained)
     assert "damaged" in capsys.readouterr().err

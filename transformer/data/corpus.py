@@ -30,7 +30,7 @@ from etils import epath
 
 from transformer.config.schema import PATH_FIELDS, WMT_NAMES, DataConfig
 from transformer.data import filters as filter_chain
-from transformer.data import local_text, prepared, records, shards, wmt
+from transformer.data import local_text, prepared, records, shards, token_id_cache, wmt
 from transformer.data import tokenizer as tokenizers
 from transformer.data.filters import FilterChain
 from transformer.data.records import RecordReader
@@ -40,7 +40,7 @@ from transformer.data.text_files import Pair
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import file_lock, user_error_on_oserror
+from transformer.runtime.files import user_error_on_oserror
 from transformer.runtime.logging import log_info
 from transformer.runtime.worker_pool import WorkerPool
 
@@ -190,7 +190,7 @@ class Split:
             workers = workers or shards.default_workers()
             made = shards.run(job, self.name, blocks, workers, lambda done: phase.advance(done.shard.pairs))
         with progress.phase(f"joining the token ids of {self.name}"):
-            shards.store_ids(made, kept.mask if kept is not None else shards.keep_all, folder)
+            token_id_cache.store(folder, made, kept.mask if kept is not None else None)
         shutil.rmtree(work, ignore_errors=True)
 
     def sources(self) -> list[str]:
@@ -378,11 +378,9 @@ def _finish_one_pass(
     rows = metadata.train_rows(np.flatnonzero(codes_N))
     if train.job.tokenizer is not None and (rows is None or len(rows)):
         digest = split_digest(metadata.digests["train"], rows)
-        ids_folder = shards.ids_folder(data_dir, digest, languages, train.job.tokenizer)
-        with progress.phase("data: joining the token ids"):
-            ids_folder.parent.mkdir(parents=True, exist_ok=True)
-            with file_lock(ids_folder.parent, name=f".{ids_folder.name}.lock"):
-                shards.store_ids(train, rows.mask if rows is not None else shards.keep_all, ids_folder)
+        ids_folder = token_id_cache.cache_folder(data_dir, digest, languages, train.job.tokenizer)
+        with progress.phase("data: joining the token ids"), prepared.lock_cache(ids_folder):
+            token_id_cache.store(ids_folder, train, rows.mask if rows is not None else None)
 
 
 def validate_source(data: DataConfig) -> None:
@@ -540,7 +538,7 @@ def _drops_folder(
 ) -> epath.Path:
     """The cache of what filters drop of this training split."""
     digest = split_digest(metadata.digests["train"], metadata.train_rows())
-    return epath.Path(cache_dir, "filters", f"{digest[:24]}-{'-'.join(languages)}-{filters.digest[:24]}")
+    return prepared.cache_folder(cache_dir, "filters", digest, languages, filters.digest[:24])
 
 
 def _resolve_drops(metadata: CorpusMetadata, train: ShardedSplit) -> np.ndarray:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from etils import epath
 
 from transformer.config import Config, DataConfig, mixture, validation
 from transformer.data import corpus as corpora
-from transformer.data import mixture_schedule, shards, subword_dropout
+from transformer.data import mixture_schedule, prepared, subword_dropout, token_id_cache
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import (
     Batch,
@@ -34,19 +33,18 @@ from transformer.data.batching import (
 )
 from transformer.data.corpus import Corpus, Split
 from transformer.data.mixed_sequences import MixedSequences, TaggedLengths
-from transformer.data.mixture_corpus import MixtureCorpus, MixtureSplit, VocabularyText, train_split
+from transformer.data.mixture_corpus import MixtureCorpus, VocabularyText, train_split
 from transformer.data.mixture_schedule import MixtureSchedule
 from transformer.data.packing import PackedSchedule
 from transformer.data.schedule_store import FileStore
 from transformer.data.subword_dropout import SubwordDropout
+from transformer.data.token_id_cache import METADATA_FILE as METADATA_FILE  # for tests/faults
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import file_lock, sha256, user_error_on_oserror
+from transformer.runtime.files import sha256, user_error_on_oserror
 from transformer.runtime.logging import log_info
 
-METADATA_FILE = "about.json"
-FILES = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
 PREFETCH_BATCHES = 16  # made ahead of the device
 SCHEDULE_VERSION = 2  # increased whenever the same lengths give other batches
 MAX_DROPPED_FRACTION = 0.1  # of the training pairs without a warning
@@ -225,8 +223,10 @@ def get_or_train_tokenizer(data: DataConfig, corpus: Corpus | MixtureCorpus) -> 
     """The tokenizer that the config names, or else that of the corpus, cached beside the prepared data."""
     if configured := tokenizers.load_configured(data):
         return configured
-    split = train_split(corpus)
-    with _cache_folder(data, corpus, split, "vocabularies", tokenizers.cache_key(data)) as folder:
+    digest, languages = train_split(corpus).digest, (corpus.source_language, corpus.target_language)
+    key = tokenizers.cache_key(data)
+    folder = prepared.cache_folder(corpora.data_dir(data), "vocabularies", digest, languages, key)
+    with _synchronized(folder):
         for path in sorted(folder.glob("*.model")):
             if sha256(path) == path.stem:
                 return tokenizers.check_vocab_size(tokenizers.load(path), data)
@@ -245,19 +245,12 @@ def get_or_train_tokenizer(data: DataConfig, corpus: Corpus | MixtureCorpus) -> 
 
 
 @contextlib.contextmanager
-def _cache_folder(
-    data: DataConfig, corpus: Corpus | MixtureCorpus, split: Split | MixtureSplit, kind: str, key: str
-) -> Iterator[epath.Path]:
-    """The folder for what is made of a split, beside the prepared data; kept equal to its copy in object storage."""
-    name = f"{split.digest[:24]}-{corpus.source_language}-{corpus.target_language}-{key}"
-    folder = epath.Path(corpora.data_dir(data)) / kind / name
-    with user_error_on_oserror(f"{folder}, under config.data.data_dir"):
-        with contextlib.suppress(OSError):  # then what is there may still be read
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(folder.parent, f"making {folder}", name=f".{name}.lock"):
-            object_storage.pull(folder)
-            yield folder
-            object_storage.push(folder)  # also what exists here, as an earlier attempt may have failed
+def _synchronized(folder: epath.Path) -> Iterator[None]:
+    """Keeps other processes from making a folder meanwhile, and the folder equal to its copy in object storage."""
+    with user_error_on_oserror(f"{folder}, under config.data.data_dir"), prepared.lock_cache(folder):
+        object_storage.pull(folder)
+        yield
+        object_storage.push(folder)  # also what exists here, as an earlier attempt may have failed
 
 
 def check_same_tokenizer(
@@ -321,11 +314,13 @@ def token_ids(
     if isinstance(corpus, MixtureCorpus):
         own = [(mixture.entry_data(data, e), c) for e, c in zip(data.mixture, corpus.corpora, strict=True)]
         return _mix(data, tuple(token_ids(*each, split_name, tokenizer, workers) for each in own), tokenizer)
-    split = corpus.split(split_name)
-    with _cache_folder(data, corpus, split, "token_ids", tokenizer.digest[:24]) as folder:
+    split, languages = corpus.split(split_name), (corpus.source_language, corpus.target_language)
+    folder = token_id_cache.cache_folder(corpora.data_dir(data), split.digest, languages, tokenizer)
+    schedules = folder.parent.parent / "schedules" / folder.name
+    with _synchronized(folder):
         if folder.exists():
             try:
-                return _load_ids(folder)
+                return TokenIds(*token_id_cache.load(folder), schedules)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log_info(f"{folder}: damaged ({error}); tokenizing again")
                 shutil.rmtree(folder)
@@ -335,7 +330,7 @@ def token_ids(
         except OSError:
             if not folder.exists():  # otherwise another run was faster, on a file system without locks
                 raise
-        return _load_ids(folder)
+        return TokenIds(*token_id_cache.load(folder), schedules)
 
 
 def _mix(data: DataConfig, entries: tuple[TokenIds, ...], tokenizer: Tokenizer) -> TokenIds:
@@ -347,20 +342,3 @@ def _mix(data: DataConfig, entries: tuple[TokenIds, ...], tokenizer: Tokenizer) 
     digest = hashlib.sha256(json.dumps([folder.name for folder in folders]).encode()).hexdigest()
     folder = folders[0].parent / f"mixture-{digest[:24]}" if folders else None
     return TokenIds(source, target, folder, entries)
-
-
-def _load_ids(folder: epath.Path) -> TokenIds:
-    """Maps the ids into memory after verifying their digests; a ValueError if one is wrong."""
-    metadata = json.loads((folder / METADATA_FILE).read_text())
-    digests = shards.ids_digests(folder).compute([folder / name for name in FILES], "verifying the token ids")
-    for name in FILES:
-        if digests[os.fspath(folder / name)] != metadata["sha256"][name]:
-            raise ValueError(f"{name} has changed since it was written")
-    source, target = (_load_side(folder, side, np.dtype(metadata["dtype"])) for side in ("source", "target"))
-    return TokenIds(source, target, folder.parent.parent / "schedules" / folder.name)
-
-
-def _load_side(folder: epath.Path, side: str, dtype: np.dtype) -> JaggedArray:
-    offsets = np.load(folder / f"{side}.offsets.npy", mmap_mode="r", allow_pickle=False)
-    flat = np.memmap(folder / f"{side}.ids", dtype, mode="r") if offsets[-1] else np.zeros(0, dtype)
-    return JaggedArray(flat, offsets)

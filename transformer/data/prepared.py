@@ -343,6 +343,20 @@ def preparation_instructions(builder: Any) -> str:
     )
 
 
+def cache_folder(data_dir: str, kind: str, digest: str, languages: tuple[str, str], key: str) -> epath.Path:
+    """The folder, beside the prepared data, for what is derived from the split with this digest, and how: `key`."""
+    return epath.Path(data_dir, kind, f"{digest[:24]}-{'-'.join(languages)}-{key}")
+
+
+@contextlib.contextmanager
+def lock_cache(folder: epath.Path) -> Iterator[None]:
+    """Keeps other processes from making the folder meanwhile; makes its parent, if that can be written."""
+    with contextlib.suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder.parent, f"making {folder}", name=f".{folder.name}.lock"):
+        yield
+
+
 def write_cache(path: epath.Path, content: bytes) -> None:
     """Writes a file of derived data atomically; does nothing if the folder is read-only."""
     with contextlib.suppress(OSError):

@@ -3,19 +3,17 @@
 The preparing process cuts the text into blocks, a shard each (`line_parts`, `pair_parts`, `blocks`). A `ShardJob` makes
 the files of a shard from its block, in any process: records, token ids, and what is known of each pair. Last it writes
 the digests of these files: a shard whose digests are there and right is done and not made again, whatever was killed.
-The files depend on the text alone. `assemble_ids` joins the token ids of all shards. Imports no JAX.
+The files depend on the text alone. `token_id_cache` joins the token ids of all shards. Imports no JAX.
 """
 
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import io
 import itertools
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,8 +25,7 @@ from transformer.data.text_files import Pair
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import environment
 from transformer.runtime.errors import UserError
-from transformer.runtime.file_digests import FileDigests
-from transformer.runtime.files import atomic_directory, sha256, write_atomic
+from transformer.runtime.files import sha256, write_atomic
 from transformer.runtime.worker_pool import WorkerPool
 
 SHARD_BYTES = 16 << 20  # of text
@@ -476,74 +473,9 @@ def default_workers() -> int:
     return max(min(environment.available_cpus(), MAX_WORKERS), 1)
 
 
-def keep_all(first: int, last: int) -> None:
-    """For `assemble_ids`: all pairs are taken."""
-
-
 def stored_blocks(split: str, files: Iterable[tuple[str, int]], languages: tuple[str, str]) -> Iterator[Block]:
     """A block for each file of records."""
     for number, (path, count) in enumerate(files):
         starts = range(0, count, PART_PAIRS)
         parts = [Stored(path, start, min(start + PART_PAIRS, count), languages) for start in starts]
         yield Block(f"{split}-{number:05}", parts)
-
-
-def store_ids(split: ShardedSplit, kept: Callable[[int, int], np.ndarray | None], folder: pathlib.Path) -> None:
-    """Writes the token ids of a split as a folder, unless it exists; `kept` as in `assemble_ids`."""
-    for partial in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):  # of processes that were killed
-        shutil.rmtree(partial, ignore_errors=True)
-    if folder.exists():
-        return
-    with atomic_directory(folder) as partial:
-        digests = assemble_ids(split, kept, partial)
-    ids_digests(folder).record({os.path.join(folder, name): digest for name, digest in digests.items()})
-
-
-def ids_digests(folder: os.PathLike) -> FileDigests:
-    """The digests of files of token ids."""
-    path = pathlib.Path(folder)
-    return FileDigests(path.parent / f".digests-{path.name}.json")
-
-
-def ids_folder(data_dir: str, digest: str, languages: tuple[str, str], tokenizer: Tokenizer) -> pathlib.Path:
-    """The folder for the token ids of the split with this digest."""
-    return pathlib.Path(data_dir, "token_ids", f"{digest[:24]}-{'-'.join(languages)}-{tokenizer.digest[:24]}")
-
-
-def assemble_ids(
-    split: ShardedSplit, kept: Callable[[int, int], np.ndarray | None], folder: pathlib.Path
-) -> dict[str, str]:
-    """Joins the token ids of all shards as files of a folder; returns their digests by name.
-
-    Args:
-      kept: for pairs first ≤ index < last of the split says which are taken, [last - first] bool; None for all.
-    """
-    tokenizer = split.job.tokenizer
-    assert tokenizer is not None
-    dtype, digests = id_dtype(tokenizer), {}
-    for side in ("source", "target"):
-        lengths_by_shard, digest, first = [], hashlib.sha256(), 0
-        with (folder / f"{side}.ids").open("wb") as file:
-            for shard in split.shards:
-                lengths = np.load(split.job.path(shard.name, PAIRS))[side].copy()
-                ids: Any = np.fromfile(split.job.path(shard.name, f"{side}.ids"), dtype)
-                mask = kept(first, first + shard.pairs)
-                if mask is not None:
-                    ids, lengths = ids[np.repeat(mask, lengths)], lengths[mask]
-                file.write(ids)
-                digest.update(ids)
-                lengths_by_shard.append(lengths)
-                first += shard.pairs
-        digests[f"{side}.ids"] = digest.hexdigest()
-        count = sum(map(len, lengths_by_shard))
-        offsets = np.lib.format.open_memmap(folder / f"{side}.offsets.npy", "w+", np.int64, (count + 1,))
-        start, total = 0, 0
-        for lengths in lengths_by_shard:
-            offsets[start + 1 : start + 1 + len(lengths)] = total + np.cumsum(lengths, dtype=np.int64)
-            start, total = start + len(lengths), total + int(lengths.sum())
-        offsets.flush()
-        digests[f"{side}.offsets.npy"] = sha256(folder / f"{side}.offsets.npy")
-    order = ("source.ids", "source.offsets.npy", "target.ids", "target.offsets.npy")
-    digests = {name: digests[name] for name in order}
-    (folder / "about.json").write_text(json.dumps({"dtype": dtype.name, "sha256": digests}))
-    return digests
