@@ -9,6 +9,7 @@ from typing import Any, overload
 
 from etils import epath
 
+from transformer.attention import fused
 from transformer.checkpoints.loading import RestoredModel, load_checkpoint
 from transformer.config import DecodeConfig, mixture, validation
 from transformer.data import text_inputs
@@ -51,7 +52,12 @@ class TranslationModel:
         return f"TranslationModel({' + '.join(map(_describe, self.models))})"
 
     def on_local_devices(self) -> "TranslationModel":
-        """The model on the devices of this process alone, which then translates without the others."""
+        """The model on the devices of this process alone, which then translates without the others.
+
+        All processes must call it: they agree here on the attention that all their devices can run.
+        """
+        for model in self.models:
+            fused.try_for_translating(model.config)
         return TranslationModel([model.on_local_devices() for model in self.models])
 
     @overload

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from etils import epath
 
 from tests.attention.test_blockwise import B, K, draw, segments
 from tests.conftest import ROOT, small_config
+from transformer import inference
 from transformer.attention import dot_product, fused
 from transformer.attention.mask import AttentionMask
 from transformer.config import MeshConfig
@@ -111,8 +113,10 @@ def stand_in_for_cudnn(monkeypatch, factor=1.0):
 @pytest.mark.gpu
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU here")
 def test_cudnn_has_the_values_and_gradients_of_the_plain_path():
-    program = "import jax.numpy as jnp; from tests import test_kernels; test_kernels.check_cudnn(jnp.bfloat16, 0.05)\n"
-    program += "from transformer.attention import fused; assert not (failure := fused.try_cudnn(64)), failure"
+    program = (
+        f"import jax.numpy as jnp; from {__name__} import check_cudnn, fused; check_cudnn(jnp.bfloat16, 0.05)\n"
+        "assert not (failure := fused.try_cudnn(64)), failure"
+    )
     environment = {**os.environ, "JAX_PLATFORMS": "cuda", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
 
@@ -201,6 +205,7 @@ def test_the_platform_is_that_of_the_mesh():
     assert platforms.current() == jax.default_backend()
 
 
+ON_LOCAL_DEVICES = inference.TranslationModel.on_local_devices
 CUDNN = {"attention": "cudnn", "dtype": "bfloat16"}
 
 
@@ -319,6 +324,25 @@ def test_auto_goes_without_cudnn_after_a_trial_that_fails_and_warns_once(machine
     warnings = capsys.readouterr().err
     assert warnings == "warning: no attention by cuDNN: no execution plans; auto takes plain or blockwise attention\n"
     assert fingerprint.fingerprint()["cuDNN attention"] == "fails"
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"attention": "auto", "attention_dropout_rate": 0.1}, [8]),  # translating drops nothing
+        ({"attention": "plain"}, []),
+        ({"attention": "auto", "dtype": "float32"}, []),
+    ],
+)
+def test_processes_agree_on_cudnn_before_each_translates_alone(machine, monkeypatch, model, expected):
+    """A process without a sentence to translate traces nothing, and the others would wait for it in the trial."""
+    tried = machine("")
+    config = small_config(model={**CUDNN, **model}, data={"batching": "pack", "num_buckets": 8})
+    restored = types.SimpleNamespace(config=config)
+    restored.on_local_devices = lambda: restored
+    monkeypatch.setattr(inference, "TranslationModel", list)
+    assert ON_LOCAL_DEVICES(types.SimpleNamespace(models=[restored])) == [restored]
+    assert tried == expected
 
 
 def test_a_forced_kernel_says_why_its_trial_failed(machine):

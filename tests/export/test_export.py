@@ -55,14 +55,24 @@ def with_model(workdir, vocabulary, **model):
         slow({"norm": "pre", "num_layers": 2, "scan_layers": True, "dtype": "bfloat16", "attention": "blockwise"}),
     ],
 )
-def test_ctranslate2_gives_the_log_probabilities_of_the_model(model, vocabulary, tmp_path, needs_ctranslate2):
+def test_ctranslate2_gives_the_log_probabilities_of_the_model(
+    model, vocabulary, tmp_path, needs_ctranslate2, monkeypatch
+):
     trained = with_model(tmp_path / "run", vocabulary, **model)
     (tmp_path / "out").mkdir()
     summary = verify.write(trained, tmp_path / "out", "ctranslate2")
     assert 0 < summary["largest_difference"] < 1e-4
     assert json.loads((tmp_path / "out" / "export.json").read_text()) == summary
     (tmp_path / "int8").mkdir()
-    assert 1e-4 < verify.write(trained, tmp_path / "int8", "ctranslate2", "int8")["mean_difference"] < 0.1
+    precisions, reference = [], verify.reference_log_probs
+
+    def noted(*args):
+        precisions.append(jax.config.jax_default_matmul_precision)
+        return reference(*args)
+
+    monkeypatch.setattr(verify, "reference_log_probs", noted)
+    assert 1e-4 < verify.write(trained, tmp_path / "int8", "ctranslate2", "int8")["mean_difference"] < 0.5
+    assert precisions == ["highest", "highest"]  # an accelerator's default rounds more than the tolerance
 
 
 @pytest.mark.parametrize(

@@ -176,9 +176,10 @@ def fail():
 def test_an_error_of_the_event_file_is_a_message_too(tmp_path, monkeypatch):
     with MetricWriter(epath.Path(tmp_path), 0, 20) as log:
         log.write(1, {"valid/bleu": 1.0})
-        with monkeypatch.context() as patched, pytest.raises(UserError, match="Input/output error"):
+        with monkeypatch.context() as patched:
             patched.setattr(log._events, "flush", fail)
-            log.write(2, {"valid/bleu": 1.0})
+            with pytest.raises(UserError, match="Input/output error"):
+                log.write(2, {"valid/bleu": 1.0})
 
 
 def test_a_failed_upload_does_not_replace_the_error_that_ends_the_run(tmp_path, monkeypatch, capsys):

@@ -71,6 +71,14 @@ def check_supported(config: Config, mesh: Mesh) -> None:
     environment.set_trials({"cuDNN attention": result} if result else {})
 
 
+def try_for_translating(config: Config) -> None:
+    """Tries cuDNN where translating may choose it. All processes must call it before any of them translates alone."""
+    may_choose = config.model.family == "attention" and config.model.attention in ("auto", "cudnn")
+    spec = dataclasses.replace(AttentionSpec.from_config(config), dropout_rate=0.0, packed=False, sequence_shards=1)
+    if may_choose and jax.default_backend() == "gpu" and not unsupported_reason("cudnn", spec):
+        cudnn_works(spec.key_width)
+
+
 def _unsupported_reason(kernel: str, device: Any, spec: AttentionSpec) -> str:
     """Why a kernel cannot compute this attention on a device; empty where it can."""
     if device.platform != FUSED_ATTENTION_PLATFORMS[kernel]:

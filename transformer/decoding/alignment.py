@@ -95,13 +95,6 @@ class Aligner:
             own = (of_self[0][:, :, :S, :S], of_self[1][:, :, :T, :T]) if of_self else (None, None)
             yield indices[i], Attention(weights_LHTS[:, :, :T, :S], source[i], target[i], *own)
 
-    def align(self, params: Params, sources: Sequence[str], translations: Sequence[str]) -> list[Alignment]:
-        """The alignment of each pair; empty if a side is blank."""
-        alignments: list[Alignment] = [[] for _ in sources]
-        for index, attention in self.attention(params, sources, translations):
-            alignments[index] = self.word_alignment(attention)
-        return alignments
-
     def word_alignment(self, attention: Attention) -> Alignment:
         """Pairs each target word with the source word that it attends to most.
 

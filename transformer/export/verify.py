@@ -25,8 +25,8 @@ NEEDS = {"ctranslate2": "ctranslate2", "jax": "flatbuffers"}
 PAIRS, MAX_TOKENS = 24, 40  # random sentence pairs that are scored, and the most tokens of a sentence
 
 # Largest and mean difference of a token's log-probability, in nats. int8 is expected to differ: its tolerances only
-# tell rounding from a broken model.
-TOLERANCES = {"float32": (1e-3, 1e-4), "bfloat16": (1.0, 0.1), "int8": (3.0, 0.3)}
+# tell rounding from a broken model. It differs most on x86 CPUs without VNNI, where sums of two products saturate.
+TOLERANCES = {"float32": (1e-3, 1e-4), "bfloat16": (1.0, 0.1), "int8": (3.0, 0.5)}
 
 
 class Differences(NamedTuple):
@@ -54,18 +54,18 @@ def write(
     if family != "attention":
         raise UserError(f"model.family = {family}: expected attention, the one family that can be exported")
     trained.tokenizer.save(folder)
-    score: Score
     if format_name == "ctranslate2":
-        if quantization != "float32":  # its wide tolerance would hide a small mistake
-            with tempfile.TemporaryDirectory() as exact:
-                compare(trained, "float32", ctranslate2.write(trained, pathlib.Path(exact), "float32"))
-        precision, score = quantization, ctranslate2.write(trained, folder, quantization)
+        # It multiplies in float32, which accelerators round to TF32 or bfloat16 by default.
+        with jax.default_matmul_precision("highest"):
+            if quantization != "float32":  # its wide tolerance would hide a small mistake
+                with tempfile.TemporaryDirectory() as exact:
+                    compare(trained, "float32", ctranslate2.write(trained, pathlib.Path(exact), "float32"))
+            differences = compare(trained, quantization, ctranslate2.write(trained, folder, quantization))
     else:
-        precision, score = trained.config.model.dtype, jax_export.write(trained, folder)
-    differences = compare(trained, precision, score)
+        differences = compare(trained, trained.config.model.dtype, jax_export.write(trained, folder))
     summary = {
         "format": format_name,
-        "precision": precision,
+        "precision": quantization if format_name == "ctranslate2" else trained.config.model.dtype,
         "steps": trained.steps,
         "largest_difference": differences.largest,
         "mean_difference": differences.mean,

@@ -16,7 +16,7 @@ from transformer.attention import dot_product
 from transformer.attention.mask import AttentionMask
 from transformer.attention.rotary import Rotation, rotation_at
 from transformer.config import ModelConfig
-from transformer.models.base import Seq2SeqModel, position_ids, segment_ids, shift_right
+from transformer.models.base import Seq2SeqModel, gather_beams, position_ids, segment_ids, shift_right
 from transformer.models.layers import (
     FeedForward,
     Key,
@@ -46,7 +46,7 @@ class KVCache(NamedTuple):
 
     def reorder(self, parents_BN: Array) -> "KVCache":
         """Moves hypotheses from beams `parents_BN`, int32 [B, N]; keys and values stay where they were written."""
-        return self._replace(beam_history_BNT=jnp.take_along_axis(self.beam_history_BNT, parents_BN[:, :, None], 1))
+        return self._replace(beam_history_BNT=gather_beams(self.beam_history_BNT, parents_BN))
 
     def resize(self, cache_length: int) -> "KVCache":
         """Pads the cache to hold this many positions."""
