@@ -117,8 +117,9 @@ def test_cached_attention_equals_causal_attention_position_by_position():
     for position in range(T):
         at = jnp.int32(position)
         cache = dot_product.write_cache(*cache, *(one.reshape(B, N, T, H, K)[:, :, position] for one in (k, v)), at)
-        got = dot_product.cached_attention(q.reshape(B, N, T, H, K)[:, :, position], *cache, own, at)
-        np.testing.assert_allclose(got, want[:, :, position], atol=1e-6)
+        for history in (own, None):  # no beam moves
+            got = dot_product.cached_attention(q.reshape(B, N, T, H, K)[:, :, position], *cache, history, at)
+            np.testing.assert_allclose(got, want[:, :, position], atol=1e-6)
 
 
 def test_a_hypothesis_sees_the_past_that_its_ancestors_wrote():

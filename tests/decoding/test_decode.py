@@ -98,6 +98,18 @@ def test_the_attention_of_a_step_is_that_of_decoding_at_once(parts):
     np.testing.assert_allclose(got, at_once, rtol=1e-4, atol=1e-6)
 
 
+def test_samples_that_attend_within_their_beams_are_those_of_a_mask(parts):
+    config, vocabulary, model, params = parts
+    source = JaggedArray.from_sequences(vocabulary.encode(LINES[:2])).to_padded(np.arange(2), 16)
+    keys = np.arange(4, dtype=np.uint32).reshape(2, 2)
+    decode = dataclasses.replace(config.decode, method="sample", max_extra_length=10)
+    few, many = decoding.MIN_SEPARATE_SAMPLES - 1, decoding.MIN_SEPARATE_SAMPLES
+    runs = [jax.jit(functools.partial(decoding.decode, (model,), decode, count)) for count in (few, many)]
+    masked, within = (jax.tree.map(np.asarray, run((params,), DecodeInputs(source, keys))) for run in runs)
+    np.testing.assert_array_equal(within.tokens_BNT[:, :few], masked.tokens_BNT)
+    np.testing.assert_allclose(within.scores_BN[:, :few], masked.scores_BN, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["beam", "sample"])
 def test_a_cache_that_grows_holds_what_one_of_full_length_holds(parts, method, monkeypatch):

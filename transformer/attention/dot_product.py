@@ -83,7 +83,9 @@ def write_cache(
     )
 
 
-def cached_attention(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, beam_history_BNT: Array, position: Array) -> Array:
+def cached_attention(
+    q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, beam_history_BNT: Array | None, position: Array
+) -> Array:
     """Self-attention of one query per beam over the cache of all beams; each attends only to its hypothesis' history.
 
     When hypotheses move between beams, only `beam_history_BNT` is reordered; keys and values stay where they were
@@ -91,18 +93,31 @@ def cached_attention(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, beam_history_B
 
     Args:
       k_BHKS, v_BHSK: the cache, S = T * N, laid out as in `write_cache`.
-      beam_history_BNT: int32; the beam that wrote position t of the hypothesis now in beam n.
+      beam_history_BNT: int32; the beam that wrote position t of the hypothesis now in beam n; None: that beam itself.
       position: int32 []; later positions are not written yet.
 
     Returns:
       [B, N, H, K]
     """
+    if beam_history_BNT is None:
+        return _attention_within_beams(q_BNHK, k_BHKS, v_BHSK, position)
     B, N, T = beam_history_BNT.shape
     beams_N = jnp.arange(N, dtype=jnp.int32)
     is_own = beam_history_BNT[:, :, :, None] == beams_N[None, None, None, :]
     is_written = jnp.arange(T, dtype=jnp.int32) <= position
     mask = (is_own & is_written[None, None, :, None]).reshape(B, 1, N, T * N)
     return decode_attention(q_BNHK, k_BHKS, v_BHSK, mask)
+
+
+def _attention_within_beams(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, position: Array) -> Array:
+    """`cached_attention` where no hypothesis moves: work and memory grow with N, not with N²."""
+    B, N, H, K = q_BNHK.shape
+    T = k_BHKS.shape[3] // N
+    k_BHKTN, v_BHTNK = k_BHKS.reshape(B, H, K, T, N), v_BHSK.reshape(B, H, T, N, v_BHSK.shape[3])
+    logits_BHTN = jnp.einsum("bnhk,bhktn->bhtn", q_BNHK, k_BHKTN, preferred_element_type=jnp.float32) * K**-0.5
+    is_written_T1 = jnp.arange(T, dtype=jnp.int32)[:, None] <= position
+    weights_BHTN = jax.nn.softmax(jnp.where(is_written_T1, logits_BHTN, MASK_VALUE), axis=2).astype(v_BHSK.dtype)
+    return jnp.einsum("bhtn,bhtnk->bnhk", weights_BHTN, v_BHTNK)
 
 
 def decode_attention(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, mask: Array) -> Array:

@@ -27,6 +27,7 @@ from transformer.models.base import Cache
 from transformer.models.registry import ModelDef, Params
 
 SPECIAL_IDS = SpecialIds(PAD, BOS, EOS)
+MIN_SEPARATE_SAMPLES = 12  # samples of a sentence; fewer attend sooner with a mask over the cache of all
 
 
 class DecodeInputs(NamedTuple):
@@ -67,7 +68,14 @@ def decode(
     coverage = CoveragePenalty(config.coverage_penalty, inputs.source_BS != PAD) if config.coverage_penalty else None
     beams = config.beam_size if config.method == "beam" else count
     step, caches = init_step_fn(
-        models, params, inputs.source_BS, beams, max_length, coverage is not None, cache_lengths(max_length)[0]
+        models,
+        params,
+        inputs.source_BS,
+        beams,
+        max_length,
+        coverage is not None,
+        cache_lengths(max_length)[0],
+        reorders_beams=config.method == "beam" or count < MIN_SEPARATE_SAMPLES,
     )
     constraints = LogitsConstraints(config.min_length, config.no_repeat_ngram, inputs.prefix_BP)
     penalty = config.length_penalty, config.length_penalty_form
@@ -101,14 +109,18 @@ def init_step_fn(
     max_length: int,
     return_attention: bool,
     cache_length: int | None = None,
+    reorders_beams: bool = True,
 ) -> tuple[StepFn, tuple[Cache, ...]]:
     """Encodes the source; returns the step function of the ensemble and the caches of its models.
 
     Args:
       return_attention: the step function also returns the mean attention of the models.
       cache_length: initial length of the caches; None: max_length.
+      reorders_beams: whether hypotheses may move between beams.
     """
     modules = [model.bind(model.in_compute_dtype(leaves)) for model, leaves in zip(models, params, strict=True)]
+    for module in modules:
+        module.reorders_beams = reorders_beams
     sources, caches = zip(
         *(module.init_decode(source_BS, beams, max_length, cache_length) for module in modules), strict=True
     )

@@ -158,7 +158,7 @@ class DecoderLayer(nnx.Module):
         source_kv: tuple[Array, Array],
         mask: AttentionMask,
         cache: LayerKVCache,
-        beam_history_BNT: Array,
+        beam_history_BNT: Array | None,
         position: Array,
         rotation: Rotation | None,
         return_attention: bool,
@@ -303,12 +303,13 @@ class Transformer(Seq2SeqModel):
         x_BND = self._embed("target", inputs_BN, row_11D, None)
         beam_BN1 = jax.lax.broadcasted_iota(jnp.int32, (*inputs_BN.shape, 1), 1)
         history_BNT = jax.lax.dynamic_update_slice_in_dim(cache.beam_history_BNT, beam_BN1, position, axis=2)
+        read_history_BNT = history_BNT if self.reorders_beams else None
         layers = unstack_layers(self.decoder, self.config.num_decoder_layers)
         layer_caches, attention_BNS = [], None
         for layer, source_kv, layer_cache in zip(layers, source.layers, cache.layers, strict=True):
             is_returned = return_attention and layer is layers[-1]
             x_BND, layer_cache, attention_BNS = layer.step(
-                x_BND, source_kv, source.mask, layer_cache, history_BNT, position, rotation, is_returned
+                x_BND, source_kv, source.mask, layer_cache, read_history_BNT, position, rotation, is_returned
             )
             layer_caches.append(layer_cache)
         return self._logits(x_BND), KVCache(layer_caches, history_BNT), attention_BNS
