@@ -3,7 +3,6 @@
 import html
 import itertools
 import math
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -39,19 +38,18 @@ def write(
         charts.Series(name, list(points), True, i % charts.NUM_COLORS + 1, faint=i >= charts.NUM_COLORS)
         for i, (name, points) in enumerate(lines.items())
     ]
-    figure = charts.line_chart(title, x_label, series, log)
-    drawing = re.search(r"<svg[^>]*>(.*)</svg>", figure, re.DOTALL)
-    if not drawing:
+    drawing, names = charts.line_drawing(x_label, series, log)
+    if not names:
         return
-    names = re.findall(r'<span class="key (s\d)( faint)?">([^<]*)</span>', figure)
     num_rows = -(-len(names) // NAMES_IN_ROW)
-    spacing = min(130, (charts.WIDTH - charts.LEFT) // min(len(names) or 1, NAMES_IN_ROW))
+    spacing = min(130, (charts.WIDTH - charts.LEFT) // min(len(names), NAMES_IN_ROW))
     keys = []
-    for position, (color, is_dashed, text) in enumerate(names):
+    for position, (name, css_class) in enumerate(names):
         row, column = divmod(position, NAMES_IN_ROW)
         x, y = charts.LEFT + spacing * column, LEGEND_ROW * (row + 1 - num_rows) - 6
-        keys.append(f'<text class="key {color}" x="{x}" y="{y}">{"- -" if is_dashed else "—"} {text}</text>')
-    _write_page(path, title, "".join(keys) + drawing[1], charts.HEIGHT, HEAD + LEGEND_ROW * max(num_rows, 1))
+        color, dash = css_class.split()[0], "- -" if "faint" in css_class else "—"
+        keys.append(f'<text class="key {color}" x="{x}" y="{y}">{dash} {html.escape(name)}</text>')
+    _write_page(path, title, "".join(keys) + drawing, charts.HEIGHT, HEAD + LEGEND_ROW * num_rows)
 
 
 def write_intervals(

@@ -22,7 +22,7 @@ from transformer.checkpoints.manager import CheckpointManager
 from transformer.checkpoints.manifest import MANIFEST, Manifest
 from transformer.config import DataConfig
 from transformer.data import corpus as corpora
-from transformer.data import input_pipeline, text_files, wmt
+from transformer.data import input_pipeline, text_files, token_id_cache, wmt
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import sha256
 
@@ -126,9 +126,9 @@ def assert_no_token_ids_of_objects(world: World, array: bytes) -> None:
         wanted = np.array(input_pipeline.token_ids(data, corpus, "train", words).source.offsets)  # not the file itself
         (path,) = (path for path in files_of(folder / "prepared") if path.name == "source.offsets.npy")
         path.write_bytes(array)
-        about = json.loads((path.parent / input_pipeline.METADATA_FILE).read_text())
+        about = json.loads((path.parent / token_id_cache.METADATA_FILE).read_text())
         about["sha256"][path.name] = sha256(path)
-        (path.parent / input_pipeline.METADATA_FILE).write_text(json.dumps(about))
+        (path.parent / token_id_cache.METADATA_FILE).write_text(json.dumps(about))
         result = input_pipeline.token_ids(data, corpus, "train", words)
     assert "damaged" in heard.getvalue()
     assert np.array_equal(result.source.offsets, wanted)

@@ -38,7 +38,6 @@ from transformer.data.mixture_schedule import MixtureSchedule
 from transformer.data.packing import PackedSchedule
 from transformer.data.schedule_store import FileStore
 from transformer.data.subword_dropout import SubwordDropout
-from transformer.data.token_id_cache import METADATA_FILE as METADATA_FILE  # for tests/faults
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError

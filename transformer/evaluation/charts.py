@@ -71,7 +71,17 @@ class LogAxis(Axis):
 
 
 def line_chart(title: str, x_label: str, series: Sequence[Series], log: bool = False, log_y: bool = False) -> str:
-    """A figure with a line for each series, "" without finite points; `log` is for both axes, `log_y` for one.
+    """A figure of `line_drawing`; "" without finite points. No legend if its first line is named as the figure."""
+    drawing, keys = line_drawing(x_label, series, log, log_y)
+    if not keys:
+        return ""
+    return _figure(title, [] if keys[0][0] == title else keys, drawing)
+
+
+def line_drawing(
+    x_label: str, series: Sequence[Series], log: bool = False, log_y: bool = False
+) -> tuple[str, list[tuple[str, str]]]:
+    """A line for each series with finite points, and the lines' (name, CSS class); `log` is for both axes.
 
     A line of one point is a marker with its value.
     """
@@ -84,7 +94,7 @@ def line_chart(title: str, x_label: str, series: Sequence[Series], log: bool = F
     lines = [line._replace(points=downsample([p for p in line.points if is_drawn(p)])) for line in series]
     lines = [line._replace(color=line.color or i) for i, line in enumerate((l for l in lines if l.points), 1)]
     if not lines:
-        return ""
+        return "", []
     xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
     left, right = min(xs), max(xs)
     if left == right:
@@ -105,7 +115,7 @@ def line_chart(title: str, x_label: str, series: Sequence[Series], log: bool = F
             parts.append(f'<circle class="{css_class}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="{radius}">{tip}</circle>')
     parts += _values_of_single_points([line.points[0] for line in lines if len(line.points) == 1], x, y)
     keys = [(line.name, f"s{line.color}{' faint' if line.faint else ''}") for line in lines]
-    return _figure(title, [] if lines[0].name == title else keys, "".join(parts))
+    return "".join(parts), keys
 
 
 def _values_of_single_points(points: Sequence[Point], x: Axis, y: Axis) -> list[str]:
@@ -247,4 +257,4 @@ def format_si(value: float) -> str:
 def downsample(points: Sequence[Point]) -> list[Point]:
     """About MAX_POINTS evenly spaced points, including the last."""
     every = -(-len(points) // MAX_POINTS)
-    return [*points[: -1 or None : max(every, 1)], *points[-1:]] if points else []
+    return [*points[:-1:every], *points[-1:]] if points else []
