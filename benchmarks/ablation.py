@@ -35,7 +35,7 @@ from benchmarks import ablation_plan, ablation_table
 from benchmarks.ablation_plan import BASE, Variant
 from benchmarks.ablation_table import Figures, Row
 from transformer import command_line
-from transformer.config import Config, schema, validation
+from transformer.config import Config, mixture, schema, validation
 from transformer.evaluation.metrics import METRICS
 from transformer.evaluation.significance import PairedTestResult
 from transformer.runtime import object_storage, progress, signals
@@ -132,7 +132,7 @@ class Ablation:
         self._load()
 
     def _load(self) -> None:
-        """Reads what is finished.
+        """Reads what is finished, also what was trained elsewhere, with the data in another folder.
 
         Raises:
           UserError: a result has another config.
@@ -140,7 +140,8 @@ class Ablation:
         for name, finished in self.finished.items():
             for path in sorted((self._output / name).glob(f"seed*.{self._result}.json")):
                 saved, run = json.loads(path.read_text()), self._run(name, int(path.name[4:].partition(".")[0]))
-                if changes := schema.diff(validation.validate(saved["config"], strict=False), run.config):
+                changes = schema.diff(validation.validate(saved["config"], strict=False), run.config)
+                if changes := [change for change in changes if not mixture.moves_data_only(change)]:
                     raise UserError(
                         f"{path}: has another config: {'; '.join(map(str, changes))}. Choose another --output, or "
                         "delete that folder"

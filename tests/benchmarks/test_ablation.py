@@ -285,6 +285,14 @@ def test_a_result_of_another_config_is_refused(command, tmp_path):
         ablation.main([*command, "--only=base", "--config.train.num_steps=50"])
 
 
+def test_a_result_from_where_the_data_lay_elsewhere_counts(command, data, tmp_path):
+    ablation.main([*command, "--only=base"])
+    assert trained(tmp_path) == ["base 0"]
+    shutil.copytree(data, tmp_path / "elsewhere")
+    ablation.main([*(flag.replace(str(data), str(tmp_path / "elsewhere")) for flag in command), "--only=base"])
+    assert trained(tmp_path) == []
+
+
 def test_a_run_that_fails_is_a_row_and_is_tried_again(command, capsys, tmp_path):
     (tmp_path / "broken").write_text("rms/seed1")
     with pytest.raises(SystemExit) as ended:
