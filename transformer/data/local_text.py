@@ -197,8 +197,7 @@ def _origin(files: Mapping[str, SplitFiles]) -> str:
     parts = []
     for split in sorted(files):
         made = files[split]
-        local = {path: os.path.abspath(os.path.expanduser(path)) for path in made.paths}
-        paths = [path if object_storage.is_remote(path) else local[path] for path in made.paths]
+        paths = [p if object_storage.is_remote(p) else os.path.abspath(os.path.expanduser(p)) for p in made.paths]
         parts.append([split, made.languages, made.columns, paths])
     return json.dumps(parts)
 
