@@ -99,7 +99,7 @@ def slow_objective(config, params, batch, key):
 
 
 VARIANTS = {
-    "plain": {},
+    "plain": {"num_layers": 1},
     "dropouts": {"attention_dropout_rate": 0.1, "mlp_dropout_rate": 0.1, "share_embeddings": False},
     "scan": {"scan_layers": True, "num_layers": 2, "remat": "full", "norm": "pre"},
     "rotary": {"positions": "rotary", "norm_type": "rms", "remat": "dots"},
