@@ -1,5 +1,6 @@
 """Scores are sacreBLEU's own, and what only older papers compare with is named so."""
 
+import re
 import subprocess
 import sys
 import types
@@ -14,22 +15,24 @@ from transformer.runtime.errors import UserError
 HYPOTHESES = ["the cat sat on the mat", "Hello , World !", "it is 3 . 5 km away", "no match at all here"]
 REFERENCES = ["the cat sat on a mat", "Hello, World!", "it is 3.5 km away", "something else entirely, really"]
 SACREBLEU_METRICS = ("bleu", "chrf", "ter", "chrfpp")
-SACREBLEU_FLAGS = {"chrfpp": ["-m", "chrf", "--chrf-word-order", "2"]}
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("metric", SACREBLEU_METRICS)
-def test_scores_equal_the_sacrebleu_command_on_the_files(tmp_path, metric, count):
+@pytest.mark.parametrize(
+    ("names", "flags"), [(["bleu", "chrf", "ter"], "bleu chrf ter"), (["chrfpp"], "chrf --chrf-word-order 2")]
+)
+def test_scores_equal_the_sacrebleu_command_on_the_files(tmp_path, names, flags, count):
     references = [REFERENCES, REFERENCES[1:] + REFERENCES[:1]][:count]
     for name, lines in (("hyp", HYPOTHESES), *((f"ref{i}", lines) for i, lines in enumerate(references))):
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     paths = [tmp_path / f"ref{i}" for i in range(count)]
-    command = [sys.executable, "-m", "sacrebleu", *map(str, paths), "-i", str(tmp_path / "hyp")]
-    flags = SACREBLEU_FLAGS.get(metric, ["-m", metric])
-    result = subprocess.run([*command, *flags, "-b", "-w", "12"], capture_output=True, text=True, check=True)
-    got = metrics.score(HYPOTHESES, references, [metric])
-    assert got[metric] == pytest.approx(float(result.stdout), abs=1e-9)
-    assert f"nrefs:{count}" in got[f"{metric}_signature"]
+    command = [sys.executable, "-m", "sacrebleu", *map(str, paths), "-i", str(tmp_path / "hyp"), "-b", "-w", "12"]
+    result = subprocess.run([*command, "-m", *flags.split()], capture_output=True, text=True, check=True)
+    printed = [float(number) for number in re.findall(r"[\d.]+", result.stdout)]
+    for name, wanted in zip(names, printed, strict=True):
+        got = metrics.score(HYPOTHESES, references, [name])
+        assert got[name] == pytest.approx(wanted, abs=1e-9)
+        assert f"nrefs:{count}" in got[f"{name}_signature"]
 
 
 def test_signatures_name_tokenizer_case_and_version():
