@@ -24,6 +24,7 @@ from train import train as fit
 from transformer.checkpoints import best_metric, loading, manager
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.config import validation
+from transformer.data import tokenizer
 from transformer.data.batching import PAD_EXAMPLE, Batch, eval_batches
 from transformer.decoding.translator import Translator
 from transformer.distributed import platform
@@ -291,14 +292,6 @@ def test_the_log_is_copied_before_a_checkpoint_is_saved(data, tmp_path, monkeypa
     assert events == ["sync", "save_async"] * 4
 
 
-@pytest.mark.parametrize("stop", [3, 9])
-def test_resume_is_exact(data, whole, tmp_path, stop):
-    """Data order, dropout, optimizer and learning rate go on as if nothing had happened, to the last bit."""
-    fit(config_of(data, train={"num_steps": stop}), tmp_path / "run")
-    fit(config_of(data), tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
-
-
 EMA = {"ema_decay": 0.9}
 
 
@@ -359,8 +352,11 @@ def test_a_moving_average_cannot_begin_or_end_halfway(data, whole, averaged):
         fit(config_of(data), averaged[0])
 
 
-def test_the_cost_of_a_run_is_summed_over_resumes(data, whole, tmp_path):
-    """Against the plan of its batches; and a run of two sittings counts to the same, to the last digit."""
+def test_resume_is_exact_and_the_cost_of_a_run_is_summed(data, whole, tmp_path):
+    """Data order, dropout, optimizer and learning rate go on as if nothing had happened, to the last bit.
+
+    The cost is held against the plan of the batches; a run of two sittings counts to the same, to the last digit.
+    """
     from transformer.checkpoints.loading import load_checkpoint
     from transformer.data import corpus as corpora
     from transformer.data import input_pipeline
@@ -379,6 +375,7 @@ def test_the_cost_of_a_run_is_summed_over_resumes(data, whole, tmp_path):
     fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
     before = TrainingCost.from_metrics(CheckpointManager(tmp_path / "run").metrics(9))
     fit(config, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
     after = TrainingCost.from_metrics(CheckpointManager(tmp_path / "run").metrics(12))
     assert after._replace(seconds=0) == spent._replace(seconds=0)
     assert after.seconds > before.seconds > 0
@@ -474,29 +471,21 @@ def test_a_terminal_that_closes_is_a_stop_signal_unless_started_by_nohup():
     assert signals.preempted(signal.SIGHUP, 7).exit_code == 129
 
 
-def test_another_host_is_logged(data, tmp_path, monkeypatch, capsys):
-    from transformer.checkpoints import manager
+@pytest.mark.reported
+def test_another_host_is_logged_and_other_code_is_not_called_one(data, whole, tmp_path, monkeypatch, capsys):
+    run, here = shutil.copytree(whole, tmp_path / "run"), environment.fingerprint()
 
-    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
-    here = environment.fingerprint()
-    monkeypatch.setattr(manager.environment, "fingerprint", lambda: {**here, "jax": "9.9", "cores": "77"})
-    fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
-    said = capsys.readouterr().err
+    def resumed(**fingerprint):
+        with monkeypatch.context() as patch:
+            patch.setattr(manager.environment, "fingerprint", lambda: {**here, **fingerprint})
+            fit(config_of(data, train={"num_steps": 13}), run)
+        return capsys.readouterr().err
+
+    said = resumed(jax="9.9", cores="77")
     assert "warning: other packages and another machine or other settings than before, so the last bits may " in said
     assert f"jax: {here['jax']} → 9.9; cores: {here['cores']} → 77\n" in said
-    fit(config_of(data, train={"num_steps": 9}), tmp_path / "run")
-    assert "than before" not in capsys.readouterr().err
-
-
-@pytest.mark.reported
-def test_other_code_is_not_called_another_machine(data, tmp_path, monkeypatch, capsys):
-    from transformer.checkpoints import manager
-
-    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
-    here = environment.fingerprint()
-    monkeypatch.setattr(manager.environment, "fingerprint", lambda: {**here, "code": "abc"})
-    fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
-    said = capsys.readouterr().err
+    assert "than before" not in resumed(jax="9.9", cores="77")
+    said = resumed(jax="9.9", cores="77", code="abc")
     assert f"warning: other code than before, so the last bits may differ: code: {here['code']} → abc\n" in said
     assert "machine" not in said
 
@@ -615,20 +604,24 @@ def test_a_workdir_of_another_config_is_refused_and_unharmed(data, whole):
     assert files_of(whole) == before
 
 
-def test_a_lost_vocabulary_is_not_trained_again(data, tmp_path):
-    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
-    (tmp_path / "run" / "tokenizer" / "sentencepiece.model").unlink()
+def test_a_lost_or_another_vocabulary_is_refused(data, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "tokenizer" / "sentencepiece.model").unlink()
+    with pytest.raises(UserError, match=r"missing or not the one .* got missing"):
+        fit(config_of(data), run)
+    tokenizer.train(["a b c"] * 9, 264, "unigram").save(run / "tokenizer")
     with pytest.raises(UserError, match="missing or not the one"):
-        fit(config_of(data), tmp_path / "run")
+        fit(config_of(data), run)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_previous_one(data, whole, tmp_path, capsys):
-    fit(config_of(data, train={"num_steps": 6}), tmp_path / "run")
-    path = tmp_path / "run" / "checkpoints" / "6" / "params" / "_CHECKPOINT_METADATA"
+    run = shutil.copytree(whole, tmp_path / "run")
+    path = run / "checkpoints" / "12" / "params" / "_CHECKPOINT_METADATA"
     path.write_bytes(path.read_bytes() + b" ")
-    fit(config_of(data), tmp_path / "run")
-    assert "checkpoint 6 is damaged" in capsys.readouterr().err
-    jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "run"), final_params(whole))
+    fit(config_of(data), run)
+    assert "checkpoint 12 is damaged" in (said := capsys.readouterr().err)
+    assert "resuming after step 9" in said
+    jax.tree.map(np.testing.assert_array_equal, final_params(run), final_params(whole))
 
 
 def test_a_run_ends_early_when_validation_gets_no_better(data, tmp_path, monkeypatch, capsys):
@@ -680,36 +673,25 @@ def test_a_failed_start_does_not_bind_the_workdir(data, tmp_path):
         fit(config_of({**data, "vocab_size": 290}), tmp_path / "run")
 
 
-def test_other_training_data_is_refused_and_the_same_data_elsewhere_is_not(data, tmp_path):
-    import shutil
-
-    moved = tmp_path / "moved"
+def test_other_training_data_is_refused_and_the_same_data_elsewhere_is_not(data, whole, tmp_path):
+    run, moved = shutil.copytree(whole, tmp_path / "run"), tmp_path / "moved"
     shutil.copytree(data["dir"], moved, ignore=shutil.ignore_patterns("prepared"))
     elsewhere = {**data, "dir": str(moved)}
-    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
-    fit(config_of(elsewhere, train={"num_steps": 6}), tmp_path / "run")
+    fit(config_of(elsewhere, train={"num_steps": 13}), run)
     for name, kind in (("val", "validation"), ("train", "training")):  # another best BLEU, another order
         before = (moved / f"{name}.en").read_text()
         (moved / f"{name}.en").write_text("\n".join(before.splitlines()[::-1]) + "\n")
-        with pytest.raises(UserError, match=f"the {kind} data has changed since step 6: its digest was"):
-            fit(config_of(elsewhere), tmp_path / "run")
+        with pytest.raises(UserError, match=f"the {kind} data has changed since step 13: its digest was"):
+            fit(config_of(elsewhere), run)
         (moved / f"{name}.en").write_text(before)
 
 
-def test_another_vocabulary_in_the_workdir_is_refused(data, whole, tmp_path):
-    from transformer.data import tokenizer
-
-    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
-    tokenizer.train(["a b c"] * 9, 264, "unigram").save(tmp_path / "run" / "tokenizer")
-    with pytest.raises(UserError, match="missing or not the one"):
-        fit(config_of(data), tmp_path / "run")
-
-
-def test_without_a_valid_checkpoint_training_refuses_to_restart(data, tmp_path):
-    fit(config_of(data, train={"num_steps": 3}), tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "3" / "config.json").write_text("{}")
+def test_without_a_valid_checkpoint_training_refuses_to_restart(data, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    for path in run.glob("checkpoints/*/config.json"):
+        path.write_text("{}")
     with pytest.raises(WorkdirError, match="is valid"):
-        fit(config_of(data), tmp_path / "run")
+        fit(config_of(data), run)
 
 
 @pytest.mark.slow
