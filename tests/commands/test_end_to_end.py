@@ -86,6 +86,12 @@ def workdir(folder, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def evaluated(workdir):
+    """The command that scored it; the workdir holds the translations and the report."""
+    return run_process("eval.py", f"--workdir={workdir}")
+
+
 @pytest.fixture
 def averaged(workdir, tmp_path):
     """The same workdir with one more checkpoint, 240, whose params are fresh."""
@@ -104,14 +110,18 @@ def averaged(workdir, tmp_path):
     return tmp_path / "run"
 
 
+def report_of(result):
+    """The scores that eval.py printed."""
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 def data_flags(folder):
     return [f"--config.data.dir={folder}", f"--config.data.data_dir={folder}/prepared"]
 
 
-def test_a_seeded_run_learns_the_task(workdir):
+def test_a_seeded_run_learns_the_task(evaluated):
     """BLEU of at least 90 on sentences it never saw; it reaches 99 to 100."""
-    result = run_process("eval.py", f"--workdir={workdir}")
-    report = json.loads(result.stdout.splitlines()[-1])
+    report = report_of(evaluated)
     assert list(report) == [
         "step",
         "steps",
@@ -140,43 +150,39 @@ def test_a_seeded_run_learns_the_task(workdir):
     assert 1 <= report["perplexity"] < report["word_perplexity"]
     assert report["bleu_by_source_length"].keys() == {"0-10"}
     assert min(report["train_flops"], report["train_tokens"], report["train_hours"]) > 0
-    assert re.search(rb"trained on [\d.]+ k target tokens, \d\.\de\+\d+ FLOPs, 0\.\d\d hours", result.stderr)
+    assert re.search(rb"trained on [\d.]+ k target tokens, \d\.\de\+\d+ FLOPs, 0\.\d\d hours", evaluated.stderr)
     assert (report["step"], report["steps"], report["sentences"]) == (250, [250], 40)
     assert report["bleu"] >= 90
-    assert b"translation heute hat" in result.stderr
-    assert report["bleu_signature"].encode() in result.stderr
+    assert b"translation heute hat" in evaluated.stderr
+    assert report["bleu_signature"].encode() in evaluated.stderr
 
 
-def test_the_score_is_that_of_the_sacrebleu_command_on_the_written_file(workdir, folder):
-    report = json.loads(run("eval.py", f"--workdir={workdir}", "--checkpoint=best").stdout.splitlines()[-1])
+def test_the_score_is_that_of_the_sacrebleu_command_on_the_written_file(workdir, evaluated, folder):
+    """BLEU shows that it is the file which is scored; tests/evaluation/test_metrics.py compares the other metrics."""
+    report = report_of(evaluated)
     written = workdir / "translations" / "250.test.txt"
     assert written.read_bytes().count(b"\n") == 40
-    metrics = {"bleu": ["bleu"], "chrf": ["chrf"], "ter": ["ter"], "chrfpp": ["chrf", "--chrf-word-order", "2"]}
-    for name, flags in metrics.items():
-        result = run_process("-m", "sacrebleu", folder / "test.de", "-i", written, "-b", "-w", "12", "-m", *flags)
-        assert float(result.stdout) == pytest.approx(report[name], abs=1e-9)
+    result = run_process("-m", "sacrebleu", folder / "test.de", "-i", written, "-b", "-w", "12")
+    assert float(result.stdout) == pytest.approx(report["bleu"], abs=1e-9)
     page = (workdir / "report.html").read_text()
     assert report["bleu_signature"] in page
     assert "validation, step 250" in page
 
 
-def test_a_public_test_set_is_scored_under_its_name(workdir, folder, tmp_path, monkeypatch):
+def test_a_public_test_set_is_scored_under_its_name(workdir, evaluated, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sacrebleu.DATASETS["wmt14/full"], "_outdir", str(tmp_path))
     texts = {"src": (folder / "test.en").read_bytes(), "ref": (folder / "test.de").read_bytes()}
     for field in sacrebleu.DATASETS["wmt14/full"].fieldnames("en-de"):
         (tmp_path / f"wmt14_full.en-de.{field}").write_bytes(texts.get(field, b""))
-    flag = "--test_set=wmt14/full"
-    public, own = (
-        json.loads(run("eval.py", f"--workdir={workdir}", *flags).stdout.splitlines()[-1]) for flags in ([flag], [])
-    )
-    assert public["bleu"] == own["bleu"]
+    public = report_of(run("eval.py", f"--workdir={workdir}", "--checkpoint=best", "--test_set=wmt14/full"))
+    assert public["bleu"] == report_of(evaluated)["bleu"]
     written = (workdir / "translations" / "250.wmt14_full.txt").read_bytes()
     assert written == (workdir / "translations" / "250.test.txt").read_bytes()
     assert (workdir / "reports" / "250.wmt14_full.html").exists()
 
 
 def test_validation_and_eval_agree(workdir):
-    report = json.loads(run("eval.py", f"--workdir={workdir}", "--split=validation").stdout.splitlines()[-1])
+    report = report_of(run("eval.py", f"--workdir={workdir}", "--split=validation"))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     (valid,) = [line for line in lines if "valid/bleu" in line]
     assert report["bleu"] == pytest.approx(valid["valid/bleu"], abs=1e-9)
@@ -185,7 +191,7 @@ def test_validation_and_eval_agree(workdir):
 
 def test_the_mean_of_checkpoints_can_be_scored_and_translates(averaged, folder):
     result = run("eval.py", f"--workdir={averaged}", "--checkpoint=average:2")
-    report = json.loads(result.stdout.splitlines()[-1])
+    report = report_of(result)
     assert (report["step"], report["steps"]) == (250, [240, 250])
     assert b"average of 2: 240, 250" in result.stderr
     (written,) = (averaged / "translations").glob("250-average-2.test.txt")
@@ -202,10 +208,12 @@ def the_message(result):
     return line
 
 
-@pytest.mark.parametrize("command", [["eval.py"], ["-m", "transformer.translate"]])
 @pytest.mark.parametrize(
-    ("which", "message"),
-    [("average:0", "N at least 1"), ("average:x", "N at least 1"), ("average:99", "found 1 of 1")],
+    ("command", "which", "message"),
+    [
+        (["eval.py"], "average:99", "found 1 of 1"),
+        (["-m", "transformer.translate"], "average:0", "N at least 1"),
+    ],
 )
 def test_a_mean_that_cannot_be_is_one_line(workdir, command, which, message):
     result = run(*command, f"--workdir={workdir}", f"--checkpoint={which}", stdin=b"", code=2)
@@ -218,7 +226,7 @@ def test_a_difference_is_held_against_chance(workdir, averaged, folder, tmp_path
     (averaged / "translations").write_text("no folder: a workdir that cannot be written costs no scores\n")
     result = run("eval.py", f"--workdir={averaged}", "--checkpoint=250", f"--versus={averaged}")
     assert b"warning: no file of translations" in result.stderr
-    versus = json.loads(result.stdout.splitlines()[-1])["versus"]
+    versus = report_of(result)["versus"]
     assert (versus["bleu"]["difference"], versus["bleu"]["bootstrap_p"], versus["name"]) == (
         0,
         1,
@@ -226,7 +234,7 @@ def test_a_difference_is_held_against_chance(workdir, averaged, folder, tmp_path
     )
     write(tmp_path / "poor", ["heute"] * 40)
     result = run("eval.py", f"--workdir={workdir}", f"--versus={tmp_path}/poor")
-    versus = json.loads(result.stdout.splitlines()[-1])["versus"]
+    versus = report_of(result)["versus"]
     assert versus["chrf"]["significant"] is True
     assert b"small compared with poor" in result.stderr
     assert result.stderr.count(b"  poor        heute") == 5
@@ -283,7 +291,7 @@ def test_alignments_come_with_the_translation(workdir, folder, tmp_path):
 
 def test_files_can_be_scored_against_several_references(workdir, folder, tmp_path):
     command = ["eval.py", f"--workdir={workdir}", f"--source={folder}/test.en", f"--output={tmp_path}/out.txt"]
-    report = json.loads(run(*command, f"--reference={folder}/test.de,{folder}/test.en").stdout.splitlines()[-1])
+    report = report_of(run(*command, f"--reference={folder}/test.de,{folder}/test.en"))
     assert "nrefs:2" in report["bleu_signature"]
     assert (tmp_path / "out.txt").read_bytes().count(b"\n") == 40
 
@@ -311,7 +319,7 @@ def test_an_empty_evaluation_file_scores_no_sentences(workdir, tmp_path):
     write(tmp_path / "empty", [])
     flags = [f"--source={tmp_path}/empty", f"--reference={tmp_path}/empty"]
     result = run("eval.py", f"--workdir={workdir}", *flags)
-    assert json.loads(result.stdout.splitlines()[-1])["sentences"] == 0
+    assert report_of(result)["sentences"] == 0
     assert b"nothing to score" in result.stderr
 
 
@@ -325,13 +333,10 @@ def replace_first_line(path, line):
     path.write_bytes(line + path.read_bytes().partition(b"\n")[2])
 
 
+# One that is refused before anything is read, one while it is prepared; tests/data has the others.
 BAD_DATA = {
-    "a missing file": (lambda f: (f / "train.de").unlink(), 2, r"train\.de"),
-    "unequal counts": (lambda f: write(f / "train.de", ["eins"]), 2, r"1,\d+ lines.* has 1:"),
-    "bad UTF-8": (lambda f: replace_first_line(f / "train.en", b"\xff\n"), 2, r"train\.en, line 1: not UTF-8"),
-    "NUL": (lambda f: replace_first_line(f / "val.en", b"a\0\n"), 2, r"val\.en, line 1: holds a NUL"),
-    "an empty file": (lambda f: [write(f / f"train.{s}", []) for s in ("en", "de")], 2, r"empty|no pairs|nothing"),
-    "blank lines only": (lambda f: [write(f / f"train.{s}", ["", ""]) for s in ("en", "de")], 2, r"nothing|blank"),
+    "a missing file": (lambda f: (f / "train.de").unlink(), r"train\.de"),
+    "NUL": (lambda f: replace_first_line(f / "val.en", b"a\0\n"), r"val\.en, line 1: holds a NUL"),
 }
 
 
@@ -339,9 +344,9 @@ BAD_DATA = {
 def test_bad_training_data_is_one_message_and_leaves_nothing_harmed(case, folder, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("prepared"))
-    change, code, message = BAD_DATA[case]
+    change, message = BAD_DATA[case]
     change(copy)
-    result = run("train.py", *SMALL, *data_flags(copy), f"--workdir={tmp_path}/run", code=code)
+    result = run("train.py", *SMALL, *data_flags(copy), f"--workdir={tmp_path}/run", code=2)
     assert re.search(message, result.stderr.decode()), result.stderr.decode()
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -349,14 +354,11 @@ def test_bad_training_data_is_one_message_and_leaves_nothing_harmed(case, folder
 @pytest.mark.parametrize(
     ("flag", "code", "message"),
     [
-        ("--config.data.vocab_size=30000", 2, "vocab_size = 30000: cannot train"),
-        ("--config.data.max_length=2", 2, "training pairs are longer; raise it"),
         ("--config.mesh.data=64", 2, "found only"),
-        ("--config.data.tokenizer=none.model", 2, "none.model"),
         slow("--config.optimizer.learning_rate=1e30", 3, "the run diverged"),
     ],
 )
-def test_what_only_the_data_or_the_machine_can_refuse(flag, code, message, folder, tmp_path):
+def test_what_only_the_machine_or_the_training_can_refuse(flag, code, message, folder, tmp_path):
     result = run("train.py", *SMALL, *data_flags(folder), flag, f"--workdir={tmp_path}/run", code=code)
     assert message in result.stderr.decode()
 
@@ -416,7 +418,7 @@ def test_decoding_otherwise_leaves_the_translations_of_the_config_alone(workdir,
     default.write_text("as the config says\n")
     files = [f"--source={folder}/test.en", f"--reference={folder}/test.de"]
     result = run("eval.py", f"--workdir={workdir}", *files, "--decode.beam_size=1", "--decode.length_penalty=0")
-    assert json.loads(result.stdout.splitlines()[-1])["bleu"] >= 90
+    assert report_of(result)["bleu"] >= 90
     (written,) = workdir.glob("translations/*beam_size*")
     # The digest tells it from a set of the same name with other references, scored before.
     assert re.fullmatch(r"250\.test\.en(-\w{8})?\.beam_size=1\.length_penalty=0\.0\.txt", written.name)
