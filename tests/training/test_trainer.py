@@ -271,7 +271,8 @@ def test_shapes_compiled_ahead_give_the_same_run(
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "ahead"), final_params(tmp_path / "lazily"))
 
 
-def test_nothing_recompiles_once_each_bucket_was_seen(data, tmp_path, fresh_programs):
+def test_nothing_recompiles_once_each_bucket_was_seen(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_step, "make_train_step", train_step.make_train_step.__wrapped__)  # shares no program
     fit(config_of(data), tmp_path)
     assert [line["train/compiles"] for line in lines_of(tmp_path) if "train/compiles" in line][-1] == 2
 
@@ -288,8 +289,8 @@ def test_the_log_is_copied_before_a_checkpoint_is_saved(data, tmp_path, monkeypa
             return _called(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, noted)
-    fit(config_of(data), tmp_path / "run")
-    assert events == ["sync", "save_async"] * 4
+    fit(config_of(data, train={"num_steps": 2, "checkpoint_every_steps": 1}), tmp_path / "run")
+    assert events == ["sync", "save_async"] * 2
 
 
 EMA = {"ema_decay": 0.9}
@@ -624,16 +625,21 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(data, whole, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, final_params(run), final_params(whole))
 
 
-def test_a_run_ends_early_when_validation_gets_no_better(data, tmp_path, monkeypatch, capsys):
-    """BLEU by validation: 10, 30, 20, 30, …; the third without a better one than 30 is the fifth of all."""
-    scores = iter([10.0, 30.0, 20.0, 30.0, 25.0, 99.0])
-    evaluate = Evaluator.evaluate
+def script_bleu(monkeypatch, *scores):
+    """Validations have these scores, one after another; only the first translates."""
+    left, evaluate, reports = iter(scores), Evaluator.evaluate, []
 
     def scored(*args, **options):
-        report = evaluate(*args, **options)
-        return dataclasses.replace(report, scores={**report.scores, "bleu": next(scores)})
+        if not reports:
+            reports.append(evaluate(*args, **options))
+        return dataclasses.replace(reports[0], scores={**reports[0].scores, "bleu": next(left)})
 
     monkeypatch.setattr(Evaluator, "evaluate", scored)
+
+
+def test_a_run_ends_early_when_validation_gets_no_better(data, tmp_path, monkeypatch, capsys):
+    """BLEU by validation: 10, 30, 20, 30, …; the third without a better one than 30 is the fifth of all."""
+    script_bleu(monkeypatch, 10.0, 30.0, 20.0, 30.0, 25.0, 99.0)
     train = {"num_steps": 12, "eval_every_steps": 2, "early_stopping_patience": 3}
     stop_at(monkeypatch, 7)  # the count survives an interruption
     with pytest.raises(StoppedError):
@@ -648,14 +654,7 @@ def test_a_run_ends_early_when_validation_gets_no_better(data, tmp_path, monkeyp
 
 
 def test_a_run_that_ends_early_at_a_validation_made_up_for_makes_no_update(data, tmp_path, monkeypatch):
-    scores = iter([30.0, 20.0])
-    evaluate = Evaluator.evaluate
-
-    def scored(*args, **options):
-        report = evaluate(*args, **options)
-        return dataclasses.replace(report, scores={**report.scores, "bleu": next(scores)})
-
-    monkeypatch.setattr(Evaluator, "evaluate", scored)
+    script_bleu(monkeypatch, 30.0, 20.0)
     train = {"num_steps": 12, "eval_every_steps": 2, "checkpoint_every_steps": 1, "early_stopping_patience": 1}
     stop_at(monkeypatch, 4)  # before it validates
     with pytest.raises(StoppedError):
