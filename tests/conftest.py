@@ -61,11 +61,15 @@ def _shared_programs():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _few_memory_mappings():
+def _few_memory_mappings(_shared_programs):
     """Frees compiled programs before their memory mappings reach the 65,530 of Linux, where XLA ends the process."""
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        from tests.helpers.sharing import share_programs
+
+        _shared_programs.undo()
+        share_programs(_shared_programs)
         jax.clear_caches()
         gc.collect()
 
@@ -82,11 +86,11 @@ def program_platform(request, monkeypatch) -> str:
 @pytest.fixture
 def fresh_programs(_shared_programs):
     """Programs of this test's own, for one that patches what is traced, or counts how often it is."""
-    from tests.helpers.sharing import share_programs
+    from tests.helpers.sharing import unshare_programs
 
-    _shared_programs.undo()
-    yield
-    share_programs(_shared_programs)
+    with pytest.MonkeyPatch.context() as patch:
+        unshare_programs(patch)
+        yield
 
 
 @pytest.fixture

@@ -34,6 +34,21 @@ HOST_FIELDS = (
 )
 
 
+SHARED = (
+    (train_step, "make_train_step"),
+    (train_step, "init_state"),
+    (evaluator, "make_eval_step"),
+    (sharding, "data_parallel_jit"),
+)
+ORIGINALS = [getattr(owner, name) for owner, name in SHARED]
+
+
+def unshare_programs(patch: pytest.MonkeyPatch) -> None:
+    """Until the patch is undone, everything is made anew."""
+    for (owner, name), original in zip(SHARED, ORIGINALS, strict=True):
+        patch.setattr(owner, name, original)
+
+
 def share_programs(patch: pytest.MonkeyPatch) -> None:
     """Until the patch is undone, equal configs get one training step, evaluation step and search."""
     make_train_step = train_step.make_train_step
