@@ -125,7 +125,7 @@ def test_the_commands_of_the_page_are_valid():
     """And of each task there are training and evaluation."""
     page = (ROOT / "docs" / "tasks.md").read_text()
     commands = re.sub(r"\\\n\s*", "", "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)))
-    lines = [line.split("#")[0].split() for line in commands.splitlines()]
+    lines = [line.split("#")[0].split() for line in commands.splitlines() if not line.startswith("pip install ")]
     trained, evaluated = set(), set()
     for program, command, *flags in lines:
         assert program == "python"

@@ -245,14 +245,18 @@ def test_a_page_that_cannot_be_written_costs_no_scores(evaluation, tmp_path, cap
     assert "warning: no report" in capsys.readouterr().err
 
 
+def browse(page, tmp_path, *flags):
+    command = [CHROMIUM, *BROWSER, f"--user-data-dir={tmp_path}/profile", *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page with; install Debian's package chromium")
 def test_a_browser_shows_it(workdir, tmp_path):
     """The script works, no sentence became markup, and the page breaks none of its own rules."""
     press = "<script>document.querySelectorAll('.map')[2].click()</script></body>"
     page = tmp_path / "report.html"
     page.write_text((workdir / "report.html").read_text().replace("</body>", press))
-    command = [CHROMIUM, *BROWSER, f"--user-data-dir={tmp_path}/profile", "--dump-dom", page.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    shown = browse(page, tmp_path, "--dump-dom")
     assert "<title>run: translation report</title>" in shown.stdout  # the sentence that would change it did not
     for name in (
         "scores",

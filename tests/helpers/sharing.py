@@ -78,6 +78,9 @@ class SharedUpdate:
     def __call__(self, *args: Any) -> Any:
         return self._update(*args)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._update, name)
+
     def lower(self, *args: Any) -> Any:
         leaves = jax.tree.leaves(args)
         key = tuple((leaf.shape, str(leaf.dtype), getattr(leaf, "sharding", None)) for leaf in leaves)

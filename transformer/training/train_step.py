@@ -74,7 +74,7 @@ def init_state(model: ModelDef, config: Config, mesh: Mesh, params: Params | Non
     """Makes the state before the first update on the devices, already sharded.
 
     Args:
-      params: to start from, donated; drawn anew if None.
+      params: to start from, donated; None: random ones.
     """
 
     def init(params: Params | None) -> TrainState:
