@@ -140,8 +140,8 @@ class Ablation:
         for name, finished in self.finished.items():
             for path in sorted((self._output / name).glob(f"seed*.{self._result}.json")):
                 saved, run = json.loads(path.read_text()), self._run(name, int(path.name[4:].partition(".")[0]))
-                changes = schema.diff(validation.validate(saved["config"], strict=False), run.config)
-                if changes := [change for change in changes if not mixture.moves_data_only(change)]:
+                found = schema.diff(validation.validate(saved["config"], strict=False), run.config)
+                if changes := [change for change in found if not mixture.moves_data_only(change)]:
                     raise UserError(
                         f"{path}: has another config: {'; '.join(map(str, changes))}. Choose another --output, or "
                         "delete that folder"

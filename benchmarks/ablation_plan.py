@@ -24,12 +24,8 @@ FIXED_FIELDS = (
     *("data.name", "data.source_language", "data.target_language", "data.dir", "data.tokenized"),
     *("data.valid", "data.valid_source", "data.valid_target", "data.bleu_tokenizer", "eval.metrics"),
 )
-TRAINING_FIELDS = (
-    "data.train",
-    "data.train_source",
-    "data.train_target",
-    "data.columns",
-)  # a part is held out for validation
+# Those too where validation is a part of the training text.
+TRAINING_FIELDS = ("data.train", "data.train_source", "data.train_target", "data.columns")
 
 
 class Change(NamedTuple):

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from transformer.config import schema
-from transformer.evaluation import metrics, significance
+from transformer.evaluation import metrics, significance, summary
 from transformer.evaluation.bleu_tokenizer import PUBLISHED
 from transformer.runtime.errors import UserError
 
@@ -277,3 +277,14 @@ def test_comet_s_weights_may_be_a_file(comet, monkeypatch, tmp_path):
         metrics.comet_score(["a"], ["b"], [["c"]])
     (tmp_path / "mine.ckpt").write_bytes(b"")
     assert metrics.comet_score(["a"], ["b"], [["c"]])["comet_signature"] == "comet|mine.ckpt"
+
+
+def test_signatures_of_directions_that_differ_are_named_and_empty_ones_left_out():
+    def result(signature):
+        return types.SimpleNamespace(scores={"bleu_signature": signature})
+
+    equal = {"en-de": result("tok:13a"), "en-fr": result("tok:13a"), "en-xx": result("")}
+    assert summary.signatures(equal, ["bleu"]) == ["BLEU tok:13a"]
+    differing = {"en-de": result("tok:13a"), "en-fr": result("tok:13a"), "en-zh": result("tok:zh")}
+    assert summary.signatures(differing, ["bleu"]) == ["BLEU of en-de, en-fr tok:13a", "BLEU of en-zh tok:zh"]
+    assert summary.signatures({"en-xx": result("")}, ["bleu"]) == []

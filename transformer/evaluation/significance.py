@@ -98,12 +98,12 @@ def paired_tests(
         )
     if not translations:
         raise UserError("there are no sentences to compare; name a set that is not empty")
+    systems: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), ("system", list(translations))]
     trials = samples or TRIALS
     lines = [list(each) for each in references]
     results = []
     for name in metrics:
         metric = make_metric(name, tokenizer)
-        systems: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), ("system", list(translations))]
         paired = PairedTest(systems, {name: metric}, lines, "bs", samples)
         found: Any = paired()
         ((key, signature),) = found[0].items()  # keyed by sacreBLEU's own name, as are the scores
@@ -119,7 +119,7 @@ def paired_tests(
                 randomization_p=randomization_p(metric, translations, baseline, lines, trials),
                 interval=float(ours.ci),
                 baseline_interval=float(theirs.ci),
-                signatures=(str(signature), f"{signature}".replace(f"bs:{paired.n_samples}", f"ar:{trials}")),
+                signatures=(str(signature), str(signature).replace(f"bs:{paired.n_samples}", f"ar:{trials}")),
                 samples=(paired.n_samples, trials),
             )
         )

@@ -76,12 +76,13 @@ def format_directions(restored: RestoredModel, results: Mapping[str, EvalResult]
 
 
 def signatures(results: Mapping[str, EvalResult], metrics: Sequence[str]) -> list[str]:
-    """The signatures of metrics, each with its directions if these have several."""
+    """The signatures of metrics, each with its directions if these have several; an empty set has none."""
     lines = []
     for metric in metrics:
         directions: dict[str, list[str]] = {}
         for name, result in results.items():
-            directions.setdefault(result.scores[f"{metric}_signature"], []).append(name)
+            if signature := result.scores[f"{metric}_signature"]:
+                directions.setdefault(signature, []).append(name)
         for signature, names in directions.items():
             of = f" of {', '.join(names)}" if len(directions) > 1 else ""
             lines.append(f"{METRICS[metric].label}{of} {signature}")

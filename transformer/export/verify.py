@@ -60,12 +60,14 @@ def write(
             if quantization != "float32":  # its wide tolerance would hide a small mistake
                 with tempfile.TemporaryDirectory() as exact:
                     compare(trained, "float32", ctranslate2.write(trained, pathlib.Path(exact), "float32"))
-            differences = compare(trained, quantization, ctranslate2.write(trained, folder, quantization))
+            precision = quantization
+            differences = compare(trained, precision, ctranslate2.write(trained, folder, precision))
     else:
-        differences = compare(trained, trained.config.model.dtype, jax_export.write(trained, folder))
+        precision = trained.config.model.dtype
+        differences = compare(trained, precision, jax_export.write(trained, folder))
     summary = {
         "format": format_name,
-        "precision": quantization if format_name == "ctranslate2" else trained.config.model.dtype,
+        "precision": precision,
         "steps": trained.steps,
         "largest_difference": differences.largest,
         "mean_difference": differences.mean,
