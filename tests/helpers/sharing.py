@@ -5,7 +5,6 @@ Most tests train or translate for the sake of files, signals or scores, with one
 
 import dataclasses
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -85,8 +84,19 @@ class SharedUpdate:
         leaves = jax.tree.leaves(args)
         key = tuple((leaf.shape, str(leaf.dtype), getattr(leaf, "sharding", None)) for leaf in leaves)
         if key not in self._programs:
-            self._programs[key] = self._update.lower(*args).compile()
-        return types.SimpleNamespace(compile=lambda: self._programs[key])
+            self._programs[key] = SharedLowering(self._update.lower(*args))
+        return self._programs[key]
+
+
+class SharedLowering:
+    """What lowering returned, compiled once."""
+
+    def __init__(self, lowered: Any):
+        self._lowered = lowered
+        self.compile = functools.cache(lowered.compile)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lowered, name)
 
 
 def _once(make: Callable, key_of: Callable[..., Any]) -> Callable:
