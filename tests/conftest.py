@@ -1,6 +1,7 @@
 """Tests run stricter than users do: strict dtypes and ranks, 8 simulated devices, warnings as errors."""
 
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -11,6 +12,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_force_host_platform_device_count=8"
 )
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # a later one refuses the flag
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # half the time to compile again
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the time to compile, and tests compile most
