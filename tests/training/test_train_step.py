@@ -255,7 +255,8 @@ def test_a_moving_average_changes_nothing_else():
     averaged, _ = run_with_ema(0.99)
     assert state.ema is None
     assert state.eval_params is state.params
-    jax.tree.map(np.testing.assert_array_equal, averaged[-1]._replace(ema=None), state)
+    equal = functools.partial(np.testing.assert_allclose, atol=1e-6)  # two programs may round in different ways
+    jax.tree.map(equal, averaged[-1]._replace(ema=None), state)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), averaged[-1].ema, state.params)
     assert max(jax.tree.leaves(moved)) > 1e-5
 

@@ -321,9 +321,10 @@ def test_a_moving_average_is_what_is_validated_and_translated_with(whole, averag
     workdir, seen = averaged
     assert len(seen) == 2
     jax.tree.map(np.testing.assert_array_equal, seen[1], restore(workdir, 12))
-    jax.tree.map(np.testing.assert_array_equal, restore(workdir, "average:1"), restore(whole, 12))
-    pairs = zip(jax.tree.leaves(restore(workdir, 12)), jax.tree.leaves(restore(whole, 12)), strict=True)
-    assert not all(np.array_equal(a, b) for a, b in pairs)
+    equal = functools.partial(np.testing.assert_allclose, atol=1e-5)  # two programs may round in different ways
+    jax.tree.map(equal, restore(workdir, "average:1"), restore(whole, 12))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), restore(workdir, 12), restore(whole, 12))
+    assert max(jax.tree.leaves(moved)) > 1e-3
 
 
 @pytest.mark.slow
