@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A collective of 8 devices on few busy cores takes its time: XLA ends the process after 40 s.
@@ -51,6 +52,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def root() -> pathlib.Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _temporary_files(tmp_path_factory):
+    """Among pytest's own, which it removes: TFDS leaves an empty folder for each data set that is not prepared yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
