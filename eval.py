@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from transformer import command_line
-from transformer.config import mixture
+from transformer.config import mixture, schema
 from transformer.distributed import multihost
 from transformer.runtime import progress
 from transformer.runtime.errors import UserError
@@ -71,7 +71,9 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     restored = load_checkpoint(args.workdir, args.checkpoint)
     if args.metrics:
         restored = dataclasses.replace(restored, config=dataclasses.replace(restored.config, eval=args.metrics))
-    changed = {name: value for name, value in fields.items() if value != getattr(restored.config.decode, name)}
+    saved = restored.config.decode
+    translates = {name: value for name, value in fields.items() if name not in schema.SPEED_FIELDS}
+    changed = {name: value for name, value in translates.items() if value != getattr(saved, name)}
     restored = restored.with_decode(fields)
     directions = mixture.find_directions(restored.config.data, args.source_language, args.target_language)
     if len(directions) > 1:
@@ -87,8 +89,8 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     baseline = None
     if args.versus:
         checkpoint = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
-        languages = data.target_language, fields, data.source_language
-        baseline = systems.baseline_system(args.versus, checkpoint, dataset, *languages)
+        languages = data.source_language, data.target_language
+        baseline = systems.baseline_system(args.versus, checkpoint, dataset, languages, fields)
     result = evaluator.CheckpointEvaluator(dataset).evaluate(restored)
     log_samples(dataset, result)
     log_info(summary.format_table(restored, dataset, result))
@@ -120,13 +122,15 @@ def evaluate_directions(
         if getattr(args, flag):
             names = ", ".join(direction.name for direction in directions)
             raise UserError(f"--{flag} is of one direction, got {names}: choose one by --target_language")
-    evaluated, scorer = {}, None
-    for direction in directions:
+    loaded = []
+    for direction in directions:  # all of them before the first is translated: one may be missing
         with multihost.primary_first("evaluation set"):
             dataset = evaluator.load_eval_dataset(restored.config.data, args.split, None, None, direction=direction)
         own = restored.with_direction(direction)
         evaluator.assert_same_on_hosts(own, dataset)
-        scorer = scorer or evaluator.CheckpointEvaluator(dataset)
+        loaded.append((direction, own, dataset))
+    evaluated, scorer = {}, evaluator.CheckpointEvaluator(loaded[0][2])
+    for direction, own, dataset in loaded:
         result = scorer.evaluate(own, dataset)
         log_samples(dataset, result, 1)
         save_translations(result, None, evaluator.translations_path(args.workdir, own, dataset, changed))

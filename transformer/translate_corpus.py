@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformer
 from transformer import command_line
-from transformer.config import mixture
+from transformer.config import mixture, schema
 from transformer.config.mixture import Direction
 from transformer.data import synthetic_corpus, text_files
 from transformer.data.synthetic_corpus import InputText, Shard, SyntheticCorpus
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from transformer.inference import TranslationModel
 
 SHARD_LINES = 10_000
-# Of the decode section: how many sentences at once, which changes no translation.
-UNRECORDED_FIELDS = ("batch_rows",)
 
 Translate = Callable[[list[str], Callable[[int], None]], list[str]]
 
@@ -146,7 +144,7 @@ def describe_settings(args: argparse.Namespace, fields: dict[str, Any], model: "
     decode = dataclasses.asdict(model.primary.with_decode(fields).config.decode)
     return {
         **settings,
-        "decode": {name: value for name, value in decode.items() if name not in UNRECORDED_FIELDS},
+        "decode": {name: value for name, value in decode.items() if name not in schema.SPEED_FIELDS},
         "tag": args.tag,
     }
 

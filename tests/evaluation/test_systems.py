@@ -26,7 +26,7 @@ def test_labels_are_as_short_as_they_differ(paths, labels):
 @pytest.mark.slow
 def test_another_workdir_translates_the_same_sources(tmp_path, capsys):
     save(tmp_path / "other", make_parts(), 0)
-    result = systems.baseline_system(tmp_path / "other", "latest", DATASET, "de")
+    result = systems.baseline_system(tmp_path / "other", "latest", DATASET, ("en", "de"))
     assert (result.label, result.name) == ("other", "other, checkpoint 0")
     assert "warning: other, checkpoint 0: 2 translations are cut at" in capsys.readouterr().err
     trained = make_trained()
@@ -41,7 +41,7 @@ def test_another_workdir_translates_the_same_sources(tmp_path, capsys):
 
 def test_a_file_of_translations_needs_no_model(tmp_path):
     path = write(tmp_path / "theirs.txt", ["x", "y", "z"])
-    result = systems.baseline_system(path, "latest", DATASET, "de")
+    result = systems.baseline_system(path, "latest", DATASET, ("en", "de"))
     assert result == systems.System("theirs.txt", "theirs.txt", ["x", "y", "z"], None)
 
 
@@ -55,11 +55,13 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     }
     for path, message in cases.items():
         with pytest.raises(UserError, match=message):
-            systems.baseline_system(path, "latest", DATASET, "de")
-    with pytest.raises(UserError, match="translates into 'de', expected 'fr'"):
-        systems.baseline_system(tmp_path / "other", "latest", DATASET, "fr")
+            systems.baseline_system(path, "latest", DATASET, ("en", "de"))
+    for languages in (("en", "fr"), ("fr", "de")):
+        message = f"no direction {' to '.join(languages)}: this model translates en-de; name a model of the same"
+        with pytest.raises(UserError, match=message):
+            systems.baseline_system(tmp_path / "other", "latest", DATASET, languages)
     with pytest.raises(UserError, match="expected latest, best"):
-        systems.baseline_system(tmp_path / "other", "99", DATASET, "de")
+        systems.baseline_system(tmp_path / "other", "99", DATASET, ("en", "de"))
 
 
 def test_the_newest_translations_of_a_set_are_found(tmp_path):

@@ -325,7 +325,7 @@ def command_and_api(world: World, folder: pathlib.Path, tally: Tally) -> None:
             assert result.sources == result.references[0] == LINES
     with tally.one("translations to compare with"):
         chosen = evaluator.EvalDataset("set", LINES, [LINES])
-        assert systems.baseline_system(files["crlf"], "latest", chosen, "de").translations == LINES
+        assert systems.baseline_system(files["crlf"], "latest", chosen, ("en", "de")).translations == LINES
     with tally.one("stdin"), files["crlf"].open("rb") as stream:
         assert list(text_files.decode_lines(stream, "stdin")) == LINES
     with tally.one("prefixes and phrases"):

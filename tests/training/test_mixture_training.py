@@ -197,7 +197,8 @@ def test_a_corpus_is_translated_in_the_direction_that_is_chosen(folder, whole, t
 
 
 def test_evaluation_reports_all_directions_in_one_table(whole, capsys):
-    evaluation.main(["eval.py", f"--workdir={whole}", "--split=val"])
+    rows = "--decode.batch_rows=4"  # another than the config's, which is no other decoding
+    evaluation.main(["eval.py", f"--workdir={whole}", "--split=val", rows])
     out, err = capsys.readouterr()
     scores = json.loads(out.splitlines()[-1])
     assert list(scores["directions"]) == ["en-de", "en-fr"]
@@ -220,7 +221,21 @@ def test_evaluation_reports_all_directions_in_one_table(whole, capsys):
     with pytest.raises(UserError, match="--versus is of one direction, got en-de, en-fr: choose one by --target_lang"):
         evaluation.main(["eval.py", f"--workdir={whole}", "--split=val", f"--versus={whole}"])
     with pytest.raises(UserError, match=r"--versus=.*: no direction en to es: this model translates en-de, en-fr"):
-        systems.baseline_system(whole, "latest", None, "es", source_language="en")
+        systems.baseline_system(whole, "latest", None, ("en", "es"))
+
+
+def test_a_missing_set_of_a_later_direction_is_found_before_the_first_is_translated(whole, monkeypatch):
+    load = evaluator.load_eval_dataset
+
+    def load_german(*arguments, direction=None, **flags):
+        if direction and direction.name == "en-fr":
+            raise UserError("there is no such set")
+        return load(*arguments, direction=direction, **flags)
+
+    monkeypatch.setattr(evaluator, "load_eval_dataset", load_german)
+    monkeypatch.setattr(evaluator.CheckpointEvaluator, "evaluate", lambda *_: pytest.fail("translates"))
+    with pytest.raises(UserError, match="there is no such set"):
+        evaluation.main(["eval.py", f"--workdir={whole}", "--split=val"])
 
 
 def test_lines_are_translated_and_scored_in_the_direction_of_the_flag(folder, whole, monkeypatch, capsysbinary):

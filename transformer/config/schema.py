@@ -495,6 +495,7 @@ TEXT_PATH_FIELDS = ("dir", "train_source", "train_target", "valid_source", "vali
 PATH_FIELDS = (*TEXT_PATH_FIELDS, "data_dir", "manual_dir")
 WMT_NAMES = ("wmt14_translate", "wmt_t2t_translate")  # data sets of TFDS whose archives `data.download` fetches
 TOKENIZER_ALGORITHMS = ("bpe", "unigram")  # any other value is a path
+SPEED_FIELDS = ("batch_rows",)  # of the decode section: how many sentences at once, which changes no translation
 DEFAULTS_TO_EMB_DIM = ("qkv_dim", "value_dim")
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}
 

@@ -67,9 +67,8 @@ def baseline_system(
     path: epath.PathLike,
     checkpoint: str,
     dataset: EvalDataset,
-    language: str,
+    languages: tuple[str, str],
     fields: Mapping[str, Any] | None = None,
-    source_language: str | None = None,
 ) -> System:
     """A baseline for `eval.py --versus`, and its translations of the same sources.
 
@@ -77,12 +76,11 @@ def baseline_system(
       path: a workdir, whose model translates them now, or a file of translations.
       checkpoint: of the workdir.
       dataset: whose sources are translated.
-      language: code of the target language.
+      languages: codes of source and target.
       fields: of decoding, instead of the workdir's own.
-      source_language: code of the source language, which chooses among several directions.
 
     Raises:
-      UserError: the path is neither, the number of lines is wrong, or the model translates into another language.
+      UserError: the path is neither, the number of lines is wrong, or the model does not translate these languages.
     """
     path = epath.Path(path)
     if not path.is_dir():
@@ -90,17 +88,10 @@ def baseline_system(
     if not (path / "checkpoints").is_dir():
         raise UserError(f"--versus={path}: expected a workdir of train.py or a file of translations, found neither")
     restored = load_checkpoint(path, checkpoint).with_decode(fields or {})
-    if restored.config.data.mixture:
-        try:
-            direction = mixture.find_direction(restored.config.data, source_language, language)
-        except UserError as error:
-            raise UserError(f"--versus={path}: {error}") from error
-        restored = restored.with_direction(direction)
-    if restored.config.data.target_language != language:
-        raise UserError(
-            f"--versus={path}: translates into {restored.config.data.target_language!r}, expected {language!r}; "
-            "name a model of the same direction"
-        )
+    try:
+        restored = restored.with_direction(mixture.find_direction(restored.config.data, *languages))
+    except UserError as error:
+        raise UserError(f"--versus={path}: {error}; name a model of the same direction") from error
     translator = Translator(restored.model, restored.tokenizer, restored.config.decode, restored.mesh)
     translations = translator.translate(restored.params, dataset.sources, tag=restored.source_tag)
     system = evaluated(path, restored, translations)
