@@ -36,6 +36,7 @@ from benchmarks.ablation_plan import BASE, Variant
 from benchmarks.ablation_table import Figures, Row
 from transformer import command_line
 from transformer.config import Config, mixture, schema, validation
+from transformer.data import corpus
 from transformer.evaluation.metrics import METRICS
 from transformer.evaluation.significance import PairedTestResult
 from transformer.runtime import object_storage, progress, signals
@@ -80,6 +81,7 @@ def main(argv: list[str]) -> None:
     changes = ablation_plan.load_changes(args.changes, base, flags)
     names = command_line.known_names("--only", args.only, changes) if args.only else list(changes)
     variants = ablation_plan.plan(flags, changes, args.equal == "flops")
+    corpus.open_corpus(ablation_plan.scored_data(base.data)).split(args.split)  # a missing one is an error now
     print(ablation_plan.format_plan(variants), flush=True)
     ablation = Ablation(args, variants)
     if args.check:

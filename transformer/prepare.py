@@ -42,8 +42,10 @@ def prepare(config: schema.Config, *, report: bool, workers: int = 0) -> None:
       workers: processes that prepare; 0 for one a core.
 
     Raises:
-      UserError: as `corpus.open_corpus`, or all training pairs are too long, or the vocabulary cannot be trained.
+      UserError: as `mixture_corpus.validate_sources` and `corpus.open_corpus`, or all training pairs are too long, or
+        the vocabulary cannot be trained.
     """
+    mixture_corpus.validate_sources(config.data)
     data = tokenizers.inherit_tokenizer(config)
     given = tokenizers.load_configured(data)
     subword_dropout.check_tokenizer(data, given)

@@ -166,6 +166,12 @@ def test_a_missing_file_names_those_that_there_are(command):
         ablation.main([*command, "--changes=x.py"])
 
 
+def test_a_split_that_there_is_not_is_refused_before_anything_is_trained(command, tmp_path):
+    with pytest.raises(UserError, match="expected a split 'tset', found only test, train"):
+        ablation.main([*command, "--split=tset"])
+    assert trained(tmp_path) == []
+
+
 def test_the_plan_has_params_flops_and_updates(command, capsys, tmp_path):
     ablation.main([*command, "--check"])
     *table, last = capsys.readouterr().out.splitlines()

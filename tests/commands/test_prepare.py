@@ -14,8 +14,9 @@ import pytest
 from tests.conftest import ROOT
 from tests.helpers import wmt_archives
 from transformer import command_line, prepare
+from transformer.config import validation
 from transformer.data import corpus as corpora
-from transformer.data import input_pipeline, tokenizer
+from transformer.data import input_pipeline, mixture_corpus, tokenizer
 from transformer.runtime.errors import UserError
 
 
@@ -122,6 +123,16 @@ def proxied(monkeypatch):
         yield
         server.shutdown()
         thread.join()
+
+
+def test_a_mixture_that_cannot_be_trained_is_refused_before_it_is_prepared(tmp_path, monkeypatch):
+    (tmp_path / "x.tsv").write_text("a\tb\n")
+    both = [{"name": "text", "train": f"{tmp_path}/x.tsv", "source_language": a, "target_language": b}
+            for a, b in (("en", "de"), ("de", "en"))]  # fmt: skip
+    config = validation.validate({"data": {"mixture": tuple(both), "data_dir": f"{tmp_path}/data"}}, strict=False)
+    monkeypatch.setattr(mixture_corpus, "open_sources", lambda *_, **__: pytest.fail("prepares"))
+    with pytest.raises(UserError, match="entries 1 and 2 are two directions with the same columns"):
+        prepare.prepare(config, report=False)
 
 
 @pytest.mark.parametrize(("name", "archives"), [("en_de_base", 4), ("en_fr_base", 6)])
