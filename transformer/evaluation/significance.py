@@ -19,6 +19,7 @@ from transformer.runtime.errors import UserError
 
 ALPHA = 0.05
 TRIALS = 10_000  # of approximate randomization, sacreBLEU's number
+BLOCK = 500  # trials computed at once, as a product turns their booleans into integers
 
 
 class PairedTestResult(NamedTuple):
@@ -153,7 +154,12 @@ def randomization_p(
         return np.abs(scores(first) - scores(second))
 
     (observed,) = differences(ours.sum(0)[None], theirs.sum(0)[None])
-    samples = differences(swapped @ theirs + ~swapped @ ours, ~swapped @ theirs + swapped @ ours)
+    samples = np.concatenate(
+        [
+            differences(rows @ theirs + ~rows @ ours, ~rows @ theirs + rows @ ours)
+            for rows in np.split(swapped, range(BLOCK, trials, BLOCK))
+        ]
+    )
     return float((np.sum(samples >= observed - 1e-9) + 1) / (trials + 1))
 
 
