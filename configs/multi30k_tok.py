@@ -21,7 +21,8 @@ nrefs:1|case:lc|eff:no|tok:none|smooth:none|version:2.6.0), mean of the last 10 
 million target tokens, 1.1e15 FLOPs, 2.4 hours beside other work on 2 cores of an AMD EPYC, float32 (2026-11-20, trained
 at commit 3fddd27). It is the only seed tried. The search ends as fairseq's does (decode.early_stopping); the whole
 search gives 40.83, and on validation 41.87 in place of 41.83. The original runs also end after 10 epochs without a
-better validation loss, of which there is no field here: all 8,000 updates are made.
+better validation loss, as train.early_stopping_patience=10 with train.best_metric=loss and a validation every 60
+updates would; here all 8,000 are made.
 """
 
 from ml_collections import config_dict

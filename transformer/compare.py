@@ -136,7 +136,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--frequency_corpus",
         type=path,
-        help="text in which words are counted (default: the training text of the first workdir, or the references)",
+        help="text in which words are counted (default: for a split of the first workdir its training text, or else the "
+        "references)",
     )
     parser.add_argument(
         "--output", type=path, default=path("comparison.html"), help="the page (default: comparison.html)"
