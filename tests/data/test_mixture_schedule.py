@@ -130,7 +130,7 @@ GOLDEN_BATCHES = [[35, 71, 19, 60, 46, 77, 87, 40], [8, 66, 41, 56, 14, 15, 42, 
 
 def test_every_pair_fits_its_batch_and_no_batch_is_empty():
     plan = make_plan()
-    source, target = (np.concatenate(side) for side in zip(*plan._sources, strict=True))
+    source, target = (np.concatenate(side) for side in zip(*plan._lengths, strict=True))
     for step in range(2 * plan.steps_per_epoch):
         examples, bucket = examples_of(plan, step), plan.batch(step).bucket
         assert 0 < len(examples) <= bucket.rows
@@ -147,7 +147,7 @@ def test_rows_of_one_sentence_are_never_empty():
 
 def test_long_pairs_are_dropped_and_counted():
     plan = make_plan()
-    source, target = (np.concatenate(side) for side in zip(*plan._sources, strict=True))
+    source, target = (np.concatenate(side) for side in zip(*plan._lengths, strict=True))
     kept = (source <= 32) & (target <= 32)
     assert (plan.kept, plan.dropped) == (kept.sum(), (~kept).sum())
     data = DataConfig(mixture=entries(1, 1, 1), max_length=4)
@@ -199,7 +199,7 @@ def test_a_list_is_spread_evenly():
 
 def test_utilization_is_that_of_the_batches():
     plan = make_plan()
-    target = np.concatenate([target for _, target in plan._sources])
+    target = np.concatenate([target for _, target in plan._lengths])
     real = slots = 0
     for step in range(plan.steps_per_epoch):
         real += target[examples_of(plan, step)].sum()

@@ -165,16 +165,16 @@ def _schedule_lengths(
 
 
 def _mixture_schedule(config: Config, ids: TokenIds, folder: epath.Path | None) -> MixtureSchedule:
-    sources = []
+    lengths = []
     for entry, own in zip(config.data.mixture, ids.entries, strict=True):
-        sources.append((TaggedLengths(own.source, len(mixture.tags_of(entry))), Lengths(own.target)))
+        lengths.append((TaggedLengths(own.source, len(mixture.tags_of(entry))), Lengths(own.target)))
     options: dict[str, Any] = {"batch_tokens": config.train.batch_tokens, "seed": config.train.seed}
     if folder is None:
-        return MixtureSchedule(config.data, sources, **options)
+        return MixtureSchedule(config.data, lengths, **options)
     names = ("num_buckets", "max_length", "length_multiple")
-    lengths = {name: getattr(config.data, name) for name in names}
-    key = mixture_schedule.store_key(config.data, [len(own.source) for own in ids.entries], {**options, **lengths})
-    return MixtureSchedule(config.data, sources, **options, store_of=lambda name: FileStore(folder / key / name))
+    shapes = {name: getattr(config.data, name) for name in names}
+    key = mixture_schedule.store_key(config.data, [len(own.source) for own in ids.entries], {**options, **shapes})
+    return MixtureSchedule(config.data, lengths, **options, store_of=lambda name: FileStore(folder / key / name))
 
 
 def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:

@@ -1,4 +1,4 @@
-"""Token ids of several sources as one: example ids count through the sources, tags come before each sequence.
+"""Token ids of the entries of a mixture as one: example ids count through the entries, tags come before each sequence.
 
 B rows of a batch.
 """
@@ -13,14 +13,14 @@ from transformer.data.tokenizer import PAD
 
 
 class MixedSequences(JaggedArray):
-    """The sequences of several sources, one source after another, each sequence with the tags of its source.
+    """One side of all entries, one entry after another, each sequence with the tags of its entry.
 
-    Nothing is copied: a batch is read from the sources themselves.
+    Nothing is copied: a batch is read from the entries themselves.
     """
 
-    def __init__(self, sources: Sequence[JaggedArray], tags: Sequence[Sequence[int]]):
-        self._sources, self._tags = sources, [np.array(own, np.int32) for own in tags]
-        self._starts = np.cumsum([0, *map(len, sources)])
+    def __init__(self, entries: Sequence[JaggedArray], tags: Sequence[Sequence[int]]):
+        self._entries, self._tags = entries, [np.array(own, np.int32) for own in tags]
+        self._starts = np.cumsum([0, *map(len, entries)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -28,24 +28,22 @@ class MixedSequences(JaggedArray):
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """The length of each sequence, tags included."""
-        return np.concatenate(
-            [source.lengths + len(own) for source, own in zip(self._sources, self._tags, strict=True)]
-        )
+        return np.concatenate([entry.lengths + len(own) for entry, own in zip(self._entries, self._tags, strict=True)])
 
     def to_padded(self, examples: np.ndarray, width: int) -> np.ndarray:
         """int32 [B, width]: tags and sequence of each row, then PAD; PAD_EXAMPLE is an empty row."""
         padded = np.full((len(examples), width), PAD, np.int32)
-        source_B = np.where(examples == PAD_EXAMPLE, -1, np.searchsorted(self._starts, examples, side="right") - 1)
-        for index in np.unique(source_B[source_B >= 0]):
-            rows, own = source_B == index, self._tags[index]
+        entry_B = np.where(examples == PAD_EXAMPLE, -1, np.searchsorted(self._starts, examples, side="right") - 1)
+        for index in np.unique(entry_B[entry_B >= 0]):
+            rows, own = entry_B == index, self._tags[index]
             padded[rows, : len(own)] = own
-            sequences = self._sources[index].to_padded(examples[rows] - self._starts[index], width - len(own))
+            sequences = self._entries[index].to_padded(examples[rows] - self._starts[index], width - len(own))
             padded[rows, len(own) :] = sequences
         return padded
 
 
 class TaggedLengths(Lengths):
-    """The lengths of the sequences of one source, tags included, computed for the slice asked for."""
+    """The lengths of the sequences of one entry, tags included, computed for the slice asked for."""
 
     def __init__(self, jagged: JaggedArray, num_tags: int):
         super().__init__(jagged)

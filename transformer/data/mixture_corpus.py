@@ -1,4 +1,4 @@
-"""The sources of a mixture: a corpus for each entry, each prepared by itself, and what spans all of them.
+"""The corpora of a mixture: one for each entry, each prepared by itself, and what spans all of them.
 
 Example ids count through the training pairs of the entries, one entry after another. Imports no JAX.
 """
@@ -117,7 +117,7 @@ def validation_digest(splits: list[ValidationSplit]) -> str:
 def validate_sources(data: DataConfig) -> None:
     """Raises a UserError if the files, data sets or languages of the config or of an entry are missing.
 
-    A source of a mixture without a pair to train on is an error too. Imports no JAX.
+    An entry of a mixture without a pair to train on is an error too. Imports no JAX.
     """
     if not data.mixture:
         corpora.validate_source(data)
@@ -161,7 +161,7 @@ def _check_sides(data: DataConfig) -> None:
 class VocabularyText(Collection[str]):
     """Sentences of all entries by their shares, source and target in turn, for the vocabulary.
 
-    A source with a greater share than of pairs is repeated, one with less is thinned out evenly. Merges of subword-nmt
+    An entry with a greater share than of pairs is repeated, one with less is thinned out evenly. Merges of subword-nmt
     get all pairs once, as the vocabulary is then all subword tokens of the text.
     """
 

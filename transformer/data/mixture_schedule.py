@@ -1,12 +1,12 @@
-"""The batch schedule of a mixture: as of one source, a pure function (seed, step, lengths) → batch.
+"""The batch schedule of a mixture: as without a mixture, a pure function (seed, step, lengths) → batch.
 
 Steps are divided into rounds, each of which is planned by itself. A round has a fixed number of batches of each shape
-and, up to rounding, a fixed number of pairs of each source and shape, in proportion to the shares, both spread evenly.
-How often a source and shape was drawn before a round follows from the round's number. From there on a source continues
+and, up to rounding, a fixed number of pairs of each entry and shape, in proportion to the shares, both spread evenly.
+How often an entry and shape was drawn before a round follows from the round's number. From there on an entry continues
 its own epochs, in each of which every pair of it occurs once, in a new order. A stage, which has other shares, begins a
 new round; what is left of the last one is passed over.
 
-E entries (sources), K shapes of batches.
+E entries, K shapes of batches.
 """
 
 import bisect
@@ -43,8 +43,8 @@ SCHEDULE_VERSION = 2  # increased whenever the same lengths give other batches
 ROUND_EXAMPLES = 1 << 16  # of a round, at least
 ROUND_BATCHES = 16  # of each shape in a round, on average at least
 SAMPLE_PAIRS = 1 << 18  # whose lengths decide the shapes
-LARGE = 1 << 20  # pairs of a source and shape from which on their order is kept in a file
-PRECISION = 1 << 20  # of the pairs of a source and shape in a round, which is a fraction
+LARGE = 1 << 20  # pairs of an entry and shape from which on their order is kept in a file
+PRECISION = 1 << 20  # of the pairs of an entry and shape in a round, which is a fraction
 
 
 class _Stage(NamedTuple):
@@ -80,10 +80,10 @@ class _Stage(NamedTuple):
 
 
 class MixtureSchedule(BatchSchedule):
-    """Batches with one sentence a row from several sources, in shapes by length that all sources share.
+    """Batches with one sentence a row from several entries, in shapes by length that all entries share.
 
     The attributes of `BatchSchedule` are those of the first round in place of an epoch; `batches` are the most of any
-    stage. Example ids count through the sources.
+    stage. Example ids count through the entries.
 
     Attributes:
       pairs: the number of kept pairs of each entry.
@@ -94,7 +94,7 @@ class MixtureSchedule(BatchSchedule):
     def __init__(
         self,
         data: DataConfig,
-        sources: Sequence[tuple[LengthArray, LengthArray]],
+        lengths: Sequence[tuple[LengthArray, LengthArray]],
         *,
         batch_tokens: int,
         seed: int,
@@ -104,15 +104,15 @@ class MixtureSchedule(BatchSchedule):
 
         Args:
           data: with the mixture.
-          sources: lengths of sources and targets of each entry, tags included.
+          lengths: of sources and targets of each entry, tags included.
           batch_tokens: as in `choose_buckets`.
           seed: of the order.
           store_of: the store of a part of the schedule, by name.
         """
         store = store_of("mixture")
         super().__init__(np.zeros(0), np.zeros(0), data.max_length, seed, store)
-        self._data, self._sources, self._batch_tokens, self._store_of = data, sources, batch_tokens, store_of
-        self._starts = np.cumsum([0, *(len(source) for source, _ in sources)])
+        self._data, self._lengths, self._batch_tokens, self._store_of = data, lengths, batch_tokens, store_of
+        self._starts = np.cumsum([0, *(len(source) for source, _ in lengths)])
         facts = self._store.facts(self._measure)
         self.pairs: list[int] = facts["pairs"]
         self.buckets = [Bucket(*bucket) for bucket in facts["buckets"]]
@@ -125,7 +125,7 @@ class MixtureSchedule(BatchSchedule):
         self.batches = np.max([stage.batches for stage in self._stages], axis=0).tolist()
         self.steps_per_epoch = self._stages[0].steps
         self.token_utilization = self._utilization(self._stages[0], facts["target_tokens"])
-        self._order_of = functools.lru_cache(maxsize=4 * len(sources) * len(self.buckets))(self._order_members)
+        self._order_of = functools.lru_cache(maxsize=4 * len(lengths) * len(self.buckets))(self._order_members)
 
     def batch(self, step: int) -> BatchSpec:
         """The global batch of update `step`, counted from 0."""
@@ -148,7 +148,7 @@ class MixtureSchedule(BatchSchedule):
 
     def examples(self, num_steps: int) -> list[float]:
         """About how many examples of each entry the first updates have."""
-        totals = [0.0] * len(self._sources)
+        totals = [0.0] * len(self._lengths)
         ends = [*(stage.start for stage in self._stages[1:]), num_steps]
         for stage, end in zip(self._stages, ends, strict=True):
             rounds = max(min(end, num_steps) - stage.start, 0) / stage.steps
@@ -157,16 +157,16 @@ class MixtureSchedule(BatchSchedule):
 
     def _parts(self, index: int) -> Any:
         """Ids within the source, source and target lengths of the kept pairs of an entry, in parts."""
-        return kept_parts(*self._sources[index], self._max_length)
+        return kept_parts(*self._lengths[index], self._max_length)
 
     def _measure(self) -> Facts:
         """Counts the pairs, chooses the shapes, and counts pairs and target tokens of each entry and shape."""
-        pairs = [sum(len(ids) for ids, _, _ in self._parts(index)) for index in range(len(self._sources))]
+        pairs = [sum(len(ids) for ids, _, _ in self._parts(index)) for index in range(len(self._lengths))]
         for number, (entry, count) in enumerate(zip(self._data.mixture, pairs, strict=True), 1):
             if not count:
                 with mixture.entry_errors(number, entry):
                     raise UserError(
-                        f"all {len(self._sources[number - 1][0]):,} training pairs are longer than data.max_length = "
+                        f"all {len(self._lengths[number - 1][0]):,} training pairs are longer than data.max_length = "
                         f"{self._max_length} tokens, tags included; raise it, or leave the entry out"
                     )
         source_N, target_N = self._sample_lengths(pairs)
@@ -204,7 +204,7 @@ class MixtureSchedule(BatchSchedule):
     def _collect(self) -> np.ndarray:
         """Example ids of the kept pairs, by entry, then by shape."""
         members = np.empty(self.kept, id_dtype(int(self._starts[-1])))
-        first_members = self._first_members[:-1].reshape(len(self._sources), -1)
+        first_members = self._first_members[:-1].reshape(len(self._lengths), -1)
         for index, first_id in enumerate(self._starts[:-1]):
             group_by_bucket(members, self._parts(index), self.buckets, first_members[index], int(first_id))
         return members
@@ -225,7 +225,7 @@ class MixtureSchedule(BatchSchedule):
                 columns.append(column)
                 batches.append(number)
             pairs = [list(row) for row in zip(*columns, strict=True)]
-            first_round, drawn = 0, [[0] * len(self.buckets) for _ in self._sources]
+            first_round, drawn = 0, [[0] * len(self.buckets) for _ in self._lengths]
             if stages:
                 before = stages[-1]
                 rounds = -(-(start - before.start) // before.steps)
@@ -259,7 +259,7 @@ class MixtureSchedule(BatchSchedule):
         for bucket in range(len(self.buckets)):
             parts = [
                 self._draw(index, bucket, drawn[index][bucket], after[index][bucket])
-                for index in range(len(self._sources))
+                for index in range(len(self._lengths))
             ]
             planned.append(np.concatenate(parts)[interleave([len(part) for part in parts], self.seed, epoch, bucket)])
         planned.append(interleave(batches, self.seed, epoch, len(self.buckets)))
