@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 from benchmarks.timing import seconds_of
 from transformer.checkpoints.loading import RestoredModel, load_checkpoint
-from transformer.command_line import absolute_path, decode_flags, model_parser, positive_int, run
+from transformer.command_line import absolute_path, add_direction_flags, decode_flags, model_parser, positive_int, run
+from transformer.config import mixture
 from transformer.data import text_files
 from transformer.decoding.translator import Translator
 from transformer.export import ctranslate2 as export_ctranslate2
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--quantization", default="float32", choices=("float32", "int8"), help="of ctranslate2")
     parser.add_argument("--patience", type=positive_int, default=1, help="of ctranslate2: 3 gives the results of ours")
     parser.add_argument("--repeats", type=positive_int, default=3)
+    add_direction_flags(parser)
     fields, rest = decode_flags(argv)
     args = parser.parse_args(rest)
     if args.engine == "ours" and (args.quantization, args.patience) != ("float32", 1):
@@ -46,6 +48,8 @@ def main(argv: list[str]) -> None:
     lines = list(text_files.read_lines(args.source))
     with tempfile.TemporaryDirectory() as folder:
         trained = load_checkpoint(args.workdir, args.checkpoint).with_decode(fields)
+        languages = args.source_language, args.target_language
+        trained = trained.with_direction(mixture.find_direction(trained.config.data, *languages))
         if args.engine == "ours":
             translate = ours(trained)
         else:
@@ -69,7 +73,7 @@ def main(argv: list[str]) -> None:
 def ours(trained: RestoredModel) -> Translate:
     """Translates with this package."""
     translator = Translator(trained.model, trained.tokenizer, trained.config.decode, trained.mesh)
-    return lambda lines: translator.translate(trained.params, lines)
+    return lambda lines: translator.translate(trained.params, lines, tag=trained.source_tag)
 
 
 def ctranslate2(trained: RestoredModel, folder: pathlib.Path, quantization: str, patience: int) -> Translate:
@@ -86,7 +90,7 @@ def ctranslate2(trained: RestoredModel, folder: pathlib.Path, quantization: str,
     )
 
     def translate(lines: list[str]) -> list[str]:
-        pieces = [[words[i] for i in line_ids[:-1]] for line_ids in tokenizer.encode(lines)]
+        pieces = [[words[i] for i in line_ids[:-1]] for line_ids in tokenizer.encode(lines, trained.source_tag)]
         results = program.translate_batch(pieces, **options)
         return [tokenizer.decode(ids[word] for word in result.hypotheses[0]) for result in results]
 

@@ -10,11 +10,9 @@ a test article, review or context has no sentence that training has.
 
 import argparse
 import collections
-import hashlib
 import itertools
 import pathlib
 import random
-import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -101,27 +99,21 @@ OPENINGS = (
 )  # fmt: skip
 
 
-def _slots(*texts: str) -> list[str]:
-    """The slots of some templates, each once."""
-    names = (name for text in texts for _, name, _, _ in string.Formatter().parse(text) if name)
-    return list(dict.fromkeys(names))
-
-
 def _render(text: str, values: Mapping[str, Value]) -> str:
-    used = {slot: values[slot] for slot in _slots(text)}
+    used = {slot: values[slot] for slot in generator.slots_of(text)}
     return generator.render(Template(text, "", "", ""), used, "en")
 
 
 def split_of(sentence: str) -> str:
     """The split that a sentence belongs to, by its hash."""
-    position = int.from_bytes(hashlib.blake2b(sentence.encode(), digest_size=6).digest()) / 2**48
+    position = generator.split_position(sentence)
     return next(name for name, bound in SPLIT_SHARES.items() if position < bound)
 
 
 def _sentence(rng: random.Random, split: str, text: str, taken: Mapping[str, Value] | None = None) -> tuple[str, dict]:
     """A sentence of a split, and the values of its slots, none of which is as in `taken`."""
     while True:
-        values = generator.sample_values(_slots(text), rng)
+        values = generator.sample_values(generator.slots_of(text), rng)
         sentence = _render(text, values)
         if split_of(sentence) == split and not any((taken or {}).get(slot) == value for slot, value in values.items()):
             return sentence, values

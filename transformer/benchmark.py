@@ -8,13 +8,11 @@ Every batch shape is compiled and run once before timing. Tokens are real target
 
 import itertools
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 
 import jax
 import numpy as np
-from etils import epath
 
 from transformer import command_line
 from transformer.command_line import positive_int
@@ -47,9 +45,8 @@ def main(argv: list[str]) -> None:
     config = schema.with_absolute_paths(config)
     mixture_corpus.validate_sources(config.data)
     environment.enable_compilation_cache()
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = mixture_corpus.open_sources(config.data)
-        tokenizer = input_pipeline.get_tokenizer(tokenizers.inherit_tokenizer(config), corpus, epath.Path(folder))
+    corpus = mixture_corpus.open_sources(config.data)
+    tokenizer = input_pipeline.get_or_train_tokenizer(tokenizers.inherit_tokenizer(config), corpus)
     ids = input_pipeline.training_ids(config, corpus, tokenizer)
     schedule = input_pipeline.make_batch_schedule(config, ids)
     row = measure_input(schedule, ids, args.num_steps) if args.input else measure(config, schedule, ids, args.num_steps)

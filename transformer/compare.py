@@ -136,7 +136,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--frequency_corpus",
         type=path,
-        help="text in which words are counted (default: for a split of the first workdir its training text, or else the "
+        help="text in which words are counted (default: for a split of the first workdir its training text, else the "
         "references)",
     )
     parser.add_argument(

@@ -70,9 +70,9 @@ class LogAxis(Axis):
         return Axis(math.log(self.low), math.log(self.high), self.start, self.end)(math.log(value))
 
 
-def line_chart(title: str, x_label: str, series: Sequence[Series], log: bool = False, log_y: bool = False) -> str:
+def line_chart(title: str, x_label: str, series: Sequence[Series], log_y: bool = False) -> str:
     """A figure of `line_drawing`; "" without finite points. No legend if its first line is named as the figure."""
-    drawing, keys = line_drawing(x_label, series, log, log_y)
+    drawing, keys = line_drawing(x_label, series, log_y=log_y)
     if not keys:
         return ""
     return _figure(title, [] if keys[0][0] == title else keys, drawing)

@@ -271,11 +271,12 @@ _CITATION = """\
 }"""
 
 
-# Each template with its slots, each once, in English order.
-_SLOTS = [
-    (template, list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template.en) if name)))
-    for template in TEMPLATES
-]
+def slots_of(text: str) -> list[str]:
+    """The slots of a template's text, each once, in order."""
+    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(text) if name))
+
+
+_SLOTS = [(template, slots_of(template.en)) for template in TEMPLATES]
 
 
 def render(template: Template, values: Mapping[str, Value], language: str) -> str:
@@ -295,7 +296,7 @@ def candidates(language: str, seed: int) -> Iterator[Pair]:
         yield render(template, values, "en"), render(template, values, language)
 
 
-def _split_position(english: str) -> float:
+def split_position(english: str) -> float:
     """Hashes a sentence to [0, 1), so that it is in the same split in every language and run."""
     return int.from_bytes(hashlib.blake2b(english.encode(), digest_size=6).digest()) / 2**48
 
@@ -325,7 +326,7 @@ def generate(language: str, split_sizes: Mapping[str, int] = SPLIT_SIZES, seed: 
     missing = sum(split_sizes.values())
     while missing:
         english, translation = next(stream)
-        name = names[bisect.bisect_right(bounds, _split_position(english) * bounds[-1])]
+        name = names[bisect.bisect_right(bounds, split_position(english) * bounds[-1])]
         if len(splits[name]) == split_sizes[name] or english in seen or translation in seen:
             continue
         seen.update((english, translation))
