@@ -163,11 +163,15 @@ def test_a_vocabulary_that_writes_two_ids_alike_is_refused(vocabulary):
 
 @pytest.mark.slow
 @pytest.mark.reported
-def test_a_small_mistake_is_found_under_the_tolerance_of_int8(workdir, tmp_path, monkeypatch):
-    pytest.importorskip("ctranslate2", reason="the export extra is not installed")
-    encoding = export_ctranslate2.sinusoidal_position_encoding
-    monkeypatch.setattr(export_ctranslate2, "sinusoidal_position_encoding", lambda *sizes: 0.95 * encoding(*sizes))
-    flags = ["export", f"--workdir={workdir}", "--format=ctranslate2", "--quantization=int8"]
+@pytest.mark.parametrize("form", ["ctranslate2", "jax"])
+def test_a_small_mistake_is_found_under_the_tolerance_of_int8_and_bfloat16(form, vocabulary, tmp_path, monkeypatch):
+    pytest.importorskip(verify.NEEDS[form], reason="the export extra is not installed")
+    module = export_ctranslate2 if form == "ctranslate2" else jax_export
+    encoding = module.sinusoidal_position_encoding
+    monkeypatch.setattr(module, "sinusoidal_position_encoding", lambda *sizes: 0.95 * encoding(*sizes))
+    workdir = save(tmp_path / "run", vocabulary, norm="pre", dtype="float32" if form == "ctranslate2" else "bfloat16")
+    flags = ["export", f"--workdir={workdir}", f"--format={form}"]
+    flags += ["--quantization=int8"] if form == "ctranslate2" else []
     with pytest.raises(UserError, match=r"gives other log-probabilities: expected differences of at most 0.001"):
         export.main([*flags, f"--output={tmp_path}/out"])
     assert not (tmp_path / "out").exists()

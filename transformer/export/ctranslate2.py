@@ -14,7 +14,7 @@ import numpy as np
 from transformer.checkpoints.loading import RestoredModel
 from transformer.config import DecodeConfig, ModelConfig
 from transformer.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
-from transformer.export.jax_export import Score, max_length
+from transformer.export.jax_export import Score, max_positions
 from transformer.models.layers import (
     FeedForward,
     MultiHeadAttention,
@@ -60,8 +60,8 @@ def write(trained: RestoredModel, folder: pathlib.Path, quantization: str) -> Sc
     check(config.model)
     module = cast(Transformer, trained.model.bind(jax.device_get(trained.params)))
     spec = _empty_spec(config.model)
-    _set_stack(spec.encoder, module, "source", max_length(config))
-    _set_stack(spec.decoder, module, "target", max_length(config))
+    _set_stack(spec.encoder, module, "source", max_positions(config))
+    _set_stack(spec.decoder, module, "target", max_positions(config))
     spec.decoder.projection.weight = _embedding_table(module, "output")
     words = vocabulary(trained.tokenizer)
     spec.register_source_vocabulary(words)

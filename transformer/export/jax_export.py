@@ -34,8 +34,11 @@ PARAMS_FILE, PIECES_FILE = "params.npz", "pieces.json"
 Score = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], list[np.ndarray]]
 
 
-def write(trained: RestoredModel, folder: pathlib.Path) -> Score:
+def write(trained: RestoredModel, folder: pathlib.Path, dtype: str) -> Score:
     """Writes translate.jax, score.jax, params.npz and pieces.json; returns a function that scores with these files.
+
+    Args:
+      dtype: in which the programs compute, in place of `model.dtype`.
 
     Raises:
       UserError: the method samples, which would need a random key for each sentence.
@@ -45,7 +48,7 @@ def write(trained: RestoredModel, folder: pathlib.Path) -> Score:
         raise UserError(
             f"decode.method = {config.decode.method}: the exported program searches by beam; add --decode.method=beam"
         )
-    model, params = with_position_table(config, trained.tokenizer.vocab_size, jax.device_get(trained.params))
+    model, params = with_position_table(config, trained.tokenizer.vocab_size, jax.device_get(trained.params), dtype)
     flat = {"/".join(map(str, path)): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
     np.savez(folder / PARAMS_FILE, **flat)
     rows, width, length = jax.export.symbolic_shape("rows, width, length")
@@ -67,18 +70,18 @@ def write(trained: RestoredModel, folder: pathlib.Path) -> Score:
     return functools.partial(score_with, folder)
 
 
-def max_length(config: Config) -> int:
-    """The most tokens of a sentence of an exported model, which looks positions up in a table."""
+def max_positions(config: Config) -> int:
+    """The most tokens of a sentence of an exported model that looks positions up in a table."""
     if config.model.positions == "learned":
         return config.model.max_positions
     return max(POSITIONS, config.decode.max_source_tokens + config.decode.max_extra_length)
 
 
-def with_position_table(config: Config, vocab_size: int, params: Params) -> tuple[ModelDef, Params]:
+def with_position_table(config: Config, vocab_size: int, params: Params, dtype: str) -> tuple[ModelDef, Params]:
     """The model in a form that supports symbolic shapes: plain attention, positions looked up in a table."""
-    fields: dict[str, Any] = {"attention": "plain"}
+    fields: dict[str, Any] = {"attention": "plain", "dtype": dtype}
     if config.model.positions == "sinusoidal":
-        rows = max_length(config)
+        rows = max_positions(config)
         table_TD = sinusoidal_position_encoding(rows, config.model.emb_dim)
         params = {**params, "source_positions": table_TD, "target_positions": table_TD}
         fields |= {"positions": "learned", "max_positions": rows}

@@ -54,30 +54,33 @@ def write(
     if family != "attention":
         raise UserError(f"model.family = {family}: expected attention, the one family that can be exported")
     trained.tokenizer.save(folder)
-    if format_name == "ctranslate2":
-        # It multiplies in float32, which accelerators round to TF32 or bfloat16 by default.
-        with jax.default_matmul_precision("highest"):
-            if quantization != "float32":  # its wide tolerance would hide a small mistake
-                with tempfile.TemporaryDirectory() as exact:
-                    compare(trained, "float32", ctranslate2.write(trained, pathlib.Path(exact), "float32"))
-            precision = quantization
-            differences = compare(trained, precision, ctranslate2.write(trained, folder, precision))
-    else:
-        precision = trained.config.model.dtype
-        differences = compare(trained, precision, jax_export.write(trained, folder))
+    precision = quantization if format_name == "ctranslate2" else trained.config.model.dtype
+    if precision != "float32":  # its wide tolerance would hide a small mistake
+        with tempfile.TemporaryDirectory() as exact, jax.default_matmul_precision("highest"):
+            compare(trained, "float32", write_program(trained, pathlib.Path(exact), format_name, "float32"))
+    # CTranslate2 multiplies in float32, which accelerators round to TF32 or bfloat16 by default.
+    with jax.default_matmul_precision("highest" if format_name == "ctranslate2" else None):
+        differences = compare(trained, precision, write_program(trained, folder, format_name, precision))
     summary = {
         "format": format_name,
         "precision": precision,
         "steps": trained.steps,
         "largest_difference": differences.largest,
         "mean_difference": differences.mean,
-        "longest": jax_export.max_length(trained.config),
+        "longest": None if trained.config.model.positions == "rotary" else jax_export.max_positions(trained.config),
         "decode": dataclasses.asdict(trained.config.decode),
     }
     if format_name == "ctranslate2":
         summary["translate_batch"] = ctranslate2.options(trained.config.decode)
     write_atomic(folder / "export.json", json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def write_program(trained: RestoredModel, folder: pathlib.Path, format_name: str, precision: str) -> Score:
+    """Writes the model in this precision into an existing folder; returns a function that scores with it."""
+    if format_name == "ctranslate2":
+        return ctranslate2.write(trained, folder, precision)
+    return jax_export.write(trained, folder, precision)
 
 
 def compare(trained: RestoredModel, precision: str, score: Score) -> Differences:
