@@ -260,7 +260,7 @@ class Device:
 
 
 def on_platform(mesh, platform, capability="9.0"):
-    """As a mesh of such devices, as far as `require` looks."""
+    """As a mesh of such devices, as far as `check_supported` looks."""
     return dataclasses.make_dataclass("Mesh", ["devices", "shape"])(
         np.array([Device(platform, capability)]), mesh.shape
     )
@@ -293,8 +293,8 @@ def machine(monkeypatch):
 
 
 def required(capability="9.0", **model):
-    """What `require` makes of a config of long sentences on such a GPU."""
-    config = small_config(model={**CUDNN, **model}, data={"max_length": 512}, train={"batch_tokens": 512})
+    """What `check_supported` makes of a config on such a GPU."""
+    config = small_config(model={**CUDNN, **model})
     fused.check_supported(config, on_platform(make_mesh(config.mesh), "gpu", capability))
 
 
@@ -302,6 +302,19 @@ def chosen(length, width=8, implementation="auto"):
     """The attention that is taken for self-attention of this length."""
     q = jnp.zeros((1, length, 2, width), jnp.bfloat16)
     return layers.choose_attention(implementation, q, q, AttentionMask(), 0.0)
+
+
+def test_cudnn_is_tried_before_training_that_cannot_take_it_where_validation_can(machine):
+    tried = machine("")
+    required(attention="auto", attention_dropout_rate=0.1)
+    assert tried == [8]
+    assert chosen(5) == "cudnn"
+
+
+@pytest.mark.parametrize(("length", "expected"), [(20, "plain"), (512, "splash")])
+def test_a_forced_kernel_of_another_platform_is_auto(length, expected, monkeypatch):
+    monkeypatch.setattr(platforms, "current", lambda: "tpu")
+    assert chosen(length, implementation="cudnn") == chosen(length) == expected
 
 
 def test_auto_takes_cudnn_after_a_trial_that_works(machine, capsys):
@@ -437,7 +450,7 @@ def test_translation_on_tpus_encodes_by_splash_too():
     model = registry.ModelDef(config.model, 300)
     encode = jax.jit(sharding.data_parallel_jit(mesh, lambda params, ids: model.bind(params).encode(ids)))
     rows = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=sharding.batch_sharding(mesh, "decode_batch"))
-    lowered = encode.trace(registry.abstract_params(model, mesh), rows).lower(lowering_platforms=("tpu",))
+    lowered = encode.trace(registry.sharded_param_shapes(model, mesh), rows).lower(lowering_platforms=("tpu",))
     assert "%splash_mha_fwd" in lowered.compile().as_text()
 
 

@@ -55,7 +55,7 @@ def gradient_of(config):
             sums = cross_entropy(logits, batch.target_BT, 0.1)
             return sums.smoothed_nll / sums.tokens
 
-    params = registry.abstract_params(model, mesh)
+    params = registry.sharded_param_shapes(model, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     everywhere = sharding.replicated(mesh)
     return jax.jit(

@@ -47,7 +47,7 @@ _trials: dict[int, str] = {}
 
 
 def check_supported(config: Config, mesh: Mesh) -> None:
-    """Checks that a forced kernel can run on the mesh's devices, and tries cuDNN where training may choose it.
+    """Checks that a forced kernel can run on the mesh's devices, and tries cuDNN where a run may choose it.
 
     All processes must call it, before anything else is compiled: they agree here on the result of the trial.
 
@@ -55,16 +55,13 @@ def check_supported(config: Config, mesh: Mesh) -> None:
       UserError: the kernel is not supported, and why.
     """
     attention = config.model.attention
-    spec = dataclasses.replace(
-        AttentionSpec.from_config(config), sequence_shards=sharding.batch_divisor(mesh, "length")
-    )
+    # What auto does not choose for training, with dropout or packed rows, it may choose for validation.
+    spec = _spec_of_translating(config) if attention == "auto" else AttentionSpec.from_config(config)
+    spec = dataclasses.replace(spec, sequence_shards=sharding.batch_divisor(mesh, "length"))
     kernel = attention if attention in FUSED_ATTENTION_PLATFORMS else "cudnn"
     reason = _unsupported_reason(kernel, mesh.devices.flat[0], spec)
-    # Buckets of long sequences have even widths: a longest row of 511 tokens makes a bucket of 512.
-    min_length = platforms.fused_attention_min_length(mesh.devices.flat[0].platform)
-    is_long = config.model.family == "attention" and config.data.max_row_length + 1 >= min_length
     # The devices of an ahead-of-time compilation cannot run anything.
-    needs_trial = not reason and _is_local(mesh) and (attention == "cudnn" or (attention == "auto" and is_long))
+    needs_trial = not reason and _is_local(mesh) and _may_choose_cudnn(config)
     if attention in FUSED_ATTENTION_PLATFORMS and (reason := reason or (_trial(spec.key_width) if needs_trial else "")):
         raise UserError(f"config.model.attention = {attention}: {reason}; auto chooses a supported one")
     result = ("works" if cudnn_works(spec.key_width) else "fails") if needs_trial else ""
@@ -73,10 +70,17 @@ def check_supported(config: Config, mesh: Mesh) -> None:
 
 def try_for_translating(config: Config) -> None:
     """Tries cuDNN where translating may choose it. All processes must call it before any of them translates alone."""
-    may_choose = config.model.family == "attention" and config.model.attention in ("auto", "cudnn")
-    spec = dataclasses.replace(AttentionSpec.from_config(config), dropout_rate=0.0, packed=False, sequence_shards=1)
-    if may_choose and jax.default_backend() == "gpu" and not unsupported_reason("cudnn", spec):
+    spec = _spec_of_translating(config)
+    if _may_choose_cudnn(config) and jax.default_backend() == "gpu" and not unsupported_reason("cudnn", spec):
         cudnn_works(spec.key_width)
+
+
+def _may_choose_cudnn(config: Config) -> bool:
+    return config.model.family == "attention" and config.model.attention in ("auto", "cudnn")
+
+
+def _spec_of_translating(config: Config) -> AttentionSpec:
+    return dataclasses.replace(AttentionSpec.from_config(config), dropout_rate=0.0, packed=False, sequence_shards=1)
 
 
 def _unsupported_reason(kernel: str, device: Any, spec: AttentionSpec) -> str:

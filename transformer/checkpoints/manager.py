@@ -32,7 +32,7 @@ from transformer.config import Config, DecodeConfig, validation
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import Tokenizer
 from transformer.distributed import multihost
-from transformer.models.registry import ModelDef, Params, abstract_params
+from transformer.models.registry import ModelDef, Params, sharded_param_shapes
 from transformer.runtime import environment, object_storage, progress
 from transformer.runtime.background import BackgroundQueue
 from transformer.runtime.errors import UserError, WorkdirError
@@ -342,7 +342,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
     def restore_params(self, step: int, model: ModelDef, mesh: Mesh, kind: str = "params") -> Params:
         """Restores the params alone onto the devices of `mesh`; with kind `ema` their moving average."""
-        return _load_arrays(self.folder / str(step) / kind, abstract_params(model, mesh))
+        return _load_arrays(self.folder / str(step) / kind, sharded_param_shapes(model, mesh))
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """Restores the whole state with the shapes, dtypes and shardings of `abstract_state`, on any mesh."""

@@ -65,13 +65,13 @@ def materializes_dropout_masks() -> bool:
     return current() == "cpu"
 
 
-def fused_attention_min_length(platform: str) -> int:
+def fused_attention_min_length() -> int:
     """Queries and keys from which on `auto` takes a fused kernel.
 
     cuDNN takes arrays as the projections leave them, where plain attention on a GPU transposes each of them: a sixth
     of the traffic of a base step of 40 tokens. Splash fills lengths up to multiples of 128.
     """
-    return 1 if platform == "gpu" else BLOCKWISE_MIN_LENGTH
+    return 1 if current() == "gpu" else BLOCKWISE_MIN_LENGTH
 
 
 def compile_threads(mesh: Mesh) -> int:

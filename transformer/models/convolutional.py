@@ -20,8 +20,8 @@ from transformer.attention.mask import AttentionMask
 from transformer.config import ModelConfig
 from transformer.models.base import FixedSizeCache, Seq2SeqModel, position_ids, segment_ids, shift_right
 from transformer.models.layers import (
-    CrossAttention,
     Key,
+    SingleHeadCrossAttention,
     add_bias,
     apply_layers,
     attend,
@@ -94,7 +94,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.dropout_rate = config.dropout_rate
         self.convolution = GatedConvolution(config.emb_dim, config.kernel_width, config.dropout_rate, rngs)
-        self.attention = CrossAttention(config.emb_dim, config.attention_score, rngs)
+        self.attention = SingleHeadCrossAttention(config.emb_dim, config.attention_score, rngs)
         self.out = make_param(rngs, glorot(), (config.emb_dim, config.emb_dim), ("embed", "hidden"))
 
     def __call__(

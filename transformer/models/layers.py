@@ -365,11 +365,10 @@ def choose_attention(
 ) -> str:
     """Resolves `model.attention` for these arrays on the devices of the traced program."""
     queries, keys = q_BTHK.shape[1], v_BSHK.shape[1]
-    min_length = platforms.fused_attention_min_length(platforms.current())
+    is_forced = FUSED_ATTENTION_PLATFORMS.get(implementation) == platforms.current()
+    is_auto = implementation == "auto" or implementation in FUSED_ATTENTION_PLATFORMS
     # The lengths of an exported program are symbols, which cannot be compared: it names its attention.
-    may_fuse = implementation in FUSED_ATTENTION_PLATFORMS or (
-        implementation == "auto" and queries * keys >= min_length**2
-    )
+    may_fuse = is_forced or (is_auto and queries * keys >= platforms.fused_attention_min_length() ** 2)
     kernel = fused.select_kernel(q_BTHK, v_BSHK, mask, dropout_rate) if may_fuse else ""
     return select_attention_impl(implementation, queries, keys, kernel)
 
@@ -403,7 +402,7 @@ class ResidualBlock(nnx.Module):
         return self.norm(x + out) if self.post else x + out
 
 
-class CrossAttention(nnx.Module):
+class SingleHeadCrossAttention(nnx.Module):
     """Single-head cross-attention of the LSTM and convolutional models.
 
     dot: (W q) · (U k) / √D (Luong et al. 2015, with the paper's scale); additive: v · tanh(W q + U k)

@@ -23,8 +23,8 @@ from transformer.distributed import sharding
 from transformer.models.base import FixedSizeCache, Seq2SeqModel, segment_ids, shift_right
 from transformer.models.layers import (
     ACTIVATION_AXES,
-    CrossAttention,
     Key,
+    SingleHeadCrossAttention,
     attend,
     glorot,
     make_param,
@@ -199,7 +199,7 @@ class LstmSeq2Seq(Seq2SeqModel):
         self.backward = Lstm(width, width // 2, rngs, reverse=True)
         self.encoder = nnx.List([Lstm(width, width, rngs) for _ in range(config.num_encoder_layers - 1)])
         self.lowest = Lstm(width, width, rngs)
-        self.attention = CrossAttention(width, config.attention_score, rngs)
+        self.attention = SingleHeadCrossAttention(width, config.attention_score, rngs)
         self.decoder = nnx.List([Lstm(2 * width, width, rngs) for _ in range(config.num_decoder_layers - 1)])
         self.out = make_param(rngs, glorot(), (2 * width, width), ("hidden", "gates"))
 

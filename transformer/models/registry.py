@@ -70,7 +70,7 @@ class ModelDef:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.abstract_params))
 
 
-def abstract_params(model: ModelDef, mesh: Mesh) -> Params:
+def sharded_param_shapes(model: ModelDef, mesh: Mesh) -> Params:
     """Shapes, dtypes and shardings of the params, for restoring them."""
     shardings = sharding.param_shardings(mesh, model.abstract_params)
     return with_shardings(nnx.to_pure_dict(model.abstract_params), shardings)
