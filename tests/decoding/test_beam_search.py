@@ -241,6 +241,7 @@ def test_finished_hypotheses_come_before_better_cut_ones():
 def test_a_limit_of_zero_gives_an_empty_hypothesis():
     result = search(random_chains(7, 2, 5, vocab_size=6), 3, limits=[0, 5])
     assert result.lengths_BN[0].tolist() == [0, 0, 0]
+    assert result.scores_BN[0].tolist() == [NEG_INF] * 3
     assert not result.finished_BN[0].any()
     assert (result.tokens_BNT[0] == PAD).all()
     assert len(texts(result, 1)) == 3
@@ -378,7 +379,7 @@ def test_equal_shapes_compile_once_and_nothing_sorts_the_vocabulary():
     run(chains + 1, limits - 2, jnp.float32(1.0))
     assert len(traced) == 1
     program = run.lower(chains, limits, jnp.float32(0.6)).compile().as_text()
-    # A full sort of all continuations takes 30 to 100 times as long: see the comment in search._select.
+    # A full sort of all continuations takes 30 to 100 times as long: see the comment in beam_search._select.
     assert program.count('custom_call_target="TopK"') == 3
     assert " sort(" not in program
 

@@ -294,7 +294,7 @@ def _is_done(beams: BeamState, position: jax.Array, search: _Search) -> jax.Arra
 
 def _collect(beams: BeamState, search: _Search) -> Hypotheses:
     """Finished hypotheses first, then the truncated ones; a sentence with free slots is at its limit or has no more."""
-    valid_BN = is_valid(beams.alive_log_probs_BN)
+    valid_BN = is_valid(beams.alive_log_probs_BN) & (search.limits_B[:, None] > 0)
     truncated_tokens = beams.alive_tokens
     truncated_scores_BN = beams.alive_log_probs_BN / search.penalties_T1[search.limits_B][:, None]
     if search.phrases:

@@ -75,7 +75,7 @@ def decode(
         max_length,
         coverage is not None,
         cache_lengths(max_length)[0],
-        reorders_beams=config.method == "beam" or count < MIN_SEPARATE_SAMPLES,
+        attends_across_beams=config.method == "beam" or count < MIN_SEPARATE_SAMPLES,
     )
     constraints = LogitsConstraints(config.min_length, config.no_repeat_ngram, inputs.prefix_BP)
     penalty = config.length_penalty, config.length_penalty_form
@@ -108,19 +108,19 @@ def init_step_fn(
     beams: int,
     max_length: int,
     return_attention: bool,
-    cache_length: int | None = None,
-    reorders_beams: bool = True,
+    cache_length: int,
+    attends_across_beams: bool,
 ) -> tuple[StepFn, tuple[Cache, ...]]:
     """Encodes the source; returns the step function of the ensemble and the caches of its models.
 
     Args:
       return_attention: the step function also returns the mean attention of the models.
-      cache_length: initial length of the caches; None: max_length.
-      reorders_beams: whether hypotheses may move between beams.
+      cache_length: initial length of the caches.
+      attends_across_beams: as of `Seq2SeqModel`; true where hypotheses move between beams.
     """
     modules = [model.bind(model.in_compute_dtype(leaves)) for model, leaves in zip(models, params, strict=True)]
     for module in modules:
-        module.reorders_beams = reorders_beams
+        module.attends_across_beams = attends_across_beams
     sources, caches = zip(
         *(module.init_decode(source_BS, beams, max_length, cache_length) for module in modules), strict=True
     )

@@ -23,10 +23,10 @@ from transformer.data import text_inputs
 from transformer.data.batching import PAD_EXAMPLE, JaggedArray, eval_batches
 from transformer.data.text_files import one_line
 from transformer.data.tokenizer import UNK, Tokenizer, truncate
-from transformer.decoding import mbr, requests
+from transformer.decoding import mbr
 from transformer.decoding.base import Hypotheses
+from transformer.decoding.constraints import DecodingConstraints, PaddedSizes, encode_constraints, pad_constraints
 from transformer.decoding.decode import DecodeInputs, batch_rows, decode
-from transformer.decoding.requests import DecodingConstraints, PaddedSizes
 from transformer.decoding.warning_counts import WarningCounts
 from transformer.distributed import platform, sharding
 from transformer.models.registry import ModelDef, Params
@@ -138,7 +138,7 @@ class Translator:
 
         Raises:
           UserError: n_best is too large, an item is not text, or a constraint cannot be met (see
-            `requests.encode_constraints`).
+            `constraints.encode_constraints`).
         """
         lines = self._lines(sentences, first)
         count = self._num_hypotheses(n_best, constraints)
@@ -206,7 +206,7 @@ class Translator:
         sources = JaggedArray.from_sequences([truncate(ids, max_length) for ids in encoded])
         limits = np.zeros(len(lines), np.int64)
         limits[indices] = sources.lengths + self._config.max_extra_length
-        all_constraints = requests.encode_constraints(self._tokenizer, prefixes, constraints, limits.tolist(), first)
+        all_constraints = encode_constraints(self._tokenizer, prefixes, constraints, limits.tolist(), first)
         keys_N2 = None if self._config.method == "beam" else sentence_keys(sources, seed)
         return _Requests(np.array(indices, np.int64), sources, [all_constraints[i] for i in indices], keys_N2)
 
@@ -226,7 +226,7 @@ class Translator:
                 local_B = examples_B[sharding.local_row_indices(self._mesh, self._rows, rows="decode_batch")]
                 source_BS = request.sources.to_padded(local_B, spec.bucket.source)
                 keys_B2 = None if request.keys_N2 is None else request.keys_N2[np.maximum(local_B, 0)]
-                inputs = DecodeInputs(source_BS, keys_B2, *requests.to_arrays(request.constraints, local_B, sizes))
+                inputs = DecodeInputs(source_BS, keys_B2, *pad_constraints(request.constraints, local_B, sizes))
                 yield _Batch(request.indices[examples_B[is_real_B]], inputs)
 
     def _max_in_flight(self, batch: _Batch) -> int:

@@ -84,11 +84,12 @@ class Seq2SeqModel(nnx.Module):
 
     Attributes:
       has_cut_tokens: whether ids may be CUT; static, so that without them nothing is compiled for it.
-      reorders_beams: whether hypotheses move between beams, as samples do not; static.
+      attends_across_beams: whether hypotheses read the caches of all beams of their sentence, each its own history
+        in them, or the cache of their own beam alone; static.
     """
 
     has_cut_tokens: bool = False
-    reorders_beams: bool = True
+    attends_across_beams: bool = True
 
     def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
         self.config, self.vocab_size = config, vocab_size

@@ -303,7 +303,7 @@ class Transformer(Seq2SeqModel):
         x_BND = self._embed("target", inputs_BN, row_11D, None)
         beam_BN1 = jax.lax.broadcasted_iota(jnp.int32, (*inputs_BN.shape, 1), 1)
         history_BNT = jax.lax.dynamic_update_slice_in_dim(cache.beam_history_BNT, beam_BN1, position, axis=2)
-        read_history_BNT = history_BNT if self.reorders_beams else None
+        read_history_BNT = history_BNT if self.attends_across_beams else None
         layers = unstack_layers(self.decoder, self.config.num_decoder_layers)
         layer_caches, attention_BNS = [], None
         for layer, source_kv, layer_cache in zip(layers, source.layers, cache.layers, strict=True):

@@ -10,8 +10,7 @@ from tests.decoding.test_translator import LINES
 from transformer.data import tokenizer
 from transformer.data.batching import PAD_EXAMPLE
 from transformer.data.tokenizer import EOS, PAD
-from transformer.decoding import requests
-from transformer.decoding.requests import PaddedSizes
+from transformer.decoding.constraints import PaddedSizes, encode_constraints, pad_constraints
 from transformer.runtime.errors import UserError
 
 
@@ -22,21 +21,15 @@ def vocabulary():
 
 def test_without_constraints_all_sizes_are_zero(vocabulary):
     for prefixes, constraints in ((None, None), (["", " "], None), (None, [[], []]), ([" ", ""], [[], ()])):
-        assert [
-            encoded.length() for encoded in requests.encode_constraints(vocabulary, prefixes, constraints, [9, 0])
-        ] == [
+        assert [encoded.length() for encoded in encode_constraints(vocabulary, prefixes, constraints, [9, 0])] == [
             0,
             0,
         ]
-        assert requests.encode_constraints(vocabulary, prefixes, constraints, [9, 0])[0].padded_sizes() == PaddedSizes(
-            0, 0, 0
-        )
+        assert encode_constraints(vocabulary, prefixes, constraints, [9, 0])[0].padded_sizes() == PaddedSizes(0, 0, 0)
 
 
 def test_ids_have_no_end_and_a_phrase_counts_once(vocabulary):
-    (encoded,) = requests.encode_constraints(
-        vocabulary, ["the old"], [["red house", "cat", "red house", "red  house"]], [99]
-    )
+    (encoded,) = encode_constraints(vocabulary, ["the old"], [["red house", "cat", "red house", "red  house"]], [99])
     assert vocabulary.decode(encoded.prefix) == "the old"
     assert [vocabulary.decode(phrase) for phrase in encoded.phrases] == ["red house", "cat"]
     assert EOS not in np.concatenate([encoded.prefix, *encoded.phrases])
@@ -44,9 +37,9 @@ def test_ids_have_no_end_and_a_phrase_counts_once(vocabulary):
 
 def test_what_fits_to_the_last_token_is_taken(vocabulary):
     ids = vocabulary.encode(["cat sees"])[0]
-    assert len(requests.encode_constraints(vocabulary, None, [["cat sees"]], [len(ids)])) == 1
+    assert len(encode_constraints(vocabulary, None, [["cat sees"]], [len(ids)])) == 1
     with pytest.raises(UserError, match=f"sentence 7: its prefix and phrases take {len(ids) - 1} tokens"):
-        requests.encode_constraints(vocabulary, None, [["cat sees"]], [len(ids) - 1], first=7)
+        encode_constraints(vocabulary, None, [["cat sees"]], [len(ids) - 1], first=7)
 
 
 def test_text_without_a_spelling_is_refused():
@@ -55,23 +48,21 @@ def test_text_without_a_spelling_is_refused():
         sentence_iterator=iter(LINES), model_writer=model, vocab_size=40, model_type="bpe", minloglevel=2
     )
     plain = tokenizer.Tokenizer(model.getvalue())
-    assert requests.encode_constraints(plain, ["red"], None, [9])[0].length() > 0
+    assert encode_constraints(plain, ["red"], None, [9])[0].length() > 0
     for prefixes, constraints in ((["漢"], None), (None, [["red", "漢"]])):
         with pytest.raises(UserError, match="sentence 1: the vocabulary cannot write '漢'"):
-            requests.encode_constraints(plain, prefixes, constraints, [99])
+            encode_constraints(plain, prefixes, constraints, [99])
 
 
 def test_shapes_are_on_a_ladder_and_rectangles_fill_them(vocabulary):
-    encoded_list = requests.encode_constraints(
-        vocabulary, ["red", "", "x" * 20], [["cat"], [], ["a", "a", "z" * 10]], [99] * 3
-    )
+    encoded_list = encode_constraints(vocabulary, ["red", "", "x" * 20], [["cat"], [], ["a", "a", "z" * 10]], [99] * 3)
     assert [encoded.padded_sizes() for encoded in encoded_list] == [
         PaddedSizes(16, 4, 8),
         PaddedSizes(0, 0, 0),
         PaddedSizes(32, 4, 16),
     ]
     rows_B = np.array([2, 0, PAD_EXAMPLE])
-    prefix_BP, phrases_BKL = requests.to_arrays(encoded_list, rows_B, PaddedSizes(32, 4, 16))
+    prefix_BP, phrases_BKL = pad_constraints(encoded_list, rows_B, PaddedSizes(32, 4, 16))
     assert (prefix_BP.shape, phrases_BKL.shape) == ((3, 32), (3, 4, 16))
     assert prefix_BP.dtype == phrases_BKL.dtype == np.int32
     for row, index in enumerate(rows_B[:2]):
@@ -80,4 +71,4 @@ def test_shapes_are_on_a_ladder_and_rectangles_fill_them(vocabulary):
         assert [phrase for phrase in held if phrase] == [phrase.tolist() for phrase in encoded_list[index].phrases]
     assert not prefix_BP[2].any()
     assert not phrases_BKL[2].any()
-    assert requests.to_arrays(encoded_list, np.array([1]), PaddedSizes(0, 0, 0)) == (None, None)
+    assert pad_constraints(encoded_list, np.array([1]), PaddedSizes(0, 0, 0)) == (None, None)

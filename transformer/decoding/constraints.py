@@ -118,7 +118,7 @@ def _check_length(constraints: DecodingConstraints, limit: int, where: str) -> N
         )
 
 
-def to_arrays(
+def pad_constraints(
     constraints: Sequence[DecodingConstraints], examples_B: np.ndarray, sizes: PaddedSizes
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """prefix_BP and phrases_BKL of these examples, int32 with PAD after; None where there is no such constraint."""
