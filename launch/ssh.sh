@@ -12,22 +12,27 @@ shift
 [ "${#machines[@]}" -gt 0 ] || { echo "launch/ssh.sh: the host file names no machine" >&2; exit 2; }
 directory=${DIRECTORY:-$PWD}
 coordinator=${machines[0]#*@}:${PORT:-8476}
-mark=run-$$-$RANDOM
+mark=/tmp/run-$$-$RANDOM
+
+# A trainer writes its pid and then looks for .stop; this writes .stop and then looks for the pid: none is missed.
+stop() {
+  local i
+  for i in "${!machines[@]}"; do
+    ssh -o BatchMode=yes "${machines[$i]}" \
+      "echo $((128 + $1)) >$mark.$i.stop; [ ! -s $mark.$i ] || kill -$1 \$(cat $mark.$i)" </dev/null &
+  done
+}
+trap 'stop 15' TERM
+trap 'stop 2' INT
 
 for i in "${!machines[@]}"; do
   flags=$(printf '%q ' "$@" --coordinator="$coordinator" --num_processes="${#machines[@]}" --process_id="$i")
-  remote="cd $(printf %q "$directory") && echo \$\$ >/tmp/$mark.$i && exec ${PYTHON:-.venv/bin/python} train.py $flags"
+  remote="cd $(printf %q "$directory") && echo \$\$ >$mark.$i && "
+  remote+="{ [ ! -e $mark.$i.stop ] || exit \$(cat $mark.$i.stop); } && "
+  remote+="exec ${PYTHON:-.venv/bin/python} train.py $flags"
   ssh -o BatchMode=yes "${machines[$i]}" "bash -c $(printf %q "$remote")" </dev/null 2> >(sed -u "s/^/[$i] /" >&2) &
   sessions[i]=$!
 done
-
-stop() {
-  for i in "${!machines[@]}"; do
-    ssh -o BatchMode=yes "${machines[$i]}" "kill -$1 \$(cat /tmp/$mark.$i)" </dev/null &
-  done
-}
-trap 'stop TERM' TERM
-trap 'stop INT' INT
 
 code=0
 for i in "${!machines[@]}"; do
@@ -37,6 +42,6 @@ for i in "${!machines[@]}"; do
     kill -0 "${sessions[$i]}" 2>/dev/null || break
   done
   [ "$one" = 0 ] || code=$one
-  ssh -o BatchMode=yes "${machines[$i]}" "rm -f /tmp/$mark.$i" </dev/null
+  ssh -o BatchMode=yes "${machines[$i]}" "rm -f $mark.$i $mark.$i.stop" </dev/null
 done
 exit "$code"

@@ -29,7 +29,7 @@ def test_scripts_are_well_formed(path):
     subprocess.run(["bash", "-n", path], check=True)
     assert path.stat().st_mode & stat.S_IXUSR
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", path], check=True)
+        subprocess.run(["shellcheck", "--severity=warning", path], check=True)
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
@@ -88,22 +88,28 @@ def test_the_tpu_recipe_starts_the_same_command_everywhere(tmp_path):
     assert started.rstrip().endswith("train.py --config=configs/demo.py --workdir=gs://b/r")
 
 
+RUNNING = "RUNNING None N/A"  # what squeue says of the job: state, reason, time of preemption
+
+
 @pytest.mark.parametrize(
-    ("code", "saves", "requeued"),
+    ("code", "saves", "state", "requeued"),
     [
-        (75, True, True),  # a host was lost
-        (75, False, False),
-        (143, True, True),  # preempted, or out of time
-        (143, False, False),
-        (137, True, True),  # killed
-        (130, True, False),
-        (1, True, False),  # a failure inside
-        (2, True, False),
-        (0, True, False),
+        (75, True, RUNNING, True),  # a host was lost
+        (75, False, RUNNING, False),
+        (143, True, RUNNING, True),  # before the time limit, or in the grace time of a preemption
+        (143, True, "COMPLETING TimeLimit N/A", True),
+        (143, True, "COMPLETING None 2026-11-30T08:28:03", True),  # preempted without grace
+        (143, True, "COMPLETING None N/A", False),  # scancel
+        (143, False, RUNNING, False),
+        (137, True, RUNNING, True),  # killed
+        (130, True, RUNNING, False),
+        (1, True, RUNNING, False),  # a failure inside
+        (2, True, RUNNING, False),
+        (0, True, RUNNING, False),
     ],
 )
-def test_slurm_requeues_where_another_start_can_help(tmp_path, code, saves, requeued):
-    """With commands in place of srun, which may save a checkpoint, and scontrol."""
+def test_slurm_requeues_where_another_start_can_help(tmp_path, code, saves, state, requeued):
+    """With commands in place of srun, which may save a checkpoint, scontrol and squeue, with what 22.05 says."""
     newer = tmp_path / "run" / "checkpoints" / "20"
     for step, manifest in (("10", "manifest.json"), ("30.partial", "manifest.json"), ("40", "unfinished")):
         (tmp_path / "run" / "checkpoints" / step).mkdir(parents=True)
@@ -111,6 +117,7 @@ def test_slurm_requeues_where_another_start_can_help(tmp_path, code, saves, requ
     save = f"mkdir {newer} && touch {newer}/manifest.json" if saves else "true"
     program(tmp_path / "bin" / "srun", f'echo "$SRUN_CPUS_PER_TASK $*" >>{tmp_path}/called; {save}; exit {code}')
     program(tmp_path / "bin" / "scontrol", f'echo "$@" >>{tmp_path}/called')
+    program(tmp_path / "bin" / "squeue", f'echo "{state}"')
     env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": sys.executable}
     env |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8"}
     command = ["launch/slurm.sbatch", "--config=configs/demo.py", "--workdir", tmp_path / "run"]
@@ -121,6 +128,23 @@ def test_slurm_requeues_where_another_start_can_help(tmp_path, code, saves, requ
     assert ("after step 20" in result.stderr) == requeued
     assert started.startswith("8 ")  # srun does not take the CPUs of a task from sbatch
     assert started.endswith(f"train.py --lost_host_exit_code=75 --config=configs/demo.py --workdir {tmp_path}/run")
+
+
+@pytest.mark.parametrize(("name", "code"), [("TERM", 143), ("INT", 130)])
+def test_ssh_stops_before_the_trainers_start(tmp_path, name, code):
+    """With a command in place of ssh that takes a moment to connect, in which the signal comes."""
+    slow = f'[[ "$*" != *train.py* ]] || {{ kill -{name} $PPID; sleep 1; }}'
+    program(tmp_path / "bin" / "ssh", f'{slow}; shift 3; echo "$*" >>{tmp_path}/called; exec bash -c "$*"')
+    program(tmp_path / "bin" / "python", f"touch {tmp_path}/started; exec sleep 5")
+    (tmp_path / "hosts.txt").write_text("127.0.0.1\n127.0.0.1\n")
+    env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": f"{tmp_path}/bin/python"}
+    # Bash cannot trap a signal that was ignored at its start, as SIGINT is in background jobs.
+    command = ["env", f"--default-signal={name}", "launch/ssh.sh", tmp_path / "hosts.txt", f"--workdir={tmp_path}"]
+    result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert not (tmp_path / "started").exists()
+    assert result.returncode == code, result.stderr
+    assert not result.stderr
+    assert re.findall(r"^rm .*\.(\d)\.stop$", (tmp_path / "called").read_text(), re.MULTILINE) == ["0", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +225,35 @@ def test_slurm_trains_requeues_and_resumes(folder, alone, tmp_path):
         assert "Restarts=1" in cluster.run("scontrol", "show", "job", job)
     assert CheckpointManager(tmp_path / "run").latest_valid_step() == 40
     check(tmp_path / "run", alone)
+
+
+@pytest.mark.hosts
+@pytest.mark.skipif(not slurm.is_installed(), reason="needs root and Debian's slurm-wlm and munge")
+def test_slurm_requeues_what_was_not_cancelled(tmp_path):
+    """With a trainer that only saves at SIGTERM, which each of the commands sends to it."""
+    trainer = """
+        [ "$1" != - ] || exec "$REAL" "$@"
+        trap 'mkdir -p "$RUN/checkpoints/20" && touch "$RUN/checkpoints/20/manifest.json"; exit 143' TERM
+        touch "$RUN/started"
+        for i in {1..600}; do sleep 0.1; done"""
+    program(tmp_path / "bin" / "python", trainer)
+    with slurm.Cluster(tmp_path / "slurm") as cluster:
+        cluster.env |= {"PYTHON": f"{tmp_path}/bin/python", "REAL": sys.executable}
+
+        def state(job):
+            return re.findall(r"(?:JobState|Restarts)=(\w+)", cluster.run("scontrol", "show", "job", job))
+
+        def state_after(run, *command):
+            run.mkdir()
+            cluster.env["RUN"] = str(run)
+            options = ["--nodes=1", "--cpus-per-task=1", f"--chdir={ROOT}", f"--output={run}/log", "--parsable"]
+            job = cluster.run("sbatch", *options, LAUNCH / "slurm.sbatch", f"--workdir={run}").strip()
+            cluster.wait_for((run / "started").exists, "it starts")
+            cluster.run(*command, job)
+            cluster.wait_for(lambda: state(job)[0] not in ("RUNNING", "COMPLETING"), "it ends")
+            assert (run / "checkpoints").exists()
+            return state(job)
+
+        assert state_after(tmp_path / "cancelled", "scancel") == ["CANCELLED", "0"]
+        assert state_after(tmp_path / "signalled", "scancel", "--signal=TERM") == ["PENDING", "1"]
+        assert state_after(tmp_path / "requeued", "scontrol", "requeue") == ["PENDING", "1"]

@@ -157,6 +157,8 @@ STEP = {
         ({**STEP, "SLURM_NTASKS": "1"}, None),
         ({**STEP, "PMI_SIZE": "2", "PMI_RANK": "0"}, "Slurm"),  # srun --mpi=pmi2
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}, None),  # inside sbatch or salloc, outside srun
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell of salloc with LaunchParameters=use_interactive_step
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "2"}, "Slurm"),
     ],
 )
 def test_launchers_are_known_by_their_environment(environment, name):

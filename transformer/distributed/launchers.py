@@ -72,7 +72,9 @@ def detect_cluster(environment: Mapping[str, str]) -> str | None:
             f"--num_processes=${started.size} --process_id=${started.rank}"
         )
     if environment.keys() >= set(SLURM_STEP):
-        return "Slurm" if _int(environment, "SLURM_NTASKS") > 1 else None
+        # An interactive shell of salloc may be a step of one task, which keeps the SLURM_NTASKS of the job.
+        tasks = _int(environment, "SLURM_STEP_NUM_TASKS") or _int(environment, "SLURM_NTASKS")
+        return "Slurm" if tasks > 1 else None
     return _tpu_cluster(environment)
 
 
