@@ -125,7 +125,6 @@ def plan(config: Config, topology: Topology, length: int, effort: float, *, find
         "bytes_per_chip": compiled.needed,
         "bytes_available": topology.chip.memory,
         "fits": bool(compiled.text) and compiled.needed <= topology.chip.memory,
-        **{f"{part}_bytes": getattr(compiled, part) for part in ("arguments", "temporaries", "outputs", "code")},
         **cost_and_bounds(config, topology, compiled, mesh, rows, length),
     }
     if find_largest:
@@ -147,7 +146,7 @@ def plan(config: Config, topology: Topology, length: int, effort: float, *, find
 def cost_and_bounds(
     config: Config, topology: Topology, compiled: "aot.Compiled", mesh: Any, rows: int, length: int
 ) -> Row:
-    """FLOPs, traffic and bounds of a program; only the closed form of its FLOPs if it is too large to compile."""
+    """Memory, FLOPs and bounds of a program; only the closed form of its FLOPs if it is too large to compile."""
     closed_form = cost.training_flops(config.model, config.data.vocab_size, config.train.passes * rows, length, length)
     if not compiled.text:
         return {
@@ -170,6 +169,7 @@ def cost_and_bounds(
     bound = roofline.step_times(topology.chip, flops, least, collectives)
     tokens = rows_per_batch(config.train.batch_tokens, length) * length
     return {
+        **{f"{part}_bytes": getattr(compiled, part) for part in ("arguments", "temporaries", "outputs", "code")},
         "flops_per_step": flops * mesh.size,
         "flops_closed_form": closed_form,
         "memory_traffic_bytes": moved,
@@ -225,11 +225,11 @@ def format_report(row: Row) -> list[str]:
             f"  target tokens/s    {row['tokens_per_s_as_compiled']:,} at best as compiled; never above "
             f"{row['tokens_per_s_bound']:,}, bound by {row['bound_by']}",
         ]
-    if "fit_batch_tokens" in row:
-        lines.append(
-            f"  largest that fits  train.batch_tokens={row['fit_batch_tokens']}: {row['fit_tokens_per_chip']:,} "
-            "tokens a chip, to 4%"
-        )
+    if fit := row.get("fit_batch_tokens"):
+        largest = f"train.batch_tokens={fit}: {row['fit_tokens_per_chip']:,} tokens a chip, to 4%"
+        lines.append(f"  largest that fits  {largest}")
+    elif fit == 0:
+        lines.append("  largest that fits  none: the smallest batch does not fit")
     return lines
 
 

@@ -24,9 +24,9 @@ SMALL = [
 ]
 
 
-def command(*flags, config="configs/demo.py", fields=SMALL):
+def command(*flags, config="configs/demo.py", fields=SMALL, **environment):
     fields = [f"--config.{field}" for field in fields]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | environment
     return subprocess.run(
         [sys.executable, "-m", "transformer.plan", f"--config={config}", *fields, *flags],
         cwd=ROOT,
@@ -158,6 +158,15 @@ def test_what_cannot_be_is_one_message(flags, message):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
+def test_too_few_simulated_devices_of_xla_flags_are_named():
+    result = command("--topology=cpu:8", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert result.returncode == 2
+    assert "expected 8 simulated devices, JAX has 4; raise --xla_force_host_platform_device_count in XLA_FLAGS" in (
+        result.stderr
+    )
+
+
 def test_mistakes_are_reported_before_jax_is_imported():
     program = "import sys; from transformer import plan\n"
     program += "try: plan.main(['plan', '--config=configs/demo.py', '--topology=v9:1'])\n"
@@ -204,9 +213,12 @@ def test_other_errors_of_the_compiler_stay_errors():
 
 def test_a_program_too_large_has_a_row_all_the_same(monkeypatch):
     monkeypatch.setattr(aot, "compile_step", lambda *_: aot.Compiled(0, 0, 0, 0, 0, 2**40, ""))
-    row = planned()
+    row = planned(find_largest=True)
     assert (row["fits"], row["bytes_per_chip"], row["tokens_per_s_bound"]) == (False, 2**40, None)
-    assert "does not fit" in "\n".join(plan.format_report(row))
+    assert [name for name in row if name.endswith("_bytes")] == []  # none was measured
+    memory, largest = plan.format_report(row)[1:]
+    assert memory.endswith(": does not fit")
+    assert largest == "  largest that fits  none: the smallest batch does not fit"
     assert "too much" in "\n".join(plan.summary_table([row, row]))
     row["scaling"] = plan.scaling(small_config(), parse_topology("cpu:8"), row)
     assert "too large to compile" in plan.scaling_table(parse_topology("cpu:8"), row)[0]

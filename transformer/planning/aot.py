@@ -52,7 +52,8 @@ def topology_devices(topology: Topology) -> list[Any]:
         simulated = jax.devices("cpu")
         if len(simulated) < topology.chips:
             raise UserError(
-                f"--topology={topology.name}: JAX has already started with {len(simulated)} simulated devices"
+                f"--topology={topology.name}: expected {topology.chips} simulated devices, JAX has {len(simulated)}; "
+                "raise --xla_force_host_platform_device_count in XLA_FLAGS, or leave it out"
             )
         return simulated[: topology.chips]
     tpu = topology.chip.platform == "tpu"
