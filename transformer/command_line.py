@@ -25,9 +25,8 @@ from etils import epath
 from ml_collections import config_dict
 
 from transformer.config import schema, validation, warm_start
-from transformer.runtime import object_storage, streams
+from transformer.runtime import files, object_storage, streams
 from transformer.runtime.errors import StoppedError, UserError
-from transformer.runtime.files import CONFIG_FILE
 from transformer.runtime.logging import log_info, report_error, report_unraisable
 
 
@@ -206,7 +205,7 @@ def _saved_config(workdir: str) -> str:
     """The path of the config that a workdir keeps; empty if there is none."""
     if not workdir or object_storage.unsupported_reason(workdir):
         return ""
-    path = epath.Path(workdir).expanduser() / CONFIG_FILE
+    path = epath.Path(workdir).expanduser() / files.CONFIG_FILE
     return str(path) if path.exists() else ""
 
 
@@ -384,11 +383,10 @@ PARSERS: dict[type, Callable[[str], Any]] = {
 
 def absolute_path(text: str) -> str:
     """The argparse type of every path: made absolute, ~ expanded, or an address such as gs://bucket/run."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("expected a path, got an empty name")
-    if reason := object_storage.unsupported_reason(text):
-        raise argparse.ArgumentTypeError(reason)
-    return text if object_storage.is_remote(text) else os.path.abspath(os.path.expanduser(text))
+    try:
+        return files.usable_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(f"{error}") from None
 
 
 def absolute_paths(text: str) -> list[str]:

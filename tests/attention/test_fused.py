@@ -33,7 +33,7 @@ from transformer.planning.hardware import parse_topology
 from transformer.planning.hlo import Program
 from transformer.runtime import environment as fingerprint
 from transformer.runtime.errors import UserError
-from transformer.training import run, train_step
+from transformer.training import preparation, train_step
 from transformer.training.session import prepare
 
 
@@ -238,7 +238,7 @@ def test_a_kernel_forced_on_another_platform_is_refused_before_anything_compiles
 
 
 def test_a_run_is_refused_before_its_data_is_prepared(tmp_path, monkeypatch):
-    monkeypatch.setattr(run.mixture_corpus, "open_sources", None)
+    monkeypatch.setattr(preparation.mixture_corpus, "open_sources", None)
     with pytest.raises(UserError, match="it runs on tpu devices"):
         prepare(small_config(model={"attention": "splash"}), epath.Path(tmp_path))
 

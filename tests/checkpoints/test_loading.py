@@ -104,6 +104,9 @@ def test_best_needs_a_score(parts, tmp_path):
     save(tmp_path, parts, 5)
     with pytest.raises(UserError, match="no checkpoint has a validation score yet; the next validation is at step 10"):
         select(tmp_path, "best")
+    save(tmp_path, parts, 10)  # whose own validation was interrupted
+    with pytest.raises(UserError, match="validation of step 10 is not done; unless it is under way, run train"):
+        select(tmp_path, "best")
 
 
 def test_a_damaged_checkpoint_falls_back_unless_it_was_selected_by_number(workdir, capsys):

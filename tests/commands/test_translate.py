@@ -13,12 +13,12 @@ import pytest
 import transformer
 from tests.conftest import small_config
 from tests.decoding.test_translator import LINES
+from tests.helpers.compilation import CompileCounter
 from transformer import translate
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.data import tokenizer
 from transformer.distributed import mesh
 from transformer.models import registry
-from transformer.runtime.environment import CompileCounter
 from transformer.runtime.errors import UserError
 from transformer.training import train_step
 

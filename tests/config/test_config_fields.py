@@ -168,7 +168,7 @@ def recorded(config, reads):
         def get(self, field):
             code = sys._getframe(1).f_code
             in_property = isinstance(vars(kind).get(code.co_name), property)  # read through the schema
-            in_config = code.co_filename.endswith(("dataclasses.py", "schema.py", "limits.py", ">"))
+            in_config = code.co_filename.endswith(("dataclasses.py", "schema.py", "validation.py", ">"))
             if not field.startswith("_") and (in_property or not in_config):
                 reads.add(f"{name}.{field}")
             return object.__getattribute__(self, field)

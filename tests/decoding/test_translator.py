@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import slow, small_config
+from tests.helpers.compilation import CompileCounter
 from transformer.data import batching, tokenizer
 from transformer.decoding import translator as translators
 from transformer.decoding.base import Hypotheses
@@ -16,7 +17,6 @@ from transformer.decoding.translator import Translator
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.models.registry import ModelDef
-from transformer.runtime.environment import CompileCounter
 from transformer.runtime.errors import UserError
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees", "has"]

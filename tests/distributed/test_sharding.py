@@ -10,12 +10,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from tests.conftest import small_config
+from tests.helpers.compilation import CompileCounter
 from transformer.config import MeshConfig
 from transformer.data.batching import Batch, BucketedSchedule
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh, mesh_shape
 from transformer.models import registry
-from transformer.runtime.environment import CompileCounter
 from transformer.runtime.errors import UserError
 from transformer.training import train_step
 

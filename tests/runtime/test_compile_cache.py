@@ -9,6 +9,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from tests.helpers.compilation import CompileCounter
 from transformer.runtime import environment as fingerprint
 from transformer.runtime import progress
 
@@ -42,7 +43,7 @@ def test_a_configured_folder_is_used(tmp_path):
 
 def test_programs_are_counted_while_it_is_entered():
     function = jax.jit(lambda x: x * 3.0)
-    counter = fingerprint.CompileCounter()
+    counter = CompileCounter()
     inputs = [jnp.ones(n) for n in (3, 3, 4, 5)]
     with counter:
         function(inputs[0])

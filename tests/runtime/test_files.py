@@ -1,6 +1,7 @@
 """A file is there whole or not at all."""
 
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -10,6 +11,18 @@ import pytest
 from tests.conftest import ROOT
 from transformer.runtime import files
 from transformer.runtime.errors import UserError
+
+
+def test_a_path_becomes_absolute_and_an_address_or_an_empty_one_stays(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    for path, expected in (("~/run", "/home/me/run"), ("a/../run", f"{tmp_path}/run"), ("hdfs://b/x", "hdfs://b/x")):
+        assert files.absolute_path(path) == expected
+    assert files.absolute_path("") == ""
+    assert files.usable_path(pathlib.Path("run")) == f"{tmp_path}/run"
+    for path in (" ", "hdfs://b/x"):
+        with pytest.raises(UserError, match=r"^expected a "):
+            files.usable_path(path)
 
 
 def test_what_is_written_is_there_and_nothing_else(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import slow, small_config
 from tests.distributed.test_mesh import exchanged
+from tests.helpers.compilation import CompileCounter
 from tests.training.test_train_step import draw_batch
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import BOS, EOS, PAD
@@ -20,7 +21,6 @@ from transformer.models.base import CUT, cut_tokens, shift_right
 from transformer.models.loss import kl_of_neighbours
 from transformer.planning import hlo_cost
 from transformer.planning.hlo import Program
-from transformer.runtime.environment import CompileCounter
 from transformer.training import objective, train_step
 
 V = 40

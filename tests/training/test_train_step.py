@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from tests.conftest import slow, small_config
+from tests.helpers.compilation import CompileCounter
 from transformer.config import MeshConfig
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import EOS, PAD
@@ -19,7 +20,6 @@ from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import evaluator
 from transformer.models import registry
 from transformer.models.loss import cross_entropy
-from transformer.runtime.environment import CompileCounter
 from transformer.training import train_step
 
 V = 40

@@ -19,6 +19,7 @@ from etils import epath
 
 from configs import wmt14
 from tests.conftest import small_config
+from tests.helpers.compilation import CompileCounter
 from tests.helpers.updates import FakeUpdate
 from train import train as fit
 from transformer.checkpoints import best_metric, loading, manager
@@ -33,8 +34,7 @@ from transformer.models.flops import TrainingCost
 from transformer.models.loss import LossSums
 from transformer.runtime import environment, signals
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
-from transformer.training import run as run_lib
-from transformer.training import train_step, trainer
+from transformer.training import preparation, train_step, trainer
 from transformer.training import workdir as workdir_lib
 from transformer.training.metrics import MetricsAccumulator
 from transformer.training.session import prepare
@@ -207,14 +207,14 @@ def test_a_run_has_one_id_from_its_first_update_on_and_another_s_checkpoint_does
     assert {CheckpointManager(whole).manifest(done).run_id for done in (3, 6, 9, 12)} == {kept}
     run = epath.Path(shutil.copytree(whole, tmp_path / "run"))
     checkpoints = CheckpointManager(run)
-    newest, _, ids = run_lib._newest_checkpoint(checkpoints, run)
+    newest, _, ids = preparation._newest_checkpoint(checkpoints, run)
     assert (newest, *ids) == (12, kept, "")
     copied_in = dataclasses.replace(checkpoints.manifest(12), run_id="b" * 32)
     (run / "checkpoints" / "12" / "manifest.json").write_text(copied_in.to_json())
     with pytest.raises(UserError, match=rf"checkpoint 12 is of another run \(id bbbbbbbb\) than .* \({kept[:8]}\)"):
-        run_lib._newest_checkpoint(checkpoints, run)
+        preparation._newest_checkpoint(checkpoints, run)
     shutil.rmtree(run / "checkpoints")
-    assert run_lib._newest_checkpoint(checkpoints, run)[2].run_id not in ("", kept)
+    assert preparation._newest_checkpoint(checkpoints, run)[2].run_id not in ("", kept)
 
 
 def files_of(workdir):
@@ -225,6 +225,10 @@ def files_of(workdir):
 
 def lines_of(workdir):
     return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def programs_logged(workdir):
+    return [line["train/compiles"] for line in lines_of(workdir) if "train/compiles" in line]
 
 
 def test_a_run_leaves_what_is_documented(whole):
@@ -267,14 +271,21 @@ def test_shapes_compiled_ahead_give_the_same_run(
     stderr = capsys.readouterr().err
     assert "of batches, up to 4 at once\n" in stderr
     assert "compiling shape" not in stderr
-    assert [line["train/compiles"] for line in lines_of(tmp_path / "ahead") if "train/compiles" in line][-1] == 0
+    assert {*programs_logged(tmp_path / "ahead")} == {programs_logged(tmp_path / "lazily")[-1]}
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "ahead"), final_params(tmp_path / "lazily"))
 
 
 def test_nothing_recompiles_once_each_bucket_was_seen(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "make_train_step", train_step.make_train_step.__wrapped__)  # shares no program
+    counter = CompileCounter()
+
+    def counted(pipeline):
+        with counter:
+            DISPATCH(pipeline)
+
+    monkeypatch.setattr(trainer.StepPipeline, "dispatch", counted)
     fit(config_of(data), tmp_path)
-    assert [line["train/compiles"] for line in lines_of(tmp_path) if "train/compiles" in line][-1] == 2
+    assert counter.count == programs_logged(tmp_path)[-1] == 2
 
 
 @pytest.mark.reported
@@ -498,17 +509,31 @@ def test_another_decode_config_resets_the_best_score(data, tmp_path, capsys):
     fit(config_of(data, train={"num_steps": 6}), run)
 
     def resumed(**decode):
-        context, state = prepare(config_of(data, decode=decode), run)
-        return trainer.TrainingLoop(context, lambda: None), state
+        context, _ = prepare(config_of(data, decode=decode), run)
+        return trainer.TrainingLoop(context, lambda: None)
 
-    assert resumed()[0].early_stopping.best >= 0
-    assert resumed(batch_rows=4)[0].early_stopping.best >= 0  # no translation depends on it
-    loop, state = resumed(beam_size=1)
-    assert loop.early_stopping == trainer.EarlyStopping()
+    assert resumed().early_stopping.best >= 0
+    assert resumed(batch_rows=4).early_stopping.best >= 0  # no translation depends on it
+    assert resumed(beam_size=1).early_stopping == trainer.EarlyStopping()
     assert "decode.beam_size: 2 → 1" in capsys.readouterr().err
-    before = CheckpointManager(run).metrics(6)
-    loop.evaluate(state.eval_params, 6, trainer.NullMetricWriter())
-    assert CheckpointManager(run).metrics(6) == before  # BLEU of the search that the checkpoint was saved with
+
+
+def test_a_validation_made_up_for_with_another_config_is_recorded_as_of_that(data, tmp_path, monkeypatch):
+    """As by somebody for whom it took too long; it is not repeated, nor compared with scores of the other config."""
+    run, train = epath.Path(tmp_path / "run"), {"num_steps": 4, "eval_every_steps": 2}
+    script_bleu(monkeypatch, 30.0, 20.0)  # a third validation would be an error
+    stop_at(monkeypatch, 4)
+    with pytest.raises(StoppedError, match="saved step 4"):
+        fit(config_of(data, train=train), run)
+    stop_at(monkeypatch, 0)
+    faster = config_of(data, train=train, eval={"validation_sentences": 2})
+    for _ in range(2):
+        fit(faster, run)
+    checkpoints = CheckpointManager(run)
+    assert checkpoints.metrics(4)["valid/bleu"] == checkpoints.metrics(4)["best"] == 20
+    assert loading.resolve_steps(checkpoints, "best") == [4]
+    comparable = [preparation.find_resume_point(config, run).scores_comparable for config in (faster, config_of(data))]
+    assert comparable == [True, False]
 
 
 def test_devices_that_a_mesh_leaves_idle_are_logged(data, tmp_path, capsys):

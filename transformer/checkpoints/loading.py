@@ -223,12 +223,12 @@ def resolve_steps(manager: CheckpointManager, selector: str) -> list[int]:
     # Where a damaged checkpoint was reported, that may have been the one with the score.
     nothing_reported = unscored == available[::-1] and steps == available[-1:]
     if selector == "best" and not ranked and nothing_reported:
-        train = manager.config(steps[0]).train
-        due = min((steps[0] // train.eval_every_steps + 1) * train.eval_every_steps, train.num_steps)
-        raise UserError(
-            f"{manager.folder}: no checkpoint has a validation score yet; the next validation is at step {due:,}, as "
-            f"train.eval_every_steps = {train.eval_every_steps:,}; use the latest, or wait"
-        )
+        train, step = manager.config(steps[0]).train, steps[0]
+        due = min(-(-step // train.eval_every_steps) * train.eval_every_steps, train.num_steps)
+        hint = f"the next validation is at step {due:,}, as train.eval_every_steps = {train.eval_every_steps:,}"
+        if due <= step:
+            hint = f"the validation of step {step:,} is not done; unless it is under way, run train.py again"
+        raise UserError(f"{manager.folder}: no checkpoint has a validation score yet; {hint}; use the latest, or wait")
     check_one_run(manager, steps)
     return steps
 

@@ -31,7 +31,7 @@ from transformer.checkpoints.manifest import MANIFEST, FileHasher, Manifest, Met
 from transformer.config import Config, DecodeConfig, validation
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import Tokenizer
-from transformer.distributed import multihost
+from transformer.distributed import multihost, platform
 from transformer.models.registry import ModelDef, Params, sharded_param_shapes
 from transformer.runtime import environment, object_storage, progress
 from transformer.runtime.background import BackgroundQueue
@@ -169,7 +169,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
             writes: dict[str, ocp.AsyncResponse[None]] = {}
             stack.callback(_end_writes, writes)
             # Each process writes its shards, from copies on the host.
-            for name, tree in _trees(_copied_on_cpu(state)).items():
+            to_save = jax.tree.map(jnp.copy, state) if platform.copies_state_to_save() else state
+            for name, tree in _trees(to_save).items():
                 writes[name] = ocp.save_async(target / name, tree)
             staged = stack.pop_all()
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
@@ -196,12 +197,18 @@ class CheckpointManager(contextlib.AbstractContextManager):
             folder.rename(final)
 
     @multihost.primary_only
-    def update_metrics(self, step: int, metrics: Metrics) -> None:
-        """Adds metrics to a checkpoint."""
+    def update_metrics(self, step: int, metrics: Metrics, config: Config | None = None) -> None:
+        """Adds metrics to a checkpoint.
+
+        Args:
+          config: that its validation used, if that may not be the checkpoint's own.
+        """
 
         def update() -> None:
             manifest = self.manifest(step)
             manifest = dataclasses.replace(manifest, metrics={**manifest.metrics, **metrics})
+            if config and score_definition(config) != self.score_definition(step):
+                manifest = dataclasses.replace(manifest, scored_config=config.to_json())
             with user_error_on_oserror(f"{self.folder / str(step)}"):
                 write_atomic(self.folder / str(step) / MANIFEST, manifest.to_json())
 
@@ -265,7 +272,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         Leaves out scores that cannot be compared with the newest, because of another metric or search.
         """
         metrics = {step: self.metrics(step) for step in sorted(steps, reverse=True)}
-        definitions = {step: self._score_definition(step) for step in metrics if VALID_BLEU in metrics[step]}
+        definitions = {step: self.score_definition(step) for step in metrics if VALID_BLEU in metrics[step]}
         newest = next((definition for definition in definitions.values() if definition is not None), None)
         metric = newest.metric if newest else "bleu"
         scores = {
@@ -275,11 +282,13 @@ class CheckpointManager(contextlib.AbstractContextManager):
         }
         return sorted(scores, key=lambda step: (scores[step], step))
 
-    def _score_definition(self, step: int) -> "ScoreDefinition | None":
+    def score_definition(self, step: int) -> "ScoreDefinition | None":
         """How a checkpoint was scored; None if its config has changed since it was written."""
         with contextlib.suppress(OSError, KeyError, CorruptCheckpointError, UserError):
-            digest = self.manifest(step).files[CONFIG_FILE][1]
-            if sha256(self.folder / str(step) / CONFIG_FILE) == digest:
+            manifest = self.manifest(step)
+            if manifest.scored_config:
+                return score_definition(validation.from_json(manifest.scored_config, MANIFEST))
+            if sha256(self.folder / str(step) / CONFIG_FILE) == manifest.files[CONFIG_FILE][1]:
                 return score_definition(self.config(step))
         return None
 
@@ -383,15 +392,6 @@ def no_valid_checkpoint(folder: epath.Path, available: list[int]) -> WorkdirErro
     return WorkdirError(
         f"{folder}: none of the checkpoints {available} is valid. Restore one from a copy, or start in another workdir"
     )
-
-
-def _copied_on_cpu(state: TrainState) -> TrainState:
-    """The state, on a CPU a copy: the writer has views of its arrays.
-
-    The next update could not reuse memory of which there are views. It would allocate its own beside a busy writer,
-    which takes three times as long as this copy.
-    """
-    return jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Manifest:
       files: path below the checkpoint → size and SHA-256.
       run_id: of the run that saved it; empty if an earlier version did.
       base_run_id: of the run that `train.init_from` names; empty without one, or if that has no id.
+      scored_config: the config that validation used, as JSON; empty if the checkpoint's own scores alike.
     """
 
     metrics: Metrics
@@ -36,6 +37,7 @@ class Manifest:
     files: dict[str, tuple[int, str]]
     run_id: str = ""
     base_run_id: str = ""
+    scored_config: str = ""
 
     def to_json(self) -> str:
         """Serializes the manifest, with a digest of itself."""
@@ -52,7 +54,8 @@ class Manifest:
         host = {str(name): str(value) for name, value in values["host"].items()}
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in values["files"].items()}
         data = {str(name): str(digest) for name, digest in values["data"].items()}
-        return cls(metrics, data, host, files, str(values.get("run_id", "")), str(values.get("base_run_id", "")))
+        optional = (str(values.get(name, "")) for name in ("run_id", "base_run_id", "scored_config"))
+        return cls(metrics, data, host, files, *optional)
 
 
 class FileHasher(contextlib.AbstractContextManager):

@@ -6,7 +6,6 @@ becomes the frozen dataclasses below.
 
 import dataclasses
 import json
-import os
 import re
 import textwrap
 import typing
@@ -14,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import config_dict
+
+from transformer.runtime.files import absolute_path
 
 MAX_INT = 2**31 - 1
 
@@ -360,7 +361,7 @@ class TrainConfig:
         0, "validations without a better best_metric before the run ends; 0: off", low=0
     )
     keep_last: int = _field(5, "newest checkpoints to keep", low=1)
-    keep_best: int = _field(1, "further checkpoints to keep, with the best best_metric", low=0)
+    keep_best: int = _field(1, "checkpoints with the best best_metric, which are kept too", low=0)
     ema_decay: float = _field(
         0.0,
         "decay of a moving average of the params, min(this, (1 + step) / (10 + step)), which validation, eval and "
@@ -513,19 +514,15 @@ def default_config() -> config_dict.ConfigDict:
 
 def with_absolute_paths(config: Config) -> Config:
     """Makes local paths absolute, so that the config does not depend on the current folder."""
-
-    def absolute(path: str) -> str:
-        return path if not path or "://" in path else os.path.abspath(os.path.expanduser(path))
-
     data, train = config.data, config.train
-    paths: dict[str, Any] = {name: absolute(getattr(data, name)) for name in PATH_FIELDS}
+    paths: dict[str, Any] = {name: absolute_path(getattr(data, name)) for name in PATH_FIELDS}
     paths["mixture"] = tuple(
-        dataclasses.replace(entry, **{name: absolute(getattr(entry, name)) for name in TEXT_PATH_FIELDS})
+        dataclasses.replace(entry, **{name: absolute_path(getattr(entry, name)) for name in TEXT_PATH_FIELDS})
         for entry in data.mixture
     )
     if data.tokenizer not in TOKENIZER_ALGORITHMS:
-        paths["tokenizer"] = absolute(data.tokenizer)
-    train = dataclasses.replace(train, init_from=absolute(train.init_from))
+        paths["tokenizer"] = absolute_path(data.tokenizer)
+    train = dataclasses.replace(train, init_from=absolute_path(train.init_from))
     return dataclasses.replace(config, data=dataclasses.replace(data, **paths), train=train)
 
 

@@ -185,7 +185,7 @@ _CONDITIONS: tuple[tuple[str, tuple[Condition, ...]], ...] = (  # fields, and th
 APPLICABLE_TO = {name: conditions for names, conditions in _CONDITIONS for name in names.split()}
 
 
-def validate(values: Any, strict: bool = True) -> Config:
+def validate(values: Any, strict: bool = True, workdir: str = "") -> Config:
     """Validates a ConfigDict or nested mapping and returns it as frozen dataclasses.
 
     With `train.init_from`, sizes of model and vocabulary at their defaults become those of that run.
@@ -194,11 +194,12 @@ def validate(values: Any, strict: bool = True) -> Config:
       values: sections of fields.
       strict: also rejects fields that do not apply, and schedules longer than the run. Not for saved configs, which
         must stay readable.
+      workdir: as in `warm_start.inherit_sizes`.
 
     Raises:
       UserError: as `to_dataclasses` and `check_consistency`.
     """
-    config = to_dataclasses(warm_start.inherit_sizes(to_sections(values)) if strict else values)
+    config = to_dataclasses(warm_start.inherit_sizes(to_sections(values), workdir=workdir) if strict else values)
     check_consistency(config, strict=strict)
     return config
 

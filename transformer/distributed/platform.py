@@ -1,6 +1,7 @@
-"""What differs between CPUs and accelerators: every choice by platform is made here, with what it gains.
+"""What differs between CPUs and accelerators: the choices by platform, each with what it gains.
 
-Elsewhere the code is the same on all platforms. Some of it is written for XLA's CPU back end: beam search never slices
+Only those of an attention kernel and of connections are made elsewhere, in `attention.fused` and `distributed.mesh`.
+Other code is the same on all platforms. Some of it is written for XLA's CPU back end: beam search never slices
 what `top_k` returns (1 ms a step instead of 103) and takes it over blocks of tokens (0.8 ms instead of 1.1), and a
 random word serves four elements of dropout (7% of a training step). `command_line.reexec_with_huge_pages`, which has
 to come before JAX, saves a CPU a third of a step's CPU time. docs/log.md has the measurements.
@@ -81,6 +82,16 @@ def compile_threads(mesh: Mesh) -> int:
     cores, and training begins earlier with one shape.
     """
     return 1 if is_cpu(mesh) else min(environment.available_cpus(), MAX_COMPILE_THREADS)
+
+
+def copies_state_to_save() -> bool:
+    """Whether a checkpoint is written from a copy of the state on the devices.
+
+    On a CPU the writer has views of the arrays, and the next update cannot reuse memory of which there are views. It
+    would allocate its own beside a busy writer, which takes three times as long as the copy. From an accelerator the
+    arrays are copied to the host.
+    """
+    return current() == "cpu"
 
 
 def decode_rows(mesh: Mesh) -> int:

@@ -130,31 +130,6 @@ def _leave_out_compilation() -> None:
     jax.monitoring.register_event_duration_secs_listener(listen)
 
 
-class CompileCounter:
-    """Counts the programs lowered while it is entered, whether compiled or found in the cache on disk.
-
-    Attributes:
-      count: of programs.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __enter__(self) -> "CompileCounter":
-        import jax
-
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import jax
-
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        self.count += event == _LOWERED
-
-
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "sentencepiece", "sacrebleu")
 
 

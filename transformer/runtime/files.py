@@ -1,4 +1,4 @@
-"""Atomic writes, digests of files, and errors of the file system as UserErrors."""
+"""Absolute paths, atomic writes, digests of files, and errors of the file system as UserErrors."""
 
 import contextlib
 import errno
@@ -23,6 +23,21 @@ from transformer.runtime.logging import log_info
 
 # Of a workdir; each checkpoint has a config too.
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
+
+
+def absolute_path(path: epath.PathLike) -> str:
+    """The path made absolute, ~ expanded; an address such as gs://bucket/run, and an empty path, as they are."""
+    path = os.fspath(path)
+    return path if not path or object_storage.is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def usable_path(path: epath.PathLike) -> str:
+    """The path made absolute; a UserError if it is empty or an address that cannot be used."""
+    if not os.fspath(path).strip():
+        raise UserError("expected a path, got an empty name")
+    if reason := object_storage.unsupported_reason(path):
+        raise UserError(reason)
+    return absolute_path(path)
 
 
 def reject_missing_workdirs(*workdirs: epath.PathLike) -> None:

@@ -8,14 +8,14 @@ from etils import epath
 from ml_collections import config_dict
 
 from transformer.checkpoints import best_metric
-from transformer.config import Config, schema, validation, warm_start
+from transformer.config import Config, schema, validation
 from transformer.data import mixture_corpus, subword_dropout, tokenizer
 from transformer.evaluation.metrics import make_metric
-from transformer.runtime import object_storage
+from transformer.runtime import files
 from transformer.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from transformer.training.run import RunContext
+    from transformer.training.preparation import RunContext
     from transformer.training.train_step import TrainState
 
 
@@ -46,24 +46,17 @@ def train(config: Config | config_dict.ConfigDict, workdir: str | os.PathLike) -
       UserError: of its kinds, see `transformer.runtime.errors`.
       StoppedError: by SIGTERM, SIGINT or SIGHUP, after saving; a BaseException, as KeyboardInterrupt is.
     """
-    workdir = absolute_workdir(workdir)
+    try:
+        workdir = files.usable_path(workdir)
+    except UserError as error:
+        raise UserError(f"workdir: {error}") from error
     config = schema.with_absolute_paths(check_config(config, workdir))
     check_data(config, workdir)
-    from transformer.training import run, trainer  # which import JAX
+    from transformer.training import preparation, trainer  # which import JAX
 
-    with run.exclusive_workdir(config, workdir) as path:
+    with preparation.exclusive_workdir(config, workdir) as path:
         step, metrics = trainer.train(*prepare(config, path))
     return TrainingResult(workdir, step, metrics)
-
-
-def absolute_workdir(workdir: str | os.PathLike) -> str:
-    """The path made absolute, ~ expanded; an address as it is. A UserError if it is empty or cannot be read."""
-    path = os.fspath(workdir)
-    if not path.strip():
-        raise UserError("workdir: expected a path, got an empty name")
-    if reason := object_storage.unsupported_reason(path):
-        raise UserError(f"workdir: {reason}")
-    return path if object_storage.is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def check_config(config: Config | config_dict.ConfigDict, workdir: str) -> Config:
@@ -74,10 +67,7 @@ def check_config(config: Config | config_dict.ConfigDict, workdir: str) -> Confi
     """
     if isinstance(config, Config):
         return validation.validate(dataclasses.asdict(config), strict=False)
-    values = warm_start.inherit_sizes(validation.to_sections(config), workdir=workdir)
-    checked = validation.to_dataclasses(values)
-    validation.check_consistency(checked)
-    return checked
+    return validation.validate(config, workdir=workdir)
 
 
 def check_data(config: Config, workdir: str) -> None:
@@ -94,14 +84,14 @@ def prepare(config: Config, path: epath.Path) -> "tuple[RunContext, TrainState]"
     """What the training loop works with, and the state that it starts from."""
     from transformer.evaluation.evaluator import Evaluator
     from transformer.models.registry import ModelDef
-    from transformer.training import run, train_step
+    from transformer.training import preparation, train_step
 
     # Config: compared with that of the checkpoint to resume, if there is one.
-    mesh = run.make_mesh(config)
-    resume = run.find_resume_point(config, path)
+    mesh = preparation.make_mesh(config)
+    resume = preparation.find_resume_point(config, path)
 
     # Data: sentence pairs → tokenizer → token ids → the schedule of batches.
-    data = run.prepare_data(resume, path)
+    data = preparation.prepare_data(resume, path)
     config = best_metric.with_metric(resume.config, data.best_metric)
 
     # Model, without its params; the evaluator translates and scores with it.
@@ -111,9 +101,9 @@ def prepare(config: Config, path: epath.Path) -> "tuple[RunContext, TrainState]"
 
     # Optimizer and step: loss, gradients, clipping, Adam and the learning-rate schedule are one jitted function.
     update = train_step.make_train_step(model, config, mesh)
-    context = run.RunContext(config, path, mesh, resume, data, update, evaluator)
+    context = preparation.RunContext(config, path, mesh, resume, data, update, evaluator)
 
     # State: params, optimizer moments and step, restored from the checkpoint or initialized on the devices.
-    state = run.prepare_state(context, model)
-    run.log_summary(context, model)
+    state = preparation.prepare_state(context, model)
+    preparation.log_summary(context, model)
     return context, state

@@ -23,7 +23,7 @@ from transformer.distributed import multihost, platform, sharding
 from transformer.evaluation.evaluator import EvalResult
 from transformer.evaluation.metrics import METRICS
 from transformer.models import flops, registry
-from transformer.runtime import environment, progress, signals
+from transformer.runtime import progress, signals
 from transformer.runtime.errors import DivergedError
 from transformer.runtime.logging import log_info
 from transformer.training import optimizer, workdir
@@ -39,8 +39,8 @@ from transformer.training.metrics import (
     summarize_hosts,
 )
 from transformer.training.preemption import PreemptionSync
+from transformer.training.preparation import RunContext
 from transformer.training.profiling import StepProfiler
-from transformer.training.run import RunContext
 from transformer.training.train_step import StepMetrics, TrainState, all_finite, batch_shape, compile_shapes
 
 
@@ -69,6 +69,7 @@ class StepPipeline:
 
     Attributes:
       state: after the last update dispatched.
+      programs: the update compiled for each shape of batches so far.
     """
 
     def __init__(
@@ -83,25 +84,24 @@ class StepPipeline:
     ):
         num_skipped = int(jax.device_get(optimizer.num_skipped(state.opt_state)))
         self.state, self.meter = state, MetricsAccumulator(cost, skipped=num_skipped)
-        self.compiles = environment.CompileCounter()
         self._train_step, self._batches, self._shard, self._flops_of = train_step, batches, shard, flops_of
-        self._num_shapes, self._programs = num_shapes, dict[tuple[int, ...], Any]()
+        self._num_shapes, self.programs = num_shapes, dict[tuple[int, ...], Any]()
         self._step = int(jax.device_get(state.step))
         self._unread: tuple[StepMetrics, int, dict[str, Any]] | None = None
 
     def compile_ahead(self, batches: Sequence[Batch], threads: int) -> None:
         """Compiles the update for batches of these shapes, several at once."""
         with self.meter.compilation():
-            self._programs = compile_shapes(self._train_step, self.state, batches, threads)
+            self.programs = compile_shapes(self._train_step, self.state, batches, threads)
 
     def dispatch(self) -> None:
         """Starts one update; nothing but the batch travels to the devices, and nothing back."""
         waiting_since = time.perf_counter()
         batch = next(self._batches)
         self.meter.input_wait += time.perf_counter() - waiting_since
-        with jax.transfer_guard("disallow"), self.compiles:
+        with jax.transfer_guard("disallow"):
             sharded = self._shard(batch)
-            update = self._programs.get(batch_shape(sharded)) or self._compile(sharded)
+            update = self.programs.get(batch_shape(sharded)) or self._compile(sharded)
             with self.meter.device_wait():
                 self.state, metrics = update(self.state, sharded)
         self.flush()
@@ -115,10 +115,10 @@ class StepPipeline:
             with jax.transfer_guard("disallow"):  # which is of each thread
                 return self._train_step.lower(self.state, batch).compile()
 
-        compiling = f"compiling shape {len(self._programs) + 1} of {self._num_shapes}"
+        compiling = f"compiling shape {len(self.programs) + 1} of {self._num_shapes}"
         log_info(compiling)
         with self.meter.compilation(), progress.phase(compiling), ThreadPoolExecutor(1) as pool:
-            program = self._programs[batch_shape(batch)] = pool.submit(compile_update).result()
+            program = self.programs[batch_shape(batch)] = pool.submit(compile_update).result()
         return program
 
     def flush(self) -> None:
@@ -262,7 +262,7 @@ class TrainingLoop:
         meter = pipeline.meter
         validation_share = self._validation_seconds / (time.perf_counter() - self._clock_start)
         machine = {
-            "train/compiles": pipeline.compiles.count,
+            "train/compiles": len(pipeline.programs),
             "train/peak_memory_mb": peak_memory_mb(),
             "train/validation_share": validation_share,
         }
@@ -338,9 +338,8 @@ class TrainingLoop:
             )
         best = self._config.train.best_metric
         self.early_stopping = self.early_stopping.update(best_metric.score(best, scores) or 0.0)
-        # The checkpoint that was resumed keeps the scores of its own search.
-        if step > context.start or context.resume.scores_comparable:
-            context.checkpoints.update_metrics(step, {**scores, **self.early_stopping.to_metrics()})
+        # A checkpoint that was resumed may have been saved with another search.
+        context.checkpoints.update_metrics(step, {**scores, **self.early_stopping.to_metrics()}, self._config)
         self._validation_seconds += seconds
         self._write(writer, step, {**scores, "valid/seconds": seconds, **self._cost.metrics()})
         shown = {"loss": f"validation loss {loss:.3f}"}

@@ -149,7 +149,7 @@ def find_resume_point(config: Config, path: epath.Path) -> ResumePoint:
         old = best_metric.with_metric(old, best_metric.resolve(old))
         config = best_metric.with_metric(config, best_metric.resolve(old))
     changes = workdir.check_resume_config(path, old, config)
-    scores_comparable = score_definition(old) == score_definition(config)
+    scores_comparable = step is None or checkpoints.score_definition(step) == score_definition(config)
     warm_start = None
     if step is not None:
         initialization.check_base_unchanged(old, config, run_ids.base_run_id, checkpoints.tokenizer(step))
