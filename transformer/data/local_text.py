@@ -22,6 +22,7 @@ from transformer.data.shards import Part
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.file_digests import FileDigests
+from transformer.runtime.files import absolute_path
 
 VALIDATION_STEMS = ("val", "valid", "validation", "dev")
 GENERATED = {"runs/tasks": "python -m benchmarks.task_data"}  # parent of a data.dir → the command that writes it
@@ -197,7 +198,7 @@ def _origin(files: Mapping[str, SplitFiles]) -> str:
     parts = []
     for split in sorted(files):
         made = files[split]
-        paths = [p if object_storage.is_remote(p) else os.path.abspath(os.path.expanduser(p)) for p in made.paths]
+        paths = list(map(absolute_path, made.paths))
         parts.append([split, made.languages, made.columns, paths])
     return json.dumps(parts)
 
