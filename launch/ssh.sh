@@ -15,6 +15,7 @@ coordinator=${machines[0]#*@}:${PORT:-8476}
 mark=/tmp/run-$$-$RANDOM
 
 # A trainer writes its pid and then looks for .stop; this writes .stop and then looks for the pid: none is missed.
+# shellcheck disable=SC2329  # the traps invoke it
 stop() {
   local i
   for i in "${!machines[@]}"; do
