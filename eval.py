@@ -72,8 +72,11 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     if args.metrics:
         restored = dataclasses.replace(restored, config=dataclasses.replace(restored.config, eval=args.metrics))
     saved = restored.config.decode
-    translates = {name: value for name, value in fields.items() if name not in schema.SPEED_FIELDS}
-    changed = {name: value for name, value in translates.items() if value != getattr(saved, name)}
+    changed = {
+        name: value
+        for name, value in fields.items()
+        if name not in schema.SPEED_FIELDS and value != getattr(saved, name)
+    }
     restored = restored.with_decode(fields)
     directions = mixture.find_directions(restored.config.data, args.source_language, args.target_language)
     if len(directions) > 1:

@@ -101,9 +101,11 @@ def test_if_the_best_checkpoint_is_damaged_the_latest_valid_one_is_selected(part
 
 
 def test_best_needs_a_score(parts, tmp_path):
-    save(tmp_path, parts, 5)
-    with pytest.raises(UserError, match="no checkpoint has a validation score yet; the next validation is at step 10"):
-        select(tmp_path, "best")
+    for step in (0, 5):
+        save(tmp_path, parts, step)
+        message = "no checkpoint has a validation score yet; the next validation is at step 10"
+        with pytest.raises(UserError, match=message):
+            select(tmp_path, "best")
     save(tmp_path, parts, 10)  # whose own validation was interrupted
     with pytest.raises(UserError, match="validation of step 10 is not done; unless it is under way, run train"):
         select(tmp_path, "best")

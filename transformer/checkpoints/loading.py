@@ -224,7 +224,7 @@ def resolve_steps(manager: CheckpointManager, selector: str) -> list[int]:
     nothing_reported = unscored == available[::-1] and steps == available[-1:]
     if selector == "best" and not ranked and nothing_reported:
         train, step = manager.config(steps[0]).train, steps[0]
-        due = min(-(-step // train.eval_every_steps) * train.eval_every_steps, train.num_steps)
+        due = min(max(-(-step // train.eval_every_steps), 1) * train.eval_every_steps, train.num_steps)
         hint = f"the next validation is at step {due:,}, as train.eval_every_steps = {train.eval_every_steps:,}"
         if due <= step:
             hint = f"the validation of step {step:,} is not done; unless it is under way, run train.py again"
