@@ -72,8 +72,8 @@ def main(argv: list[str]) -> None:
 
 def ours(trained: RestoredModel) -> Translate:
     """Translates with this package."""
-    translator = Translator(trained.model, trained.tokenizer, trained.config.decode, trained.mesh)
-    return lambda lines: translator.translate(trained.params, lines, tag=trained.source_tag)
+    translator = Translator([trained.model], trained.tokenizer, trained.config.decode, trained.mesh)
+    return lambda lines: translator.translate([trained.params], lines, tag=trained.source_tag)
 
 
 def ctranslate2(trained: RestoredModel, folder: pathlib.Path, quantization: str, patience: int) -> Translate:

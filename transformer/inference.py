@@ -29,21 +29,18 @@ class TranslationModel:
     Attributes:
       models: all of them.
       primary: the model whose tokenizer and decode config apply to all.
-      params: what `Translator.translate` takes.
-      all_params: what `Scorer.score` takes: those of each model.
+      params: of each model.
       scorer: scores given translations.
     """
 
     def __init__(self, models: Sequence[RestoredModel]):
         self.models, self.primary = models, models[0]
-        is_ensemble = len(models) > 1
-        definition = [model.model for model in models] if is_ensemble else self.primary.model
-        self.all_params = tuple(model.params for model in models)
-        self.params: Any = self.all_params if is_ensemble else self.primary.params
+        self.params = tuple(model.params for model in models)
+        definitions = [model.model for model in models]
         self._translators = functools.lru_cache(MAX_COMPILED)(
-            lambda decode: Translator(definition, self.primary.tokenizer, decode, self.primary.mesh)
+            lambda decode: Translator(definitions, self.primary.tokenizer, decode, self.primary.mesh)
         )
-        self.scorer = Scorer([model.model for model in models], self.primary.tokenizer, self.primary.mesh)
+        self.scorer = Scorer(definitions, self.primary.tokenizer, self.primary.mesh)
         self._lock = threading.Lock()
         self._process = os.getpid()
 
@@ -163,7 +160,7 @@ class TranslationModel:
         self._reject_fork()
         config = self.scoring_config(decode)
         tag = self.source_tag(source_language, target_language)
-        scores = self.scorer.score(self.all_params, sources, targets, config, tag)
+        scores = self.scorer.score(self.params, sources, targets, config, tag)
         self.scorer.log_warnings(config)
         return scores
 

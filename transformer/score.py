@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     with _output(args.output) as out, progress.phase("scoring", num_pairs, "pairs") as scoring:
         for group in groups:
             sources, targets = zip(*group, strict=True)
-            scores = model.scorer.score(model.all_params, sources, targets, config, tag)
+            scores = model.scorer.score(model.params, sources, targets, config, tag)
             lines = "".join(format_line(score, args.per_token) for score in scores)
             with progress.hidden():
                 out.write(streams.printable(lines, out).encode())

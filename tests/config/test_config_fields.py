@@ -204,7 +204,7 @@ def reads_of_decoding(method):
     model = registry.ModelDef(config.model, vocabulary.vocab_size)
     mesh = make_mesh(config.mesh)
     state = train_step.init_state(model, config, mesh)
-    Translator(model, vocabulary, config.decode, mesh).translate(state.params, ["a few"])
+    Translator([model], vocabulary, config.decode, mesh).translate([state.params], ["a few"])
     return reads
 
 

@@ -36,8 +36,8 @@ def make(parts, devices=1, **fields):
     config, vocabulary, model, params = parts
     mesh = make_mesh(dataclasses.replace(config.mesh, data=devices))
     decode = dataclasses.replace(config.decode, **fields)
-    translator = Translator(model, vocabulary, decode, mesh)
-    return translator, jax.device_put(params, sharding.replicated(mesh))
+    translator = Translator([model], vocabulary, decode, mesh)
+    return translator, [jax.device_put(params, sharding.replicated(mesh))]
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def usual(parts):
 
 
 def eager(params):
-    """The params of a model that likes to end."""
+    """The params of a model that likes to end, for `translate`."""
     params = jax.tree.map(lambda leaf: leaf, params)
     end_V = params["embeddings"]["shared"]["table"][tokenizer.EOS]
     params["decoder"][0]["mlp_residual"]["norm"]["bias"] = 2 * end_V / jnp.linalg.norm(end_V)
-    return params
+    return [params]
 
 
 def test_translations_are_varied_enough_to_tell_lines_apart(usual):
@@ -89,7 +89,7 @@ def test_a_mesh_that_splits_params_changes_nothing(parts, usual):
     config, vocabulary, model, params = parts
     mesh = make_mesh(dataclasses.replace(config.mesh, fsdp=2, tensor=2, sequence=2))
     split = jax.device_put(params, sharding.param_shardings(mesh, model.abstract_params))
-    assert Translator(model, vocabulary, config.decode, mesh).translate(split, LINES) == usual
+    assert Translator([model], vocabulary, config.decode, mesh).translate([split], LINES) == usual
 
 
 def test_rows_are_filled_up_to_the_devices(parts, usual):
@@ -315,7 +315,7 @@ def test_models_of_an_ensemble_decide_together(parts):
     everything = (params, other.init(4))
     both = Translator((model, other), vocabulary, config.decode, mesh).translate(everything, LINES)
     alone = [
-        Translator(one, vocabulary, config.decode, mesh).translate(own, LINES)
+        Translator([one], vocabulary, config.decode, mesh).translate([own], LINES)
         for one, own in zip((model, other), everything, strict=True)
     ]
     assert both != alone[0]

@@ -122,7 +122,7 @@ def test_with_these_options_ctranslate2_finds_the_translations_of_this_search(fi
     trained, folder = about_to_end
     decode, words = trained.config.decode, export_ctranslate2.vocabulary(trained.tokenizer)
     decode = dataclasses.replace(decode, **fields)
-    own = Translator(trained.model, trained.tokenizer, decode, trained.mesh).translate(trained.params, SHORT)
+    own = Translator([trained.model], trained.tokenizer, decode, trained.mesh).translate([trained.params], SHORT)
     program = ctranslate2.Translator(str(folder), device="cpu")
     sources = [[words[i] for i in ids[:-1]] for ids in trained.tokenizer.encode(SHORT)]
     result = program.translate_batch(sources, **export_ctranslate2.options(decode))

@@ -73,7 +73,7 @@ def scores_of_written_files(world: World, tally: Tally) -> None:
     sources = sources_of(world)
     folder = world.new_folder()
     folder.mkdir()
-    whole = Translator(run.model, run.tokenizer, run.config.decode, run.mesh).translate(run.params, sources)
+    whole = Translator([run.model], run.tokenizer, run.config.decode, run.mesh).translate([run.params], sources)
     assert len(set(whole)) > len(whole) // 2, whole
     references = references_of(whole)
     for name, lines in (("source", sources), ("reference", references), ("written", whole)):
@@ -81,9 +81,9 @@ def scores_of_written_files(world: World, tally: Tally) -> None:
     for size in (1, 7, 32):
         with tally.one(f"batches of {size}"):
             if tally.quick:
-                translator = Translator(run.model, run.tokenizer, run.config.decode, run.mesh)
+                translator = Translator([run.model], run.tokenizer, run.config.decode, run.mesh)
                 groups = [sources[i : i + size] for i in range(0, len(sources), size)]
-                result = [line for group in groups for line in translator.translate(run.params, group)]
+                result = [line for group in groups for line in translator.translate([run.params], group)]
             else:
                 command = ["-m", "transformer.translate", f"--workdir={world.talker()}", f"--batch_size={size}"]
                 done = Command(*command, stdin=(folder / "source").read_bytes()).expect(0)
@@ -112,9 +112,9 @@ def nothing_is_cut(world: World, tally: Tally) -> None:
     run = loading.load_checkpoint(world.talker(), "latest")
     sources = sources_of(world)
     with tally.one("no end of sentence"):
-        translator = Translator(run.model, run.tokenizer, run.config.decode, run.mesh)
-        result = translator.translate_nbest(run.params, sources)
-        assert translator.translate(run.params, sources) == [best.text for best, *_ in result]
+        translator = Translator([run.model], run.tokenizer, run.config.decode, run.mesh)
+        result = translator.translate_nbest([run.params], sources)
+        assert translator.translate([run.params], sources) == [best.text for best, *_ in result]
         assert len(result) == len(sources)
         open_ones = [one for (one, *_), source in zip(result, sources, strict=True) if source and not one.finished]
         assert len(open_ones) > len(sources) // 2

@@ -75,16 +75,13 @@ class _Batch(NamedTuple):
 
 
 class Translator:
-    """Translates with one model or an ensemble, and any params of their shape; each shape is compiled once.
+    """Translates with a model, or several as an ensemble, and any params of their shape; each shape is compiled once.
 
     Safe to share between threads. It counts what callers should be warned of; `log_warnings` reports it.
     """
 
-    def __init__(
-        self, model: ModelDef | Sequence[ModelDef], tokenizer: Tokenizer, config: DecodeConfig, mesh: jax.sharding.Mesh
-    ):
-        self._models = (model,) if isinstance(model, ModelDef) else tuple(model)
-        self._is_ensemble = not isinstance(model, ModelDef)
+    def __init__(self, models: Sequence[ModelDef], tokenizer: Tokenizer, config: DecodeConfig, mesh: jax.sharding.Mesh):
+        self._models = tuple(models)
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
         self._rows = batch_rows(config, mesh)
         self._workers = platform.decode_threads(mesh)
@@ -94,7 +91,7 @@ class Translator:
 
     def translate(
         self,
-        params: Params | Sequence[Params],
+        params: Sequence[Params],
         sentences: Iterable[str],
         progress: Callable[[int], None] = lambda count: None,
         tag: str = "",
@@ -102,7 +99,7 @@ class Translator:
         """Returns one translation for each sentence, in order; that of a blank sentence is empty.
 
         Args:
-          params: of the model, on the mesh; for an ensemble, one of each model.
+          params: of each model, on the mesh.
           sentences: one line of text each.
           progress: called with the number of sentences of each finished batch.
           tag: of the target language, put before each sentence; empty for none.
@@ -112,7 +109,7 @@ class Translator:
 
     def translate_nbest(
         self,
-        params: Params | Sequence[Params],
+        params: Sequence[Params],
         sentences: Iterable[str],
         *,
         n_best: int = 1,
@@ -142,7 +139,7 @@ class Translator:
         """
         lines = self._lines(sentences, first)
         count = self._num_hypotheses(n_best, constraints)
-        params = sharding.replicate(self._mesh, params)
+        params = sharding.replicate(self._mesh, tuple(params))
         request = self._encode_requests(
             lines, prefixes, constraints, self._config.seed if seed is None else seed, first, tag
         )
@@ -235,7 +232,7 @@ class Translator:
         return 0 if is_wide and self._workers > 1 else self._workers
 
     def _submit(
-        self, pool: ThreadPoolExecutor, count: int, params: Params | Sequence[Params], batch: _Batch
+        self, pool: ThreadPoolExecutor, count: int, params: Sequence[Params], batch: _Batch
     ) -> Callable[[], Hypotheses]:
         """Starts a batch; returns a function that waits for its hypotheses."""
         if self._workers > 1:
@@ -244,7 +241,7 @@ class Translator:
         hypotheses = self._execute(count, params, batch.inputs)
         return lambda: hypotheses
 
-    def _execute(self, count: int, params: Params | Sequence[Params], inputs: DecodeInputs) -> Hypotheses:
+    def _execute(self, count: int, params: Sequence[Params], inputs: DecodeInputs) -> Hypotheses:
         """Runs a batch; concurrent threads also wait for the result, so that no more batches than threads run."""
         on_device = sharding.shard_batch(self._mesh, inputs, rows="decode_batch")
         shapes = count, str(jax.tree.map(np.shape, inputs))
@@ -256,7 +253,7 @@ class Translator:
             is_new = shapes not in self._compiled  # unless another thread has compiled it meanwhile
             width = inputs.source_BS.shape[1]
             with phase(f"compiling, sources of {width} tokens") if is_new else contextlib.nullcontext():
-                hypotheses = self._programs[count](params if self._is_ensemble else (params,), on_device)
+                hypotheses = self._programs[count](params, on_device)
             self._compiled.add(shapes)
         return hypotheses if self._workers == 1 else jax.block_until_ready(hypotheses)
 

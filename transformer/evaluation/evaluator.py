@@ -89,7 +89,7 @@ class Evaluator:
     """Evaluates any params of a model; keeps compiled programs between evaluations."""
 
     def __init__(self, model: ModelDef, tokenizer: Tokenizer, config: Config, mesh: Mesh):
-        self.translator = Translator(model, tokenizer, config.decode, mesh)
+        self.translator = Translator([model], tokenizer, config.decode, mesh)
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
         self._eval_step = make_eval_step(model, mesh)
 
@@ -119,7 +119,7 @@ class Evaluator:
                 translating.advance(count)
                 progress(count)
 
-            translations = self.translator.translate(params, sources, advance, tag)
+            translations = self.translator.translate([params], sources, advance, tag)
         self.translator.log_warnings()
         tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, references[0]).name
         with phase("computing scores"):

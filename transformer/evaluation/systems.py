@@ -92,8 +92,8 @@ def baseline_system(
         restored = restored.with_direction(mixture.find_direction(restored.config.data, *languages))
     except UserError as error:
         raise UserError(f"--versus={path}: {error}; name a model of the same direction") from error
-    translator = Translator(restored.model, restored.tokenizer, restored.config.decode, restored.mesh)
-    translations = translator.translate(restored.params, dataset.sources, tag=restored.source_tag)
+    translator = Translator([restored.model], restored.tokenizer, restored.config.decode, restored.mesh)
+    translations = translator.translate([restored.params], dataset.sources, tag=restored.source_tag)
     system = evaluated(path, restored, translations)
     translator.log_warnings(system.name)
     return system
