@@ -150,9 +150,12 @@ def test_scripts_of_thousands_of_characters_fit_with_rare_ones_in_bytes():
         tokenizer.train([*lines, *rare], 400, "bpe")
 
 
-def test_cut_keeps_eos_last():
-    assert tokenizer.truncate(np.array([5, 6, 7, EOS]), 3).tolist() == [5, 6, EOS]
-    assert tokenizer.truncate(np.array([5, EOS]), 2).tolist() == [5, EOS]
+def test_truncation_keeps_eos_last_and_tells_which_lines_were_longer(small):
+    whole = small.encode(["the old dog", "the", ""])
+    ids, is_longer = small.encode_truncated(["the old dog", "the", ""], len(whole[1]))
+    assert ids[0].tolist() == [*whole[0][: len(whole[1]) - 1], EOS]
+    assert [one.tolist() for one in ids[1:]] == [one.tolist() for one in whole[1:]]
+    assert is_longer == [True, False, False]
 
 
 def test_words_are_what_spaces_separate():

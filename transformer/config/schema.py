@@ -431,6 +431,11 @@ class DecodeConfig:
     )
     max_source_tokens: int = _field(512, "longer sources are truncated to this many tokens", low=2)
 
+    @property
+    def max_target_tokens(self) -> int:
+        """The most tokens of a translation, EOS counted: of the longest source."""
+        return self.max_source_tokens + self.max_extra_length
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:

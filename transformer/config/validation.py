@@ -433,7 +433,7 @@ def _check_combinations(config: Config) -> None:
     if model.positions == "rotary":
         _check_rotary(model)
     row = "data.max_length" if data.length_multiple == 1 else "data.max_length rounded up to data.length_multiple"
-    longest = max(data.max_row_length, decode.max_source_tokens + decode.max_extra_length)
+    longest = max(data.max_row_length, decode.max_target_tokens)
     if model.positions == "learned" and longest > model.max_positions:
         raise UserError(
             f"config.model.max_positions: learned positions must cover the longest sequence, {longest} = max({row}, "

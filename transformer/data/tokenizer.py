@@ -91,6 +91,19 @@ class Tokenizer:
         encoded = [np.append(self._from_sp[ids], np.int32(EOS)) for ids in self._processor.encode(list(lines))]
         return [np.insert(ids, 0, self.tag_id(tag)) for ids in encoded] if tag else encoded
 
+    def encode_truncated(
+        self, lines: Sequence[str], max_length: int, tag: str = ""
+    ) -> tuple[list[np.ndarray], list[bool]]:
+        """As `encode`, at most `max_length` tokens of each line, EOS last; and whether the line was longer."""
+        encoded = self.encode(lines, tag)
+        is_longer = [len(ids) > max_length for ids in encoded]
+        end = np.int32(EOS)
+        truncated = [
+            np.append(ids[: max_length - 1], end) if longer else ids
+            for ids, longer in zip(encoded, is_longer, strict=True)
+        ]
+        return truncated, is_longer
+
     def tag_id(self, tag: str) -> int:
         """The id of a tag such as <2de>; a UserError if it is not in the vocabulary."""
         token = int(self._from_sp[self._processor.piece_to_id(tag)])
@@ -187,11 +200,6 @@ class Tokenizer:
         for other in FILE_NAMES if not name else ():
             if other != self.file_name:
                 (folder / other).unlink(missing_ok=True)
-
-
-def truncate(ids: np.ndarray, max_length: int) -> np.ndarray:
-    """The first `max_length` tokens of a sentence, EOS last."""
-    return ids if len(ids) <= max_length else np.append(ids[: max_length - 1], np.int32(EOS))
 
 
 def load(path: epath.PathLike) -> Tokenizer:

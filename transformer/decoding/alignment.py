@@ -14,7 +14,7 @@ import numpy as np
 
 from transformer.config import DecodeConfig
 from transformer.data.batching import Batch
-from transformer.data.tokenizer import Tokenizer, truncate
+from transformer.data.tokenizer import Tokenizer
 from transformer.decoding.decode import batch_rows
 from transformer.decoding.teacher_forcing import map_pairs
 from transformer.distributed import sharding
@@ -83,9 +83,9 @@ class Aligner:
         Long sources are truncated as in decoding; `tag`, of the target language, is put before each.
         """
         indices = [i for i, pair in enumerate(zip(sources, translations, strict=True)) if all(map(str.strip, pair))]
-        max_length = self._config.max_source_tokens
-        source = self._encode([sources[i] for i in indices], max_length, tag)
-        target = self._encode([translations[i] for i in indices], max_length + self._config.max_extra_length)
+        encode, config = self._tokenizer.encode_truncated, self._config
+        source, _ = encode([sources[i] for i in indices], config.max_source_tokens, tag)
+        target, _ = encode([translations[i] for i in indices], config.max_target_tokens)
 
         def rows_of(width: int) -> int:
             return batch_rows(self._config, self._mesh, MAX_CELLS // width**2)
@@ -110,9 +110,6 @@ class Aligner:
         is_target_word_WT = np.arange(target_words.max() + 1)[:, None] == target_words
         words_WW = is_target_word_WT.astype(np.float32) @ weights_TS @ is_source_word_SW.astype(np.float32)
         return sorted((int(source), target) for target, source in enumerate(words_WW.argmax(1)))
-
-    def _encode(self, lines: Sequence[str], max_length: int, tag: str = "") -> list[np.ndarray]:
-        return [truncate(ids, max_length) for ids in self._tokenizer.encode(lines, tag)]
 
 
 def default_layer(num_layers: int) -> int:

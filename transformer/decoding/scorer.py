@@ -15,7 +15,7 @@ from transformer.config import DecodeConfig
 from transformer.data import text_inputs
 from transformer.data.batching import Batch
 from transformer.data.text_files import one_line
-from transformer.data.tokenizer import Tokenizer, truncate
+from transformer.data.tokenizer import Tokenizer
 from transformer.decoding.decode import batch_rows, ensemble_log_probs
 from transformer.decoding.teacher_forcing import map_pairs
 from transformer.decoding.warning_counts import WarningCounts
@@ -83,7 +83,7 @@ class Scorer:
                 f"expected a target for each source, got {len(source_lines):,} sources, {len(target_lines):,} targets"
             )
         source = self._encode(source_lines, config.max_source_tokens, "sources", tag)
-        target = self._encode(target_lines, config.max_source_tokens + config.max_extra_length, "targets")
+        target = self._encode(target_lines, config.max_target_tokens, "targets")
         lines = zip(source_lines, target_lines, strict=True)
         self._warnings.add("blank", sum(not (a.strip() and b.strip()) for a, b in lines))
         scores = []
@@ -117,9 +117,9 @@ class Scorer:
         self._warnings.log(messages)
 
     def _encode(self, lines: Sequence[str], max_length: int, side: str, tag: str = "") -> list[np.ndarray]:
-        encoded = self._tokenizer.encode(lines, tag)
-        self._warnings.add(side, sum(len(ids) > max_length for ids in encoded))
-        return [truncate(ids, max_length) for ids in encoded]
+        encoded, is_truncated = self._tokenizer.encode_truncated(lines, max_length, tag)
+        self._warnings.add(side, sum(is_truncated))
+        return encoded
 
 
 def _lines(given: Iterable[Any], side: str) -> list[str]:

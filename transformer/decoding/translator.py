@@ -22,7 +22,7 @@ from transformer.config import DecodeConfig
 from transformer.data import text_inputs
 from transformer.data.batching import PAD_EXAMPLE, JaggedArray, eval_batches
 from transformer.data.text_files import one_line
-from transformer.data.tokenizer import UNK, Tokenizer, truncate
+from transformer.data.tokenizer import UNK, Tokenizer
 from transformer.decoding import mbr
 from transformer.decoding.base import Hypotheses
 from transformer.decoding.constraints import DecodingConstraints, PaddedSizes, encode_constraints, pad_constraints
@@ -198,9 +198,9 @@ class Translator:
     ) -> _Requests:
         indices = [i for i, line in enumerate(lines) if line.strip()]
         max_length = self._config.max_source_tokens
-        encoded = self._tokenizer.encode([lines[i] for i in indices], tag)
-        self._warnings.add("long", sum(len(ids) > max_length for ids in encoded))
-        sources = JaggedArray.from_sequences([truncate(ids, max_length) for ids in encoded])
+        encoded, is_truncated = self._tokenizer.encode_truncated([lines[i] for i in indices], max_length, tag)
+        self._warnings.add("long", sum(is_truncated))
+        sources = JaggedArray.from_sequences(encoded)
         limits = np.zeros(len(lines), np.int64)
         limits[indices] = sources.lengths + self._config.max_extra_length
         all_constraints = encode_constraints(self._tokenizer, prefixes, constraints, limits.tolist(), first)

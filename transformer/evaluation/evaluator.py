@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -23,7 +22,7 @@ from transformer.config import Config, DataConfig
 from transformer.config.mixture import Direction
 from transformer.data import corpus, text_files
 from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray, eval_batches, make_batch, select_rows
-from transformer.data.tokenizer import Tokenizer, truncate
+from transformer.data.tokenizer import Tokenizer
 from transformer.decoding.translator import Translator
 from transformer.distributed import consistency, multihost, sharding
 from transformer.evaluation import bleu_tokenizer, public_test_sets
@@ -144,18 +143,15 @@ class Evaluator:
     ) -> CrossEntropy:
         """The loss of all targets given their sources after a tag, both truncated to the lengths of decoding."""
         decode = self._config.decode
-        max_length = decode.max_source_tokens + decode.max_extra_length
-        encoded = self._tokenizer.encode(targets)
-        num_truncated = sum(len(ids) > max_length for ids in encoded)
-        if num_truncated:
+        max_length = decode.max_target_tokens
+        target_ids, is_truncated = self._tokenizer.encode_truncated(targets, max_length)
+        source_ids, _ = self._tokenizer.encode_truncated(sources, decode.max_source_tokens, tag)
+        if any(is_truncated):
             log_info(
-                f"warning: {num_truncated:,} references have over {max_length} tokens; the loss is that of their first "
-                f"{max_length}"
+                f"warning: {sum(is_truncated):,} references have over {max_length} tokens; the loss is that of their "
+                f"first {max_length}"
             )
-        target = JaggedArray.from_sequences([truncate(ids, max_length) for ids in encoded])
-        source = JaggedArray.from_sequences(
-            [truncate(ids, decode.max_source_tokens) for ids in self._tokenizer.encode(sources, tag)]
-        )
+        source, target = JaggedArray.from_sequences(source_ids), JaggedArray.from_sequences(target_ids)
         sums: list[LossSums] = []
         with phase("loss of references", len(targets), "sentences") as computing:
             for spec in eval_batches(source.lengths, target.lengths, self._rows_of):
@@ -168,15 +164,11 @@ class Evaluator:
             sums = jax.device_get(sums)
         tokens = sum(float(batch_sums.tokens) for batch_sums in sums)
         mean = sum(float(batch_sums.nll) for batch_sums in sums) / max(tokens, 1.0)
-        return CrossEntropy(mean, tokens, self._count_words(targets, encoded, max_length))
-
-    def _count_words(self, targets: Sequence[str], encoded: Sequence[np.ndarray], max_length: int) -> int:
-        """Words of the truncated targets, counted as in `CrossEntropy`."""
-        lines = (
-            line if len(ids) <= max_length else self._tokenizer.decode(ids[: max_length - 1].tolist())
-            for line, ids in zip(targets, encoded, strict=True)
+        scored = (
+            self._tokenizer.decode(ids.tolist()) if truncated else line
+            for line, ids, truncated in zip(targets, target_ids, is_truncated, strict=True)
         )
-        return sum(len(line.split()) + 1 for line in lines)
+        return CrossEntropy(mean, tokens, words=sum(len(line.split()) + 1 for line in scored))
 
     def _rows_of(self, width: int) -> int:
         """The number of rows of this width that go through the model at once in training, as they fit into memory."""

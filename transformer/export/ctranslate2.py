@@ -127,7 +127,7 @@ def options(decode: DecodeConfig) -> dict[str, Any]:
         "return_end_token": True,
         "max_input_length": decode.max_source_tokens,
         "min_decoding_length": decode.min_length,
-        "max_decoding_length": decode.max_source_tokens + decode.max_extra_length,
+        "max_decoding_length": decode.max_target_tokens,
     }
 
 

@@ -74,7 +74,7 @@ def max_positions(config: Config) -> int:
     """The most tokens of a sentence of an exported model that looks positions up in a table."""
     if config.model.positions == "learned":
         return config.model.max_positions
-    return max(POSITIONS, config.decode.max_source_tokens + config.decode.max_extra_length)
+    return max(POSITIONS, config.decode.max_target_tokens)
 
 
 def with_position_table(config: Config, vocab_size: int, params: Params, dtype: str) -> tuple[ModelDef, Params]:
