@@ -90,3 +90,12 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
     for path in ("", "folder", "file/new"):
         with pytest.raises(UserError, match=r"^--output: .*([Dd]irectory|exists)"):
             files.check_writable(tmp_path / path, "--output")
+
+
+def test_json_with_a_checksum_comes_back_unless_a_byte_of_it_changed():
+    content = files.checksummed_json({"ä": [1, 0.1]})
+    assert files.parse_checksummed_json(content) == {"ä": [1, 0.1]}
+    for place in (0, content.index(b"0.1"), len(content) - 3):
+        assert files.parse_checksummed_json(content[:place] + b"7" + content[place + 1 :]) is None
+    assert files.parse_checksummed_json(content[:-4]) is None
+    assert files.parse_checksummed_json(b"") is None

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from transformer.runtime.logging import log_info, report_unraisable
+from transformer.runtime.errors import UserError
+from transformer.runtime.logging import log_info, logged_beside, report_unraisable
 
 
 class Interrupted(io.RawIOBase):
@@ -54,3 +55,11 @@ def test_writes_that_end_after_a_failed_save_say_nothing(monkeypatch, message, i
     monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
     report_unraisable(SimpleNamespace(exc_value=RuntimeError(message)))
     assert bool(shown) == is_shown
+
+
+def test_an_error_beside_the_one_that_ends_the_run_is_only_logged(capsys):
+    with logged_beside(ValueError("first")):
+        raise UserError("second")
+    assert capsys.readouterr().err == "second\n"
+    with pytest.raises(UserError, match="alone"), logged_beside(None):
+        raise UserError("alone")

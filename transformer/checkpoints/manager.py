@@ -37,7 +37,7 @@ from transformer.runtime import environment, object_storage, progress
 from transformer.runtime.background import BackgroundQueue
 from transformer.runtime.errors import UserError, WorkdirError
 from transformer.runtime.files import CONFIG_FILE, sha256, user_error_on_oserror, write_atomic
-from transformer.runtime.logging import log_info
+from transformer.runtime.logging import log_info, logged_beside
 
 VALID_BLEU = "valid/bleu"  # recorded with every validated checkpoint
 PARTS = {"params": "params", "optimizer": "opt_state", "ema": "ema"}  # folder of arrays → field of the state
@@ -89,12 +89,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
         self._queue = BackgroundQueue("checkpoints")
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        try:
+        with logged_beside(error):
             self.wait()
-        except UserError as failure:
-            if error is None:
-                raise
-            log_info(str(failure))  # beside the error that ends the run
 
     def check(self) -> None:
         """Raises a UserError if the save that was under way has failed."""

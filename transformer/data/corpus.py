@@ -40,7 +40,7 @@ from transformer.data.text_files import Pair
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import user_error_on_oserror
+from transformer.runtime.files import checksummed_json, parse_checksummed_json, user_error_on_oserror
 from transformer.runtime.logging import log_info
 from transformer.runtime.worker_pool import WorkerPool
 
@@ -613,18 +613,16 @@ def _select_validation(hashes_N: np.ndarray) -> np.ndarray:
 
 
 def _save_metadata(path: epath.Path, data_digest: str, metadata: CorpusMetadata) -> None:
-    text = json.dumps([METADATA_VERSION, data_digest, dataclasses.asdict(metadata)])
-    prepared.write_cache(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode())
+    prepared.write_cache(path, checksummed_json([METADATA_VERSION, data_digest, dataclasses.asdict(metadata)]))
 
 
 def _load_metadata(path: epath.Path, data_digest: str) -> CorpusMetadata | None:
     """What `_save_metadata` wrote for the same data and version; None if that is missing or damaged."""
     if not path.exists():
         return None
-    digest, _, text = path.read_bytes().rstrip(b"\n").partition(b"\n")
-    if hashlib.sha256(text).hexdigest().encode() != digest:
+    if (content := parse_checksummed_json(path.read_bytes())) is None:
         return None
-    *key, metadata = json.loads(text)
+    *key, metadata = content
     return CorpusMetadata(**metadata) if key == [METADATA_VERSION, data_digest] else None
 
 

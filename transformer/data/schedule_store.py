@@ -6,7 +6,6 @@ be deleted at any time.
 
 import contextlib
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -60,8 +59,7 @@ class FileStore:
         with self._locked():
             if (facts := _read_facts(path)) is None:
                 facts = make()
-                text = json.dumps(facts)
-                self._write(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode())
+                self._write(path, files.checksummed_json(facts))
         return facts
 
     def array(self, name: str, make: Callable[[], np.ndarray], size: int) -> np.ndarray:
@@ -114,10 +112,9 @@ class FileStore:
 def _read_facts(path: pathlib.Path) -> Facts | None:
     """None if they are missing or damaged."""
     try:
-        digest, _, text = path.read_bytes().rstrip(b"\n").partition(b"\n")
+        return files.parse_checksummed_json(path.read_bytes())
     except OSError:
         return None
-    return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == digest else None
 
 
 def _map(path: pathlib.Path, size: int) -> np.ndarray | None:

@@ -201,6 +201,18 @@ def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
     return objects
 
 
+def checksummed_json(value: Any) -> bytes:
+    """A line with the SHA-256 of the next one, which is JSON."""
+    text = json.dumps(value)
+    return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode()
+
+
+def parse_checksummed_json(content: bytes) -> Any | None:
+    """What `checksummed_json` was given; None if the content is damaged."""
+    digest, _, text = content.rstrip(b"\n").partition(b"\n")
+    return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == digest else None
+
+
 def sha256(path: epath.PathLike) -> str:
     """SHA-256 of the bytes of a file, in hexadecimal."""
     with epath.Path(path).open("rb") as file:

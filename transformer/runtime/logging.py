@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 
 from transformer.runtime import streams
 from transformer.runtime.errors import StoppedError, UserError, is_out_of_memory
@@ -61,6 +62,17 @@ def report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """A `sys.unraisablehook` that leaves out writes which end after Orbax's event loop, when a save has failed."""
     if repr(unraisable.exc_value) != "RuntimeError('Event loop is closed')":
         sys.__unraisablehook__(unraisable)
+
+
+@contextlib.contextmanager
+def logged_beside(error: BaseException | None) -> Iterator[None]:
+    """Raises a UserError of its block, or only logs it beside an error that already ends the run."""
+    try:
+        yield
+    except UserError as failure:
+        if error is None:
+            raise
+        log_info(str(failure))
 
 
 def report_error(error: BaseException) -> int:

@@ -22,9 +22,9 @@ from transformer.distributed import multihost
 from transformer.distributed.sharding import allgather_to_devices
 from transformer.models.flops import TrainingCost
 from transformer.runtime import object_storage, progress
-from transformer.runtime.errors import DivergedError, UserError
+from transformer.runtime.errors import DivergedError
 from transformer.runtime.files import METRICS_FILE, user_error_on_oserror, write_atomic
-from transformer.runtime.logging import log_info
+from transformer.runtime.logging import log_info, logged_beside
 from transformer.training.train_step import StepMetrics
 
 DIVERGENCE_HINT = (
@@ -174,13 +174,8 @@ class MetricWriter:
         for file in (self._jsonl, self._events):
             with contextlib.suppress(OSError):  # what is written was flushed; a full disk has been reported
                 file.close()
-        try:
-            with user_error_on_oserror(f"{self._workdir}"):
-                self._directory.close()
-        except UserError as failure:
-            if error is None:
-                raise
-            log_info(str(failure))  # beside the error that ends the run
+        with logged_beside(error), user_error_on_oserror(f"{self._workdir}"):
+            self._directory.close()
 
     def sync(self) -> None:
         """Copies to object storage what is written so far."""
