@@ -81,8 +81,8 @@ endif
 
 # For maintainers, with uv: new versions within the ranges of pyproject.toml.
 lock:
-	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header -o requirements.txt
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header \
+	uv pip compile pyproject.toml --upgrade --universal --python-version 3.11 --generate-hashes --no-header -o requirements.txt
+	uv pip compile pyproject.toml --upgrade --extra dev --universal --python-version 3.11 --generate-hashes --no-header \
 		-c requirements.txt -o requirements-dev.txt
 
 # Environments and caches; what was trained in runs stays.

@@ -9,7 +9,7 @@ Sentence pairs of https://tatoeba.org, through https://www.manythings.org/anki/ 
 there have a third column, which `cut -f1,2` removes. The scores below are of a split by a hash of the lowercased
 English sentence, so that no English sentence is in two splits: 2,658, 2,541, 1,797 and 783 validation pairs for de, fr,
 es and nl. A mixture does not need the same number of pairs: with data.mixture_temperature = 2 a language with a quarter
-of the pairs gets half of the examples.
+of another's pairs gets half as many examples.
 
 BLEU on the four validation files (sacreBLEU nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0), beam 4, the
 last checkpoint: de 22.2, fr 27.4, es 25.5, nl 29.5, mean 26.2. 2.15M params, 2,500 updates of 8.3M target tokens and
