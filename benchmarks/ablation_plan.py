@@ -197,9 +197,9 @@ def update_cost(config: Config) -> tuple[float, int]:
     schedule = input_pipeline.make_batch_schedule(config, ids)
     flops = sum(
         count * training_flops(config.model, tokenizer.vocab_size, config.train.passes * rows, source, target)
-        for count, (source, target, rows) in zip(schedule.batches, schedule.buckets, strict=True)
+        for count, (source, target, rows) in zip(schedule.num_batches, schedule.buckets, strict=True)
     )
-    return flops / sum(schedule.batches), tokenizer.vocab_size  # about, if a mixture has stages
+    return flops / sum(schedule.num_batches), tokenizer.vocab_size  # about, if a mixture has stages
 
 
 def num_params(config: Config, vocab_size: int) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from transformer import command_line
 from transformer.command_line import positive_int
 from transformer.config import Config
+from transformer.config.schema import round_up
 from transformer.data.batching import rows_per_batch
 from transformer.models import flops as cost
 from transformer.planning import hlo_cost, roofline
@@ -128,7 +129,7 @@ def plan(config: Config, topology: Topology, length: int, effort: float, *, find
         **cost_and_bounds(config, topology, compiled, mesh, rows, length),
     }
     if find_largest:
-        unit = sharding.batch_divisor(mesh) * config.train.accumulation_steps
+        unit = sharding.num_shards("batch", mesh) * config.train.accumulation_steps
 
         def needed(units: int) -> int:
             if units * unit == rows:
@@ -147,7 +148,8 @@ def cost_and_bounds(
     config: Config, topology: Topology, compiled: "aot.Compiled", mesh: Any, rows: int, length: int
 ) -> Row:
     """Memory, FLOPs and bounds of a program; only the closed form of its FLOPs if it is too large to compile."""
-    closed_form = cost.training_flops(config.model, config.data.vocab_size, config.train.passes * rows, length, length)
+    width = round_up(length, mesh.shape["sequence"])  # as in training
+    closed_form = cost.training_flops(config.model, config.data.vocab_size, config.train.passes * rows, width, width)
     if not compiled.text:
         return {
             "flops_per_step": closed_form,

@@ -102,7 +102,7 @@ def test_fill_is_that_of_the_batches_made():
         bucket, examples = plan.batch(step)
         real += target[examples[examples != PAD_EXAMPLE]].sum()
         slots += bucket.rows * bucket.target
-    assert plan.token_utilization == pytest.approx(real / slots)
+    assert plan.fill == pytest.approx(real / slots)
 
 
 @pytest.mark.parametrize("longest", [30, 700])
@@ -114,7 +114,7 @@ def test_widths_are_multiples_of_the_length_multiple_and_the_same_pairs_are_kept
     assert all(bucket.source % 8 == bucket.target % 8 == 0 for bucket in rounded.buckets)
     assert max(max(bucket[:2]) for bucket in rounded.buckets) < longest + 8
     assert rounded.kept == plain.kept
-    assert 0.8 * plain.token_utilization < rounded.token_utilization <= plain.token_utilization + 0.01
+    assert 0.8 * plain.fill < rounded.fill <= plain.fill + 0.01
     assert make_plan(length_multiple=1, **fields).buckets == plain.buckets
 
 
@@ -150,7 +150,7 @@ def test_cuts_are_the_cheapest_of_all(num_buckets):
 
 
 def test_more_buckets_fill_better():
-    fills = [make_plan(n=5000, num_buckets=k).token_utilization for k in (1, 2, 4, 8)]
+    fills = [make_plan(n=5000, num_buckets=k).fill for k in (1, 2, 4, 8)]
     assert fills == sorted(fills)
     assert fills[-1] > 0.8 > fills[0]
 

@@ -179,7 +179,7 @@ def test_low_fill_and_many_shapes_are_reported_with_what_helps(pairs, sections, 
     for name, value, fill, shapes in changes:
         value = int(value) if value.isdecimal() else value
         schedule = input_pipeline.make_batch_schedule(validation.replace_field(config, name, value), ids)
-        assert f"{schedule.token_utilization:.2f}" == fill
+        assert f"{schedule.fill:.2f}" == fill
         assert len(schedule.buckets) == int(shapes)
         assert float(fill) > float(re.search("fill (0.[0-9]+) is", shown)[1])
 

@@ -185,7 +185,7 @@ def test_files_hold_the_same_plan(tmp_path, monkeypatch, large):
         for step in (0, 150, 189, 500):
             np.testing.assert_array_equal(plan.batch(step).examples_B, in_memory.batch(step).examples_B)
         assert (plan.kept, plan.steps_per_epoch) == (in_memory.kept, in_memory.steps_per_epoch)
-        assert plan.token_utilization == in_memory.token_utilization
+        assert plan.fill == in_memory.fill
     assert any(tmp_path.glob("entry-*")) == (large == 500)
 
 
@@ -204,7 +204,7 @@ def test_utilization_is_that_of_the_batches():
     for step in range(plan.steps_per_epoch):
         real += target[examples_of(plan, step)].sum()
         slots += plan.batch(step).bucket.rows * plan.batch(step).bucket.target
-    assert plan.token_utilization == pytest.approx(real / slots, rel=0.01)
+    assert plan.fill == pytest.approx(real / slots, rel=0.01)
 
 
 def test_tags_come_before_the_sequences_of_their_source():

@@ -40,7 +40,7 @@ def make(ids, batching, **fields):
 
 def digest(schedule, ids):
     """Of the facts and all arrays of two epochs and three batches."""
-    facts = (schedule.buckets, schedule.batches, schedule.kept, schedule.dropped, schedule.token_utilization)
+    facts = (schedule.buckets, schedule.num_batches, schedule.kept, schedule.dropped, schedule.fill)
     result = hashlib.sha256(repr(facts).encode())
     for step in range(2 * schedule.steps_per_epoch + 3):
         spec = schedule.batch(step)

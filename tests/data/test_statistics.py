@@ -94,7 +94,7 @@ def test_the_tables_say_it(parts, capsys):
         [name, side] for name in ("train", "validation", "test") for side in ("en", "de")
     ]
     assert all(len(row) == 10 for row in tokens)
-    assert f"{plan.steps_per_epoch} steps an epoch, {plan.token_utilization:.1%} of their target slots filled" in out
+    assert f"{plan.steps_per_epoch} steps an epoch, {plan.fill:.1%} of their target token positions filled" in out
     assert f"train.num_steps = 100 are {100 / plan.steps_per_epoch:,.1f} epochs" in out
 
 

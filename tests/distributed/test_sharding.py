@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tests.conftest import small_config
 from tests.helpers.compilation import CompileCounter
 from transformer.config import MeshConfig
-from transformer.data.batching import Batch, BucketedSchedule
+from transformer.data.batching import Batch, Bucket, BucketedSchedule
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh, mesh_shape
 from transformer.models import registry
@@ -165,6 +165,9 @@ def test_rows_and_widths_are_filled_up_to_divide():
     placed = sharding.shard_batch(mesh, batch, num_micro_batches=2)
     assert (placed.source_BS.shape, placed.target_BT.shape) == ((8, 8), (8, 8))
     assert int(placed.source_BS.sum()) == 35
+    ahead = sharding.abstract_batch(mesh, Bucket(7, 8, 5), num_micro_batches=2)
+    for abstract, array in zip(ahead, placed, strict=True):
+        assert (abstract.shape, abstract.dtype, abstract.sharding) == (array.shape, array.dtype, array.sharding)
     sentences = sharding.shard_batch(mesh, batch.source_BS, rows="decode_batch")
     assert sentences.shape == (8, 7)
     assert {shard.data.shape for shard in sentences.addressable_shards} == {(1, 7)}

@@ -57,7 +57,7 @@ def check_supported(config: Config, mesh: Mesh) -> None:
     attention = config.model.attention
     # What auto does not choose for training, with dropout or packed rows, it may choose for validation.
     spec = _spec_of_translating(config) if attention == "auto" else AttentionSpec.from_config(config)
-    spec = dataclasses.replace(spec, sequence_shards=sharding.batch_divisor(mesh, "length"))
+    spec = dataclasses.replace(spec, sequence_shards=sharding.num_shards("length", mesh))
     kernel = attention if attention in FUSED_ATTENTION_PLATFORMS else "cudnn"
     reason = _unsupported_reason(kernel, mesh.devices.flat[0], spec)
     # The devices of an ahead-of-time compilation cannot run anything.

@@ -265,9 +265,9 @@ class BatchSchedule(abc.ABC):
       buckets: the shapes, shortest first.
       kept: the number of pairs with both sides within `max_length` tokens.
       dropped: the number of all other pairs.
-      batches: the number of batches of each shape in an epoch; the same in every epoch.
+      num_batches: of each shape in an epoch; the same in every epoch.
       steps_per_epoch: their sum.
-      token_utilization: real target tokens divided by target token slots, padding included.
+      fill: target tokens divided by target token positions, padding included; with subword dropout, planned tokens.
       period: what repeats after `steps_per_epoch`, for messages.
     """
 
@@ -285,8 +285,8 @@ class BatchSchedule(abc.ABC):
         self._store = store or schedule_store.MemoryStore()
         self.kept, self.dropped = 0, len(source_N)
         self.buckets: list[Bucket] = []
-        self.batches: list[int] = []
-        self.steps_per_epoch, self.token_utilization = 0, 0.0
+        self.num_batches: list[int] = []
+        self.steps_per_epoch, self.fill = 0, 0.0
         self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
 
     def batch(self, step: int) -> BatchSpec:
@@ -298,9 +298,9 @@ class BatchSchedule(abc.ABC):
         """Lines for the log, besides what is logged of every schedule."""
         return []
 
-    def num_token_slots(self, padded_rows: Callable[[int], int] = lambda rows: rows) -> int:
-        """Target token slots of an epoch, with batches of `rows` rows padded to `padded_rows(rows)`."""
-        return sum(n * padded_rows(b.rows) * b.target for n, b in zip(self.batches, self.buckets, strict=True))
+    def num_token_positions(self, padded_rows: Callable[[int], int] = lambda rows: rows) -> int:
+        """Target token positions of an epoch, with batches of `rows` rows padded to `padded_rows(rows)`."""
+        return sum(n * padded_rows(b.rows) * b.target for n, b in zip(self.num_batches, self.buckets, strict=True))
 
     def _kept_parts(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Ids, source and target lengths of the kept pairs, in parts."""
@@ -309,10 +309,10 @@ class BatchSchedule(abc.ABC):
     def _set_facts(self, facts: Facts) -> None:
         """Sets the attributes."""
         self.kept, self.dropped = facts["kept"], len(self._source_N) - facts["kept"]
-        self.buckets, self.batches = [Bucket(*bucket) for bucket in facts["buckets"]], facts["batches"]
-        self.steps_per_epoch = sum(self.batches)
+        self.buckets, self.num_batches = [Bucket(*bucket) for bucket in facts["buckets"]], facts["batches"]
+        self.steps_per_epoch = sum(self.num_batches)
         if self.kept:
-            self.token_utilization = facts["target_tokens"] / self.num_token_slots()
+            self.fill = facts["target_tokens"] / self.num_token_positions()
 
     @abc.abstractmethod
     def _plan_epoch(self, epoch: int) -> Callable[[int], BatchSpec]:
@@ -351,17 +351,17 @@ class BucketedSchedule(BatchSchedule):
 
         facts = self._store.facts(plan)
         self._set_facts(facts)
-        self._members: list[int] = facts["members"]  # pairs of each bucket
+        self._num_pairs: list[int] = facts["members"]  # of each bucket
 
     def _plan_epoch(self, epoch: int) -> Callable[[int], BatchSpec]:
         planned = self._store.array(f"epoch-{epoch}", lambda: self._order(epoch), self.kept + self.steps_per_epoch)
-        return planned_batches(planned, self.buckets, self._members, self.batches)
+        return planned_batches(planned, self.buckets, self._num_pairs, self.num_batches)
 
     def _order(self, epoch: int) -> np.ndarray:
         """What `planned_batches` takes."""
         dtype = id_dtype(len(self._source_N))
         planned, members = np.empty(self.kept + self.steps_per_epoch, dtype), np.empty(self.kept, dtype)
-        first_pairs = np.cumsum([0, *self._members])
+        first_pairs = np.cumsum([0, *self._num_pairs])
         group_by_bucket(members, self._kept_parts(), self.buckets, first_pairs[:-1])
         for index, (start, end) in enumerate(itertools.pairwise(first_pairs)):
             planned[start:end] = members[start:end][permutation(int(end - start), self.seed, epoch, index)]
@@ -393,23 +393,22 @@ def group_by_bucket(
 
 
 def planned_batches(
-    planned: np.ndarray, buckets: Sequence[Bucket], members: Sequence[int], batches: Sequence[int]
+    planned: np.ndarray, buckets: Sequence[Bucket], num_pairs: Sequence[int], num_batches: Sequence[int]
 ) -> Callable[[int], BatchSpec]:
     """Maps an index in an epoch to its batch.
 
     Args:
       planned: the example ids in the order of this epoch, one bucket after another; then the order of all batches.
       buckets: the shapes.
-      members: pairs of each bucket.
-      batches: of each bucket.
+      num_pairs, num_batches: of each bucket.
     """
-    pairs, order = planned[: sum(members)], planned[sum(members) :]
-    first_pairs, first_batches = np.cumsum([0, *members]), np.cumsum([0, *batches])
+    pairs, order = planned[: sum(num_pairs)], planned[sum(num_pairs) :]
+    first_pairs, first_batches = np.cumsum([0, *num_pairs]), np.cumsum([0, *num_batches])
 
     def spec(index: int) -> BatchSpec:
         batch = int(order[index])
         number = int(np.searchsorted(first_batches, batch, side="right")) - 1
-        start, end = part_bounds(members[number], batches[number], batch - int(first_batches[number]))
+        start, end = part_bounds(num_pairs[number], num_batches[number], batch - int(first_batches[number]))
         examples = np.array(pairs[first_pairs[number] + start : first_pairs[number] + end], np.int64)
         return BatchSpec(buckets[number], pad_rows(examples, buckets[number].rows))
 

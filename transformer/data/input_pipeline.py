@@ -179,7 +179,7 @@ def _mixture_schedule(config: Config, ids: TokenIds, folder: epath.Path | None) 
 
 def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
     """What to change where most positions are padding, or many shapes have one batch; empty for other schedules."""
-    fill, steps, shapes = schedule.token_utilization, schedule.steps_per_epoch, sum(map(bool, schedule.batches))
+    fill, steps, shapes = schedule.fill, schedule.steps_per_epoch, sum(map(bool, schedule.num_batches))
     has_many_shapes = shapes > 1 and steps < 2 * shapes
     if not steps or (fill >= LOW_FILL and not has_many_shapes):
         return ""
@@ -187,7 +187,7 @@ def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
     if config.data.batching == "bucket":
         changes["data.num_buckets"] = max(steps // 4, 1) if has_many_shapes else min(max(2 * shapes, 8), 64)
         changes["data.batching"] = "pack"
-    batch_tokens = max(round(fill * schedule.num_token_slots()) // (4 * shapes), config.data.max_row_length)
+    batch_tokens = max(round(fill * schedule.num_token_positions()) // (4 * shapes), config.data.max_row_length)
     if batch_tokens < config.train.batch_tokens:
         changes["train.batch_tokens"] = batch_tokens
     effects = []
@@ -198,10 +198,10 @@ def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
         except UserError:  # of a mixture or an attention that does not support packed rows
             continue
         changed = _schedule(changed_config, ids)
-        effects.append(f"{name} = {value} gives fill {changed.token_utilization:.2f}, shapes: {len(changed.buckets)}")
+        effects.append(f"{name} = {value} gives fill {changed.fill:.2f}, shapes: {len(changed.buckets)}")
     return (
         f"shapes of batches: {shapes}, each of which is compiled, for {steps:,} batches {schedule.period}; "
-        f"fill {fill:.2f} is the share of token positions that are not padding. "
+        f"fill {fill:.2f} (target tokens / token positions). "
         f"{'; '.join(effects) or 'More pairs would help'}"
     )
 

@@ -54,7 +54,7 @@ class _Stage(NamedTuple):
       start: updates before it.
       first_round: rounds before it.
       shares: of each entry.
-      batches: of each shape in a round.
+      num_batches: of each shape in a round.
       pairs: [E][K], of a round; a fraction, of which rounds take the integer parts in turn.
       drawn: [E][K], pairs drawn before it.
     """
@@ -62,14 +62,14 @@ class _Stage(NamedTuple):
     start: int
     first_round: int
     shares: list[float]
-    batches: list[int]
+    num_batches: list[int]
     pairs: list[list[Fraction]]
     drawn: list[list[int]]
 
     @property
     def steps(self) -> int:
         """Updates of a round."""
-        return sum(self.batches)
+        return sum(self.num_batches)
 
     def drawn_after(self, rounds: int) -> list[list[int]]:
         """[E][K], pairs drawn before the stage and in so many rounds of it."""
@@ -82,8 +82,8 @@ class _Stage(NamedTuple):
 class MixtureSchedule(BatchSchedule):
     """Batches with one sentence a row from several entries, in shapes by length that all entries share.
 
-    The attributes of `BatchSchedule` are those of the first round in place of an epoch; `batches` are the most of any
-    stage. Example ids count through the entries.
+    The attributes of `BatchSchedule` are those of the first round in place of an epoch; `num_batches` are the most of
+    any stage. Example ids count through the entries.
 
     Attributes:
       pairs: the number of kept pairs of each entry.
@@ -122,9 +122,9 @@ class MixtureSchedule(BatchSchedule):
         self._first_members = np.cumsum([0, *(count for row in self._members for count in row)])
         self._member_ids = self._store.array("members", self._collect, self.kept)
         self._stages = self._plan_stages()
-        self.batches = np.max([stage.batches for stage in self._stages], axis=0).tolist()
+        self.num_batches = np.max([stage.num_batches for stage in self._stages], axis=0).tolist()
         self.steps_per_epoch = self._stages[0].steps
-        self.token_utilization = self._utilization(self._stages[0], facts["target_tokens"])
+        self.fill = self._fill(self._stages[0], facts["target_tokens"])
         self._order_of = functools.lru_cache(maxsize=4 * len(lengths) * len(self.buckets))(self._order_members)
 
     def batch(self, step: int) -> BatchSpec:
@@ -233,15 +233,15 @@ class MixtureSchedule(BatchSchedule):
             stages.append(_Stage(start, first_round, shares, batches, pairs, drawn))
         return stages
 
-    def _utilization(self, stage: _Stage, tokens: Sequence[Sequence[int]]) -> float:
-        """Real target tokens divided by target token slots, in a round."""
+    def _fill(self, stage: _Stage, tokens: Sequence[Sequence[int]]) -> float:
+        """Target tokens divided by target token positions, in a round."""
         real = sum(
             float(pairs) * own / count
             for rows in zip(stage.pairs, tokens, self._members, strict=True)
             for pairs, own, count in zip(*rows, strict=True)
             if count
         )
-        return real / sum(n * b.rows * b.target for n, b in zip(stage.batches, self.buckets, strict=True))
+        return real / sum(n * b.rows * b.target for n, b in zip(stage.num_batches, self.buckets, strict=True))
 
     def _plan_epoch(self, epoch: int) -> Callable[[int], BatchSpec]:
         """Maps an index in a round to its batch."""
@@ -249,9 +249,9 @@ class MixtureSchedule(BatchSchedule):
         drawn, after = (stage.drawn_after(epoch - stage.first_round + n) for n in (0, 1))
         sizes = [sum(b) - sum(a) for a, b in zip(zip(*drawn, strict=True), zip(*after, strict=True), strict=True)]
         planned = self._store.array(
-            f"epoch-{epoch}", lambda: self._order(epoch, drawn, after, stage.batches), sum(sizes) + stage.steps
+            f"epoch-{epoch}", lambda: self._order(epoch, drawn, after, stage.num_batches), sum(sizes) + stage.steps
         )
-        return planned_batches(planned, self.buckets, sizes, stage.batches)
+        return planned_batches(planned, self.buckets, sizes, stage.num_batches)
 
     def _order(self, epoch: int, drawn: list[list[int]], after: list[list[int]], batches: list[int]) -> np.ndarray:
         """The pairs of a round, one shape after another, then the order of its batches."""

@@ -1,4 +1,4 @@
-"""Packing: several sentences in one row, so that almost no token slot is padding.
+"""Packing: several sentences in one row, so that almost no token position is padding.
 
 Which lengths share a row is decided once, from the histogram of lengths alone. Every epoch assigns the sentences of
 each pair of lengths to the row positions of that pair in a new order, and shuffles the rows. So all epochs have equally
@@ -148,7 +148,7 @@ def pack(sources: np.ndarray, targets: np.ndarray, counts: np.ndarray, source: i
 
     Args:
       sources, targets, counts: the two lengths of each class, and its number of sentences.
-      source, target: token slots of a row on each side; every class fits into an empty row.
+      source, target: token positions of a row on each side; every class fits into an empty row.
     """
     open_rows = _OpenRows(source, target)
     for index in np.argsort(-(sources / source + targets / target), kind="stable"):
@@ -161,7 +161,7 @@ def pack(sources: np.ndarray, targets: np.ndarray, counts: np.ndarray, source: i
 
 
 class _RowGroup(NamedTuple):
-    """Rows with equal free space: their indices, and the free (source, target) token slots of each."""
+    """Rows with equal free space: their indices, and the free (source, target) token positions of each."""
 
     rows: np.ndarray
     free: tuple[int, int]

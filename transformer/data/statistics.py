@@ -111,7 +111,7 @@ def print_report(
     _print_filters(console, corpus)
     epochs = config.train.num_steps / schedule.steps_per_epoch
     console.print(
-        f"{schedule.steps_per_epoch:,} steps an epoch, {schedule.token_utilization:.1%} of their target slots filled; "
+        f"{schedule.steps_per_epoch:,} steps an epoch, {schedule.fill:.1%} of their target token positions filled; "
         f"train.num_steps = {config.train.num_steps:,} are {epochs:,.1f} epochs"
     )
 
@@ -147,7 +147,7 @@ def print_mixture_report(
     console.print(table)
     for own in corpus.corpora:
         _print_filters(console, own)
-    console.print(f"{schedule.token_utilization:.1%} of target slots filled")
+    console.print(f"{schedule.fill:.1%} of target token positions filled")
 
 
 def _pairs_table(

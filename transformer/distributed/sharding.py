@@ -16,8 +16,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from transformer.config.schema import round_up
 from transformer.config.validation import divisibility_error
-from transformer.data.batching import BatchSchedule
+from transformer.data.batching import Batch, BatchSchedule, Bucket
 from transformer.distributed.mesh import MESH_AXES
 from transformer.runtime.errors import UserError
 
@@ -152,9 +153,9 @@ def save_all_but_gathered(*_: Any, **params: Any) -> bool:
     return called is None or [equation.primitive.name for equation in called.eqns] != ["sharding_constraint"]
 
 
-def num_shards(axis: str) -> int:
-    """The number of shards of a logical axis in the current mesh."""
-    mesh = _current_mesh()
+def num_shards(axis: str, mesh: Mesh | None = None) -> int:
+    """The number of shards of a logical axis in a mesh, by default the current one."""
+    mesh = _current_mesh() if mesh is None else mesh
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in LOGICAL_AXIS_RULES[axis])
 
 
@@ -210,23 +211,18 @@ def make_all_gather(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))
 
 
-def batch_divisor(mesh: Mesh, rows: str = "batch") -> int:
-    """By how much the rows of a batch must divide: the number of devices that split them."""
-    return math.prod(mesh.shape[name] for name in LOGICAL_AXIS_RULES[rows])
-
-
 def padded_batch_size(mesh: Mesh, count: int, num_micro_batches: int = 1, rows: str = "batch") -> int:
     """The number of rows of a batch of `count` rows once it is padded."""
-    return count + -count % (batch_divisor(mesh, rows) * num_micro_batches)
+    return round_up(count, num_shards(rows, mesh) * num_micro_batches)
 
 
-def padding_warning(mesh: Mesh, plan: BatchSchedule, num_micro_batches: int) -> str:
+def padding_warning(mesh: Mesh, schedule: BatchSchedule, num_micro_batches: int) -> str:
     """A warning that padding the rows of training batches costs much; empty if it costs little."""
-    padded = plan.num_token_slots(lambda rows: padded_batch_size(mesh, rows, num_micro_batches))
-    ratio = padded / plan.num_token_slots()
+    padded = schedule.num_token_positions(lambda rows: padded_batch_size(mesh, rows, num_micro_batches))
+    ratio = padded / schedule.num_token_positions()
     message = (
-        f"mesh.data x mesh.fsdp = {batch_divisor(mesh)} times train.accumulation_steps = {num_micro_batches} must "
-        f"divide the rows: padding makes them {ratio:.1f} times as many; lower one of these, or raise "
+        f"mesh.data x mesh.fsdp = {num_shards('batch', mesh)} times train.accumulation_steps = {num_micro_batches} "
+        f"must divide the rows: padding makes them {ratio:.1f} times as many; lower one of these, or raise "
         "train.batch_tokens"
     )
     return message if ratio > 1.25 else ""
@@ -239,7 +235,7 @@ def local_row_indices(
 
     Args:
       count: rows of the batch. Indices from `count` on are rows of padding.
-      num_micro_batches, rows: see `pad_batch`.
+      num_micro_batches, rows: see `shard_batch`.
       devices: others than those of this process.
     """
     total = padded_batch_size(mesh, count, num_micro_batches, rows)
@@ -268,8 +264,8 @@ def shard_batch(mesh: Mesh, batch: Any, num_micro_batches: int = 1, rows: str = 
       num_micro_batches: into how many parts each device's rows must divide.
       rows: logical axis of the rows: `batch`, or `decode_batch`, whose width stays as it is.
     """
-    sharding, divisor = batch_sharding(mesh, rows), batch_divisor(mesh, rows)
-    width = batch_divisor(mesh, "length") if rows == "batch" else 1
+    sharding, divisor = batch_sharding(mesh, rows), num_shards(rows, mesh)
+    width = num_shards("length", mesh) if rows == "batch" else 1
     if jax.process_count() == 1:
         return jax.device_put(pad_batch(batch, divisor * num_micro_batches, width), sharding)
     num_local = len(local_row_indices(mesh, divisor, rows=rows))  # of `divisor` rows
@@ -282,11 +278,11 @@ def shard_batch(mesh: Mesh, batch: Any, num_micro_batches: int = 1, rows: str = 
     return jax.tree.map(shard, pad_batch(batch, 1, width))
 
 
-def abstract_batch(mesh: Mesh, batch: Any, num_micro_batches: int = 1) -> Any:
-    """Shapes, dtypes and shardings of what `shard_batch` makes of a batch with all its rows."""
-    padded = pad_batch(batch, batch_divisor(mesh) * num_micro_batches, batch_divisor(mesh, "length"))
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), padded)
+def abstract_batch(mesh: Mesh, bucket: Bucket, num_micro_batches: int = 1) -> Batch:
+    """Shapes, dtypes and shardings of what `shard_batch` makes of a batch of this shape."""
+    rows, shards = padded_batch_size(mesh, bucket.rows, num_micro_batches), num_shards("length", mesh)
+    sides = [(rows, round_up(width, shards)) for width in (bucket.source, bucket.target)]
+    return Batch(*(jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh)) for shape in sides))
 
 
 def allgather_to_devices(mesh: Mesh, values_K: np.ndarray) -> jax.Array:

@@ -172,7 +172,7 @@ class Evaluator:
 
     def _rows_of(self, width: int) -> int:
         """The number of rows of this width that go through the model at once in training, as they fit into memory."""
-        multiple, train = sharding.batch_divisor(self._mesh), self._config.train
+        multiple, train = sharding.num_shards("batch", self._mesh), self._config.train
         return max(train.batch_tokens // train.accumulation_steps // width // multiple, 1) * multiple
 
 

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from transformer.config import Config
-from transformer.data.batching import Batch, rows_per_batch
+from transformer.data.batching import Bucket, rows_per_batch
 from transformer.distributed import sharding
 from transformer.models import registry
 from transformer.planning.hardware import GPU_TARGETS, Topology
@@ -88,15 +87,15 @@ def compile_step(config: Config, mesh: Mesh, rows: int, length: int, effort: flo
     Args:
       config: of the run.
       mesh: of the devices to compile for.
-      rows, length: of the batch.
+      rows, length: of the batch, which is padded as in training.
       effort: of XLA to optimize the program, from -1 to 0, its default.
     """
     model = registry.ModelDef(config.model, config.data.vocab_size)
-    ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding.batch_sharding(mesh))
+    batch = sharding.abstract_batch(mesh, Bucket(length, length, rows), config.train.accumulation_steps)
     update: Any = train_step.make_train_step(model, config, mesh)
     platform = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)
     state = train_step.abstract_state(model, config, mesh)
-    lowered = update.trace(state, Batch(ids, ids)).lower(lowering_platforms=(platform,))
+    lowered = update.trace(state, batch).lower(lowering_platforms=(platform,))
     try:
         compiled = lowered.compile(compiler_options=compiler_options(platform, effort))
     except jax.errors.JaxRuntimeError as error:

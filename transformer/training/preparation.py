@@ -259,7 +259,7 @@ def log_summary(context: RunContext, model: ModelDef) -> None:
     log_info(
         f"{model.num_params():,} params · {data.tokenizer.vocab_size:,} pieces · {schedule.kept:,} pairs, dropped "
         f"{schedule.dropped:,} longer than data.max_length = {config.data.max_length} · "
-        f"{schedule.steps_per_epoch:,} steps {schedule.period}, fill {schedule.token_utilization:.2f} · "
+        f"{schedule.steps_per_epoch:,} steps {schedule.period}, fill {schedule.fill:.2f} · "
         f"{devices.size} x {devices.devices.flat[0].device_kind}"
     )
     shapes = " ".join(f"{b.rows}x({b.source}, {b.target})" for b in schedule.buckets)

@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from transformer.checkpoints import best_metric
 from transformer.checkpoints.manager import VALID_BLEU, Metrics
 from transformer.config import schema, validation
 from transformer.data import input_pipeline
-from transformer.data.batching import Batch, Bucket
+from transformer.data.batching import Batch
 from transformer.distributed import multihost, platform, sharding
 from transformer.evaluation.evaluator import EvalResult
 from transformer.evaluation.metrics import METRICS
@@ -207,9 +206,10 @@ class TrainingLoop:
 
     def _start_pipeline(self, state: TrainState) -> StepPipeline:
         context, data, train = self.context, self.context.data, self._config.train
+        schedule = data.schedule
         sizes: dict[str, Any] = {"num_micro_batches": train.accumulation_steps}
         batches = input_pipeline.train_iterator(
-            data.schedule,
+            schedule,
             data.ids,
             start=context.start,
             num_steps=train.num_steps,
@@ -219,17 +219,13 @@ class TrainingLoop:
         flops_of = functools.partial(
             flops.batch_flops, self._config.model, data.tokenizer.vocab_size, passes=train.passes
         )
-        buckets = [bucket for bucket, count in zip(data.schedule.buckets, data.schedule.batches, strict=True) if count]
+        buckets = [bucket for bucket, count in zip(schedule.buckets, schedule.num_batches, strict=True) if count]
         pipeline = StepPipeline(context.train_step, state, batches, shard, flops_of, self._cost, len(buckets))
         if (threads := platform.compile_threads(context.mesh)) > 1:
             log_info(f"compiling {len(buckets)} shapes of batches, up to {threads} at once")
-            pipeline.compile_ahead([self._abstract_batch(bucket) for bucket in buckets], threads)
+            shapes = [sharding.abstract_batch(context.mesh, bucket, **sizes) for bucket in buckets]
+            pipeline.compile_ahead(shapes, threads)
         return pipeline
-
-    def _abstract_batch(self, bucket: Bucket) -> Batch:
-        """Shapes and shardings of a bucket's batches."""
-        sides = [np.zeros((bucket.rows, width), np.int32) for width in (bucket.source, bucket.target)]
-        return sharding.abstract_batch(self.context.mesh, Batch(*sides), self._config.train.accumulation_steps)
 
     def _after_update(
         self, pipeline: StepPipeline, step: int, writer: MetricWriter | NullMetricWriter, signal_number: int | None

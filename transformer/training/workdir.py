@@ -150,7 +150,9 @@ def _may_change(change: schema.FieldDiff, config: Config) -> bool:
 
 
 @contextlib.contextmanager
-def dump_batch_on_divergence(workdir: epath.Path, plan: BatchSchedule, split: Split | MixtureSplit) -> Iterator[None]:
+def dump_batch_on_divergence(
+    workdir: epath.Path, schedule: BatchSchedule, split: Split | MixtureSplit
+) -> Iterator[None]:
     """Writes the batch of the update that a DivergedError names to WORKDIR/diverged.json, and passes the error on."""
     try:
         yield
@@ -159,15 +161,15 @@ def dump_batch_on_divergence(workdir: epath.Path, plan: BatchSchedule, split: Sp
             raise
         path = workdir / DIVERGED_FILE
         if multihost.is_primary():
-            text = json.dumps(_describe_batch(plan, split, error), ensure_ascii=False, indent=1)
+            text = json.dumps(_describe_batch(schedule, split, error), ensure_ascii=False, indent=1)
             with user_error_on_oserror(f"{path}"):
                 write_atomic(path, text + "\n")
         raise DivergedError(f"{error}. The sentence pairs of its batch are in {path}", error.step) from error
 
 
-def _describe_batch(plan: BatchSchedule, split: Split | MixtureSplit, error: DivergedError) -> dict[str, Any]:
+def _describe_batch(schedule: BatchSchedule, split: Split | MixtureSplit, error: DivergedError) -> dict[str, Any]:
     """The update, the reason, and number and text of each sentence pair of its batch."""
-    examples = plan.batch((error.step or 1) - 1).examples_B
+    examples = schedule.batch((error.step or 1) - 1).examples_B
     numbers = examples[examples != PAD_EXAMPLE].tolist()
     pairs = [{"number": number, "source": split[number][0], "target": split[number][1]} for number in numbers]
     return {"update": error.step, "why": str(error), "pairs": pairs}
