@@ -22,6 +22,7 @@ from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError, WorkdirError
 from transformer.runtime.files import append, open_atomic, user_error_on_oserror, write_atomic
 from transformer.training import workdir
+from transformer.training.metrics import MetricWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the clients' own making
 
@@ -127,6 +128,15 @@ def test_a_log_is_copied_as_it_grows(bucket, monkeypatch):
         assert (address / "a.txt").read_text() == lines
         log.close()
         assert not log.folder.exists()
+
+
+def test_metrics_of_a_run_without_a_checkpoint_are_quarantined_there(bucket, capsys):
+    address = epath.Path(bucket) / "lost"
+    write_atomic(address / "metrics.jsonl", '{"step": 5}\n')
+    with MetricWriter(address, 0, 20):
+        pass
+    assert f"{address}: holds no checkpoint" in capsys.readouterr().err
+    assert (address / "metrics.jsonl.old").read_text() == '{"step": 5}\n'
 
 
 def test_a_log_is_copied_in_the_background(bucket, monkeypatch):

@@ -1,7 +1,7 @@
 """Scaled dot-product attention and its KV cache: the reference implementation (paper, section 3.2).
 
 B batch, T query length, S key length, H heads, K width per head, N beams.
-Masks are boolean, True where a query attends to a key, of shape [B or 1, 1, T or 1, S].
+Masks are boolean, True where a query attends to a key, of shape [B or 1, 1, T or 1, S or 1].
 """
 
 import functools

@@ -155,8 +155,8 @@ def save_all_but_gathered(*_: Any, **params: Any) -> bool:
 
 def num_shards(axis: str, mesh: Mesh | None = None) -> int:
     """The number of shards of a logical axis in a mesh, by default the current one."""
-    mesh = _current_mesh() if mesh is None else mesh
-    return 1 if mesh is None else math.prod(mesh.shape[name] for name in LOGICAL_AXIS_RULES[axis])
+    given = _current_mesh() if mesh is None else mesh
+    return 1 if given is None else math.prod(given.shape[name] for name in LOGICAL_AXIS_RULES[axis])
 
 
 def shard_map(function: Callable, arguments: tuple[Axes, ...], result: Axes) -> Callable:

@@ -176,7 +176,7 @@ def _set_stack(spec: Any, module: Transformer, side: str, positions: int) -> Non
         table = module.source_positions if side == "source" else module.target_positions
         spec.position_encodings.encodings = _array(table)
     stack = module.encoder if side == "source" else module.decoder
-    for layer_spec, layer in zip(spec.layer, unstack_layers(stack, len(spec.layer)), strict=True):
+    for layer_spec, layer in zip(spec.layer, unstack_layers(stack), strict=True):
         _set_self_attention(layer_spec.self_attention, layer.attention)
         _set_norm(layer_spec.self_attention.layer_norm, layer.attention_residual.norm)
         if side == "target":

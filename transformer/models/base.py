@@ -1,8 +1,7 @@
 """The base class of all architectures: embeddings, positions, logits; segment ids and the reordering of beams.
 
-An architecture is a `Seq2SeqModel` with the methods of `transformer.Transformer`: `encode` and `decode` for all
-positions at once, `__call__` for both, `init_decode` and `decode_step` for one position at a time, `cross_attention`
-for the attention weights. Its cache has the methods `reorder` and `resize`.
+An architecture is a `Seq2SeqModel` that overrides the methods below without a body of their own; its cache has the
+methods `reorder` and `resize`. docs/extending.md names the other places that know architectures.
 
 B batch, S source length, T target length, D model width, N beams, V vocabulary.
 """

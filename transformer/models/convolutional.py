@@ -7,7 +7,6 @@ scaled by 1/√D, no scaling of the context or of the encoder's gradients, no dr
 B batch, S source length, T target length, D model width, N beams, W width of the convolution.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -163,7 +162,7 @@ class ConvSeq2Seq(Seq2SeqModel):
         """Implements `Seq2SeqModel.cross_attention`, with one head."""
         source, y_BTD = self._decoder_inputs(self.encode(source_BS), source_BS, target_BT, None, None)
         x_BTD, weights = y_BTD, []
-        for layer in self._decoder_layers():
+        for layer in unstack_layers(self.decoder):
             x_BTD, weights_BTS = layer(x_BTD, y_BTD, source, None, None)
             weights.append(weights_BTS)
         return jnp.stack(weights, axis=1)[:, :, None]
@@ -174,7 +173,7 @@ class ConvSeq2Seq(Seq2SeqModel):
         """Implements `Seq2SeqModel.init_decode`; the size of the cache does not depend on the length."""
         source = self._source(self.encode(source_BS), source_BS, None)
         shape = (source_BS.shape[0], beams, self.config.kernel_width - 1, self.config.emb_dim)
-        keys = [layer.attention.keys(source.encoded_BSD) for layer in self._decoder_layers()]
+        keys = [layer.attention.keys(source.encoded_BSD) for layer in unstack_layers(self.decoder)]
         position_encodings_TD = self._position_encodings("target", max_length)[0]
         return EncodedSource(source, keys, position_encodings_TD), FixedSizeCache(
             [jnp.zeros(shape, self.dtype) for _ in keys]
@@ -192,7 +191,7 @@ class ConvSeq2Seq(Seq2SeqModel):
         encoding_11D = jax.lax.dynamic_slice_in_dim(source.position_encodings_TD, position, 1)[None]
         y_BND = self._embed("target", inputs_BN, encoding_11D, None)
         x_BND, weights_BNS, layer_caches = y_BND, None, []
-        for layer, keys_BSD, previous in zip(self._decoder_layers(), source.keys, cache.layers, strict=True):
+        for layer, keys_BSD, previous in zip(unstack_layers(self.decoder), source.keys, cache.layers, strict=True):
             x_BND, layer_cache, weights_BNS = layer.step(x_BND, y_BND, source.states, keys_BSD, previous)
             layer_caches.append(layer_cache)
         return self._logits(x_BND), FixedSizeCache(layer_caches), weights_BNS if return_attention else None
@@ -215,9 +214,6 @@ class ConvSeq2Seq(Seq2SeqModel):
 
     def _encodings(self, side: str, segment_ids_BT: Array, packed: bool) -> Array:
         return self._position_encodings(side, segment_ids_BT.shape[1], position_ids(segment_ids_BT) if packed else None)
-
-    def _decoder_layers(self) -> Sequence[DecoderLayer]:
-        return unstack_layers(self.decoder, self.config.num_decoder_layers)
 
 
 def shift(x_BTD: Array, offset: int, segment_ids_BT: Array | None) -> Array:

@@ -50,11 +50,12 @@ def stack_layers(layers: Sequence[nnx.Module], scan: bool) -> nnx.Module:
     return stacked
 
 
-def unstack_layers(stack: nnx.Module, count: int) -> list[Any]:
+def unstack_layers(stack: nnx.Module) -> list[Any]:
     """The list of layers, stacked or not."""
     if isinstance(stack, nnx.List):
         return list(stack)
     graphdef, params = nnx.split(stack)
+    count = jax.tree.leaves(params)[0].shape[0]
     return [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], params)) for i in range(count)]
 
 
@@ -201,7 +202,7 @@ def make_bias(use_bias: bool, rngs: nnx.Rngs, width: int, axis: str = "norm") ->
 
 
 class Norm(nnx.Module):
-    """The norm of `model.norm_type` over a width, with a learned scale, and a bias if it is LayerNorm."""
+    """The norm of `model.norm_type` over a width: a learned scale, and in LayerNorm a bias if `use_bias`."""
 
     def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs, use_bias: bool = True):
         self.norm_type, self.epsilon = config.norm_type, config.norm_epsilon

@@ -23,11 +23,6 @@ MODELS: dict[str, type[Seq2SeqModel]] = {
 }
 
 
-def build_model(config: ModelConfig, vocab_size: int, rngs: nnx.Rngs) -> Seq2SeqModel:
-    """Builds a model of the config's family with fresh params."""
-    return MODELS[config.family](config, vocab_size, rngs)
-
-
 Params = dict[str, Any]
 
 
@@ -39,7 +34,7 @@ class ModelDef:
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
-        self._build = lambda rngs: build_model(config, vocab_size, rngs)
+        self._build = lambda rngs: MODELS[config.family](config, vocab_size, rngs)
         module = nnx.eval_shape(lambda: self._build(nnx.Rngs(params=0)))
         self._graphdef, self.abstract_params = nnx.split(module, nnx.Param)
         self._dtype = jnp.dtype(config.dtype)

@@ -247,7 +247,7 @@ class Transformer(Seq2SeqModel):
         """Implements `Seq2SeqModel.self_attention`."""
         x_BSD, rotation = self._embed_with_positions("source", source_BS)
         mask, weights = AttentionMask(kv_segment_ids_BS=segment_ids(source_BS)), []
-        for layer in unstack_layers(self.encoder, self.config.num_encoder_layers):
+        for layer in unstack_layers(self.encoder):
             x_BSD, weights_BHSS = layer.self_attention_weights(x_BSD, mask, rotation)
             weights.append(weights_BHSS)
         return jnp.stack(weights, axis=1), self._decoder_attention(source_BS, target_BT)[0]
@@ -258,7 +258,7 @@ class Transformer(Seq2SeqModel):
         x_BTD, rotation = self._embed_with_positions("target", shift_right(target_BT))
         self_mask, cross_mask = AttentionMask(causal=True), AttentionMask(kv_segment_ids_BS=segment_ids(source_BS))
         weights = []
-        for layer in unstack_layers(self.decoder, self.config.num_decoder_layers):
+        for layer in unstack_layers(self.decoder):
             x_BTD, *layer_weights = layer.attention_weights(x_BTD, encoded_BSD, self_mask, cross_mask, rotation)
             weights.append(layer_weights)
         of_self, of_cross = (jnp.stack(each, axis=1) for each in zip(*weights, strict=True))
@@ -269,7 +269,7 @@ class Transformer(Seq2SeqModel):
     ) -> tuple[EncodedSource, KVCache]:
         """Implements `Seq2SeqModel.init_decode`."""
         encoded_BSD = self.encode(source_BS)
-        layers = unstack_layers(self.decoder, self.config.num_decoder_layers)
+        layers = unstack_layers(self.decoder)
         kv = [layer.cross.keys_values(encoded_BSD) for layer in layers]
         source_kv = [(k_BSHK.transpose(0, 2, 3, 1), v_BSHK.swapaxes(1, 2)) for k_BSHK, v_BSHK in kv]
         cache_length = cache_length or max_length
@@ -304,7 +304,7 @@ class Transformer(Seq2SeqModel):
         beam_BN1 = jax.lax.broadcasted_iota(jnp.int32, (*inputs_BN.shape, 1), 1)
         history_BNT = jax.lax.dynamic_update_slice_in_dim(cache.beam_history_BNT, beam_BN1, position, axis=2)
         read_history_BNT = history_BNT if self.attends_across_beams else None
-        layers = unstack_layers(self.decoder, self.config.num_decoder_layers)
+        layers = unstack_layers(self.decoder)
         layer_caches, attention_BNS = [], None
         for layer, source_kv, layer_cache in zip(layers, source.layers, cache.layers, strict=True):
             is_returned = return_attention and layer is layers[-1]

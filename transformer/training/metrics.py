@@ -157,7 +157,7 @@ class MetricWriter:
 
     def __init__(self, workdir: epath.Path, start: int, num_steps: int):
         self._workdir, self._directory = workdir, object_storage.SyncedDirectory(workdir, METRICS_FILE)
-        _truncate_after(self._directory.folder / METRICS_FILE, start)
+        _truncate_after(self._directory.folder / METRICS_FILE, start, workdir)
         self._jsonl = (self._directory.folder / METRICS_FILE).open("a")
         # Not a SummaryWriter: it writes in a thread, and blocks for ever once an error has ended that.
         self._events = EventsWriter(str(self._directory.folder / "events"))
@@ -234,14 +234,20 @@ def open_metric_writer(workdir: epath.Path, start: int, num_steps: int) -> Metri
     return MetricWriter(workdir, start, num_steps) if multihost.is_primary() else NullMetricWriter()
 
 
-def _truncate_after(path: epath.Path, step: int) -> None:
-    """Drops the lines of later steps, which will be trained again, and one that a kill cut short."""
+def _truncate_after(path: epath.Path, step: int, workdir: epath.Path) -> None:
+    """Drops the lines of later steps, which will be trained again, and one that a kill cut short.
+
+    Args:
+      path: of the metrics, or of their local copy.
+      step: the last that is kept.
+      workdir: for messages.
+    """
     if not path.exists():
         return
     if step == 0 and path.stat().length:
         old = path.parent / f"{path.name}.old"
         path.replace(old)
-        log_info(f"{path.parent}: holds no checkpoint, so training starts again; its old metrics are in {old.name}")
+        log_info(f"{workdir}: holds no checkpoint, so training starts again; its old metrics are in {old.name}")
         return
     kept_lines = []
     for line in path.read_bytes().split(b"\n"):

@@ -123,12 +123,14 @@ def make_train_step(
                 grads, state.opt_state, state.params, value=sums.smoothed_nll / tokens
             )
         params = optax.apply_updates(state.params, updates)
-        source_tokens, num_skipped = (
-            (batch.source_BS != PAD).sum(dtype=jnp.float32),
-            optimizer_lib.num_skipped(opt_state),
+        metrics = StepMetrics(
+            loss=sums,
+            grad_norm=optax.tree.norm(grads),
+            learning_rate=schedule(state.step - optimizer_lib.num_skipped(state.opt_state)),
+            source_tokens=(batch.source_BS != PAD).sum(dtype=jnp.float32),
+            skipped=optimizer_lib.num_skipped(opt_state),
+            consistency=consistency,
         )
-        rate = schedule(state.step - optimizer_lib.num_skipped(state.opt_state))
-        metrics = StepMetrics(sums, optax.tree.norm(grads), rate, source_tokens, num_skipped, consistency)
         ema = None if state.ema is None else update_ema(state.ema, params, state.step, config.train.ema_decay)
         is_bad = ~(jnp.isfinite(sums.smoothed_nll) & jnp.isfinite(metrics.grad_norm))
         return optimizer_lib.where_tree(is_bad, state, TrainState(state.step + 1, params, opt_state, ema)), metrics
