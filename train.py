@@ -29,5 +29,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.reexec_with_huge_pages()
+    command_line.reexec_with_malloc_settings()
     command_line.run(main)

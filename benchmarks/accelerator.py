@@ -204,7 +204,7 @@ def environment_of(args: argparse.Namespace) -> dict[str, str]:
     return {
         "PYTHONUNBUFFERED": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", command_line.HUGE_PAGES),
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
         "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(args.scratch, "compiled")),
         "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "xla_gpu_per_fusion_autotune_cache_dir",

@@ -204,5 +204,5 @@ def draw(output: epath.Path, results: Row) -> None:
 
 
 if __name__ == "__main__":
-    command_line.reexec_with_huge_pages()
+    command_line.reexec_with_malloc_settings()
     command_line.run(main)

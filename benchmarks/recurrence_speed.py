@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 
-from transformer.command_line import command_parser, positive_int, reexec_with_huge_pages, run
+from transformer.command_line import command_parser, positive_int, reexec_with_malloc_settings, run
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 
@@ -81,5 +81,5 @@ def torch_ms(python: str, sizes: list[int]) -> float:
 
 
 if __name__ == "__main__":
-    reexec_with_huge_pages()
+    reexec_with_malloc_settings()
     run(main)

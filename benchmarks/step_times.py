@@ -82,5 +82,5 @@ def format_table(medians: dict[str, tuple[float, float]]) -> str:
 
 
 if __name__ == "__main__":
-    command_line.reexec_with_huge_pages()
+    command_line.reexec_with_malloc_settings()
     command_line.run(main)

@@ -142,5 +142,5 @@ def real_tokens(batch: Batch) -> int:
 
 
 if __name__ == "__main__":
-    command_line.reexec_with_huge_pages()
+    command_line.reexec_with_malloc_settings()
     command_line.run(main)

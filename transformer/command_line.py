@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -51,16 +53,29 @@ def run(command: Callable[[list[str]], object]) -> None:
         sys.exit(code)
 
 
-def reexec_with_huge_pages() -> None:
-    """The first thing a training command does: restarts with huge pages for memory from malloc.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+KEEP_MEMORY = ("mmap_max=0", "trim_threshold=1073741824", "arena_max=1")
 
-    glibc reads that setting at the start of a process alone. XLA's CPU back end takes its buffers from
-    malloc at every step and gives them back; with small pages a third of a training step's CPU time
-    went into page faults (docs/log.md, 2026-11-20).
+
+def reexec_with_malloc_settings() -> None:
+    """The first thing a training command does: restarts with settings that glibc reads at the start of a process alone.
+
+    XLA's CPU back end takes its buffers from malloc at every step and gives them back. With small pages a third of a
+    training step's CPU time went into page faults; with huge pages a sixth into zeroing memory that the process had
+    just given back to the system, unless malloc keeps it (docs/log.md, 2026-11-20 and 2026-11-30).
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        keeps = () if _may_have_accelerator() else KEEP_MEMORY
+        os.environ["GLIBC_TUNABLES"] = ":".join([HUGE_PAGES, *(f"glibc.malloc.{setting}" for setting in keeps)])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _may_have_accelerator() -> bool:
+    """Whether JAX may find a GPU or TPU: its plugin is installed, and not only the CPU is asked for."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return bool(plugins) or importlib.util.find_spec("libtpu") is not None
 
 
 def command_parser(prog: str, doc: str | None, **options: Any) -> argparse.ArgumentParser:

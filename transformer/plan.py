@@ -148,7 +148,9 @@ def cost_and_bounds(
     config: Config, topology: Topology, compiled: "aot.Compiled", mesh: Any, rows: int, length: int
 ) -> Row:
     """Memory, FLOPs and bounds of a program; only the closed form of its FLOPs if it is too large to compile."""
-    width = round_up(length, mesh.shape["sequence"])  # as in training
+    from transformer.distributed import sharding
+
+    width = round_up(length, sharding.num_shards("length", mesh))  # as in training
     closed_form = cost.training_flops(config.model, config.data.vocab_size, config.train.passes * rows, width, width)
     if not compiled.text:
         return {

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-import importlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -510,11 +510,17 @@ def test_a_config_that_cannot_be_read_and_a_flag_without_its_prefix_are_refused(
         command_line.parse_with_config(parser, ["train.py", *flags])
 
 
-def test_huge_pages_are_asked_for_once():
+def test_malloc_is_set_once_and_keeps_memory_where_only_a_cpu_computes(monkeypatch):
     program = (
-        "import os\nfrom transformer import command_line\ncommand_line.reexec_with_huge_pages()\n"
+        "import os\nfrom transformer import command_line\ncommand_line.reexec_with_malloc_settings()\n"
         "print(os.environ['GLIBC_TUNABLES'])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    assert run("-c", program, env=environment).stdout == "glibc.malloc.hugetlb=1\n"
+    settings = run("-c", program, env={**environment, "JAX_PLATFORMS": "cpu"}).stdout.strip().split(":")
+    assert settings == [f"glibc.malloc.{setting}" for setting in ("hugetlb=1", *command_line.KEEP_MEMORY)]
     assert run("-c", program, env={**environment, "GLIBC_TUNABLES": "mine"}).stdout == "mine\n"
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ["cuda13"] * (group == "jax_plugins"))
+    assert command_line._may_have_accelerator()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not command_line._may_have_accelerator()

@@ -181,7 +181,7 @@ def test_low_fill_and_many_shapes_are_reported_with_what_helps(pairs, sections, 
         schedule = input_pipeline.make_batch_schedule(validation.replace_field(config, name, value), ids)
         assert f"{schedule.fill:.2f}" == fill
         assert len(schedule.buckets) == int(shapes)
-        assert float(fill) > float(re.search("fill (0.[0-9]+) is", shown)[1])
+        assert float(fill) > float(re.search(r"fill (0.[0-9]+) \(", shown)[1])
 
 
 def test_no_change_is_advised_that_the_config_would_not_accept(capsys):

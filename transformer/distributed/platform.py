@@ -3,8 +3,8 @@
 Only those of an attention kernel and of connections are made elsewhere, in `attention.fused` and `distributed.mesh`.
 Other code is the same on all platforms. Some of it is written for XLA's CPU back end: beam search never slices
 what `top_k` returns (1 ms a step instead of 103) and takes it over blocks of tokens (0.8 ms instead of 1.1), and a
-random word serves four elements of dropout (7% of a training step). `command_line.reexec_with_huge_pages`, which has
-to come before JAX, saves a CPU a third of a step's CPU time. docs/log.md has the measurements.
+random word serves four elements of dropout (7% of a training step). `command_line.reexec_with_malloc_settings`, which
+has to come before JAX, saves a CPU up to a third of a step's CPU time. docs/log.md has the measurements.
 """
 
 import jax
