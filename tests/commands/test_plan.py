@@ -68,8 +68,8 @@ def test_flops_are_those_of_the_closed_form():
 def test_a_length_that_the_mesh_does_not_divide_is_padded_as_in_training():
     row = planned(mesh={"data": 1, "sequence": 8}, data={"max_length": 20}, train={"batch_tokens": 40})
     assert (row["rows"], row["length"]) == (2, 20)
-    assert row["flops_per_step"] == row["flops_closed_form"]
     assert row["flops_closed_form"] == flops.training_flops(small_config(model={"num_layers": 1}).model, 300, 2, 24, 24)
+    assert row["flops_per_step"] > row["flops_closed_form"]  # a ring computes logits again in the backward pass
 
 
 @pytest.mark.slow
