@@ -47,11 +47,11 @@ def usual(parts):
 
 
 def eager(params):
-    """The params of a model that likes to end, for `translate`."""
+    """The params of a model that likes to end."""
     params = jax.tree.map(lambda leaf: leaf, params)
     end_V = params["embeddings"]["shared"]["table"][tokenizer.EOS]
     params["decoder"][0]["mlp_residual"]["norm"]["bias"] = 2 * end_V / jnp.linalg.norm(end_V)
-    return [params]
+    return params
 
 
 def test_translations_are_varied_enough_to_tell_lines_apart(usual):
@@ -146,7 +146,7 @@ def test_a_wider_beam_finds_other_translations(parts, usual):
 @pytest.mark.slow
 def test_the_length_penalty_is_the_config_s(parts):
     """A model that likes to end ends early, unless long hypotheses are made up to."""
-    params = eager(parts[3])
+    params = [eager(parts[3])]
     lengths = [
         sum(map(len, make(parts, beam_size=4, length_penalty=alpha)[0].translate(params, LINES)))
         for alpha in (0.0, 3.0)
@@ -156,7 +156,7 @@ def test_the_length_penalty_is_the_config_s(parts):
 
 def best(parts, **fields):
     translator, _ = make(parts, **fields)
-    return [result[0] for result in translator.translate_nbest(eager(parts[3]), SHORT)]
+    return [result[0] for result in translator.translate_nbest([eager(parts[3])], SHORT)]
 
 
 @pytest.mark.slow
