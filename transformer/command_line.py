@@ -54,7 +54,7 @@ def run(command: Callable[[list[str]], object]) -> None:
 
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-KEEP_MEMORY = ("mmap_max=0", "trim_threshold=1073741824", "arena_max=1")
+KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824:glibc.malloc.arena_max=1"
 
 
 def reexec_with_malloc_settings() -> None:
@@ -65,8 +65,7 @@ def reexec_with_malloc_settings() -> None:
     just given back to the system, unless malloc keeps it (docs/log.md, 2026-11-20 and 2026-11-30).
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        keeps = () if _may_have_accelerator() else KEEP_MEMORY
-        os.environ["GLIBC_TUNABLES"] = ":".join([HUGE_PAGES, *(f"glibc.malloc.{setting}" for setting in keeps)])
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES if _may_have_accelerator() else f"{HUGE_PAGES}:{KEEP_MEMORY}"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
