@@ -11,10 +11,11 @@ import pytest
 
 from tests.checkpoints.test_manager import files, flip, make_parts, save, save_three
 from tests.conftest import slow
-from transformer.checkpoints import loading, manager, manifest
+from transformer.checkpoints import loading, manager
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.data import tokenizer
 from transformer.runtime.errors import UserError, WorkdirError
+from transformer.runtime.files import json_digest
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +368,7 @@ def test_checkpoints_that_an_earlier_version_saved_are_averaged_with_those_of_th
         path = workdir / "checkpoints" / str(done) / manager.MANIFEST
         values = json.loads(path.read_text())
         del values["run_id"], values["base_run_id"]
-        values["sha256"] = manifest._digest_of_values({key: values[key] for key in values if key != "sha256"})
+        values["sha256"] = json_digest({key: values[key] for key in values if key != "sha256"})
         path.write_text(json.dumps(values))
     save(workdir, parts, 200, run_id="a" * 32)
     assert select(workdir, "average:4") == [9, 10, 100, 200]

@@ -224,7 +224,7 @@ def test_weights_of_the_source_are_those_that_the_decoder_uses(norm):
     for number, layer in enumerate(model.decoder):
         cross, given_BHTS = layer.cross, weights_BLHTS[:, number]
 
-        def given(y, encoded, mask, key=None, cross=cross, given_BHTS=given_BHTS):
+        def given(y, encoded, mask, key=None, weights=None, cross=cross, given_BHTS=given_BHTS):
             values_BSHK = cross.keys_values(encoded)[1]
             return cross.project(jnp.einsum("bhts,bshk->bthk", given_BHTS, values_BSHK))
 
@@ -245,7 +245,7 @@ def test_weights_of_self_attention_are_those_that_the_layers_use(norm):
         for number, layer in enumerate(layers):
             attention, given_BHTT = layer.attention, weights[:, number]
 
-            def given(y, same, mask, key=None, rotation=None, attention=attention, given_BHTT=given_BHTT):
+            def given(y, same, mask, key=None, rotation=None, weights=None, attention=attention, given_BHTT=given_BHTT):
                 values_BTHK = attention.keys_values(y)[1]
                 return attention.project(jnp.einsum("bhts,bshk->bthk", given_BHTT, values_BTHK))
 

@@ -16,8 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from transformer.attention.dot_product import einsum_f32
 from transformer.attention.dropout import Seeds, apply_keep_mask, attention_keep_mask, head_seeds
 from transformer.attention.mask import MASK_VALUE, AttentionMask
+from transformer.attention.padding import pad_end
+from transformer.config.schema import round_up
 from transformer.distributed.platform import ATTENTION_BLOCK
 
 
@@ -94,25 +97,20 @@ def to_blocks(
     """Puts heads before lengths and pads lengths to whole blocks; also returns block_q and block_kv."""
     num_queries, num_keys = q_BTHK.shape[1], k_BSHK.shape[1]
     block_q, block_kv = min(block, num_queries), min(block, num_keys)
+    padded_T, padded_S = round_up(num_queries, block_q), round_up(num_keys, block_kv)
     q_ids_BT, kv_ids_BS = mask.q_segment_ids_BT, mask.kv_segment_ids_BS
     if num_keys % block_kv and kv_ids_BS is None:
         kv_ids_BS = jnp.ones(k_BSHK.shape[:2], jnp.int32)  # so that padded keys, of segment 0, are masked
     mask = dataclasses.replace(
         mask,
-        q_segment_ids_BT=None if q_ids_BT is None else _pad_to_multiple(q_ids_BT, 1, block_q),
-        kv_segment_ids_BS=None if kv_ids_BS is None else _pad_to_multiple(kv_ids_BS, 1, block_kv),
+        q_segment_ids_BT=None if q_ids_BT is None else pad_end(q_ids_BT, 1, padded_T),
+        kv_segment_ids_BS=None if kv_ids_BS is None else pad_end(kv_ids_BS, 1, padded_S),
     )
     q_BHTK, k_BHSK, v_BHSK = (
-        _pad_to_multiple(jnp.swapaxes(array, 1, 2), 2, size)
-        for array, size in ((q_BTHK, block_q), (k_BSHK, block_kv), (v_BSHK, block_kv))
+        pad_end(jnp.swapaxes(array, 1, 2), 2, length)
+        for array, length in ((q_BTHK, padded_T), (k_BSHK, padded_S), (v_BSHK, padded_S))
     )
     return q_BHTK, k_BHSK, v_BHSK, mask, block_q, block_kv
-
-
-def _pad_to_multiple(array: Array, axis: int, block: int) -> Array:
-    """Zeros at the end; as segment ids they are padding."""
-    padding = -array.shape[axis] % block
-    return jnp.pad(array, [(0, padding if i == axis else 0) for i in range(array.ndim)]) if padding else array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -153,7 +151,7 @@ class BlockInputs(NamedTuple):
         block_q, block_kv = self.config.block_q, self.config.block_kv
         q_BHqK, k_BHsK = _slice_block(self.q_BHTK, i, block_q), _slice_block(self.k_BHSK, j, block_kv)
         mask = self.mask.materialize(block_q, block_kv, i * block_q, j * block_kv)
-        logits_BHqs = _einsum("bhqk,bhsk->bhqs", q_BHqK, k_BHsK) * q_BHqK.shape[-1] ** -0.5
+        logits_BHqs = einsum_f32("bhqk,bhsk->bhqs", q_BHqK, k_BHsK) * q_BHqK.shape[-1] ** -0.5
         return jnp.where(mask, logits_BHqs, MASK_VALUE), mask
 
     def apply_dropout(self, weights_BHqs: Array, i: Array, j: Array) -> Array:
@@ -205,7 +203,7 @@ def forward_blocks(inputs: BlockInputs, state: OnlineSoftmaxState) -> OnlineSoft
         weights_BHqs = jnp.exp(logits_BHqs - new_max_BHq[..., None])
         denominator_BHq = denominator_BHq * rescale_BHq + weights_BHqs.sum(-1)
         dropped_BHqs = inputs.apply_dropout(weights_BHqs, i, j).astype(v_BHSK.dtype)
-        update_BHqK = _einsum("bhqs,bhsk->bhqk", dropped_BHqs, _slice_block(v_BHSK, j, block_kv))
+        update_BHqK = einsum_f32("bhqs,bhsk->bhqk", dropped_BHqs, _slice_block(v_BHSK, j, block_kv))
         acc_BHqK = acc_BHqK * rescale_BHq[..., None] + update_BHqK  # line 10
         return OnlineSoftmaxState(acc_BHqK, denominator_BHq, new_max_BHq)
 
@@ -257,13 +255,13 @@ def backward_blocks(inputs: BlockInputs, output: OutputGradient, gradients: Grad
         logits_BHqs, mask = inputs.logits(i, j)  # line 10
         weights_BHqs = jnp.exp(logits_BHqs - _slice_block(output.logsumexp_BHT, i, block_q)[..., None])  # line 11
         dropped_BHqs = inputs.apply_dropout(weights_BHqs, i, j).astype(dout_BHTK.dtype)
-        dv_BHsK += _einsum("bhqs,bhqk->bhsk", dropped_BHqs, dout_BHqK)  # line 12
-        dweights_BHqs = _einsum("bhqk,bhsk->bhqs", dout_BHqK, _slice_block(inputs.v_BHSK, j, block_kv))  # line 13
+        dv_BHsK += einsum_f32("bhqs,bhqk->bhsk", dropped_BHqs, dout_BHqK)  # line 12
+        dweights_BHqs = einsum_f32("bhqk,bhsk->bhqs", dout_BHqK, _slice_block(inputs.v_BHSK, j, block_kv))  # line 13
         delta_BHq1 = _slice_block(output.delta_BHT, i, block_q)[..., None]
         dweights_BHqs = inputs.apply_dropout(dweights_BHqs, i, j) - delta_BHq1
         dlogits_BHqs = jnp.where(mask, weights_BHqs * dweights_BHqs * scale, 0.0).astype(q_BHTK.dtype)  # line 14
-        dk_BHsK += _einsum("bhqs,bhqk->bhsk", dlogits_BHqs, q_BHqK)  # line 16
-        dq_BHqK = _einsum("bhqs,bhsk->bhqk", dlogits_BHqs, _slice_block(inputs.k_BHSK, j, block_kv))
+        dk_BHsK += einsum_f32("bhqs,bhqk->bhsk", dlogits_BHqs, q_BHqK)  # line 16
+        dq_BHqK = einsum_f32("bhqs,bhsk->bhqk", dlogits_BHqs, _slice_block(inputs.k_BHSK, j, block_kv))
         dq_BHqK += _slice_block(dq_BHTK, i, block_q)
         dq_BHTK = jax.lax.dynamic_update_slice_in_dim(dq_BHTK, dq_BHqK, i * block_q, axis=2)  # line 15
         return dq_BHTK, dk_BHsK, dv_BHsK
@@ -293,7 +291,3 @@ def _merge_blocks(blocks: Array) -> Array:
     """[blocks, B, H, size, …] → [B, H, blocks · size, …]."""
     merged = jnp.moveaxis(blocks, 0, 2)
     return merged.reshape(*merged.shape[:2], -1, *merged.shape[4:])
-
-
-def _einsum(subscripts: str, lhs: Array, rhs: Array) -> Array:
-    return jnp.einsum(subscripts, lhs, rhs, preferred_element_type=jnp.float32)

@@ -22,7 +22,9 @@ from jax.sharding import Mesh
 
 from transformer.attention.dot_product import dot_product_attention
 from transformer.attention.mask import AttentionMask
+from transformer.attention.padding import pad_end
 from transformer.config import Config, MeshConfig
+from transformer.config.schema import round_up
 from transformer.config.validation import (
     FUSED_ATTENTION_PLATFORMS,
     AttentionSpec,
@@ -204,7 +206,7 @@ def cudnn_attention(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, mask: Attention
         (B, T), S = q_BTHK.shape[:2], k_BSHK.shape[1]
         if lengths_B is None and S % 2 and not (mask.causal and T <= S):
             lengths_B = jnp.full((B,), S, jnp.int32)  # else queries would attend to the padded key
-        even = [_pad_to(array, array.shape[1] + array.shape[1] % 2) for array in (q_BTHK, k_BSHK, v_BSHK)]
+        even = [pad_end(array, 1, round_up(array.shape[1], 2)) for array in (q_BTHK, k_BSHK, v_BSHK)]
         out_BTHK = jax.nn.dot_product_attention(
             *even, is_causal=mask.causal, key_value_seq_lengths=lengths_B, implementation="cudnn"
         )
@@ -260,22 +262,17 @@ def _splash(
 ) -> Array:
     """Attention of one device's rows and heads."""
     T, S, H, K = q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.shape[2], q_BTHK.shape[3]
-    padded_T, padded_S = -(-T // NUM_LANES) * NUM_LANES, -(-S // NUM_LANES) * NUM_LANES
+    padded_T, padded_S = round_up(T, NUM_LANES), round_up(S, NUM_LANES)
     q_BHTK, k_BHSK, v_BHSK = (
-        jnp.swapaxes(_pad_to(array, size), 1, 2)
-        for array, size in zip((q_BTHK * K**-0.5, k_BSHK, v_BSHK), (padded_T, padded_S, padded_S), strict=True)
+        jnp.swapaxes(pad_end(array, 1, length), 1, 2)
+        for array, length in zip((q_BTHK * K**-0.5, k_BSHK, v_BSHK), (padded_T, padded_S, padded_S), strict=True)
     )
     ids = None
     if q_ids_BT is not None and kv_ids_BS is not None:
-        ids = splash.SegmentIds(_pad_to(q_ids_BT, padded_T), _pad_to(kv_ids_BS, padded_S))
+        ids = splash.SegmentIds(pad_end(q_ids_BT, 1, padded_T), pad_end(kv_ids_BS, 1, padded_S))
     with jax.numpy_dtype_promotion("standard"):
         out_BHTK = jax.vmap(_kernel(H, padded_T, padded_S, causal, interpret))(q_BHTK, k_BHSK, v_BHSK, ids)
     return jnp.swapaxes(out_BHTK, 1, 2)[:, :T]
-
-
-def _pad_to(array: Array, length: int) -> Array:
-    """Pads axis 1 with zeros to this length."""
-    return jnp.pad(array, [(0, length - size if axis == 1 else 0) for axis, size in enumerate(array.shape)])
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,15 +2,13 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 from etils import epath
 
-from transformer.runtime.files import sha256
+from transformer.runtime.files import json_digest, sha256
 
 MANIFEST = "manifest.json"
 NUM_THREADS = 4  # that hash files
@@ -42,13 +40,13 @@ class Manifest:
     def to_json(self) -> str:
         """Serializes the manifest, with a digest of itself."""
         values = dataclasses.asdict(self)
-        return json.dumps({**values, "sha256": _digest_of_values(values)}, indent=1, allow_nan=False) + "\n"
+        return json.dumps({**values, "sha256": json_digest(values)}, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
         """Parses a manifest; raises a ValueError, TypeError, AttributeError or KeyError unless it is as written."""
         values = json.loads(text)
-        if values.pop("sha256") != _digest_of_values(values):
+        if values.pop("sha256") != json_digest(values):
             raise ValueError("it has changed since it was written")
         metrics = {str(name): float(value) for name, value in values["metrics"].items()}
         host = {str(name): str(value) for name, value in values["host"].items()}
@@ -88,7 +86,3 @@ def iter_files(folder: epath.Path) -> Iterator[epath.Path]:
             yield from iter_files(path)
         else:
             yield path
-
-
-def _digest_of_values(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

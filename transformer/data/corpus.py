@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import importlib.util
 import itertools
-import json
 import operator
 import os
 import pathlib
@@ -40,7 +39,7 @@ from transformer.data.text_files import Pair
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import checksummed_json, parse_checksummed_json, user_error_on_oserror
+from transformer.runtime.files import checksummed_json, json_digest, parse_checksummed_json, user_error_on_oserror
 from transformer.runtime.logging import log_info
 from transformer.runtime.worker_pool import WorkerPool
 
@@ -275,7 +274,7 @@ class Corpus:
         self._digests = {}
         for name, (prepared_split, indices) in self._split_rows.items():
             self._digests[name] = split_digest(metadata.digests[prepared_split], indices)
-        self.digest = hashlib.sha256(json.dumps(self._digests, sort_keys=True).encode()).hexdigest()
+        self.digest = json_digest(self._digests)
         _log_metadata(metadata)
         self._check_filtered()
 

@@ -8,8 +8,6 @@ Shapes: N pairs of a part, a shard or the split.
 """
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -19,6 +17,7 @@ from transformer.config.schema import DataConfig
 from transformer.data import scripts
 from transformer.data.text_files import Pair
 from transformer.runtime.errors import UserError
+from transformer.runtime.files import json_digest
 
 NAMES = ("length", "ratio", "copies", "controls", "script", "duplicates")
 VERSION = 1  # increased whenever the same chain drops other pairs of the same data
@@ -94,7 +93,7 @@ class FilterChain:
     @property
     def digest(self) -> str:
         """Changes with any field and with VERSION; in hexadecimal."""
-        return hashlib.sha256(json.dumps([VERSION, dataclasses.asdict(self)], sort_keys=True).encode()).hexdigest()
+        return json_digest([VERSION, dataclasses.asdict(self)])
 
     def find(self, pairs: Sequence[Pair]) -> np.ndarray:
         """The code of the first filter but duplicates that drops each pair, [N] uint8."""

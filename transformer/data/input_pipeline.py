@@ -41,7 +41,7 @@ from transformer.data.subword_dropout import SubwordDropout
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import sha256, user_error_on_oserror
+from transformer.runtime.files import json_digest, sha256, user_error_on_oserror
 from transformer.runtime.logging import log_info
 
 PREFETCH_BATCHES = 16  # made ahead of the device
@@ -338,6 +338,6 @@ def _mix(data: DataConfig, entries: tuple[TokenIds, ...], tokenizer: Tokenizer) 
     source = MixedSequences([ids.source for ids in entries], tags)
     target = MixedSequences([ids.target for ids in entries], [[] for _ in entries])
     folders = [ids.folder for ids in entries if ids.folder is not None]
-    digest = hashlib.sha256(json.dumps([folder.name for folder in folders]).encode()).hexdigest()
+    digest = json_digest([folder.name for folder in folders])
     folder = folders[0].parent / f"mixture-{digest[:24]}" if folders else None
     return TokenIds(source, target, folder, entries)

@@ -5,7 +5,6 @@ old ones, and unchanged files are not. Sentences and their order are exactly tho
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ from transformer.data.shards import Part
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.file_digests import FileDigests
-from transformer.runtime.files import absolute_path
+from transformer.runtime.files import absolute_path, json_digest
 
 VALIDATION_STEMS = ("val", "valid", "validation", "dev")
 GENERATED = {"runs/tasks": "python -m benchmarks.task_data"}  # parent of a data.dir → the command that writes it
@@ -216,4 +215,4 @@ def _digest(files: Mapping[str, SplitFiles], data_dir: epath.PathLike) -> str:
                 computed = cache.compute(list(local.values()), "data: hashing the text files")
             digests |= {path: computed[expanded] for path, expanded in local.items()}
         parts = [str(ParallelText.VERSION), {split: files[split].digest(digests) for split in sorted(files)}]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return json_digest(parts)

@@ -5,9 +5,7 @@ Example ids count through the training pairs of the entries, one entry after ano
 
 import bisect
 import functools
-import hashlib
 import itertools
-import json
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -23,6 +21,7 @@ from transformer.data.local_text import SplitFiles
 from transformer.data.text_files import Pair
 from transformer.data.tokenizer import MAX_TRAINING_LINES, TOKENIZER_ALGORITHMS
 from transformer.runtime.errors import UserError
+from transformer.runtime.files import json_digest
 
 
 class MixtureSplit:
@@ -36,7 +35,7 @@ class MixtureSplit:
     def __init__(self, splits: list[Split]):
         self.splits = splits
         self._ends = list(itertools.accumulate(map(len, splits)))
-        self.digest = hashlib.sha256(json.dumps([split.digest for split in splits]).encode()).hexdigest()
+        self.digest = json_digest([split.digest for split in splits])
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -66,7 +65,7 @@ class MixtureCorpus:
     def __init__(self, data: DataConfig, entries: list[Corpus]):
         self.data, self.corpora = data, entries
         self.source_language, self.target_language = "mixture", str(len(entries))
-        self.digest = hashlib.sha256(json.dumps([corpus.digest for corpus in entries]).encode()).hexdigest()
+        self.digest = json_digest([corpus.digest for corpus in entries])
 
     @functools.cached_property
     def train(self) -> MixtureSplit:
@@ -111,7 +110,7 @@ def validation_splits(data: DataConfig, corpus: Corpus | MixtureCorpus) -> list[
 def validation_digest(splits: list[ValidationSplit]) -> str:
     """The digest of one split, or of several together."""
     digests = [split.digest for _, split in splits]
-    return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    return digests[0] if len(digests) == 1 else json_digest(digests)
 
 
 def validate_sources(data: DataConfig) -> None:

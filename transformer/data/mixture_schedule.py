@@ -11,8 +11,6 @@ E entries, K shapes of batches.
 
 import bisect
 import functools
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -38,6 +36,7 @@ from transformer.data.batching import (
 )
 from transformer.data.schedule_store import Facts
 from transformer.runtime.errors import UserError
+from transformer.runtime.files import json_digest
 
 SCHEDULE_VERSION = 2  # increased whenever the same lengths give other batches
 ROUND_EXAMPLES = 1 << 16  # of a round, at least
@@ -316,4 +315,4 @@ def store_key(data: DataConfig, pairs: Sequence[int], options: dict[str, Any]) -
     """Identifies the schedule of a mixture among those of the same token ids; `pairs` of each entry."""
     entries = mixture.without_paths(data.mixture)
     parts = [SCHEDULE_VERSION, entries, data.mixture_temperature, list(pairs), options]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    return json_digest(parts)[:24]

@@ -9,7 +9,6 @@ import abc
 import contextlib
 import dataclasses
 import glob
-import hashlib
 import io
 import json
 import os
@@ -33,7 +32,7 @@ from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.file_digests import FileDigests
-from transformer.runtime.files import file_lock, user_error_on_oserror, write_atomic
+from transformer.runtime.files import file_lock, json_digest, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
 from transformer.runtime.worker_pool import WorkerEndedError
 
@@ -175,7 +174,7 @@ class ParallelTextBuilder(tfds.core.ShardBasedBuilder):
 
 def data_digest(digests: Mapping[str, str], empty: Sequence[str]) -> str:
     """SHA-256 of the digests of all files and the names of empty splits, in hexadecimal."""
-    return hashlib.sha256(json.dumps([digests, empty], sort_keys=True).encode()).hexdigest()
+    return json_digest([digests, empty])
 
 
 class PreparedDataset:

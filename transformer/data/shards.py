@@ -332,7 +332,6 @@ class ShardJob:
         partial = {end: self.path(block.name, f"{end}.partial") for end in [*ends, PAIRS]}
         self.path(block.name, _DONE).unlink(missing_ok=True)
         inputs, known, line_breaks, longest, digest = [], [], 0, 0, self._new_digest()
-        first, second = sorted(language.encode() for language in self.languages)
         with contextlib.ExitStack() as stack:
             writer = stack.enter_context(records.open_writer(partial[RECORDS])) if self.store else None
             ids = [stack.enter_context(partial[end].open("wb")) for end in (SOURCE_IDS, TARGET_IDS) if end in partial]
@@ -343,8 +342,7 @@ class ShardJob:
                 digest.update(inputs[-1])
                 if writer is not None:
                     for pair in pairs:
-                        texts = pair if self.languages[0] <= self.languages[1] else pair[::-1]
-                        writer.write(records.serialize((texts[0].encode(), texts[1].encode()), (first, second)))
+                        writer.write(records.serialize(pair, self.languages))
                 line_breaks += sum("\n" in source or "\n" in target for source, target in pairs)
                 if self.scan:
                     longest = max(longest, *(len(text.encode()) for pair in lines for text in pair))

@@ -5,7 +5,6 @@ as `set`, and the digest of the checkpoint as `fingerprint`. Training never writ
 file of training. Checkpoints in the file are not scored again, so watching can be stopped and resumed at any time.
 """
 
-import hashlib
 import json
 import signal
 import time
@@ -21,7 +20,7 @@ from transformer.evaluation import summary
 from transformer.evaluation.evaluator import CheckpointEvaluator, EvalDataset, translations_path, write_translations
 from transformer.runtime import files, signals
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
-from transformer.runtime.files import user_error_on_oserror
+from transformer.runtime.files import json_digest, user_error_on_oserror
 from transformer.runtime.logging import log_info
 
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -47,7 +46,7 @@ def checkpoint_digest(checkpoints: CheckpointManager, step: int) -> str:
       CorruptCheckpointError: its manifest is unreadable or missing.
     """
     digests = checkpoints.manifest(step).files
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(digests)[:16]
 
 
 class CheckpointWatcher:

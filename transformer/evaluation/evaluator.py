@@ -6,7 +6,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -30,7 +29,7 @@ from transformer.evaluation.metrics import DEFAULT_METRICS, Scores, check_length
 from transformer.models.loss import LossSums, cross_entropy
 from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import DivergedError, UserError
-from transformer.runtime.files import user_error_on_oserror, write_atomic
+from transformer.runtime.files import json_digest, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
 from transformer.runtime.progress import phase
 
@@ -210,7 +209,7 @@ class EvalDataset(NamedTuple):
     @property
     def digest(self) -> str:
         """Changes with any sentence."""
-        return hashlib.sha256(json.dumps([self.sources, self.references]).encode()).hexdigest()[:16]
+        return json_digest([self.sources, self.references])[:16]
 
 
 def load_eval_dataset(

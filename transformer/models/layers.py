@@ -315,13 +315,26 @@ class MultiHeadAttention(nnx.Module):
         return linear("...hk,hkd->...d", heads, read_param(self.out, heads.dtype))
 
     def __call__(
-        self, x_BTD: Array, kv_BSD: Array, mask: AttentionMask, key: Key = None, rotation: Rotation | None = None
+        self,
+        x_BTD: Array,
+        kv_BSD: Array,
+        mask: AttentionMask,
+        key: Key = None,
+        rotation: Rotation | None = None,
+        weights: list[Array] | None = None,
     ) -> Array:
-        """Attends from `x_BTD` to `kv_BSD`; returns [B, T, D]."""
+        """Attends from `x_BTD` to `kv_BSD`; returns [B, T, D].
+
+        Args:
+          weights: a list to which the weights before dropout are appended, float32 [B, H, T, S].
+        """
         q_BTHK, k_BSHK, v_BSHK = (
             sharding.with_logical_constraint(heads, ("batch", "length", "heads", "kv"))
             for heads in (self.queries(x_BTD, rotation), *self.keys_values(kv_BSD, rotation))
         )
+        if weights is not None:
+            mask_B1TS = mask.materialize(x_BTD.shape[1], kv_BSD.shape[1])
+            weights.append(dot_product.attention_weights(q_BTHK, k_BSHK, mask_B1TS))
         rate = 0.0 if key is None else self.dropout_rate
         implementation = choose_attention(self.implementation, q_BTHK, v_BSHK, mask, rate)
         if implementation == "plain":
@@ -345,14 +358,6 @@ class MultiHeadAttention(nnx.Module):
         return dot_product.decode_attention_weights(
             self.queries(x_BND), k_BHKS, mask.materialize(x_BND.shape[1], k_BHKS.shape[3])
         )
-
-    def attention_weights(
-        self, x_BTD: Array, kv_BSD: Array, mask: AttentionMask, rotation: Rotation | None = None
-    ) -> Array:
-        """Weights of each query and key: float32 [B, H, T, S]."""
-        mask_B1TS = mask.materialize(x_BTD.shape[1], kv_BSD.shape[1])
-        k_BSHK, _ = self.keys_values(kv_BSD, rotation)
-        return dot_product.attention_weights(self.queries(x_BTD, rotation), k_BSHK, mask_B1TS)
 
 
 def norm_and_rotate(heads: Array, norm: Norm | None, rotation: Rotation | None) -> Array:

@@ -4,7 +4,6 @@ B batch, S source length, T target length, D model width, V vocabulary, N beams,
 H heads, K width per head, L layers.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from jax import Array
 
 from transformer.attention import dot_product
 from transformer.attention.mask import AttentionMask
+from transformer.attention.padding import pad_end
 from transformer.attention.rotary import Rotation, rotation_at
 from transformer.config import ModelConfig
 from transformer.models.base import Seq2SeqModel, gather_beams, position_ids, segment_ids, shift_right
@@ -50,15 +50,9 @@ class KVCache(NamedTuple):
 
     def resize(self, cache_length: int) -> "KVCache":
         """Pads the cache to hold this many positions."""
-        beams, added = self.beam_history_BNT.shape[1], cache_length - self.beam_history_BNT.shape[2]
-
-        def pad(array: Array, axis: int, count: int) -> Array:
-            return jnp.pad(array, [(0, count if i == axis else 0) for i in range(array.ndim)])
-
-        layers = [
-            LayerKVCache(pad(k_BHKS, 3, added * beams), pad(v_BHSK, 2, added * beams)) for k_BHKS, v_BHSK in self.layers
-        ]
-        return KVCache(layers, pad(self.beam_history_BNT, 2, added))
+        S = cache_length * self.beam_history_BNT.shape[1]
+        layers = [LayerKVCache(pad_end(k_BHKS, 3, S), pad_end(v_BHSK, 2, S)) for k_BHKS, v_BHSK in self.layers]
+        return KVCache(layers, pad_end(self.beam_history_BNT, 2, cache_length))
 
 
 class EncodedSource(NamedTuple):
@@ -66,23 +60,6 @@ class EncodedSource(NamedTuple):
 
     layers: list[tuple[Array, Array]]
     mask: AttentionMask
-
-
-def recorded(
-    attention: MultiHeadAttention,
-    mask: AttentionMask,
-    weights: list[Array],
-    memory_BSD: Array | None = None,
-    rotation: Rotation | None = None,
-) -> Callable[[Array], Array]:
-    """Attention of its input to itself, or to a memory, that appends its weights, float32 [B, H, T, S], to a list."""
-
-    def attend(y_BTD: Array) -> Array:
-        attended_BSD = y_BTD if memory_BSD is None else memory_BSD
-        weights.append(attention.attention_weights(y_BTD, attended_BSD, mask, rotation))
-        return attention(y_BTD, attended_BSD, mask, rotation=rotation)
-
-    return attend
 
 
 class EncoderLayer(nnx.Module):
@@ -94,18 +71,20 @@ class EncoderLayer(nnx.Module):
         self.mlp = FeedForward(config, rngs)
         self.mlp_residual = ResidualBlock(config, rngs)
 
-    def __call__(self, x_BSD: Array, mask: AttentionMask, key: Key, rotation: Rotation | None = None) -> Array:
+    def __call__(
+        self,
+        x_BSD: Array,
+        mask: AttentionMask,
+        key: Key,
+        rotation: Rotation | None = None,
+        weights: list[Array] | None = None,
+    ) -> Array:
+        """Returns [B, S, D]; appends the attention weights, float32 [B, H, S, S], to a list."""
         keys = split_key(key, 4)
-        x_BSD = self.attention_residual(x_BSD, lambda y: self.attention(y, y, mask, keys[0], rotation), keys[1])
+        x_BSD = self.attention_residual(
+            x_BSD, lambda y: self.attention(y, y, mask, keys[0], rotation, weights), keys[1]
+        )
         return self.mlp_residual(x_BSD, lambda y: self.mlp(y, keys[2]), keys[3])
-
-    def self_attention_weights(
-        self, x_BSD: Array, mask: AttentionMask, rotation: Rotation | None = None
-    ) -> tuple[Array, Array]:
-        """Calls the layer without dropout; also returns its attention weights, float32 [B, H, S, S]."""
-        weights: list[Array] = []
-        x_BSD = self.attention_residual(x_BSD, recorded(self.attention, mask, weights, rotation=rotation))
-        return self.mlp_residual(x_BSD, self.mlp), weights[0]
 
 
 class DecoderLayer(nnx.Module):
@@ -127,30 +106,17 @@ class DecoderLayer(nnx.Module):
         cross_mask: AttentionMask,
         key: Key,
         rotation: Rotation | None = None,
+        weights: list[Array] | None = None,
     ) -> Array:
+        """Returns [B, T, D]; appends the weights of self-attention, then of cross-attention, to a list."""
         keys = split_key(key, 6)
-        x_BTD = self.attention_residual(x_BTD, lambda y: self.attention(y, y, self_mask, keys[0], rotation), keys[1])
-        x_BTD = self.cross_residual(x_BTD, lambda y: self.cross(y, encoded_BSD, cross_mask, keys[2]), keys[3])
+        x_BTD = self.attention_residual(
+            x_BTD, lambda y: self.attention(y, y, self_mask, keys[0], rotation, weights), keys[1]
+        )
+        x_BTD = self.cross_residual(
+            x_BTD, lambda y: self.cross(y, encoded_BSD, cross_mask, keys[2], weights=weights), keys[3]
+        )
         return self.mlp_residual(x_BTD, lambda y: self.mlp(y, keys[4]), keys[5])
-
-    def attention_weights(
-        self,
-        x_BTD: Array,
-        encoded_BSD: Array,
-        self_mask: AttentionMask,
-        cross_mask: AttentionMask,
-        rotation: Rotation | None = None,
-    ) -> tuple[Array, Array, Array]:
-        """Calls the layer without dropout.
-
-        Returns:
-          Its output, and the weights of self-attention, float32 [B, H, T, T], and cross-attention [B, H, T, S].
-        """
-        weights: list[Array] = []
-        x_BTD = self.attention_residual(x_BTD, recorded(self.attention, self_mask, weights, rotation=rotation))
-        x_BTD = self.cross_residual(x_BTD, recorded(self.cross, cross_mask, weights, encoded_BSD))
-        weights_BHTT, weights_BHTS = weights
-        return self.mlp_residual(x_BTD, self.mlp), weights_BHTT, weights_BHTS
 
     def step(
         self,
@@ -246,10 +212,10 @@ class Transformer(Seq2SeqModel):
     def self_attention(self, source_BS: Array, target_BT: Array) -> tuple[Array, Array]:
         """Implements `Seq2SeqModel.self_attention`."""
         x_BSD, rotation = self._embed_with_positions("source", source_BS)
-        mask, weights = AttentionMask(kv_segment_ids_BS=segment_ids(source_BS)), []
+        mask = AttentionMask(kv_segment_ids_BS=segment_ids(source_BS))
+        weights: list[Array] = []
         for layer in unstack_layers(self.encoder):
-            x_BSD, weights_BHSS = layer.self_attention_weights(x_BSD, mask, rotation)
-            weights.append(weights_BHSS)
+            x_BSD = layer(x_BSD, mask, None, rotation, weights)
         return jnp.stack(weights, axis=1), self._decoder_attention(source_BS, target_BT)[0]
 
     def _decoder_attention(self, source_BS: Array, target_BT: Array) -> tuple[Array, Array]:
@@ -257,12 +223,10 @@ class Transformer(Seq2SeqModel):
         encoded_BSD = self.encode(source_BS)
         x_BTD, rotation = self._embed_with_positions("target", shift_right(target_BT))
         self_mask, cross_mask = AttentionMask(causal=True), AttentionMask(kv_segment_ids_BS=segment_ids(source_BS))
-        weights = []
+        weights: list[Array] = []  # of self-attention and cross-attention in turn
         for layer in unstack_layers(self.decoder):
-            x_BTD, *layer_weights = layer.attention_weights(x_BTD, encoded_BSD, self_mask, cross_mask, rotation)
-            weights.append(layer_weights)
-        of_self, of_cross = (jnp.stack(each, axis=1) for each in zip(*weights, strict=True))
-        return of_self, of_cross
+            x_BTD = layer(x_BTD, encoded_BSD, self_mask, cross_mask, None, rotation, weights)
+        return jnp.stack(weights[0::2], axis=1), jnp.stack(weights[1::2], axis=1)
 
     def init_decode(
         self, source_BS: Array, beams: int, max_length: int, cache_length: int | None = None

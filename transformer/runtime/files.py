@@ -213,6 +213,11 @@ def parse_checksummed_json(content: bytes) -> Any | None:
     return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == digest else None
 
 
+def json_digest(value: Any) -> str:
+    """SHA-256 of a value's JSON with sorted keys, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(path: epath.PathLike) -> str:
     """SHA-256 of the bytes of a file, in hexadecimal."""
     with epath.Path(path).open("rb") as file:
