@@ -19,14 +19,14 @@ from etils import epath
 from tests.attention.test_blockwise import B, K, draw, segments
 from tests.conftest import ROOT, small_config
 from transformer import inference
-from transformer.attention import dot_product, fused
+from transformer.attention import dispatch, dot_product, fused
 from transformer.attention.mask import AttentionMask
 from transformer.config import MeshConfig
 from transformer.distributed import multihost, sharding
 from transformer.distributed import platform as platforms
 from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
-from transformer.models import layers, registry
+from transformer.models import registry
 from transformer.models.loss import cross_entropy
 from transformer.planning import aot, hlo_cost
 from transformer.planning.hardware import parse_topology
@@ -173,8 +173,8 @@ def test_auto_takes_cudnn_at_all_lengths_and_splash_where_sentences_are_long(mac
         assert [chosen(length) for length in (1, 64, 511, 512)] == [short] * 3 + [long]
         assert chosen(512, implementation="blockwise") == "blockwise"
         assert chosen(64, implementation="plain") == "plain"
-    assert layers.select_attention_impl("splash", 64, 64, "splash") == "splash"
-    assert layers.select_attention_impl("splash", 64, 64) == "plain"  # a checkpoint from a TPU, on a CPU
+    assert dispatch.resolve("splash", 64, 64, "splash") == "splash"
+    assert dispatch.resolve("splash", 64, 64) == "plain"  # a checkpoint from a TPU, on a CPU
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def required(capability="9.0", **model):
 def chosen(length, width=8, implementation="auto"):
     """The attention that is taken for self-attention of this length."""
     q = jnp.zeros((1, length, 2, width), jnp.bfloat16)
-    return layers.choose_attention(implementation, q, q, AttentionMask(), 0.0)
+    return dispatch.choose(implementation, q, q, AttentionMask(), 0.0)
 
 
 def test_cudnn_is_tried_before_training_that_cannot_take_it_where_validation_can(machine):

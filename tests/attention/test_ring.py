@@ -9,13 +9,12 @@ import pytest
 
 from tests.attention.test_blockwise import B, K, cases, draw, segments
 from tests.conftest import slow
-from transformer.attention import dot_product
+from transformer.attention import dispatch, dot_product
 from transformer.attention.mask import AttentionMask
 from transformer.attention.ring import ring_attention
 from transformer.config import MeshConfig
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
-from transformer.models import layers
 
 HEADS = ("batch", "length", "heads", "kv")
 
@@ -88,7 +87,7 @@ def test_the_path_is_chosen_by_the_mesh():
         result = []
         mesh = mesh_of(sequence=sequence)
         with sharding.use_mesh(mesh):
-            result.append(layers.select_attention_impl(path, 8, 8))
+            result.append(dispatch.resolve(path, 8, 8))
         return result[0]
 
     assert [chosen(path, 2) for path in ("auto", "ring", "blockwise", "plain")] == [

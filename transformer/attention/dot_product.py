@@ -1,7 +1,7 @@
 """Scaled dot-product attention and its KV cache: the reference implementation (paper, section 3.2).
 
-B batch, T query length, S key length, H heads, K width per head, N beams.
-Masks are boolean, True where a query attends to a key, of shape [B or 1, 1, T or 1, S or 1].
+B batch, T query length, S key length, H heads, K width per head, N beams, C = T * N positions of the cache.
+A mask is an AttentionMask, or bool [B or 1, H or 1, T or 1, S or 1], true where a query attends to a key.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from transformer.attention.dropout import apply_keep_mask, attention_keep_mask, head_seeds
-from transformer.attention.mask import MASK_VALUE
+from transformer.attention.mask import MASK_VALUE, AttentionMask
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -42,13 +42,16 @@ def dot_product_attention(
     q_BTHK: Array,
     k_BSHK: Array,
     v_BSHK: Array,
-    mask: Array,
+    mask: AttentionMask | Array,
     dropout_rate: float = 0.0,
     key: Array | None = None,
 ) -> Array:
     """softmax(q kᵀ / √K) v (paper, equation 1), the softmax in float32; memory grows with T · S.
 
-    A query whose keys are all masked gets a finite average, which must not be used. Without `key` there is no dropout.
+    A query whose keys are all masked gets a finite average, which must not be used.
+
+    Args:
+      key: of dropout; without it there is none.
 
     Returns:
       [B, T, H, K] in the dtype of `v_BSHK`.
@@ -62,29 +65,35 @@ def dot_product_attention(
     return jnp.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK)
 
 
-def attention_weights(q_BTHK: Array, k_BSHK: Array, mask: Array) -> Array:
+def attention_weights(q_BTHK: Array, k_BSHK: Array, mask: AttentionMask | Array) -> Array:
     """softmax(q kᵀ / √K), float32 [B, H, T, S]."""
-    width = q_BTHK.shape[-1]
     logits_BHTS = einsum_f32("bthk,bshk->bhts", q_BTHK, k_BSHK)
-    return jax.nn.softmax(jnp.where(mask, logits_BHTS * width**-0.5, MASK_VALUE), axis=-1)
+    return masked_softmax(logits_BHTS * q_BTHK.shape[-1] ** -0.5, mask)
+
+
+def masked_softmax(logits_BHTS: Array, mask: AttentionMask | Array) -> Array:
+    """Softmax over the keys that the mask allows."""
+    if isinstance(mask, AttentionMask):
+        mask = mask.materialize(logits_BHTS.shape[2], logits_BHTS.shape[3])
+    return jax.nn.softmax(jnp.where(mask, logits_BHTS, MASK_VALUE), axis=-1)
 
 
 def write_cache(
-    k_BHKS: Array, v_BHSK: Array, new_k_BNHK: Array, new_v_BNHK: Array, position: Array
+    k_BHKC: Array, v_BHCK: Array, new_k_BNHK: Array, new_v_BNHK: Array, position: Array
 ) -> tuple[Array, Array]:
     """Writes keys and values of one decoding step into the cache.
 
-    Beam n writes its position t at index t * N + n of the S axis: with N = 2, [t0n0, t0n1, t1n0, t1n1, …].
+    Beam n writes its position t at index t * N + n of the C axis: with N = 2, [t0n0, t0n1, t1n0, t1n1, …].
     """
     start = position * jnp.int32(new_k_BNHK.shape[1])
     return (
-        jax.lax.dynamic_update_slice_in_dim(k_BHKS, new_k_BNHK.transpose(0, 2, 3, 1), start, axis=3),
-        jax.lax.dynamic_update_slice_in_dim(v_BHSK, new_v_BNHK.swapaxes(1, 2), start, axis=2),
+        jax.lax.dynamic_update_slice_in_dim(k_BHKC, new_k_BNHK.transpose(0, 2, 3, 1), start, axis=3),
+        jax.lax.dynamic_update_slice_in_dim(v_BHCK, new_v_BNHK.swapaxes(1, 2), start, axis=2),
     )
 
 
 def cached_attention(
-    q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, beam_history_BNT: Array | None, position: Array
+    q_BNHK: Array, k_BHKC: Array, v_BHCK: Array, beam_history_BNT: Array | None, position: Array
 ) -> Array:
     """Self-attention of one query per beam over the cache of all beams; each attends only to its hypothesis' history.
 
@@ -92,7 +101,7 @@ def cached_attention(
     written.
 
     Args:
-      k_BHKS, v_BHSK: the cache, S = T * N, laid out as in `write_cache`.
+      k_BHKC, v_BHCK: the cache, laid out as in `write_cache`.
       beam_history_BNT: int32; the beam that wrote position t of the hypothesis now in beam n; None: that beam itself.
       position: int32 []; later positions are not written yet.
 
@@ -100,27 +109,27 @@ def cached_attention(
       [B, N, H, K]
     """
     if beam_history_BNT is None:
-        return _attention_within_beams(q_BNHK, k_BHKS, v_BHSK, position)
+        return _attention_within_beams(q_BNHK, k_BHKC, v_BHCK, position)
     B, N, T = beam_history_BNT.shape
     beams_N = jnp.arange(N, dtype=jnp.int32)
     is_own = beam_history_BNT[:, :, :, None] == beams_N[None, None, None, :]
     is_written = jnp.arange(T, dtype=jnp.int32) <= position
     mask = (is_own & is_written[None, None, :, None]).reshape(B, 1, N, T * N)
-    return decode_attention(q_BNHK, k_BHKS, v_BHSK, mask)
+    return decode_attention(q_BNHK, k_BHKC, v_BHCK, mask)
 
 
-def _attention_within_beams(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, position: Array) -> Array:
+def _attention_within_beams(q_BNHK: Array, k_BHKC: Array, v_BHCK: Array, position: Array) -> Array:
     """`cached_attention` where no hypothesis moves: work and memory grow with N, not with N²."""
     B, N, H, K = q_BNHK.shape
-    T = k_BHKS.shape[3] // N
-    k_BHKTN, v_BHTNK = k_BHKS.reshape(B, H, K, T, N), v_BHSK.reshape(B, H, T, N, v_BHSK.shape[3])
-    logits_BHTN = jnp.einsum("bnhk,bhktn->bhtn", q_BNHK, k_BHKTN, preferred_element_type=jnp.float32) * K**-0.5
+    T = k_BHKC.shape[3] // N
+    k_BHKTN, v_BHTNK = k_BHKC.reshape(B, H, K, T, N), v_BHCK.reshape(B, H, T, N, v_BHCK.shape[3])
+    logits_BHTN = einsum_f32("bnhk,bhktn->bhtn", q_BNHK, k_BHKTN) * K**-0.5
     is_written_T1 = jnp.arange(T, dtype=jnp.int32)[:, None] <= position
-    weights_BHTN = jax.nn.softmax(jnp.where(is_written_T1, logits_BHTN, MASK_VALUE), axis=2).astype(v_BHSK.dtype)
+    weights_BHTN = jax.nn.softmax(jnp.where(is_written_T1, logits_BHTN, MASK_VALUE), axis=2).astype(v_BHCK.dtype)
     return jnp.einsum("bhtn,bhtnk->bnhk", weights_BHTN, v_BHTNK)
 
 
-def decode_attention(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, mask: Array) -> Array:
+def decode_attention(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, mask: AttentionMask | Array) -> Array:
     """`dot_product_attention` of one query per beam over keys and values in the layout of the cache.
 
     Both products read them in this layout: with others XLA's CPU back end copies all keys and values in every step,
@@ -133,7 +142,7 @@ def decode_attention(q_BNHK: Array, k_BHKS: Array, v_BHSK: Array, mask: Array) -
     return jnp.einsum("bhns,bhsk->bhnk", weights_BHNS, v_BHSK).swapaxes(1, 2)
 
 
-def decode_attention_weights(q_BNHK: Array, k_BHKS: Array, mask: Array) -> Array:
+def decode_attention_weights(q_BNHK: Array, k_BHKS: Array, mask: AttentionMask | Array) -> Array:
     """softmax(q kᵀ / √K), float32 [B, H, N, S]."""
-    logits_BHNS = jnp.einsum("bnhk,bhks->bhns", q_BNHK, k_BHKS, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(jnp.where(mask, logits_BHNS * q_BNHK.shape[-1] ** -0.5, MASK_VALUE), axis=-1)
+    logits_BHNS = einsum_f32("bnhk,bhks->bhns", q_BNHK, k_BHKS)
+    return masked_softmax(logits_BHNS * q_BNHK.shape[-1] ** -0.5, mask)

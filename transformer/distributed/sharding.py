@@ -43,6 +43,8 @@ LOGICAL_AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     "positions": (),
     "layers": (),
 }
+ACTIVATION_AXES = ("batch", "length", "embed")  # of what passes from layer to layer
+HEAD_AXES = ("batch", "length", "heads", "kv")  # of queries, keys and values
 FSDP_AXIS = "fsdp"  # splits params in memory; they are gathered for use
 AXIS_CONFIG_FIELD = {
     "vocab": "data.vocab_size",

@@ -15,13 +15,9 @@ from transformer.checkpoints.loading import RestoredModel
 from transformer.config import DecodeConfig, ModelConfig
 from transformer.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
 from transformer.export.jax_export import Score, max_positions
-from transformer.models.layers import (
-    FeedForward,
-    MultiHeadAttention,
-    Norm,
-    sinusoidal_position_encoding,
-    unstack_layers,
-)
+from transformer.models.layers import FeedForward, MultiHeadAttention, sinusoidal_position_encoding
+from transformer.models.norm import Norm
+from transformer.models.stack import unstack_layers
 from transformer.models.transformer import Transformer
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info

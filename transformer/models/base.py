@@ -17,15 +17,8 @@ from transformer.attention.dropout import dropout, token_keep_mask
 from transformer.config import ModelConfig
 from transformer.data.tokenizer import BOS, EOS, PAD
 from transformer.distributed import sharding
-from transformer.models.layers import (
-    ACTIVATION_AXES,
-    Embedding,
-    Key,
-    make_param,
-    read_param,
-    sinusoidal_position_encoding,
-    split_key,
-)
+from transformer.models.layers import Embedding, sinusoidal_position_encoding
+from transformer.models.params import Key, make_param, read_param, split_key
 
 
 def segment_ids(ids_BT: Array) -> Array:
@@ -180,7 +173,7 @@ class Seq2SeqModel(nnx.Module):
         if positions is not None:
             # In float32, and so is the gradient of learned positions, a sum over rows.
             x = (x.astype(jnp.float32) + positions).astype(self.dtype)
-        return dropout(sharding.with_logical_constraint(x, ACTIVATION_AXES), self.config.dropout_rate, key)
+        return dropout(sharding.with_logical_constraint(x, sharding.ACTIVATION_AXES), self.config.dropout_rate, key)
 
     def _logits(self, x: Array) -> Array:
         return self._embedding("output").logits(x)

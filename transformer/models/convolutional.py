@@ -18,20 +18,10 @@ from transformer.attention.dropout import dropout
 from transformer.attention.mask import AttentionMask
 from transformer.config import ModelConfig
 from transformer.models.base import FixedSizeCache, Seq2SeqModel, position_ids, segment_ids, shift_right
-from transformer.models.layers import (
-    Key,
-    SingleHeadCrossAttention,
-    add_bias,
-    apply_layers,
-    attend,
-    glorot,
-    make_param,
-    read_param,
-    split_layer_keys,
-    stack_layers,
-    unstack_layers,
-)
+from transformer.models.cross_attention import SingleHeadCrossAttention, attend
 from transformer.models.linear import linear
+from transformer.models.params import Key, add_bias, glorot, make_param, read_param, split_layer_keys
+from transformer.models.stack import apply_layers, stack_layers, unstack_layers
 
 
 class SourceStates(NamedTuple):

@@ -1,16 +1,14 @@
-"""Layers: embeddings, position encodings, norms, attention, feed-forward; stacking and rematerialization.
+"""The layers of the paper: embeddings, position encodings, attention, feed-forward, residual blocks.
 
 B batch, T target length, S source or key length, D model width, H heads, K width per head,
 F feed-forward width, V vocabulary, N beams.
 
-Params are float32. Params and activations have logical axis names, which only `sharding` maps to a mesh. Activations
-have the dtype of the input. Attribute names are part of the checkpoint format: renaming one breaks old checkpoints.
+Activations have the dtype of the input, and logical axis names, which only `sharding` maps to a mesh. Attribute names
+are part of the checkpoint format: renaming one breaks old checkpoints.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,107 +16,17 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from transformer.attention import dot_product, fused
-from transformer.attention.blockwise import blockwise_attention
+from transformer.attention import dot_product
+from transformer.attention.dispatch import attend
 from transformer.attention.dot_product import einsum_f32
 from transformer.attention.dropout import dropout
-from transformer.attention.mask import MASK_VALUE, AttentionMask
-from transformer.attention.ring import ring_attention
+from transformer.attention.mask import AttentionMask
 from transformer.attention.rotary import Rotation, rotate
 from transformer.config import ModelConfig
-from transformer.config.validation import BLOCKWISE_MIN_LENGTH, FUSED_ATTENTION_PLATFORMS
-from transformer.distributed import platform as platforms
 from transformer.distributed import sharding
 from transformer.models.linear import linear
-
-Key = Array | None
-
-REMAT_POLICIES: dict[str, Callable] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def stack_layers(layers: Sequence[nnx.Module], scan: bool) -> nnx.Module:
-    """Returns a list of layers, or with `scan` one layer whose params are stacked along a first axis `layers`."""
-    if not scan:
-        return nnx.List(layers)
-    states = [nnx.state(layer) for layer in layers]
-    stacked = nnx.merge(nnx.graphdef(layers[0]), jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
-    for _, param in nnx.to_flat_state(nnx.state(stacked, nnx.Param)):
-        param.set_metadata(axes=("layers", *param.get_metadata()["axes"]))
-    return stacked
-
-
-def unstack_layers(stack: nnx.Module) -> list[Any]:
-    """The list of layers, stacked or not."""
-    if isinstance(stack, nnx.List):
-        return list(stack)
-    graphdef, params = nnx.split(stack)
-    count = jax.tree.leaves(params)[0].shape[0]
-    return [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], params)) for i in range(count)]
-
-
-def apply_layers(
-    stack: nnx.Module, x_BTD: Array, keys_L: Key, remat: str, call: Callable[[Any, Array, Key], Array]
-) -> Array:
-    """Applies `call(layer, x_BTD, key)` layer by layer, unrolled or by `lax.scan`.
-
-    Args:
-      keys_L: dropout keys, one per layer; None: no dropout.
-      remat: what the backward pass recomputes, `none` or one of REMAT_POLICIES (Chen et al. 2016). All-gathered
-        params are gathered again in any case, else each device would keep those of all layers.
-    """
-
-    def maybe_remat(function: Callable) -> Callable:
-        if remat == "none":
-            gathers = sharding.num_shards("embed") > 1
-            return jax.checkpoint(function, policy=sharding.save_all_but_gathered) if gathers else function
-        return jax.checkpoint(function, policy=REMAT_POLICIES[remat])
-
-    if isinstance(stack, nnx.List):
-        for i, layer in enumerate(stack):
-            key = None if keys_L is None else keys_L[i]
-            x_BTD = maybe_remat(lambda x, key, layer=layer: call(layer, x, key))(x_BTD, key)
-        return x_BTD
-    graphdef, params = nnx.split(stack)
-    body = maybe_remat(lambda x, layer: (call(nnx.merge(graphdef, layer[0]), x, layer[1]), None))
-    return jax.lax.scan(body, x_BTD, (params, keys_L))[0]
-
-
-ACTIVATION_AXES = ("batch", "length", "embed")  # axes of what passes from layer to layer
-glorot = jax.nn.initializers.glorot_uniform
-
-
-def make_param(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    """A float32 parameter whose axes have logical names."""
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
-
-
-def read_param(param: nnx.Param, dtype: jnp.dtype | None = None) -> Array:
-    """The value of a param in a dtype, all-gathered where only its storage is sharded."""
-    value = param[...] if dtype is None else param[...].astype(dtype)
-    axes = param.get_metadata()["axes"]
-    return sharding.all_gather_param(value, axes[len(axes) - value.ndim :])  # without the axis `layers`, if stacked
-
-
-def param_compute_dtype(param: nnx.Param, dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of a param in a model that computes in `dtype`: vectors and positions are added in float32."""
-    axes = [axis for axis in param.get_metadata()["axes"] if axis != "layers"]
-    return jnp.dtype(jnp.float32) if len(axes) == 1 or "positions" in axes else dtype
-
-
-def split_key(key: Key, count: int) -> list[Key]:
-    """`count` dropout keys, or as many times None: no dropout."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
-
-
-def split_layer_keys(key: Key, num_layers: int) -> tuple[Key, Key]:
-    """Dropout keys of the layers of encoder or decoder, and of its embeddings."""
-    if key is None:
-        return None, None
-    keys = jax.random.split(key, num_layers + 1)
-    return keys[:-1], keys[-1]
+from transformer.models.norm import Norm
+from transformer.models.params import Key, add_bias, glorot, make_bias, make_param, read_param
 
 
 def sinusoidal_position_encoding(length: int, width: int) -> np.ndarray:
@@ -128,90 +36,6 @@ def sinusoidal_position_encoding(length: int, width: int) -> np.ndarray:
     table = np.empty((length, width), np.float32)
     table[:, 0::2], table[:, 1::2] = np.sin(position * rate), np.cos(position * rate)
     return table
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def normalize(x: Array, scale_D: Array, bias_D: Array | None, norm_type: str, epsilon: float) -> Array:
-    """LayerNorm or RMSNorm over the last axis, computed in float32.
-
-    layer: (x - mean) / √(variance + ε) · scale + bias (Ba et al. 2016); rms: x / √(mean of x² + ε) · scale (Zhang &
-    Sennrich 2019). The gradient is written by hand: XLA's CPU back end compiles that of autodiff badly, and others
-    would take mean and deviation twice.
-    """
-    return _normalize_forward(x, scale_D, bias_D, norm_type, epsilon)[0]
-
-
-def _broadcast(vector_D: Array, x: Array) -> Array:
-    return jnp.broadcast_to(vector_D, x.shape)
-
-
-def _mean(x: Array, norm_type: str) -> Array | None:
-    """The mean that the norm subtracts; RMSNorm has none."""
-    return x.mean(-1, keepdims=True) if norm_type == "layer" else None
-
-
-def _centre(x: Array, mean: Array | None) -> Array:
-    return x if mean is None else x - mean
-
-
-def _normalize_forward(
-    x: Array, scale_D: Array, bias_D: Array | None, norm_type: str, epsilon: float
-) -> tuple[Array, tuple]:
-    x_f32 = x.astype(jnp.float32)
-    mean = _mean(x_f32, norm_type)
-    centred = _centre(x_f32, mean)
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
-    normed = centred * inverse
-    out = normed * _broadcast(scale_D, x)
-    out = out if bias_D is None else out + _broadcast(bias_D, x)
-    saved = normed if platforms.norm_saves_normed() else (x, mean)
-    return out.astype(x.dtype), (saved, inverse, scale_D, bias_D)
-
-
-def _normalize_backward(
-    norm_type: str, epsilon: float, residuals: tuple, grad: Array
-) -> tuple[Array, Array, Array | None]:
-    normed, inverse, scale_D, bias_D = residuals
-    if isinstance(normed, tuple):
-        x, mean, inverse = jax.lax.optimization_barrier((*normed, inverse))
-        normed = _centre(x.astype(jnp.float32), mean) * inverse
-    grad_f32 = grad.astype(jnp.float32)
-    leading = tuple(range(grad.ndim - 1))
-    scaled = grad_f32 * _broadcast(scale_D, grad)
-    projection = (scaled * normed).mean(-1, keepdims=True)
-    grad_x = (inverse * (_centre(scaled, _mean(scaled, norm_type)) - normed * projection)).astype(grad.dtype)
-    grad_scale_D = (grad_f32 * normed).sum(leading)
-    return grad_x, grad_scale_D, None if bias_D is None else grad_f32.sum(leading)
-
-
-normalize.defvjp(_normalize_forward, _normalize_backward)
-
-
-def add_bias(x: Array, bias: nnx.Param | None) -> Array:
-    """x + bias over the last axis, in the dtype of x; x itself without a bias.
-
-    It is added in float32, so that its gradient, a sum over all tokens, is float32 too: in bfloat16 it is 10% to 30%
-    wrong for a batch of 25,000 tokens.
-    """
-    return x if bias is None else (x.astype(jnp.float32) + _broadcast(bias[...], x)).astype(x.dtype)
-
-
-def make_bias(use_bias: bool, rngs: nnx.Rngs, width: int, axis: str = "norm") -> nnx.Param | None:
-    """A bias of zeros, or None."""
-    return make_param(rngs, jax.nn.initializers.zeros, (width,), (axis,)) if use_bias else None
-
-
-class Norm(nnx.Module):
-    """The norm of `model.norm_type` over a width: a learned scale, and in LayerNorm a bias if `use_bias`."""
-
-    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs, use_bias: bool = True):
-        self.norm_type, self.epsilon = config.norm_type, config.norm_epsilon
-        self.scale = make_param(rngs, jax.nn.initializers.ones, (width,), ("norm",))
-        self.bias = make_bias(use_bias and config.use_bias and config.norm_type == "layer", rngs, width)
-
-    def __call__(self, x: Array) -> Array:
-        bias_D = None if self.bias is None else self.bias[...]
-        return normalize(x, self.scale[...], bias_D, self.norm_type, self.epsilon)
 
 
 class Embedding(nnx.Module):
@@ -329,67 +153,26 @@ class MultiHeadAttention(nnx.Module):
           weights: a list to which the weights before dropout are appended, float32 [B, H, T, S].
         """
         q_BTHK, k_BSHK, v_BSHK = (
-            sharding.with_logical_constraint(heads, ("batch", "length", "heads", "kv"))
+            sharding.with_logical_constraint(heads, sharding.HEAD_AXES)
             for heads in (self.queries(x_BTD, rotation), *self.keys_values(kv_BSD, rotation))
         )
         if weights is not None:
-            mask_B1TS = mask.materialize(x_BTD.shape[1], kv_BSD.shape[1])
-            weights.append(dot_product.attention_weights(q_BTHK, k_BSHK, mask_B1TS))
-        rate = 0.0 if key is None else self.dropout_rate
-        implementation = choose_attention(self.implementation, q_BTHK, v_BSHK, mask, rate)
-        if implementation == "plain":
-            mask_B1TS = mask.materialize(q_BTHK.shape[1], k_BSHK.shape[1])
-            heads_BTHK = dot_product.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, mask_B1TS, self.dropout_rate, key)
-        elif implementation in FUSED_ATTENTION_PLATFORMS:
-            fused_attention = fused.splash_attention if implementation == "splash" else fused.cudnn_attention
-            heads_BTHK = fused_attention(q_BTHK, k_BSHK, v_BSHK, mask)
-        else:
-            attention = ring_attention if implementation == "ring" else blockwise_attention
-            heads_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, mask, self.dropout_rate, key)
-        return self.project(heads_BTHK)
+            weights.append(dot_product.attention_weights(q_BTHK, k_BSHK, mask))
+        return self.project(attend(self.implementation, q_BTHK, k_BSHK, v_BSHK, mask, self.dropout_rate, key))
 
     def attend_cached(self, x_BND: Array, k_BHKS: Array, v_BHSK: Array, mask: AttentionMask) -> Array:
         """Attends from `x_BND` to projected keys and values, those of the source while decoding."""
-        mask_B1NS = mask.materialize(x_BND.shape[1], v_BHSK.shape[2])
-        return self.project(dot_product.decode_attention(self.queries(x_BND), k_BHKS, v_BHSK, mask_B1NS))
+        return self.project(dot_product.decode_attention(self.queries(x_BND), k_BHKS, v_BHSK, mask))
 
     def cached_attention_weights(self, x_BND: Array, k_BHKS: Array, mask: AttentionMask) -> Array:
         """Weights of each query and key: float32 [B, H, N, S]."""
-        return dot_product.decode_attention_weights(
-            self.queries(x_BND), k_BHKS, mask.materialize(x_BND.shape[1], k_BHKS.shape[3])
-        )
+        return dot_product.decode_attention_weights(self.queries(x_BND), k_BHKS, mask)
 
 
 def norm_and_rotate(heads: Array, norm: Norm | None, rotation: Rotation | None) -> Array:
     """Queries or keys [..., H, K] as attention takes them."""
     heads = heads if norm is None else norm(heads)
     return heads if rotation is None else rotate(heads, rotation)
-
-
-def choose_attention(
-    implementation: str, q_BTHK: Array, v_BSHK: Array, mask: AttentionMask, dropout_rate: float
-) -> str:
-    """Resolves `model.attention` for these arrays on the devices of the traced program."""
-    queries, keys = q_BTHK.shape[1], v_BSHK.shape[1]
-    is_forced = FUSED_ATTENTION_PLATFORMS.get(implementation) == platforms.current()
-    is_auto = implementation == "auto" or implementation in FUSED_ATTENTION_PLATFORMS
-    # The lengths of an exported program are symbols, which cannot be compared: it names its attention.
-    may_fuse = is_forced or (is_auto and queries * keys >= platforms.fused_attention_min_length() ** 2)
-    kernel = fused.select_kernel(q_BTHK, v_BSHK, mask, dropout_rate) if may_fuse else ""
-    return select_attention_impl(implementation, queries, keys, kernel)
-
-
-def select_attention_impl(implementation: str, queries: int, keys: int, kernel: str = "") -> str:
-    """Resolves `model.attention` to an implementation; a ring of one device is blockwise.
-
-    Args:
-      kernel: the fused kernel to take where auto may choose; a forced one that is another is treated as auto.
-    """
-    ring = sharding.num_shards("length") > 1
-    if implementation == "auto" or (implementation in FUSED_ATTENTION_PLATFORMS and implementation != kernel):
-        is_long = queries * keys >= BLOCKWISE_MIN_LENGTH**2  # plain attention would take much memory
-        return "ring" if ring else kernel or ("blockwise" if is_long else "plain")
-    return "blockwise" if implementation == "ring" and not ring else implementation
 
 
 class ResidualBlock(nnx.Module):
@@ -403,48 +186,14 @@ class ResidualBlock(nnx.Module):
         self.norm = Norm(config, config.emb_dim, rngs)
 
     def __call__(self, x: Array, sublayer: Callable[[Array], Array], key: Key = None) -> Array:
-        out = sharding.with_logical_constraint(sublayer(x if self.post else self.norm(x)), ACTIVATION_AXES)
+        return self.after(x, sublayer(self.before(x)), key)
+
+    def before(self, x: Array) -> Array:
+        """The input of the sublayer."""
+        return x if self.post else self.norm(x)
+
+    def after(self, x: Array, out: Array, key: Key = None) -> Array:
+        """Adds the output of the sublayer to x."""
+        out = sharding.with_logical_constraint(out, sharding.ACTIVATION_AXES)
         out = dropout(out, self.dropout_rate, key)
         return self.norm(x + out) if self.post else x + out
-
-
-class SingleHeadCrossAttention(nnx.Module):
-    """Single-head cross-attention of the LSTM and convolutional models.
-
-    dot: (W q) · (U k) / √D (Luong et al. 2015, with the paper's scale); additive: v · tanh(W q + U k)
-    (Bahdanau et al. 2015), whose memory grows with T · S · D.
-    """
-
-    def __init__(self, width: int, score: str, rngs: nnx.Rngs):
-        self.score = score
-        self.query = make_param(rngs, glorot(), (width, width), ("embed", "hidden"))
-        self.key = make_param(rngs, glorot(), (width, width), ("embed", "hidden"))
-        if score == "additive":
-            self.weigh = make_param(rngs, jax.nn.initializers.normal(width**-0.5), (width,), ("norm",))
-
-    def keys(self, encoded_BSD: Array) -> Array:
-        """Projected keys of the source, [B, S, D]."""
-        return linear("...d,de->...e", encoded_BSD, read_param(self.key, encoded_BSD.dtype))
-
-    def weights(self, x_BTD: Array, keys_BSD: Array, mask: AttentionMask) -> Array:
-        """Weights of each target and source state, float32 [B, T, S], of sum 1 over the source."""
-        q_BTD = linear("...d,de->...e", x_BTD, read_param(self.query, x_BTD.dtype))
-        scores_BTS = (self._dot if self.score == "dot" else self._additive)(q_BTD, keys_BSD)
-        mask_BTS = mask.materialize(scores_BTS.shape[1], scores_BTS.shape[2])[:, 0]
-        return jax.nn.softmax(jnp.where(mask_BTS, scores_BTS, MASK_VALUE), axis=-1)
-
-    def _dot(self, q_BTD: Array, k_BSD: Array) -> Array:
-        scores_BTS = einsum_f32("btd,bsd->bts", q_BTD, k_BSD)
-        return scores_BTS * q_BTD.shape[-1] ** -0.5
-
-    def _additive(self, q_BTD: Array, k_BSD: Array) -> Array:
-        # In float32, and so are the gradients of q and k, sums over S and T.
-        q_BT1D, k_B1SD = q_BTD.astype(jnp.float32)[:, :, None, :], k_BSD.astype(jnp.float32)[:, None, :, :]
-        hidden_BTSD = jnp.tanh((q_BT1D + k_B1SD).astype(q_BTD.dtype))
-        v_D = self.weigh[...].astype(q_BTD.dtype)
-        return einsum_f32("btsd,d->bts", hidden_BTSD, v_D)
-
-
-def attend(weights_BTS: Array, values_BSD: Array) -> Array:
-    """The weighted sum of the values, [B, T, D]."""
-    return jnp.einsum("bts,bsd->btd", weights_BTS.astype(values_BSD.dtype), values_BSD)

@@ -21,17 +21,9 @@ from transformer.attention.mask import AttentionMask
 from transformer.config import ModelConfig
 from transformer.distributed import sharding
 from transformer.models.base import FixedSizeCache, Seq2SeqModel, segment_ids, shift_right
-from transformer.models.layers import (
-    ACTIVATION_AXES,
-    Key,
-    SingleHeadCrossAttention,
-    attend,
-    glorot,
-    make_param,
-    read_param,
-    split_layer_keys,
-)
+from transformer.models.cross_attention import SingleHeadCrossAttention, attend
 from transformer.models.linear import linear, merge_leading
+from transformer.models.params import Key, glorot, make_param, read_param, split_layer_keys
 
 
 class LstmState(NamedTuple):
@@ -216,7 +208,7 @@ class LstmSeq2Seq(Seq2SeqModel):
         x_BSD = self._dropout(x_BSD, keys, 0)
         for number, layer in enumerate(self.encoder, 1):
             x_BSD = sharding.with_logical_constraint(
-                x_BSD + self._dropout(layer(x_BSD, forward_segments_BS), keys, number), ACTIVATION_AXES
+                x_BSD + self._dropout(layer(x_BSD, forward_segments_BS), keys, number), sharding.ACTIVATION_AXES
             )
         return x_BSD
 
@@ -243,7 +235,9 @@ class LstmSeq2Seq(Seq2SeqModel):
         context_BTD, weights_BTS = self._attend(x_BTD, source)
         for number, layer in enumerate(self.decoder, 1):
             out_BTD = layer(jnp.concatenate([x_BTD, context_BTD], axis=-1), segment_ids_BT)
-            x_BTD = sharding.with_logical_constraint(x_BTD + self._dropout(out_BTD, keys, number), ACTIVATION_AXES)
+            x_BTD = sharding.with_logical_constraint(
+                x_BTD + self._dropout(out_BTD, keys, number), sharding.ACTIVATION_AXES
+            )
         return self._output(x_BTD, context_BTD), weights_BTS
 
     def init_decode(

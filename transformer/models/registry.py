@@ -12,8 +12,8 @@ from transformer.config import ModelConfig
 from transformer.distributed import sharding
 from transformer.models.base import Seq2SeqModel
 from transformer.models.convolutional import ConvSeq2Seq
-from transformer.models.layers import param_compute_dtype
 from transformer.models.lstm import LstmSeq2Seq
+from transformer.models.params import param_compute_dtype
 from transformer.models.transformer import Transformer
 
 MODELS: dict[str, type[Seq2SeqModel]] = {

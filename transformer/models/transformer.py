@@ -1,7 +1,7 @@
 """The Transformer: encoder, decoder, and decoding one token at a time from a cache (paper, section 3).
 
 B batch, S source length, T target length, D model width, V vocabulary, N beams,
-H heads, K width per head, L layers.
+H heads, K width per head, L layers, C = T * N positions of a KV cache.
 """
 
 from typing import NamedTuple
@@ -17,25 +17,17 @@ from transformer.attention.padding import pad_end
 from transformer.attention.rotary import Rotation, rotation_at
 from transformer.config import ModelConfig
 from transformer.models.base import Seq2SeqModel, gather_beams, position_ids, segment_ids, shift_right
-from transformer.models.layers import (
-    FeedForward,
-    Key,
-    MultiHeadAttention,
-    Norm,
-    ResidualBlock,
-    apply_layers,
-    split_key,
-    split_layer_keys,
-    stack_layers,
-    unstack_layers,
-)
+from transformer.models.layers import FeedForward, MultiHeadAttention, ResidualBlock
+from transformer.models.norm import Norm
+from transformer.models.params import Key, split_key, split_layer_keys
+from transformer.models.stack import apply_layers, stack_layers, unstack_layers
 
 
 class LayerKVCache(NamedTuple):
-    """The KV cache of one decoder layer: keys and values of each position of each beam, S = T * N."""
+    """The KV cache of one decoder layer: keys and values of each position of each beam, C = T * N."""
 
-    k_BHKS: Array
-    v_BHSK: Array
+    k_BHKC: Array
+    v_BHCK: Array
 
 
 class KVCache(NamedTuple):
@@ -50,8 +42,8 @@ class KVCache(NamedTuple):
 
     def resize(self, cache_length: int) -> "KVCache":
         """Pads the cache to hold this many positions."""
-        S = cache_length * self.beam_history_BNT.shape[1]
-        layers = [LayerKVCache(pad_end(k_BHKS, 3, S), pad_end(v_BHSK, 2, S)) for k_BHKS, v_BHSK in self.layers]
+        C = cache_length * self.beam_history_BNT.shape[1]
+        layers = [LayerKVCache(pad_end(k_BHKC, 3, C), pad_end(v_BHCK, 2, C)) for k_BHKC, v_BHCK in self.layers]
         return KVCache(layers, pad_end(self.beam_history_BNT, 2, cache_length))
 
 
@@ -60,6 +52,22 @@ class EncodedSource(NamedTuple):
 
     layers: list[tuple[Array, Array]]
     mask: AttentionMask
+
+
+def encoder_mask(source_BS: Array, packed: bool = False) -> AttentionMask:
+    """Every position of the source attends to all tokens of its sentence."""
+    segment_ids_BS = segment_ids(source_BS)
+    return AttentionMask(segment_ids_BS if packed else None, segment_ids_BS)
+
+
+def decoder_masks(source_BS: Array, target_BT: Array, packed: bool = False) -> tuple[AttentionMask, AttentionMask]:
+    """The masks of self-attention, causal, and of cross-attention to the source.
+
+    Padding comes last in a row, so causality alone keeps tokens from attending to it.
+    """
+    segment_ids_BT = segment_ids(target_BT) if packed else None
+    self_mask = AttentionMask(segment_ids_BT, segment_ids_BT, causal=True)
+    return self_mask, AttentionMask(segment_ids_BT, segment_ids(source_BS))
 
 
 class EncoderLayer(nnx.Module):
@@ -133,23 +141,17 @@ class DecoderLayer(nnx.Module):
 
         With `return_attention` the third result is the cross-attention of each beam: float32 [B, N, S].
         """
-        weights_BNS = None
+        y_BND = self.attention_residual.before(x_BND)
+        k_BNHK, v_BNHK = self.attention.keys_values(y_BND, rotation)
+        cache = LayerKVCache(*dot_product.write_cache(*cache, k_BNHK, v_BNHK, position))
+        q_BNHK = self.attention.queries(y_BND, rotation)
+        heads_BNHK = dot_product.cached_attention(q_BNHK, *cache, beam_history_BNT, position)
+        x_BND = self.attention_residual.after(x_BND, self.attention.project(heads_BNHK))
 
-        def self_attend(y_BND: Array) -> Array:
-            nonlocal cache
-            k_BNHK, v_BNHK = self.attention.keys_values(y_BND, rotation)
-            cache = LayerKVCache(*dot_product.write_cache(*cache, k_BNHK, v_BNHK, position))
-            q_BNHK = self.attention.queries(y_BND, rotation)
-            return self.attention.project(dot_product.cached_attention(q_BNHK, *cache, beam_history_BNT, position))
-
-        def cross_attend(y_BND: Array) -> Array:
-            nonlocal weights_BNS
-            if return_attention:
-                weights_BNS = self.cross.cached_attention_weights(y_BND, source_kv[0], mask).mean(axis=1)
-            return self.cross.attend_cached(y_BND, *source_kv, mask)
-
-        x_BND = self.attention_residual(x_BND, self_attend)
-        x_BND = self.cross_residual(x_BND, cross_attend)
+        y_BND, weights_BNS = self.cross_residual.before(x_BND), None
+        if return_attention:
+            weights_BNS = self.cross.cached_attention_weights(y_BND, source_kv[0], mask).mean(axis=1)
+        x_BND = self.cross_residual.after(x_BND, self.cross.attend_cached(y_BND, *source_kv, mask))
         return self.mlp_residual(x_BND, self.mlp), cache, weights_BNS
 
 
@@ -171,9 +173,8 @@ class Transformer(Seq2SeqModel):
     def encode(self, source_BS: Array, key: Key = None, packed: bool = False) -> Array:
         """Ids int32 [B, S] → states [B, S, D] in the compute dtype; those at padding must not be used."""
         keys, embed_key = split_layer_keys(key, self.config.num_encoder_layers)
-        segment_ids_BS = segment_ids(source_BS)
-        mask = AttentionMask(segment_ids_BS if packed else None, segment_ids_BS)
-        position_ids_BS = position_ids(segment_ids_BS) if packed else None
+        mask = encoder_mask(source_BS, packed)
+        position_ids_BS = position_ids(segment_ids(source_BS)) if packed else None
         x_BSD, rotation = self._embed_with_positions("source", source_BS, position_ids_BS, embed_key)
 
         def call(layer: EncoderLayer, x_BSD: Array, layer_key: Key) -> Array:
@@ -185,20 +186,11 @@ class Transformer(Seq2SeqModel):
     def decode(
         self, encoded_BSD: Array, source_BS: Array, target_BT: Array, key: Key = None, packed: bool = False
     ) -> Array:
-        """Logits float32 [B, T, V] of all target positions at once, each given the tokens before it.
-
-        Padding comes last in a row, so causality alone keeps real positions from attending to it.
-        """
+        """Logits float32 [B, T, V] of all target positions at once, each given the tokens before it."""
         keys, embed_key = split_layer_keys(key, self.config.num_decoder_layers)
-        self_mask, cross_mask = AttentionMask(causal=True), AttentionMask(kv_segment_ids_BS=segment_ids(source_BS))
-        position_ids_BT = None
-        if packed:
-            segment_ids_BT = segment_ids(target_BT)
-            self_mask = AttentionMask(segment_ids_BT, segment_ids_BT, causal=True)
-            cross_mask = AttentionMask(segment_ids_BT, cross_mask.kv_segment_ids_BS)
-            position_ids_BT = position_ids(segment_ids_BT)
-        inputs_BT = shift_right(target_BT)
-        x_BTD, rotation = self._embed_with_positions("target", inputs_BT, position_ids_BT, embed_key)
+        self_mask, cross_mask = decoder_masks(source_BS, target_BT, packed)
+        position_ids_BT = position_ids(segment_ids(target_BT)) if packed else None
+        x_BTD, rotation = self._embed_with_positions("target", shift_right(target_BT), position_ids_BT, embed_key)
 
         def call(layer: DecoderLayer, x_BTD: Array, layer_key: Key) -> Array:
             return layer(x_BTD, encoded_BSD, self_mask, cross_mask, layer_key, rotation)
@@ -212,7 +204,7 @@ class Transformer(Seq2SeqModel):
     def self_attention(self, source_BS: Array, target_BT: Array) -> tuple[Array, Array]:
         """Implements `Seq2SeqModel.self_attention`."""
         x_BSD, rotation = self._embed_with_positions("source", source_BS)
-        mask = AttentionMask(kv_segment_ids_BS=segment_ids(source_BS))
+        mask = encoder_mask(source_BS)
         weights: list[Array] = []
         for layer in unstack_layers(self.encoder):
             x_BSD = layer(x_BSD, mask, None, rotation, weights)
@@ -222,7 +214,7 @@ class Transformer(Seq2SeqModel):
         """Weights of self-attention and of cross-attention: [B, L, H, T, T] and [B, L, H, T, S]."""
         encoded_BSD = self.encode(source_BS)
         x_BTD, rotation = self._embed_with_positions("target", shift_right(target_BT))
-        self_mask, cross_mask = AttentionMask(causal=True), AttentionMask(kv_segment_ids_BS=segment_ids(source_BS))
+        self_mask, cross_mask = decoder_masks(source_BS, target_BT)
         weights: list[Array] = []  # of self-attention and cross-attention in turn
         for layer in unstack_layers(self.decoder):
             x_BTD = layer(x_BTD, encoded_BSD, self_mask, cross_mask, None, rotation, weights)
@@ -237,16 +229,16 @@ class Transformer(Seq2SeqModel):
         kv = [layer.cross.keys_values(encoded_BSD) for layer in layers]
         source_kv = [(k_BSHK.transpose(0, 2, 3, 1), v_BSHK.swapaxes(1, 2)) for k_BSHK, v_BSHK in kv]
         cache_length = cache_length or max_length
-        S = cache_length * beams
+        C = cache_length * beams
         caches = [
             LayerKVCache(
-                jnp.zeros((*k_BHKS.shape[:3], S), self.dtype),
-                jnp.zeros((*v_BHSK.shape[:2], S, v_BHSK.shape[3]), self.dtype),
+                jnp.zeros((*k_BHKS.shape[:3], C), self.dtype),
+                jnp.zeros((*v_BHSK.shape[:2], C, v_BHSK.shape[3]), self.dtype),
             )
             for k_BHKS, v_BHSK in source_kv
         ]
         beam_history_BNT = jnp.zeros((source_BS.shape[0], beams, cache_length), jnp.int32)
-        source = EncodedSource(source_kv, AttentionMask(kv_segment_ids_BS=segment_ids(source_BS)))
+        source = EncodedSource(source_kv, encoder_mask(source_BS))
         return source, KVCache(caches, beam_history_BNT)
 
     def decode_step(
@@ -258,13 +250,8 @@ class Transformer(Seq2SeqModel):
         return_attention: bool = False,
     ) -> tuple[Array, KVCache, Array | None]:
         """Implements `Seq2SeqModel.decode_step`."""
-        rotation = row_11D = None
-        if self.config.positions == "rotary":
-            rotation = self._rotation_at(position[None, None])
-        else:
-            table_1TD = self._position_encodings("target", cache.beam_history_BNT.shape[2])
-            row_11D = jax.lax.dynamic_slice_in_dim(table_1TD, position, 1, axis=1)
-        x_BND = self._embed("target", inputs_BN, row_11D, None)
+        max_length = cache.beam_history_BNT.shape[2]
+        x_BND, rotation = self._embed_with_positions("target", inputs_BN, position[None, None], max_length=max_length)
         beam_BN1 = jax.lax.broadcasted_iota(jnp.int32, (*inputs_BN.shape, 1), 1)
         history_BNT = jax.lax.dynamic_update_slice_in_dim(cache.beam_history_BNT, beam_BN1, position, axis=2)
         read_history_BNT = history_BNT if self.attends_across_beams else None
@@ -279,19 +266,25 @@ class Transformer(Seq2SeqModel):
         return self._logits(x_BND), KVCache(layer_caches, history_BNT), attention_BNS
 
     def _embed_with_positions(
-        self, side: str, ids_BT: Array, position_ids_BT: Array | None = None, key: Key = None
+        self,
+        side: str,
+        ids_BT: Array,
+        position_ids_BT: Array | None = None,
+        key: Key = None,
+        max_length: int | None = None,
     ) -> tuple[Array, Rotation | None]:
-        """Embeds ids at 0 … T - 1 or given positions; rotary ones are not added but returned for self-attention."""
-        length = ids_BT.shape[1]
+        """Embeds ids at 0 … T - 1 or given positions, int32 [B or 1, T or 1] below max_length.
+
+        Rotary positions are not added but returned, as the rotation of queries and keys in the self-attention of all
+        layers.
+        """
+        length = ids_BT.shape[1] if max_length is None else max_length
         if self.config.positions != "rotary":
             encodings = self._position_encodings(side, length, position_ids_BT)
             return self._embed(side, ids_BT, encodings, key), None
         positions_BT = jnp.arange(length, dtype=jnp.int32)[None] if position_ids_BT is None else position_ids_BT
-        return self._embed(side, ids_BT, None, key), self._rotation_at(positions_BT)
-
-    def _rotation_at(self, positions_BT: Array) -> Rotation:
-        """The rotation of queries and keys, made once for all layers."""
-        return rotation_at(positions_BT, self.config.qkv_dim // self.config.num_heads)
+        rotation = rotation_at(positions_BT, self.config.qkv_dim // self.config.num_heads)
+        return self._embed(side, ids_BT, None, key), rotation
 
     def _logits(self, x: Array) -> Array:
         if self.config.norm == "pre":
