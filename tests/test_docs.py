@@ -12,11 +12,14 @@ import tokenize
 import tomllib
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import yaml
 
 import transformer
+from tests.commands.test_translate import save
 from tests.conftest import ROOT
+from tests.decoding.test_translator import LINES
 from transformer import command_line, inference
 from transformer.config import schema, validation
 from transformer.data import tokenizer
@@ -208,6 +211,20 @@ def test_readme_example_translates(monkeypatch):
         assert options.keys() - decode.keys() <= {"n_best", "prefixes", "constraints"}
         validation.validate({"decode": decode})
     assert len(calls) == 5
+
+
+def test_the_examples_of_the_python_page_run(tmp_path, monkeypatch):
+    save(tmp_path / "runs" / "mine", tokenizer.train(LINES, 290, "bpe"))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for body in blocks("docs/python.md", "python"):
+        exec(compile(body, "docs/python.md", "exec"), names)
+    weights = names["attention"].weights_LHTS
+    assert weights.shape[2:] == (len(names["target_tokens"]), len(names["source_tokens"]))
+    np.testing.assert_allclose(names["out_BTHK"], names["same_BTHK"], atol=1e-5)
+    assert names["logits_BTV"].shape == (2, 3, 20)
+    assert names["best"].tokens_BNT.shape == (1, 3, 5)
+    assert names["translations"].tokens_BNT.shape == (2, 3, 5)
 
 
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -1,4 +1,4 @@
-"""The Python API: load a trained model once, translate and score often. `transformer.load` is `load` here."""
+"""The Python API: a trained model translates, scores, shows its attention. `transformer.load` is `load` here."""
 
 import dataclasses
 import functools
@@ -13,6 +13,8 @@ from transformer.attention import fused
 from transformer.checkpoints.loading import RestoredModel, load_checkpoint
 from transformer.config import DecodeConfig, mixture, validation
 from transformer.data import text_inputs
+from transformer.data.tokenizer import Tokenizer
+from transformer.decoding.alignment import Aligner, Attention
 from transformer.decoding.scorer import Scorer, TargetScore
 from transformer.decoding.translator import Hypothesis, Translator, first_text
 from transformer.runtime.errors import UserError
@@ -163,6 +165,44 @@ class TranslationModel:
         scores = self.scorer.score(self.params, sources, targets, config, tag)
         self.scorer.log_warnings(config)
         return scores
+
+    def attention(
+        self,
+        sources: Iterable[str],
+        targets: Iterable[str],
+        *,
+        source_language: str | None = None,
+        target_language: str | None = None,
+    ) -> list[Attention | None]:
+        """Returns the attention weights of each pair under the first model, given the target; None if a side is blank.
+
+        `tokenizer.pieces(attention.source)` are the subword tokens that a weight is of. Long texts are truncated as in
+        translation.
+
+        Args:
+          sources: one line of text each.
+          targets: a translation of each.
+          source_language, target_language: as in `translate`.
+
+        Raises:
+          UserError: an item is not text, the numbers of lines differ, or this process was forked after the model was
+            loaded.
+        """
+        self._reject_fork()
+        source_lines, target_lines = text_inputs.pairs(sources, targets)
+        tag = self.source_tag(source_language, target_language)
+        found = dict(self._aligner.attention(self.primary.params, source_lines, target_lines, tag))
+        return [found.get(i) for i in range(len(source_lines))]
+
+    @functools.cached_property
+    def _aligner(self) -> Aligner:
+        model = self.primary
+        return Aligner(model.model, model.tokenizer, model.config.decode, model.mesh, self_attention=True)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of all models."""
+        return self.primary.tokenizer
 
     def scoring_config(self, fields: dict[str, Any]) -> DecodeConfig:
         """The decode config with these fields, of which scoring reads SCORE_FIELDS alone; others are errors."""

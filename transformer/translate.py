@@ -259,8 +259,7 @@ def alignment_writer(args: argparse.Namespace, trained: RestoredModel) -> Iterat
     if not (args.alignments or args.attention):
         yield lambda sources, translations: None
         return
-    layers = config.model.num_cross_attention_layers
-    aligner = Aligner(trained.model, trained.tokenizer, layers, config.decode, trained.mesh, args.alignment_layer)
+    aligner = Aligner(trained.model, trained.tokenizer, config.decode, trained.mesh, args.alignment_layer)
     num_lines = 0
     with contextlib.ExitStack() as stack:
         lines = _open(stack, args.alignments)

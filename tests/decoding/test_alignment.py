@@ -37,7 +37,7 @@ def parts():
 
 
 def make(parts, layer=None):
-    return Aligner(parts.model, parts.tokenizer, 2, parts.config.decode, parts.mesh, layer)
+    return Aligner(parts.model, parts.tokenizer, parts.config.decode, parts.mesh, layer)
 
 
 def align(aligner, params, sources, targets):
@@ -204,7 +204,7 @@ def test_alignments_of_a_model_of_two_layers_are_right():
         batch = Batch(*(side.to_padded(np.arange(rows), 8) for side in sides))
         state, _ = update(state, sharding.shard_batch(mesh, batch))
     sources, targets, wanted = zip(*(backwards(rng) for _ in range(50)), strict=True)
-    result = align(Aligner(model, vocabulary, 2, config.decode, mesh), state.params, sources, targets)
+    result = align(Aligner(model, vocabulary, config.decode, mesh), state.params, sources, targets)
     right = sum(len(set(ours) & set(theirs)) for ours, theirs in zip(result, wanted, strict=True))
     assert right >= 0.95 * sum(map(len, wanted))
 

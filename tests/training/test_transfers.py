@@ -127,7 +127,7 @@ def test_no_program_of_the_package_has_an_array_among_its_constants(
         for fields in ({"beam_size": 2, "coverage_penalty": 0.1}, {"method": "sample"}, {"method": "mbr"}):
             decode = dataclasses.replace(loaded.config.decode, **fields)
             Translator([loaded.model], loaded.tokenizer, decode, loaded.mesh).translate([loaded.params], ["red cat"])
-        aligner = Aligner(loaded.model, loaded.tokenizer, 1, loaded.config.decode, loaded.mesh)
+        aligner = Aligner(loaded.model, loaded.tokenizer, loaded.config.decode, loaded.mesh)
         list(aligner.attention(loaded.params, ["red cat"], ["tac der"]))
         result["transformer.training.train_step.all_finite"] = transfers.array_constants(
             train_step.all_finite.trace(loaded.params).jaxpr  # was compiled when the module was read

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
-from transformer.data.text_files import strip_line_end
+from transformer.data.text_files import one_line, strip_line_end
 from transformer.runtime.errors import UserError
 
 
@@ -43,3 +43,22 @@ def line(given: Any, where: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: holds half a surrogate pair, which is not a character: {text!r:.60}") from error
     return text
+
+
+def pairs(sources: Iterable[Any], targets: Iterable[Any]) -> tuple[list[str], list[str]]:
+    """The lines of sources and of their targets.
+
+    Raises:
+      UserError: an item is not text, or the numbers of sources and targets differ.
+    """
+    source_lines, target_lines = _lines(sources, "source"), _lines(targets, "target")
+    if len(source_lines) != len(target_lines):
+        raise UserError(
+            f"expected a target for each source, got {len(source_lines):,} sources, {len(target_lines):,} targets"
+        )
+    return source_lines, target_lines
+
+
+def _lines(given: Iterable[Any], side: str) -> list[str]:
+    texts = items(given, f"{side}s: expected a list of texts")
+    return [one_line(line(text, f"{side} {number}")) for number, text in enumerate(texts, 1)]

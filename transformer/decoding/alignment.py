@@ -58,12 +58,12 @@ class Aligner:
         self,
         model: ModelDef,
         tokenizer: Tokenizer,
-        num_layers: int,
         config: DecodeConfig,
         mesh: jax.sharding.Mesh,
         layer: int | None = None,
         self_attention: bool = False,
     ):
+        num_layers = model.config.num_cross_attention_layers
         self.layer = default_layer(num_layers) if layer is None else layer
         if not 1 <= self.layer <= num_layers:
             raise UserError(f"expected an alignment layer from 1 to {num_layers}, got {layer}")

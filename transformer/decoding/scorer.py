@@ -6,7 +6,7 @@ B rows, S source length, T target length, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,6 @@ import numpy as np
 from transformer.config import DecodeConfig
 from transformer.data import text_inputs
 from transformer.data.batching import Batch
-from transformer.data.text_files import one_line
 from transformer.data.tokenizer import Tokenizer
 from transformer.decoding.decode import batch_rows, ensemble_log_probs
 from transformer.decoding.teacher_forcing import map_pairs
@@ -22,7 +21,6 @@ from transformer.decoding.warning_counts import WarningCounts
 from transformer.distributed import sharding
 from transformer.models.loss import target_log_probs
 from transformer.models.registry import ModelDef, Params
-from transformer.runtime.errors import UserError
 
 MAX_BATCH_TOKENS = 1 << 14  # of a batch, whose logits are MAX_BATCH_TOKENS * V floats
 
@@ -77,11 +75,7 @@ class Scorer:
         Raises:
           UserError: an item is not text, or the numbers of sources and targets differ.
         """
-        source_lines, target_lines = _lines(sources, "source"), _lines(targets, "target")
-        if len(source_lines) != len(target_lines):
-            raise UserError(
-                f"expected a target for each source, got {len(source_lines):,} sources, {len(target_lines):,} targets"
-            )
+        source_lines, target_lines = text_inputs.pairs(sources, targets)
         source = self._encode(source_lines, config.max_source_tokens, "sources", tag)
         target = self._encode(target_lines, config.max_target_tokens, "targets")
         lines = zip(source_lines, target_lines, strict=True)
@@ -120,8 +114,3 @@ class Scorer:
         encoded, is_truncated = self._tokenizer.encode_truncated(lines, max_length, tag)
         self._warnings.add(side, sum(is_truncated))
         return encoded
-
-
-def _lines(given: Iterable[Any], side: str) -> list[str]:
-    texts = text_inputs.items(given, f"{side}s: expected a list of texts")
-    return [one_line(text_inputs.line(text, f"{side} {number}")) for number, text in enumerate(texts, 1)]

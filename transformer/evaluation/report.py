@@ -310,8 +310,7 @@ def _attention(
     last = len(candidates) - 1
     selected = list(dict.fromkeys(candidates[quarter * last // 4] for quarter in (0, 2, 4))) if candidates else []
     config = restored.config
-    layers = config.model.num_cross_attention_layers
-    aligner = Aligner(restored.model, restored.tokenizer, layers, config.decode, restored.mesh, self_attention=True)
+    aligner = Aligner(restored.model, restored.tokenizer, config.decode, restored.mesh, self_attention=True)
     pairs = [[side[i] for _, i in selected] for side in sides]
     maps = dict(aligner.attention(restored.params, pairs[0], pairs[1], restored.source_tag))
     return "".join(

@@ -30,14 +30,15 @@ class ModelDef:
     """A model's definition without its params.
 
     Attributes:
+      config: its `model` section.
       abstract_params: shapes, dtypes and logical axes of the params.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
+        self.config = config
         self._build = lambda rngs: MODELS[config.family](config, vocab_size, rngs)
         module = nnx.eval_shape(lambda: self._build(nnx.Rngs(params=0)))
         self._graphdef, self.abstract_params = nnx.split(module, nnx.Param)
-        self._dtype = jnp.dtype(config.dtype)
 
     def init(self, seed: int) -> Params:
         """Fresh params, float32."""
@@ -52,10 +53,11 @@ class ModelDef:
 
         For decoding: in its loop XLA would cast them at every step.
         """
-        if self._dtype == jnp.float32:
+        dtype = jnp.dtype(self.config.dtype)
+        if dtype == jnp.float32:
             return params
         flat = nnx.to_flat_state(self.abstract_params)
-        dtypes = {path: param_compute_dtype(param, self._dtype) for path, param in flat}
+        dtypes = {path: param_compute_dtype(param, dtype) for path, param in flat}
         return jax.tree.map(
             lambda leaf, dtype: leaf.astype(dtype), params, nnx.to_pure_dict(nnx.from_flat_state(dtypes))
         )
