@@ -42,10 +42,8 @@ from transformer.decoding.base import (
     while_loop_with_growing_cache,
 )
 from transformer.decoding.logits_processors import LogitsConstraints, allowed_tokens_mask
+from transformer.decoding.top_k import blockwise_top_k, masked_log_probs
 from transformer.models.base import Cache, gather_beams, reorder_beams
-
-BLOCK_SIZE = 32  # tokens of a block of `blockwise_top_k`
-MIN_BLOCKS_PER_CANDIDATE = 4  # below it a plain top_k is used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +174,7 @@ def _check_shapes(cache: Cache, batch_size: int, beam_size: int, max_length: int
         if leaf.shape[:2] != (batch_size, beam_size):
             raise ValueError(
                 f"expected cache{jax.tree_util.keystr(path)} to lead with [batch_size, beam_size] = "
-                f"[{batch_size}, {beam_size}], got the shape {leaf.shape}"
+                f"[{batch_size}, {beam_size}], got the shape {leaf.shape}; another cache needs a function `reorder`"
             )
 
 
@@ -328,90 +326,3 @@ def _collect(beams: BeamState, search: _Search) -> Hypotheses:
 
 def _where_rows(keep_old_B: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.where(keep_old_B.reshape((-1,) + (1,) * (old.ndim - 1)), old, new)
-
-
-def masked_log_probs(
-    logits_BNV: jax.Array, allowed: jax.Array | np.ndarray, alive_log_probs_BN: jax.Array
-) -> jax.Array:
-    """Log-probability of each hypothesis with each next token, float32 [B, N, V]; NEG_INF where not allowed.
-
-    Args:
-      logits_BNV: of the next token, any float.
-      allowed: bool, of a shape that broadcasts to [B, N, V].
-      alive_log_probs_BN: of the hypotheses so far.
-    """
-    # In float32 also for speed: XLA's top_k on a CPU takes 10 to 100 times as long in bfloat16.
-    log_probs_BNV = jax.nn.log_softmax(logits_BNV.astype(jnp.float32)) + alive_log_probs_BN[:, :, None]
-    return _mask_invalid(log_probs_BNV, allowed)
-
-
-def blockwise_top_k(
-    logits_BNV: jax.Array, allowed: jax.Array | np.ndarray, alive_log_probs_BN: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array]:
-    """The k largest of `masked_log_probs` and their indices in N * V, both [B, C], bit-identical to `lax.top_k`.
-
-    The vocabulary is cut into blocks of BLOCK_SIZE tokens. The k blocks with the largest maxima hold the k best
-    continuations, and only those blocks become log-probabilities. With k = 2 and blocks of 2 tokens:
-
-        scores           1 7 | 5 2 | 6 0 | 3 3      of one beam with V = 8, so that blocks are numbered 0 to 3
-        block maxima     7     5     6     3     →  top 2: blocks 0 and 2, sorted by number
-        their scores     1 7 6 0                 →  top 2: 7 and 6 at 1 and 2
-        back to tokens   1 → block 0, offset 1 → token 1;   2 → block 2, offset 0 → token 4
-
-    Blocks are sorted by number so that of equal scores the lower index comes first, as in `lax.top_k`.
-    """
-    batch_size, beam_size, vocab_size = logits_BNV.shape
-    if beam_size * vocab_size < MIN_BLOCKS_PER_CANDIDATE * BLOCK_SIZE * k:
-        return jax.lax.top_k(masked_log_probs(logits_BNV, allowed, alive_log_probs_BN).reshape(batch_size, -1), k)
-    logits_BNV = logits_BNV.astype(jnp.float32)
-    # The terms of jax.nn.log_softmax, for identical bits.
-    max_BN = jnp.max(logits_BNV, axis=2)
-    log_sum_BN = jnp.log(jnp.sum(jnp.exp(logits_BNV - max_BN[:, :, None]), axis=2))
-
-    blocks_per_beam = -(-vocab_size // BLOCK_SIZE)
-
-    def to_blocks(values_BNV: jax.Array, fill: float | bool) -> jax.Array:
-        """[B, N, V] → [B, M, K]: M = N * blocks_per_beam blocks of K = BLOCK_SIZE tokens."""
-        padding = ((0, 0), (0, 0), (0, blocks_per_beam * BLOCK_SIZE - vocab_size))
-        padded_BNV = jnp.pad(values_BNV, padding, constant_values=fill)
-        return padded_BNV.reshape(batch_size, beam_size * blocks_per_beam, BLOCK_SIZE)
-
-    logits_BMK = to_blocks(logits_BNV, -jnp.inf)
-    allowed_BMK = to_blocks(jnp.broadcast_to(allowed, logits_BNV.shape), False)
-    block_max_BM1 = _max_of_blocks(logits_BMK, allowed_BMK, allowed)
-
-    def log_probs_of(logits_BCK: jax.Array, beams_BC: jax.Array) -> jax.Array:
-        max_BC1, log_sum_BC1, alive_BC1 = (
-            gather_beams(term, beams_BC)[:, :, None] for term in (max_BN, log_sum_BN, alive_log_probs_BN)
-        )
-        return _mask_invalid(logits_BCK - max_BC1 - log_sum_BC1 + alive_BC1, True)
-
-    beam_of_block_M = np.repeat(np.arange(beam_size, dtype=np.int32), blocks_per_beam)
-    beam_of_block_BM = jnp.broadcast_to(beam_of_block_M[None, :], block_max_BM1.shape[:2])
-    _, blocks_BC = jax.lax.top_k(log_probs_of(block_max_BM1, beam_of_block_BM)[:, :, 0], k)
-    blocks_BC = jnp.sort(blocks_BC, axis=1)
-    best_logits_BCK = jnp.where(gather_beams(allowed_BMK, blocks_BC), gather_beams(logits_BMK, blocks_BC), -jnp.inf)
-    best_log_probs_BCK = log_probs_of(best_logits_BCK, blocks_BC // blocks_per_beam)
-    log_probs_BC, indices_BC = jax.lax.top_k(best_log_probs_BCK.reshape(batch_size, -1), k)
-    block_BC = gather_beams(blocks_BC, indices_BC // BLOCK_SIZE)
-    tokens_BC = block_BC % blocks_per_beam * BLOCK_SIZE + indices_BC % BLOCK_SIZE
-    return log_probs_BC, block_BC // blocks_per_beam * vocab_size + tokens_BC
-
-
-def _max_of_blocks(logits_BMK: jax.Array, allowed_BMK: jax.Array, allowed: jax.Array | np.ndarray) -> jax.Array:
-    """The largest allowed logit of each block, [B, M, 1]."""
-    if not isinstance(allowed, np.ndarray):
-        return jnp.max(jnp.where(allowed_BMK, logits_BMK, -jnp.inf), axis=2, keepdims=True)
-    # The same few tokens are masked in every hypothesis: only their blocks are recomputed, for less memory traffic.
-    max_BM = jnp.max(logits_BMK, axis=2)
-    blocks_per_beam = -(-allowed.shape[2] // BLOCK_SIZE)
-    for block in np.unique(np.flatnonzero(~allowed[0, 0]) // BLOCK_SIZE):
-        of_all_beams = slice(int(block), None, blocks_per_beam)
-        masked_BNK = jnp.where(allowed_BMK[:, of_all_beams], logits_BMK[:, of_all_beams], -jnp.inf)
-        max_BM = max_BM.at[:, of_all_beams].set(jnp.max(masked_BNK, axis=2))
-    return max_BM[:, :, None]
-
-
-def _mask_invalid(values: jax.Array, allowed: jax.Array | np.ndarray | bool) -> jax.Array:
-    """NEG_INF where a value is not allowed or invalid; NaN, of a hypothesis without a possible token, is invalid."""
-    return jnp.where(is_valid(values) & allowed, values, NEG_INF)

@@ -78,13 +78,21 @@ def decode(
         attends_across_beams=config.method == "beam" or count < MIN_SEPARATE_SAMPLES,
     )
     constraints = LogitsConstraints(config.min_length, config.no_repeat_ngram, inputs.prefix_BP)
-    penalty = config.length_penalty, config.length_penalty_form
     if config.method == "beam":
+        search_config = SearchConfig(
+            beam_size=beams,
+            max_length=max_length,
+            special_ids=SPECIAL_IDS,
+            num_return=count,
+            length_penalty=config.length_penalty,
+            length_penalty_form=config.length_penalty_form,
+            early_stopping=config.early_stopping,
+        )
         hypotheses = beam_search(
             step,
             caches,
             limits_B,
-            SearchConfig(beams, max_length, SPECIAL_IDS, count, *penalty, config.early_stopping),
+            search_config,
             reorder=lambda caches, parents_BN: tuple(cache.reorder(parents_BN) for cache in caches),
             resize=resize_caches,
             constraints=constraints,
@@ -93,8 +101,16 @@ def decode(
         )
     else:
         keys_B = jax.random.wrap_key_data(inputs.keys_B2, impl="threefry2x32")
-        distribution = config.temperature, config.top_k, config.top_p
-        sampling_config = SamplingConfig(count, max_length, SPECIAL_IDS, *distribution, *penalty)
+        sampling_config = SamplingConfig(
+            num_samples=count,
+            max_length=max_length,
+            special_ids=SPECIAL_IDS,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            length_penalty=config.length_penalty,
+            length_penalty_form=config.length_penalty_form,
+        )
         hypotheses = sample(
             step, caches, limits_B, keys_B, sampling_config, resize=resize_caches, constraints=constraints
         )

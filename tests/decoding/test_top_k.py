@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from tests.conftest import slow
-from transformer.decoding import beam_search
+from transformer.decoding import top_k
 from transformer.decoding.base import NEG_INF
 
 B, N = 6, 3
 
 
 def plain(logits, allowed, alive, count):
-    everything = beam_search.masked_log_probs(logits, allowed, alive)
+    everything = top_k.masked_log_probs(logits, allowed, alive)
     return jax.lax.top_k(everything.reshape(B, -1), count)
 
 
@@ -40,10 +40,8 @@ def test_blocks_find_what_top_k_finds(kind, vocab_size, by_sentence):
     if by_sentence:
         allowed = jnp.asarray(allowed & (rng.random((B, N, vocab_size)) < 0.01))
     for count in (1, 2 * N - 1):
-        assert N * vocab_size >= beam_search.MIN_BLOCKS_PER_CANDIDATE * beam_search.BLOCK_SIZE * count
-        got = jax.jit(lambda *given, n=count: beam_search.blockwise_top_k(*given[:1], allowed, *given[1:], n))(
-            logits, alive
-        )
+        assert N * vocab_size >= top_k.MIN_BLOCKS_PER_CANDIDATE * top_k.BLOCK_SIZE * count
+        got = jax.jit(lambda *given, n=count: top_k.blockwise_top_k(*given[:1], allowed, *given[1:], n))(logits, alive)
         want = jax.jit(lambda *given, n=count: plain(*given[:1], allowed, *given[1:], n))(logits, alive)
         np.testing.assert_array_equal(got[1], want[1])
         assert np.asarray(got[0]).tobytes() == np.asarray(want[0]).tobytes()
@@ -51,5 +49,5 @@ def test_blocks_find_what_top_k_finds(kind, vocab_size, by_sentence):
 
 def test_few_tokens_are_all_compared():
     logits, alive, allowed = logits_of("plain", 64), jnp.zeros((B, N), jnp.float32), np.ones((1, 1, 64), bool)
-    got, want = (find(logits, allowed, alive, 5) for find in (beam_search.blockwise_top_k, plain))
+    got, want = (find(logits, allowed, alive, 5) for find in (top_k.blockwise_top_k, plain))
     np.testing.assert_array_equal(got[1], want[1])
