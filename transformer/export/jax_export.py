@@ -21,8 +21,8 @@ from transformer.checkpoints.loading import RestoredModel
 from transformer.config import Config
 from transformer.data.batching import pad
 from transformer.decoding.decode import DecodeInputs, decode
-from transformer.models import loss
 from transformer.models.layers import sinusoidal_position_encoding
+from transformer.models.loss import target_log_probs
 from transformer.models.registry import ModelDef, Params
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_atomic
@@ -60,7 +60,8 @@ def write(trained: RestoredModel, folder: pathlib.Path, dtype: str) -> Score:
         return decode((model,), config.decode, beams, (unflatten(flat),), DecodeInputs(source_BS))._asdict()
 
     def score(flat: dict[str, Any], source_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
-        return target_log_probs(model, unflatten(flat), source_BS, target_BT)
+        logits_BTV = model.bind(unflatten(flat))(source_BS, target_BT)
+        return target_log_probs(logits_BTV, target_BT)
 
     for function, arguments in ((translate, (source_BS,)), (score, (source_BS, target_BT))):
         exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shapes, *arguments)
@@ -92,11 +93,6 @@ def unflatten(flat: dict[str, Any]) -> Params:
     """Nests params by path; a number in a path is the index of a layer."""
     paths = {tuple(int(part) if part.isdecimal() else part for part in name.split("/")): name for name in flat}
     return traverse_util.unflatten_dict({path: flat[name] for path, name in paths.items()})
-
-
-def target_log_probs(model: ModelDef, params: Params, source_BS: jax.Array, target_BT: jax.Array) -> jax.Array:
-    """Log-probability of each target token given its source and the tokens before it, float32 [B, T]."""
-    return loss.target_log_probs(model.bind(params)(source_BS, target_BT), target_BT)
 
 
 def score_with(folder: pathlib.Path, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> list[np.ndarray]:

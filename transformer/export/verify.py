@@ -1,7 +1,6 @@
 """Writes an exported model and verifies its log-probabilities against those of the original."""
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import pathlib
@@ -13,8 +12,8 @@ import jax
 import numpy as np
 
 from transformer.checkpoints.loading import RestoredModel
-from transformer.data.batching import pad
 from transformer.data.tokenizer import EOS, UNK
+from transformer.decoding.scorer import Scorer
 from transformer.export import ctranslate2, jax_export
 from transformer.export.jax_export import Score
 from transformer.models.registry import ModelDef
@@ -118,6 +117,5 @@ def reference_log_probs(
     """Log-probabilities of the target tokens by the original model, given the source and the tokens before."""
     dtype = "bfloat16" if precision == "bfloat16" else "float32"
     model = ModelDef(dataclasses.replace(trained.config.model, dtype=dtype), trained.tokenizer.vocab_size)
-    score = jax.jit(functools.partial(jax_export.target_log_probs, model))
-    log_probs_BT = np.asarray(score(jax.device_get(trained.params), pad(sources), pad(targets)))
-    return [row[: len(target)] for row, target in zip(log_probs_BT, targets, strict=True)]
+    scorer = Scorer([model], trained.tokenizer, trained.mesh)
+    return scorer.log_probs([trained.params], sources, targets, trained.config.decode)
