@@ -31,7 +31,8 @@ from transformer.runtime.logging import log_info
 
 if TYPE_CHECKING:
     from transformer.checkpoints.loading import RestoredModel
-    from transformer.evaluation.evaluator import EvalDataset, EvalResult
+    from transformer.evaluation.datasets import EvalDataset
+    from transformer.evaluation.evaluator import EvalResult
 
 NUM_SAMPLES = 5
 
@@ -62,7 +63,16 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Evaluates one checkpoint, with these decode fields in place of those of its config."""
     from transformer.checkpoints.loading import load_checkpoint
     from transformer.distributed import consistency
-    from transformer.evaluation import bleu_tokenizer, evaluator, report, significance, summary, systems
+    from transformer.evaluation import (
+        bleu_tokenizer,
+        datasets,
+        evaluator,
+        report,
+        results,
+        significance,
+        summary,
+        systems,
+    )
     from transformer.evaluation import comparison as comparisons
 
     if args.output and multihost.is_primary():
@@ -83,7 +93,7 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         evaluate_directions(args, restored, directions, changed)
         return
     with multihost.primary_first("evaluation set"):
-        dataset = evaluator.load_eval_dataset(
+        dataset = datasets.load_eval_dataset(
             restored.config.data, args.split, args.source, args.reference, args.test_set, directions[0]
         )
     restored = restored.with_direction(directions[0])
@@ -97,7 +107,8 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     result = evaluator.CheckpointEvaluator(dataset).evaluate(restored)
     log_samples(dataset, result)
     log_info(summary.format_table(restored, dataset, result))
-    save_translations(result, args.output, evaluator.translations_path(args.workdir, restored, dataset, changed))
+    name = results.result_name(args.workdir, restored, dataset, changed)
+    save_translations(result, args.output, results.translations_path(args.workdir, name))
     comparison = None
     if baseline:
         _, sources, references = dataset
@@ -109,7 +120,7 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         log_info(f"\n{significance.format_table(both[1].label, both[0].label, comparison.tests[0])}\n")
         log_info(comparisons.format_examples(comparison))
     with progress.phase("writing the report"):
-        report.write(args.workdir, restored, dataset, result, comparison, changed)
+        report.write(args.workdir, name, restored, dataset, result, comparison)
     if multihost.is_primary():
         print(json.dumps(summary.as_json(restored, result, comparison)))
 
@@ -118,7 +129,7 @@ def evaluate_directions(
     args: argparse.Namespace, restored: "RestoredModel", directions: list[mixture.Direction], changed: dict[str, Any]
 ) -> None:
     """Evaluates each direction on its own data set; one table, one report, one JSON object."""
-    from transformer.evaluation import directions_report, evaluator, summary
+    from transformer.evaluation import datasets, directions_report, evaluator, results, summary
     from transformer.evaluation import report as reports
 
     for flag in ("source", "versus", "test_set", "output"):
@@ -128,7 +139,7 @@ def evaluate_directions(
     loaded = []
     for direction in directions:  # all of them before the first is translated: one may be missing
         with multihost.primary_first("evaluation set"):
-            dataset = evaluator.load_eval_dataset(restored.config.data, args.split, None, None, direction=direction)
+            dataset = datasets.load_eval_dataset(restored.config.data, args.split, None, None, direction=direction)
         own = restored.with_direction(direction)
         evaluator.assert_same_on_hosts(own, dataset)
         loaded.append((direction, own, dataset))
@@ -136,16 +147,15 @@ def evaluate_directions(
     for direction, own, dataset in loaded:
         result = scorer.evaluate(own, dataset)
         log_samples(dataset, result, 1)
-        save_translations(result, None, evaluator.translations_path(args.workdir, own, dataset, changed))
+        name = results.result_name(args.workdir, own, dataset, changed)
+        save_translations(result, None, results.translations_path(args.workdir, name))
         evaluated[direction.name] = directions_report.Evaluated(own, dataset, result)
-    results = {name: each.result for name, each in evaluated.items()}
-    log_info(summary.format_directions(restored, results))
+    log_info(summary.format_directions(restored, {name: each.result for name, each in evaluated.items()}))
     first, of_first = next(iter(evaluated.items()))
     split = of_first.dataset.name.removesuffix(f".{first}")  # validation, where --split=val
     with progress.phase("writing the report"):
         page = directions_report.build(args.workdir, restored, evaluated, split)
-        suffix = "".join(f".{name}={value}" for name, value in sorted(changed.items()))
-        reports.save(args.workdir, f"{restored.tag}.{split}{suffix}", page)
+        reports.save(args.workdir, f"{restored.tag}.{split}{results.decode_suffix(changed)}", page)
     if multihost.is_primary():
         print(json.dumps(summary.directions_as_json({name: (e.restored, e.result) for name, e in evaluated.items()})))
 
@@ -153,10 +163,10 @@ def evaluate_directions(
 @multihost.primary_only
 def save_translations(result: "EvalResult", output: str | None, default: epath.Path) -> None:
     """Writes translations to `output` or else to the workdir; logs a warning if the latter is not writable."""
-    from transformer.evaluation import evaluator
+    from transformer.evaluation import results
 
     try:
-        evaluator.write_translations(result, output or default)
+        results.write_translations(result.translations, output or default)
     except UserError as error:
         if output:
             raise
@@ -167,12 +177,12 @@ def save_translations(result: "EvalResult", output: str | None, default: epath.P
 
 def watch(args: argparse.Namespace) -> None:
     """Evaluates every new checkpoint; prints a JSON object a line on stdout."""
-    from transformer.evaluation import continuous, evaluator
+    from transformer.evaluation import continuous, datasets
 
     languages = args.source_language, args.target_language
     continuous.CheckpointWatcher(
         args.workdir,
-        lambda config: evaluator.load_eval_dataset(
+        lambda config: datasets.load_eval_dataset(
             config.data,
             args.split,
             args.source,

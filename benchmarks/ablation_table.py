@@ -79,9 +79,9 @@ def paired_test(
     translations: epath.Path, baseline: epath.Path, data: DataConfig, split: str, metric: str
 ) -> PairedTestResult:
     """Tests the translations of a split in two files."""
-    from transformer.evaluation import bleu_tokenizer, evaluator, systems  # which import JAX
+    from transformer.evaluation import bleu_tokenizer, datasets, systems  # which import JAX
 
-    dataset = evaluator.load_eval_dataset(data, split, None, None)
+    dataset = datasets.load_eval_dataset(data, split, None, None)
     tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, dataset.references[0]).name
     ours, theirs = (systems.read_translations(path, dataset, f"{path}") for path in (translations, baseline))
     return significance.paired_tests(ours, theirs, dataset.references, tokenizer, [metric])[0]

@@ -27,7 +27,7 @@ from transformer.evaluation import (
     significance,
     systems,
 )
-from transformer.evaluation.evaluator import EvalDataset, load_eval_dataset
+from transformer.evaluation.datasets import EvalDataset, load_eval_dataset
 from transformer.evaluation.report_html import render_page
 from transformer.evaluation.systems import System
 from transformer.runtime import progress

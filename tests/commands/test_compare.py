@@ -13,7 +13,8 @@ from transformer import compare
 from transformer.config import MixtureEntry
 from transformer.data import corpus
 from transformer.evaluation import comparison, public_test_sets
-from transformer.evaluation.evaluator import DATASETS_FILE, EvalDataset
+from transformer.evaluation.datasets import EvalDataset
+from transformer.evaluation.results import DATASETS_FILE
 from transformer.runtime.errors import UserError
 
 

@@ -14,7 +14,8 @@ from tests.checkpoints.test_manager import flip, make_parts, save
 from transformer.checkpoints import loading, manager, manifest
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.evaluation import continuous
-from transformer.evaluation.evaluator import EvalDataset, EvalResult
+from transformer.evaluation.datasets import EvalDataset
+from transformer.evaluation.evaluator import EvalResult
 from transformer.evaluation.metrics import extended_scores, score
 from transformer.runtime.errors import DivergedError, StoppedError
 

@@ -10,7 +10,7 @@ import sacrebleu
 
 from tests.conftest import ROOT
 from transformer.config import DataConfig
-from transformer.evaluation import evaluator, public_test_sets
+from transformer.evaluation import datasets, public_test_sets
 from transformer.runtime.errors import UserError
 
 SOURCES = ["one line", " another\u2028one ", ""]
@@ -45,7 +45,7 @@ def test_a_cached_set_is_read_in_the_direction_of_the_config(cache):
     plant(cache)
     plant(cache, pair="de-en", src=REFERENCES, ref=SOURCES)
     data = DataConfig(source_language="en", target_language="de")
-    dataset = evaluator.load_eval_dataset(data, None, None, [], "wmt14/full")
+    dataset = datasets.load_eval_dataset(data, None, None, [], "wmt14/full")
     assert dataset == ("wmt14_full", SOURCES, [REFERENCES])
     assert public_test_sets.load("wmt14/full", ("de", "en")) == (REFERENCES, [SOURCES])
 

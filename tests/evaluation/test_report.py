@@ -16,8 +16,8 @@ from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
 from transformer.evaluation import comparison as comparisons
-from transformer.evaluation import continuous, evaluator, metrics, report, systems
-from transformer.evaluation.evaluator import EvalDataset
+from transformer.evaluation import continuous, evaluator, metrics, report, results, systems
+from transformer.evaluation.datasets import EvalDataset
 from transformer.models.flops import TrainingCost, format_count
 from transformer.models.registry import ModelDef
 
@@ -58,7 +58,7 @@ def workdir(evaluation, tmp_path_factory):
     other = systems.System("other", "the other", baseline)
     this = systems.evaluated(workdir, evaluation[0], translations)
     comparison = comparisons.compare([other, this], SOURCES, DATASET.references, "13a", samples=50)
-    report.write(workdir, *evaluation, comparison)
+    report.write(workdir, "20.mine", *evaluation, comparison)
     return workdir
 
 
@@ -220,16 +220,20 @@ def test_an_empty_set_and_a_bare_workdir_make_a_page(evaluation, tmp_path):
 @pytest.mark.reported
 def test_each_set_keeps_its_page_and_the_newest_is_on_top(evaluation, workdir, tmp_path, monkeypatch):
     """Two sets of one file name, and one of them against another system and decoded otherwise."""
+
+    def name(*arguments):
+        return results.result_name(tmp_path, trained, *arguments)
+
     monkeypatch.setattr(report, "build", lambda workdir, restored, dataset, *_: f"page of {dataset.digest}")
     (tmp_path / "translations").mkdir()
     trained, _, result = evaluation
     other = DATASET._replace(references=[SOURCES])
     digest = other.digest
-    report.write(tmp_path, *evaluation)
-    report.write(tmp_path, trained, other, result)
+    report.write(tmp_path, name(DATASET), *evaluation)
+    report.write(tmp_path, name(other), trained, other, result)
     other = systems.System("b", "runs/a b, checkpoint 3", [])
     comparison = comparisons.Comparison([other], [], [[]], [], [], [], [])
-    report.write(tmp_path, *evaluation, comparison, {"beam_size": 1})
+    report.write(tmp_path, name(DATASET, {"beam_size": 1}), *evaluation, comparison)
     kept = {path.name: path.read_text() for path in (tmp_path / "reports").iterdir()}
     assert kept == {
         "20.mine.html": f"page of {DATASET.digest}",
@@ -241,7 +245,7 @@ def test_each_set_keeps_its_page_and_the_newest_is_on_top(evaluation, workdir, t
 
 
 def test_a_page_that_cannot_be_written_costs_no_scores(evaluation, tmp_path, capsys):
-    report.write(tmp_path / "none", *evaluation)
+    report.write(tmp_path / "none", "20.mine", *evaluation)
     assert "warning: no report" in capsys.readouterr().err
 
 

@@ -11,7 +11,9 @@ from tests.checkpoints.test_manager import make_parts
 from transformer.checkpoints.loading import RestoredModel
 from transformer.distributed import sharding
 from transformer.evaluation import evaluator as scoring
-from transformer.evaluation.evaluator import CrossEntropy, EvalDataset
+from transformer.evaluation import results
+from transformer.evaluation.datasets import EvalDataset, load_eval_dataset
+from transformer.evaluation.evaluator import CrossEntropy
 from transformer.runtime.errors import DivergedError, UserError
 
 SOURCES = ["the old house", "a new tree", ""]
@@ -37,7 +39,7 @@ def write(path, lines):
 def test_files_are_a_set_of_their_own_with_several_references(tmp_path):
     source = write(tmp_path / "in.en", SOURCES)
     references = [write(tmp_path / f"r{i}", [f"{line} {i}" for line in SOURCES]) for i in range(2)]
-    actual = scoring.load_eval_dataset(make_parts()[0].data, None, source, references)
+    actual = load_eval_dataset(make_parts()[0].data, None, source, references)
     assert (actual.name, actual.sources) == ("in.en", SOURCES)
     assert actual.references == [[f"{line} {i}" for line in SOURCES] for i in range(2)]
 
@@ -46,9 +48,9 @@ def test_missing_references_and_unequal_counts_are_refused(tmp_path):
     source, short = write(tmp_path / "in.en", SOURCES), write(tmp_path / "short", SOURCES[1:])
     data = make_parts()[0].data
     with pytest.raises(UserError, match="none: there is no such file"):
-        scoring.load_eval_dataset(data, None, source, [f"{tmp_path}/none"])
+        load_eval_dataset(data, None, source, [f"{tmp_path}/none"])
     with pytest.raises(UserError, match="3 sentences and 2 lines in reference 2"):
-        scoring.load_eval_dataset(data, None, source, [source, short])
+        load_eval_dataset(data, None, source, [source, short])
 
 
 def test_a_model_is_scored_and_its_translations_written(result, tmp_path):
@@ -57,13 +59,14 @@ def test_a_model_is_scored_and_its_translations_written(result, tmp_path):
     assert {"chrfpp", "bleu_by_source_length", "legacy_tokenized_bleu"} < result.scores.keys()
     assert "moses:de" in result.scores["legacy_signature"]
     trained = make_trained()
-    path = scoring.translations_path(tmp_path, trained, DATASET)
-    other = scoring.translations_path(tmp_path, trained, DATASET, {"top_k": 3, "method": "sample"})
-    assert other.name == path.name.removesuffix(".txt") + ".method=sample.top_k=3.txt"
-    scoring.write_translations(result, path)
+    name = results.result_name(tmp_path, trained, DATASET)
+    other = results.result_name(tmp_path, trained, DATASET, {"top_k": 3, "method": "sample"})
+    assert other == f"{name}.method=sample.top_k=3"
+    path = results.translations_path(tmp_path, name)
+    results.write_translations(result.translations, path)
     assert path == tmp_path / "translations" / "7.mine.txt"
     assert path.read_text() == "".join(f"{line}\n" for line in result.translations)
-    assert {each.name for each in path.parent.iterdir()} == {path.name, scoring.DATASETS_FILE}
+    assert {each.name for each in path.parent.iterdir()} == {path.name, results.DATASETS_FILE}
 
 
 @pytest.mark.reported
@@ -73,10 +76,10 @@ def test_two_sets_of_one_name_have_files_of_their_own(tmp_path):
     third = EvalDataset("another", *DATASET[1:])
     trained = make_trained()
     for _ in range(2):
-        names = [scoring.translations_path(tmp_path, trained, each).name for each in (DATASET, other, third)]
-        assert names == ["7.mine.txt", f"7.mine-{other.digest[:8]}.txt", "7.another.txt"]
-    (tmp_path / "translations" / scoring.DATASETS_FILE).write_text("[damaged")
-    assert scoring.translations_path(tmp_path, trained, DATASET).name == "7.mine.txt"
+        names = [results.result_name(tmp_path, trained, each) for each in (DATASET, other, third)]
+        assert names == ["7.mine", f"7.mine-{other.digest[:8]}", "7.another"]
+    (tmp_path / "translations" / results.DATASETS_FILE).write_text("[damaged")
+    assert results.result_name(tmp_path, trained, DATASET) == "7.mine"
 
 
 def test_a_set_may_come_from_pipes_which_are_read_once(tmp_path):
@@ -85,7 +88,7 @@ def test_a_set_may_come_from_pipes_which_are_read_once(tmp_path):
         os.write(sender, "".join(f"{line}\n" for line in SOURCES).encode())
         os.close(sender)
     source, reference = (f"/dev/fd/{reader}" for reader, _ in pipes)
-    actual = scoring.load_eval_dataset(make_parts()[0].data, None, source, [reference])
+    actual = load_eval_dataset(make_parts()[0].data, None, source, [reference])
     assert (actual.sources, actual.references) == (SOURCES, [SOURCES])
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.checkpoints.test_manager import make_parts, save
 from tests.evaluation.test_scoring import DATASET, make_trained, write
-from transformer.evaluation import evaluator, systems
+from transformer.evaluation import evaluator, results, systems
 from transformer.runtime.errors import UserError
 
 
@@ -71,7 +71,7 @@ def test_the_newest_translations_of_a_set_are_found(tmp_path):
         UserError, match=r"expected translations of mine .* found none of these sentences; run python eval.py"
     ):
         systems.newest_translations(tmp_path, DATASET)
-    evaluator.result_name(tmp_path, trained, DATASET)
+    results.result_name(tmp_path, trained, DATASET)
     other = DATASET._replace(references=[["the", "second", "set"]])
     for name in (
         "90.mine.txt",
@@ -85,6 +85,6 @@ def test_the_newest_translations_of_a_set_are_found(tmp_path):
     (folder / "110-best-average-3.mine.txt").write_text("")
     assert systems.newest_translations(tmp_path, DATASET).name == "110-best-average-3.mine.txt"
     assert systems.newest_translations(tmp_path, other).name == f"300.mine-{other.digest[:8]}.txt"
-    evaluator.result_name(tmp_path, trained, DATASET._replace(name="mine.en-de"))
+    results.result_name(tmp_path, trained, DATASET._replace(name="mine.en-de"))
     (folder / "120.mine.en-de.txt").write_text("")
     assert systems.newest_translations(tmp_path, DATASET).name == "120.mine.en-de.txt"

@@ -17,7 +17,7 @@ from transformer.checkpoints import loading
 from transformer.config import DataConfig
 from transformer.data import corpus as corpora
 from transformer.data import input_pipeline, parallel_formats, subword_nmt, text_files, tokenizer
-from transformer.evaluation import evaluator, systems
+from transformer.evaluation import datasets, systems
 from transformer.evaluation.evaluator import Evaluator
 from transformer.runtime.errors import UserError
 
@@ -78,7 +78,7 @@ def bytes_of_all_kinds(world: World, tally: Tally) -> None:
                     assert corpus.split("train")[LINE - 1][side == "de"].encode() == line
         with tally.one(f"{name}, {side}, evaluation"):
             paths = folder / "test.en", folder / "test.de"
-            read = lambda: evaluator.load_eval_dataset(DataConfig(), None, str(paths[0]), [str(paths[1])])  # noqa: B023, E731
+            read = lambda: datasets.load_eval_dataset(DataConfig(), None, str(paths[0]), [str(paths[1])])  # noqa: B023, E731
             if kind == ERROR:
                 refused(read, f"test.{side}, line {LINE}: ")
             else:
@@ -114,7 +114,7 @@ def counts_differ(world: World, tally: Tally) -> None:
             with tally.one(f"{name}, {side}, {split}"):
                 for read in (
                     lambda: open_corpus(folder),  # noqa: B023
-                    lambda: evaluator.load_eval_dataset(DataConfig(), None, str(paths[0]), [str(paths[1])]),  # noqa: B023
+                    lambda: datasets.load_eval_dataset(DataConfig(), None, str(paths[0]), [str(paths[1])]),  # noqa: B023
                 ):
                     with Heard(), pytest.raises(UserError) as error:
                         read()
@@ -133,7 +133,7 @@ def counts_differ(world: World, tally: Tally) -> None:
                 refused(lambda: open_corpus(folder), "no pairs")  # noqa: B023
             else:
                 assert (
-                    evaluator.load_eval_dataset(DataConfig(), None, f"{folder}/test.en", [f"{folder}/test.de"]).sources
+                    datasets.load_eval_dataset(DataConfig(), None, f"{folder}/test.en", [f"{folder}/test.de"]).sources
                     == []
                 )
 
@@ -321,10 +321,10 @@ def command_and_api(world: World, folder: pathlib.Path, tally: Tally) -> None:
         files[name].write_bytes("".join(line + end for line in LINES).encode())
     for source, reference in (("crlf", "lf"), ("lf", "crlf"), ("crlf", "crlf")):
         with tally.one(f"evaluation, source {source}, reference {reference}"):
-            result = evaluator.load_eval_dataset(DataConfig(), None, str(files[source]), [str(files[reference])])
+            result = datasets.load_eval_dataset(DataConfig(), None, str(files[source]), [str(files[reference])])
             assert result.sources == result.references[0] == LINES
     with tally.one("translations to compare with"):
-        chosen = evaluator.EvalDataset("set", LINES, [LINES])
+        chosen = datasets.EvalDataset("set", LINES, [LINES])
         assert systems.baseline_system(files["crlf"], "latest", chosen, ("en", "de")).translations == LINES
     with tally.one("stdin"), files["crlf"].open("rb") as stream:
         assert list(text_files.decode_lines(stream, "stdin")) == LINES

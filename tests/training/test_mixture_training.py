@@ -20,7 +20,7 @@ from transformer.config import mixture
 from transformer.data import input_pipeline, mixture_corpus
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import PAD
-from transformer.evaluation import continuous, evaluator, report, systems
+from transformer.evaluation import continuous, datasets, evaluator, report, systems
 from transformer.evaluation.evaluator import EvalResult
 from transformer.runtime.errors import UserError
 from transformer.training import trainer
@@ -225,14 +225,14 @@ def test_evaluation_reports_all_directions_in_one_table(whole, capsys):
 
 
 def test_a_missing_set_of_a_later_direction_is_found_before_the_first_is_translated(whole, monkeypatch):
-    load = evaluator.load_eval_dataset
+    load = datasets.load_eval_dataset
 
     def load_german(*arguments, direction=None, **flags):
         if direction and direction.name == "en-fr":
             raise UserError("there is no such set")
         return load(*arguments, direction=direction, **flags)
 
-    monkeypatch.setattr(evaluator, "load_eval_dataset", load_german)
+    monkeypatch.setattr(datasets, "load_eval_dataset", load_german)
     monkeypatch.setattr(evaluator.CheckpointEvaluator, "evaluate", lambda *_: pytest.fail("translates"))
     with pytest.raises(UserError, match="there is no such set"):
         evaluation.main(["eval.py", f"--workdir={whole}", "--split=val"])
@@ -271,7 +271,7 @@ def test_one_direction_is_watched_and_compared(whole, tmp_path, capsys):
     watched = []
     watcher = continuous.CheckpointWatcher(
         tmp_path / "a",
-        lambda config: evaluator.load_eval_dataset(
+        lambda config: datasets.load_eval_dataset(
             config.data, "val", None, None, direction=mixture.find_direction(config.data, None, "fr")
         ),
         watched.append,

@@ -16,8 +16,9 @@ from etils import epath
 from transformer.checkpoints.loading import RestoredModel, load_checkpoint
 from transformer.checkpoints.manager import CheckpointManager, CorruptCheckpointError
 from transformer.config import Config, mixture
-from transformer.evaluation import summary
-from transformer.evaluation.evaluator import CheckpointEvaluator, EvalDataset, translations_path, write_translations
+from transformer.evaluation import results, summary
+from transformer.evaluation.datasets import EvalDataset
+from transformer.evaluation.evaluator import CheckpointEvaluator
 from transformer.runtime import files, signals
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
 from transformer.runtime.files import json_digest, user_error_on_oserror
@@ -134,7 +135,8 @@ class CheckpointWatcher:
             log_info(str(error))
             self._failed.add(digest)
             return
-        write_translations(result, translations_path(self._workdir, restored, dataset))
+        name = results.result_name(self._workdir, restored, dataset)
+        results.write_translations(result.translations, results.translations_path(self._workdir, name))
         entry = {
             **summary.as_json(restored, result),
             "name": dataset.name,

@@ -12,7 +12,8 @@ from etils import epath
 from transformer.checkpoints.loading import RestoredModel
 from transformer.evaluation import report, summary
 from transformer.evaluation.charts import NUM_COLORS, Series, line_chart
-from transformer.evaluation.evaluator import EvalDataset, EvalResult
+from transformer.evaluation.datasets import EvalDataset
+from transformer.evaluation.evaluator import EvalResult
 from transformer.evaluation.metrics import METRICS, sentence_metric
 from transformer.evaluation.report_html import (
     DIFF_LEGEND,

@@ -1,35 +1,30 @@
 """Evaluation: a model and a data set → translations and scores.
 
-`Evaluator` is what the trainer calls for validation and `CheckpointEvaluator` for eval.py; a data set is an
-`EvalDataset`. Below them: the files of translations in a workdir.
+`Evaluator` is what the trainer calls for validation and `CheckpointEvaluator` for eval.py.
 """
 
-import contextlib
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from etils import epath
 from jax.sharding import Mesh
 
 from transformer.checkpoints.loading import RestoredModel
 from transformer.config import Config, DataConfig
 from transformer.config.mixture import Direction
-from transformer.data import corpus, text_files
 from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray, eval_batches, make_batch, select_rows
 from transformer.data.tokenizer import Tokenizer
 from transformer.decoding.translator import Translator
-from transformer.distributed import consistency, multihost, sharding
-from transformer.evaluation import bleu_tokenizer, public_test_sets
+from transformer.distributed import consistency, sharding
+from transformer.evaluation import bleu_tokenizer
+from transformer.evaluation.datasets import EvalDataset
 from transformer.evaluation.metrics import DEFAULT_METRICS, Scores, check_lengths, extended_scores, make_metric, score
 from transformer.models.loss import LossSums, cross_entropy
 from transformer.models.registry import ModelDef, Params
-from transformer.runtime.errors import DivergedError, UserError
-from transformer.runtime.files import json_digest, user_error_on_oserror, write_atomic
+from transformer.runtime.errors import DivergedError
 from transformer.runtime.logging import log_info
 from transformer.runtime.progress import phase
 
@@ -191,66 +186,6 @@ def make_eval_step(model: ModelDef, mesh: Mesh) -> Callable[[Params, Batch], Los
     )
 
 
-DATASETS_FILE = "sets.json"  # name → digest of the first data set of that name
-
-
-class EvalDataset(NamedTuple):
-    """Sources and their references.
-
-    Attributes:
-      name: of the split, of the file of sources, or of the test set with _ for /.
-      references: one or several lists, each as long as the sources.
-    """
-
-    name: str
-    sources: list[str]
-    references: list[list[str]]
-
-    @property
-    def digest(self) -> str:
-        """Changes with any sentence."""
-        return json_digest([self.sources, self.references])[:16]
-
-
-def load_eval_dataset(
-    data: DataConfig,
-    split: str | None,
-    source: str | None,
-    references: Sequence[str] | None,
-    test_set: str | None = None,
-    direction: Direction | None = None,
-) -> EvalDataset:
-    """Reads a split of the config's data, text files, or a public test set.
-
-    Args:
-      direction: of a mixture, whose name becomes part of that of the data set.
-      data: the config's.
-      split: its name, as `Corpus.split` takes it; None is "test".
-      source: a file of sentences, instead of a split.
-      references: the files of its references.
-      test_set: sacreBLEU's name of a test set, instead of a split.
-
-    Raises:
-      UserError: a split, file or test set is missing, or the numbers of lines differ.
-    """
-    if direction is not None and data.mixture:
-        dataset = load_eval_dataset(direction.data, split, source, references, test_set)
-        return dataset._replace(name=f"{dataset.name}.{direction.name}")
-    if test_set:
-        sources, lists = public_test_sets.load(test_set, (data.source_language, data.target_language))
-        return EvalDataset(test_set.replace("/", "_"), sources, lists)
-    if source and references:
-        lines = [list(text_files.read_lines(path)) for path in references]
-        dataset = EvalDataset(epath.Path(source).name, list(text_files.read_lines(source)), lines)
-        check_lengths(len(dataset.sources), dataset.references)
-        return dataset
-    try:
-        data_split = corpus.open_corpus(data).split(split or "test")
-    except UserError as error:
-        raise UserError(f"{error}. Or name another --split, or score files with --source and --reference") from error
-    return EvalDataset(data_split.name, data_split.sources(), [data_split.targets()])
-
-
 class CheckpointEvaluator:
     """Evaluates checkpoints on a data set; keeps compiled programs as long as config and vocabulary are the same.
 
@@ -311,69 +246,3 @@ def assert_same_on_hosts(restored: RestoredModel, dataset: EvalDataset) -> None:
     """Raises a UserError on every host unless all have the same checkpoint and data set."""
     value = f"{restored.description}, {len(dataset.sources):,} sentences, digest {dataset.digest}"
     consistency.assert_equal("what is evaluated", value, "give every host the same flags, workdir and data")
-
-
-@multihost.primary_only
-def write_translations(result: EvalResult, path: epath.PathLike) -> None:
-    """Writes one translation a line, atomically."""
-    path = epath.Path(path)
-    with user_error_on_oserror(f"{path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, "".join(f"{line}\n" for line in result.translations))
-
-
-def result_name(
-    workdir: epath.PathLike, restored: RestoredModel, dataset: EvalDataset, fields: Mapping[str, Any] | None = None
-) -> str:
-    """STEP.SET, the name of the files of an evaluation.
-
-    SET is the name of the split or file. If the workdir has results of another data set of that name, a digest of the
-    sentences is appended.
-
-    Args:
-      workdir: of the model.
-      restored: the model.
-      dataset: on which it is evaluated.
-      fields: of decoding, other than the checkpoint's own. They are part of the name, so that results of decoding by
-        the config are not mistaken for others.
-    """
-    suffix = "".join(f".{name}={value}" for name, value in sorted((fields or {}).items()))
-    _register(workdir, dataset)
-    return f"{restored.tag}.{set_name(workdir, dataset)}{suffix}"
-
-
-def set_name(workdir: epath.PathLike, dataset: EvalDataset) -> str:
-    """SET, as in `result_name`."""
-    first = _registered_digests(workdir).get(dataset.name, dataset.digest)
-    return dataset.name if first == dataset.digest else f"{dataset.name}-{dataset.digest[:8]}"
-
-
-def set_names(workdir: epath.PathLike, dataset: EvalDataset) -> list[str]:
-    """SET, and the names under which the workdir has other data sets of the same sentences."""
-    same = (name for name, digest in _registered_digests(workdir).items() if digest == dataset.digest)
-    return list(dict.fromkeys([set_name(workdir, dataset), *same]))
-
-
-def _registered_digests(workdir: epath.PathLike) -> dict[str, str]:
-    """The digest of the first data set of each name in the workdir."""
-    try:
-        return {**json.loads((epath.Path(workdir) / "translations" / DATASETS_FILE).read_text())}
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def _register(workdir: epath.PathLike, dataset: EvalDataset) -> None:
-    """Makes a data set the first of its name, if there is none."""
-    path, digests = epath.Path(workdir) / "translations" / DATASETS_FILE, _registered_digests(workdir)
-    if dataset.name not in digests and multihost.is_primary():
-        # In a read-only workdir the name is not registered, but then no files are written either.
-        with contextlib.suppress(UserError), user_error_on_oserror(f"{path}"):
-            path.parent.mkdir(exist_ok=True)
-            write_atomic(path, json.dumps({**digests, dataset.name: dataset.digest}, indent=1) + "\n")
-
-
-def translations_path(
-    workdir: epath.PathLike, restored: RestoredModel, dataset: EvalDataset, fields: Mapping[str, Any] | None = None
-) -> epath.Path:
-    """WORKDIR/translations/NAME.txt, with the name of `result_name`."""
-    return epath.Path(workdir) / "translations" / f"{result_name(workdir, restored, dataset, fields)}.txt"

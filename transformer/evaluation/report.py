@@ -23,7 +23,8 @@ from transformer.evaluation.bleu_tokenizer import choose_bleu_tokenizer
 from transformer.evaluation.charts import Series, line_chart
 from transformer.evaluation.comparison import Comparison, by_length
 from transformer.evaluation.continuous import is_of, read_evaluations
-from transformer.evaluation.evaluator import EvalDataset, EvalResult, result_name
+from transformer.evaluation.datasets import EvalDataset
+from transformer.evaluation.evaluator import EvalResult
 from transformer.evaluation.heatmaps import attention_heatmaps
 from transformer.evaluation.metrics import METRICS, group_by_length, sentence_metric, sentence_scores
 from transformer.evaluation.report_html import (
@@ -58,25 +59,24 @@ ATTENTION_NOTE = (
 
 def write(
     workdir: epath.PathLike,
+    name: str,
     restored: RestoredModel,
     dataset: EvalDataset,
     result: EvalResult,
     comparison: Comparison | None = None,
-    fields: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes reports/NAME[.versus-BASELINE].html, named by `result_name`, and the newest also as report.html.
+    """Writes reports/NAME[.versus-BASELINE].html, and the newest also as report.html.
 
     If the workdir is not writable, this is logged and not an error.
 
     Args:
       workdir: of the model.
+      name: of the result, by `results.result_name`.
       restored: the model.
       dataset: on which it was evaluated.
       result: of the evaluation.
       comparison: with a baseline.
-      fields: of decoding, other than the checkpoint's own.
     """
-    name = result_name(workdir, restored, dataset, fields)
     text = build(workdir, restored, dataset, result, comparison)  # runs the model on all hosts
     suffix = re.sub(r"[^\w.-]+", "-", f".versus-{comparison.systems[0].name}") if comparison else ""
     save(workdir, f"{name}{suffix}", text)

@@ -8,7 +8,8 @@ from typing import Any
 from transformer.checkpoints.loading import RestoredModel
 from transformer.evaluation import significance
 from transformer.evaluation.comparison import Comparison
-from transformer.evaluation.evaluator import EvalDataset, EvalResult
+from transformer.evaluation.datasets import EvalDataset
+from transformer.evaluation.evaluator import EvalResult
 from transformer.evaluation.metrics import METRICS
 from transformer.models.flops import TrainingCost
 

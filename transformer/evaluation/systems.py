@@ -11,7 +11,8 @@ from transformer.checkpoints.loading import RestoredModel, load_checkpoint
 from transformer.config import Config, mixture, validation
 from transformer.data import text_files
 from transformer.decoding.translator import Translator
-from transformer.evaluation.evaluator import EvalDataset, set_names
+from transformer.evaluation.datasets import EvalDataset
+from transformer.evaluation.results import set_names
 from transformer.models.flops import TrainingCost
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import CONFIG_FILE
