@@ -149,15 +149,15 @@ def evaluate_directions(
         log_samples(dataset, result, 1)
         name = results.result_name(args.workdir, own, dataset, changed)
         save_translations(result, None, results.translations_path(args.workdir, name))
-        evaluated[direction.name] = directions_report.Evaluated(own, dataset, result)
-    log_info(summary.format_directions(restored, {name: each.result for name, each in evaluated.items()}))
+        evaluated[direction.name] = summary.Evaluated(own, dataset, result)
+    log_info(summary.format_directions(restored, evaluated))
     first, of_first = next(iter(evaluated.items()))
     split = of_first.dataset.name.removesuffix(f".{first}")  # validation, where --split=val
     with progress.phase("writing the report"):
         page = directions_report.build(args.workdir, restored, evaluated, split)
         reports.save(args.workdir, f"{restored.tag}.{split}{results.decode_suffix(changed)}", page)
     if multihost.is_primary():
-        print(json.dumps(summary.directions_as_json({name: (e.restored, e.result) for name, e in evaluated.items()})))
+        print(json.dumps(summary.directions_as_json(evaluated)))
 
 
 @multihost.primary_only

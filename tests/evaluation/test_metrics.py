@@ -280,11 +280,11 @@ def test_comet_s_weights_may_be_a_file(comet, monkeypatch, tmp_path):
 
 
 def test_signatures_of_directions_that_differ_are_named_and_empty_ones_left_out():
-    def result(signature):
-        return types.SimpleNamespace(scores={"bleu_signature": signature})
+    def evaluated(signature):
+        return summary.Evaluated(None, None, types.SimpleNamespace(scores={"bleu_signature": signature}))
 
-    equal = {"en-de": result("tok:13a"), "en-fr": result("tok:13a"), "en-xx": result("")}
+    equal = {"en-de": evaluated("tok:13a"), "en-fr": evaluated("tok:13a"), "en-xx": evaluated("")}
     assert summary.signatures(equal, ["bleu"]) == ["BLEU tok:13a"]
-    differing = {"en-de": result("tok:13a"), "en-fr": result("tok:13a"), "en-zh": result("tok:zh")}
+    differing = {"en-de": evaluated("tok:13a"), "en-fr": evaluated("tok:13a"), "en-zh": evaluated("tok:zh")}
     assert summary.signatures(differing, ["bleu"]) == ["BLEU of en-de, en-fr tok:13a", "BLEU of en-zh tok:zh"]
-    assert summary.signatures({"en-xx": result("")}, ["bleu"]) == []
+    assert summary.signatures({"en-xx": evaluated("")}, ["bleu"]) == []

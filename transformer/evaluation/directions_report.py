@@ -5,15 +5,12 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from etils import epath
 
 from transformer.checkpoints.loading import RestoredModel
 from transformer.evaluation import report, summary
 from transformer.evaluation.charts import NUM_COLORS, Series, line_chart
-from transformer.evaluation.datasets import EvalDataset
-from transformer.evaluation.evaluator import EvalResult
 from transformer.evaluation.metrics import METRICS, sentence_metric
 from transformer.evaluation.report_html import (
     DIFF_LEGEND,
@@ -24,21 +21,9 @@ from transformer.evaluation.report_html import (
     section,
     table,
 )
+from transformer.evaluation.summary import Evaluated
 from transformer.runtime import files
 from transformer.runtime.files import METRICS_FILE
-
-
-class Evaluated(NamedTuple):
-    """A direction that was evaluated.
-
-    Attributes:
-      restored: the model in this direction.
-      dataset: of this direction.
-    """
-
-    restored: RestoredModel
-    dataset: EvalDataset
-    result: EvalResult
 
 
 def build(workdir: epath.PathLike, restored: RestoredModel, evaluated: Mapping[str, Evaluated], name: str) -> str:
@@ -51,9 +36,8 @@ def build(workdir: epath.PathLike, restored: RestoredModel, evaluated: Mapping[s
       name: of the data set.
     """
     metrics, ranking = restored.config.eval.metric_names, sentence_metric(restored.config.eval.metric_names)
-    results = {direction: each.result for direction, each in evaluated.items()}
     columns = [Column("direction"), *numbers("sentences", *(METRICS[m].label for m in metrics), "loss")]
-    note = f"The last row is the mean over directions. {' · '.join(summary.signatures(results, metrics))}"
+    note = f"The last row is the mean over directions. {' · '.join(summary.signatures(evaluated, metrics))}"
     worst = []
     for direction, each in evaluated.items():
         ranked = report.rank_sentences(each.dataset, each.result.translations, ranking)
@@ -64,7 +48,7 @@ def build(workdir: epath.PathLike, restored: RestoredModel, evaluated: Mapping[s
         f"{epath.Path(workdir).name}: report of {len(evaluated)} directions",
         f"{name} · {report.described(restored)}",
         [
-            section("directions", "Directions", table(columns, summary.direction_rows(results, metrics)), note),
+            section("directions", "Directions", table(columns, summary.direction_rows(evaluated, metrics)), note),
             section("curves", "Learning curves", curves(workdir, list(evaluated), metrics)),
             *worst,
             section("config", "Config", details("all fields", f"<pre>{html.escape(restored.config.to_json())}</pre>")),

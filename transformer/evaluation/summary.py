@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformer.checkpoints.loading import RestoredModel
 from transformer.evaluation import significance
@@ -12,6 +12,19 @@ from transformer.evaluation.datasets import EvalDataset
 from transformer.evaluation.evaluator import EvalResult
 from transformer.evaluation.metrics import METRICS
 from transformer.models.flops import TrainingCost
+
+
+class Evaluated(NamedTuple):
+    """A direction that was evaluated.
+
+    Attributes:
+      restored: the model in this direction.
+      dataset: of this direction.
+    """
+
+    restored: RestoredModel
+    dataset: EvalDataset
+    result: EvalResult
 
 
 def as_json(restored: RestoredModel, result: EvalResult, comparison: Comparison | None = None) -> dict[str, Any]:
@@ -38,25 +51,26 @@ def as_json(restored: RestoredModel, result: EvalResult, comparison: Comparison 
     return fields
 
 
-def directions_as_json(evaluated: Mapping[str, tuple[RestoredModel, EvalResult]]) -> dict[str, Any]:
+def directions_as_json(evaluated: Mapping[str, Evaluated]) -> dict[str, Any]:
     """The fields of eval.py's JSON for several directions: means of the scores, and those of each under its name."""
-    by_direction = {name: as_json(*each) for name, each in evaluated.items()}
-    first, results = next(iter(by_direction.values())), [result for _, result in evaluated.values()]
-    restored, _ = next(iter(evaluated.values()))
+    by_direction = {name: as_json(each.restored, each.result) for name, each in evaluated.items()}
+    first, results = next(iter(by_direction.values())), [each.result for each in evaluated.values()]
+    metrics = next(iter(evaluated.values())).restored.config.eval.metric_names
     return {
         "step": first["step"],
         "steps": first["steps"],
         "sentences": sum(result.sentences for result in results),
         "loss": mean(result.loss for result in results),
-        **{name: mean(result.scores[name] for result in results) for name in restored.config.eval.metric_names},
+        **{name: mean(result.scores[name] for result in results) for name in metrics},
         "seconds": round(sum(result.seconds for result in results), 3),
         **{name: first[name] for name in ("train_flops", "train_tokens", "train_hours")},
         "directions": by_direction,
     }
 
 
-def direction_rows(results: Mapping[str, EvalResult], metrics: Sequence[str]) -> list[list[str]]:
+def direction_rows(evaluated: Mapping[str, Evaluated], metrics: Sequence[str]) -> list[list[str]]:
     """Name, sentences, scores and loss of each direction, and means as the last row."""
+    results = {name: each.result for name, each in evaluated.items()}
     rows = [
         [name, f"{result.sentences:,}", *(f"{result.scores[m]:.2f}" for m in metrics), f"{result.loss:.3f}"]
         for name, result in results.items()
@@ -66,23 +80,23 @@ def direction_rows(results: Mapping[str, EvalResult], metrics: Sequence[str]) ->
     return [*rows, ["mean", f"{total:,}", *scores, f"{mean(result.loss for result in results.values()):.3f}"]]
 
 
-def format_directions(restored: RestoredModel, results: Mapping[str, EvalResult]) -> str:
+def format_directions(restored: RestoredModel, evaluated: Mapping[str, Evaluated]) -> str:
     """The table for the terminal, a line for each direction."""
     metrics = restored.config.eval.metric_names
     heads = ["direction", "sentences", *(METRICS[name].label for name in metrics), "loss"]
-    rows = [heads, *direction_rows(results, metrics)]
+    rows = [heads, *direction_rows(evaluated, metrics)]
     widths = [max(len(head), 8) for head in heads]
     lines = ["  ".join(["", row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    return "\n".join([restored.description, *lines, *(f"  {line}" for line in signatures(results, metrics[:1]))])
+    return "\n".join([restored.description, *lines, *(f"  {line}" for line in signatures(evaluated, metrics[:1]))])
 
 
-def signatures(results: Mapping[str, EvalResult], metrics: Sequence[str]) -> list[str]:
+def signatures(evaluated: Mapping[str, Evaluated], metrics: Sequence[str]) -> list[str]:
     """The signatures of metrics, each with its directions if these have several; an empty set has none."""
     lines = []
     for metric in metrics:
         directions: dict[str, list[str]] = {}
-        for name, result in results.items():
-            if signature := result.scores[f"{metric}_signature"]:
+        for name, each in evaluated.items():
+            if signature := each.result.scores[f"{metric}_signature"]:
                 directions.setdefault(signature, []).append(name)
         for signature, names in directions.items():
             of = f" of {', '.join(names)}" if len(directions) > 1 else ""
