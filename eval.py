@@ -199,21 +199,16 @@ def parse(rest: list[str]) -> argparse.Namespace:
     """Reads the flags other than --decode.FIELD."""
     parser = command_line.model_parser("eval.py", __doc__)
     parser.set_defaults(checkpoint=None)  # to tell whether it is given
-    path, paths = command_line.absolute_path, command_line.absolute_paths
-    parser.add_argument("--split", help="split of the config's data set, such as val (default: test)")
-    parser.add_argument("--source", type=path, help="text file to translate instead, one sentence a line")
-    parser.add_argument("--reference", type=paths, default=[], help="its references; several files with commas between")
-    parser.add_argument(
-        "--test_set",
-        help="public test set to translate instead, by sacreBLEU's name, such as wmt14/full; fetched by sacreBLEU",
-    )
+    command_line.add_test_set_flags(parser, "the config's data set")
     parser.add_argument(
         "--output",
-        type=path,
+        type=command_line.absolute_path,
         help="where translations go (default: WORKDIR/translations/STEP.NAME.txt, with decode fields in it)",
     )
     parser.add_argument(
-        "--versus", type=path, help="another workdir, or a file of translations: is the difference more than chance?"
+        "--versus",
+        type=command_line.absolute_path,
+        help="another workdir, or a file of translations: is the difference more than chance?",
     )
     parser.add_argument("--versus_checkpoint", help="of that workdir (default: as --checkpoint; latest for a step)")
     command_line.add_metrics_flag(parser, "eval.metrics of the checkpoint's config")
@@ -223,15 +218,8 @@ def parse(rest: list[str]) -> argparse.Namespace:
     args = parser.parse_args(rest)
     if bool(args.source) != bool(args.reference):
         raise UserError("--source and --reference go together")
+    command_line.check_test_set_flags(args)
     command_line.reject_overwriting(args.output, (args.source, args.versus, *args.reference))
-    if args.source and args.split:
-        raise UserError("expected --split, or --source with --reference, got both")
-    if args.test_set is not None:
-        if other := "split" if args.split else "source" if args.source else "":
-            raise UserError(f"--test_set replaces --split, and --source with --reference; leave out --{other}")
-        from transformer.evaluation import public_test_sets
-
-        public_test_sets.check_name(args.test_set)
     if args.versus_checkpoint and not args.versus:
         raise UserError("--versus_checkpoint goes with --versus=DIR, got none")
     for flag in ("checkpoint", "output", "versus", "metrics"):

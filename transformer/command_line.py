@@ -177,6 +177,34 @@ def add_metrics_flag(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def add_test_set_flags(parser: argparse.ArgumentParser, split_of: str) -> None:
+    """--split, --source, --reference and --test_set, which `check_test_set_flags` checks.
+
+    Args:
+      split_of: whose splits --split names, for the help.
+    """
+    parser.add_argument("--split", help=f"split of {split_of}, such as val (default: test)")
+    parser.add_argument("--source", type=absolute_path, help="text file of sources instead, one sentence a line")
+    parser.add_argument(
+        "--reference", type=absolute_paths, default=[], help="its references; several files with commas between"
+    )
+    parser.add_argument(
+        "--test_set", help="public test set instead, by sacreBLEU's name, such as wmt14/full; fetched by sacreBLEU"
+    )
+
+
+def check_test_set_flags(args: argparse.Namespace) -> None:
+    """Raises a UserError if the flags name several test sets, or a public one that does not exist."""
+    if args.reference and args.split:
+        raise UserError("expected --split, or --reference, got both")
+    if args.test_set is not None:
+        if other := next((flag for flag in ("split", "source", "reference") if getattr(args, flag)), ""):
+            raise UserError(f"--test_set replaces --split, and --source with --reference; leave out --{other}")
+        from transformer.evaluation import public_test_sets
+
+        public_test_sets.check_name(args.test_set)
+
+
 def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") -> tuple[schema.Config, list[str]]:
     """Reads --config=FILE and its --config.SECTION.FIELD=VALUE overrides; returns the rest of the arguments too.
 

@@ -122,15 +122,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = command_line.command_parser("python -m transformer.compare", __doc__)
     path = command_line.absolute_path
     parser.add_argument("systems", nargs="+", type=path, help="workdirs or files of translations, the baseline first")
-    parser.add_argument("--source", type=path, help="text file of the sources, one sentence a line")
-    parser.add_argument(
-        "--reference", type=command_line.absolute_paths, default=[], help="its references; several with commas between"
-    )
-    parser.add_argument(
-        "--test_set", help="public test set instead, by sacreBLEU's name, such as wmt14/full; fetched by sacreBLEU"
-    )
-    parser.add_argument("--language_pair", help="of that set, such as en-de, where there is no workdir to tell")
-    parser.add_argument("--split", help="split of the first workdir's data set (default: test)")
+    command_line.add_test_set_flags(parser, "the first workdir's data set")
+    parser.add_argument("--language_pair", help="of --test_set, such as en-de, where there is no workdir to tell")
     command_line.add_metrics_flag(parser, "those of the first workdir")
     command_line.add_direction_flags(parser)
     parser.add_argument(
@@ -147,13 +140,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise UserError(f"expected two systems or more, got {len(args.systems)}; name the baseline first")
     if args.source and not args.reference:
         raise UserError("--source goes with --reference, got none")
-    if args.reference and args.split:
-        raise UserError("expected --split, or --reference, got both")
-    if args.test_set is not None:
-        if other := "split" if args.split else "reference" if args.reference else "":
-            raise UserError(f"--test_set replaces --split, and --source with --reference; leave out --{other}")
-        public_test_sets.check_name(args.test_set)
-    elif args.language_pair:
+    command_line.check_test_set_flags(args)
+    if args.language_pair and args.test_set is None:
         raise UserError("--language_pair goes with --test_set, got none")
     read = *args.systems, args.source, args.frequency_corpus, *args.reference
     command_line.reject_overwriting(args.output, read)
