@@ -84,7 +84,7 @@ def test_sentences_under_four_tokens_are_ranked_by_chrf():
     words = ["Haus", "rotes Haus", "ein Haus hier", "ein Haus steht hier"]
     assert bleu_tokenizer.choose_best_metric(words, "13a") == (
         "chrf",
-        "the best checkpoint is that of the highest chrF2, as 3 of 4 validation references have under four tokens "
+        "the best checkpoint is that of the highest chrF2, as in validation 3 of 4 references have under four tokens "
         "and so no 4-grams for BLEU; train.best_metric sets another",
     )
     assert bleu_tokenizer.choose_best_metric(words[2:], "13a") == ("bleu", "")

@@ -73,9 +73,12 @@ def split_words(lines: Sequence[str], tokenizer: str) -> list[list[str]]:
     return [tokenize(line.lower() if tokenizer == PUBLISHED else line).split() for line in lines]
 
 
-def count_short(references: Sequence[str], tokenizer: str) -> int:
-    """The number of references with under four tokens, which have no 4-grams for BLEU."""
-    return sum(len(words) < 4 for words in split_words(references, tokenizer))
+def short_references(references: Sequence[str], tokenizer: str) -> str:
+    """Why BLEU does not suit the references: most have under four tokens; empty if it does."""
+    count = sum(len(words) < 4 for words in split_words(references, tokenizer))
+    if 2 * count <= len(references):
+        return ""
+    return f"{count:,} of {len(references):,} references have under four tokens and so no 4-grams for BLEU"
 
 
 def _by_letters(references: Sequence[str]) -> str:
@@ -98,8 +101,9 @@ def _by_letters(references: Sequence[str]) -> str:
 
 def choose_best_metric(references: Sequence[str], tokenizer: str) -> tuple[str, str]:
     """The metric of the best checkpoint for these references, and the reason if it is not BLEU."""
-    count = count_short(references, tokenizer)
-    if 2 * count <= len(references):
+    reason = short_references(references, tokenizer)
+    if not reason:
         return "bleu", ""
-    reason = f"{count:,} of {len(references):,} validation references have under four tokens and so no 4-grams for BLEU"
-    return "chrf", f"the best checkpoint is that of the highest chrF2, as {reason}; train.best_metric sets another"
+    return "chrf", (
+        f"the best checkpoint is that of the highest chrF2, as in validation {reason}; train.best_metric sets another"
+    )

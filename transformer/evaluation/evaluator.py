@@ -234,12 +234,8 @@ class CheckpointEvaluator:
 def _log_tokenizer(tokenizer: bleu_tokenizer.BleuTokenizer, references: Sequence[str]) -> None:
     """Logs how BLEU is computed, and whether it suits the references."""
     log_info(str(tokenizer))
-    num_short = bleu_tokenizer.count_short(references, tokenizer.name)
-    if 2 * num_short > len(references):
-        log_info(
-            f"warning: {num_short:,} of {len(references):,} references have under four tokens, so they have no 4-grams "
-            "for BLEU; use chrF2"
-        )
+    if reason := bleu_tokenizer.short_references(references, tokenizer.name):
+        log_info(f"warning: {reason}; use chrF2")
 
 
 def assert_same_on_hosts(restored: RestoredModel, dataset: EvalDataset) -> None:
