@@ -73,7 +73,6 @@ def translate_corpus(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     text = synthetic_corpus.scan(args.input)
     log_info(f"{text.num_lines:,} lines to translate; loading JAX and the model of {args.workdir} …")
     from transformer import inference
-    from transformer.decoding.translator import first_text
 
     environment.enable_compilation_cache()
     consistency.assert_same_code()
@@ -83,11 +82,7 @@ def translate_corpus(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     if multihost.process_count() > 1:
         model = model.on_local_devices()
     translator, seed = model.translator(fields)
-
-    def translate(lines: list[str], advance: Callable[[int], None]) -> list[str]:
-        translated = translator.translate_nbest(model.params, lines, seed=seed, progress=advance, tag=direction.tag)
-        return [first_text(each) for each in translated]
-
+    translate = functools.partial(translator.translate, model.params, tag=direction.tag, seed=seed)
     shards = part_of(range(corpus.num_shards), *args.part)
     shards = part_of(shards, multihost.process_index(), multihost.process_count())
     with signals.catch_stop_signals(lambda: "this batch of sentences") as stop_signal:

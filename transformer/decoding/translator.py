@@ -95,6 +95,7 @@ class Translator:
         sentences: Iterable[str],
         progress: Callable[[int], None] = lambda count: None,
         tag: str = "",
+        seed: int | None = None,
     ) -> list[str]:
         """Returns one translation for each sentence, in order; that of a blank sentence is empty.
 
@@ -103,8 +104,9 @@ class Translator:
           sentences: one line of text each.
           progress: called with the number of sentences of each finished batch.
           tag: of the target language, put before each sentence; empty for none.
+          seed: of the samples, in place of `decode.seed`.
         """
-        translations = self.translate_nbest(params, sentences, progress=progress, tag=tag)
+        translations = self.translate_nbest(params, sentences, progress=progress, tag=tag, seed=seed)
         return [first_text(hypotheses) for hypotheses in translations]
 
     def translate_nbest(
