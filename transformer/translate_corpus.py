@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import json
 import re
-import signal
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -209,9 +208,7 @@ def _check_stop(corpus: SyntheticCorpus, stop_signal: Callable[[], int | None]) 
     """Raises a StoppedError if a stop signal has come."""
     if number := stop_signal():
         there = corpus.num_shards - len(corpus.missing())
-        name = signal.Signals(number).name
-        message = f"stopped by {name}; {there:,} of {corpus.num_shards:,} shards are saved; run again to resume"
-        raise StoppedError(number, message)
+        raise signals.stopped(number, f"{there:,} of {corpus.num_shards:,} shards are saved")
 
 
 def finish(corpus: SyntheticCorpus, check_stop: Callable[[], None]) -> None:

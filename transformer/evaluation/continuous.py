@@ -6,7 +6,6 @@ file of training. Checkpoints in the file are not scored again, so watching can 
 """
 
 import json
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,7 @@ from transformer.evaluation import results, summary
 from transformer.evaluation.datasets import EvalDataset
 from transformer.evaluation.evaluator import CheckpointEvaluator
 from transformer.runtime import files, signals
-from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
+from transformer.runtime.errors import DivergedError, UserError, WorkdirError
 from transformer.runtime.files import json_digest, user_error_on_oserror
 from transformer.runtime.logging import log_info
 
@@ -81,8 +80,7 @@ class CheckpointWatcher:
         """
 
         def stop(number: int, _: object) -> None:  # at any time: all files are written atomically
-            scored = f"{self.num_scored:,} checkpoints scored"
-            raise StoppedError(number, f"stopped by {signal.Signals(number).name}; {scored}; run again to resume")
+            raise signals.stopped(number, f"{self.num_scored:,} checkpoints scored")
 
         with signals.handling(stop):
             if not self._checkpoints.steps():

@@ -18,9 +18,14 @@ def handled_signals() -> list[signal.Signals]:
     return [number for number in STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
+def stopped(number: int, done: str) -> StoppedError:
+    """The error that ends a command after a stop signal; `done` says what is kept."""
+    return StoppedError(number, f"stopped by {signal.Signals(number).name}; {done}; run again to resume")
+
+
 def preempted(number: int, step: int) -> StoppedError:
     """The error that ends a run after a stop signal, once `step` is saved."""
-    return StoppedError(number, f"stopped by {signal.Signals(number).name}; saved step {step:,}; run again to resume")
+    return stopped(number, f"saved step {step:,}")
 
 
 @contextlib.contextmanager
