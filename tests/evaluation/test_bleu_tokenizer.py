@@ -135,8 +135,6 @@ def test_validation_computes_the_metrics_of_the_config():
     ):
         config = validation.to_dataclasses({"eval": {"metrics": metrics}, "train": {"best_metric": best}})
         assert best_metric.validation_metrics(config) == expected
-    lower = {name for name, metric in scores.METRICS.items() if not metric.higher_is_better}
-    assert {"loss", *lower} == set(best_metric.LOWER_IS_BETTER)
     assert best_metric.format_score("ter", best_metric.score("ter", {"valid/ter": 61.234})) == "61.23"
 
 

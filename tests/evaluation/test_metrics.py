@@ -46,7 +46,15 @@ def test_signatures_name_tokenizer_case_and_version():
 
 def test_every_metric_that_a_config_may_name_is_defined():
     assert tuple(metrics.METRICS) == schema.METRIC_NAMES
-    assert [name for name, each in metrics.METRICS.items() if not each.higher_is_better] == ["ter"]
+
+
+@pytest.mark.parametrize("name", schema.METRIC_NAMES)
+def test_a_perfect_translation_has_the_better_score(name):
+    if name.startswith("rouge"):
+        pytest.importorskip("rouge_score")
+    perfect, poor = (metrics.score(lines, [REFERENCES], [name])[name] for lines in (REFERENCES, REFERENCES[::-1]))
+    assert (perfect < poor) == schema.LOWER_IS_BETTER[name]
+    assert perfect != poor
 
 
 @pytest.mark.parametrize(

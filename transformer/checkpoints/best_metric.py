@@ -7,9 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from transformer.config import Config, DecodeConfig
-from transformer.config.schema import ALWAYS_VALIDATED
-
-LOWER_IS_BETTER = ("loss", "ter")
+from transformer.config.schema import ALWAYS_VALIDATED, LOWER_IS_BETTER
 
 
 def resolve(config: Config) -> str:
@@ -44,10 +42,10 @@ def validation_decode(config: Config) -> DecodeConfig:
 def score(metric: str, metrics: Mapping[str, float]) -> float | None:
     """The score of a checkpoint, higher is better; None if it was not validated."""
     value = metrics.get(f"valid/{metric}")
-    return -value if metric in LOWER_IS_BETTER and value is not None else value
+    return -value if LOWER_IS_BETTER[metric] and value is not None else value
 
 
 def format_score(metric: str, score: float) -> str:
     """Formats a score as the metric itself."""
-    value = -score if metric in LOWER_IS_BETTER else score
+    value = -score if LOWER_IS_BETTER[metric] else score
     return f"{value:.3f}" if metric == "loss" else f"{value:.2f}"

@@ -47,8 +47,20 @@ def round_up(length: int, multiple: int) -> int:
 
 POSITIVE = 1e-30  # the closed lower bound that means "above 0"
 
-# `evaluation.metrics` defines each.
-METRIC_NAMES = ("bleu", "chrf", "ter", "chrfpp", "exact_match", "accuracy", "rouge1", "rouge2", "rougeL")
+# What may make a checkpoint the best → whether lower is better; `evaluation.metrics` defines all but the loss.
+LOWER_IS_BETTER = {
+    "loss": True,
+    "bleu": False,
+    "chrf": False,
+    "ter": True,
+    "chrfpp": False,
+    "exact_match": False,
+    "accuracy": False,
+    "rouge1": False,
+    "rouge2": False,
+    "rougeL": False,
+}
+METRIC_NAMES = tuple(name for name in LOWER_IS_BETTER if name != "loss")
 ALWAYS_VALIDATED = ("bleu", "chrf")  # by every validation, whatever eval.metrics is
 
 
@@ -355,7 +367,7 @@ class TrainConfig:
         "validation metric of the best checkpoint: loss, bleu, chrf or another of eval.metrics; auto: bleu, or chrf if "
         "most validation references have under four tokens, or the first of eval.metrics if bleu is not among them; "
         "decided at the start of the run and saved in its config.json",
-        one_of=("auto", "loss", *METRIC_NAMES),
+        one_of=("auto", *LOWER_IS_BETTER),
     )
     early_stopping_patience: int = _field(
         0, "validations without a better best_metric before the run ends; 0: off", low=0

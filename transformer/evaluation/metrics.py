@@ -120,14 +120,13 @@ class MetricDefinition(NamedTuple):
     label: str
     make: Callable[[], Metric]
     meaning: str
-    higher_is_better: bool = True
     ranks_sentences: bool = True
 
 
 METRICS: Mapping[str, MetricDefinition] = {
     "bleu": MetricDefinition("BLEU", BLEU, "sacreBLEU", ranks_sentences=False),
     "chrf": MetricDefinition("chrF2", CHRF, "character n-grams"),
-    "ter": MetricDefinition("TER", TER, "edits", higher_is_better=False, ranks_sentences=False),
+    "ter": MetricDefinition("TER", TER, "edits", ranks_sentences=False),
     "chrfpp": MetricDefinition("chrF2++", functools.partial(CHRF, word_order=2), "character n-grams and words"),
     "exact_match": MetricDefinition(
         "exact match",

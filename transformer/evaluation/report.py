@@ -15,7 +15,7 @@ from etils import epath
 
 from transformer.checkpoints.loading import RestoredModel
 from transformer.config import Config
-from transformer.config.schema import ALWAYS_VALIDATED
+from transformer.config.schema import ALWAYS_VALIDATED, LOWER_IS_BETTER
 from transformer.decoding.alignment import Aligner, Attention
 from transformer.distributed import multihost
 from transformer.evaluation import comparison_html, summary
@@ -198,7 +198,7 @@ def _stat_cards(result: EvalResult, metrics: Sequence[str]) -> str:
     cards = []
     for name in metrics:
         metric = METRICS[name]
-        note = f"{metric.meaning}, {'higher' if metric.higher_is_better else 'lower'} is better"
+        note = f"{metric.meaning}, {'lower' if LOWER_IS_BETTER[name] else 'higher'} is better"
         cards.append((metric.label, f"{result.scores[name]:.2f}", note))
     return stat_cards([*cards, ("perplexity", f"{result.perplexity:.2f}", "per subword, lower is better")])
 

@@ -13,6 +13,7 @@ import numpy as np
 from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import PairedTest
 
+from transformer.config.schema import LOWER_IS_BETTER
 from transformer.evaluation.bleu_tokenizer import DEFAULT
 from transformer.evaluation.metrics import DEFAULT_METRICS, METRICS, check_lengths, make_metric
 from transformer.runtime.errors import UserError
@@ -59,7 +60,7 @@ class PairedTestResult(NamedTuple):
         """What the difference and both p values mean, in words."""
         if not self.is_significant:
             return "may be chance"
-        return "better" if (self.difference > 0) == METRICS[self.metric].higher_is_better else "worse"
+        return "worse" if (self.difference > 0) == LOWER_IS_BETTER[self.metric] else "better"
 
     @property
     def formatted_p(self) -> tuple[str, str]:
