@@ -112,9 +112,8 @@ def open_corpus(
     }
     languages = direction.data.source_language, direction.data.target_language
     corpus = SyntheticCorpus(args.output, text, languages, args.input_side, args.shard_lines, settings, about)
-    if multihost.process_count() > 1:
-        remedy = "give every host the same flags, workdir and text"
-        consistency.assert_equal("what is translated", f"{text.sha256} with {json.dumps(settings)}", remedy)
+    remedy = "give every host the same flags, workdir and text"
+    consistency.assert_equal("what is translated", f"{text.sha256} with {json.dumps(settings)}", remedy)
     with multihost.primary_first("folder of the corpus"):
         corpus.open()
     consistency.assert_shared_workdir(corpus.folder)

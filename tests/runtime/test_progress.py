@@ -92,12 +92,6 @@ def test_only_process_0_shows_progress(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_items_may_be_several_units_and_the_last_fewer(clock, capsys):
-    for _ in progress.track(range(3), "reading", 24, "letters", each=10):
-        clock.sleep(10)
-    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["0/24", "10/24", "20/24"]
-
-
 def test_phases_that_follow_each_other_are_one_stretch_of_work(clock, capsys):
     for number in range(4):
         with progress.phase(f"file {number}"):

@@ -19,6 +19,7 @@ from transformer.runtime import progress
 
 FREQUENCIES = {"0": 0, "1": 1, "2-4": 4, "5-9": 9, "10-99": 99, "100-999": 999, "1000+": math.inf}  # group → largest
 MAX_NGRAM, NUM_NGRAMS = 4, 10  # longest n-grams; shown of each side
+NUM_EXAMPLES = 5  # gains, and losses, shown on the terminal
 SMOOTHING = 1.0  # added to each count of matches
 
 Words = Sequence[Sequence[str]]
@@ -240,12 +241,12 @@ def _distinct(ngrams: Iterable[NgramDifference]) -> list[NgramDifference]:
     return kept
 
 
-def largest_differences(comparison: Comparison, count: int = 5) -> list[int]:
+def largest_differences(comparison: Comparison) -> list[int]:
     """Indices of the sentences with the largest gains of system 1, best first, and losses, worst last."""
     differences = comparison.differences(1)
     ranked = sorted(range(len(differences)), key=lambda i: -differences[i])
-    better = [i for i in ranked if differences[i] > 0][:count]
-    return better + [i for i in ranked if differences[i] < 0][-count:]
+    better = [i for i in ranked if differences[i] > 0][:NUM_EXAMPLES]
+    return better + [i for i in ranked if differences[i] < 0][-NUM_EXAMPLES:]
 
 
 def format_examples(comparison: Comparison) -> str:

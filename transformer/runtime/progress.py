@@ -151,12 +151,12 @@ def shown(phase: Phase) -> Iterator[Phase]:
         _display.remove(phase)
 
 
-def track(items: Iterable[T], name: str, total: int | None = None, unit: str = "", each: int = 1) -> Generator[T]:
-    """Yields the items as a phase, in which each is worth `each` units, the last perhaps fewer."""
+def track(items: Iterable[T], name: str, total: int | None = None, unit: str = "") -> Generator[T]:
+    """Yields the items as a phase that counts them."""
     with phase(name, total, unit) as current:
         for item in items:
             yield item
-            current.completed = min(current.completed + each, total or sys.maxsize)
+            current.advance(1)
 
 
 def leave_out(seconds: float) -> None:
