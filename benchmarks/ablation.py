@@ -34,6 +34,7 @@ from etils import epath
 from benchmarks import ablation_plan, ablation_table
 from benchmarks.ablation_plan import BASE, Variant
 from benchmarks.ablation_table import Figures, Row
+from benchmarks.flag_lists import known_names
 from transformer import command_line
 from transformer.config import Config, mixture, schema, validation
 from transformer.data import corpus
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
     """Checks all changes, trains and scores what is not finished; rewrites the table after each run."""
     args, base, flags = parse(argv)
     changes = ablation_plan.load_changes(args.changes, base, flags)
-    names = command_line.known_names("--only", args.only, changes) if args.only else list(changes)
+    names = known_names("--only", args.only, changes) if args.only else list(changes)
     variants = ablation_plan.plan(flags, changes, args.equal == "flops")
     corpus.open_corpus(ablation_plan.scored_data(base.data)).split(args.split)  # a missing one is an error now
     print(ablation_plan.format_plan(variants), flush=True)

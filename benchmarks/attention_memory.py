@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import plots
+from benchmarks.flag_lists import distinct_numbers
 from transformer.command_line import absolute_path, command_parser, markdown_table, run
 from transformer.config import Config, validation
 from transformer.plan import set_environment
@@ -54,16 +55,6 @@ def main(argv: list[str]) -> None:
         lines = {path: zip(lengths, table[path], strict=True) for path in paths}
         plots.write(args.plot, "Temporary memory of the step, MiB", "tokens on either side", lines)
     print(json.dumps(table))
-
-
-def distinct_numbers(flag: str, text: str, least: int = 1) -> list[int]:
-    """Parses different numbers above 0, ascending; growth needs two of them."""
-    words = text.split(",")
-    numbers = sorted({int(word) for word in words if word.strip().isdecimal() and int(word)})
-    if len(numbers) < max(len(words), least):
-        count = "at least two " if least > 1 else ""
-        raise UserError(f"{flag}: expected {count}different numbers with commas between, got {text!r}")
-    return numbers
 
 
 def temporary_mb(path: str, length: int, topology: Topology) -> float:

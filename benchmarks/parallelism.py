@@ -22,7 +22,8 @@ import numpy as np
 from etils import epath
 
 from benchmarks import one_layer, plots, timing
-from benchmarks.attention_memory import distinct_numbers, exponent
+from benchmarks.attention_memory import exponent
+from benchmarks.flag_lists import distinct_numbers, known_names
 from benchmarks.one_layer import FAMILIES, family_config
 from transformer import command_line
 from transformer.command_line import markdown_table, positive_int
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--program_only", action="store_true", help="compile single layers, train nothing")
     args = parser.parse_args(argv[1:])
     lengths = distinct_numbers("--lengths", args.lengths, least=2)
-    families = command_line.known_names("--families", args.families, FAMILIES)
+    families = known_names("--families", args.families, FAMILIES)
     output = epath.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     results: Row = {"device": str(jax.devices()[0].device_kind), "width": args.width, "lengths": lengths}

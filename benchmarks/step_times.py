@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks import ablation_plan, timing
 from benchmarks.ablation_plan import BASE
+from benchmarks.flag_lists import known_names
 from transformer import command_line
 from transformer.config import Config
 from transformer.data.batching import Batch
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     base, args = command_line.parse_with_config(parser, argv)
     flags = command_line.split_flags(argv[1:], "config")[0]
     configs = ablation_plan.resolve(flags, ablation_plan.load_changes(args.changes, base, flags))
-    names = command_line.known_names("--only", args.only, configs) if args.only else list(configs)
+    names = known_names("--only", args.only, configs) if args.only else list(configs)
     environment.enable_compilation_cache()
     named = {name: configs[name] for name in names if name != BASE}
     medians = measure(configs[BASE], named, args.rows, args.length, args.rounds)

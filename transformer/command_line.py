@@ -454,14 +454,6 @@ def reject_overwriting(output: str | None, read: Iterable[str | None]) -> None:
         raise UserError(f"--output={output} would overwrite what is read; name another file")
 
 
-def known_names(flag: str, text: str, known: Iterable[str]) -> list[str]:
-    """The names in the text of a flag, commas between; a UserError unless all are known."""
-    given = text.split(",")
-    if unknown := [name for name in given if name not in known]:
-        raise UserError(f"{flag}: expected some of {', '.join(known)}, got {unknown[0]!r}")
-    return given
-
-
 def positive_int(text: str) -> int:
     """An argparse type."""
     value = int(text)

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import ab_compare, attention_memory, checkpoint_hashing, decoding, plots, recurrence_speed
+from benchmarks import ab_compare, attention_memory, checkpoint_hashing, decoding, flag_lists, plots, recurrence_speed
 from tests.commands.test_translate import save
 from tests.conftest import ROOT
 from tests.decoding.test_translator import LINES
@@ -57,7 +57,7 @@ def test_a_figure_that_cannot_be_compared_is_refused(tmp_path):
 @pytest.mark.parametrize("lengths", ["512", "512,512", "a,b", "512,", "0,512", "-1,512"])
 def test_lengths_without_growth_are_refused(lengths):
     with pytest.raises(UserError, match="at least two different numbers"):
-        attention_memory.distinct_numbers("--lengths", lengths, least=2)
+        flag_lists.distinct_numbers("--lengths", lengths, least=2)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import one_layer, parallelism, plots
+from benchmarks import flag_lists, one_layer, parallelism, plots
 from transformer.distributed import sharding
 from transformer.runtime.errors import UserError
 
@@ -123,7 +123,7 @@ def test_an_unknown_family_is_refused():
 @pytest.mark.parametrize("tokens", ["", "a", "64,64", "0"])
 def test_batches_without_a_number_are_refused(tokens):
     with pytest.raises(UserError, match="--tokens: expected different numbers"):
-        parallelism.distinct_numbers("--tokens", tokens)
+        flag_lists.distinct_numbers("--tokens", tokens)
 
 
 def test_a_plot_is_a_file_that_shows_itself(tmp_path):
