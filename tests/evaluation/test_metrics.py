@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from tests.conftest import ROOT
 from transformer.config import schema
 from transformer.evaluation import metrics, significance, summary
 from transformer.evaluation.bleu_tokenizer import PUBLISHED
@@ -46,6 +47,11 @@ def test_signatures_name_tokenizer_case_and_version():
 
 def test_every_metric_that_a_config_may_name_is_defined():
     assert tuple(metrics.METRICS) == schema.METRIC_NAMES
+
+
+def test_every_metric_is_documented():
+    rows = [line for line in (ROOT / "docs" / "evaluation.md").read_text().splitlines() if line.startswith("| `")]
+    assert [name for name in schema.METRIC_NAMES if not any(f"`{name}`" in row.split("|")[1] for row in rows)] == []
 
 
 @pytest.mark.parametrize("name", schema.METRIC_NAMES)
