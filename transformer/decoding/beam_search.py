@@ -1,6 +1,7 @@
 """Beam search, with greedy search as a beam of one, over a step function; independent of the model.
 
-Shapes: B sentences, N beams, C candidates, T maximal length, V vocabulary, S source length, K phrases of L tokens.
+Shapes: B sentences, N beams, C candidates, T maximal length, U = T + 1 lengths from 0, V vocabulary, S source length,
+K phrases of L tokens.
 
 How hypotheses finish, and how they rank:
 - Of the 2N - 1 best continuations of a sentence those with EOS finish, and the N best others stay alive. Each
@@ -70,11 +71,11 @@ class SearchConfig:
 
 
 class _Search(NamedTuple):
-    """Everything that stays the same during a search; penalties_T1 has an entry for each length from 0 to T."""
+    """Everything that stays the same during a search; `penalties_U` has the length penalty of each length."""
 
     config: SearchConfig
     limits_B: jax.Array
-    penalties_T1: jax.Array
+    penalties_U: jax.Array
     constraints: LogitsConstraints
     coverage: CoveragePenalty | None
     phrases: lexical_constraints.PhraseConstraints | None
@@ -243,7 +244,7 @@ def _select(
     finishes_BC = is_eos_BC & is_valid(log_probs_BC)
     if search.config.early_stopping and not search.phrases:
         finishes_BC &= (np.arange(finishes_BC.shape[1]) < beam_size)[None, :]
-    scores_BC = log_probs_BC / search.penalties_T1[position]
+    scores_BC = log_probs_BC / search.penalties_U[position]
     if search.coverage:
         scores_BC += gather_beams(search.coverage.score(beams.attended_BNS), parents_BC)
     scores_BC = jnp.where(finishes_BC, scores_BC, NEG_INF)
@@ -281,7 +282,7 @@ def _is_done(beams: BeamState, position: jax.Array, search: _Search) -> jax.Arra
     best_alive_B = jnp.max(beams.alive_log_probs_BN, axis=1)
     # Log-probabilities only fall, coverage adds at most 0, and the penalty is monotone: its largest value is at one of
     # the two ends.
-    largest_penalty_B = jnp.maximum(search.penalties_T1[position], search.penalties_T1[search.limits_B])
+    largest_penalty_B = jnp.maximum(search.penalties_U[position], search.penalties_U[search.limits_B])
     is_returned_N = np.arange(search.config.beam_size) < (search.config.num_return or search.config.beam_size)
     worst_finished_B = jnp.min(jnp.where(is_returned_N[None, :], beams.finished_scores_BN, jnp.inf), axis=1)
     is_beaten_B = best_alive_B / largest_penalty_B <= worst_finished_B
@@ -294,7 +295,7 @@ def _collect(beams: BeamState, search: _Search) -> Hypotheses:
     """Finished hypotheses first, then the truncated ones; a sentence with free slots is at its limit or has no more."""
     valid_BN = is_valid(beams.alive_log_probs_BN) & (search.limits_B[:, None] > 0)
     truncated_tokens = beams.alive_tokens
-    truncated_scores_BN = beams.alive_log_probs_BN / search.penalties_T1[search.limits_B][:, None]
+    truncated_scores_BN = beams.alive_log_probs_BN / search.penalties_U[search.limits_B][:, None]
     if search.phrases:
         valid_BN &= lexical_constraints.all_satisfied(search.phrases, beams.progress_BNK)
     if search.coverage:

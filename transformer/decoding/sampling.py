@@ -3,7 +3,7 @@
 Each sentence brings its own random key, from which sample n draws its token at position t by folding in n and t alone:
 a sample depends on neither neighbours, nor order, nor the number of samples.
 
-Shapes: B sentences, N samples of each, T maximal length in tokens, V vocabulary.
+Shapes: B sentences, N samples of each, T maximal length in tokens, U = T + 1 lengths from 0, V vocabulary.
 """
 
 import dataclasses
@@ -105,13 +105,13 @@ def sample(
         config.max_length,
         resize,
     )
-    penalties_T1 = length_penalties(config.max_length, config.length_penalty, config.length_penalty_form)
+    penalties_U = length_penalties(config.max_length, config.length_penalty, config.length_penalty_form)
     is_empty_BN = final.lengths_BN == 0
     last_BN1 = jnp.take_along_axis(final.tokens, final.lengths_BN[:, :, None], axis=2)
     return Hypotheses(
         tokens_BNT=jnp.where(is_empty_BN[:, :, None], ids.pad, final.tokens[:, :, 1:]),
         lengths_BN=final.lengths_BN,
-        scores_BN=jnp.where(is_empty_BN, NEG_INF, final.log_probs_BN / penalties_T1[final.lengths_BN]),
+        scores_BN=jnp.where(is_empty_BN, NEG_INF, final.log_probs_BN / penalties_U[final.lengths_BN]),
         finished_BN=~is_empty_BN & (last_BN1[:, :, 0] == ids.eos),
     )
 
