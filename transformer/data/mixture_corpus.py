@@ -15,7 +15,7 @@ from transformer.config import mixture
 from transformer.config.mixture import Direction
 from transformer.config.schema import DataConfig
 from transformer.data import corpus as corpora
-from transformer.data import local_text, parallel_formats, text_files
+from transformer.data import local_text, text_files
 from transformer.data.corpus import Corpus, Split
 from transformer.data.local_text import SplitFiles
 from transformer.data.text_files import Pair
@@ -130,16 +130,10 @@ def validate_sources(data: DataConfig) -> None:
 
 
 def _check_not_empty(files: SplitFiles) -> None:
-    """Raises a UserError unless one of the pairs has text on both sides; reads no more than that pair."""
-    for first in range(0, len(files.paths), files.sides):
-        pairs: Iterator[Pair]
-        if files.sides == 2:
-            pairs = text_files.read_parallel(files.paths[first], files.paths[first + 1])
-        else:
-            pairs = parallel_formats.read_pairs(files.paths[first], files.languages, files.columns)
-        if any(source.strip() and target.strip() for source, target in pairs):
-            return
-    raise UserError(f"{' and '.join(files.paths[:2])}: expected pairs of sentences to train on, got none")
+    """Raises a UserError unless one of the pairs has text on both sides; reads no further than the part with it."""
+    pairs = (pair for part in files.parts() for pair in part.pairs())
+    if not any(source.strip() and target.strip() for source, target in pairs):
+        raise UserError(f"{' and '.join(files.paths[:2])}: expected pairs of sentences to train on, got none")
 
 
 def _check_sides(data: DataConfig) -> None:
