@@ -8,8 +8,8 @@ import pytest
 from transformer.config import mixture
 from transformer.config.schema import DataConfig, MixtureEntry
 from transformer.data import batching, mixture_schedule
-from transformer.data.batching import PAD_EXAMPLE, Bucket, JaggedArray
-from transformer.data.mixed_sequences import MixedSequences, TaggedLengths
+from transformer.data.batching import PAD_EXAMPLE, Bucket, JaggedArray, Lengths
+from transformer.data.mixed_sequences import MixedSequences
 from transformer.data.mixture_schedule import MixtureSchedule
 from transformer.data.schedule_store import FileStore
 from transformer.runtime.errors import UserError
@@ -216,4 +216,4 @@ def test_tags_come_before_the_sequences_of_their_source():
     assert mixed.lengths.tolist() == [3, 4, 2, 4]
     padded = mixed.to_padded(np.array([3, PAD_EXAMPLE, 1, 2, 0]), 5)
     assert padded.tolist() == [[4, 10, 6, 2, 0], [0] * 5, [4, 8, 9, 2, 0], [5, 2, 0, 0, 0], [4, 7, 2, 0, 0]]
-    assert TaggedLengths(sources[0], 1)[0:2].tolist() == [3, 4]
+    assert Lengths(sources[0], added=1)[0:2].tolist() == [3, 4]

@@ -10,7 +10,7 @@ import abc
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -54,6 +54,15 @@ class BatchSpec(NamedTuple):
     examples_B: np.ndarray
 
 
+def span_index(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The indices start … start + length - 1 of all spans, one span after another, and where each span begins and ends.
+
+    Example: starts 7, 3 and lengths 2, 1 give the indices 7, 8, 3 and the offsets 0, 2, 3.
+    """
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
+
+
 class JaggedArray:
     """Sequences of different lengths in one flat array: sequence i is flat[offsets[i] : offsets[i + 1]].
 
@@ -86,9 +95,8 @@ class JaggedArray:
         # All tokens are copied by one indexed assignment. With flat = [5 6 2 | 7 2], rows [[1, 0], [0, PAD_EXAMPLE]]
         # and width 6:
         #   lengths       2 3 | 3 0            tokens copied from each sequence
-        #   within        0 1  0 1 2  0 1 2    index of each copied token in its sequence
-        #   from          3 4  0 1 2  0 1 2    its index in flat: offset of its sequence + within
-        #   to            0 1  2 3 4  6 7 8    its index in the raveled output: start of its sequence there + within
+        #   from          3 4  0 1 2  0 1 2    index in flat of each copied token
+        #   to            0 1  2 3 4  6 7 8    its index in the raveled output
         #   padded        [[7 2 5 6 2 PAD], [5 6 2 PAD PAD PAD]]
         examples_BM = examples.reshape(len(examples), -1)
         is_real_BM = examples_BM != PAD_EXAMPLE
@@ -96,32 +104,35 @@ class JaggedArray:
         starts_in_flat_BM = np.asarray(self.offsets[safe_BM])
         lengths_BM = np.where(is_real_BM, np.minimum(self.offsets[safe_BM + 1] - starts_in_flat_BM, width), 0)
         lengths = lengths_BM.ravel()
-        ends = lengths.cumsum()
-        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
         row_start_B1 = np.arange(len(examples))[:, None] * width
         starts_BM = row_start_B1 + lengths_BM.cumsum(1) - lengths_BM
-        from_index = np.repeat(starts_in_flat_BM.ravel(), lengths) + within
-        to_index = np.repeat(starts_BM.ravel(), lengths) + within
+        from_index, _ = span_index(starts_in_flat_BM.ravel(), lengths)
+        to_index = from_index + np.repeat((starts_BM - starts_in_flat_BM).ravel(), lengths)
         padded = np.full((len(examples), width), PAD, np.int32)
         padded.ravel()[to_index] = self.flat[from_index]
         return padded
 
 
-class Lengths:
-    """The lengths of the sequences of a JaggedArray, computed for the slice asked for."""
+class LengthArray(Protocol):
+    """The lengths of all sequences, read by slices: an array, or what computes the slice asked for."""
 
-    def __init__(self, jagged: JaggedArray):
-        self._offsets = jagged.offsets
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+class Lengths:
+    """The lengths of the sequences of a JaggedArray and of what is put before each of them: `added` tokens."""
+
+    def __init__(self, jagged: JaggedArray, added: int = 0):
+        self._offsets, self._added = jagged.offsets, added
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, _ = part.indices(len(self))
-        return np.diff(self._offsets[start : stop + 1])
-
-
-LengthArray = np.ndarray | Lengths  # of slices
+        return np.diff(self._offsets[start : stop + 1]) + self._added
 
 
 def pad(sequences: Sequence[np.ndarray], width: int | None = None) -> np.ndarray:

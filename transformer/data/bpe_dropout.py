@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from transformer.data.batching import JaggedArray
+from transformer.data.batching import JaggedArray, span_index
 from transformer.data.tokenizer import BpePiece
 
 NONE = np.iinfo(np.int32).max  # in place of a rank
@@ -27,15 +27,6 @@ def mix(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-def span_index(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The indices start … start + length - 1 of all spans, one span after another, and where each span begins and ends.
-
-    Example: starts 7, 3 and lengths 2, 1 give the indices 7, 8, 3 and the offsets 0, 2, 3.
-    """
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
 
 
 def take(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> JaggedArray:

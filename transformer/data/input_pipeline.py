@@ -32,7 +32,7 @@ from transformer.data.batching import (
     select_rows,
 )
 from transformer.data.corpus import Corpus, Split
-from transformer.data.mixed_sequences import MixedSequences, TaggedLengths
+from transformer.data.mixed_sequences import MixedSequences
 from transformer.data.mixture_corpus import MixtureCorpus, VocabularyText, train_split
 from transformer.data.mixture_schedule import MixtureSchedule
 from transformer.data.packing import PackedSchedule
@@ -167,7 +167,7 @@ def _schedule_lengths(
 def _mixture_schedule(config: Config, ids: TokenIds, folder: epath.Path | None) -> MixtureSchedule:
     lengths = []
     for entry, own in zip(config.data.mixture, ids.entries, strict=True):
-        lengths.append((TaggedLengths(own.source, len(mixture.tags_of(entry))), Lengths(own.target)))
+        lengths.append((Lengths(own.source, added=len(mixture.tags_of(entry))), Lengths(own.target)))
     options: dict[str, Any] = {"batch_tokens": config.train.batch_tokens, "seed": config.train.seed}
     if folder is None:
         return MixtureSchedule(config.data, lengths, **options)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from transformer.data.batching import PAD_EXAMPLE, JaggedArray, Lengths
+from transformer.data.batching import PAD_EXAMPLE, JaggedArray
 from transformer.data.tokenizer import PAD
 
 
@@ -40,14 +40,3 @@ class MixedSequences(JaggedArray):
             sequences = self._entries[index].to_padded(examples[rows] - self._starts[index], width - len(own))
             padded[rows, len(own) :] = sequences
         return padded
-
-
-class TaggedLengths(Lengths):
-    """The lengths of the sequences of one entry, tags included, computed for the slice asked for."""
-
-    def __init__(self, jagged: JaggedArray, num_tags: int):
-        super().__init__(jagged)
-        self._num_tags = num_tags
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        return super().__getitem__(part) + self._num_tags

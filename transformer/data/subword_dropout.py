@@ -23,8 +23,16 @@ from etils import epath
 
 from transformer.config import Config, DataConfig
 from transformer.config.validation import subword_dropout_error
-from transformer.data.batching import PAD_EXAMPLE, Batch, BatchSchedule, BatchSpec, JaggedArray, LengthArray, Lengths
-from transformer.data.bpe_dropout import GOLDEN, BpeMerges, mix, segment, span_index, take
+from transformer.data.batching import (
+    PAD_EXAMPLE,
+    Batch,
+    BatchSchedule,
+    BatchSpec,
+    JaggedArray,
+    LengthArray,
+    span_index,
+)
+from transformer.data.bpe_dropout import GOLDEN, BpeMerges, mix, segment, take
 from transformer.data.schedule_store import FileStore, MemoryStore, Store
 from transformer.data.tokenizer import EOS, PAD, SPACE, BpePiece, Tokenizer
 from transformer.runtime import progress
@@ -75,7 +83,7 @@ class LengthModel(NamedTuple):
         return np.maximum(wanted.astype(np.int64), lengths_N)
 
 
-class PlannedLengths(Lengths):
+class PlannedLengths:
     """The lengths for which batches are planned, computed for the slice asked for.
 
     Sentences of over `max_length` tokens get more than `limit`, others at most that.
