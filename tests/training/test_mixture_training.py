@@ -128,7 +128,7 @@ def test_tags_are_tokens_before_the_sources(folder, whole):
     assert source_BS[0, 0] == tags[0] != source_BS[0, 1]
     assert source_BS[1, :2].tolist() == tags[1:]
     texts = [vocabulary.decode(row[row != PAD].tolist()) for row in source_BS]
-    split = mixture_corpus.train_split(corpus)
+    split = corpus.train
     assert texts == [split[0][0], split[120][0]] == [split[0][0], split.splits[1][0][0]]
     assert len(split) == len(ids.source) == len(ids.source.lengths) == 180
     schedule = input_pipeline.make_batch_schedule(config, ids)

@@ -118,17 +118,18 @@ class Split:
           longest: bytes that no line has more of; None if that is not known.
         """
         self.name, self.digest, self.longest = name, digest, longest
-        self._languages, self._records, self._rows, self._strip_cr = languages, records, rows, strip_cr
+        self._languages, self._records, self._strip_cr = languages, records, strip_cr
+        self._rows = RowsExcept(len(records), ()) if rows is None else rows
 
     def __len__(self) -> int:
-        return len(self._records) if self._rows is None else len(self._rows)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Pair:
         """The pair (source, target) at `index`, 0 ≤ index < len."""
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: expected 0 ≤ index < {len(self)}, got {index}")
-        row = index if self._rows is None else int(self._rows[index])
+        row = int(self._rows[index])
         (pair,) = self._read(row, row + 1)
         return self.to_lines(pair)
 
@@ -143,7 +144,7 @@ class Split:
         """All pairs as stored, including line breaks."""
         for start in range(0, len(self), _CHUNK_PAIRS):
             end = min(start + _CHUNK_PAIRS, len(self))
-            rows = list(range(start, end)) if self._rows is None else self._rows[start:end].tolist()
+            rows = self._rows[start:end].tolist()
             first, last = rows[0], rows[-1] + 1
             if last - first > 2 * len(rows) + 1:  # far apart: reading them singly is faster than reading the range
                 for row in rows:
@@ -168,7 +169,7 @@ class Split:
         blocks = shards.stored_blocks("lines", files, self._languages)
         with WorkerPool(shards.LineJob(self._strip_cr), workers or shards.default_workers()) as pool:
             for (_, count), text in zip(files, pool.map(blocks), strict=True):
-                mask = self._rows.mask(first, first + count) if self._rows is not None else None
+                mask = self._rows.mask(first, first + count)
                 lines = text.split("\n")
                 yield from lines if mask is None else itertools.compress(lines, np.repeat(mask, 2))
                 first += count
@@ -178,18 +179,19 @@ class Split:
         work = folder.parent / f"{folder.name}.partial"
         work.mkdir(parents=True, exist_ok=True)
         job = ShardJob(os.fspath(work), self._languages, strip_cr=self._strip_cr, tokenizer=tokenizer)
-        if self._rows is None or isinstance(self._rows, RowsExcept):
+        mask: token_id_cache.Mask | None
+        if isinstance(self._rows, RowsExcept):
             blocks = shards.stored_blocks("all", self._records.files(), self._languages)
-            kept, total = self._rows, len(self._records)
+            mask, total = self._rows.mask, len(self._records)
         else:  # few rows of a large split
             job = dataclasses.replace(job, strip_cr=False)
             blocks = shards.blocks("rows", shards.pair_parts(self))
-            kept, total = None, len(self)
+            mask, total = None, len(self)
         with progress.phase(f"tokenizing {self.name}", total, "pairs") as phase:
             workers = workers or shards.default_workers()
             made = shards.run(job, self.name, blocks, workers, lambda done: phase.advance(done.shard.pairs))
         with progress.phase(f"joining the token ids of {self.name}"):
-            token_id_cache.store(folder, made, kept.mask if kept is not None else None)
+            token_id_cache.store(folder, made, mask)
         shutil.rmtree(work, ignore_errors=True)
 
     def sources(self) -> list[str]:
@@ -298,6 +300,11 @@ class Corpus:
         rows = filter_chain.rows_of(self._codes_N, name)
         rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64))]
         return list(Split("train", "", self._languages, self._data.records("train"), rows, self._strip_cr))
+
+    @property
+    def train(self) -> Split:
+        """The training split."""
+        return self.split("train")
 
     def split(self, name: str) -> Split:
         """The split `name`; "test" also names the only split whose name starts with it, and "val" the validation split.

@@ -33,7 +33,7 @@ from transformer.data.batching import (
 )
 from transformer.data.corpus import Corpus, Split
 from transformer.data.mixed_sequences import MixedSequences
-from transformer.data.mixture_corpus import MixtureCorpus, VocabularyText, train_split
+from transformer.data.mixture_corpus import MixtureCorpus, VocabularyText
 from transformer.data.mixture_schedule import MixtureSchedule
 from transformer.data.packing import PackedSchedule
 from transformer.data.schedule_store import FileStore
@@ -222,7 +222,7 @@ def get_or_train_tokenizer(data: DataConfig, corpus: Corpus | MixtureCorpus) -> 
     """The tokenizer that the config names, or else that of the corpus, cached beside the prepared data."""
     if configured := tokenizers.load_configured(data):
         return configured
-    digest, languages = train_split(corpus).digest, (corpus.source_language, corpus.target_language)
+    digest, languages = corpus.train.digest, (corpus.source_language, corpus.target_language)
     key = tokenizers.cache_key(data)
     folder = prepared.cache_folder(corpora.data_dir(data), "vocabularies", digest, languages, key)
     with _synchronized(folder):
@@ -237,7 +237,7 @@ def get_or_train_tokenizer(data: DataConfig, corpus: Corpus | MixtureCorpus) -> 
             if isinstance(corpus, MixtureCorpus):
                 trained = tokenizers.build(data, VocabularyText(corpus))
             else:
-                sentences = _Sentences(corpus.split("train"))
+                sentences = _Sentences(corpus.train)
                 trained = tokenizers.build(data, sentences, sentences.longest)
         trained.save(folder, f"{trained.digest}.model")
     return trained

@@ -70,7 +70,7 @@ class MixtureCorpus:
     @functools.cached_property
     def train(self) -> MixtureSplit:
         """The training split."""
-        return MixtureSplit([corpus.split("train") for corpus in self.corpora])
+        return MixtureSplit([corpus.train for corpus in self.corpora])
 
 
 def open_sources(data: DataConfig, *, tokenize: bool = False, workers: int = 0) -> Corpus | MixtureCorpus:
@@ -83,11 +83,6 @@ def open_sources(data: DataConfig, *, tokenize: bool = False, workers: int = 0) 
             own = mixture.entry_data(data, entry)
             found.append(corpora.open_corpus(own, tokenize=tokenize, workers=workers))
     return MixtureCorpus(data, found)
-
-
-def train_split(corpus: Corpus | MixtureCorpus) -> Split | MixtureSplit:
-    """The training split."""
-    return corpus.train if isinstance(corpus, MixtureCorpus) else corpus.split("train")
 
 
 def validation_splits(data: DataConfig, corpus: Corpus | MixtureCorpus) -> list[ValidationSplit]:

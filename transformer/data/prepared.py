@@ -225,15 +225,12 @@ class PreparedDataset:
 
     def record_digests(self) -> None:
         """Records that the files are as they were when they were written, by this process."""
-        self._file_digests().record({os.fspath(self.folder / name): d for name, d in self._digests.items()})
-
-    def _file_digests(self) -> FileDigests:
-        return FileDigests(self.folder.parent / f".digests-{self.folder.name}.json")
+        FileDigests.beside(self.folder).record({os.fspath(self.folder / name): d for name, d in self._digests.items()})
 
     def _compute_digests(self, paths: Sequence[epath.Path], what: str) -> dict[str, str]:
         """Path → SHA-256 now; files that have not changed since they were hashed on this node are not read again."""
         with user_error_on_oserror(f"{self.folder}, of config.data.data_dir"):
-            return self._file_digests().compute(paths, what)
+            return FileDigests.beside(self.folder).compute(paths, what)
 
     def _files(self, split: str) -> dict[str, epath.Path]:
         paths = [epath.Path(path) for path in self._splits[split].filepaths]

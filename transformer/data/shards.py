@@ -83,6 +83,11 @@ class Stored(NamedTuple):
     last: int
     languages: tuple[str, str]
 
+    @property
+    def size(self) -> int:
+        """0: a file of records is a block, whatever its size."""
+        return 0
+
     def pairs(self) -> list[Pair]:
         """The pairs; a UserError if the file is damaged."""
         try:
@@ -95,11 +100,6 @@ class Stored(NamedTuple):
 Part = Lines | Texts | Stored
 
 
-def part_size(part: Part) -> int:
-    """The size of its text, about in bytes; 0 if it is stored."""
-    return 0 if isinstance(part, Stored) else part.size
-
-
 class Block(NamedTuple):
     """The text of one shard; `name` begins the names of its files, such as train-00012."""
 
@@ -109,7 +109,7 @@ class Block(NamedTuple):
     @property
     def size(self) -> int:
         """Of the text."""
-        return sum(map(part_size, self.parts))
+        return sum(part.size for part in self.parts)
 
 
 class _LineReader:
@@ -215,7 +215,7 @@ def blocks(split: str, parts: Iterable[Part]) -> Iterator[Block]:
     size = number = 0
     for part in parts:
         collected.append(part)
-        size += part_size(part)
+        size += part.size
         if size >= SHARD_BYTES:
             yield Block(f"{split}-{number:05}", collected)
             collected, size, number = [], 0, number + 1

@@ -52,7 +52,7 @@ def store(folder: epath.PathLike, split: ShardedSplit, mask: Mask | None = None)
         for side in SIDES:
             digests |= _join_side(split, side, dtype, mask, partial)
         (partial / METADATA_FILE).write_text(json.dumps({"dtype": dtype.name, "sha256": digests}))
-    _file_digests(final).record({os.path.join(final, name): digest for name, digest in digests.items()})
+    FileDigests.beside(final).record({os.path.join(final, name): digest for name, digest in digests.items()})
 
 
 def _join_side(
@@ -89,7 +89,7 @@ def load(folder: epath.Path) -> tuple[JaggedArray, JaggedArray]:
       OSError, ValueError, KeyError, TypeError: the folder is damaged.
     """
     metadata = json.loads((folder / METADATA_FILE).read_text())
-    digests = _file_digests(folder).compute([folder / name for name in FILES], "verifying the token ids")
+    digests = FileDigests.beside(folder).compute([folder / name for name in FILES], "verifying the token ids")
     for name in FILES:
         if digests[os.fspath(folder / name)] != metadata["sha256"][name]:
             raise ValueError(f"{name} has changed since it was written")
@@ -101,8 +101,3 @@ def _load_side(folder: epath.Path, side: str, dtype: np.dtype) -> JaggedArray:
     offsets = np.load(folder / f"{side}.offsets.npy", mmap_mode="r", allow_pickle=False)
     flat = np.memmap(folder / f"{side}.ids", dtype, mode="r") if offsets[-1] else np.zeros(0, dtype)
     return JaggedArray(flat, offsets)
-
-
-def _file_digests(folder: epath.PathLike) -> FileDigests:
-    path = pathlib.Path(folder)
-    return FileDigests(path.parent / f".digests-{path.name}.json")

@@ -50,6 +50,12 @@ class FileDigests:
                 path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
 
+    @classmethod
+    def beside(cls, folder: os.PathLike | str) -> "FileDigests":
+        """The digests of the files of a folder, cached beside it."""
+        path = pathlib.Path(folder)
+        return cls(path.parent / f".digests-{path.name}.json")
+
     def compute(self, paths: Sequence[os.PathLike | str], what: str) -> dict[str, str]:
         """Path → digest in hexadecimal; processes that need the same files wait for the first.
 

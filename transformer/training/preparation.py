@@ -183,7 +183,7 @@ def prepare_data(resume: ResumePoint, path: epath.Path) -> TrainingData:
     config = resume.config
     with multihost.primary_first("data"):
         corpus = mixture_corpus.open_sources(config.data, tokenize=True)
-        train = mixture_corpus.train_split(corpus)
+        train = corpus.train
         validation = mixture_corpus.validation_splits(config.data, corpus)
         digests = {"training": train.digest, "validation": mixture_corpus.validation_digest(validation)}
         _check_data(resume, path, digests)
