@@ -10,8 +10,7 @@ import contextlib
 
 from transformer import command_line
 from transformer.config import schema
-from transformer.data import corpus as corpora
-from transformer.data import input_pipeline, mixture_corpus, statistics, subword_dropout
+from transformer.data import input_pipeline, mixture_corpus, statistics, subword_dropout, tfds_builders
 from transformer.data import tokenizer as tokenizers
 from transformer.data.mixture_corpus import MixtureCorpus
 from transformer.data.mixture_schedule import MixtureSchedule
@@ -66,8 +65,8 @@ def prepare(config: schema.Config, *, report: bool, workers: int = 0) -> None:
             schedule = input_pipeline.make_batch_schedule(config, ids["train"])
             schedule.batch(0)  # orders the pairs of the first epoch
     log_info(
-        f"ready in {corpora.data_dir(data)}: {schedule.kept:,} training pairs, without {schedule.dropped:,} longer "
-        f"than data.max_length = {data.max_length}; {tokenizer.vocab_size:,} subword tokens; "
+        f"ready in {tfds_builders.data_dir(data)}: {schedule.kept:,} training pairs, without {schedule.dropped:,} "
+        f"longer than data.max_length = {data.max_length}; {tokenizer.vocab_size:,} subword tokens; "
         f"{schedule.steps_per_epoch:,} steps {schedule.period}"
     )
     for line in schedule.summary():

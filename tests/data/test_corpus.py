@@ -1,4 +1,3 @@
-import hashlib
 import itertools
 import pathlib
 import pickle
@@ -6,12 +5,11 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from transformer.config import DataConfig
-from transformer.data import corpus, prepared, text_files
+from transformer.data import corpus, prepared, text_files, tfds_builders
 from transformer.runtime import file_digests
 from transformer.runtime.errors import UserError
 
@@ -285,7 +283,7 @@ def test_cldr_serves_both_directions(tmp_path, name, source, target):
 
 
 def test_a_set_that_needs_tensorflow_says_how_to_prepare_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(tfds_builders.importlib.util, "find_spec", lambda _: None)
     started = time.monotonic()
     says = refusal_of(corpus.validate_source, toy_config(tmp_path, "wmt16_translate", "en", "de"))
     assert time.monotonic() - started < 2
@@ -423,14 +421,3 @@ def test_a_start_hashes_every_byte_once_and_the_next_none(tmp_path, monkeypatch)
     shards = {str(path) for path in tmp_path.glob("data/**/*record*")}
     assert sorted(start()) == sorted(text | shards)
     assert start() == []
-
-
-def test_rows_without_some_are_those_of_the_array():
-    for total, excluded in ((5, [1, 3]), (6, [0, 5, 1]), (4, []), (3, [0, 1, 2]), (1000, range(3, 1000, 7))):
-        rows, wanted = corpus.RowsExcept(total, excluded), np.setdiff1d(np.arange(total), list(excluded))
-        assert len(rows) == len(wanted)
-        assert [int(rows[i]) for i in range(len(rows))] == wanted.tolist()
-        for start in range(0, len(rows), 3):
-            np.testing.assert_array_equal(rows[start : start + 5], wanted[start : start + 5])
-        digest = hashlib.sha256(b"abc" + wanted.astype("<i8").tobytes()).hexdigest()
-        assert corpus.split_digest("abc", rows) == digest

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from transformer.config import Config, DataConfig, validation
-from transformer.data import corpus, filters, input_pipeline, scripts, shards, tokenizer
+from transformer.data import corpus, corpus_metadata, filters, input_pipeline, scripts, shards, tokenizer
 from transformer.runtime.errors import UserError
 from transformer.training import workdir
 
@@ -184,7 +184,7 @@ def test_the_result_does_not_depend_on_shards_workers_and_passes(tmp_path, monke
     made = input_pipeline.token_ids(given, many, "train", once)  # in the pass that prepared
     for side, texts in zip(made, (many.split("train").sources(), many.split("train").targets()), strict=True):
         np.testing.assert_array_equal(side.flat, np.concatenate(once.encode(texts)))
-    monkeypatch.setattr(corpus.FileStore, "array", lambda _, name, make, size: make())
+    monkeypatch.setattr(corpus_metadata.FileStore, "array", lambda _, name, make, size: make())
     assert corpus.open_corpus(given, workers=1).filtered == whole.filtered  # from stored pairs
 
 

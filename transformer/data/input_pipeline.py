@@ -18,8 +18,7 @@ import numpy as np
 from etils import epath
 
 from transformer.config import Config, DataConfig, mixture, validation
-from transformer.data import corpus as corpora
-from transformer.data import mixture_schedule, prepared, subword_dropout, token_id_cache
+from transformer.data import mixture_schedule, prepared, subword_dropout, tfds_builders, token_id_cache
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import (
     Batch,
@@ -224,7 +223,7 @@ def get_or_train_tokenizer(data: DataConfig, corpus: Corpus | MixtureCorpus) -> 
         return configured
     digest, languages = corpus.train.digest, (corpus.source_language, corpus.target_language)
     key = tokenizers.cache_key(data)
-    folder = prepared.cache_folder(corpora.data_dir(data), "vocabularies", digest, languages, key)
+    folder = prepared.cache_folder(tfds_builders.data_dir(data), "vocabularies", digest, languages, key)
     with _synchronized(folder):
         for path in sorted(folder.glob("*.model")):
             if sha256(path) == path.stem:
@@ -314,7 +313,7 @@ def token_ids(
         own = [(mixture.entry_data(data, e), c) for e, c in zip(data.mixture, corpus.corpora, strict=True)]
         return _mix(data, tuple(token_ids(*each, split_name, tokenizer, workers) for each in own), tokenizer)
     split, languages = corpus.split(split_name), (corpus.source_language, corpus.target_language)
-    folder = token_id_cache.cache_folder(corpora.data_dir(data), split.digest, languages, tokenizer)
+    folder = token_id_cache.cache_folder(tfds_builders.data_dir(data), split.digest, languages, tokenizer)
     schedules = folder.parent.parent / "schedules" / folder.name
     with _synchronized(folder):
         if folder.exists():
