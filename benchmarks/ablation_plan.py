@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from transformer import command_line
 from transformer.config import Config, DataConfig, mixture, schema, validation
-from transformer.data import input_pipeline, mixture_corpus
+from transformer.data import input_pipeline, mixture_corpus, vocabulary
 from transformer.data import tokenizer as tokenizers
 from transformer.models.flops import training_flops
 from transformer.runtime.errors import UserError
@@ -192,7 +192,7 @@ def equal_steps(base_steps: int, flops: Mapping[str, float]) -> dict[str, int]:
 def update_cost(config: Config) -> tuple[float, int]:
     """FLOPs of an update, the mean over the batches of an epoch, and the size of the vocabulary; prepares the data."""
     corpus = mixture_corpus.open_sources(config.data)
-    tokenizer = input_pipeline.get_or_train_tokenizer(tokenizers.inherit_tokenizer(config), corpus)
+    tokenizer = vocabulary.get_or_train_tokenizer(tokenizers.inherit_tokenizer(config), corpus)
     ids = input_pipeline.training_ids(config, corpus, tokenizer)
     schedule = input_pipeline.make_batch_schedule(config, ids)
     flops = sum(

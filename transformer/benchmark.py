@@ -17,7 +17,7 @@ import numpy as np
 from transformer import command_line
 from transformer.command_line import positive_int
 from transformer.config import Config, schema
-from transformer.data import input_pipeline, mixture_corpus
+from transformer.data import input_pipeline, mixture_corpus, vocabulary
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import Batch, BatchSchedule
 from transformer.data.input_pipeline import TokenIds
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     mixture_corpus.validate_sources(config.data)
     environment.enable_compilation_cache()
     corpus = mixture_corpus.open_sources(config.data)
-    tokenizer = input_pipeline.get_or_train_tokenizer(tokenizers.inherit_tokenizer(config), corpus)
+    tokenizer = vocabulary.get_or_train_tokenizer(tokenizers.inherit_tokenizer(config), corpus)
     ids = input_pipeline.training_ids(config, corpus, tokenizer)
     schedule = input_pipeline.make_batch_schedule(config, ids)
     row = measure_input(schedule, ids, args.num_steps) if args.input else measure(config, schedule, ids, args.num_steps)

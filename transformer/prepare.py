@@ -10,7 +10,7 @@ import contextlib
 
 from transformer import command_line
 from transformer.config import schema
-from transformer.data import input_pipeline, mixture_corpus, statistics, subword_dropout, tfds_builders
+from transformer.data import input_pipeline, mixture_corpus, statistics, subword_dropout, tfds_builders, vocabulary
 from transformer.data import tokenizer as tokenizers
 from transformer.data.mixture_corpus import MixtureCorpus
 from transformer.data.mixture_schedule import MixtureSchedule
@@ -57,7 +57,7 @@ def prepare(config: schema.Config, *, report: bool, workers: int = 0) -> None:
         with stages.stage("pairs"):
             corpus = mixture_corpus.open_sources(data, tokenize=True, workers=workers)
         with contextlib.nullcontext() if is_given else stages.stage("vocabulary"):
-            tokenizer = input_pipeline.get_or_train_tokenizer(data, corpus)
+            tokenizer = vocabulary.get_or_train_tokenizer(data, corpus)
         with contextlib.nullcontext() if is_given else stages.stage("ids"):
             ids = {"train": input_pipeline.token_ids(data, corpus, "train", tokenizer, workers)}
         with stages.stage("batches"):

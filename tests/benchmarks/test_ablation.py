@@ -25,7 +25,7 @@ from tests.conftest import ROOT, small_config
 from tests.helpers.processes import TINY, data_flags, environment, write_data
 from transformer import command_line
 from transformer.config import Config, validation
-from transformer.data import input_pipeline, mixture_corpus
+from transformer.data import input_pipeline, mixture_corpus, vocabulary
 from transformer.evaluation.significance import PairedTestResult
 from transformer.models import flops
 from transformer.models.registry import ModelDef
@@ -221,7 +221,7 @@ def test_the_cost_of_an_update_is_the_mean_of_an_epoch(data, fields):
     config = small_config(data={**where, **sizes}, train={"consistency": "rdrop"})
     cost, vocab_size = ablation_plan.update_cost(config)
     opened = mixture_corpus.open_sources(config.data)
-    tokenizer = input_pipeline.get_or_train_tokenizer(config.data, opened)
+    tokenizer = vocabulary.get_or_train_tokenizer(config.data, opened)
     ids = input_pipeline.token_ids(config.data, opened, "train", tokenizer)
     ids = input_pipeline.with_subword_dropout(config, ids, tokenizer)
     schedule = input_pipeline.make_batch_schedule(config, ids)

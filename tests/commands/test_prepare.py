@@ -16,7 +16,7 @@ from tests.helpers import wmt_archives
 from transformer import command_line, prepare
 from transformer.config import validation
 from transformer.data import corpus as corpora
-from transformer.data import input_pipeline, mixture_corpus, tokenizer
+from transformer.data import input_pipeline, mixture_corpus, tokenizer, vocabulary
 from transformer.runtime.errors import UserError
 
 
@@ -37,7 +37,7 @@ def assert_nothing_is_left_to_do(config, monkeypatch, workdir, capfd):
         patch.setattr(tokenizer, "train", lambda *_: pytest.fail("trains a vocabulary"))
         patch.setattr(tokenizer.Tokenizer, "encode", lambda *_: pytest.fail("tokenizes"))
         corpus = corpora.open_corpus(config.data)
-        trained = input_pipeline.get_tokenizer(config.data, corpus, workdir)
+        trained = vocabulary.get_tokenizer(config.data, corpus, workdir)
         ids = input_pipeline.token_ids(config.data, corpus, "train", trained)
     plan = input_pipeline.make_batch_schedule(config, ids)
     batch = next(input_pipeline.train_iterator(plan, ids, start=0, num_steps=1))

@@ -15,7 +15,7 @@ from train import train as fit
 from transformer.checkpoints import loading
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.data import corpus as corpora
-from transformer.data import input_pipeline
+from transformer.data import vocabulary
 from transformer.runtime import files, object_storage
 from transformer.runtime.errors import UserError
 
@@ -58,7 +58,7 @@ def test_a_vocabulary_is_trained_once_whatever_the_data_folder_is_called(name, t
             data = {"name": "text", "dir": str(tmp_path / "text"), "vocab_size": 285}
             config = small_config(data={**data, "data_dir": str(tmp_path / name / "prepared")})
             corpus = corpora.open_corpus(config.data)
-            tokenizers.append(input_pipeline.get_or_train_tokenizer(config.data, corpus).digest)
+            tokenizers.append(vocabulary.get_or_train_tokenizer(config.data, corpus).digest)
     assert len(set(tokenizers)) == 1
     assert "training a bpe vocabulary" not in stderr.getvalue()
     assert "preparing" not in stderr.getvalue()
@@ -73,7 +73,7 @@ def test_a_vocabulary_of_a_folder_that_the_name_matches_is_not_taken(tmp_path):
         data = {"name": "text", "dir": str(tmp_path / "text"), "vocab_size": size, "data_dir": str(tmp_path / name)}
         config = small_config(data=data)
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            input_pipeline.get_or_train_tokenizer(config.data, corpora.open_corpus(config.data))
+            vocabulary.get_or_train_tokenizer(config.data, corpora.open_corpus(config.data))
         result[name] = stderr.getvalue().count("training a bpe vocabulary")
     assert result == {"a1": 1, "a?": 1}
 

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import small_config
 from transformer.config import validation
 from transformer.data import corpus as corpora
-from transformer.data import input_pipeline, token_id_cache, tokenizer
+from transformer.data import input_pipeline, prepared, token_id_cache, tokenizer, vocabulary
 from transformer.data.batching import JaggedArray
 from transformer.data.tokenizer import EOS, PAD
 from transformer.runtime.errors import UserError
@@ -40,7 +40,7 @@ def config(tmp_path_factory):
 def opened(config, tmp_path_factory):
     corpus = corpora.open_corpus(config.data)
     stored = tmp_path_factory.mktemp("workdir") / "tokenizer"
-    trained = input_pipeline.get_tokenizer(config.data, corpus, stored)
+    trained = vocabulary.get_tokenizer(config.data, corpus, stored)
     return corpus, trained, input_pipeline.token_ids(config.data, corpus, "train", trained)
 
 
@@ -204,14 +204,14 @@ def test_a_vocabulary_is_trained_once_and_then_used_by_every_run(config, opened,
     corpus, trained, _ = opened
     monkeypatch.setattr(tokenizer, "train", lambda *_: pytest.fail("trained again"))
     for workdir in (tmp_path / "one", tmp_path / "other", tmp_path / "one"):
-        assert input_pipeline.get_tokenizer(config.data, corpus, workdir).digest == trained.digest
+        assert vocabulary.get_tokenizer(config.data, corpus, workdir).digest == trained.digest
         assert tokenizer.load(workdir).digest == trained.digest
 
 
 def test_each_corpus_direction_size_and_type_has_a_vocabulary_of_its_own(config, opened, tmp_path):
     def kept(data, corpus):
         before = set(tmp_path.glob("vocabularies/*/*.model"))
-        input_pipeline.get_or_train_tokenizer(dataclasses.replace(data, data_dir=str(tmp_path)), corpus)
+        vocabulary.get_or_train_tokenizer(dataclasses.replace(data, data_dir=str(tmp_path)), corpus)
         return len(set(tmp_path.glob("vocabularies/*/*.model")) - before)
 
     corpus, data = opened[0], config.data
@@ -230,7 +230,7 @@ def test_what_could_not_be_published_the_next_run_publishes(config, opened, tmp_
     published, makers = (
         [],
         (
-            lambda: input_pipeline.get_or_train_tokenizer(data, corpus),
+            lambda: vocabulary.get_or_train_tokenizer(data, corpus),
             lambda: input_pipeline.token_ids(data, corpus, "validation", opened[1]),
         ),
     )
@@ -239,10 +239,10 @@ def test_what_could_not_be_published_the_next_run_publishes(config, opened, tmp_
         raise OSError("no network")
 
     for make in makers:
-        monkeypatch.setattr(input_pipeline.object_storage, "push", fail)
+        monkeypatch.setattr(prepared.object_storage, "push", fail)
         with pytest.raises(UserError, match="no network"):
             make()
-        monkeypatch.setattr(input_pipeline.object_storage, "push", published.append)
+        monkeypatch.setattr(prepared.object_storage, "push", published.append)
         make()
     assert [folder.parent.name for folder in published] == ["vocabularies", "token_ids"]
     assert all(any(folder.iterdir()) for folder in published)
@@ -251,7 +251,7 @@ def test_what_could_not_be_published_the_next_run_publishes(config, opened, tmp_
 def test_a_training_that_fails_leaves_no_folder_that_would_pass_for_a_vocabulary(config, opened, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "train", lambda *_: (_ for _ in ()).throw(UserError("failed")))
     with pytest.raises(UserError, match="failed"):
-        input_pipeline.get_or_train_tokenizer(dataclasses.replace(config.data, data_dir=str(tmp_path)), opened[0])
+        vocabulary.get_or_train_tokenizer(dataclasses.replace(config.data, data_dir=str(tmp_path)), opened[0])
     assert not list(tmp_path.glob("vocabularies/[!.]*"))
 
 
@@ -261,7 +261,7 @@ def test_a_damaged_vocabulary_is_trained_anew(config, opened, capsys):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert input_pipeline.get_or_train_tokenizer(config.data, corpus).digest == trained.digest
+    assert vocabulary.get_or_train_tokenizer(config.data, corpus).digest == trained.digest
     assert f"{path}: damaged; training the vocabulary again" in capsys.readouterr().err
     assert path.read_bytes() != content
 
@@ -270,7 +270,7 @@ def test_before_the_first_checkpoint_another_size_makes_another_vocabulary(confi
     corpus, trained, _ = opened
     trained.save(tmp_path)
     smaller = dataclasses.replace(config.data, vocab_size=280)
-    assert input_pipeline.get_tokenizer(smaller, corpus, tmp_path).vocab_size == 280
+    assert vocabulary.get_tokenizer(smaller, corpus, tmp_path).vocab_size == 280
     assert "replacing the vocabulary" in capsys.readouterr().err
     assert tokenizer.load(tmp_path).vocab_size == 280
 
@@ -281,7 +281,7 @@ def test_before_the_first_checkpoint_another_or_damaged_vocabulary_is_replaced(c
     for kind, damage in (("unigram", b""), ("bpe", b"x")):
         trained.save(tmp_path)
         path.write_bytes(path.read_bytes() + damage)
-        got = input_pipeline.get_tokenizer(dataclasses.replace(config.data, tokenizer=kind), corpus, tmp_path)
+        got = vocabulary.get_tokenizer(dataclasses.replace(config.data, tokenizer=kind), corpus, tmp_path)
         assert "replacing the vocabulary" in capsys.readouterr().err
         assert (got.digest == trained.digest) is (kind == "bpe")
         assert tokenizer.load(tmp_path).digest == got.digest
@@ -290,12 +290,12 @@ def test_before_the_first_checkpoint_another_or_damaged_vocabulary_is_replaced(c
 def test_after_it_the_vocabulary_must_be_that_of_the_checkpoints(config, opened, tmp_path):
     corpus, trained, _ = opened
     trained.save(tmp_path / "right")
-    assert input_pipeline.check_same_tokenizer(config.data, corpus, tmp_path / "right", trained) is trained
+    assert vocabulary.check_same_tokenizer(config.data, corpus, tmp_path / "right", trained) is trained
     with pytest.raises(UserError, match="missing or not the one"):
-        input_pipeline.check_same_tokenizer(config.data, corpus, tmp_path / "none", trained)
+        vocabulary.check_same_tokenizer(config.data, corpus, tmp_path / "none", trained)
     tokenizer.train(["a b c"] * 9, 264, "unigram").save(tmp_path / "other")
     with pytest.raises(UserError, match="missing or not the one"):
-        input_pipeline.check_same_tokenizer(config.data, corpus, tmp_path / "other", trained)
+        vocabulary.check_same_tokenizer(config.data, corpus, tmp_path / "other", trained)
 
 
 def test_after_it_the_config_may_name_the_same_vocabulary_elsewhere_and_no_other(config, opened, tmp_path):
@@ -307,7 +307,7 @@ def test_after_it_the_config_may_name_the_same_vocabulary_elsewhere_and_no_other
     def go_on(folder):
         path = str(tmp_path / folder / tokenizer.FILE_NAME)
         data = dataclasses.replace(config.data, tokenizer=path, vocab_size=tokenizer.load(path).vocab_size)
-        return input_pipeline.check_same_tokenizer(data, corpus, tmp_path / "run" / "tokenizer", trained)
+        return vocabulary.check_same_tokenizer(data, corpus, tmp_path / "run" / "tokenizer", trained)
 
     assert go_on("moved") is trained
     with pytest.raises(UserError, match=r"other/sentencepiece\.model: is not the vocabulary of the run .*: expected"):
@@ -319,11 +319,11 @@ def test_a_vocabulary_from_elsewhere_must_have_the_size_the_config_says(config, 
     trained.save(tmp_path / "given")
     path = str(tmp_path / "given" / tokenizer.FILE_NAME)
     data = dataclasses.replace(config.data, tokenizer=path)
-    assert input_pipeline.get_tokenizer(data, corpus, tmp_path / "a").digest == trained.digest
+    assert vocabulary.get_tokenizer(data, corpus, tmp_path / "a").digest == trained.digest
     assert (tmp_path / "a" / tokenizer.FILE_NAME).exists()
     wrong = dataclasses.replace(data, vocab_size=999)
     with pytest.raises(UserError, match=r"has 290 tokens; set data\.vocab_size = 290"):
-        input_pipeline.get_tokenizer(wrong, corpus, tmp_path / "b")
+        vocabulary.get_tokenizer(wrong, corpus, tmp_path / "b")
 
 
 def test_codes_get_the_pieces_of_the_training_text_and_other_codes_other_ones(config, opened, tmp_path):
@@ -333,11 +333,11 @@ def test_codes_get_the_pieces_of_the_training_text_and_other_codes_other_ones(co
         path.write_text(f"#version: 0.2\n{merge}\n")
         data = dataclasses.replace(config.data, tokenizer=str(path), vocab_size=9999)
         with pytest.raises(UserError, match=r"my\.codes has .* tokens; set data\.vocab_size") as refused:
-            input_pipeline.get_tokenizer(data, corpus, tmp_path / "run")
+            vocabulary.get_tokenizer(data, corpus, tmp_path / "run")
         data = dataclasses.replace(data, vocab_size=int(str(refused.value).split()[-1]))
-        got = input_pipeline.get_tokenizer(data, corpus, tmp_path / "run")
+        got = vocabulary.get_tokenizer(data, corpus, tmp_path / "run")
         with pytest.raises(UserError, match=r"vocab_size = 8888, but .* has .* tokens"):
-            input_pipeline.get_tokenizer(dataclasses.replace(data, vocab_size=8888), corpus, tmp_path / "run")
+            vocabulary.get_tokenizer(dataclasses.replace(data, vocab_size=8888), corpus, tmp_path / "run")
         return got
 
     one, other = get("e i</w>"), get("o u</w>")
@@ -352,7 +352,7 @@ def test_codes_get_the_pieces_of_the_training_text_and_other_codes_other_ones(co
 def test_the_model_type_is_the_config_s(config, opened, tmp_path, model_type):
     corpus, trained, _ = opened
     data = dataclasses.replace(config.data, tokenizer=model_type)
-    got = input_pipeline.get_tokenizer(data, corpus, tmp_path / model_type)
+    got = vocabulary.get_tokenizer(data, corpus, tmp_path / model_type)
     assert (got.digest == trained.digest) == (model_type == "bpe")
 
 

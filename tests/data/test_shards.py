@@ -25,13 +25,13 @@ SHARD_BYTES = 2_000
 PREPARE = f"""
 import sys
 from transformer.config import DataConfig
-from transformer.data import corpus, input_pipeline, shards, tokenizer
+from transformer.data import corpus, input_pipeline, shards, tokenizer, vocabulary
 shards.SHARD_BYTES = {SHARD_BYTES}
 folder, data_dir, workers = sys.argv[1:4]
 given = folder + "/bpe.model" if len(sys.argv) == 4 else sys.argv[4]
 data = DataConfig(name="text", dir=folder, data_dir=data_dir, vocab_size=300, tokenizer=given)
 opened = corpus.open_corpus(data, tokenize=True, workers=int(workers))
-trained = input_pipeline.get_or_train_tokenizer(data, opened)
+trained = vocabulary.get_or_train_tokenizer(data, opened)
 ids = input_pipeline.token_ids(data, opened, "train", trained, int(workers))
 print(opened.digest)
 """

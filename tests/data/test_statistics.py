@@ -6,7 +6,7 @@ import pytest
 
 from transformer.config import Config, DataConfig, TrainConfig
 from transformer.data import corpus as corpora
-from transformer.data import input_pipeline, statistics, tokenizer
+from transformer.data import input_pipeline, statistics, tokenizer, vocabulary
 
 TRAIN = [
     *[("one two", "eins zwei")] * 3,
@@ -31,7 +31,7 @@ def parts(tmp_path_factory):
     config = Config(data=data, train=TrainConfig(num_steps=100, batch_tokens=64))
     corpus = corpora.open_corpus(data)
     splits = {name: corpus.split(name) for name in corpus.names}
-    trained = input_pipeline.get_or_train_tokenizer(data, corpus)
+    trained = vocabulary.get_or_train_tokenizer(data, corpus)
     ids = {name: input_pipeline.token_ids(data, corpus, name, trained) for name in splits}
     return config, corpus, splits, ids, trained
 

@@ -14,6 +14,7 @@ from transformer.data.batching import PAD_EXAMPLE, BatchSpec, Bucket, JaggedArra
 from transformer.data.bpe_dropout import BpeMerges, segment
 from transformer.data.subword_dropout import LengthModel, LengthSample, PlannedLengths
 from transformer.data.tokenizer import EOS, PAD, BpePiece
+from transformer.data.vocabulary import get_or_train_tokenizer
 from transformer.runtime.errors import UserError
 from transformer.training import session
 
@@ -45,7 +46,7 @@ def config(tmp_path_factory):
 def opened(config):
     """The tokenizer; and the ids of training without and with dropout."""
     corpus = corpora.open_corpus(config.data)
-    trained = input_pipeline.get_or_train_tokenizer(config.data, corpus)
+    trained = get_or_train_tokenizer(config.data, corpus)
     ids = input_pipeline.token_ids(config.data, corpus, "train", trained)
     return trained, ids, input_pipeline.with_subword_dropout(config, ids, trained)
 

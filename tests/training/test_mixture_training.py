@@ -20,6 +20,7 @@ from transformer.config import mixture
 from transformer.data import input_pipeline, mixture_corpus
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import PAD
+from transformer.data.vocabulary import get_or_train_tokenizer
 from transformer.evaluation import continuous, datasets, evaluator, report, systems
 from transformer.evaluation.evaluator import EvalResult
 from transformer.runtime.errors import UserError
@@ -110,7 +111,7 @@ def test_resume_is_exact(folder, whole, tmp_path):
 def test_tags_are_tokens_before_the_sources(folder, whole):
     config = config_of(folder)
     corpus = mixture_corpus.open_sources(config.data)
-    vocabulary = input_pipeline.get_or_train_tokenizer(config.data, corpus)
+    vocabulary = get_or_train_tokenizer(config.data, corpus)
     assert vocabulary.digest == tokenizers.load(whole / "tokenizer").digest
     assert vocabulary.vocab_size == 285
     tags = [vocabulary.tag_id(tag) for tag in ("<2de>", "<2fr>", "<bt>")]
@@ -152,11 +153,11 @@ def test_merges_of_subword_nmt_have_tags_too(folder, tmp_path):
     config = config_of(folder, data={"tokenizer": f"{tmp_path}/bpe.codes"})
     corpus = mixture_corpus.open_sources(config.data)
     with pytest.raises(UserError, match=r"set data.vocab_size = (\d+)") as refused:
-        input_pipeline.get_or_train_tokenizer(config.data, corpus)
+        get_or_train_tokenizer(config.data, corpus)
     config = config_of(
         folder, data={"tokenizer": config.data.tokenizer, "vocab_size": int(str(refused.value).split()[-1])}
     )
-    vocabulary = input_pipeline.get_or_train_tokenizer(config.data, corpus)
+    vocabulary = get_or_train_tokenizer(config.data, corpus)
     (ids,) = vocabulary.encode(["cat sees"], "<2de>")
     assert vocabulary.pieces(ids[:2]) == ["<2de>", "cat"]
     assert vocabulary.decode(ids.tolist()) == "cat sees"

@@ -4,7 +4,6 @@ Sentences are tokenized once for each corpus and vocabulary; training maps the f
 state of the iterator is the step at which it starts.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +18,6 @@ from etils import epath
 
 from transformer.config import Config, DataConfig, mixture, validation
 from transformer.data import mixture_schedule, prepared, subword_dropout, tfds_builders, token_id_cache
-from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import (
     Batch,
     BatchSchedule,
@@ -30,17 +28,17 @@ from transformer.data.batching import (
     make_batch,
     select_rows,
 )
-from transformer.data.corpus import Corpus, Split
+from transformer.data.corpus import Corpus
 from transformer.data.mixed_sequences import MixedSequences
-from transformer.data.mixture_corpus import MixtureCorpus, VocabularyText
+from transformer.data.mixture_corpus import MixtureCorpus
 from transformer.data.mixture_schedule import MixtureSchedule
 from transformer.data.packing import PackedSchedule
 from transformer.data.schedule_store import FileStore
 from transformer.data.subword_dropout import SubwordDropout
 from transformer.data.tokenizer import Tokenizer
-from transformer.runtime import object_storage, progress
+from transformer.runtime import progress
 from transformer.runtime.errors import UserError
-from transformer.runtime.files import json_digest, sha256, user_error_on_oserror
+from transformer.runtime.files import json_digest
 from transformer.runtime.logging import log_info
 
 PREFETCH_BATCHES = 16  # made ahead of the device
@@ -205,101 +203,6 @@ def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
     )
 
 
-def get_tokenizer(data: DataConfig, corpus: Corpus | MixtureCorpus, stored: epath.Path) -> Tokenizer:
-    """The tokenizer of a run without a checkpoint: made from config and corpus, replacing another in `stored`."""
-    tokenizer = get_or_train_tokenizer(data, corpus)
-    path = stored / tokenizer.file_name
-    if path.exists() and sha256(path) == tokenizer.digest:
-        return tokenizer
-    if tokenizers.exists(stored):
-        log_info(f"{stored}: replacing the vocabulary: no checkpoint uses it, and the config specifies another")
-    tokenizer.save(stored)
-    return tokenizer
-
-
-def get_or_train_tokenizer(data: DataConfig, corpus: Corpus | MixtureCorpus) -> Tokenizer:
-    """The tokenizer that the config names, or else that of the corpus, cached beside the prepared data."""
-    if configured := tokenizers.load_configured(data):
-        return configured
-    digest, languages = corpus.train.digest, (corpus.source_language, corpus.target_language)
-    key = tokenizers.cache_key(data)
-    folder = prepared.cache_folder(tfds_builders.data_dir(data), "vocabularies", digest, languages, key)
-    with _synchronized(folder):
-        for path in sorted(folder.glob("*.model")):
-            if sha256(path) == path.stem:
-                return tokenizers.check_vocab_size(tokenizers.load(path), data)
-            log_info(f"{path}: damaged; training the vocabulary again")
-            path.unlink()
-        training = f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} subword tokens"
-        log_info(training)
-        with progress.phase(training):
-            if isinstance(corpus, MixtureCorpus):
-                trained = tokenizers.build(data, VocabularyText(corpus))
-            else:
-                sentences = _Sentences(corpus.train)
-                trained = tokenizers.build(data, sentences, sentences.longest)
-        trained.save(folder, f"{trained.digest}.model")
-    return trained
-
-
-@contextlib.contextmanager
-def _synchronized(folder: epath.Path) -> Iterator[None]:
-    """Keeps other processes from making a folder meanwhile, and the folder equal to its copy in object storage."""
-    with user_error_on_oserror(f"{folder}, under config.data.data_dir"), prepared.lock_cache(folder):
-        object_storage.pull(folder)
-        yield
-        object_storage.push(folder)  # also what exists here, as an earlier attempt may have failed
-
-
-def check_same_tokenizer(
-    data: DataConfig, corpus: Corpus | MixtureCorpus, stored: epath.Path, trained: Tokenizer
-) -> Tokenizer:
-    """Returns the tokenizer of the checkpoints, which must be that of the workdir and the config.
-
-    Raises:
-      UserError: the workdir's tokenizer is missing or another one, or the config names another.
-    """
-    # A file of merges is applied to the corpus: other merges may give a vocabulary of the same size.
-    is_merges = data.tokenizer.endswith(".codes")
-    configured = get_or_train_tokenizer(data, corpus) if is_merges else tokenizers.load_configured(data) or trained
-    if configured.digest != trained.digest:
-        raise UserError(
-            f"config.data.tokenizer = {data.tokenizer}: is not the vocabulary of the run in {stored.parent}: expected "
-            f"the digest {trained.digest[:16]}, got {configured.digest[:16]}. Name that "
-            "vocabulary, or choose another workdir"
-        )
-    path = stored / trained.file_name
-    digest = sha256(path) if path.exists() else "missing"
-    if digest == trained.digest:
-        return trained
-    raise UserError(
-        f"{stored}: the vocabulary of this workdir is missing or not the one its checkpoints were trained with: "
-        f"expected the digest {trained.digest[:16]}, got {digest[:16]}; copy tokenizer/{trained.file_name} back "
-        "from the newest checkpoint"
-    )
-
-
-class _Sentences(Sequence[str]):
-    """All sentences of a split, source and target in turn.
-
-    Attributes:
-      longest: bytes that none has more of; None if that is not known.
-    """
-
-    def __init__(self, split: Split):
-        self._split, self.longest = split, split.longest
-
-    def __len__(self) -> int:
-        return 2 * len(self._split)
-
-    def __iter__(self) -> Iterator[str]:
-        return self._split.lines()
-
-    def __getitem__(self, index: Any) -> Any:
-        pair, side = divmod(index, 2)
-        return self._split[pair][side]
-
-
 def token_ids(
     data: DataConfig, corpus: Corpus | MixtureCorpus, split_name: str, tokenizer: Tokenizer, workers: int = 0
 ) -> TokenIds:
@@ -315,7 +218,7 @@ def token_ids(
     split, languages = corpus.split(split_name), (corpus.source_language, corpus.target_language)
     folder = token_id_cache.cache_folder(tfds_builders.data_dir(data), split.digest, languages, tokenizer)
     schedules = folder.parent.parent / "schedules" / folder.name
-    with _synchronized(folder):
+    with prepared.synchronize_cache(folder):
         if folder.exists():
             try:
                 return TokenIds(*token_id_cache.load(folder), schedules)

@@ -353,6 +353,15 @@ def lock_cache(folder: epath.Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def synchronize_cache(folder: epath.Path) -> Iterator[None]:
+    """Keeps other processes from making the folder meanwhile, and it equal to its copy in object storage."""
+    with user_error_on_oserror(f"{folder}, under config.data.data_dir"), lock_cache(folder):
+        object_storage.pull(folder)
+        yield
+        object_storage.push(folder)  # also what exists here, as an earlier attempt may have failed
+
+
 def write_cache(path: epath.Path, content: bytes) -> None:
     """Writes a file of derived data atomically; does nothing if the folder is read-only."""
     with contextlib.suppress(OSError):

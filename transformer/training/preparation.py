@@ -17,7 +17,7 @@ from transformer.attention import fused
 from transformer.checkpoints import best_metric
 from transformer.checkpoints.manager import CheckpointManager, Metrics, score_definition
 from transformer.config import Config
-from transformer.data import input_pipeline, mixture_corpus
+from transformer.data import input_pipeline, mixture_corpus, vocabulary
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import Batch, BatchSchedule
 from transformer.data.corpus import Split
@@ -190,10 +190,10 @@ def prepare_data(resume: ResumePoint, path: epath.Path) -> TrainingData:
         metric = _decide_best_metric(config, validation)
         stored = path / "tokenizer"
         if resume.step is None:
-            tokenizer = input_pipeline.get_tokenizer(tokenizers.inherit_tokenizer(config), corpus, stored)
+            tokenizer = vocabulary.get_tokenizer(tokenizers.inherit_tokenizer(config), corpus, stored)
         else:
             trained = resume.checkpoints.tokenizer(resume.step)
-            tokenizer = input_pipeline.check_same_tokenizer(config.data, corpus, stored, trained)
+            tokenizer = vocabulary.check_same_tokenizer(config.data, corpus, stored, trained)
         ids = input_pipeline.training_ids(config, corpus, tokenizer)
     consistency.assert_same_data(corpus.digest, tokenizer.digest)
     schedule = input_pipeline.make_batch_schedule(config, ids)

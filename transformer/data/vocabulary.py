@@ -1,0 +1,103 @@
+"""The vocabulary of a run: that of its checkpoints, the one that the config names, or one trained on its corpus."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from transformer.config import DataConfig
+from transformer.data import prepared, tfds_builders
+from transformer.data import tokenizer as tokenizers
+from transformer.data.corpus import Corpus, Split
+from transformer.data.mixture_corpus import MixtureCorpus, VocabularyText
+from transformer.data.tokenizer import Tokenizer
+from transformer.runtime import progress
+from transformer.runtime.errors import UserError
+from transformer.runtime.files import sha256
+from transformer.runtime.logging import log_info
+
+
+def get_tokenizer(data: DataConfig, corpus: Corpus | MixtureCorpus, stored: epath.Path) -> Tokenizer:
+    """The tokenizer of a run without a checkpoint: made from config and corpus, replacing another in `stored`."""
+    tokenizer = get_or_train_tokenizer(data, corpus)
+    path = stored / tokenizer.file_name
+    if path.exists() and sha256(path) == tokenizer.digest:
+        return tokenizer
+    if tokenizers.exists(stored):
+        log_info(f"{stored}: replacing the vocabulary: no checkpoint uses it, and the config specifies another")
+    tokenizer.save(stored)
+    return tokenizer
+
+
+def get_or_train_tokenizer(data: DataConfig, corpus: Corpus | MixtureCorpus) -> Tokenizer:
+    """The tokenizer that the config names, or else that of the corpus, cached beside the prepared data."""
+    if configured := tokenizers.load_configured(data):
+        return configured
+    digest, languages = corpus.train.digest, (corpus.source_language, corpus.target_language)
+    key = tokenizers.cache_key(data)
+    folder = prepared.cache_folder(tfds_builders.data_dir(data), "vocabularies", digest, languages, key)
+    with prepared.synchronize_cache(folder):
+        for path in sorted(folder.glob("*.model")):
+            if sha256(path) == path.stem:
+                return tokenizers.check_vocab_size(tokenizers.load(path), data)
+            log_info(f"{path}: damaged; training the vocabulary again")
+            path.unlink()
+        training = f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} subword tokens"
+        log_info(training)
+        with progress.phase(training):
+            if isinstance(corpus, MixtureCorpus):
+                trained = tokenizers.build(data, VocabularyText(corpus))
+            else:
+                sentences = _Sentences(corpus.train)
+                trained = tokenizers.build(data, sentences, sentences.longest)
+        trained.save(folder, f"{trained.digest}.model")
+    return trained
+
+
+def check_same_tokenizer(
+    data: DataConfig, corpus: Corpus | MixtureCorpus, stored: epath.Path, trained: Tokenizer
+) -> Tokenizer:
+    """Returns the tokenizer of the checkpoints, which must be that of the workdir and the config.
+
+    Raises:
+      UserError: the workdir's tokenizer is missing or another one, or the config names another.
+    """
+    # A file of merges is applied to the corpus: other merges may give a vocabulary of the same size.
+    is_merges = data.tokenizer.endswith(".codes")
+    configured = get_or_train_tokenizer(data, corpus) if is_merges else tokenizers.load_configured(data) or trained
+    if configured.digest != trained.digest:
+        raise UserError(
+            f"config.data.tokenizer = {data.tokenizer}: is not the vocabulary of the run in {stored.parent}: expected "
+            f"the digest {trained.digest[:16]}, got {configured.digest[:16]}. Name that "
+            "vocabulary, or choose another workdir"
+        )
+    path = stored / trained.file_name
+    digest = sha256(path) if path.exists() else "missing"
+    if digest == trained.digest:
+        return trained
+    raise UserError(
+        f"{stored}: the vocabulary of this workdir is missing or not the one its checkpoints were trained with: "
+        f"expected the digest {trained.digest[:16]}, got {digest[:16]}; copy tokenizer/{trained.file_name} back "
+        "from the newest checkpoint"
+    )
+
+
+class _Sentences(Sequence[str]):
+    """All sentences of a split, source and target in turn.
+
+    Attributes:
+      longest: bytes that none has more of; None if that is not known.
+    """
+
+    def __init__(self, split: Split):
+        self._split, self.longest = split, split.longest
+
+    def __len__(self) -> int:
+        return 2 * len(self._split)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._split.lines()
+
+    def __getitem__(self, index: Any) -> Any:
+        pair, side = divmod(index, 2)
+        return self._split[pair][side]
