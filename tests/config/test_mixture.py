@@ -164,6 +164,11 @@ def test_two_directions_of_one_tsv_file_need_other_columns(tmp_path):
         mixture_corpus.validate_sources(validate(config_of(*both)).data)
     both[1]["columns"] = "2,1"
     mixture_corpus.validate_sources(validate(config_of(*both)).data)
+    (tmp_path / "x.jsonl").write_text('{"a": "x", "b": "y"}\n')
+    for each in both:
+        each.update(train=f"{tmp_path}/x.jsonl", columns="a,b")
+    with pytest.raises(UserError, match=r"the same columns of .*; set columns='b,a' in the one"):
+        mixture_corpus.validate_sources(validate(config_of(*both)).data)
 
 
 def test_files_may_move_and_weights_may_not(tmp_path):

@@ -85,6 +85,16 @@ def test_jsonl_takes_the_keys_of_the_two_languages(tmp_path):
     assert pairs_of(tmp_path / "a.jsonl", content) == [("a\u2028\r\t", "b"), ("\ufeff😀", "")]
 
 
+@pytest.mark.parametrize("columns", ["source,target", " source , target "])
+def test_columns_names_the_keys_of_jsonl(tmp_path, columns):
+    content = '{"source": "a", "target": "b", "en": "x"}\n{"translation": {"target": "d", "source": "c"}}\n'
+    assert pairs_of(tmp_path / "a.jsonl", content, columns) == [("a", "b"), ("c", "d")]
+    assert pairs_of(tmp_path / "b.jsonl", '{"en": "a", "de": "b", "2": "c"}\n', "2,3") == [("a", "b")]  # of a TSV file
+    assert "line 1: expected the key 'target', got 'source'" in refusal_of(
+        tmp_path / "c.jsonl", '{"source": ""}', columns
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -92,7 +102,7 @@ def test_jsonl_takes_the_keys_of_the_two_languages(tmp_path):
         ("", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ('["a", "b"]', "expected an object with the keys en and de"),
-        ('{"en": "a"}', "expected the key 'de', got 'en'"),
+        ('{"en": "a"}', "expected the key 'de', got 'en'; name two with config.data.columns, as in 'source,target'"),
         ("{}", "expected the key 'en', got none"),
         ('{"en": "a", "de": 3}', "expected text under 'de', got 3"),
         ('{"en": null, "de": "a"}', "expected text under 'en', got None"),

@@ -208,7 +208,8 @@ class DataConfig:
     valid: str = _field("", "text: both sides of validation in one file")
     columns: str = _field(
         "",
-        "tsv, parquet: which two columns are source and target, counted from 1, as in '1,2'; parquet: or their names",
+        "tsv, parquet: which two columns are source and target, counted from 1, as in '1,2'; parquet, jsonl: their "
+        "names, as in 'source,target'",
     )
     mixture: tuple = _field(
         (),

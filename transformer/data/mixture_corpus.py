@@ -135,14 +135,17 @@ def _check_sides(data: DataConfig) -> None:
     """Raises a UserError if two entries read the same columns of a file as two directions."""
     seen: dict[tuple[str, str], tuple[int, str, str]] = {}
     for number, entry in enumerate(data.mixture, 1):
-        if not entry.train or not text_files.strip_compression(entry.train).lower().endswith(".tsv"):
+        is_tsv = text_files.strip_compression(entry.train).lower().endswith(".tsv")
+        if not entry.train or not (is_tsv or entry.columns):
             continue
         languages = entry.source_language, entry.target_language
-        first, *before = seen.setdefault((entry.train, entry.columns or "1,2"), (number, *languages))
+        columns = entry.columns or "1,2"
+        first, *before = seen.setdefault((entry.train, columns), (number, *languages))
         if tuple(before) == languages[::-1]:
+            swapped = ",".join(columns.split(",")[::-1])
             raise UserError(
                 f"config.data.mixture: entries {first} and {number} are two directions with the same columns of "
-                f"{entry.train}; set columns='2,1' in the one that reads it the other way round"
+                f"{entry.train}; set columns={swapped!r} in the one that reads it the other way round"
             )
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 from xml.parsers import expat
 
@@ -28,6 +28,7 @@ def read_pairs(path: epath.PathLike, languages: tuple[str, str], columns: str = 
       path: ends in one of PAIR_FORMATS, optionally followed by one of COMPRESSIONS.
       languages: codes of source and target.
       columns: of a TSV file, counted from 1: "1,2". Empty: the file has two. Of a Parquet file, also names: "en,de".
+        Of a JSONL file, names of keys; numbers are for files of other formats. Empty: the language codes.
 
     Raises:
       UserError: as `text_files.read_lines`, or an unknown extension, or a record that is not one pair.
@@ -36,7 +37,7 @@ def read_pairs(path: epath.PathLike, languages: tuple[str, str], columns: str = 
     if extension == ".tsv":
         return _read_tsv(path, parse_columns(columns))
     if extension == ".jsonl":
-        return _read_jsonl(path, languages)
+        return _read_jsonl(path, parse_keys(columns) or languages)
     if extension == ".parquet":
         return _read_parquet(path, languages, columns)
     return _read_tmx(path, languages) if extension == ".tmx" else _read_po(path)
@@ -72,7 +73,7 @@ def parse_columns(columns: str) -> tuple[int, int] | None:
 
 
 def parse_column_names(columns: str) -> tuple[str, str] | None:
-    """The two names or numbers in `data.columns` for Parquet; None if it is empty."""
+    """The two names, for Parquet also numbers, in `data.columns`; None if it is empty."""
     if not columns:
         return None
     parts = tuple(part.strip() for part in columns.split(","))
@@ -85,16 +86,26 @@ def parse_column_names(columns: str) -> tuple[str, str] | None:
     return parts[0], parts[1]
 
 
-def check_columns(columns: str, formats: Iterable[str]) -> None:
+def parse_keys(columns: str) -> tuple[str, str] | None:
+    """The two keys in `data.columns` for JSONL; None if it is empty, or has numbers, which pick columns elsewhere."""
+    keys = parse_column_names(columns)
+    return None if keys and all(map(_is_column_number, keys)) else keys
+
+
+def check_columns(columns: str, formats: Collection[str]) -> None:
     """Raises a UserError unless `data.columns` suits files of these formats."""
-    if ".tsv" in formats or ".parquet" not in formats:
+    named = {".jsonl", ".parquet"} & set(formats)
+    if ".tsv" in formats or not named:
         parse_columns(columns)
     else:
         parse_column_names(columns)
-    if columns and not {".tsv", ".parquet"} & set(formats):
+    if columns and ".tsv" not in formats and not named:
         raise UserError(
-            "config.data.columns: picks columns of .tsv or .parquet files, and neither data.train nor data.valid is one"
+            "config.data.columns: picks columns of .tsv, .parquet or .jsonl files, and neither data.train nor "
+            "data.valid is one"
         )
+    if columns and named == {".jsonl"} and ".tsv" not in formats and not parse_keys(columns):
+        raise UserError(f"config.data.columns: expected two keys of .jsonl, as in 'source,target', got {columns!r}")
 
 
 def _is_column_number(text: str) -> bool:
@@ -130,7 +141,7 @@ def _read_tsv(path: epath.PathLike, columns: tuple[int, int] | None) -> Iterator
         yield cells[source], cells[target]
 
 
-def _read_jsonl(path: epath.PathLike, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
+def _read_jsonl(path: epath.PathLike, keys: tuple[str, str]) -> Iterator[tuple[str, str]]:
     for number, line in _strip_trailing_blank_lines(text_files.read_lines(path)):
         where = f"{path}, line {number}"
         try:
@@ -138,29 +149,32 @@ def _read_jsonl(path: epath.PathLike, languages: tuple[str, str]) -> Iterator[tu
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error}); expected one object a line") from error
         if not isinstance(record, dict):
-            raise UserError(f"{where}: expected an object with the keys {' and '.join(languages)}, got {line[:60]!r}")
+            raise UserError(f"{where}: expected an object with the keys {' and '.join(keys)}, got {line[:60]!r}")
         if isinstance(nested := record.get("translation"), dict):  # the layout of Hugging Face's data sets
             record = nested
-        source, target = (_json_text(record, language, where) for language in languages)
+        source, target = (_json_text(record, key, where) for key in keys)
         yield source, target
 
 
-def _json_text(record: dict, language: str, where: str) -> str:
-    if language not in record:
-        raise UserError(f"{where}: expected the key {language!r}, got {', '.join(map(repr, record)) or 'none'}")
-    return _one_line_text(record[language], language, where)
+def _json_text(record: dict, key: str, where: str) -> str:
+    if key not in record:
+        raise UserError(
+            f"{where}: expected the key {key!r}, got {', '.join(map(repr, record)) or 'none'}; name two with "
+            "config.data.columns, as in 'source,target'"
+        )
+    return _one_line_text(record[key], key, where)
 
 
-def _one_line_text(text: Any, language: str, where: str) -> str:
+def _one_line_text(text: Any, name: str, where: str) -> str:
     """The text under a key or in a column, which must be one line of characters."""
     if not isinstance(text, str):
-        raise UserError(f"{where}: expected text under {language!r}, got {text!r:.60}")
+        raise UserError(f"{where}: expected text under {name!r}, got {text!r:.60}")
     # A line break would shift all later lines of a plain text file; replacing it would change the reference.
-    for bad, name in (("\n", "a line break"), ("\0", "a NUL character")):
+    for bad, what in (("\n", "a line break"), ("\0", "a NUL character")):
         if bad in text:
-            raise UserError(f"{where}: the text under {language!r} holds {name}; a sentence is one line")
+            raise UserError(f"{where}: the text under {name!r} holds {what}; a sentence is one line")
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}: the text under {language!r} holds half a surrogate pair, which is not a character")
+        raise UserError(f"{where}: the text under {name!r} holds half a surrogate pair, which is not a character")
     return text
 
 
