@@ -342,3 +342,26 @@ def test_tatoeba_is_read(tmp_path):
     lines = lzma.decompress((TATOEBA / "valid.en-de.tsv.xz").read_bytes()).decode().split("\n")[:-1]
     assert ["\t".join(pair) for pair in pairs_of(opened, "train")] == lines
     assert len(lines) == 2658
+
+
+@pytest.mark.parametrize(
+    ("first", "columns", "is_header"),
+    [
+        ("en\tde", "", True),
+        ("\ufeffEN\tDe ", "", True),
+        ("de\ten", "", True),
+        ("id\tSource\tTarget", "2,3", True),
+        ("source\ttarget\tid", "2,3", False),
+        ("en\ten", "", False),
+        ("the source\tdie Quelle", "", False),
+    ],
+)
+def test_a_header_of_tsv_is_read_with_one_warning(tmp_path, capfd, first, columns, is_header):
+    rest = "\tx" * (first.count("\t") - 1)
+    (tmp_path / "a.tsv").write_text(f"{first}\na\tb{rest}\n")
+    data = config(train=tmp_path / "a.tsv", columns=columns)
+    opened = [build(data, tmp_path / "data") for _ in range(2)]
+    assert [len(each.records("train")) for each in opened] == [2, 2]
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "looks like a header" in line]
+    assert len(warnings) == is_header
+    assert all(f"warning: {tmp_path}/a.tsv: " in line and "sed 1d" in line for line in warnings)

@@ -22,6 +22,7 @@ from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.file_digests import FileDigests
 from transformer.runtime.files import absolute_path, json_digest
+from transformer.runtime.logging import log_info
 
 VALIDATION_STEMS = ("val", "valid", "validation", "dev")
 GENERATED = {"runs/tasks": "python -m benchmarks.task_data"}  # parent of a data.dir → the command that writes it
@@ -51,6 +52,15 @@ class SplitFiles:
             else:
                 pairs = parallel_formats.read_pairs(self.paths[first], self.languages, self.columns)
                 yield from shards.pair_parts(pairs)
+
+    def warn_of_headers(self) -> None:
+        """Warns of each TSV file that begins with the names of its columns: they are read as a pair of sentences."""
+        for path in self.paths if self.sides == 1 else ():
+            if header := parallel_formats.tsv_header(path, self.languages, self.columns):
+                log_info(
+                    f"warning: {path}: its first line, {header[0]!r} and {header[1]!r}, looks like a header and is "
+                    "read as a pair of sentences; delete that line if it is one, for example with sed 1d"
+                )
 
     def digest(self, digests: Mapping[str, str]) -> list[str]:
         """All that the pairs depend on: formats, columns and the content of the files, but not their names.
@@ -172,6 +182,8 @@ class ParallelText(ParallelTextBuilder):
         super().__init__(config=config, data_dir=data_dir, file_format="array_record")
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        for files in self._files.values():
+            files.warn_of_headers()
         super()._download_and_prepare(dl_manager, download_config)
         if _digest(self._files, self._digests_dir) != self._digest:
             raise UserError("the text files changed while they were being read; run again when they are complete")

@@ -141,6 +141,14 @@ def _read_tsv(path: epath.PathLike, columns: tuple[int, int] | None) -> Iterator
         yield cells[source], cells[target]
 
 
+def tsv_header(path: epath.PathLike, languages: tuple[str, str], columns: str) -> tuple[str, str] | None:
+    """The first pair of a TSV file if it names the sides: the language codes, or source and target, in any case."""
+    if pair_format(path) != ".tsv" or (first := next(read_pairs(path, languages, columns), None)) is None:
+        return None
+    names = {cell.strip().lower() for cell in first}
+    return first if names in ({code.lower() for code in languages}, {"source", "target"}) else None
+
+
 def _read_jsonl(path: epath.PathLike, keys: tuple[str, str]) -> Iterator[tuple[str, str]]:
     for number, line in _strip_trailing_blank_lines(text_files.read_lines(path)):
         where = f"{path}, line {number}"
