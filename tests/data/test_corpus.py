@@ -1,6 +1,8 @@
+import dataclasses
 import itertools
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -8,6 +10,7 @@ import time
 import pytest
 import tensorflow_datasets as tfds
 
+from transformer import command_line
 from transformer.config import DataConfig
 from transformer.data import corpus, prepared, text_files, tfds_builders
 from transformer.runtime import file_digests
@@ -249,6 +252,27 @@ def test_a_prepared_folder_needs_no_code(tmp_path):
     assert "unheard_of/de-en" in refusal_of(corpus.open_corpus, toy_config(tmp_path, "unheard_of/de-en"))
 
 
+def test_the_builder_of_the_documentation_is_prepared_by_a_config_that_imports_it(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "data.md").read_text()
+    (body,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_data.py").write_text(body)
+    lines = ["import my_data", "from configs import text", "def get_config():", "    config = text.get_config()"]
+    lines += ["    config.data.name = 'glossary'", "    return config"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    (tmp_path / "glossary.csv").write_text("".join(f'"{row}, please","{row}, bitte"\n' for row in range(200)))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    flags = ["train.py", "--config=mine.py", f"--config.data.data_dir={tmp_path}/data"]
+    config, _ = command_line.config_flags(flags)
+    opened = corpus.open_corpus(config.data)
+    assert (len(opened.train), len(opened.split("validation"))) == (198, 2)
+    assert {("7, please", "7, bitte"), ("8, please", "8, bitte")} <= {*opened.train, *opened.split("validation")}
+    (tmp_path / "glossary.csv").write_text("one,eins,uno\n")
+    moved = dataclasses.replace(config.data, data_dir=str(tmp_path / "other"))
+    assert "too many values to unpack" in (says := refusal_of(corpus.open_corpus, moved))
+    assert says.endswith("; fix the cause and run again")
+
+
 @pytest.mark.parametrize(
     ("name", "languages", "says"),
     [
@@ -261,6 +285,7 @@ def test_a_prepared_folder_needs_no_code(tmp_path):
         ("toy_translatoin", ("de", "en"), "did you mean toy_translation"),
         ("cdlr", ("de", "en"), "did you mean cldr?"),
         ("zzz", ("de", "en"), "no data set 'zzz' in TFDS nor prepared in"),
+        ("zzz", ("de", "en"), "for a builder of your own, import its module in the config file"),
         ("../x", ("de", "en"), "TFDS cannot open '../x'"),
         ("", ("de", "en"), "TFDS cannot open ''"),
         ("cldr", ("de", "fr"), "offered in en-de, en-fr, en-es"),
@@ -309,6 +334,7 @@ def test_neither_jax_nor_tensorflow_is_imported(tmp_path):
     text_config(tmp_path, train=200)
     code = f"""
 import sys, time
+from transformer import command_line
 from transformer.config import DataConfig
 from transformer.data import corpus
 data = DataConfig(name="text", dir={str(tmp_path / "text")!r}, data_dir={str(tmp_path / "data")!r})

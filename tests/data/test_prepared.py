@@ -190,6 +190,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path, monkeypatch, error):
 
 def test_a_foreign_data_set_that_fails_says_how_to_prepare_it(tmp_path, monkeypatch):
     monkeypatch.setattr(PreparedPairs, "error", ImportError("no tensorflow"))
+    monkeypatch.setattr(prepared, "is_of_tfds", lambda _: True)
     with pytest.raises(UserError) as error:
         open_toy(tmp_path, owned=False)
     for says in ("no tensorflow", "tfds.builder('prepared_pairs', file_format='array_record'", f"to {tmp_path}"):

@@ -328,6 +328,11 @@ def _pull_from_object_storage(folder: epath.Path) -> bool:
         return folder.exists()
 
 
+def is_of_tfds(builder: Any) -> bool:
+    """Whether TFDS brings the builder, and not a module of the user's."""
+    return type(builder).__module__.startswith("tensorflow_datasets.")
+
+
 def preparation_instructions(builder: Any) -> str:
     """Instructions to prepare a data set of TFDS on another machine."""
     name = "/".join(filter(None, (builder.name, builder.builder_config_name)))
@@ -433,7 +438,8 @@ def _prepare_under_lock(builder: Any, owned: bool) -> None:
             return  # another process was faster, on a file system without locks
         if owned and not isinstance(error, (OSError, RuntimeError)):
             raise
-        remedy = "fix the cause and run again" if owned else preparation_instructions(builder)
+        is_foreign = is_of_tfds(builder) and not owned
+        remedy = preparation_instructions(builder) if is_foreign else "fix the cause and run again"
         if isinstance(builder, ParallelTextBuilder):
             remedy += f"; shards that are done are kept in {builder.work}"
         raise UserError(f"cannot prepare {builder.info.full_name} in {folder}: {error}; {remedy}") from error

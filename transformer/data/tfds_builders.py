@@ -60,7 +60,7 @@ def validate(data: DataConfig) -> None:
             f"expected source_language = {data.source_language!r} and target_language = {data.target_language!r} in it"
             f"{configs}"
         )
-    needs_tensorflow = type(builder).__module__.startswith("tensorflow_datasets.") and builder.name not in WMT_NAMES
+    needs_tensorflow = prepared.is_of_tfds(builder) and builder.name not in WMT_NAMES
     if needs_tensorflow and not prepared.is_prepared(builder) and not importlib.util.find_spec("tensorflow"):
         raise UserError(
             f"{builder.info.full_name} is not prepared in {builder.data_path}, and TFDS prepares it with TensorFlow, "
@@ -102,5 +102,6 @@ def _unknown_dataset_message(name: str, error: str, data_dir: str) -> str:
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return (
         f"config.data.name: no data set {name!r} in TFDS nor prepared in {data_dir}; {hint}"
-        "Expected text for your own files, cldr, or a translation set of TFDS such as wmt14_translate/de-en"
+        "Expected text for your own files, cldr, or a translation set of TFDS such as wmt14_translate/de-en; for a "
+        "builder of your own, import its module in the config file"
     )
