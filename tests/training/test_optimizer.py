@@ -1,5 +1,6 @@
 """The schedule by the paper's formula, each optimizer by its own; every field changes something."""
 
+import dataclasses
 import functools
 import math
 
@@ -13,7 +14,8 @@ from orbax.checkpoint import v1 as ocp
 from tests.conftest import small_config
 from tests.training.test_train_step import V, draw_batch
 from transformer.checkpoints.manager import CheckpointManager, TrainState
-from transformer.config import schema
+from transformer.config import OptimizerConfig
+from transformer.config.optimizers import OPTIMIZER_TRAITS, SCHEDULE_TRAITS
 from transformer.data import tokenizer
 from transformer.distributed import sharding
 from transformer.distributed.mesh import make_mesh
@@ -23,12 +25,29 @@ from transformer.training import optimizer as optimizer_lib
 from transformer.training import train_step
 from transformer.training.optimizer import make_optimizer, make_schedule
 
-NAMES = next(field.metadata["one_of"] for field in schema.dataclasses.fields(schema.OptimizerConfig))
+NAMES = tuple(optimizer_lib.OPTIMIZERS)
+DECAYED = [name for name, traits in OPTIMIZER_TRAITS.items() if traits.decays_weights]
 
 
 def schedule(**fields):
     config = small_config(optimizer={"warmup_steps": 4000, **fields}, train={"num_steps": 10_000})
     return make_schedule(config), config
+
+
+def test_every_choice_of_the_schema_is_implemented():
+    assert optimizer_lib.OPTIMIZERS.keys() == OPTIMIZER_TRAITS.keys() == set(choices("name"))
+    assert optimizer_lib.SCHEDULES.keys() == SCHEDULE_TRAITS.keys() == set(choices("schedule"))
+
+
+def choices(field):
+    fields = {field.name: field for field in dataclasses.fields(OptimizerConfig)}
+    return fields[field].metadata["one_of"]
+
+
+@pytest.mark.parametrize("name", SCHEDULE_TRAITS)
+def test_the_traits_of_a_schedule_are_true_of_it(name):
+    function, _ = schedule(schedule=name)
+    assert (float(function(10_000)) == pytest.approx(0, abs=1e-7)) == SCHEDULE_TRAITS[name].ends_at_zero
 
 
 @pytest.mark.parametrize("step", [1, 10, 3999, 4000, 4001, 100_000])
@@ -101,7 +120,7 @@ def test_nadamw_looks_ahead_by_one_update():
     np.testing.assert_allclose(got["kernel"], -0.1 * m / (np.sqrt(v) + 1e-9), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("name", DECAYED)
 def test_weight_decay_is_decoupled_and_spares_biases(name):
     plain, decayed = (update(grads=[GRADS], name=name, weight_decay=decay) for decay in (0.0, 0.5))
     np.testing.assert_allclose(decayed["kernel"], plain["kernel"] - 0.1 * 0.5 * 2.0, rtol=2e-6)
@@ -276,7 +295,7 @@ def test_schedule_free_is_the_formula_of_its_paper():
 
 
 def test_gradients_of_others_are_taken_at_the_params():
-    for name in NAMES[:-1]:
+    for name in [name for name, traits in OPTIMIZER_TRAITS.items() if not traits.averages_iterates]:
         config = small_config(optimizer={"name": name})
         assert optimizer_lib.gradient_params(config.optimizer, PARAMS, make_optimizer(config).init(PARAMS)) is PARAMS
 
@@ -300,9 +319,10 @@ def test_fsdp_shards_the_state_of_every_optimizer(name, scan):
     assert all(leaf.sharding == by_shape[leaf.shape] for leaf in big)
     numbers = sum(leaf.size for leaf in big)
     vectors = sum(leaf.size for leaf in jax.tree.leaves(state.params) if leaf.size <= 1000)
-    moments = 1 if name == "muon" else 2  # schedule_free_adamw: z and the second moment; Adam of Muon's embedding: 2
     embeddings = state.params["embeddings"]["shared"]["table"].size
-    assert numbers == moments * (model.num_params() - vectors) + (embeddings if name == "muon" else 0)
+    by_muon = model.num_params() - vectors - embeddings if name == "muon" else 0
+    # Of a param that Muon updates one moment, of another two; schedule_free_adamw: z and the second moment.
+    assert numbers == 2 * (model.num_params() - vectors) - by_muon
     stored = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in big)
     assert stored == numbers / 8
 

@@ -8,6 +8,7 @@ from etils import epath
 
 from tests.conftest import small_config
 from transformer.config import validation
+from transformer.config.optimizers import SCHEDULE_TRAITS
 from transformer.runtime.errors import UserError, WorkdirError
 from transformer.training import workdir
 
@@ -92,7 +93,7 @@ def test_another_tokenizer_is_no_harmless_change(folder, old, new):
         )
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("schedule", [name for name, traits in SCHEDULE_TRAITS.items() if traits.ends_at_zero])
 def test_more_steps_are_no_harmless_change_to_a_schedule_that_ends_with_them(folder, schedule):
     fields = {"optimizer": {"schedule": schedule}}
     with pytest.raises(UserError, match=r"num_steps: 20 → 30"):

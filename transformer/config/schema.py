@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
+from transformer.config.optimizers import OPTIMIZER_TRAITS, SCHEDULE_TRAITS
 from transformer.runtime.files import absolute_path
 
 MAX_INT = 2**31 - 1
@@ -307,7 +308,7 @@ class OptimizerConfig:
         "adam as in the paper; adamw: with decoupled weight decay; nadamw: with Nesterov momentum (Dozat 2016); muon: "
         "orthogonal updates of hidden matrices (Jordan et al. 2024), adamw for the rest; schedule_free_adamw: averages "
         "in place of a schedule (Defazio et al. 2024), with schedule = constant",
-        one_of=("adam", "adamw", "nadamw", "muon", "schedule_free_adamw"),
+        one_of=tuple(OPTIMIZER_TRAITS),
     )
     learning_rate: float = _field(
         1.0, "paper: a factor on D^-0.5 min(step^-0.5, step warmup^-1.5); else the peak", low=0
@@ -317,7 +318,7 @@ class OptimizerConfig:
         "paper",
         "learning rate after warm-up; cosine, linear and wsd reach zero at train.num_steps; wsd: constant, then linear "
         "over the last decay_fraction of the steps (Hu et al. 2024)",
-        one_of=("paper", "inverse_sqrt", "cosine", "linear", "constant", "wsd"),
+        one_of=tuple(SCHEDULE_TRAITS),
     )
     decay_fraction: float = _field(
         0.1, "wsd: share of train.num_steps over which the rate falls to zero", low=POSITIVE, high=1

@@ -18,6 +18,7 @@ from etils import epath
 from ml_collections import config_dict
 
 from transformer.config import mixture, schema, warm_start
+from transformer.config.optimizers import OPTIMIZER_TRAITS, SCHEDULE_TRAITS
 from transformer.config.schema import (
     DEFAULTS_TO_EMB_DIM,
     POSITIVE,
@@ -35,7 +36,6 @@ from transformer.runtime.files import user_error_on_oserror
 BLOCKWISE_MIN_LENGTH = 512  # from this length on `auto` chooses attention with memory linear in the length
 
 FUSED_ATTENTION_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # values of model.attention that need a platform
-DECAY_TO_ZERO_SCHEDULES = ("cosine", "linear", "wsd")  # at train.num_steps
 
 
 def _check_mesh(config: Config) -> None:
@@ -144,6 +144,8 @@ _ATTENTION = Condition("model.family", ("attention",))
 _NOT_RECURRENT = Condition("model.family", ("attention", "convolutional"))
 _TEXT_FILES = Condition("data.name", ("text",))
 _ONE_TEXT = (*_ONE_SOURCE, _TEXT_FILES)
+_DECAYS_WEIGHTS = tuple(name for name, traits in OPTIMIZER_TRAITS.items() if traits.decays_weights)
+_HAS_NO_AVERAGE = tuple(name for name, traits in OPTIMIZER_TRAITS.items() if not traits.averages_iterates)
 _CONDITIONS: tuple[tuple[str, tuple[Condition, ...]], ...] = (  # fields, and the conditions that must all hold
     ("model.num_heads model.mlp_dim model.norm model.mlp_dropout_rate model.attention_dropout_rate", (_ATTENTION,)),
     ("model.attention model.qkv_init_gain model.qkv_dim model.value_dim", (_ATTENTION,)),
@@ -165,9 +167,9 @@ _CONDITIONS: tuple[tuple[str, tuple[Condition, ...]], ...] = (  # fields, and th
     ("data.tokenizer", _unset("train.init_from")),
     ("data.bleu_tokenizer", (Condition("data.tokenized", (False,)),)),
     ("data.num_buckets", (Condition("data.batching", ("bucket",)),)),
-    ("optimizer.weight_decay", (Condition("optimizer.name", ("adamw", "nadamw", "muon", "schedule_free_adamw")),)),
+    ("optimizer.weight_decay", (Condition("optimizer.name", _DECAYS_WEIGHTS),)),
     ("optimizer.decay_fraction", (Condition("optimizer.schedule", ("wsd",)),)),
-    ("train.ema_decay", (Condition("optimizer.name", ("adam", "adamw", "nadamw", "muon")),)),
+    ("train.ema_decay", (Condition("optimizer.name", _HAS_NO_AVERAGE),)),
     ("train.consistency_weight", (Condition("train.consistency", ("rdrop", "simcut")),)),
     ("train.cutoff_rate", (Condition("train.consistency", ("simcut",)),)),
     ("train.max_skipped_updates", (Condition("train.spike_factor"),)),
@@ -451,22 +453,22 @@ def _check_combinations(config: Config) -> None:
     _check_dropout_of_rdrop(config)
     _check_subword_dropout(config)
     _check_profile_steps(train)
-    if optimizer.name == "schedule_free_adamw":
+    if OPTIMIZER_TRAITS[optimizer.name].averages_iterates:
         _check_schedule_free(optimizer)
-    if optimizer.schedule in ("paper", "inverse_sqrt") and not optimizer.warmup_steps:
+    if SCHEDULE_TRAITS[optimizer.schedule].needs_warmup and not optimizer.warmup_steps:
         raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")
 
 
 def _check_schedule_free(optimizer: schema.OptimizerConfig) -> None:
     if optimizer.schedule != "constant":
         raise UserError(
-            "config.optimizer.schedule: schedule_free_adamw averages its iterates instead of lowering the learning "
+            f"config.optimizer.schedule: {optimizer.name} averages its iterates instead of lowering the learning "
             f"rate: expected constant, which has a warm-up too, got {optimizer.schedule}; set schedule to constant and "
             "learning_rate to its peak"
         )
     if not optimizer.beta1:
         raise UserError(
-            "config.optimizer.beta1: the weight of the average of schedule_free_adamw: expected above 0, such as 0.9, "
+            f"config.optimizer.beta1: the weight of the average of {optimizer.name}: expected above 0, such as 0.9, "
             "got 0"
         )
 
@@ -638,4 +640,4 @@ RESUMABLE_FIELDS = {
 
 def schedule_depends_on_num_steps(config: Config) -> bool:
     """Whether the learning rate reaches 0 at train.num_steps, so that another number of steps changes the run."""
-    return config.optimizer.schedule in DECAY_TO_ZERO_SCHEDULES
+    return SCHEDULE_TRAITS[config.optimizer.schedule].ends_at_zero

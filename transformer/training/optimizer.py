@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from optax import contrib
 
 from transformer.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from transformer.config.optimizers import OPTIMIZER_TRAITS
 from transformer.models.registry import Params
 
 LOSS_EMA_DECAY = 0.98  # of the mean loss with which a loss is compared: about the last 50 updates
@@ -85,70 +87,105 @@ def where_tree(condition: jax.Array, x: Any, y: Any) -> Any:
     return jax.tree.map(lambda x_leaf, y_leaf: jnp.where(condition, x_leaf, y_leaf), x, y)
 
 
+# Each takes a step counted from 1, float32, and the config, and gives the learning rate, float32.
+
+
+def _warmup(step: jax.Array, config: Config) -> jax.Array:
+    """Rises linearly to learning_rate over the warm-up, then stays."""
+    return config.optimizer.learning_rate * _rise(step, config)
+
+
+def _rise(step: jax.Array, config: Config) -> jax.Array:
+    """The share of the warm-up that is done, at most 1."""
+    return jnp.minimum(step / max(config.optimizer.warmup_steps, 1), 1.0)
+
+
+def _paper(step: jax.Array, config: Config) -> jax.Array:
+    """Equation 3: rate · D^-0.5 · min(step^-0.5, step · warmup^-1.5), with warmup^-0.5 taken out of the minimum."""
+    rate, D, warmup = config.optimizer.learning_rate, config.model.emb_dim, config.optimizer.warmup_steps
+    return rate * (D * warmup) ** -0.5 * jnp.minimum((warmup / step) ** 0.5, step / warmup)
+
+
+def _inverse_sqrt(step: jax.Array, config: Config) -> jax.Array:
+    """Falls as step^-0.5 after the warm-up."""
+    warmup = config.optimizer.warmup_steps
+    return config.optimizer.learning_rate * jnp.minimum(_rise(step, config), (warmup / step) ** 0.5)
+
+
+def _cosine(step: jax.Array, config: Config) -> jax.Array:
+    """Falls as half a cosine from the end of the warm-up to 0 at num_steps."""
+    return _warmup(step, config) * (0.5 * (1.0 + jnp.cos(jnp.pi * _share_after_warmup(step, config))))
+
+
+def _linear(step: jax.Array, config: Config) -> jax.Array:
+    """Falls linearly from the end of the warm-up to 0 at num_steps."""
+    return _warmup(step, config) * (1.0 - _share_after_warmup(step, config))
+
+
+def _share_after_warmup(step: jax.Array, config: Config) -> jax.Array:
+    """From 0 at the end of the warm-up to 1 after the last update."""
+    warmup = config.optimizer.warmup_steps
+    return jnp.clip((step - 1.0 - warmup) / max(config.train.num_steps - warmup, 1), 0.0, 1.0)
+
+
+def _wsd(step: jax.Array, config: Config) -> jax.Array:
+    """Stays after the warm-up, then falls linearly over the last `decay_fraction` of the steps (Hu et al. 2024)."""
+    steps, fraction = config.train.num_steps, config.optimizer.decay_fraction
+    return _warmup(step, config) * jnp.clip((steps + 1.0 - step) / (fraction * steps), 0.0, 1.0)
+
+
+SCHEDULES: dict[str, Callable[[jax.Array, Config], jax.Array]] = {
+    "paper": _paper,
+    "inverse_sqrt": _inverse_sqrt,
+    "cosine": _cosine,
+    "linear": _linear,
+    "constant": _warmup,
+    "wsd": _wsd,
+}
+
+
 def make_schedule(config: Config) -> optax.Schedule:
-    """Learning rate of update `count`, counted from 0: int32 → float32.
-
-    `paper`: learning_rate · D^-0.5 · min(step^-0.5, step · warmup^-1.5) with step = count + 1
-    (equation 3). All others rise linearly to learning_rate over the warm-up, then stay (`constant`),
-    fall as step^-0.5 (`inverse_sqrt`), or reach 0 at num_steps (`cosine`, `linear`); `wsd` stays, then falls linearly
-    over the last `decay_fraction` of the steps (warm-up, stable, decay: Hu et al. 2024).
-    """
-    optimizer, steps = config.optimizer, config.train.num_steps
-    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
-    if optimizer.schedule == "paper":
-        peak *= (config.model.emb_dim * warmup) ** -0.5
-
-    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        step = jnp.asarray(count, jnp.float32) + 1.0
-        rise = jnp.minimum(step / max(warmup, 1), 1.0)
-        if optimizer.schedule == "constant":
-            return peak * rise
-        if optimizer.schedule in ("paper", "inverse_sqrt"):
-            return peak * jnp.minimum(rise, (warmup / step) ** 0.5)
-        if optimizer.schedule == "wsd":
-            return peak * rise * jnp.clip((steps + 1.0 - step) / (optimizer.decay_fraction * steps), 0.0, 1.0)
-        # From 0 at the end of warm-up to 1 after the last update.
-        decayed = jnp.clip((step - 1.0 - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-        fall = 0.5 * (1.0 + jnp.cos(jnp.pi * decayed)) if optimizer.schedule == "cosine" else 1.0 - decayed
-        return peak * rise * fall
-
-    return schedule
+    """Returns count → the learning rate of that update, counted from 0: int32 → float32."""
+    schedule = SCHEDULES[config.optimizer.schedule]
+    return lambda count: schedule(jnp.asarray(count, jnp.float32) + 1.0, config)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, the optimizer of `optimizer.name` with its schedule, skipped in a loss spike.
 
-    All but `adam` have decoupled weight decay of matrices. `update` takes the loss of the batch as `value`.
+    Weight decay is decoupled, and of matrices alone. `update` takes the loss of the batch as `value`.
     """
     optimizer, schedule = config.optimizer, make_schedule(config)
-    chain = [_update_direction(config)]
-    if optimizer.name != "adam":
+    traits = OPTIMIZER_TRAITS[optimizer.name]
+    chain = [OPTIMIZERS[optimizer.name](config)]
+    if traits.decays_weights:
         mask = functools.partial(weight_decay_mask, config.model.scan_layers)
         chain.append(optax.add_decayed_weights(optimizer.weight_decay, mask=mask))
     chain.append(optax.scale_by_learning_rate(schedule))
-    if optimizer.name == "schedule_free_adamw":
+    if traits.averages_iterates:
         chain = [schedule_free(optax.chain(*chain), schedule, optimizer)]
     clip = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
     return skip_spikes(optax.chain(*clip, *chain), config.train)
 
 
-def _update_direction(config: Config) -> optax.GradientTransformation:
-    """The update before weight decay and learning rate."""
+def _adam(config: Config, nesterov: bool = False) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba 2015), or with Nesterov momentum (Dozat 2016)."""
     optimizer = config.optimizer
-    if optimizer.name == "schedule_free_adamw":  # Adam without momentum, for which the average stands
-        return optax.scale_by_rms(optimizer.beta2, optimizer.epsilon, eps_in_sqrt=False, bias_correction=True)
-    nesterov = optimizer.name == "nadamw"  # Dozat 2016
-    adam = optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.epsilon, nesterov=nesterov)
-    return muon_with_adam(config.model, adam) if optimizer.name == "muon" else adam
+    return optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.epsilon, nesterov=nesterov)
 
 
-def muon_with_adam(model: ModelConfig, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+def _adam_without_momentum(config: Config) -> optax.GradientTransformation:
+    """Adam for Schedule-Free, whose average takes the place of momentum."""
+    return optax.scale_by_rms(config.optimizer.beta2, config.optimizer.epsilon, eps_in_sqrt=False, bias_correction=True)
+
+
+def _muon_with_adam(config: Config) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for matrices of attention and feed-forward blocks; Adam for all other params.
 
     Muon's update is an orthogonal matrix, scaled to a root mean square of `MUON_RMS` whatever its shape, so that one
     learning rate serves both.
     """
-    dimensions = functools.partial(muon_dimension_numbers, model)
+    dimensions = functools.partial(muon_dimension_numbers, config.model)
 
     def scale(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
         return jax.tree.map(
@@ -156,7 +193,7 @@ def muon_with_adam(model: ModelConfig, adam: optax.GradientTransformation) -> op
         )
 
     muon = optax.chain(contrib.scale_by_muon(weight_dimension_numbers=dimensions), optax.stateless(scale))
-    return optax.partition({"muon": muon, "adam": adam}, functools.partial(muon_labels, model))
+    return optax.partition({"muon": muon, "adam": _adam(config)}, functools.partial(muon_labels, config.model))
 
 
 def _max_fan(param: jax.Array, dimensions: contrib.MuonDimensionNumbers) -> int:
@@ -175,6 +212,16 @@ def muon_labels(model: ModelConfig, params: optax.Params) -> optax.Params:
     """The optimizer of each param: muon or adam."""
     names = MUON_PARAMS[model.family]
     return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if path[-1].key in names else "adam", params)
+
+
+# The update before weight decay and learning rate.
+OPTIMIZERS: dict[str, Callable[[Config], optax.GradientTransformation]] = {
+    "adam": _adam,
+    "adamw": _adam,
+    "nadamw": functools.partial(_adam, nesterov=True),
+    "muon": _muon_with_adam,
+    "schedule_free_adamw": _adam_without_momentum,
+}
 
 
 def schedule_free(
@@ -204,7 +251,7 @@ def schedule_free(
 
 def gradient_params(optimizer: OptimizerConfig, params: Params, opt_state: optax.OptState) -> Params:
     """The params at which the gradient is taken: y = beta1 x + (1 - beta1) z of Schedule-Free, else the params."""
-    if optimizer.name != "schedule_free_adamw":
+    if not OPTIMIZER_TRAITS[optimizer.name].averages_iterates:
         return params
     return _interpolate(optimizer.beta1, params, optax.tree.get(opt_state, "z"))
 
