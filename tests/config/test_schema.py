@@ -57,6 +57,9 @@ def test_key_and_value_widths_follow_the_model_width_until_they_are_set():
     config = default_config()
     config.model.emb_dim = 64
     assert validate(config).model.qkv_dim == validate(config).model.value_dim == 64
+    direct = schema.ModelConfig(emb_dim=64)
+    assert (direct.qkv_dim, direct.value_dim) == (64, 64)
+    assert schema.ModelConfig(emb_dim=64, qkv_dim=32) == schema.ModelConfig(emb_dim=64, qkv_dim=32, value_dim=64)
     assert validate({"model": {"emb_dim": 64}}) == validate(config)
     config.model.qkv_dim = 32
     assert (validate(config).model.qkv_dim, validate(config).model.value_dim) == (32, 64)
@@ -93,6 +96,8 @@ def test_no_count_is_not_a_count(section, name, value):
 ZERO_IS_FINE = {
     ("model", "encoder_layers"),
     ("model", "decoder_layers"),
+    ("model", "qkv_dim"),
+    ("model", "value_dim"),
     ("train", "seed"),
     ("train", "keep_best"),
     ("train", "early_stopping_patience"),

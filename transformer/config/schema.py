@@ -47,6 +47,7 @@ def round_up(length: int, multiple: int) -> int:
 
 
 POSITIVE = 1e-30  # the closed lower bound that means "above 0"
+DEFAULTS_TO_EMB_DIM = ("qkv_dim", "value_dim")
 
 # What may make a checkpoint the best → whether lower is better; `evaluation.metrics` defines all but the loss.
 LOWER_IS_BETTER = {
@@ -81,8 +82,8 @@ class ModelConfig:
     )
     emb_dim: int = _field(512, "model width D (paper: d_model)", low=1)
     num_heads: int = _field(8, "attention heads H", low=1)
-    qkv_dim: int = _field(512, "width per head times heads, H * K, of queries and keys; independent of emb_dim", low=1)
-    value_dim: int = _field(512, "the same of values: Table 3 (B) varies only the key width", low=1)
+    qkv_dim: int = _field(0, "width per head times heads, H * K, of queries and keys; 0: emb_dim", low=0)
+    value_dim: int = _field(0, "the same of values: Table 3 (B) varies only the key width; 0: emb_dim", low=0)
     mlp_dim: int = _field(2048, "feed-forward width F (paper: d_ff)", low=1)
     activation: str = _field(
         "relu",
@@ -145,6 +146,10 @@ class ModelConfig:
     dtype: str = _field(
         "float32", "of activations; params, softmax and loss stay float32", one_of=("float32", "bfloat16")
     )
+
+    def __post_init__(self) -> None:
+        for name in DEFAULTS_TO_EMB_DIM:  # replaced, as saved configs and comparisons of configs have the widths
+            object.__setattr__(self, name, getattr(self, name) or self.emb_dim)
 
     @property
     def num_encoder_layers(self) -> int:
@@ -516,7 +521,6 @@ PATH_FIELDS = (*TEXT_PATH_FIELDS, "data_dir", "manual_dir")
 WMT_NAMES = ("wmt14_translate", "wmt_t2t_translate")  # data sets of TFDS whose archives `data.download` fetches
 TOKENIZER_ALGORITHMS = ("bpe", "unigram")  # any other value is a path
 SPEED_FIELDS = ("batch_rows",)  # of the decode section: how many sentences at once, which changes no translation
-DEFAULTS_TO_EMB_DIM = ("qkv_dim", "value_dim")
 SECTIONS: dict[str, type] = {field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)}
 
 

@@ -216,8 +216,6 @@ def to_dataclasses(values: Any) -> Config:
     resolved = {}
     for name, section in SECTIONS.items():
         given = values.get(name, {})
-        if name == "model" and "emb_dim" in given:
-            given = {**dict.fromkeys(DEFAULTS_TO_EMB_DIM, given["emb_dim"]), **given}
         fields = {field.name: field for field in dataclasses.fields(section)}
         reject_unknown_fields(f"config.{name}", given, list(fields))
         resolved[name] = section(

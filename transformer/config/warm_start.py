@@ -36,9 +36,10 @@ def inherit_sizes(
     completed = {**values, "model": {**values.get("model", {})}, "data": {**values.get("data", {})}}
     width = completed["model"].get("emb_dim", ModelConfig.emb_dim)
     for section, name in [*sizes, ("data", "vocab_size")]:
-        default = width if name in DEFAULTS_TO_EMB_DIM else field_default(section, name)
-        if (section, name) not in flags and completed[section].get(name, default) == default:
-            completed[section][name] = saved.get(section, {}).get(name, field_default(section, name))
+        default = field_default(section, name)
+        defaults = (default, width) if name in DEFAULTS_TO_EMB_DIM else (default,)
+        if (section, name) not in flags and completed[section].get(name, default) in defaults:
+            completed[section][name] = saved.get(section, {}).get(name, default)
     if completed["model"].get("positions") != "learned":  # otherwise unused, but saved by earlier versions
         given = values.get("model", {}).get("max_positions", field_default("model", "max_positions"))
         completed["model"]["max_positions"] = given
