@@ -107,7 +107,7 @@ def test_a_step_is_really_trained(monkeypatch):
         sharding, "shard_batch", lambda mesh, batch, *rest: made.append(batch) or place(mesh, batch, *rest)
     )
     ready = []
-    monkeypatch.setattr(jax, "block_until_ready", lambda metrics: ready.append(float(metrics.loss.smoothed_nll)))
+    monkeypatch.setattr(jax, "block_until_ready", lambda metrics: ready.append(float(metrics.loss.objective)))
     result = parallelism.measure(parallelism.family_config("recurrent", 16), 2, 8)
     assert made[0].target_BT.shape == (2, 8)
     assert len(set(ready)) == len(ready) == 4  # one to warm up and three that count; each changes the loss

@@ -46,7 +46,7 @@ def poisoned(place: str, value: float, updates: range = range(AT, AT + 1), seed:
         def bad(params, batch, key):
             total, sums = objective(params, batch, key)
             change = jnp.multiply if place == "scale" else jnp.add
-            loss = sums.loss._replace(smoothed_nll=change(sums.loss.smoothed_nll, poison))
+            loss = sums.loss._replace(objective=change(sums.loss.objective, poison))
             return change(total, poison), sums._replace(loss=loss)
 
         if place == "params":
@@ -99,7 +99,7 @@ def assert_not_applied(world: World) -> None:
     for _ in range(2):
         state, metrics = update(state, batch)
         states.append(jax.device_get(state))
-    assert not (np.isfinite(metrics.loss.smoothed_nll) and np.isfinite(metrics.grad_norm))
+    assert not (np.isfinite(metrics.loss.objective) and np.isfinite(metrics.grad_norm))
     before, after, last = (jax.tree.leaves(each) for each in states)
     assert not all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(after, last, strict=True))

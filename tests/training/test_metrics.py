@@ -16,15 +16,15 @@ from tensorboardX.proto import event_pb2
 from tests.conftest import ROOT
 from tests.helpers.clock import FakeClock
 from transformer.models.flops import TrainingCost
-from transformer.models.loss import LossSums
 from transformer.runtime.errors import DivergedError, StoppedError, UserError
 from transformer.training.metrics import MetricsAccumulator, MetricWriter, peak_memory_mb, summarize_hosts
+from transformer.training.objective import TrainingLoss
 from transformer.training.train_step import StepMetrics
 
 
 def metrics(nll=10.0, tokens=5.0, objective=12.0, norm=2.0):
     return StepMetrics(
-        LossSums(*map(np.float32, (objective, nll, 3.0, tokens))), np.float32(norm), np.float32(0.1), np.float32(6)
+        TrainingLoss(*map(np.float32, (objective, nll, 3.0, tokens))), np.float32(norm), np.float32(0.1), np.float32(6)
     )
 
 

@@ -31,12 +31,12 @@ from transformer.decoding.translator import Translator
 from transformer.distributed import platform
 from transformer.evaluation.evaluator import CrossEntropy, Evaluator
 from transformer.models.flops import TrainingCost
-from transformer.models.loss import LossSums
 from transformer.runtime import environment, signals
 from transformer.runtime.errors import DivergedError, StoppedError, UserError, WorkdirError
 from transformer.training import preparation, train_step, trainer
 from transformer.training import workdir as workdir_lib
 from transformer.training.metrics import MetricsAccumulator
+from transformer.training.objective import TrainingLoss
 from transformer.training.session import prepare
 from transformer.training.train_step import StepMetrics, TrainState
 
@@ -51,7 +51,7 @@ class FakeStep(FakeUpdate):
     def update(self, state, batch):
         self.events.append(f"run {batch.source_BS}")
         loss = jax.device_put(np.float32(next(self.losses)))
-        metrics = StepMetrics(LossSums(loss, loss, loss, jax.device_put(np.float32(4))), loss, loss, loss)
+        metrics = StepMetrics(TrainingLoss(loss, loss, loss, jax.device_put(np.float32(4))), loss, loss, loss)
         return state._replace(step=state.step), metrics
 
 
@@ -585,7 +585,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(data, whole, tmp_pat
                 return state, metrics
             if what == "loss":
                 bad = jax.device_put(np.float32(np.nan))
-                return state, metrics._replace(loss=metrics.loss._replace(smoothed_nll=bad))
+                return state, metrics._replace(loss=metrics.loss._replace(objective=bad))
             return state._replace(params=jax.tree.map(jax.jit(lambda leaf: leaf / 0.0), state.params)), metrics
 
         return FakeUpdate(run)

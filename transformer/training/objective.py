@@ -28,20 +28,34 @@ from transformer.data.batching import Batch
 from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
 from transformer.models.base import cut_tokens
-from transformer.models.loss import LossSums, cross_entropy, kl_of_neighbours
+from transformer.models.loss import cross_entropy, kl_of_neighbours
 from transformer.models.registry import ModelDef, Params
 
 
-class ObjectiveSums(NamedTuple):
+class TrainingLoss(NamedTuple):
     """Sums over the target tokens of a batch, each counted once; float32 scalars.
 
     Attributes:
-      loss: its `smoothed_nll` is the whole objective, consistency included; `nll` and `correct` are of whole inputs,
-        with rdrop the mean of both passes.
+      objective: what is minimized, L above: label-smoothed cross-entropy, with rdrop of both passes, and weighted
+        consistency.
+      nll, correct: of whole inputs, with rdrop the mean of both passes; as in `LossSums`.
+      tokens: how many there are.
+    """
+
+    objective: Array
+    nll: Array
+    correct: Array
+    tokens: Array
+
+
+class ObjectiveSums(NamedTuple):
+    """The loss, and what `train.consistency` adds to it.
+
+    Attributes:
       consistency: KL divergence without its weight, with rdrop the mean of both directions; None without.
     """
 
-    loss: LossSums
+    loss: TrainingLoss
     consistency: Array | None = None
 
 
@@ -55,14 +69,18 @@ def make_objective(model: ModelDef, config: Config, mesh: Mesh) -> Objective:
 
     def cross_entropy_only(params: Params, batch: Batch, key: Array) -> ObjectiveSums:
         logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key, packed)
-        return ObjectiveSums(cross_entropy(logits_BTV, batch.target_BT, label_smoothing))
+        loss = cross_entropy(logits_BTV, batch.target_BT, label_smoothing)
+        return ObjectiveSums(TrainingLoss(loss.smoothed_nll, loss.nll, loss.correct, loss.tokens))
 
     def rdrop(params: Params, batch: Batch, key: Array) -> ObjectiveSums:
         twice = Batch(*(interleave(ids, ids) for ids in batch))
         logits_2BTV = model.bind(params)(twice.source_BS, twice.target_BT, key, packed)
         both = cross_entropy(logits_2BTV, twice.target_BT, label_smoothing)
-        loss = LossSums(both.smoothed_nll, 0.5 * both.nll, 0.5 * both.correct, 0.5 * both.tokens)
-        return add_consistency(loss, 0.5 * kl_of_neighbours(logits_2BTV), twice.target_BT)
+        consistency = consistency_sum(0.5 * kl_of_neighbours(logits_2BTV), twice.target_BT)
+        objective = both.smoothed_nll + weight * consistency
+        return ObjectiveSums(
+            TrainingLoss(objective, 0.5 * both.nll, 0.5 * both.correct, 0.5 * both.tokens), consistency
+        )
 
     def simcut(params: Params, batch: Batch, key: Array) -> ObjectiveSums:
         dropout_key, *cutoff_keys = jax.random.split(key, 3)
@@ -74,18 +92,19 @@ def make_objective(model: ModelDef, config: Config, mesh: Mesh) -> Objective:
         logits_2BTV = module(twice.source_BS, twice.target_BT, dropout_key, packed)
         target_2BT = interleave(batch.target_BT, jnp.full_like(batch.target_BT, PAD))  # none for the rows cut off
         loss = cross_entropy(logits_2BTV, target_2BT, label_smoothing)
-        return add_consistency(loss, kl_of_neighbours(logits_2BTV), target_2BT)
+        consistency = consistency_sum(kl_of_neighbours(logits_2BTV), target_2BT)
+        objective = loss.smoothed_nll + weight * consistency
+        return ObjectiveSums(TrainingLoss(objective, loss.nll, loss.correct, loss.tokens), consistency)
 
-    def add_consistency(loss: LossSums, divergence_2BT: Array, target_2BT: Array) -> ObjectiveSums:
-        consistency = jnp.where(target_2BT != PAD, divergence_2BT, 0.0).sum()
-        return ObjectiveSums(loss._replace(smoothed_nll=loss.smoothed_nll + weight * consistency), consistency)
+    def consistency_sum(divergence_2BT: Array, target_2BT: Array) -> Array:
+        return jnp.where(target_2BT != PAD, divergence_2BT, 0.0).sum()
 
     sums_of = {"none": cross_entropy_only, "rdrop": rdrop, "simcut": simcut}[consistency]
 
     def objective(params: Params, batch: Batch, key: Array) -> tuple[Array, ObjectiveSums]:
         with sharding.use_mesh(mesh):
             sums = sums_of(params, batch, key)
-        return sums.loss.smoothed_nll, sums
+        return sums.loss.objective, sums
 
     return objective
 

@@ -20,12 +20,17 @@ from transformer.config import Config
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
-from transformer.models.loss import LossSums
 from transformer.models.registry import ModelDef, Params, with_shardings
 from transformer.runtime import progress
-from transformer.training import optimizer as optimizer_lib
-from transformer.training.objective import make_objective
-from transformer.training.optimizer import make_optimizer, make_schedule, update_ema
+from transformer.training.objective import TrainingLoss, make_objective
+from transformer.training.optimizer import (
+    gradient_params,
+    make_optimizer,
+    make_schedule,
+    num_skipped,
+    update_ema,
+    where_tree,
+)
 
 Sums = TypeVar("Sums")
 
@@ -41,7 +46,7 @@ class StepMetrics(NamedTuple):
       consistency: the sum over target tokens of what `train.consistency` adds, without its weight; None without.
     """
 
-    loss: LossSums
+    loss: TrainingLoss
     grad_norm: jax.Array
     learning_rate: jax.Array
     source_tokens: jax.Array
@@ -112,28 +117,26 @@ def make_train_step(
         # Made here: a key made outside would be a constant, read back from an accelerator while the step is lowered.
         dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         key = jax.random.fold_in(dropout_key, state.step)
-        at = optimizer_lib.gradient_params(config.optimizer, state.params, state.opt_state)
+        params_of_gradient = gradient_params(config.optimizer, state.params, state.opt_state)
         parts = config.train.accumulation_steps
-        grad_sums, (sums, consistency) = accumulate_gradients(objective, at, batch, key, parts)
+        grad_sums, (loss, consistency) = accumulate_gradients(objective, params_of_gradient, batch, key, parts)
         # The sums run over all rows of all devices, so these are gradients of the mean over the global batch's tokens.
-        tokens = jnp.maximum(sums.tokens, 1.0)
+        tokens = jnp.maximum(loss.tokens, 1.0)
         grads = jax.tree.map(lambda grad: grad / tokens, grad_sums)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step with floats
-            updates, opt_state = optimizer.update(
-                grads, state.opt_state, state.params, value=sums.smoothed_nll / tokens
-            )
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss.objective / tokens)
         params = optax.apply_updates(state.params, updates)
         metrics = StepMetrics(
-            loss=sums,
+            loss=loss,
             grad_norm=optax.tree.norm(grads),
-            learning_rate=schedule(state.step - optimizer_lib.num_skipped(state.opt_state)),
+            learning_rate=schedule(state.step - num_skipped(state.opt_state)),
             source_tokens=(batch.source_BS != PAD).sum(dtype=jnp.float32),
-            skipped=optimizer_lib.num_skipped(opt_state),
+            skipped=num_skipped(opt_state),
             consistency=consistency,
         )
         ema = None if state.ema is None else update_ema(state.ema, params, state.step, config.train.ema_decay)
-        is_bad = ~(jnp.isfinite(sums.smoothed_nll) & jnp.isfinite(metrics.grad_norm))
-        return optimizer_lib.where_tree(is_bad, state, TrainState(state.step + 1, params, opt_state, ema)), metrics
+        is_bad = ~(jnp.isfinite(loss.objective) & jnp.isfinite(metrics.grad_norm))
+        return where_tree(is_bad, state, TrainState(state.step + 1, params, opt_state, ema)), metrics
 
     shardings = state_shardings(model, config, mesh)
     return jax.jit(
