@@ -23,10 +23,10 @@ import optax
 
 from transformer.checkpoints import manager, manifest
 from transformer.checkpoints.manager import CheckpointManager
+from transformer.checkpoints.state import TrainState
 from transformer.command_line import absolute_path, command_parser, positive_int, run
 from transformer.config import Config
 from transformer.data import tokenizer
-from transformer.training.train_step import TrainState
 
 LINES = ["the old house", "a new tree", "the cat sees a dog"]
 WIDTH = 1024

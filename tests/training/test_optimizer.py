@@ -13,7 +13,8 @@ from orbax.checkpoint import v1 as ocp
 
 from tests.conftest import small_config
 from tests.training.test_train_step import V, draw_batch
-from transformer.checkpoints.manager import CheckpointManager, TrainState
+from transformer.checkpoints.manager import CheckpointManager
+from transformer.checkpoints.state import TrainState
 from transformer.config import OptimizerConfig
 from transformer.config.optimizers import OPTIMIZER_TRAITS, SCHEDULE_TRAITS
 from transformer.data import tokenizer

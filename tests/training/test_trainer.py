@@ -24,6 +24,7 @@ from tests.helpers.updates import FakeUpdate
 from train import train as fit
 from transformer.checkpoints import best_metric, loading, manager
 from transformer.checkpoints.manager import CheckpointManager
+from transformer.checkpoints.state import TrainState
 from transformer.config import validation
 from transformer.data import tokenizer
 from transformer.data.batching import PAD_EXAMPLE, Batch, eval_batches
@@ -38,7 +39,7 @@ from transformer.training import workdir as workdir_lib
 from transformer.training.metrics import MetricsAccumulator
 from transformer.training.objective import TrainingLoss
 from transformer.training.session import prepare
-from transformer.training.train_step import StepMetrics, TrainState
+from transformer.training.train_step import StepMetrics
 
 
 class FakeStep(FakeUpdate):

@@ -28,6 +28,7 @@ from orbax.checkpoint import v1 as ocp
 
 from transformer.checkpoints import best_metric
 from transformer.checkpoints.manifest import MANIFEST, FileHasher, Manifest, Metrics, iter_files
+from transformer.checkpoints.state import TrainState
 from transformer.config import Config, DecodeConfig, validation
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import Tokenizer
@@ -44,25 +45,6 @@ PARTS = {"params": "params", "optimizer": "opt_state", "ema": "ema"}  # folder o
 TEMP_SUFFIXES = (".partial", ".removed")
 QUARANTINED_MANIFEST = "manifest.damaged.json"  # in object storage: marks a damaged checkpoint
 MANIFESTS = (MANIFEST, QUARANTINED_MANIFEST)
-
-
-class TrainState(NamedTuple):
-    """Params, optimizer state and step.
-
-    Attributes:
-      step: number of updates done, int32.
-      ema: exponential moving average of the params, float32; None where `train.ema_decay` is 0.
-    """
-
-    step: jax.Array
-    params: Params
-    opt_state: Any
-    ema: Params | None = None
-
-    @property
-    def eval_params(self) -> Params:
-        """The moving average if there is one, else the params."""
-        return self.params if self.ema is None else self.ema
 
 
 class CorruptCheckpointError(Exception):

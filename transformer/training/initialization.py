@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from transformer.checkpoints import loading
+from transformer.checkpoints.state import TrainState
 from transformer.checkpoints.manager import CheckpointManager
 from transformer.config import Config, DataConfig, mixture, schema
 from transformer.config.warm_start import ALLOWED_MODEL_DIFFS
@@ -17,7 +18,6 @@ from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 from transformer.training import train_step
-from transformer.training.train_step import TrainState
 
 
 class WarmStart(NamedTuple):

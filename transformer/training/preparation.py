@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from transformer.attention import fused
 from transformer.checkpoints import best_metric
+from transformer.checkpoints.state import TrainState
 from transformer.checkpoints.manager import CheckpointManager, Metrics, score_definition
 from transformer.config import Config
 from transformer.data import input_pipeline, mixture_corpus, vocabulary
@@ -33,7 +34,7 @@ from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 from transformer.training import initialization, train_step, workdir
 from transformer.training.initialization import WarmStart
-from transformer.training.train_step import StepMetrics, TrainState
+from transformer.training.train_step import StepMetrics
 
 
 class RunIds(NamedTuple):

@@ -15,8 +15,8 @@ from transformer.runtime import files
 from transformer.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from transformer.checkpoints.state import TrainState
     from transformer.training.preparation import RunContext
-    from transformer.training.train_step import TrainState
 
 
 class TrainingResult(NamedTuple):

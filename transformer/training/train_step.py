@@ -1,6 +1,7 @@
-"""The training step: state, initialization and update as pure functions, compiled once for each batch shape.
+"""The training step: initialization and update of the state as pure functions, compiled once for each batch shape.
 
-Params are a plain nested dict; the Flax module is split from them once and merged inside the step.
+The state is a `checkpoints.state.TrainState`. Its params are a plain nested dict; the Flax module is split from them
+once and merged inside the step.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from transformer.attention import fused
-from transformer.checkpoints.manager import TrainState
+from transformer.checkpoints.state import TrainState
 from transformer.config import Config
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import PAD

@@ -15,6 +15,7 @@ import jax
 
 from transformer.checkpoints import best_metric
 from transformer.checkpoints.manager import VALID_BLEU, Metrics
+from transformer.checkpoints.state import TrainState
 from transformer.config import schema, validation
 from transformer.data import input_pipeline
 from transformer.data.batching import Batch
@@ -40,7 +41,7 @@ from transformer.training.metrics import (
 from transformer.training.preemption import PreemptionSync
 from transformer.training.preparation import RunContext
 from transformer.training.profiling import StepProfiler
-from transformer.training.train_step import StepMetrics, TrainState, all_finite, batch_shape, compile_shapes
+from transformer.training.train_step import StepMetrics, all_finite, batch_shape, compile_shapes
 
 
 def train(context: RunContext, state: TrainState) -> tuple[int, Metrics]:
