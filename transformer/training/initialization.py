@@ -1,13 +1,12 @@
 """The state that a run starts from: fresh params, or with `train.init_from` those of another run (fine-tuning)."""
 
-import json
 from typing import NamedTuple
 
 from jax.sharding import Mesh
 
 from transformer.checkpoints import loading
-from transformer.checkpoints.state import TrainState
 from transformer.checkpoints.manager import CheckpointManager
+from transformer.checkpoints.state import TrainState
 from transformer.config import Config, DataConfig, mixture, schema
 from transformer.config.warm_start import ALLOWED_MODEL_DIFFS
 from transformer.data import tokenizer as tokenizers
@@ -49,9 +48,7 @@ def resolve_warm_start(config: Config) -> WarmStart | None:
         return None
     vocabulary = tokenizers.load_configured(tokenizers.inherit_tokenizer(config))
     checkpoints = CheckpointManager(folder)
-    steps = json.loads(
-        multihost.broadcast_from_primary("checkpoint to start from", lambda: _resolve_steps(checkpoints, selector))
-    )
+    steps = multihost.broadcast_from_primary("checkpoint to start from", lambda: _resolve_steps(checkpoints, selector))
     base_config = checkpoints.config(steps[-1])
     if differences := _model_differences(base_config, config):
         raise UserError(
@@ -125,9 +122,9 @@ def _model_differences(base: Config, config: Config) -> list[str]:
     return [str(change) for change in changes if change.field not in free]
 
 
-def _resolve_steps(checkpoints: CheckpointManager, selector: str) -> str:
+def _resolve_steps(checkpoints: CheckpointManager, selector: str) -> list[int]:
     try:
-        return json.dumps(loading.resolve_steps(checkpoints, selector))
+        return loading.resolve_steps(checkpoints, selector)
     except UserError as error:
         raise type(error)(f"config.train.init_from with init_checkpoint = {selector}: {error}") from error
 

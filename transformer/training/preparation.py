@@ -5,7 +5,6 @@ A session is the part of a run from its start or resume to the end of the proces
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -162,16 +161,16 @@ def find_resume_point(config: Config, path: epath.Path) -> ResumePoint:
 def _newest_checkpoint(checkpoints: CheckpointManager, path: epath.Path) -> tuple[int | None, Metrics, RunIds]:
     """The newest valid checkpoint, its metrics and run ids, as the primary process finds them for all."""
 
-    def find() -> str:
+    def find() -> tuple[int | None, Metrics, tuple[str, str]]:
         with progress.phase("verifying the newest checkpoint"):
             newest = checkpoints.latest_valid_step()
         if newest is None:
-            return json.dumps([None, {}, RunIds(workdir.run_id(path, "", None), "")])
+            return None, {}, RunIds(workdir.run_id(path, "", None), "")
         manifest = checkpoints.manifest(newest)
         own = workdir.run_id(path, f"{checkpoints.folder}: checkpoint {newest}", manifest.run_id)
-        return json.dumps([newest, manifest.metrics, RunIds(own, manifest.base_run_id)])
+        return newest, manifest.metrics, RunIds(own, manifest.base_run_id)
 
-    newest, metrics, ids = json.loads(multihost.broadcast_from_primary("newest checkpoint", find))
+    newest, metrics, ids = multihost.broadcast_from_primary("newest checkpoint", find)
     return newest, metrics, RunIds(*ids)
 
 
