@@ -13,22 +13,22 @@ from transformer.runtime.errors import StoppedError, UserError, is_out_of_memory
 
 def log_error(message: str) -> None:
     """Writes an error to stderr, with the name of the command and, of several processes, which one this is."""
-    name = " ".join(filter(None, (os.path.basename(sys.argv[0]), _process_label)))
-    _print(f"{name}: {message}")
+    of_several = f" (host {_process_index} of {_process_count})" if _process_count > 1 else ""
+    _print(f"{os.path.basename(sys.argv[0])}{of_several}: {message}")
 
 
-_process_label = ""  # which of several processes this is
+_process_index, _process_count = 0, 1
 
 
 def set_process(index: int, count: int) -> None:
     """Makes this process one of several: errors name it, and only process 0 logs other messages."""
-    global _process_label
-    _process_label = f"(host {index} of {count})" if count > 1 else ""
+    global _process_index, _process_count
+    _process_index, _process_count = index, count
 
 
 def is_shown() -> bool:
     """Whether this process logs messages other than errors."""
-    return not _process_label or _process_label.startswith("(host 0 ")
+    return _process_index == 0
 
 
 def log_info(message: str) -> None:
