@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from transformer.attention import fused
 from transformer.checkpoints import best_metric
-from transformer.checkpoints.state import TrainState
 from transformer.checkpoints.manager import CheckpointManager, Metrics, score_definition
+from transformer.checkpoints.state import TrainState
 from transformer.config import Config
 from transformer.data import input_pipeline, mixture_corpus, vocabulary
 from transformer.data import tokenizer as tokenizers
@@ -23,7 +23,8 @@ from transformer.data.batching import Batch, BatchSchedule
 from transformer.data.corpus import Split
 from transformer.data.mixture_corpus import MixtureSplit, ValidationSplit
 from transformer.data.tokenizer import Tokenizer
-from transformer.distributed import consistency, mesh, multihost, sharding
+from transformer.distributed import consistency, multihost, sharding
+from transformer.distributed import mesh as mesh_lib
 from transformer.evaluation import bleu_tokenizer
 from transformer.evaluation.evaluator import Evaluator
 from transformer.evaluation.metrics import METRICS
@@ -129,9 +130,9 @@ def make_mesh(config: Config) -> Mesh:
       UserError: the mesh does not fit the devices, or the config forces an attention kernel that they cannot run.
     """
     with progress.phase("starting the devices"):
-        devices = mesh.warm_up_collectives(mesh.make_mesh(config.mesh))
-    fused.check_supported(config, devices)
-    return devices
+        mesh = mesh_lib.warm_up_collectives(mesh_lib.make_mesh(config.mesh))
+    fused.check_supported(config, mesh)
+    return mesh
 
 
 def find_resume_point(config: Config, path: epath.Path) -> ResumePoint:
@@ -255,21 +256,21 @@ def prepare_state(context: RunContext, model: ModelDef) -> TrainState:
 def log_summary(context: RunContext, model: ModelDef) -> None:
     """Logs the sizes of model, data and batches, and what this session does differently from the last."""
     config, data, resume = context.config, context.data, context.resume
-    schedule, devices = data.schedule, context.mesh
+    schedule, mesh = data.schedule, context.mesh
     log_info(
         f"{model.num_params():,} params · {data.tokenizer.vocab_size:,} pieces · {schedule.kept:,} pairs, dropped "
         f"{schedule.dropped:,} longer than data.max_length = {config.data.max_length} · "
         f"{schedule.steps_per_epoch:,} steps {schedule.period}, fill {schedule.fill:.2f} · "
-        f"{devices.size} x {devices.devices.flat[0].device_kind}"
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     )
     shapes = " ".join(f"{b.rows}x({b.source}, {b.target})" for b in schedule.buckets)
     log_info(f"batch shapes, rows x (source, target): {shapes}")
     for line in schedule.summary():
         log_info(line)
-    if warning := sharding.padding_warning(devices, schedule, config.train.accumulation_steps):
+    if warning := sharding.padding_warning(mesh, schedule, config.train.accumulation_steps):
         log_info(f"warning: {warning}")
-    if devices.size < jax.device_count():
-        log_info(f"warning: config.mesh uses {devices.size} of {jax.device_count()} devices; mesh.data=-1 takes all")
+    if mesh.size < jax.device_count():
+        log_info(f"warning: config.mesh uses {mesh.size} of {jax.device_count()} devices; mesh.data=-1 takes all")
     if resume.step:
         log_info(f"resuming after step {resume.step:,}")
         saved_on = context.checkpoints.manifest(resume.step).host
