@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformer import command_line
-from transformer.config import Config, DataConfig, mixture, schema, validation
+from transformer.config import Config, DataConfig, config_files, mixture, schema, validation
 from transformer.data import input_pipeline, mixture_corpus, vocabulary
 from transformer.data import tokenizer as tokenizers
 from transformer.models.flops import training_flops
@@ -77,7 +77,7 @@ def load_changes(path: str, base: Config, flags: Sequence[str] = ()) -> dict[str
       UserError: no such file, an error inside it, or something else than named fields.
     """
     flag, others = f"--changes={path}", f"those that come with the project: {', '.join(shipped())}"
-    entries = command_line.call_file(flag, path, "get_changes", base, others=others, see="benchmarks/changes/demo.py")
+    entries = config_files.call_file(flag, path, "get_changes", base, others=others, see="benchmarks/changes/demo.py")
     if not isinstance(entries, dict) or not entries.keys() - {BASE}:
         raise UserError(f"{flag}: expected get_changes to return a dict of name → fields, got {entries!r}")
     changes = {name: _change(f"{flag}: {name}", name, entry) for name, entry in {BASE: {}, **entries}.items()}
