@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from transformer import command_line
 from transformer.command_line import positive_int
 from transformer.config import Config
-from transformer.config.schema import round_up
 from transformer.data.batching import rows_per_batch
 from transformer.models import flops as cost
 from transformer.planning import hlo_cost, roofline
@@ -26,6 +25,7 @@ from transformer.planning.hardware import GIB, Topology, parse_topology
 from transformer.planning.hlo import Program
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
+from transformer.runtime.rounding import round_up
 
 if TYPE_CHECKING:
     from transformer.planning import aot

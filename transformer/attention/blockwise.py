@@ -20,8 +20,8 @@ from transformer.attention.dot_product import einsum_f32
 from transformer.attention.dropout import Seeds, apply_keep_mask, attention_keep_mask, head_seeds
 from transformer.attention.mask import MASK_VALUE, AttentionMask
 from transformer.attention.padding import pad_end
-from transformer.config.schema import round_up
 from transformer.distributed.platform import ATTENTION_BLOCK
+from transformer.runtime.rounding import round_up
 
 
 class BlockwiseConfig(NamedTuple):

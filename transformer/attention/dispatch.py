@@ -12,7 +12,7 @@ from transformer.attention.blockwise import blockwise_attention
 from transformer.attention.dot_product import dot_product_attention
 from transformer.attention.mask import AttentionMask
 from transformer.attention.ring import ring_attention
-from transformer.config.validation import BLOCKWISE_MIN_LENGTH, FUSED_ATTENTION_PLATFORMS
+from transformer.config.attention_kernels import BLOCKWISE_MIN_LENGTH, FUSED_ATTENTION_PLATFORMS
 from transformer.distributed import platform as platforms
 from transformer.distributed import sharding
 

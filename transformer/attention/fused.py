@@ -24,18 +24,14 @@ from transformer.attention.dot_product import dot_product_attention
 from transformer.attention.mask import AttentionMask
 from transformer.attention.padding import pad_end
 from transformer.config import Config, MeshConfig
-from transformer.config.schema import round_up
-from transformer.config.validation import (
-    FUSED_ATTENTION_PLATFORMS,
-    AttentionSpec,
-    unsupported_reason,
-)
+from transformer.config.attention_kernels import FUSED_ATTENTION_PLATFORMS, AttentionSpec, unsupported_reason
 from transformer.distributed import multihost, sharding
 from transformer.distributed import platform as platforms
 from transformer.distributed.mesh import make_mesh
 from transformer.runtime import environment
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
+from transformer.runtime.rounding import round_up
 
 HEADS, ROWS = sharding.HEAD_AXES, ("batch", "length")
 NUM_LANES = 128  # splash takes lengths that are multiples of it

@@ -16,6 +16,7 @@ from ml_collections import config_dict
 
 from transformer.config.optimizers import OPTIMIZER_TRAITS, SCHEDULE_TRAITS
 from transformer.runtime.files import absolute_path
+from transformer.runtime.rounding import round_up
 
 MAX_INT = 2**31 - 1
 
@@ -39,11 +40,6 @@ def _field(
     high = MAX_INT if high is None and type(default) is int else high
     metadata = {"doc": doc, "low": low, "high": high, "one_of": one_of, "list_of": list_of}
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def round_up(length: int, multiple: int) -> int:
-    """The least multiple that is at least `length`."""
-    return -(-length // multiple) * multiple
 
 
 POSITIVE = 1e-30  # the closed lower bound that means "above 0"

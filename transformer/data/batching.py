@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from transformer.config.schema import round_up
 from transformer.data import schedule_store
 from transformer.data.schedule_store import Facts
 from transformer.data.tokenizer import PAD
+from transformer.runtime.rounding import round_up
 
 ROW_MULTIPLE = 8  # rows divide evenly over 1, 2, 4 and 8 devices
 SOURCE_COVERAGE = 0.95  # share of a bucket's sources that fit its width; the rest move up to the next bucket

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transformer.config.schema import round_up
 from transformer.data import schedule_store
 from transformer.data.batching import (
     PAD_EXAMPLE,
@@ -26,6 +25,7 @@ from transformer.data.batching import (
     rows_per_batch,
 )
 from transformer.data.schedule_store import Facts
+from transformer.runtime.rounding import round_up
 
 SOURCE_SLACK = 1.03  # source width over what the mean length ratio requires, so that the targets fill the row
 

@@ -10,7 +10,7 @@ has to come before JAX, saves a CPU up to a third of a step's CPU time. docs/log
 import jax
 from jax.sharding import Mesh
 
-from transformer.config.validation import BLOCKWISE_MIN_LENGTH
+from transformer.config.attention_kernels import BLOCKWISE_MIN_LENGTH
 from transformer.runtime import environment
 
 ATTENTION_BLOCK = 128  # queries and keys of a block of blockwise attention; larger ones are slower on a CPU

@@ -16,11 +16,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from transformer.config.schema import round_up
 from transformer.config.validation import divisibility_error
 from transformer.data.batching import Batch, BatchSchedule, Bucket
 from transformer.distributed.mesh import MESH_AXES
 from transformer.runtime.errors import UserError
+from transformer.runtime.rounding import round_up
 
 Axes = tuple[str | None, ...]
 
