@@ -21,7 +21,6 @@ from transformer.config import mixture, schema, warm_start
 from transformer.config.attention_kernels import FUSED_ATTENTION_PLATFORMS, AttentionSpec, unsupported_reason
 from transformer.config.optimizers import OPTIMIZER_TRAITS, SCHEDULE_TRAITS
 from transformer.config.schema import (
-    DEFAULTS_TO_EMB_DIM,
     POSITIVE,
     RUN_ID,
     SECTIONS,
@@ -265,8 +264,7 @@ def replace_field(config: Config, name: str, value: Any) -> Config:
 
 def default_value(config: Config, name: str) -> Any:
     """The default of section.field, which may depend on another field."""
-    section, field = name.split(".")
-    return config.model.emb_dim if field in DEFAULTS_TO_EMB_DIM else getattr(SECTIONS[section], field)
+    return get_field(replace_field(config, name, schema.field_default(*name.split("."))), name)
 
 
 def _inapplicable_message(config: Config, name: str, condition: Condition) -> str:
