@@ -12,6 +12,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_force_host_platform_device_count=8"
+    + " --xla_cpu_parallel_codegen_split_count=1"  # a tenth less to compile: another worker has the other cores
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # a later one refuses the flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # half the time to compile again
@@ -70,6 +71,22 @@ def _shared_programs():
     with pytest.MonkeyPatch.context() as patch:
         share_programs(patch)
         yield patch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kept_programs():
+    """After commands in this process, which would keep large programs alone, as many are kept as before."""
+    from transformer.runtime import environment
+
+    enable, least = environment.enable_compilation_cache, jax.config.jax_persistent_cache_min_compile_time_secs
+
+    def enable_for_tests():
+        enable()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "enable_compilation_cache", enable_for_tests)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
