@@ -109,11 +109,10 @@ VARIANTS = {
 }
 COMBINED = [
     ("simcut", "plain", "bucket"),
-    slow("rdrop", "plain", "bucket"),
     slow("simcut", "dropouts", "pack"),
     slow("rdrop", "scan", "pack"),
     slow("simcut", "rotary", "bucket"),
-    slow("rdrop", "learned", "bucket"),
+    slow("simcut", "learned", "bucket"),
     slow("simcut", "recurrent", "bucket"),
     slow("rdrop", "convolutional", "pack"),
 ]

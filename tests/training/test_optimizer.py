@@ -376,7 +376,7 @@ def test_the_state_of_every_optimizer_comes_back_and_goes_on_exactly(name, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["muon", "schedule_free_adamw"])  # the others' state is Adam's, as of test_trainer
 def test_two_updates_and_two_more_after_a_restore_are_four(name, tmp_path):
     config = config_for(name)
     model, mesh = ModelDef(config.model, V), make_mesh(config.mesh)

@@ -99,11 +99,10 @@ def test_operations_of_an_accelerator_give_the_same_updates(fresh_programs, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", [2, 4, 8])
-def test_rows_over_devices_give_the_same_update(data):
+def test_rows_over_devices_give_the_same_update():
     """Loss and gradients are of the global batch, whatever device has how many real tokens of it."""
     one, (metrics,) = run()
-    many, (sharded,) = run(data=data)
+    many, (sharded,) = run(data=4)
     np.testing.assert_allclose(sharded.loss, metrics.loss, rtol=1e-5)
     np.testing.assert_allclose(sharded.grad_norm, metrics.grad_norm, rtol=1e-4)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one.params, many.params)
