@@ -56,13 +56,14 @@ def share_programs(patch: pytest.MonkeyPatch) -> None:
     )
     patch.setattr(evaluator, "make_eval_step", _once(evaluator.make_eval_step, lambda model, mesh: (_key(model), mesh)))
     patch.setattr(sharding, "data_parallel_jit", _once(sharding.data_parallel_jit, _search_key))
+    params_of = _once(_params, lambda model, seed: (_key(model), seed))
     drawn = _once(_drawn, _training_key)
     init_state = train_step.init_state
 
     def draw(model: registry.ModelDef, config: Any, mesh: jax.sharding.Mesh, params: Any = None) -> Any:
         if params is not None:
             return init_state(model, config, mesh, params)
-        state, shardings = drawn(init_state, model, config, mesh)
+        state, shardings = drawn(init_state, params_of, model, config, mesh)
         return jax.device_put(state, shardings)
 
     patch.setattr(train_step, "init_state", draw)
@@ -115,8 +116,16 @@ def _once(make: Callable, key_of: Callable[..., Any]) -> Callable:
     return remembered
 
 
-def _drawn(init_state: Callable, *args: Any) -> tuple[Any, Any]:
-    state = init_state(*args)
+def _params(model: registry.ModelDef, seed: int) -> Any:
+    # Not compiled: equal layers share the small programs of each operation.
+    return jax.device_get(model.init(seed))
+
+
+def _drawn(init_state: Callable, params_of: Callable, *args: Any) -> tuple[Any, Any]:
+    model, config, mesh = args
+    params = params_of(model, config.train.seed)
+    placed = jax.device_put(params, sharding.param_shardings(mesh, model.abstract_params))
+    state = init_state(*args, placed)
     return jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
