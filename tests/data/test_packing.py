@@ -160,7 +160,7 @@ def corpus(n=60):
 
 def total_gradient(plan, ids, packed):
     """Loss sums and summed gradient over one epoch, without dropout."""
-    model = registry.ModelDef(small_config().model, 40)
+    model = registry.ModelDef(small_config(model={"num_layers": 1}).model, 40)
     params = model.init(0)
 
     def objective(params, batch):
@@ -181,7 +181,7 @@ def test_packed_loss_and_gradient_are_those_of_unpacked_rows():
     sides = ids[0].lengths, ids[1].lengths
     fields = {"batch_tokens": 384, "max_length": 48, "seed": 0}
     packed, packed_grads = total_gradient(PackedSchedule(*sides, **fields), ids, packed=True)
-    alone, grads = total_gradient(BucketedSchedule(*sides, num_buckets=2, **fields), ids, packed=False)
+    alone, grads = total_gradient(BucketedSchedule(*sides, num_buckets=1, **fields), ids, packed=False)
     assert packed.tokens == alone.tokens
     np.testing.assert_allclose(packed.smoothed_nll, alone.smoothed_nll, rtol=1e-5)
     np.testing.assert_allclose(packed.nll, alone.nll, rtol=1e-5)
