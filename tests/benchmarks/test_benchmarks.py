@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import subprocess
 import sys
 from xml.etree import ElementTree
 
@@ -12,6 +11,7 @@ from benchmarks import ab_compare, attention_memory, checkpoint_hashing, decodin
 from tests.commands.test_translate import save
 from tests.conftest import ROOT
 from tests.decoding.test_translator import LINES
+from tests.helpers.commands import run
 from transformer.checkpoints import manifest
 from transformer.data import subword_nmt, tokenizer
 from transformer.export import verify
@@ -140,9 +140,7 @@ COMMANDS = [name for name, text in SOURCES.items() if "__main__" in text and "\n
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_explains_itself(name):
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert f"benchmarks.{name}" in done.stdout
+    assert f"benchmarks.{name}" in run("-m", f"benchmarks.{name}", "--help").stdout.decode()
 
 
 @pytest.mark.slow

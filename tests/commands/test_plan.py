@@ -1,5 +1,6 @@
 """The plan of the real training step: keys, figures, and what it says of what cannot be."""
 
+import functools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from tests.conftest import ROOT, small_config
+from tests.helpers.commands import run
 from transformer import plan
 from transformer.distributed.mesh import make_mesh
 from transformer.models import flops, registry
@@ -42,6 +44,12 @@ def planned(topology="cpu:8", *, find_largest=False, **sections):
     return plan.plan(config, parse_topology(topology), config.data.max_length, 0.0, find_largest=find_largest)
 
 
+@functools.cache
+def plain():
+    """Of eight devices that share the rows, 32 of 32 tokens."""
+    return planned(train={"batch_tokens": 1024})
+
+
 def test_the_command_prints_a_table_and_its_last_line_is_json():
     """Of a config that leaves open where its text is: none is read."""
     result = command("--topology=cpu:4", "--json", "--scaling", config="configs/text.py")
@@ -58,7 +66,7 @@ def test_the_command_prints_a_table_and_its_last_line_is_json():
 
 @pytest.mark.slow
 def test_flops_are_those_of_the_closed_form():
-    row = planned(train={"batch_tokens": 1024})
+    row = plain()
     assert row["rows"] == 32
     expected = flops.training_flops(small_config(model={"num_layers": 1}).model, 300, 32, 32, 32)
     assert row["flops_per_step"] == row["flops_closed_form"] == expected
@@ -74,8 +82,8 @@ def test_a_length_that_the_mesh_does_not_divide_is_padded_as_in_training():
 
 @pytest.mark.slow
 def test_consistency_computes_each_row_twice():
-    plain, twice = (planned(train={"batch_tokens": 1024, "consistency": name}) for name in ("none", "simcut"))
-    assert twice["flops_per_step"] == twice["flops_closed_form"] == 2 * plain["flops_per_step"]
+    twice = planned(train={"batch_tokens": 1024, "consistency": "simcut"})
+    assert twice["flops_per_step"] == twice["flops_closed_form"] == 2 * plain()["flops_per_step"]
 
 
 @pytest.mark.slow
@@ -108,7 +116,7 @@ def test_the_state_of_other_optimizers_is_counted(name, copies):
 
 @pytest.mark.slow
 def test_a_data_parallel_step_sends_its_gradients_and_nothing_else():
-    row = planned(train={"batch_tokens": 1024})
+    row = plain()
     params = registry.ModelDef(small_config(model={"num_layers": 1}).model, 300).num_params()
     assert list(row["collectives"]) == ["all-reduce"]
     assert list(row["collectives"]["all-reduce"]["axes"]) == ["data"]
@@ -134,7 +142,7 @@ def test_rows_divide_over_the_chips_but_only_planned_tokens_count():
 @pytest.mark.slow
 def test_the_largest_batch_that_fits_does_and_a_larger_one_does_not():
     topology = parse_topology("cpu:8")
-    config = small_config(mesh={"data": -1}, train={"batch_tokens": 1024})
+    config = small_config(model={"num_layers": 1}, mesh={"data": -1}, train={"batch_tokens": 1024})
     at_first = plan.plan(config, topology, 32, 0.0, find_largest=False)
     tight = topology._replace(chip=topology.chip._replace(memory=2 * at_first["bytes_per_chip"]))
     row = plan.plan(config, tight, 32, 0.0, find_largest=True)
@@ -159,11 +167,13 @@ def test_the_largest_batch_that_fits_does_and_a_larger_one_does_not():
         (["--topology=cpu:8", "--config.mesh.fsdp=2", "--scaling"], "expected mesh.data alone, got mesh.fsdp = 2"),
     ],
 )
-def test_what_cannot_be_is_one_message(flags, message):
-    result = command(*flags)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_what_cannot_be_is_one_message(flags, message, root, monkeypatch):
+    monkeypatch.chdir(root)
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):  # else the command sets them, also for later tests
+        monkeypatch.setenv(name, "3")
+    fields = [f"--config.{field}" for field in SMALL]
+    result = run("-m", "transformer.plan", "--config=configs/demo.py", *fields, *flags, code=2)
+    assert message in result.stderr.decode()
 
 
 @pytest.mark.slow
