@@ -31,6 +31,7 @@ SMALL = [
     "--config.train.batch_tokens=1024",
     "--config.train.num_steps=150",
     "--config.train.eval_every_steps=150",
+    "--config.mesh.data=2",
     "--config.decode.max_source_tokens=64",
     "--config.decode.max_extra_length=10",
 ]
