@@ -10,10 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from tests.commands.test_end_to_end import SMALL, pairs, write
 from tests.conftest import ROOT
-from tests.distributed.test_multihost import command, losses, train_here
-from tests.helpers.processes import data_flags, environment, on_hosts, write_data
+from tests.distributed.test_multihost import LONG, command, losses, train_here
+from tests.helpers.processes import environment, on_hosts, write_data
 
 pytestmark = pytest.mark.hosts
 
@@ -37,9 +36,9 @@ def test_other_numbers_of_hosts_take_over_from_each_other(folder, tmp_path):
     """1 → 2 → 4 → 1 hosts on other meshes: the very examples of an undisturbed run, and its losses."""
     settings = ["--config.train.num_steps=16", "--config.train.eval_every_steps=100"]
     settings += ["--config.train.checkpoint_every_steps=100", "--config.model.dropout_rate=0.1"]
-    chain = [(1, 8, []), (2, 4, ["--config.mesh.fsdp=2"]), (4, 2, ["--config.mesh.tensor=2"]), (1, 8, [])]
+    chain = [(1, 4, []), (2, 2, ["--config.mesh.fsdp=2"]), (4, 1, ["--config.mesh.tensor=2"]), (1, 4, [])]
     records = {}
-    for name, sittings in (("whole", [(1, 8, [], 16)]), ("chain", [(*chain[i], 4 * i + 4) for i in range(4)])):
+    for name, sittings in (("whole", [(1, 4, [], 16)]), ("chain", [(*chain[i], 4 * i + 4) for i in range(4)])):
         for hosts, devices, mesh, last in sittings:
             flags = [*settings, f"--config.train.num_steps={last}", *mesh]
             own = [
@@ -63,31 +62,28 @@ def test_other_numbers_of_hosts_take_over_from_each_other(folder, tmp_path):
     np.testing.assert_allclose([chain[i] for i in whole], [whole[i] for i in whole], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}], ids=str)
-def test_a_mesh_may_reach_over_hosts_in_any_direction(folder, tmp_path, mesh):
-    """Hosts that share rows read the same ones; packed rows and parts of a batch are as good."""
-    flags = [f"--config.mesh.{name}={size}" for name, size in mesh.items()]
+def test_a_mesh_may_reach_over_hosts_that_share_rows(folder, tmp_path):
+    """The tensor axis does, so both read the same rows; packed rows and parts of a batch are as good."""
+    flags = ["--config.mesh.data=1", "--config.mesh.tensor=2", "--config.mesh.sequence=2"]
     flags += ["--config.data.batching=pack"]
     flags += ["--config.train.accumulation_steps=2", "--config.train.num_steps=4"]
     train_here(folder, tmp_path / "alone", *flags)
-    with on_hosts(2, command(folder, tmp_path / "run", *flags), tmp_path / "out", devices=4) as pair:
+    with on_hosts(2, command(folder, tmp_path / "run", *flags), tmp_path / "out", devices=2) as pair:
         assert pair.wait() == [0, 0], pair.stderr(0)
     ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "alone")
     assert ours.keys() == theirs.keys()
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("number", "victim"), [(signal.SIGSTOP, 0), (signal.SIGKILL, 1)])
-def test_a_host_that_stops_or_dies_ends_the_other_within_a_minute(folder, tmp_path, number, victim):
-    long = ["--config.train.num_steps=100000", "--config.train.eval_every_steps=100000"]
-    long += ["--config.train.checkpoint_every_steps=100000"]
-    with on_hosts(2, command(folder, tmp_path / "run", *long), tmp_path / "out", devices=2, timeout=30) as pair:
+def test_a_host_that_stops_ends_the_other_within_a_minute(folder, tmp_path):
+    """Host 0, whom the other asks how all are; test_multihost kills the other."""
+    with on_hosts(2, command(folder, tmp_path / "run", *LONG), tmp_path / "out", devices=2, timeout=10) as pair:
         pair.wait_until(0, "step 5/")
-        since, name = time.monotonic(), f"host {victim} (process {pair.all[victim].pid} on"
-        pair.all[victim].send_signal(number)
-        assert pair.all[1 - victim].wait(60) == 1
+        since, name = time.monotonic(), f"host 0 (process {pair.all[0].pid} on"
+        pair.all[0].send_signal(signal.SIGSTOP)
+        assert pair.all[1].wait(60) == 1
         assert time.monotonic() - since < 60
-        assert name in pair.stderr(1 - victim).splitlines()[-1]
+        assert name in pair.stderr(1).splitlines()[-1]
 
 
 def test_hosts_with_other_data_get_an_error(folder, tmp_path):
@@ -137,30 +133,24 @@ def test_a_workdir_that_is_held_is_refused_on_every_host(folder, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun, of Debian's openmpi-bin")
-def test_mpirun_trains_and_scores_like_one_process(tmp_path):
-    """Two processes of 4 devices against one of 8: losses, and translations of the same checkpoint."""
-    rows = list(dict(pairs(4000, 0)).items())
-    for split, part in (("train", rows[60:]), ("val", rows[:20]), ("test", rows[20:53])):
-        for side, language in ((0, "en"), (1, "de")):
-            write(tmp_path / f"{split}.{language}", [row[side] for row in part])
-    flags = [*SMALL, *data_flags(tmp_path), "--config.train.log_every_steps=10"]
-    flags += ["--config.train.num_steps=40", "--config.train.eval_every_steps=40"]
+def test_mpirun_trains_and_scores_like_one_process(folder, tmp_path):
+    """Two processes of one device against one of two: losses, and translations of the same checkpoint."""
     mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2"]
 
-    def start(launcher, devices, command, *flags):
-        full = [*launcher, sys.executable, command, *flags]
+    def start(launcher, devices, *flags):
+        full = [*launcher, sys.executable, *flags]
         result = subprocess.run(full, cwd=ROOT, env=environment(devices), capture_output=True, timeout=550)
         assert result.returncode == 0, result.stderr.decode()
         return result.stdout
 
     scores = []
-    for launcher, devices, own in (([], 8, []), (mpirun, 4, ["--host_timeout=120"])):
-        start(launcher, devices, "train.py", *flags, f"--workdir={tmp_path}/run{devices}", *own)
-        report = json.loads(start(launcher, devices, "eval.py", f"--workdir={tmp_path}/run8", *own).splitlines()[-1])
-        text = (tmp_path / "run8" / "translations" / "40.test.txt").read_bytes()
+    for launcher, devices, own in (([], 2, []), (mpirun, 1, ["--host_timeout=120"])):
+        start(launcher, devices, *command(folder, tmp_path / f"run{devices}"), *own)
+        report = json.loads(start(launcher, devices, "eval.py", f"--workdir={tmp_path}/run2", *own).splitlines()[-1])
+        text = (tmp_path / "run2" / "translations" / "8.test.txt").read_bytes()
         scores.append((report["sentences"], report["bleu"], text))
-    ours, theirs = losses(tmp_path / "run4"), losses(tmp_path / "run8")
-    # Sums in another order; 40 updates make their difference 7e-5 on CPUs without AVX-512.
-    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-3)
+    ours, theirs = losses(tmp_path / "run1"), losses(tmp_path / "run2")
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-3)  # sums in another order
     assert scores[0] == scores[1]
-    assert scores[0][0] == 33
+    assert scores[0][0] == 13

@@ -1,4 +1,4 @@
-"""train.py, which also notes the examples of each batch that it trains on: python -m tests.helpers.recorder FILE FLAGS…
+"""train.py, which notes the examples of each batch, and validates nothing: python -m tests.helpers.recorder FILE FLAGS…
 
 A line for each update: the step, counted from 0, the numbers of this host's rows, and the example of each.
 """
@@ -10,6 +10,7 @@ import sys
 import train
 from transformer import command_line
 from transformer.data import input_pipeline
+from transformer.training import trainer
 
 made = collections.deque()
 select_rows, train_iterator = input_pipeline.select_rows, input_pipeline.train_iterator
@@ -31,4 +32,5 @@ def noted_iterator(*args, start, **kwargs):
 if __name__ == "__main__":
     file = sys.argv.pop(1)
     input_pipeline.select_rows, input_pipeline.train_iterator = noted_rows, noted_iterator
+    trainer.TrainingLoop.evaluate = lambda *args: None
     command_line.run(train.main)
