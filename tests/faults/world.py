@@ -265,12 +265,16 @@ class Heard(io.StringIO):
 
 
 def write_pairs(folder: pathlib.Path, train: int = 150) -> None:
-    """Different sentences as train, val and test."""
+    """Different sentences as train, val and test.
+
+    Those of val are about as long as each other: a validation compiles a program for each width.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     lines: dict[str, None] = {}
     while len(lines) < train + 16:
-        lines[" ".join(rng.choice(WORDS, rng.integers(2, 7)))] = None
+        fewest, most = (4, 5) if len(lines) < 8 else (2, 6)
+        lines[" ".join(rng.choice(WORDS, rng.integers(fewest, most + 1)))] = None
     everything = list(lines)
     for split, part in (("train", everything[16:]), ("val", everything[:8]), ("test", everything[8:16])):
         (folder / f"{split}.en").write_text("".join(f"{line}\n" for line in part))
@@ -279,7 +283,7 @@ def write_pairs(folder: pathlib.Path, train: int = 150) -> None:
 
 def data_fields(folder: pathlib.Path, prepared: pathlib.Path) -> dict:
     """The fields of config.data for such a folder."""
-    return {"name": "text", "dir": str(folder), "data_dir": str(prepared), "vocab_size": 285, "num_buckets": 2}
+    return {"name": "text", "dir": str(folder), "data_dir": str(prepared), "vocab_size": 285, "num_buckets": 1}
 
 
 def files_of(folder: pathlib.Path) -> list[pathlib.Path]:

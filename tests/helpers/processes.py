@@ -35,11 +35,14 @@ TINY = [
 
 
 def write_data(folder: pathlib.Path) -> pathlib.Path:
-    """Pairs whose target is the source spelled backwards, as text files; 13 to evaluate."""
+    """Pairs whose target is the source spelled backwards, as text files; 13 to evaluate.
+
+    Those to validate by are about as long as each other: a validation compiles a program for each width.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    for split, count in (("train", 120), ("val", 5), ("test", 13)):
-        lines = [" ".join(rng.choice(WORDS, rng.integers(2, 7))) for _ in range(count)]
+    for split, count, (fewest, most) in (("train", 120, (2, 6)), ("val", 5, (4, 5)), ("test", 13, (2, 6))):
+        lines = [" ".join(rng.choice(WORDS, rng.integers(fewest, most + 1))) for _ in range(count)]
         (folder / f"{split}.en").write_text("".join(f"{line}\n" for line in lines))
         (folder / f"{split}.de").write_text("".join(f"{line[::-1]}\n" for line in lines))
     return folder
