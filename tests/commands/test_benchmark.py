@@ -32,7 +32,6 @@ SPEED = [
     ("flags", "keys"),
     [
         ([], SPEED),
-        (["--input"], ["input_target_tokens_per_s"]),
         (
             ["--input", "--config.data.subword_dropout=0.3"],
             ["input_target_tokens_per_s", "subword_dropout_fallback_share"],
