@@ -19,25 +19,34 @@ def run(*command, **options):
     return subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, **options).stdout
 
 
-def train(workdir, source, target):
+def train(workdir, source, target, *flags):
     """BLEU of the demo's test split."""
     languages = [f"--config.data.source_language={source}", f"--config.data.target_language={target}"]
-    run("train.py", "--config=configs/demo.py", f"--workdir={workdir}", *languages)
+    run("train.py", "--config=configs/demo.py", f"--workdir={workdir}", *languages, *flags)
     return json.loads(run("eval.py", f"--workdir={workdir}").splitlines()[-1])["bleu"]
 
 
-@pytest.mark.slow
+HALF = ["--config.train.num_steps=450", "--config.train.eval_every_steps=450"]
+
+
 @pytest.mark.reported
-def test_demo_reaches_its_bleu_and_aligns_numbers(tmp_path):
-    """English to German reaches 98 to 99; the last of two layers aligns nearly every number with itself."""
-    assert train(tmp_path / "demo", "en", "de") >= 97
+@pytest.mark.parametrize(
+    ("flags", "bleu", "aligned"),
+    [
+        pytest.param(HALF, 85, 0.85, marks=pytest.mark.slow, id="half"),
+        pytest.param([], 97, 0.95, marks=pytest.mark.demos, id="whole"),
+    ],
+)
+def test_demo_reaches_its_bleu_and_aligns_numbers(tmp_path, flags, bleu, aligned):
+    """English to German: 98 to 99, by half the updates about 90; the last layer aligns numbers with themselves."""
+    assert train(tmp_path / "demo", "en", "de", *flags) >= bleu
     sources = [source for source, _ in generator.generate("de", {"test": 200})["test"]]
     command = ["-m", "transformer.translate", f"--workdir={tmp_path}/demo", f"--alignments={tmp_path}/links"]
     translations = run(*command, input="".join(f"{line}\n" for line in sources).encode()).decode().splitlines()
     links = [set(line.split()) for line in (tmp_path / "links").read_text().splitlines()]
     expected = [number_links(*pair) for pair in zip(sources, translations, strict=True)]
     correct = sum(len(line & numbers) for line, numbers in zip(links, expected, strict=True))
-    assert correct >= 0.95 * sum(map(len, expected)) >= 95
+    assert correct >= aligned * sum(map(len, expected)) >= aligned * 80
 
 
 def number_links(source, target):
