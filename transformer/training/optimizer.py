@@ -87,9 +87,6 @@ def where_tree(condition: jax.Array, x: Any, y: Any) -> Any:
     return jax.tree.map(lambda x_leaf, y_leaf: jnp.where(condition, x_leaf, y_leaf), x, y)
 
 
-# Each takes a step counted from 1, float32, and the config, and gives the learning rate, float32.
-
-
 def _warmup(step: jax.Array, config: Config) -> jax.Array:
     """Rises linearly to learning_rate over the warm-up, then stays."""
     return config.optimizer.learning_rate * _rise(step, config)
@@ -134,6 +131,7 @@ def _wsd(step: jax.Array, config: Config) -> jax.Array:
     return _warmup(step, config) * jnp.clip((steps + 1.0 - step) / (fraction * steps), 0.0, 1.0)
 
 
+# Learning rates, float32, of a step counted from 1, float32.
 SCHEDULES: dict[str, Callable[[jax.Array, Config], jax.Array]] = {
     "paper": _paper,
     "inverse_sqrt": _inverse_sqrt,
