@@ -14,7 +14,7 @@ def known_names(flag: str, text: str, known: Iterable[str]) -> list[str]:
 
 
 def distinct_numbers(flag: str, text: str, least: int = 1) -> list[int]:
-    """Parses different numbers above 0, ascending; growth needs two of them."""
+    """Parses different numbers above 0, ascending; `least` is how many there must be."""
     words = text.split(",")
     numbers = sorted({int(word) for word in words if word.strip().isdecimal() and int(word)})
     if len(numbers) < max(len(words), least):

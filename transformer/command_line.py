@@ -189,10 +189,12 @@ def add_test_set_flags(parser: argparse.ArgumentParser, split_of: str) -> None:
 def check_test_set_flags(args: argparse.Namespace) -> None:
     """Raises a UserError if the flags name several test sets, or a public one that does not exist."""
     if args.reference and args.split:
-        raise UserError("expected --split, or --reference, got both")
+        raise UserError("expected --split, or files of --source and --reference, got both")
     if args.test_set is not None:
-        if other := next((flag for flag in ("split", "source", "reference") if getattr(args, flag)), ""):
-            raise UserError(f"--test_set replaces --split, and --source with --reference; leave out --{other}")
+        if others := [f"--{flag}" for flag in ("split", "source", "reference") if getattr(args, flag)]:
+            raise UserError(
+                f"--test_set replaces --split, and --source with --reference; leave out {' and '.join(others)}"
+            )
         from transformer.evaluation import public_test_sets
 
         public_test_sets.check_name(args.test_set)

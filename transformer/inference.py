@@ -177,7 +177,7 @@ class TranslationModel:
         """Returns the attention weights of each pair under the first model, given the target; None if a side is blank.
 
         `tokenizer.pieces(attention.source)` are the subword tokens that a weight is of. Long texts are truncated as in
-        translation.
+        translation, without a warning.
 
         Args:
           sources: one line of text each.

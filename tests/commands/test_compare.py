@@ -154,7 +154,10 @@ def test_a_model_of_several_directions_is_compared_with_one_of_one(folder, capsy
         (["good", "poor", "--reference=ref", "--language_pair=en-de"], "--language_pair goes with --test_set"),
         (["good", "poor", "--source=src"], "--source goes with --reference"),
         (["good", "poor", "--reference=ref", "--target_language=fr"], "choose a direction of a workdir, got none"),
-        (["good", "poor", "--reference=ref", "--split=test"], "expected --split, or --reference, got both"),
+        (
+            ["good", "poor", "--reference=ref", "--split=test"],
+            "expected --split, or files of --source and --reference, got both",
+        ),
         (["good", "none", "--reference=ref"], "none: there is no such file"),
         (["good", "poor", "--reference=ref", "--frequency_corpus=none"], "none: there is no such file"),
         (

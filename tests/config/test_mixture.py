@@ -169,6 +169,10 @@ def test_two_directions_of_one_tsv_file_need_other_columns(tmp_path):
         each.update(train=f"{tmp_path}/x.jsonl", columns="a,b")
     with pytest.raises(UserError, match=r"the same columns of .*; set columns='b,a' in the one"):
         mixture_corpus.validate_sources(validate(config_of(*both)).data)
+    (tmp_path / "x.jsonl").write_text('{"en": "x", "de": "y"}\n')
+    for each in both:
+        each.update(columns="1,2", valid=f"{tmp_path}/x.tsv")  # of the TSV; keys are the languages
+    mixture_corpus.validate_sources(validate(config_of(*both)).data)
 
 
 def test_files_may_move_and_weights_may_not(tmp_path):

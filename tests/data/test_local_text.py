@@ -172,7 +172,7 @@ def test_columns_without_tsv_are_refused(tmp_path):
         (tmp_path / name).write_bytes(b"")
     assert "picks columns of .tsv, .parquet or .jsonl" in refusal_of(config(train=tmp_path / "a.po", columns="1,2"))
     assert "expected two keys of .jsonl" in refusal_of(config(train=tmp_path / "a.jsonl", columns="1,2"))
-    assert "expected names or numbers of two" in refusal_of(config(train=tmp_path / "a.jsonl", columns="source"))
+    assert "expected two keys of .jsonl" in refusal_of(config(train=tmp_path / "a.jsonl", columns="source"))
     assert "expected two columns" in refusal_of(config(train=tmp_path / "a.tsv", columns="1"))
     assert "expected two columns" in refusal_of(config(train=tmp_path / "a.tsv", columns="source,target"))
     assert local_text.find_splits(config(train=tmp_path / "a.tsv", columns="2,1"))["train"].columns == "2,1"

@@ -296,7 +296,7 @@ def test_schedule_free_is_the_formula_of_its_paper():
 
 
 def test_gradients_of_others_are_taken_at_the_params():
-    for name in [name for name, traits in OPTIMIZER_TRAITS.items() if not traits.averages_iterates]:
+    for name in [name for name, traits in OPTIMIZER_TRAITS.items() if not traits.is_schedule_free]:
         config = small_config(optimizer={"name": name})
         assert optimizer_lib.gradient_params(config.optimizer, PARAMS, make_optimizer(config).init(PARAMS)) is PARAMS
 

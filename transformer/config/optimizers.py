@@ -11,12 +11,12 @@ class OptimizerTraits(NamedTuple):
 
     Attributes:
       decays_weights: whether it reads optimizer.weight_decay.
-      averages_iterates: whether params are an average of what it moves (Defazio et al. 2024), in place of a schedule
+      is_schedule_free: whether params are an average of what it moves (Defazio et al. 2024), in place of a schedule
         and of train.ema_decay.
     """
 
     decays_weights: bool = True
-    averages_iterates: bool = False
+    is_schedule_free: bool = False
 
 
 class ScheduleTraits(NamedTuple):
@@ -36,7 +36,7 @@ OPTIMIZER_TRAITS = {
     "adamw": OptimizerTraits(),
     "nadamw": OptimizerTraits(),
     "muon": OptimizerTraits(),
-    "schedule_free_adamw": OptimizerTraits(averages_iterates=True),
+    "schedule_free_adamw": OptimizerTraits(is_schedule_free=True),
 }
 
 SCHEDULE_TRAITS = {

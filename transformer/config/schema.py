@@ -182,7 +182,7 @@ class MixtureEntry:
     valid_target: str = _field("", "text: as data.valid_target")
     train: str = _field("", "text: as data.train")
     valid: str = _field("", "text: as data.valid")
-    columns: str = _field("", "as data.columns; '2,1' swaps the sides of a .tsv file")
+    columns: str = _field("", "as data.columns; in the other order, such as '2,1', they swap the sides")
     weight: float = _field(1.0, "share of the examples, relative to the other entries", low=POSITIVE)
     tag: str = _field("", "token of the target language put before each source, such as <2de>; empty: none")
     origin_tag: str = _field("", "token of the origin put after it in training, such as <bt>; empty: none")

@@ -96,7 +96,7 @@ _NOT_RECURRENT = Condition("model.family", ("attention", "convolutional"))
 _TEXT_FILES = Condition("data.name", ("text",))
 _ONE_TEXT = (*_ONE_SOURCE, _TEXT_FILES)
 _DECAYS_WEIGHTS = tuple(name for name, traits in OPTIMIZER_TRAITS.items() if traits.decays_weights)
-_HAS_NO_AVERAGE = tuple(name for name, traits in OPTIMIZER_TRAITS.items() if not traits.averages_iterates)
+_HAS_NO_AVERAGE = tuple(name for name, traits in OPTIMIZER_TRAITS.items() if not traits.is_schedule_free)
 _CONDITIONS: tuple[tuple[str, tuple[Condition, ...]], ...] = (  # fields, and the conditions that must all hold
     ("model.num_heads model.mlp_dim model.norm model.mlp_dropout_rate model.attention_dropout_rate", (_ATTENTION,)),
     ("model.attention model.qkv_init_gain model.qkv_dim model.value_dim", (_ATTENTION,)),
@@ -401,7 +401,7 @@ def _check_combinations(config: Config) -> None:
     _check_dropout_of_rdrop(config)
     _check_subword_dropout(config)
     _check_profile_steps(train)
-    if OPTIMIZER_TRAITS[optimizer.name].averages_iterates:
+    if OPTIMIZER_TRAITS[optimizer.name].is_schedule_free:
         _check_schedule_free(optimizer)
     if SCHEDULE_TRAITS[optimizer.schedule].needs_warmup and not optimizer.warmup_steps:
         raise UserError(f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule needs at least 1, got 0")

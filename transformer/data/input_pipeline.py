@@ -6,8 +6,6 @@ state of the iterator is the step at which it starts.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -154,8 +152,7 @@ def _schedule_lengths(
         options["num_buckets"] = config.data.num_buckets
     if folder is not None:
         parts = [SCHEDULE_VERSION, config.data.batching, len(lengths[0]), options, *key_parts]
-        key = json.dumps(parts, sort_keys=True)
-        options["store"] = FileStore(folder / hashlib.sha256(key.encode()).hexdigest()[:24])
+        options["store"] = FileStore(folder / json_digest(parts)[:24])
     return (
         PackedSchedule(*lengths, **options) if config.data.batching == "pack" else BucketedSchedule(*lengths, **options)
     )

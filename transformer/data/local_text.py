@@ -70,6 +70,8 @@ class SplitFiles:
         """
         compressions = [path.removeprefix(text_files.strip_compression(path)).lower() for path in self.paths]
         formats = ["lines" if self.sides == 2 else parallel_formats.pair_format(path) for path in self.paths]
+        if ".jsonl" in formats and parallel_formats.parse_keys(self.columns):
+            formats.append("keys")  # version 1.1.0 read such files, beside Parquet, by language codes
         return [*formats, *compressions, self.columns, *(digests[path] for path in self.paths)]
 
 

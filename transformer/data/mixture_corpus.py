@@ -6,6 +6,7 @@ Example ids count through the training pairs of the entries, one entry after ano
 import bisect
 import functools
 import itertools
+import os
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from transformer.config import mixture
 from transformer.config.mixture import Direction
 from transformer.config.schema import DataConfig
 from transformer.data import corpus as corpora
-from transformer.data import local_text, text_files
+from transformer.data import local_text, parallel_formats, text_files
 from transformer.data.corpus import Corpus, Split
 from transformer.data.local_text import SplitFiles
 from transformer.data.text_files import Pair
@@ -135,8 +136,9 @@ def _check_sides(data: DataConfig) -> None:
     """Raises a UserError if two entries read the same columns of a file as two directions."""
     seen: dict[tuple[str, str], tuple[int, str, str]] = {}
     for number, entry in enumerate(data.mixture, 1):
-        is_tsv = text_files.strip_compression(entry.train).lower().endswith(".tsv")
-        if not entry.train or not (is_tsv or entry.columns):
+        extension = os.path.splitext(text_files.strip_compression(entry.train))[1].lower()
+        picks = parallel_formats.parse_keys(entry.columns) if extension == ".jsonl" else entry.columns
+        if not entry.train or not (picks or extension == ".tsv"):
             continue
         languages = entry.source_language, entry.target_language
         columns = entry.columns or "1,2"

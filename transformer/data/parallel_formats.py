@@ -37,7 +37,8 @@ def read_pairs(path: epath.PathLike, languages: tuple[str, str], columns: str = 
     if extension == ".tsv":
         return _read_tsv(path, parse_columns(columns))
     if extension == ".jsonl":
-        return _read_jsonl(path, parse_keys(columns) or languages)
+        hint = "" if columns else "; name two with config.data.columns, as in 'source,target'"
+        return _read_jsonl(path, parse_keys(columns) or languages, hint)
     if extension == ".parquet":
         return _read_parquet(path, languages, columns)
     return _read_tmx(path, languages) if extension == ".tmx" else _read_po(path)
@@ -95,6 +96,10 @@ def parse_keys(columns: str) -> tuple[str, str] | None:
 def check_columns(columns: str, formats: Collection[str]) -> None:
     """Raises a UserError unless `data.columns` suits files of these formats."""
     named = {".jsonl", ".parquet"} & set(formats)
+    if columns and named == {".jsonl"} and ".tsv" not in formats:
+        parts = [part.strip() for part in columns.split(",")]
+        if len(parts) != 2 or not all(parts) or all(map(_is_column_number, parts)):
+            raise UserError(f"config.data.columns: expected two keys of .jsonl, as in 'source,target', got {columns!r}")
     if ".tsv" in formats or not named:
         parse_columns(columns)
     else:
@@ -104,8 +109,6 @@ def check_columns(columns: str, formats: Collection[str]) -> None:
             "config.data.columns: picks columns of .tsv, .parquet or .jsonl files, and neither data.train nor "
             "data.valid is one"
         )
-    if columns and named == {".jsonl"} and ".tsv" not in formats and not parse_keys(columns):
-        raise UserError(f"config.data.columns: expected two keys of .jsonl, as in 'source,target', got {columns!r}")
 
 
 def _is_column_number(text: str) -> bool:
@@ -149,7 +152,7 @@ def tsv_header(path: epath.PathLike, languages: tuple[str, str], columns: str) -
     return first if names in ({code.lower() for code in languages}, {"source", "target"}) else None
 
 
-def _read_jsonl(path: epath.PathLike, keys: tuple[str, str]) -> Iterator[tuple[str, str]]:
+def _read_jsonl(path: epath.PathLike, keys: tuple[str, str], hint: str) -> Iterator[tuple[str, str]]:
     for number, line in _strip_trailing_blank_lines(text_files.read_lines(path)):
         where = f"{path}, line {number}"
         try:
@@ -160,16 +163,13 @@ def _read_jsonl(path: epath.PathLike, keys: tuple[str, str]) -> Iterator[tuple[s
             raise UserError(f"{where}: expected an object with the keys {' and '.join(keys)}, got {line[:60]!r}")
         if isinstance(nested := record.get("translation"), dict):  # the layout of Hugging Face's data sets
             record = nested
-        source, target = (_json_text(record, key, where) for key in keys)
+        source, target = (_json_text(record, key, where, hint) for key in keys)
         yield source, target
 
 
-def _json_text(record: dict, key: str, where: str) -> str:
+def _json_text(record: dict, key: str, where: str, hint: str) -> str:
     if key not in record:
-        raise UserError(
-            f"{where}: expected the key {key!r}, got {', '.join(map(repr, record)) or 'none'}; name two with "
-            "config.data.columns, as in 'source,target'"
-        )
+        raise UserError(f"{where}: expected the key {key!r}, got {', '.join(map(repr, record)) or 'none'}{hint}")
     return _one_line_text(record[key], key, where)
 
 

@@ -15,6 +15,7 @@ import os
 import pathlib
 import shutil
 import sys
+import traceback
 import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -329,7 +330,7 @@ def _pull_from_object_storage(folder: epath.Path) -> bool:
 
 
 def is_of_tfds(builder: Any) -> bool:
-    """Whether TFDS brings the builder, and not a module of the user's."""
+    """Whether the builder is one of the package tensorflow_datasets, and neither ours nor the user's."""
     return type(builder).__module__.startswith("tensorflow_datasets.")
 
 
@@ -442,4 +443,12 @@ def _prepare_under_lock(builder: Any, owned: bool) -> None:
         remedy = preparation_instructions(builder) if is_foreign else "fix the cause and run again"
         if isinstance(builder, ParallelTextBuilder):
             remedy += f"; shards that are done are kept in {builder.work}"
-        raise UserError(f"cannot prepare {builder.info.full_name} in {folder}: {error}; {remedy}") from error
+        reason = str(error) if owned or is_foreign else _where_it_failed(builder, error)
+        raise UserError(f"cannot prepare {builder.info.full_name} in {folder}: {reason}; {remedy}") from error
+
+
+def _where_it_failed(builder: Any, error: Exception) -> str:
+    """Type and message of an error in a builder of the user's, and the last line of its module that it passed."""
+    file = getattr(sys.modules.get(type(builder).__module__), "__file__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{f'{file}, line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}"

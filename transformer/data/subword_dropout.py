@@ -13,8 +13,6 @@ T tokens, W words, N sentences, B rows, M sentences of a row, K segmentations.
 """
 
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +35,7 @@ from transformer.data.schedule_store import FileStore, MemoryStore, Store
 from transformer.data.tokenizer import EOS, PAD, SPACE, BpePiece, Tokenizer
 from transformer.runtime import progress
 from transformer.runtime.errors import UserError
+from transformer.runtime.files import json_digest
 from transformer.runtime.logging import log_info
 
 TABLE_VERSION = 1  # increased whenever the same words get other segmentations
@@ -360,8 +359,7 @@ def make_dropout(
     pieces = tokenizer.bpe_pieces()
     begins_V = np.array([piece.text.startswith(SPACE) for piece in pieces])
     begins_V[EOS] = True
-    key = json.dumps([TABLE_VERSION, SEGMENTATIONS, rate, seed])
-    name = f"subword-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+    name = f"subword-{json_digest([TABLE_VERSION, SEGMENTATIONS, rate, seed])[:24]}"
     store: Store = MemoryStore() if folder is None else FileStore(folder / name)
     draw = functools.cache(functools.partial(_draw_table, pieces, begins_V, sides, rate, seed))
 

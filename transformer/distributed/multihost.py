@@ -11,7 +11,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec
 
 from transformer.distributed import launchers
 from transformer.distributed.heartbeat import Heartbeat, report_on_sigabrt
@@ -21,7 +21,6 @@ from transformer.runtime.errors import StoppedError, UserError
 LONG_MS = 7 * 24 * 3600 * 1000  # no timeout of its own: the heartbeat ends a wait for a silent process
 JAX_SLACK = 60  # seconds that JAX waits longer, so that the user reads our message
 P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class _SingleProcess:
@@ -202,8 +201,8 @@ def barrier(name: str) -> None:
     allgather(name, "")
 
 
-def broadcast_from_primary(name: str, make: Callable[[], T]) -> T:
-    """What the primary process makes, a value in JSON, whose tuples become lists; the others wait for it."""
+def broadcast_from_primary(name: str, make: Callable[[], Any]) -> Any:
+    """What the primary process makes, passed as JSON: tuples become lists; the others wait for it."""
     return json.loads(allgather(name, json.dumps(make()) if is_primary() else "")[0])
 
 

@@ -43,12 +43,12 @@ def load_eval_dataset(
     """Reads a split of the config's data, text files, or a public test set.
 
     Args:
-      direction: of a mixture, whose name becomes part of that of the data set.
       data: the config's.
       split: its name, as `Corpus.split` takes it; None is "test".
       source: a file of sentences, instead of a split.
       references: the files of its references.
       test_set: sacreBLEU's name of a test set, instead of a split.
+      direction: of a mixture, whose name becomes part of that of the data set.
 
     Raises:
       UserError: a split, file or test set is missing, or the numbers of lines differ.

@@ -18,7 +18,7 @@ from transformer.attention.dropout import dropout
 from transformer.attention.mask import AttentionMask
 from transformer.config import ModelConfig
 from transformer.models.base import FixedSizeCache, Seq2SeqModel, position_ids, segment_ids, shift_right
-from transformer.models.cross_attention import SingleHeadCrossAttention, attend
+from transformer.models.cross_attention import SingleHeadCrossAttention, weighted_sum
 from transformer.models.linear import linear
 from transformer.models.params import Key, add_bias, glorot, make_param, read_param, split_layer_keys
 from transformer.models.stack import apply_layers, stack_layers, unstack_layers
@@ -91,14 +91,14 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Array, Array]:
         """`y_BTD` are the embedded inputs. Also returns the cross-attention weights, float32 [B, T, S]."""
         convolved = self.convolution(dropout(x_BTD, self.dropout_rate, key), True, segment_ids_BT)
-        return self.attend(x_BTD, convolved, y_BTD, source, self.attention.keys(source.encoded_BSD))
+        return self.weighted_sum(x_BTD, convolved, y_BTD, source, self.attention.keys(source.encoded_BSD))
 
-    def attend(
+    def weighted_sum(
         self, x_BTD: Array, convolved_BTD: Array, y_BTD: Array, source: SourceStates, keys_BSD: Array
     ) -> tuple[Array, Array]:
         """Cross-attention and residual connections, after the convolution."""
         weights_BTS = self.attention.weights(scale_by_sqrt_half(convolved_BTD + y_BTD), keys_BSD, source.mask)
-        context_BTD = attend(weights_BTS, source.values_BSD)
+        context_BTD = weighted_sum(weights_BTS, source.values_BSD)
         context_BTD = linear("...d,de->...e", context_BTD, read_param(self.out, context_BTD.dtype))
         return scale_by_sqrt_half(x_BTD + scale_by_sqrt_half(convolved_BTD + context_BTD)), weights_BTS
 
@@ -108,7 +108,7 @@ class DecoderLayer(nnx.Module):
         """Computes one position of every beam: state, updated cache and cross-attention weights."""
         window_BNWD = jnp.concatenate([previous_BNWD, x_BND[:, :, None]], axis=2)
         convolved_BND = self.convolution.glu(window_BNWD.reshape(*window_BNWD.shape[:2], -1))
-        x_BND, weights_BNS = self.attend(x_BND, convolved_BND, y_BND, source, keys_BSD)
+        x_BND, weights_BNS = self.weighted_sum(x_BND, convolved_BND, y_BND, source, keys_BSD)
         return x_BND, window_BNWD[:, :, 1:], weights_BNS
 
 

@@ -1,6 +1,7 @@
 """Single-head cross-attention of the LSTM and convolutional models.
 
 B batch, T target length, S source length, D width.
+Attribute names are part of the checkpoint format.
 """
 
 import jax
@@ -51,6 +52,6 @@ class SingleHeadCrossAttention(nnx.Module):
         return einsum_f32("btsd,d->bts", hidden_BTSD, v_D)
 
 
-def attend(weights_BTS: Array, values_BSD: Array) -> Array:
+def weighted_sum(weights_BTS: Array, values_BSD: Array) -> Array:
     """The weighted sum of the values, [B, T, D]."""
     return jnp.einsum("bts,bsd->btd", weights_BTS.astype(values_BSD.dtype), values_BSD)

@@ -18,7 +18,7 @@ class LossSums(NamedTuple):
     """Sums over target tokens without padding, in nats; float32 scalars.
 
     Attributes:
-      smoothed_nll: label-smoothed cross-entropy, the training objective.
+      smoothed_nll: label-smoothed cross-entropy.
       nll: plain cross-entropy, whose mean is the log of the perplexity.
       correct: tokens whose logit is the largest.
       tokens: number of tokens.

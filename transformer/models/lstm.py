@@ -21,7 +21,7 @@ from transformer.attention.mask import AttentionMask
 from transformer.config import ModelConfig
 from transformer.distributed import sharding
 from transformer.models.base import FixedSizeCache, Seq2SeqModel, segment_ids, shift_right
-from transformer.models.cross_attention import SingleHeadCrossAttention, attend
+from transformer.models.cross_attention import SingleHeadCrossAttention, weighted_sum
 from transformer.models.linear import linear, merge_leading
 from transformer.models.params import Key, glorot, make_param, read_param, split_layer_keys
 
@@ -276,7 +276,7 @@ class LstmSeq2Seq(Seq2SeqModel):
     def _attend(self, x_BTD: Array, source: EncodedSource) -> tuple[Array, Array]:
         """Context of each query, and its attention weights."""
         weights_BTS = self.attention.weights(x_BTD, source.keys_BSD, source.mask)
-        return attend(weights_BTS, source.encoded_BSD), weights_BTS
+        return weighted_sum(weights_BTS, source.encoded_BSD), weights_BTS
 
     def _output(self, x_BTD: Array, context_BTD: Array) -> Array:
         joined_BTD = jnp.concatenate([x_BTD, context_BTD], axis=-1)

@@ -1,6 +1,7 @@
 """LayerNorm and RMSNorm, with a gradient written by hand.
 
 x [..., D], D the width.
+Attribute names are part of the checkpoint format.
 """
 
 import functools

@@ -160,7 +160,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         mask = functools.partial(weight_decay_mask, config.model.scan_layers)
         chain.append(optax.add_decayed_weights(optimizer.weight_decay, mask=mask))
     chain.append(optax.scale_by_learning_rate(schedule))
-    if traits.averages_iterates:
+    if traits.is_schedule_free:
         chain = [schedule_free(optax.chain(*chain), schedule, optimizer)]
     clip = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
     return skip_spikes(optax.chain(*clip, *chain), config.train)
@@ -249,7 +249,7 @@ def schedule_free(
 
 def gradient_params(optimizer: OptimizerConfig, params: Params, opt_state: optax.OptState) -> Params:
     """The params at which the gradient is taken: y = beta1 x + (1 - beta1) z of Schedule-Free, else the params."""
-    if not OPTIMIZER_TRAITS[optimizer.name].averages_iterates:
+    if not OPTIMIZER_TRAITS[optimizer.name].is_schedule_free:
         return params
     return _interpolate(optimizer.beta1, params, optax.tree.get(opt_state, "z"))
 
