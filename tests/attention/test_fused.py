@@ -157,7 +157,7 @@ def test_a_model_that_attends_by_splash_has_the_plain_one_s_loss_and_gradients_o
         return splash_attention(*arguments, interpret=True)
 
     splash_attention = fused.splash_attention
-    monkeypatch.setattr(fused, "splash_attention", interpreted)
+    monkeypatch.setitem(dispatch.FUSED, "splash", interpreted)
     monkeypatch.setattr(platforms, "current", lambda: "tpu")
     result, found_grads = loss_and_gradients(config_of("splash", (2, 2, 1)))
     assert len(called) == 3
