@@ -175,7 +175,7 @@ def test_a_run_decides_once_says_so_and_keeps_it(words, capsys):
     assert (
         "BLEU is that of sacrebleu -tok zh, as most letters of the references are of a script without spaces" in stderr
     )
-    assert "the best checkpoint is that of the highest chrF2, as 6 of 6 references have" in stderr
+    assert "the best checkpoint is that of the highest chrF2, as in validation 6 of 6 references" in stderr
     assert re.search(r"BLEU [0-9.]+ · chrF2 ([0-9.]+), best \1 ·", stderr)
     assert '"best_metric": "chrf"' in (workdir / "config.json").read_text()
     assert CheckpointManager(workdir).config(1).train.best_metric == "chrf"
