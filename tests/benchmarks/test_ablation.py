@@ -466,6 +466,7 @@ def test_an_interval_of_two_seeds_does_not_flatten_the_plot(tmp_path):
         ("paper_cldr", "table3", []),
         ("multi30k_families", "families", ["--config.data.dir={data}"]),
         ("multi30k", "modern", ["--config.data.dir={data}"]),
+        ("multi30k", "modern_full_length", ["--config.data.dir={data}"]),
     ],
 )
 def test_shipped_changes_can_be_trained(config, changes, flags, data, monkeypatch):
