@@ -12,7 +12,7 @@ from transformer.evaluation import charts
 from transformer.runtime.files import write_atomic
 
 HEAD = 26  # above the drawing, for the title
-LEGEND_ROW, NAMES_IN_ROW = 14, 4
+LEGEND_ROW, KEY_WIDTH, LETTER_WIDTH = 14, 28, 6  # of the legend; a name is as wide as its key and letters
 NAME_WIDTH, ROW_HEIGHT = 130, 24  # of the rows of intervals
 STYLE = """
 text { font: 11px system-ui, sans-serif; fill: #5b6470 } .title { font-weight: 600; fill: #20262e }
@@ -41,11 +41,12 @@ def write(
     drawing, names = charts.line_drawing(x_label, series, log)
     if not names:
         return
-    num_rows = -(-len(names) // NAMES_IN_ROW)
-    spacing = min(130, (charts.WIDTH - charts.LEFT) // min(len(names), NAMES_IN_ROW))
+    spacing = KEY_WIDTH + LETTER_WIDTH * max(len(name) for name, _ in names)
+    names_in_row = max((charts.WIDTH - charts.LEFT) // spacing, 1)
+    num_rows = -(-len(names) // names_in_row)
     keys = []
     for position, (name, css_class) in enumerate(names):
-        row, column = divmod(position, NAMES_IN_ROW)
+        row, column = divmod(position, names_in_row)
         x, y = charts.LEFT + spacing * column, LEGEND_ROW * (row + 1 - num_rows) - 6
         color, dash = css_class.split()[0], "- -" if "faint" in css_class else "—"
         keys.append(f'<text class="key {color}" x="{x}" y="{y}">{dash} {html.escape(name)}</text>')

@@ -438,13 +438,18 @@ def test_the_plot_has_seeds_means_and_intervals(tmp_path):
 
 
 def test_names_of_many_lines_have_rows_of_their_own(tmp_path):
-    plots.write(tmp_path / "plot.svg", "t", "x", {f"line{i}": [(1, i + 1), (2, 3)] for i in range(7)}, log=False)
+    plots.write(tmp_path / "plot.svg", "t", "x", {f"long line{i}": [(1, i + 1), (2, 3)] for i in range(7)}, log=False)
     root = ElementTree.fromstring((tmp_path / "plot.svg").read_text())
     keys = [element for element in root.iter() if (element.get("class") or "").startswith("key")]
     assert len({(key.get("x"), key.get("y")) for key in keys}) == 7
     assert len({key.get("y") for key in keys}) == 2
+    plots.write(
+        tmp_path / "long.svg", "t", "x", {f"{i} {'name' * 9}": [(1, i), (2, 3)] for i in range(1, 5)}, log=False
+    )
+    long = [e for e in ElementTree.parse(tmp_path / "long.svg").iter() if (e.get("class") or "").startswith("key")]
+    assert len({key.get("y") for key in long}) == 4
     assert {key.get("class") for key in keys} == {f"key s{i}" for i in range(1, 7)}
-    assert [key.text for key in keys][-2:] == ["— line5", "- - line6"]
+    assert [key.text for key in keys][-2:] == ["— long line5", "- - long line6"]
     assert [line.get("class") for line in root.iter() if "line " in (line.get("class") or "")][-1] == "line s1 faint"
 
 

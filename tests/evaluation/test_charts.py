@@ -145,7 +145,7 @@ def test_lines_of_one_run_share_a_color_and_a_log_axis_may_be_of_the_values_alon
 
 
 def test_numbers_are_short():
-    assert [charts.format_si(value) for value in (0, 0.0005, 12, 9500, 12000, 2.5e6, 2e10)] == [
+    assert [charts.format_si(value) for value in (0, 0.0005, 12, 9500, 12000, 2.5e6, 2e10, 1.5e14)] == [
         "0",
         "0.0005",
         "12",
@@ -153,6 +153,7 @@ def test_numbers_are_short():
         "12k",
         "2.5M",
         "20G",
+        "150T",
     ]
 
 

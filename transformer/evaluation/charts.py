@@ -15,6 +15,7 @@ NUM_COLORS = 6  # of the page, as CSS classes s1 to s6
 MIN_LABEL_WIDTH = 42  # of a bar that has its value above it
 BIN_WIDTHS = (0.5, 1, 2, 5, 10)  # of a histogram; the smallest that needs at most MAX_BINS
 MAX_BINS = 40
+SI_PREFIXES = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 COVERED_BY_AXIS = 0.98  # share of the values of a histogram that are not 0
 
 Point = tuple[float, float]
@@ -246,12 +247,11 @@ def power_ticks(low: float, high: float, about: int, base: float = 2) -> list[fl
 
 
 def format_si(value: float) -> str:
-    """Formats a number with an SI prefix: 12,000 as 12k."""
-    if abs(value) >= 1e9:
-        return f"{value / 1e9:.4g}G"
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:.4g}M"
-    return f"{value / 1e3:.4g}k" if abs(value) >= 1e4 else f"{value:.4g}"
+    """Formats a number with an SI prefix from 10,000 on: 12,000 as 12k, 1.5e14 as 150T."""
+    for prefix, unit in SI_PREFIXES.items():
+        if abs(value) >= max(unit, 1e4):
+            return f"{value / unit:.4g}{prefix}"
+    return f"{value:.4g}"
 
 
 def downsample(points: Sequence[Point]) -> list[Point]:
