@@ -31,13 +31,13 @@ HALF = ["--config.train.num_steps=450", "--config.train.eval_every_steps=450"]
 
 @pytest.mark.reported
 @pytest.mark.parametrize(
-    ("flags", "bleu", "aligned"),
+    ("flags", "bleu", "aligned", "least"),
     [
-        pytest.param(HALF, 85, 0.85, marks=pytest.mark.slow, id="half"),
-        pytest.param([], 97, 0.95, marks=pytest.mark.demos, id="whole"),
+        pytest.param(HALF, 85, 0.85, 68, marks=pytest.mark.slow, id="half"),
+        pytest.param([], 97, 0.95, 95, marks=pytest.mark.demos, id="whole"),
     ],
 )
-def test_demo_reaches_its_bleu_and_aligns_numbers(tmp_path, flags, bleu, aligned):
+def test_demo_reaches_its_bleu_and_aligns_numbers(tmp_path, flags, bleu, aligned, least):
     """English to German: 98 to 99, by half the updates about 90; the last layer aligns numbers with themselves."""
     assert train(tmp_path / "demo", "en", "de", *flags) >= bleu
     sources = [source for source, _ in generator.generate("de", {"test": 200})["test"]]
@@ -46,7 +46,7 @@ def test_demo_reaches_its_bleu_and_aligns_numbers(tmp_path, flags, bleu, aligned
     links = [set(line.split()) for line in (tmp_path / "links").read_text().splitlines()]
     expected = [number_links(*pair) for pair in zip(sources, translations, strict=True)]
     correct = sum(len(line & numbers) for line, numbers in zip(links, expected, strict=True))
-    assert correct >= aligned * sum(map(len, expected)) >= aligned * 80
+    assert correct >= aligned * sum(map(len, expected)) >= least
 
 
 def number_links(source, target):
