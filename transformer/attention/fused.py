@@ -33,7 +33,7 @@ from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 from transformer.runtime.rounding import round_up
 
-HEADS, ROWS = sharding.HEAD_AXES, ("batch", "length")
+HEADS, ROWS = sharding.HEAD_AXES, sharding.ROW_AXES
 NUM_LANES = 128  # splash takes lengths that are multiples of it
 BLOCK = 512  # queries and keys of splash's largest block
 MIN_COMPUTE_CAPABILITY = 8.0  # compute capability: Ampere

@@ -40,8 +40,8 @@ def ring_attention(
     """
     seeds = head_seeds(key, dropout_rate, q_BTHK.shape[0], q_BTHK.shape[2])
     local = functools.partial(_local_attention, dropout_rate, block, sharding.num_shards("length"))
-    heads, rows = sharding.HEAD_AXES, ("batch", "length")
-    sharded = sharding.shard_map(local, (heads, heads, heads, rows, ("batch", "heads")), heads)
+    heads = sharding.HEAD_AXES
+    sharded = sharding.shard_map(local, (heads, heads, heads, sharding.ROW_AXES, ("batch", "heads")), heads)
     return sharded(q_BTHK, k_BSHK, v_BSHK, mask, seeds)
 
 

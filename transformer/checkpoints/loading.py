@@ -28,6 +28,7 @@ from transformer.models.registry import ModelDef, Params
 from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError, WorkdirError
 from transformer.runtime.files import reject_missing_workdirs
+from transformer.runtime.rounding import round_up
 
 PARAM_FOLDERS = ("params/", "ema/")  # of a checkpoint
 AVERAGE = re.compile(r"(best-)?average:([1-9][0-9]{0,5})")
@@ -224,7 +225,7 @@ def resolve_steps(manager: CheckpointManager, selector: str) -> list[int]:
     nothing_reported = unscored == available[::-1] and steps == available[-1:]
     if selector == "best" and not ranked and nothing_reported:
         train, step = manager.config(steps[0]).train, steps[0]
-        due = min(max(-(-step // train.eval_every_steps), 1) * train.eval_every_steps, train.num_steps)
+        due = min(round_up(max(step, 1), train.eval_every_steps), train.num_steps)
         hint = f"the next validation is at step {due:,}, as train.eval_every_steps = {train.eval_every_steps:,}"
         if due <= step:
             hint = f"the validation of step {step:,} is not done; unless it is under way, run train.py again"

@@ -7,7 +7,6 @@ import pathlib
 import re
 import runpy
 import sys
-import traceback
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from ml_collections import config_dict
 
 from transformer.config import schema, validation
 from transformer.runtime import files, object_storage
-from transformer.runtime.errors import UserError
+from transformer.runtime.errors import UserError, last_line_in
 
 
 def saved_path(workdir: str) -> str:
@@ -106,11 +105,8 @@ def _neighbours(file: str) -> Iterator[None]:
 
 def _inside(flag: str, file: str, error: Exception) -> str:
     """One line on an error inside a file that a flag names."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(file)]
-    if isinstance(error, SyntaxError):
-        lines = [error.lineno]
-    where = f"line {lines[-1]}: " if lines else ""
+    line = last_line_in(file, error)
+    where = f"line {line}: " if line else ""
     unknown = re.search(r'Key "(\w+)" does not exist', str(error))
     if unknown:
         known = [name for section in schema.SECTIONS for name in (section, *schema.field_names(section))]

@@ -73,15 +73,15 @@ def parse_columns(columns: str) -> tuple[int, int] | None:
     return int(parts[0]) - 1, int(parts[1]) - 1
 
 
-def parse_column_names(columns: str) -> tuple[str, str] | None:
+def parse_column_names(
+    columns: str, expected: str = "names or numbers of two columns, as in 'en,de' or '1,2'"
+) -> tuple[str, str] | None:
     """The two names, for Parquet also numbers, in `data.columns`; None if it is empty."""
     if not columns:
         return None
     parts = tuple(part.strip() for part in columns.split(","))
     if len(parts) != 2 or not all(parts):
-        raise UserError(
-            f"config.data.columns: expected names or numbers of two columns, as in 'en,de' or '1,2', got {columns!r}"
-        )
+        raise UserError(f"config.data.columns: expected {expected}, got {columns!r}")
     if parts[0] == parts[1]:
         raise UserError(f"config.data.columns: source and target are the same column in {columns!r}")
     return parts[0], parts[1]
@@ -96,12 +96,12 @@ def parse_keys(columns: str) -> tuple[str, str] | None:
 def check_columns(columns: str, formats: Collection[str]) -> None:
     """Raises a UserError unless `data.columns` suits files of these formats."""
     named = {".jsonl", ".parquet"} & set(formats)
-    if columns and named == {".jsonl"} and ".tsv" not in formats:
-        parts = [part.strip() for part in columns.split(",")]
-        if len(parts) != 2 or not all(parts) or all(map(_is_column_number, parts)):
-            raise UserError(f"config.data.columns: expected two keys of .jsonl, as in 'source,target', got {columns!r}")
     if ".tsv" in formats or not named:
         parse_columns(columns)
+    elif named == {".jsonl"}:
+        expected = "two keys of .jsonl, as in 'source,target'"
+        if (keys := parse_column_names(columns, expected)) and all(map(_is_column_number, keys)):
+            raise UserError(f"config.data.columns: expected {expected}, got {columns!r}")
     else:
         parse_column_names(columns)
     if columns and ".tsv" not in formats and not named:

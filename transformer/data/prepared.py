@@ -15,7 +15,6 @@ import os
 import pathlib
 import shutil
 import sys
-import traceback
 import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from transformer.data.records import RecordReader
 from transformer.data.shards import Part, ShardedSplit, ShardJob
 from transformer.data.tokenizer import Tokenizer
 from transformer.runtime import object_storage, progress
-from transformer.runtime.errors import UserError
+from transformer.runtime.errors import UserError, last_line_in
 from transformer.runtime.file_digests import FileDigests
 from transformer.runtime.files import file_lock, json_digest, user_error_on_oserror, write_atomic
 from transformer.runtime.logging import log_info
@@ -449,6 +448,6 @@ def _prepare_under_lock(builder: Any, owned: bool) -> None:
 
 def _where_it_failed(builder: Any, error: Exception) -> str:
     """Type and message of an error in a builder of the user's, and the last line of its module that it passed."""
-    file = getattr(sys.modules.get(type(builder).__module__), "__file__", None)
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f"{f'{file}, line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}"
+    file = getattr(sys.modules.get(type(builder).__module__), "__file__", "")
+    line = last_line_in(file, error)
+    return f"{f'{file}, line {line}: ' if line else ''}{type(error).__name__}: {error}"

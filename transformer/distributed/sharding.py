@@ -45,6 +45,7 @@ LOGICAL_AXIS_RULES: Mapping[str, tuple[str, ...]] = {
 }
 ACTIVATION_AXES = ("batch", "length", "embed")  # of what passes from layer to layer
 HEAD_AXES = ("batch", "length", "heads", "kv")  # of queries, keys and values
+ROW_AXES = ("batch", "length")  # of ids
 FSDP_AXIS = "fsdp"  # splits params in memory; they are gathered for use
 AXIS_CONFIG_FIELD = {
     "vocab": "data.vocab_size",

@@ -91,9 +91,9 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Array, Array]:
         """`y_BTD` are the embedded inputs. Also returns the cross-attention weights, float32 [B, T, S]."""
         convolved = self.convolution(dropout(x_BTD, self.dropout_rate, key), True, segment_ids_BT)
-        return self.weighted_sum(x_BTD, convolved, y_BTD, source, self.attention.keys(source.encoded_BSD))
+        return self.attend(x_BTD, convolved, y_BTD, source, self.attention.keys(source.encoded_BSD))
 
-    def weighted_sum(
+    def attend(
         self, x_BTD: Array, convolved_BTD: Array, y_BTD: Array, source: SourceStates, keys_BSD: Array
     ) -> tuple[Array, Array]:
         """Cross-attention and residual connections, after the convolution."""
@@ -108,7 +108,7 @@ class DecoderLayer(nnx.Module):
         """Computes one position of every beam: state, updated cache and cross-attention weights."""
         window_BNWD = jnp.concatenate([previous_BNWD, x_BND[:, :, None]], axis=2)
         convolved_BND = self.convolution.glu(window_BNWD.reshape(*window_BNWD.shape[:2], -1))
-        x_BND, weights_BNS = self.weighted_sum(x_BND, convolved_BND, y_BND, source, keys_BSD)
+        x_BND, weights_BNS = self.attend(x_BND, convolved_BND, y_BND, source, keys_BSD)
         return x_BND, window_BNWD[:, :, 1:], weights_BNS
 
 

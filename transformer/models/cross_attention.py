@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from transformer.attention.dot_product import einsum_f32
-from transformer.attention.mask import MASK_VALUE, AttentionMask
+from transformer.attention.dot_product import einsum_f32, masked_softmax
+from transformer.attention.mask import AttentionMask
 from transformer.models.linear import linear
 from transformer.models.params import glorot, make_param, read_param
 
@@ -37,8 +37,7 @@ class SingleHeadCrossAttention(nnx.Module):
         """Weights of each target and source state, float32 [B, T, S], of sum 1 over the source."""
         q_BTD = linear("...d,de->...e", x_BTD, read_param(self.query, x_BTD.dtype))
         scores_BTS = (self._dot if self.score == "dot" else self._additive)(q_BTD, keys_BSD)
-        mask_BTS = mask.materialize(scores_BTS.shape[1], scores_BTS.shape[2])[:, 0]
-        return jax.nn.softmax(jnp.where(mask_BTS, scores_BTS, MASK_VALUE), axis=-1)
+        return masked_softmax(scores_BTS[:, None], mask)[:, 0]  # of one head
 
     def _dot(self, q_BTD: Array, k_BSD: Array) -> Array:
         scores_BTS = einsum_f32("btd,bsd->bts", q_BTD, k_BSD)

@@ -70,6 +70,11 @@ def decoder_masks(source_BS: Array, target_BT: Array, packed: bool = False) -> t
     return self_mask, AttentionMask(segment_ids_BT, segment_ids(source_BS))
 
 
+def packed_positions(mask: AttentionMask) -> Array | None:
+    """Positions of the queries of packed rows, each in its sentence, int32 [B, T]; None where a row is a sentence."""
+    return None if mask.q_segment_ids_BT is None else position_ids(mask.q_segment_ids_BT)
+
+
 class EncoderLayer(nnx.Module):
     """Self-attention, then feed-forward."""
 
@@ -174,8 +179,7 @@ class Transformer(Seq2SeqModel):
         """Ids int32 [B, S] → states [B, S, D] in the compute dtype; those at padding must not be used."""
         keys, embed_key = split_layer_keys(key, self.config.num_encoder_layers)
         mask = encoder_mask(source_BS, packed)
-        position_ids_BS = position_ids(segment_ids(source_BS)) if packed else None
-        x_BSD, rotation = self._embed_with_positions("source", source_BS, position_ids_BS, embed_key)
+        x_BSD, rotation = self._embed_with_positions("source", source_BS, packed_positions(mask), embed_key)
 
         def call(layer: EncoderLayer, x_BSD: Array, layer_key: Key) -> Array:
             return layer(x_BSD, mask, layer_key, rotation)
@@ -189,8 +193,8 @@ class Transformer(Seq2SeqModel):
         """Logits float32 [B, T, V] of all target positions at once, each given the tokens before it."""
         keys, embed_key = split_layer_keys(key, self.config.num_decoder_layers)
         self_mask, cross_mask = decoder_masks(source_BS, target_BT, packed)
-        position_ids_BT = position_ids(segment_ids(target_BT)) if packed else None
-        x_BTD, rotation = self._embed_with_positions("target", shift_right(target_BT), position_ids_BT, embed_key)
+        positions_BT = packed_positions(self_mask)
+        x_BTD, rotation = self._embed_with_positions("target", shift_right(target_BT), positions_BT, embed_key)
 
         def call(layer: DecoderLayer, x_BTD: Array, layer_key: Key) -> Array:
             return layer(x_BTD, encoded_BSD, self_mask, cross_mask, layer_key, rotation)

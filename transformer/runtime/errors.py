@@ -1,6 +1,8 @@
 """Errors that the user can correct, each with its exit code (see `command_line`)."""
 
 import errno
+import os
+import traceback
 
 
 class UserError(Exception):
@@ -37,3 +39,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether device memory, host memory or disk ran out; XLA and TensorStore have no exception class for it."""
     is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return is_disk or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def last_line_in(file: str, error: BaseException) -> int | None:
+    """The line of a file of the user's at which an error left it; None if it was not there."""
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(file)]
+    return lines[-1] if lines else None

@@ -119,18 +119,21 @@ class MetricsAccumulator:
     def host_timing(self) -> dict[str, float]:
         """Times of this process since the last reset; `host_ms` leaves out the wait for the devices."""
         seconds = self._seconds()
-        return {**self._speed(seconds), "host_ms": 1000 * (seconds - self._device_seconds) / max(self.updates, 1)}
+        return {
+            "step_ms": self._ms_of_update(seconds),
+            "host_ms": self._ms_of_update(seconds - self._device_seconds),
+            "input_wait": self.input_wait / seconds,
+        }
 
     def _seconds(self) -> float:
         return max(self._clock() - self._start, 1e-9)
 
-    def _speed(self, seconds: float) -> dict[str, float]:
-        return {"step_ms": 1000 * seconds / max(self.updates, 1), "input_wait": self.input_wait / seconds}
+    def _ms_of_update(self, seconds: float) -> float:
+        return 1000 * seconds / max(self.updates, 1)
 
     def summary(self) -> dict[str, float]:
         """Means since the last reset: loss in nats per target token without label smoothing, tokens without padding."""
         seconds = self._seconds()
-        speed = self._speed(seconds)
         consistency = {} if self.consistency is None else {"train/consistency": self.consistency / max(self.tokens, 1)}
         return {
             "train/loss": self.nll / max(self.tokens, 1),
@@ -140,9 +143,9 @@ class MetricsAccumulator:
             "train/learning_rate": self.learning_rate,
             "train/skipped_updates": self.skipped,
             "train/target_tokens_per_s": self.tokens / seconds,
-            "train/step_ms": speed["step_ms"],
+            "train/step_ms": self._ms_of_update(seconds),
             "train/fill": self.tokens / max(self.slots, 1),
-            "train/input_wait": speed["input_wait"],
+            "train/input_wait": self.input_wait / seconds,
         }
 
 

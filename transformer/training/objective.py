@@ -38,7 +38,7 @@ class TrainingLoss(NamedTuple):
     Attributes:
       objective: what is minimized, L above: label-smoothed cross-entropy, with rdrop of both passes, and weighted
         consistency.
-      nll, correct: of whole inputs, with rdrop the mean of both passes; as in `LossSums`.
+      nll, correct: of whole inputs, with rdrop the mean of both passes; as in `LossSums`, field by field.
       tokens: how many there are.
     """
 
@@ -69,18 +69,14 @@ def make_objective(model: ModelDef, config: Config, mesh: Mesh) -> Objective:
 
     def cross_entropy_only(params: Params, batch: Batch, key: Array) -> ObjectiveSums:
         logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key, packed)
-        loss = cross_entropy(logits_BTV, batch.target_BT, label_smoothing)
-        return ObjectiveSums(TrainingLoss(loss.smoothed_nll, loss.nll, loss.correct, loss.tokens))
+        return ObjectiveSums(TrainingLoss(*cross_entropy(logits_BTV, batch.target_BT, label_smoothing)))
 
     def rdrop(params: Params, batch: Batch, key: Array) -> ObjectiveSums:
         twice = Batch(*(interleave(ids, ids) for ids in batch))
         logits_2BTV = model.bind(params)(twice.source_BS, twice.target_BT, key, packed)
         both = cross_entropy(logits_2BTV, twice.target_BT, label_smoothing)
-        consistency = consistency_sum(0.5 * kl_of_neighbours(logits_2BTV), twice.target_BT)
-        objective = both.smoothed_nll + weight * consistency
-        return ObjectiveSums(
-            TrainingLoss(objective, 0.5 * both.nll, 0.5 * both.correct, 0.5 * both.tokens), consistency
-        )
+        loss = TrainingLoss(both.smoothed_nll, 0.5 * both.nll, 0.5 * both.correct, 0.5 * both.tokens)
+        return add_consistency(loss, 0.5 * kl_of_neighbours(logits_2BTV), twice.target_BT)
 
     def simcut(params: Params, batch: Batch, key: Array) -> ObjectiveSums:
         dropout_key, *cutoff_keys = jax.random.split(key, 3)
@@ -91,13 +87,12 @@ def make_objective(model: ModelDef, config: Config, mesh: Mesh) -> Objective:
         module.has_cut_tokens = True
         logits_2BTV = module(twice.source_BS, twice.target_BT, dropout_key, packed)
         target_2BT = interleave(batch.target_BT, jnp.full_like(batch.target_BT, PAD))  # none for the rows cut off
-        loss = cross_entropy(logits_2BTV, target_2BT, label_smoothing)
-        consistency = consistency_sum(kl_of_neighbours(logits_2BTV), target_2BT)
-        objective = loss.smoothed_nll + weight * consistency
-        return ObjectiveSums(TrainingLoss(objective, loss.nll, loss.correct, loss.tokens), consistency)
+        loss = TrainingLoss(*cross_entropy(logits_2BTV, target_2BT, label_smoothing))
+        return add_consistency(loss, kl_of_neighbours(logits_2BTV), target_2BT)
 
-    def consistency_sum(divergence_2BT: Array, target_2BT: Array) -> Array:
-        return jnp.where(target_2BT != PAD, divergence_2BT, 0.0).sum()
+    def add_consistency(loss: TrainingLoss, divergence_2BT: Array, target_2BT: Array) -> ObjectiveSums:
+        consistency = jnp.where(target_2BT != PAD, divergence_2BT, 0.0).sum()
+        return ObjectiveSums(loss._replace(objective=loss.objective + weight * consistency), consistency)
 
     sums_of = {"none": cross_entropy_only, "rdrop": rdrop, "simcut": simcut}[consistency]
 
