@@ -466,17 +466,19 @@ def test_an_interval_of_two_seeds_does_not_flatten_the_plot(tmp_path):
 @pytest.mark.parametrize(
     ("config", "changes", "flags"),
     [
-        ("demo", "demo", []),
-        ("demo", "learning_rate", []),
-        ("paper_cldr", "table3", []),
-        ("multi30k_families", "families", ["--config.data.dir={data}"]),
-        ("multi30k", "modern", ["--config.data.dir={data}"]),
-        ("multi30k", "modern_full_length", ["--config.data.dir={data}"]),
+        ("demo.py", "demo", []),
+        ("demo.py", "learning_rate", []),
+        ("paper_cldr.py", "table3", []),
+        ("multi30k_families.py", "families", ["--config.data.dir={data}"]),
+        ("multi30k.py", "modern", ["--config.data.dir={data}"]),
+        ("multi30k.py", "modern_full_length", ["--config.data.dir={data}"]),
+        ("multi30k_tok.py:{data}", "modern_tok", []),
     ],
 )
 def test_shipped_changes_can_be_trained(config, changes, flags, data, monkeypatch):
+    (data / "bpe.codes").write_text("#version: 0.2\na b\n")
     monkeypatch.chdir(ROOT)
-    given = [f"--config=configs/{config}.py", *(flag.format(data=data) for flag in flags)]
+    given = [flag.format(data=data) for flag in (f"--config=configs/{config}", *flags)]
     base, _ = command_line.config_flags(["ablation", *given])
     loaded = ablation_plan.load_changes(f"benchmarks/changes/{changes}.py", base)
     assert ablation_plan.resolve(given, loaded).keys() == loaded.keys()
