@@ -5,7 +5,8 @@
     python eval.py --workdir=runs/en_de_base --checkpoint=average:5
 
 VARIANT is one of four. BLEU is the paper's on newstest2014, of tokenized text, and higher than sacreBLEU of raw text;
-time is the paper's, on 8 P100.
+time is the paper's, on 8 P100. Beside it stand legacy_compound_split_bleu of eval.py's JSON for German, and
+legacy_tokenized_bleu for French.
 
     VARIANT     languages          model               updates  --checkpoint  BLEU  time
     en_de_base  English to German  Table 3, base       100,000  average:5     27.3  12 hours

@@ -180,7 +180,7 @@ def test_want_of_memory_is_a_message_with_advice(capsys):
     with pytest.raises(SystemExit, match="2"):
         command_line.run(failing(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")))
     (line,) = capsys.readouterr().err.splitlines()
-    assert "lower train.batch_tokens, decode.beam_size" in line
+    assert "set model.remat=full, also when resuming, or in a new workdir raise train.accumulation_steps" in line
 
 
 @pytest.mark.reported
@@ -193,7 +193,7 @@ def test_a_full_disk_is_one_too(capsys):
 
 def test_want_of_the_host_s_memory_is_one_too(capsys):
     assert logging.report_error(MemoryError()) == 2
-    assert "out of memory or disk: MemoryError; lower train.batch_tokens" in capsys.readouterr().err
+    assert "out of memory or disk: MemoryError; in training set model.remat=full" in capsys.readouterr().err
     with pytest.raises(MemoryError) as error:
         np.zeros(1 << 60, np.int8)
     assert logging.report_error(error.value) == 2

@@ -383,6 +383,7 @@ def test_a_workdir_is_resumed_without_a_config(workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / "run")
     log = run("train.py", f"--workdir={tmp_path}/run").stderr.decode()
     assert "resuming after step 150" in log
+    assert "learning rate up to " in log
     assert "trained for 150 steps" in log
     assert (tmp_path / "run" / "config.json").read_bytes() == (workdir / "config.json").read_bytes()
 

@@ -12,7 +12,7 @@ import pytest
 from transformer.data import schedule_store
 from transformer.data.batching import BucketedSchedule, JaggedArray, Lengths, make_batch
 from transformer.data.packing import PackedSchedule
-from transformer.data.schedule_store import FileStore, MemoryStore
+from transformer.data.schedule_store import FileStore, Store
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -68,7 +68,7 @@ GOLDEN = {
 def test_batches_are_those_of_earlier_versions(tmp_path, monkeypatch, batching, seed, multiple):
     monkeypatch.setattr("transformer.data.batching.PART_PAIRS", 700)
     ids = corpus()
-    for store in (MemoryStore(), FileStore(tmp_path), FileStore(tmp_path)):
+    for store in (Store(), FileStore(tmp_path), FileStore(tmp_path)):
         schedule = make(ids, batching, seed=seed, length_multiple=multiple, store=store)
         assert digest(schedule, ids) == GOLDEN[batching, seed, multiple]
 

@@ -7,7 +7,7 @@ import pytest
 from transformer.config import MeshConfig
 from transformer.distributed import multihost, sharding
 from transformer.distributed.mesh import make_mesh
-from transformer.training import metrics, preemption
+from transformer.training import host_metrics, preemption
 
 
 @pytest.fixture
@@ -46,12 +46,12 @@ def test_the_vote_of_one_device_is_enough(mesh, two_hosts, monkeypatch):
 
 
 def test_the_values_of_each_host_are_gathered(mesh, two_hosts):
-    assert metrics.gather_host_metrics(mesh, {"step_ms": 20.0, "host_ms": 5.0}) == [{"step_ms": 20, "host_ms": 5}]
+    assert host_metrics.gather_host_metrics(mesh, {"step_ms": 20.0, "host_ms": 5.0}) == [{"step_ms": 20, "host_ms": 5}]
 
 
 def test_the_log_has_median_and_maximum_over_the_hosts():
     hosts = [{"step_ms": step, "host_ms": own} for step, own in ((20, 5), (21, 9), (22, 4))]
-    assert metrics.summarize_hosts(hosts) == {
+    assert host_metrics.summarize_hosts(hosts) == {
         "hosts/step_ms/median": 21,
         "hosts/step_ms/max": 22,
         "hosts/host_ms/median": 5,
@@ -61,9 +61,9 @@ def test_the_log_has_median_and_maximum_over_the_hosts():
 
 
 def test_one_host_alone_is_not_measured_apart(mesh):
-    assert metrics.gather_host_metrics(mesh, {"host_ms": 5.0}) == []
-    assert metrics.summarize_hosts([]) == {}
-    assert metrics.StragglerDetector().update([]) == ""
+    assert host_metrics.gather_host_metrics(mesh, {"host_ms": 5.0}) == []
+    assert host_metrics.summarize_hosts([]) == {}
+    assert host_metrics.StragglerDetector().update([]) == ""
 
 
 def measured(*own, step=100.0):
@@ -71,7 +71,7 @@ def measured(*own, step=100.0):
 
 
 def test_a_slow_host_is_named_when_it_stays_slow(two_hosts):
-    slowest = metrics.StragglerDetector()
+    slowest = host_metrics.StragglerDetector()
     assert slowest.update(measured(10, 60)) == ""
     assert slowest.update(measured(10, 60)) == (
         "the others wait for host 1: 60 ms of its own an update, usual are 10; it waits for its data 50% of the time"
@@ -80,6 +80,6 @@ def test_a_slow_host_is_named_when_it_stays_slow(two_hosts):
 
 
 def test_what_costs_no_time_is_not_worth_a_word(two_hosts):
-    slowest = metrics.StragglerDetector()
+    slowest = host_metrics.StragglerDetector()
     for result in (measured(50, 60), measured(50, 60), measured(1, 5), measured(1, 5)):
         assert slowest.update(result) == ""

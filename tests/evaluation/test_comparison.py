@@ -87,6 +87,7 @@ def test_the_sentences_that_differ_most_come_first_and_last():
 def test_all_systems_are_in_the_json(compared):
     fields = comparison.as_json(compared)
     assert fields["sentences"] == len(REFERENCES)
+    assert "tok:13a" in fields["signatures"]["bleu"][0]
     assert [each["name"] for each in fields["systems"]] == ["poor <b>", "good", "fair"]
     for each, system in zip(fields["systems"], SYSTEMS, strict=True):
         assert each["bleu"] == pytest.approx(score(system.translations, [REFERENCES], ["bleu"])["bleu"])

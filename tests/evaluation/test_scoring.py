@@ -96,6 +96,7 @@ def test_a_set_may_come_from_pipes_which_are_read_once(tmp_path):
     ("change", "signature", "legacy"),
     [
         ({"tokenized": True}, "case:lc|eff:no|tok:none|smooth:none", "multi-bleu|as it is"),
+        ({"bleu_tokenizer": "none"}, "case:mixed|eff:no|tok:none|smooth:exp", "multi-bleu|as it is"),
         ({"target_language": "zh-CN"}, "case:mixed|eff:no|tok:zh|smooth:exp", "multi-bleu|moses:zh-CN"),
     ],
 )

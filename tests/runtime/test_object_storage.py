@@ -22,7 +22,7 @@ from transformer.runtime import object_storage
 from transformer.runtime.errors import UserError, WorkdirError
 from transformer.runtime.files import append, open_atomic, user_error_on_oserror, write_atomic
 from transformer.training import workdir
-from transformer.training.metrics import MetricWriter
+from transformer.training.metric_writer import MetricWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the clients' own making
 

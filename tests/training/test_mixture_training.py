@@ -168,7 +168,7 @@ def test_merges_of_subword_nmt_have_tags_too(folder, tmp_path):
 def test_a_vocabulary_without_the_tags_is_refused(folder, whole):
     other = (*entries_of(folder)[:1], {**entries_of(folder)[1], "tag": "<2xx>"})
     config = config_of(folder, other, data={"tokenizer": f"{whole}/tokenizer/sentencepiece.model"})
-    with pytest.raises(UserError, match="the tag <2xx> is not in this vocabulary"):
+    with pytest.raises(UserError, match="the tag <2xx> is not a control symbol of this vocabulary"):
         tokenizers.load_configured(config.data)
 
 

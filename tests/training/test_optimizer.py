@@ -90,6 +90,17 @@ def test_a_schedule_without_warm_up_starts_at_its_peak():
     assert float(function(0)) == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("name", SCHEDULE_TRAITS)
+@pytest.mark.parametrize("warmup_steps", [1, 7, 30])
+def test_the_peak_is_the_highest_rate(name, warmup_steps):
+    if SCHEDULE_TRAITS[name].ends_at_zero:
+        warmup_steps = min(warmup_steps, 18)
+    optimizer = {"schedule": name, "warmup_steps": warmup_steps, "decay_fraction": 0.1}
+    config = small_config(optimizer=optimizer, train={"num_steps": 20})
+    rates = [float(make_schedule(config)(count)) for count in range(20)]
+    assert optimizer_lib.peak_learning_rate(config) == max(rates)
+
+
 PARAMS = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0)}
 GRADS = {"kernel": jnp.asarray([[3.0, 0.0], [0.0, 4.0]]), "bias": jnp.zeros((2,))}
 

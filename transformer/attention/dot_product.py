@@ -1,7 +1,7 @@
 """Scaled dot-product attention and its KV cache: the reference implementation (paper, section 3.2).
 
-B batch, T query length, S key length, H heads, K width per head, N beams, C = T * N positions of the cache.
-A mask is an AttentionMask, or bool [B or 1, H or 1, T or 1, S or 1], true where a query attends to a key.
+B batch, T query length, S key length, H heads, K width per head (values may have another), N beams, C = T * N positions
+of the cache. A mask is an AttentionMask, or bool [B or 1, H or 1, T or 1, S or 1], true where a query attends to a key.
 """
 
 import functools

@@ -293,7 +293,7 @@ class BatchSchedule(abc.ABC):
         store: schedule_store.Store | None = None,
     ):
         self._source_N, self._target_N, self._max_length, self.seed = source_N, target_N, max_length, seed
-        self._store = store or schedule_store.MemoryStore()
+        self._store = store or schedule_store.Store()
         self.kept, self.dropped = 0, len(source_N)
         self.buckets: list[Bucket] = []
         self.num_batches: list[int] = []

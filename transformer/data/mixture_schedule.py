@@ -97,7 +97,7 @@ class MixtureSchedule(BatchSchedule):
         *,
         batch_tokens: int,
         seed: int,
-        store_of: Callable[[str], schedule_store.Store] = lambda name: schedule_store.MemoryStore(),
+        store_of: Callable[[str], schedule_store.Store] = lambda name: schedule_store.Store(),
     ):
         """Plans the rounds.
 

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 from xml.parsers import expat
 
@@ -14,8 +14,6 @@ from etils import epath
 
 from transformer.data import text_files
 from transformer.runtime.errors import UserError
-
-PAIR_FORMATS = (".tsv", ".jsonl", ".parquet", ".tmx", ".po")
 
 _CHUNK = 1 << 16
 _PARQUET_ROWS = 4096  # decoded at a time
@@ -33,15 +31,7 @@ def read_pairs(path: epath.PathLike, languages: tuple[str, str], columns: str = 
     Raises:
       UserError: as `text_files.read_lines`, or an unknown extension, or a record that is not one pair.
     """
-    extension = pair_format(path)
-    if extension == ".tsv":
-        return _read_tsv(path, parse_columns(columns))
-    if extension == ".jsonl":
-        hint = "" if columns else "; name two with config.data.columns, as in 'source,target'"
-        return _read_jsonl(path, parse_keys(columns) or languages, hint)
-    if extension == ".parquet":
-        return _read_parquet(path, languages, columns)
-    return _read_tmx(path, languages) if extension == ".tmx" else _read_po(path)
+    return _READERS[pair_format(path)](path, languages, columns)
 
 
 def pair_format(path: epath.PathLike) -> str:
@@ -152,7 +142,9 @@ def tsv_header(path: epath.PathLike, languages: tuple[str, str], columns: str) -
     return first if names in ({code.lower() for code in languages}, {"source", "target"}) else None
 
 
-def _read_jsonl(path: epath.PathLike, keys: tuple[str, str], hint: str) -> Iterator[tuple[str, str]]:
+def _read_jsonl(path: epath.PathLike, languages: tuple[str, str], columns: str) -> Iterator[tuple[str, str]]:
+    keys = parse_keys(columns) or languages
+    hint = "" if columns else "; name two with config.data.columns, as in 'source,target'"
     for number, line in _strip_trailing_blank_lines(text_files.read_lines(path)):
         where = f"{path}, line {number}"
         try:
@@ -361,3 +353,16 @@ class _TmxReader:
         if not is_parameter:  # whose entities, if they are used, are refused themselves
             line = self._parser.CurrentLineNumber
             raise UserError(f"{self._path}, line {line}: the entity &{name}; is not defined; write its text out")
+
+
+Reader = Callable[[epath.PathLike, tuple[str, str], str], Iterator[tuple[str, str]]]
+
+# By extension; called with a file, the languages and data.columns.
+_READERS: dict[str, Reader] = {
+    ".tsv": lambda path, languages, columns: _read_tsv(path, parse_columns(columns)),
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".tmx": lambda path, languages, columns: _read_tmx(path, languages),
+    ".po": lambda path, languages, columns: _read_po(path),
+}
+PAIR_FORMATS = tuple(_READERS)

@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -23,29 +23,19 @@ FACTS_FILE = "schedule.json"
 KEPT_EPOCHS = 2  # the newest and the one before it, to which the batches being prefetched may belong
 
 
-class Store(Protocol):
-    """Keeps what a schedule computes."""
-
-    def facts(self, make: Callable[[], Facts]) -> Facts:
-        """What `make` returned the first time."""
-
-    def array(self, name: str, make: Callable[[], np.ndarray], size: int) -> np.ndarray:
-        """The array of `size` integers that `make` returned the first time for this name."""
-
-
-class MemoryStore:
+class Store:
     """Keeps nothing: each schedule computes for itself."""
 
     def facts(self, make: Callable[[], Facts]) -> Facts:
-        """Computes."""
+        """What `make` returned, perhaps the first time it was called."""
         return make()
 
     def array(self, name: str, make: Callable[[], np.ndarray], size: int) -> np.ndarray:
-        """Computes."""
+        """The array of `size` integers that `make` returned, perhaps the first time it was called for this name."""
         return make()
 
 
-class FileStore:
+class FileStore(Store):
     """Keeps arrays as files of a folder; where it cannot be written, each process computes for itself."""
 
     def __init__(self, folder: os.PathLike | str):

@@ -31,7 +31,7 @@ from transformer.data.batching import (
     span_index,
 )
 from transformer.data.bpe_dropout import GOLDEN, BpeMerges, mix, segment, take
-from transformer.data.schedule_store import FileStore, MemoryStore, Store
+from transformer.data.schedule_store import FileStore, Store
 from transformer.data.tokenizer import EOS, PAD, SPACE, BpePiece, Tokenizer
 from transformer.runtime import progress
 from transformer.runtime.errors import UserError
@@ -360,7 +360,7 @@ def make_dropout(
     begins_V = np.array([piece.text.startswith(SPACE) for piece in pieces])
     begins_V[EOS] = True
     name = f"subword-{json_digest([TABLE_VERSION, SEGMENTATIONS, rate, seed])[:24]}"
-    store: Store = MemoryStore() if folder is None else FileStore(folder / name)
+    store = Store() if folder is None else FileStore(folder / name)
     draw = functools.cache(functools.partial(_draw_table, pieces, begins_V, sides, rate, seed))
 
     def make_facts() -> dict[str, Any]:

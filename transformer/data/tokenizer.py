@@ -109,7 +109,8 @@ class Tokenizer:
         token = int(self._from_sp[self._processor.piece_to_id(tag)])
         if not self.is_tag(token):
             raise UserError(
-                f"the tag {tag} is not in this vocabulary: expected one that was trained with the tags of data.mixture"
+                f"the tag {tag} is not a control symbol of this vocabulary: expected one trained with the tags of "
+                "data.mixture"
             )
         return token
 

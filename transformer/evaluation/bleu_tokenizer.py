@@ -17,6 +17,7 @@ from transformer.data.scripts import script_of_language
 
 DEFAULT = "13a"
 PUBLISHED = "none -lc -s none"  # for published sets that are lowercased and tokenized: data.tokenized
+TOKENIZED = ("none", PUBLISHED)  # for text that is tokens already
 
 # Scripts without spaces → tokenizer: by ISO 15924 code, and by the names of their letters in Unicode.
 BY_SCRIPT_CODE = {

@@ -266,7 +266,7 @@ def format_examples(comparison: Comparison) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """The JSON of `transformer.compare`: `systems`, each with scores by metric, length and frequency."""
+    """The JSON of `transformer.compare`: `systems`, each with scores by metric, length and frequency; signatures."""
     systems = []
     for number, system in enumerate(comparison.systems):
         fields: dict[str, Any] = {"name": system.label, "path": system.name}
@@ -280,4 +280,5 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             baseline = comparison.systems[0].label
             fields["versus"] = significance.as_json(baseline, comparison.tests[number - 1])
         systems.append(fields)
-    return {"sentences": len(comparison.references[0]), "systems": systems}
+    signatures = {test.metric: test.signatures for test in comparison.tests[0]}
+    return {"sentences": len(comparison.references[0]), "signatures": signatures, "systems": systems}

@@ -22,7 +22,7 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric, Score, Signature
 
 from transformer.config import EvalConfig
-from transformer.evaluation.bleu_tokenizer import DEFAULT, PUBLISHED, make_bleu
+from transformer.evaluation.bleu_tokenizer import DEFAULT, TOKENIZED, make_bleu
 from transformer.runtime.errors import UserError
 
 Scores = dict[str, Any]
@@ -233,7 +233,7 @@ def extended_scores(
     return {
         **scores,
         "bleu_by_source_length": bleu_by_source_length(sources, hypotheses, references, tokenizer),
-        **tokenized_bleu(hypotheses, references, language, tokenizer == PUBLISHED),
+        **tokenized_bleu(hypotheses, references, language, tokenizer in TOKENIZED),
         **comet_score(sources, hypotheses, references),
     }
 

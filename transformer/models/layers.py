@@ -1,7 +1,7 @@
 """The layers of the paper: embeddings, position encodings, attention, feed-forward, residual blocks.
 
-B batch, T target length, S source or key length, D model width, H heads, K width per head,
-F feed-forward width, V vocabulary, N beams.
+B batch, T target length, S source or key length, D model width, H heads, K width per head (`value_dim` may give values
+another), F feed-forward width, V vocabulary, N beams.
 
 Activations have the dtype of the input, and logical axis names, which only `sharding` maps to a mesh. Attribute names
 are part of the checkpoint format: renaming one breaks old checkpoints.
@@ -143,7 +143,7 @@ class MultiHeadAttention(nnx.Module):
         x_BTD: Array,
         kv_BSD: Array,
         mask: AttentionMask,
-        key: Key = None,
+        dropout_key: Key = None,
         rotation: Rotation | None = None,
         weights: list[Array] | None = None,
     ) -> Array:
@@ -158,7 +158,7 @@ class MultiHeadAttention(nnx.Module):
         )
         if weights is not None:
             weights.append(dot_product.attention_weights(q_BTHK, k_BSHK, mask))
-        return self.project(attend(self.implementation, q_BTHK, k_BSHK, v_BSHK, mask, self.dropout_rate, key))
+        return self.project(attend(self.implementation, q_BTHK, k_BSHK, v_BSHK, mask, self.dropout_rate, dropout_key))
 
     def attend_cached(self, x_BND: Array, k_BHKS: Array, v_BHSK: Array, mask: AttentionMask) -> Array:
         """Attends from `x_BND` to projected keys and values, those of the source while decoding."""

@@ -199,7 +199,8 @@ class Transformer(Seq2SeqModel):
         def call(layer: DecoderLayer, x_BTD: Array, layer_key: Key) -> Array:
             return layer(x_BTD, encoded_BSD, self_mask, cross_mask, layer_key, rotation)
 
-        return self._logits(apply_layers(self.decoder, x_BTD, keys, self.config.remat, call))
+        x_BTD = apply_layers(self.decoder, x_BTD, keys, self.config.remat, call)
+        return self._logits(x_BTD)  # which applies decoder_norm
 
     def cross_attention(self, source_BS: Array, target_BT: Array) -> Array:
         """Implements `Seq2SeqModel.cross_attention`."""

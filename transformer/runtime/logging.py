@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from transformer.runtime import streams
 from transformer.runtime.errors import StoppedError, UserError, is_out_of_memory
 
+OUT_OF_MEMORY_ADVICE = (
+    "in training set model.remat=full, also when resuming, or in a new workdir raise train.accumulation_steps or lower "
+    "train.batch_tokens; in decoding lower decode.batch_rows or decode.beam_size; or free space on the disk"
+)
+
 
 def log_error(message: str) -> None:
     """Writes an error to stderr, with the name of the command and, of several processes, which one this is."""
@@ -82,9 +87,8 @@ def report_error(error: BaseException) -> int:
             log_error(str(error))
         return error.exit_code
     if is_out_of_memory(error):
-        advice = "lower train.batch_tokens, decode.beam_size or decode.batch_rows, or free space on the disk"
         reason = str(error).partition("\n")[0] or type(error).__name__
-        log_error(f"out of memory or disk: {reason}; {advice}")
+        log_error(f"out of memory or disk: {reason}; {OUT_OF_MEMORY_ADVICE}")
         return UserError.exit_code
     traceback.print_exception(error)
     return 1

@@ -1,35 +1,22 @@
-"""Training metrics: accumulated over updates, gathered from all processes, written to metrics.jsonl and TensorBoard."""
+"""Training metrics, accumulated over the updates between two log lines."""
 
 import contextlib
-import json
 import math
 import resource
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
-from etils import epath
-from jax.sharding import Mesh
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
-from transformer.distributed import multihost
-from transformer.distributed.sharding import allgather_to_devices
 from transformer.models.flops import TrainingCost
-from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import DivergedError
-from transformer.runtime.files import METRICS_FILE, user_error_on_oserror, write_atomic
-from transformer.runtime.logging import log_info, logged_beside
+from transformer.runtime.logging import log_info
 from transformer.training.train_step import StepMetrics
 
 DIVERGENCE_HINT = (
-    "no checkpoint of it is kept. Lower optimizer.learning_rate, raise optimizer.warmup_steps or set "
-    "optimizer.clip_norm, and start in a new workdir"
+    "no checkpoint of it is kept, only earlier ones. In a new workdir lower optimizer.learning_rate, raise "
+    "optimizer.warmup_steps or set optimizer.clip_norm; train.init_from=OLD_WORKDIR starts from its last checkpoint"
 )
 
 
@@ -156,164 +143,3 @@ def peak_memory_mb() -> float:
         return max(stat["peak_bytes_in_use"] for stat in stats) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-class MetricWriter:
-    """Writes metrics.jsonl and TensorBoard events, and logs lines of metrics and progress; use as a context."""
-
-    def __init__(self, workdir: epath.Path, start: int, num_steps: int):
-        self._workdir, self._directory = workdir, object_storage.SyncedDirectory(workdir, METRICS_FILE)
-        _truncate_after(self._directory.folder / METRICS_FILE, start, workdir)
-        self._jsonl = (self._directory.folder / METRICS_FILE).open("a")
-        # Not a SummaryWriter: it writes in a thread, and blocks for ever once an error has ended that.
-        self._events = EventsWriter(str(self._directory.folder / "events"))
-        self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))  # drops what is trained again
-        self._training = progress.Phase("training", num_steps, "steps", completed=start)
-        self._shown = contextlib.ExitStack()
-
-    def __enter__(self) -> "MetricWriter":
-        self._shown.enter_context(progress.shown(self._training))
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self._shown.close()
-        for file in (self._jsonl, self._events):
-            with contextlib.suppress(OSError):  # what is written was flushed; a full disk has been reported
-                file.close()
-        with logged_beside(error), user_error_on_oserror(f"{self._workdir}"):
-            self._directory.close()
-
-    def sync(self) -> None:
-        """Copies to object storage what is written so far."""
-        with user_error_on_oserror(f"{self._workdir}"):
-            self._directory.sync(now=True)
-
-    def advance(self, step: int) -> None:
-        """Shows how many updates have been started."""
-        self._training.completed = step
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Records metrics of a step, and shows loss and speed."""
-        with user_error_on_oserror(f"{self._workdir}"):
-            self._jsonl.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-            self._jsonl.flush()
-            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-            self._write_event(step, summary=Summary(value=scalars))
-            self._events.flush()
-            self._directory.sync()
-        if "train/loss" in values:
-            self._training.completed = step
-            self._training.note = (
-                f"loss {values['train/loss']:.3f} · {values['train/target_tokens_per_s']:,.0f} tokens/s"
-            )
-            if share := values.get("train/validation_share"):
-                self._training.note += f" · {share:.0%} of the time validation"
-            self.log_step(step, self._training.note)
-
-    def _write_event(self, step: int, **content: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
-
-    def log_step(self, step: int, text: str) -> None:
-        """Logs a text about a step, and the time left if it is known."""
-        left = self._training.seconds_left
-        parts = [f"step {step:,}/{self._training.total:,}", text]
-        log_info(" · ".join(parts if left is None else [*parts, f"{progress.format_seconds(left)} left"]))
-
-
-class NullMetricWriter:
-    """Writes nothing, on all processes but the primary."""
-
-    def __enter__(self) -> "NullMetricWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def _do_nothing(self, *_: object) -> None:
-        """In place of each method of `MetricWriter`."""
-
-    sync = advance = write = log_step = _do_nothing
-
-
-def open_metric_writer(workdir: epath.Path, start: int, num_steps: int) -> MetricWriter | NullMetricWriter:
-    """The writer of the primary process; one that writes nothing on others."""
-    return MetricWriter(workdir, start, num_steps) if multihost.is_primary() else NullMetricWriter()
-
-
-def _truncate_after(path: epath.Path, step: int, workdir: epath.Path) -> None:
-    """Drops the lines of later steps, which will be trained again, and one that a kill cut short.
-
-    Args:
-      path: of the metrics, or of their local copy.
-      step: the last that is kept.
-      workdir: for messages.
-    """
-    if not path.exists():
-        return
-    if step == 0 and path.stat().length:
-        old = path.parent / f"{path.name}.old"
-        path.replace(old)
-        log_info(f"{workdir}: holds no checkpoint, so training starts again; its old metrics are in {old.name}")
-        return
-    kept_lines = []
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept_lines.append(line + b"\n")
-    if b"".join(kept_lines) != path.read_bytes():
-        write_atomic(path, b"".join(kept_lines))
-
-
-SLOWEST = "hosts/slowest"
-
-HOST_TIME = "host_ms"  # per update, not waiting for devices: mostly reading data, while the others wait
-
-STRAGGLER_RATIO = 1.5  # times the median of the others
-
-
-def gather_host_metrics(mesh: Mesh, values: Mapping[str, float]) -> list[dict[str, float]]:
-    """The values of each process, by index; empty for a single process."""
-    if multihost.process_count() == 1:
-        return []
-    table = jax.device_get(allgather_to_devices(mesh, np.array(list(values.values()), np.float32)))
-    rows = {device.process_index: row for device, row in zip(mesh.devices.flat, table.tolist(), strict=True)}
-    return [dict(zip(values, rows[process], strict=True)) for process in sorted(rows)]
-
-
-def summarize_hosts(hosts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Median and maximum of each value, under hosts/NAME/, and which process is slowest; empty without processes."""
-    if not hosts:
-        return {}
-    metrics: dict[str, float] = {}
-    for name in hosts[0]:
-        values = [host[name] for host in hosts]
-        metrics |= {f"hosts/{name}/median": statistics.median(values), f"hosts/{name}/max": max(values)}
-    return {**metrics, SLOWEST: _slowest(hosts)}
-
-
-def _slowest(hosts: Sequence[Mapping[str, float]]) -> int:
-    return max(range(len(hosts)), key=lambda process: hosts[process][HOST_TIME])
-
-
-class StragglerDetector:
-    """Reports a process that is much slower than the others, twice in a row."""
-
-    def __init__(self) -> None:
-        self._suspect = -1
-
-    def update(self, hosts: Sequence[Mapping[str, float]]) -> str:
-        """The warning to log after the values of all processes, see `gather_host_metrics`; mostly empty."""
-        if not hosts:
-            return ""
-        slowest = _slowest(hosts)
-        times = [host[HOST_TIME] for host in hosts]
-        longest, usual = times.pop(slowest), statistics.median(times)
-        last_suspect = self._suspect
-        is_slow = longest > STRAGGLER_RATIO * usual and longest > 0.1 * hosts[slowest]["step_ms"]
-        self._suspect = slowest if is_slow else -1
-        if not is_slow or last_suspect != slowest:
-            return ""
-        return (
-            f"the others wait for {multihost.process_name(slowest)}: {longest:,.0f} ms of its own an update, usual are "
-            f"{usual:,.0f}; it waits for its data {hosts[slowest]['input_wait']:.0%} of the time"
-        )

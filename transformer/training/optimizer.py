@@ -148,6 +148,12 @@ def make_schedule(config: Config) -> optax.Schedule:
     return lambda count: schedule(jnp.asarray(count, jnp.float32) + 1.0, config)
 
 
+def peak_learning_rate(config: Config) -> float:
+    """The highest rate of the schedule, that of the end of the warm-up."""
+    step = min(max(config.optimizer.warmup_steps, 1), config.train.num_steps)
+    return float(make_schedule(config)(step - 1))
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, the optimizer of `optimizer.name` with its schedule, skipped in a loss spike.
 

@@ -32,7 +32,7 @@ from transformer.models.registry import ModelDef
 from transformer.runtime import environment, progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
-from transformer.training import initialization, train_step, workdir
+from transformer.training import initialization, optimizer, train_step, workdir
 from transformer.training.initialization import WarmStart
 from transformer.training.train_step import StepMetrics
 
@@ -267,6 +267,8 @@ def log_summary(context: RunContext, model: ModelDef) -> None:
     log_info(f"batch shapes, rows x (source, target): {shapes}")
     for line in schedule.summary():
         log_info(line)
+    peak, warmup = optimizer.peak_learning_rate(config), config.optimizer.warmup_steps
+    log_info(f"learning rate up to {peak:.2g}, after {warmup:,} updates")
     if warning := sharding.padding_warning(mesh, schedule, config.train.accumulation_steps):
         log_info(f"warning: {warning}")
     if mesh.size < jax.device_count():

@@ -27,17 +27,9 @@ from transformer.runtime import progress, signals
 from transformer.runtime.errors import DivergedError
 from transformer.runtime.logging import log_info
 from transformer.training import optimizer, workdir
-from transformer.training.metrics import (
-    DIVERGENCE_HINT,
-    MetricsAccumulator,
-    MetricWriter,
-    NullMetricWriter,
-    StragglerDetector,
-    gather_host_metrics,
-    open_metric_writer,
-    peak_memory_mb,
-    summarize_hosts,
-)
+from transformer.training.host_metrics import StragglerDetector, gather_host_metrics, summarize_hosts
+from transformer.training.metric_writer import MetricWriter, open_metric_writer
+from transformer.training.metrics import DIVERGENCE_HINT, MetricsAccumulator, peak_memory_mb
 from transformer.training.preemption import PreemptionSync
 from transformer.training.preparation import RunContext
 from transformer.training.profiling import StepProfiler
@@ -228,9 +220,7 @@ class TrainingLoop:
             pipeline.compile_ahead(shapes, threads)
         return pipeline
 
-    def _after_update(
-        self, pipeline: StepPipeline, step: int, writer: MetricWriter | NullMetricWriter, signal_number: int | None
-    ) -> None:
+    def _after_update(self, pipeline: StepPipeline, step: int, writer: MetricWriter, signal_number: int | None) -> None:
         """Logs, saves and evaluates, each when it is due, and stops on a signal."""
         train, checkpoints = self._config.train, self.context.checkpoints
         checkpoints.check()
@@ -255,7 +245,7 @@ class TrainingLoop:
             checkpoints.wait()
             raise signals.preempted(signal_number, step)
 
-    def _log(self, pipeline: StepPipeline, step: int, writer: MetricWriter | NullMetricWriter) -> None:
+    def _log(self, pipeline: StepPipeline, step: int, writer: MetricWriter) -> None:
         meter = pipeline.meter
         validation_share = self._validation_seconds / (time.perf_counter() - self._clock_start)
         machine = {
@@ -270,7 +260,7 @@ class TrainingLoop:
             log_info(warning)
         meter.reset()
 
-    def _write(self, writer: MetricWriter | NullMetricWriter, step: int, metrics: Metrics) -> None:
+    def _write(self, writer: MetricWriter, step: int, metrics: Metrics) -> None:
         self.metrics |= metrics
         writer.write(step, metrics)
 
@@ -301,7 +291,7 @@ class TrainingLoop:
             state, self._config, data.tokenizer, data.digests, metrics, **run_ids._asdict()
         )
 
-    def evaluate(self, params: registry.Params, step: int, writer: MetricWriter | NullMetricWriter) -> None:
+    def evaluate(self, params: registry.Params, step: int, writer: MetricWriter) -> None:
         """Scores the validation split of each direction, and records the scores with the checkpoint of this step.
 
         A stop signal interrupts it, as it may take longer than the time that is left; the next session repeats it.
