@@ -1,13 +1,18 @@
 import pickle
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tensorflow_datasets.proto import tf_example_pb2
 
+from transformer.config import DataConfig
 from transformer.data import corpus
+from transformer.data import tokenizer as tokenizers
 from transformer.data.corpus import Split
+from transformer.data.corpus_metadata import RowsExcept
 from transformer.data.prepared import RecordReader
+from transformer.data.vocabulary import VocabularyText
 from transformer.runtime.errors import UserError
 
 
@@ -33,7 +38,7 @@ def example(**texts):
 
 def make(count=10, rows=None, languages=("en", "de")):
     records = ListRecords([example(en=f"e{i}".encode(), de=f"d{i}".encode(), fr=b"f") for i in range(count)])
-    return Split("train", "digest", languages, records, None if rows is None else np.array(rows))
+    return Split("train", "digest", languages, records, np.array(rows) if isinstance(rows, list) else rows)
 
 
 @pytest.mark.parametrize("rows", [None, [0, 1, 2, 3], [2, 5, 9], [9], list(range(0, 10, 2))])
@@ -46,6 +51,23 @@ def test_pairs_by_number_and_in_turn_are_the_same(monkeypatch, rows):
     assert list(split) == expected
     assert split.sources() == [source for source, _ in expected]
     assert split.targets() == [target for _, target in expected]
+
+
+@pytest.mark.parametrize("rows", [None, [2, 5, 9], RowsExcept(10, [0, 3])])
+def test_some_pairs_are_selected_perhaps_several_times(rows):
+    split = make(rows=rows)
+    assert list(split.select(np.array([0, 2, 2]))) == [split[0], split[2], split[2]]
+
+
+@pytest.mark.parametrize(("tokenizer", "most", "numbers"), [
+    ("bpe", 20, range(10)), ("bpe", 6, [0, 3, 6]), ("unigram", 2, [0]), ("my.codes", 6, range(10)),
+])  # fmt: skip
+def test_the_vocabulary_is_trained_on_a_sample_of_a_large_corpus(monkeypatch, capsys, tokenizer, most, numbers):
+    monkeypatch.setitem(tokenizers.MAX_TRAINING_LINES, tokenizer, most)
+    text = VocabularyText(DataConfig(tokenizer=tokenizer), SimpleNamespace(train=make()))
+    assert list(text) == [line for number in numbers for line in (f"e{number}", f"d{number}")]
+    assert len(text) == len(list(text))
+    assert ("the vocabulary is trained on" in capsys.readouterr().err) == (len(text) < 20)
 
 
 def test_the_languages_choose_the_direction():

@@ -247,20 +247,3 @@ def test_a_vocabulary_of_few_short_lines_is_byte_for_byte_what_it_was(small):
         minloglevel=2,
     )
     assert small.digest == tokenizer.Tokenizer(before.getvalue()).digest
-
-
-@pytest.mark.parametrize("count", [101, 150, 1000, 999])
-def test_what_is_known_of_the_longest_line_saves_reading_the_others_and_changes_nothing(monkeypatch, count):
-    monkeypatch.setattr(tokenizer, "MAX_COUNTED_LINES", 100)
-    lines = [f"{'abcdefghij'[n % 10]} word {n % 37}" for n in range(count)]
-    assert tokenizer._inspect(lines, 20).characters == tokenizer._inspect(lines).characters
-    assert list(tokenizer._inspect(lines, 20).characters) == list(tokenizer._inspect(lines).characters)
-
-    class Unread(list):
-        def __iter__(self):
-            pytest.fail("read")
-
-    assert tokenizer._inspect(Unread(lines), 20).longest == 20
-    assert tokenizer._inspect([" "] * count, 20) == tokenizer._inspect([" "] * count)
-    long = [*lines, "x" * 5000]
-    assert tokenizer._inspect(long, 5000) == tokenizer._inspect(long)

@@ -1,5 +1,6 @@
 """A run on a mixture of two directions: from files to BLEU of each direction, resumed, translated and reported."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -20,7 +21,7 @@ from transformer.config import mixture
 from transformer.data import input_pipeline, mixture_corpus
 from transformer.data import tokenizer as tokenizers
 from transformer.data.tokenizer import PAD
-from transformer.data.vocabulary import get_or_train_tokenizer
+from transformer.data.vocabulary import VocabularyText, get_or_train_tokenizer
 from transformer.evaluation import continuous, datasets, evaluator, report, systems
 from transformer.evaluation.evaluator import EvalResult
 from transformer.runtime.errors import UserError
@@ -138,13 +139,13 @@ def test_tags_are_tokens_before_the_sources(folder, whole):
 
 
 def test_the_vocabulary_is_trained_on_text_by_the_shares(folder):
-    corpus = mixture_corpus.open_sources(config_of(folder).data)
-    text = mixture_corpus.VocabularyText(corpus)
+    data = config_of(folder).data
+    corpus = mixture_corpus.open_sources(data)
+    text = VocabularyText(data, corpus)
     lines = list(text)
     assert len(lines) == len(text) == 360
     assert sum("-" in line for line in lines) == 60  # a third of the pairs, as weights 1 and 0.5 say
-    sampled = mixture_corpus.VocabularyText(mixture_corpus.MixtureCorpus(
-        config_of(folder, data={"mixture_temperature": 1.0}).data, corpus.corpora))  # fmt: skip
+    sampled = VocabularyText(dataclasses.replace(data, mixture_temperature=1.0), corpus)
     assert sum("-" in line for line in sampled) == 36  # 0.5 x 60 against 1 x 120 of 180 pairs
 
 

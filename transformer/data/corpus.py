@@ -7,7 +7,6 @@ other splits keep all. Without a validation split, a part of training is held ou
 
 import dataclasses
 import functools
-import itertools
 import operator
 import os
 import pathlib
@@ -33,10 +32,8 @@ from transformer.runtime import object_storage, progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import json_digest
 from transformer.runtime.logging import log_info
-from transformer.runtime.worker_pool import WorkerPool
 
 _CHUNK_PAIRS = 4096
-_FEW_FILES = 2  # are read by this process
 
 
 class Split:
@@ -47,7 +44,6 @@ class Split:
     Attributes:
       name: in the data set.
       digest: changes with any pair and with their order; in hexadecimal.
-      longest: bytes that no line has more of; None if that is not known.
     """
 
     def __init__(
@@ -58,7 +54,6 @@ class Split:
         records: RecordReader,
         rows: np.ndarray | RowsExcept | None,
         strip_cr: bool = False,
-        longest: int | None = None,
     ):
         """Makes a split of serialized examples.
 
@@ -66,9 +61,8 @@ class Split:
           records: the examples.
           rows: the indices of the split's examples, ascending; None for all.
           strip_cr: removes a CR at the end, for records made from lines that were split at b"\\n" only.
-          longest: bytes that no line has more of; None if that is not known.
         """
-        self.name, self.digest, self.longest = name, digest, longest
+        self.name, self.digest = name, digest
         self._languages, self._records, self._strip_cr = languages, records, strip_cr
         self._rows = RowsExcept(len(records), ()) if rows is None else rows
 
@@ -86,6 +80,10 @@ class Split:
 
     def __iter__(self) -> Iterator[Pair]:
         return map(self.to_lines, self.raw_pairs())
+
+    def select(self, indices_M: np.ndarray) -> "Split":
+        """The pairs at these indices, ascending, perhaps several times."""
+        return Split(self.name, "", self._languages, self._records, self._rows[indices_M], self._strip_cr)
 
     def to_lines(self, raw: Pair) -> Pair:
         """The pair as two lines of text, without line breaks."""
@@ -109,21 +107,6 @@ class Split:
             return [records.parse(record, self._languages) for record in self._records.read(first, last)]
         except Exception as error:  # ArrayRecord and protobuf raise exceptions of their own
             raise UserError(f"the prepared data of split {self.name!r} cannot be read: {error}") from error
-
-    def lines(self, workers: int = 0) -> Iterator[str]:
-        """All lines, source and target of each pair in turn; read ahead by other processes if there are many."""
-        files = self._records.files()
-        if len(files) <= _FEW_FILES or isinstance(self._rows, np.ndarray):
-            yield from itertools.chain.from_iterable(self)
-            return
-        first = 0
-        blocks = shards.stored_blocks("lines", files, self._languages)
-        with WorkerPool(shards.LineJob(self._strip_cr), workers or shards.default_workers()) as pool:
-            for (_, count), text in zip(files, pool.map(blocks), strict=True):
-                mask = self._rows.mask(first, first + count)
-                lines = text.split("\n")
-                yield from lines if mask is None else itertools.compress(lines, np.repeat(mask, 2))
-                first += count
 
     def make_token_ids(self, folder: pathlib.Path, tokenizer: Tokenizer, workers: int = 0) -> None:
         """Tokenizes the split by several processes into a folder, unless it exists; continues after an interruption."""
@@ -184,7 +167,7 @@ class Corpus:
         self.source_language, self.target_language = self._languages = languages
         self._data, self._strip_cr = data, strip_cr
         metadata = corpus_metadata.load_or_compute_metadata(data, languages, strip_cr, workers)
-        self.dropped, self._longest = len(metadata.blank), metadata.longest
+        self.dropped = len(metadata.blank)
         # Split → the prepared split that holds its rows, and their indices there (None: all).
         self._split_rows: dict[str, tuple[str, np.ndarray | RowsExcept | None]] = {n: (n, None) for n in data.names}
         self.filters, self.filtered = filters, dict[str, int]()
@@ -247,8 +230,7 @@ class Corpus:
             raise UserError(f"{self._data.folder}: expected a split {name!r}, found {available}")
         prepared_split, rows = self._split_rows[name]
         records = self._data.records(prepared_split)
-        longest = self._longest.get(prepared_split)
-        return Split(name, self._digests[name], self._languages, records, rows, self._strip_cr, longest)
+        return Split(name, self._digests[name], self._languages, records, rows, self._strip_cr)
 
 
 def open_corpus(data: DataConfig, *, tokenize: bool = False, workers: int = 0) -> Corpus:

@@ -51,13 +51,13 @@ class RowsExcept:
         return self._total - len(self._excluded)
 
     def __getitem__(self, index: Any) -> Any:
-        """The row of an index, or [M] int64 of a slice."""
+        """The row of an index, or [M] int64 of a slice or of M indices."""
         wanted: Any
         if isinstance(index, slice):
             start, stop, _ = index.indices(len(self))
             wanted = np.arange(start, stop)
         else:
-            wanted = np.int64(index)
+            wanted = np.asarray(index, np.int64)
         return wanted + np.searchsorted(self._kept_before, wanted, side="right")
 
     def mask(self, first: int, last: int) -> np.ndarray | None:
@@ -91,7 +91,6 @@ class CorpusMetadata:
       line_breaks: the number of pairs of each prepared split that contain a line break.
       blank: rows of training with a blank side, ascending.
       held_out: rows of training that serve as validation, ascending.
-      longest: bytes of the longest line of each prepared split; earlier versions did not write it.
     """
 
     digests: dict[str, str]
@@ -99,7 +98,6 @@ class CorpusMetadata:
     line_breaks: dict[str, int]
     blank: list[int]
     held_out: list[int]
-    longest: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def train_rows(self, filtered: Sequence[int] | np.ndarray = ()) -> RowsExcept | None:
         """The rows of the training split without those that filters drop; None for all."""
@@ -144,6 +142,7 @@ def _load_metadata(data: prepared.PreparedDataset, languages: tuple[str, str]) -
     if not path.exists() or (content := parse_checksummed_json(path.read_bytes())) is None:
         return None
     *key, metadata = content
+    metadata.pop("longest", None)  # which earlier versions wrote
     return CorpusMetadata(**metadata) if key == [METADATA_VERSION, data.digest()] else None
 
 
@@ -178,7 +177,6 @@ def _compute_metadata(splits: Mapping[str, ShardedSplit]) -> CorpusMetadata:
         line_breaks={name: sum(shard.line_breaks for shard in split.shards) for name, split in splits.items()},
         blank=blank.tolist(),
         held_out=held_out,
-        longest={name: max((s.longest for s in split.shards), default=0) for name, split in splits.items()},
     )
 
 

@@ -7,10 +7,7 @@ import bisect
 import functools
 import itertools
 import os
-from collections.abc import Collection, Iterator
 from typing import NamedTuple
-
-import numpy as np
 
 from transformer.config import mixture
 from transformer.config.mixture import Direction
@@ -20,7 +17,6 @@ from transformer.data import local_text, parallel_formats, text_files
 from transformer.data.corpus import Corpus, Split
 from transformer.data.local_text import SplitFiles
 from transformer.data.text_files import Pair
-from transformer.data.tokenizer import MAX_TRAINING_LINES, TOKENIZER_ALGORITHMS
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import json_digest
 
@@ -63,8 +59,8 @@ class MixtureCorpus:
       digest: changes with any of them; in hexadecimal.
     """
 
-    def __init__(self, data: DataConfig, entries: list[Corpus]):
-        self.data, self.corpora = data, entries
+    def __init__(self, entries: list[Corpus]):
+        self.corpora = entries
         self.source_language, self.target_language = "mixture", str(len(entries))
         self.digest = json_digest([corpus.digest for corpus in entries])
 
@@ -83,7 +79,7 @@ def open_sources(data: DataConfig, *, tokenize: bool = False, workers: int = 0) 
         with mixture.entry_errors(number, entry):
             own = mixture.entry_data(data, entry)
             found.append(corpora.open_corpus(own, tokenize=tokenize, workers=workers))
-    return MixtureCorpus(data, found)
+    return MixtureCorpus(found)
 
 
 def validation_splits(data: DataConfig, corpus: Corpus | MixtureCorpus) -> list[ValidationSplit]:
@@ -149,31 +145,3 @@ def _check_sides(data: DataConfig) -> None:
                 f"config.data.mixture: entries {first} and {number} are two directions with the same columns of "
                 f"{entry.train}; set columns={swapped!r} in the one that reads it the other way round"
             )
-
-
-class VocabularyText(Collection[str]):
-    """Sentences of all entries by their shares, source and target in turn, for the vocabulary.
-
-    An entry with a greater share than of pairs is repeated, one with less is thinned out evenly. Merges of subword-nmt
-    get all pairs once, as the vocabulary is then all subword tokens of the text.
-    """
-
-    def __init__(self, corpus: MixtureCorpus):
-        self._splits = corpus.train.splits
-        self._counts = sizes = list(map(len, self._splits))
-        if corpus.data.tokenizer in TOKENIZER_ALGORITHMS:
-            most = min(MAX_TRAINING_LINES[corpus.data.tokenizer] // 2, sum(sizes))
-            self._counts = [max(round(share * most), 1) for share in mixture.shares(corpus.data, sizes)]
-
-    def __len__(self) -> int:
-        return 2 * sum(self._counts)
-
-    def __iter__(self) -> Iterator[str]:
-        for split, count in zip(self._splits, self._counts, strict=True):
-            repeats = np.bincount(np.arange(count) * len(split) // count, minlength=len(split))
-            for pair, times in zip(split, repeats.tolist(), strict=True):
-                for _ in range(times):
-                    yield from pair
-
-    def __contains__(self, line: object) -> bool:
-        return any(line == other for other in self)

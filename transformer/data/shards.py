@@ -230,7 +230,6 @@ class Shard(NamedTuple):
       name: begins the names of its files.
       pairs: their number.
       line_breaks: the number of pairs that hold a line break.
-      longest: bytes of the longest line, if it was scanned.
       digests: SHA-256 of its files by the ends of their names.
       text: SHA-256 of its sentences, or of the name of the file that they are stored in.
       is_new: it was made now and not earlier.
@@ -239,7 +238,6 @@ class Shard(NamedTuple):
     name: str
     pairs: int
     line_breaks: int
-    longest: int
     digests: dict[str, str]
     text: str
     is_new: bool = True
@@ -319,9 +317,9 @@ class ShardJob:
     def _load(self, name: str) -> Shard | None:
         """The shard if its files are there and whole."""
         try:
-            pairs, line_breaks, longest, digests, text = json.loads(self.path(name, _DONE).read_bytes())
+            pairs, line_breaks, digests, text = json.loads(self.path(name, _DONE).read_bytes())
             if all(sha256(self.path(name, end)) == digest for end, digest in digests.items()):
-                return Shard(name, int(pairs), int(line_breaks), int(longest), digests, text, is_new=False)
+                return Shard(name, int(pairs), int(line_breaks), digests, text, is_new=False)
         except (OSError, ValueError, TypeError, AttributeError):
             pass
         return None
@@ -331,7 +329,7 @@ class ShardJob:
         ends = [RECORDS] * self.store + [SOURCE_IDS, TARGET_IDS] * (self.tokenizer is not None)
         partial = {end: self.path(block.name, f"{end}.partial") for end in [*ends, PAIRS]}
         self.path(block.name, _DONE).unlink(missing_ok=True)
-        inputs, known, line_breaks, longest, digest = [], [], 0, 0, self._new_digest()
+        inputs, known, line_breaks, digest = [], [], 0, self._new_digest()
         with contextlib.ExitStack() as stack:
             writer = stack.enter_context(records.open_writer(partial[RECORDS])) if self.store else None
             ids = [stack.enter_context(partial[end].open("wb")) for end in (SOURCE_IDS, TARGET_IDS) if end in partial]
@@ -344,8 +342,6 @@ class ShardJob:
                     for pair in pairs:
                         writer.write(records.serialize(pair, self.languages))
                 line_breaks += sum("\n" in source or "\n" in target for source, target in pairs)
-                if self.scan:
-                    longest = max(longest, *(len(text.encode()) for pair in lines for text in pair))
                 known.append(self._know(lines, ids))
         with partial[PAIRS].open("wb") as file:
             np.save(file, np.concatenate(known))
@@ -356,8 +352,8 @@ class ShardJob:
         for end, path in partial.items():
             digests[end] = sha256(path)
             path.replace(self.path(block.name, end))
-        shard = Shard(block.name, count, line_breaks, longest, digests, digest.hexdigest())
-        write_atomic(self.path(block.name, _DONE), json.dumps(shard[1:6]))
+        shard = Shard(block.name, count, line_breaks, digests, digest.hexdigest())
+        write_atomic(self.path(block.name, _DONE), json.dumps(shard[1:5]))
         return Result(shard, b"".join(inputs), block.size)
 
     def _know(self, lines: list[Pair], files: Sequence[Any]) -> np.ndarray:
@@ -406,18 +402,6 @@ def pair_hash(pair: Pair) -> int:
     """A 64-bit hash of both sides."""
     source, target = pair[0].encode(), pair[1].encode()
     return hash64(b"%d " % len(source) + source + target)
-
-
-@dataclasses.dataclass(frozen=True)
-class LineJob:
-    """Reads the lines of a block of stored pairs, source and target in turn; picklable."""
-
-    strip_cr: bool
-
-    def __call__(self, block: Block) -> str:
-        """The lines, joined by line breaks: a string takes little time to pickle."""
-        pairs = itertools.chain.from_iterable(part.pairs() for part in block.parts)
-        return "\n".join(itertools.chain.from_iterable(to_lines(pair, self.strip_cr) for pair in pairs))
 
 
 class ShardedSplit(NamedTuple):

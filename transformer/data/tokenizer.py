@@ -36,7 +36,7 @@ NUM_FIXED = 4 + 256  # special ids and bytes
 OPTION_HINT = "Increase vocab_size or decrease character_coverage with --character_coverage option."
 MIN_COVERAGE = 0.98  # the least that SentencePiece accepts
 MAX_COUNTED_LINES = 200_000  # enough to determine the alphabet
-# More lines are sampled. Those of unigram take 3 kB each in training; a vocabulary that is cached already stays in use.
+# Of more lines a sample. Those of unigram take 3 kB each in training; a vocabulary that is cached already stays in use.
 MAX_TRAINING_LINES = {"bpe": 2_000_000, "unigram": 600_000}
 # In bytes; SentencePiece skips longer lines. Its default limit is changed only if it would skip some, because the model
 # file contains the limit.
@@ -281,13 +281,12 @@ def cache_key(data: DataConfig) -> str:
     return f"{data.tokenizer}-{data.vocab_size}-{FORMAT_VERSION}{mixed}"
 
 
-def build(data: DataConfig, lines: Collection[str], longest: int | None = None) -> Tokenizer:
+def build(data: DataConfig, lines: Collection[str]) -> Tokenizer:
     """Builds the vocabulary from training text: trains it, or applies the merges that the config names.
 
     Args:
       data: section of the config.
       lines: sentences of training.
-      longest: as in `train`.
 
     Raises:
       UserError: the size of the config cannot be reached.
@@ -295,7 +294,7 @@ def build(data: DataConfig, lines: Collection[str], longest: int | None = None) 
     if data.tokenizer.endswith(".codes"):
         model = subword_nmt.build_vocabulary(_read_merges(data), lines, mixture.tags(data))
         return check_vocab_size(Tokenizer(model), data)
-    return train(lines, data.vocab_size, data.tokenizer, longest, mixture.tags(data))
+    return train(lines, data.vocab_size, data.tokenizer, mixture.tags(data))
 
 
 def _read_merges(data: DataConfig) -> subword_nmt.Merges:
@@ -327,9 +326,7 @@ def check_tags(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:
     return tokenizer
 
 
-def train(
-    lines: Collection[str], vocab_size: int, model_type: str, longest: int | None = None, tags: Sequence[str] = ()
-) -> Tokenizer:
+def train(lines: Collection[str], vocab_size: int, model_type: str, tags: Sequence[str] = ()) -> Tokenizer:
     """Trains a SentencePiece model of `vocab_size` tokens with byte fallback.
 
     Text is not normalized, so that decoding restores what was encoded, up to repeated spaces. The result depends on
@@ -339,21 +336,17 @@ def train(
       lines: sentences of both languages of the training split; iterated over twice.
       vocab_size: the number of tokens, including the four special ids and the 256 bytes.
       model_type: bpe or unigram.
-      longest: bytes that no line has more of, if that is known: then `lines` may be read once, and by index.
       tags: tokens that no text gives.
 
     Raises:
       UserError: the vocabulary is too large for so little text, or too small for the alphabet.
     """
-    info, model = _inspect(lines, longest), io.BytesIO()
+    info, model = _inspect(lines), io.BytesIO()
     if info.num_skipped:
         log_info(
             f"warning: {info.num_skipped:,} of {len(lines):,} lines of training text have over {MAX_LINE_BYTES:,} "
             "bytes: the vocabulary is trained without them"
         )
-    most = MAX_TRAINING_LINES[model_type]
-    if len(lines) > most:
-        log_info(f"the vocabulary is trained on {most:,} of {len(lines):,} lines, sampled at random")
     if not info.has_text:
         raise UserError(
             f"config.data: cannot train a vocabulary: expected training text, but all {len(lines):,} lines are "
@@ -375,7 +368,7 @@ def train(
             bos_id=BOS,
             eos_id=EOS,
             unk_id=UNK,
-            input_sentence_size=most,
+            input_sentence_size=MAX_TRAINING_LINES[model_type],
             shuffle_input_sentence=True,
             num_threads=1,
             minloglevel=2,
@@ -405,16 +398,9 @@ class _TextInfo(NamedTuple):
     characters: collections.Counter[str]
 
 
-def _inspect(lines: Collection[str], limit: int | None = None) -> _TextInfo:
-    """Reads all lines, or only those whose characters are counted if no line has more than `limit` bytes."""
+def _inspect(lines: Collection[str]) -> _TextInfo:
     count, longest, num_skipped, has_text = len(lines), 0, 0, False
     characters: collections.Counter[str] = collections.Counter()
-    if limit is not None and limit <= DEFAULT_MAX_LINE_BYTES and count > MAX_COUNTED_LINES:
-        for number in range(MAX_COUNTED_LINES):
-            characters.update(lines[-(-number * count // MAX_COUNTED_LINES)])  # type: ignore[index]
-        if any(not character.isspace() for character in characters):
-            return _TextInfo(limit, 0, True, characters)
-        characters.clear()
     for number, line in enumerate(lines):
         size = len(line) if line.isascii() else len(line.encode())
         longest = max(longest, size)

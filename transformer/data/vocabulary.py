@@ -1,16 +1,17 @@
 """The vocabulary of a run: that of its checkpoints, the one that the config names, or one trained on its corpus."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import itertools
+from collections.abc import Collection, Iterator
 
+import numpy as np
 from etils import epath
 
-from transformer.config import DataConfig
+from transformer.config import DataConfig, mixture
 from transformer.data import prepared, tfds_builders
 from transformer.data import tokenizer as tokenizers
-from transformer.data.corpus import Corpus, Split
-from transformer.data.mixture_corpus import MixtureCorpus, VocabularyText
-from transformer.data.tokenizer import Tokenizer
+from transformer.data.corpus import Corpus
+from transformer.data.mixture_corpus import MixtureCorpus
+from transformer.data.tokenizer import MAX_TRAINING_LINES, TOKENIZER_ALGORITHMS, Tokenizer
 from transformer.runtime import progress
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import sha256
@@ -45,11 +46,7 @@ def get_or_train_tokenizer(data: DataConfig, corpus: Corpus | MixtureCorpus) -> 
         training = f"training a {data.tokenizer} vocabulary of {data.vocab_size:,} subword tokens"
         log_info(training)
         with progress.phase(training):
-            if isinstance(corpus, MixtureCorpus):
-                trained = tokenizers.build(data, VocabularyText(corpus))
-            else:
-                sentences = _Sentences(corpus.train)
-                trained = tokenizers.build(data, sentences, sentences.longest)
+            trained = tokenizers.build(data, VocabularyText(data, corpus))
         trained.save(folder, f"{trained.digest}.model")
     return trained
 
@@ -82,22 +79,31 @@ def check_same_tokenizer(
     )
 
 
-class _Sentences(Sequence[str]):
-    """All sentences of a split, source and target in turn.
+class VocabularyText(Collection[str]):
+    """Sentences of training, source and target in turn: all of them, or a sample for a large corpus, evenly spread.
 
-    Attributes:
-      longest: bytes that none has more of; None if that is not known.
+    Of a mixture each entry has its share: one with a greater share than of pairs is repeated, one with less is thinned
+    out evenly. Merges of subword-nmt get all pairs once, as the vocabulary is then all subword tokens of the text.
     """
 
-    def __init__(self, split: Split):
-        self._split, self.longest = split, split.longest
+    def __init__(self, data: DataConfig, corpus: Corpus | MixtureCorpus):
+        self._splits = corpus.train.splits if isinstance(corpus, MixtureCorpus) else [corpus.train]
+        self._counts = sizes = list(map(len, self._splits))
+        if data.tokenizer in TOKENIZER_ALGORITHMS:
+            most = min(MAX_TRAINING_LINES[data.tokenizer] // 2, sum(sizes))
+            shares = mixture.shares(data, sizes) if data.mixture else [1.0]
+            self._counts = [max(round(share * most), 1) for share in shares]
+            if most < sum(sizes):
+                log_info(f"the vocabulary is trained on {len(self):,} of {2 * sum(sizes):,} lines")
 
     def __len__(self) -> int:
-        return 2 * len(self._split)
+        return 2 * sum(self._counts)
 
     def __iter__(self) -> Iterator[str]:
-        return self._split.lines()
+        for split, count in zip(self._splits, self._counts, strict=True):
+            size = len(split)
+            pairs = split if count == size else split.select(np.arange(count) * size // count)
+            yield from itertools.chain.from_iterable(pairs)
 
-    def __getitem__(self, index: Any) -> Any:
-        pair, side = divmod(index, 2)
-        return self._split[pair][side]
+    def __contains__(self, line: object) -> bool:
+        return any(line == other for other in self)
