@@ -22,10 +22,10 @@ NAME = re.compile(r"\w[\w.+-]*")  # also of a folder
 # The same for all runs, as their scores are compared on the same sentences.
 FIXED_FIELDS = (
     *("data.name", "data.source_language", "data.target_language", "data.dir", "data.tokenized"),
-    *("data.valid", "data.valid_source", "data.valid_target", "data.bleu_tokenizer", "eval.metrics"),
+    *("data.valid", "data.valid_source", "data.valid_target", "data.columns", "data.bleu_tokenizer", "eval.metrics"),
 )
 # Those too where validation is a part of the training text.
-TRAINING_FIELDS = ("data.train", "data.train_source", "data.train_target", "data.columns")
+TRAINING_FIELDS = ("data.train", "data.train_source", "data.train_target")
 
 
 class Change(NamedTuple):

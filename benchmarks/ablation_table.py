@@ -18,7 +18,7 @@ from transformer.evaluation.metrics import METRICS
 from transformer.evaluation.significance import PairedTestResult
 
 CONFIDENCE = 0.95
-HEADS = ("change", "params", "updates", "FLOPs", "minutes", "tokens/s", "perplexity")
+HEADS = ("change", "params", "updates", "FLOPs", "minutes", "tokens/s")
 TEST_HEADS = ("difference", "bootstrap p", "randomization p", "verdict")
 
 Figures = dict[str, Any]  # of a run: eval.py's JSON with target_tokens_per_s and a curve
@@ -89,12 +89,13 @@ def paired_test(
 
 def table(rows: Sequence[Row], metric: str) -> str:
     """The results as Markdown: a line for each change, one for each run that failed, and what the columns are."""
-    published = [key for key in ("perplexity", metric) if any(key in row.variant.change.published for row in rows)]
+    perplexity = perplexity_key(rows)
+    published = [key for key in (perplexity, metric) if any(key in row.variant.change.published for row in rows)]
     label = METRICS[metric].label
-    heads = [*HEADS, label, *TEST_HEADS]
+    heads = [*HEADS, perplexity.replace("_", " "), label, *TEST_HEADS]
     for key in published:
         heads += [f"published {METRICS[key].label if key in METRICS else key}", "agrees"]
-    lines = [_cells(row, rows[0], metric, published) for row in rows]
+    lines = [_cells(row, rows[0], perplexity, metric, published) for row in rows]
     for row in rows:
         for seed, reason in row.failed.items():
             cells = [f"{row.name}, seed {seed}", *[""] * (len(heads) - 1)]
@@ -103,13 +104,19 @@ def table(rows: Sequence[Row], metric: str) -> str:
     return "\n".join([*markdown_table(heads, lines), "", *_notes(rows, metric, label)])
 
 
-def _cells(row: Row, base: Row, metric: str, published: Sequence[str]) -> list[str]:
+def perplexity_key(rows: Sequence[Row]) -> str:
+    """The perplexity that can be compared: per subword token, or per word if vocabularies differ."""
+    vocabularies = {(row.variant.config.data.tokenizer, row.variant.config.data.vocab_size) for row in rows}
+    return "perplexity" if len(vocabularies) == 1 else "word_perplexity"
+
+
+def _cells(row: Row, base: Row, perplexity: str, metric: str, published: Sequence[str]) -> list[str]:
     cells = [row.name, f"{row.variant.params:,}"]
     if not row.runs:
-        return cells + [""] * (len(HEADS) + len(TEST_HEADS) + 2 * len(published) - 1)
+        return cells + [""] * (len(HEADS) + len(TEST_HEADS) + 2 * len(published))
     cells += [f"{row.mean('step'):,.0f}", f"{row.mean('train_flops'):.2e}"]
     cells += [f"{60 * row.mean('train_hours'):.1f}", f"{row.mean('target_tokens_per_s'):,.0f}"]
-    cells += [with_interval(row.mean("perplexity"), row.interval("perplexity"), 3)]
+    cells += [with_interval(row.mean(perplexity), row.interval(perplexity), 3)]
     cells += [with_interval(row.mean(metric), row.interval(metric), 2)]
     compared = base.runs and row.name != BASE
     cells.append(f"{row.mean(metric) - base.mean(metric):+.2f}" if compared else "")

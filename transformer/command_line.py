@@ -222,7 +222,9 @@ def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") ->
     overrides = [_override(argument) for argument in mine if not argument.startswith("--config=")]
     is_saved = given[0].endswith(".json")
     if is_saved:
-        config = config_dict.ConfigDict(dataclasses.asdict(validation.load(given[0])))
+        saved_config = validation.load(given[0])
+        config = config_dict.ConfigDict(dataclasses.asdict(saved_config))
+        config.model.update(saved_config.model.widths_of_emb_dim())
     else:
         config = config_files.load(os.path.expanduser(given[0]))
     with config.ignore_type():  # validation says what a field takes: 1 may be overridden by 0.5
@@ -230,7 +232,9 @@ def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") ->
             config[section][field] = value
     flags = [(section, field) for section, field, _ in overrides]
     names = {f"{section}.{field}" for section, field in flags}
-    values = warm_start.inherit_sizes(validation.to_sections(config), flags, workdir)
+    values = validation.to_sections(config)
+    if not is_saved:  # which leaves no size open
+        values = warm_start.inherit_sizes(values, flags, workdir)
     checked, left_out = validation.reset_inapplicable(validation.to_dataclasses(values), names)
     validation.check_consistency(checked, needs_data, strict=not is_saved, given=names)
     if left_out:

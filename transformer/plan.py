@@ -225,7 +225,8 @@ def format_report(row: Row) -> list[str]:
             f"  at published peaks compute {row['compute_ms']} ms, memory {row['memory_ms']} ms as compiled and "
             f"{row['state_ms']} ms for the state alone, communication {row['communication_ms']} ms",
             f"  prediction         {row['predicted_ms']:.1f} ms a step, {row['predicted_tokens_per_s']:,} target "
-            f"tokens/s, MFU {row['predicted_mfu']:.0%}: a roofline of each kernel, not a measurement",
+            f"tokens/s, MFU {row['predicted_mfu']:.0%}: a roofline of each kernel at the chip's bfloat16 peak, not a "
+            "measurement",
             f"  target tokens/s    {row['tokens_per_s_as_compiled']:,} at best as compiled; never above "
             f"{row['tokens_per_s_bound']:,}, bound by {row['bound_by']}",
         ]

@@ -139,7 +139,11 @@ def test_a_change_of_the_training_text_is_refused_where_validation_is_a_part_of_
     changes = {"base": Change({}, "", {}), "b": Change({"data.train": f"{tmp_path}/b.tsv"}, "", {})}
     with pytest.raises(UserError, match=r"b: config\.data\.train: decides what is scored"):
         ablation_plan.resolve(flags, changes)
-    assert len(ablation_plan.resolve([*flags, f"--config.data.valid={tmp_path}/valid.tsv"], changes)) == 2
+    flags.append(f"--config.data.valid={tmp_path}/valid.tsv")
+    assert len(ablation_plan.resolve(flags, changes)) == 2
+    changes["b"] = Change({"data.columns": "2,1"}, "", {})  # of the validation file too
+    with pytest.raises(UserError, match=r"b: config\.data\.columns: decides what is scored"):
+        ablation_plan.resolve(flags, changes)
 
 
 def test_every_change_that_cannot_be_is_named_before_jax_is_imported(data, tmp_path):
@@ -371,7 +375,8 @@ def figures(bleu: float, perplexity: float = 2.0) -> dict:
     """Of one run."""
     costs = {"train_flops": 2e12, "train_hours": 0.05, "target_tokens_per_s": 12_345.0}
     curve = [{"minutes": 1.0, "flops": 1e12, "score": bleu / 2}, {"minutes": 3.0, "flops": 2e12, "score": bleu}]
-    return {"step": 300, "bleu": bleu, "bleu_signature": "nrefs:1", "perplexity": perplexity, "curve": curve, **costs}
+    scores = {"bleu": bleu, "bleu_signature": "nrefs:1", "perplexity": perplexity, "word_perplexity": 7.0}
+    return {"step": 300, **scores, "curve": curve, **costs}
 
 
 def row(name: str, bleus: list[float], test=None, failed=(), fields=None, **published: float) -> Row:
@@ -382,6 +387,17 @@ def row(name: str, bleus: list[float], test=None, failed=(), fields=None, **publ
 
 
 TEST = PairedTestResult("bleu", 24.0, 20.0, 0.001, 0.0312, 1.0, 1.0, ("bootstrap:1", "trials:2"), (1000, 10_000))
+
+
+def test_perplexities_of_different_vocabularies_are_per_word():
+    base, other = row("base", [20.0], perplexity=5.0), row("larger", [21.0], perplexity=6.0)
+    config = validation.replace_field(Config(), "data.vocab_size", 50_000)
+    other = other._replace(variant=other.variant._replace(config=config))
+    lines = ablation_table.table([base, other], "bleu").splitlines()
+    assert lines[0].split(" | ")[6:8] == ["word perplexity", "BLEU"]
+    assert lines[2].split(" | ")[6:8] == ["7.000", "20.00"]
+    assert "published" not in lines[0]
+    assert "| published perplexity |" in ablation_table.table([base], "bleu")
 
 
 def test_the_table_has_means_intervals_and_significance():

@@ -494,6 +494,21 @@ def test_a_workdir_keeps_its_config(tmp_path, capsys):
     assert other == parse(DEMO)[0]
 
 
+def test_widths_of_a_saved_config_follow_another_emb_dim(tmp_path):
+    narrow = "--config.model.emb_dim=64"
+    (tmp_path / "config.json").write_text(parse(DEMO)[0].to_json())
+    assert parse(f"--config={tmp_path}/config.json", narrow)[0].model == parse(DEMO, narrow)[0].model
+    (tmp_path / "config.json").write_text(parse(DEMO, "--config.model.qkv_dim=64")[0].to_json())
+    model = parse(f"--config={tmp_path}/config.json", "--config.model.emb_dim=32")[0].model
+    assert (model.qkv_dim, model.value_dim) == (64, 32)
+
+
+def test_a_saved_config_takes_no_fewer_steps_than_its_schedule_needs(tmp_path):
+    (tmp_path / "config.json").write_text(parse(DEMO, "--config.optimizer.schedule=cosine")[0].to_json())
+    with pytest.raises(UserError, match="the cosine schedule falls from its peak to 0"):
+        parse(f"--config={tmp_path}/config.json", "--config.train.num_steps=20")
+
+
 @pytest.mark.parametrize(
     ("flags", "match"),
     [

@@ -221,6 +221,14 @@ def test_po_takes_translated_entries(tmp_path):
     assert pairs_of(tmp_path / "a.po", content) == [("Open", "Öffnen"), ("Open", "Auf")]
 
 
+@pytest.mark.parametrize("language", ["en", "en_US"])
+def test_po_into_the_source_language_is_refused(tmp_path, language):
+    content = PO.replace('UTF-8\\n"', f'UTF-8\\n"\n"Language: {language}\\n"') + 'msgid "Open"\nmsgstr "Öffnen"\n'
+    assert f"translates into {language}, the source language" in refusal_of(tmp_path / "a.po", content)
+    for other in ("de", "de_AT", ""):
+        assert pairs_of(tmp_path / "a.po", content.replace(f"Language: {language}", f"Language: {other}"))
+
+
 def test_po_line_breaks_become_spaces_and_other_separators_stay(tmp_path):
     content = PO + 'msgid ""\n"one\\n"\n"two\\n"\nmsgstr "eins\\n\\n zwei\u2028\u0085\\tdrei\\n"\n'
     assert pairs_of(tmp_path / "a.po", content) == [("one two", "eins zwei\u2028\u0085\tdrei")]

@@ -19,6 +19,17 @@ def vocabulary():
     return tokenizer.train(LINES, 300, "bpe")
 
 
+def test_a_phrase_without_spaces_may_follow_another_word_directly():
+    vocabulary = tokenizer.train(["私は東京に住んでいます", "東京は大きい", "the red 50% house"] * 20, 310, "bpe")
+    encoded = encode_constraints(vocabulary, None, [["東京", "red"]], [99])[0].phrases
+    assert [vocabulary.pieces(phrase)[0][0] == "▁" for phrase in encoded] == [False, True]
+    assert [vocabulary.decode(phrase) for phrase in encoded] == ["東京", "red"]
+    for text in ("東京", "大き", "x", "50%"):
+        (inside,) = vocabulary.encode_inside([text])
+        assert not vocabulary.pieces(inside)[0].startswith("▁")
+        assert vocabulary.decode(inside) == text
+
+
 def test_without_constraints_all_sizes_are_zero(vocabulary):
     for prefixes, constraints in ((None, None), (["", " "], None), (None, [[], []]), ([" ", ""], [[], ()])):
         assert [encoded.length() for encoded in encode_constraints(vocabulary, prefixes, constraints, [9, 0])] == [

@@ -172,6 +172,14 @@ def test_a_config_file_may_leave_sizes_open_and_a_flag_does_not(saved, tmp_path)
         initialization.resolve_warm_start(dataclasses.replace(given, data=config_of(saved).data))
 
 
+def test_a_saved_config_leaves_no_size_open(saved, tmp_path):
+    """Else an ablation would train another model than its plan says."""
+    planned = small_config(model={"norm": "post", "mlp_dim": 2048}, train={"init_from": str(saved)})
+    (tmp_path / "config.json").write_text(planned.to_json())
+    config, _ = command_line.config_flags(["train.py", f"--config={tmp_path}/config.json"], needs_data=False)
+    assert config == planned
+
+
 @pytest.mark.reported
 def test_a_run_that_has_begun_keeps_its_sizes_when_the_base_is_gone(saved, tmp_path):
     save(tmp_path / "run", make_parts(), 5)

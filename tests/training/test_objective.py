@@ -215,6 +215,34 @@ def test_tokens_are_cut_off_at_the_rate_and_never_eos_bos_or_padding():
     assert (np.asarray(cut_tokens(jnp.asarray(ids), 0.05, jax.random.key(8))) != cut).any()
 
 
+def test_tags_are_never_cut_off():
+    ids = jnp.full((64, 9), 7, jnp.int32)
+    cut = cut_tokens(ids, 0.5, KEY, num_tags=2)
+    assert (cut[:, :2] == 7).all()
+    np.testing.assert_array_equal(cut[:, 2:], cut_tokens(ids, 0.5, KEY)[:, 2:])
+    languages = {"source_language": "en", "train": "a.tsv"}
+    mixture = tuple({**languages, "target_language": code, "tag": f"<2{code}>"} for code in ("de", "fr"))
+    config = config_of("simcut", data={"mixture": mixture}, train={"cutoff_rate": 0.9})
+    model, _, simcut = build(config)
+    source = np.full((4, 6), 9, np.int32)
+    source[:, -1] = EOS
+    tagged = source.copy()
+    tagged[:, 0] = 5
+    seen = []
+    embed = model.bind(model.init(0)).__class__._embed
+
+    def spy(self, side, ids, *args, **kwargs):
+        seen.append((side, ids))
+        return embed(self, side, ids, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformer.models.base.Seq2SeqModel._embed", spy)
+        simcut(model.init(0), Batch(tagged, source), KEY)
+    (ids,) = [ids for side, ids in seen if side == "source"]
+    assert (np.asarray(ids)[:, 0] == 5).all()
+    assert (np.asarray(ids)[1::2, 1:-1] == CUT).mean() > 0.5
+
+
 def update_on(name, sizes, batch, train=()):
     axes = ("data", "fsdp", "tensor", "sequence")
     config = config_of(name, train=train, mesh=dict(zip(axes, sizes, strict=True)))

@@ -147,6 +147,10 @@ class ModelConfig:
         for name in DEFAULTS_TO_EMB_DIM:  # replaced, as saved configs and comparisons of configs have the widths
             object.__setattr__(self, name, getattr(self, name) or self.emb_dim)
 
+    def widths_of_emb_dim(self) -> dict[str, int]:
+        """The fields that are as wide as emb_dim, as 0, so that they follow another."""
+        return {name: 0 for name in DEFAULTS_TO_EMB_DIM if getattr(self, name) == self.emb_dim}
+
     @property
     def num_encoder_layers(self) -> int:
         """The layers of the encoder."""

@@ -201,21 +201,27 @@ def check_consistency(
         raise UserError(f"config.model.attention = {kernel}: {reason}; auto chooses a supported one")
     if strict or {"train.best_metric", "eval.metrics"} & set(given):
         _check_best_metric(config)
-    optimizer, steps = config.optimizer, config.train.num_steps
-    profiled = schema.parse_steps(config.train.profile_steps)
+    profiled, steps = schema.parse_steps(config.train.profile_steps), config.train.num_steps
     if strict and profiled and profiled[0] > steps:
         raise UserError(
             f"config.train.profile_steps = {config.train.profile_steps}: the run ends at train.num_steps = {steps}; "
             "name earlier steps"
         )
-    if strict and schedule_depends_on_num_steps(config) and optimizer.warmup_steps >= steps:
+    if strict or any(name == "train.num_steps" or name.startswith("optimizer.") for name in given):
+        check_schedule(config)
+
+
+def check_schedule(config: Config) -> None:
+    """Raises a UserError if the schedule is longer than the run, in which it would not fall to 0."""
+    optimizer, steps = config.optimizer, config.train.num_steps
+    if schedule_depends_on_num_steps(config) and optimizer.warmup_steps >= steps:
         raise UserError(
             f"config.optimizer.warmup_steps: the {optimizer.schedule} schedule falls from its peak to 0 at "
             f"train.num_steps = {steps}: expected fewer steps, got {optimizer.warmup_steps}; change either. A quick "
             f"trial needs both lowered, such as optimizer.warmup_steps = {steps // 10}"
         )
     decay = optimizer.decay_fraction * steps
-    if strict and optimizer.schedule == "wsd" and optimizer.warmup_steps + decay > steps:
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + decay > steps:
         raise UserError(
             f"config.optimizer.decay_fraction = {optimizer.decay_fraction}: the last {decay:g} of train.num_steps = "
             f"{steps} overlap with optimizer.warmup_steps = {optimizer.warmup_steps}; lower either"
@@ -258,7 +264,8 @@ def get_field(config: Config, name: str) -> Any:
 def replace_field(config: Config, name: str, value: Any) -> Config:
     """The config with another value of section.field."""
     section, field = name.split(".")
-    replaced = dataclasses.replace(getattr(config, section), **{field: value})
+    widths = config.model.widths_of_emb_dim() if name == "model.emb_dim" else {}
+    replaced = dataclasses.replace(getattr(config, section), **widths, **{field: value})
     return dataclasses.replace(config, **{section: replaced})
 
 

@@ -235,8 +235,11 @@ def _parquet_columns(
     return picked
 
 
-def _read_po(path: epath.PathLike) -> Iterator[tuple[str, str]]:
-    """Yields msgid → msgstr of translated entries; skips fuzzy, obsolete and plural ones."""
+def _read_po(path: epath.PathLike, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """Yields msgid → msgstr of translated entries; skips fuzzy, obsolete and plural ones.
+
+    A file whose header says that it translates into the source language is an error.
+    """
     # polib splits text passed to it at U+2028 and the like, but a file at line ends only.
     with tempfile.NamedTemporaryFile("w", suffix=".po", encoding="utf-8", newline="") as copy:
         copy.writelines(line + "\n" for line in text_files.read_lines(path))
@@ -247,9 +250,20 @@ def _read_po(path: epath.PathLike) -> Iterator[tuple[str, str]]:
             line = re.search(r"line (\d+)", str(error))
             where = f"{path}, line {line[1]}" if line else f"{path}"
             raise UserError(f"{where}: invalid PO file; msgfmt --check says more") from error
+    into, (source, target) = entries.metadata.get("Language", ""), map(_main_code, languages)
+    if _main_code(into) == source != target:
+        raise UserError(
+            f"{path}: its header says that it translates into {into}, the source language; expected one from "
+            f"{languages[0]} into {languages[1]}"
+        )
     for entry in entries:
         if entry.translated() and not entry.obsolete and not entry.msgid_plural:
             yield text_files.one_line(entry.msgid), text_files.one_line(entry.msgstr)
+
+
+def _main_code(language: str) -> str:
+    """The code of a language without its country, in lower case: de of de_AT."""
+    return re.split("[-_]", language.lower())[0]
 
 
 def _read_tmx(path: epath.PathLike, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -363,6 +377,6 @@ _READERS: dict[str, Reader] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".tmx": lambda path, languages, columns: _read_tmx(path, languages),
-    ".po": lambda path, languages, columns: _read_po(path),
+    ".po": lambda path, languages, columns: _read_po(path, languages),
 }
 PAIR_FORMATS = tuple(_READERS)

@@ -56,6 +56,16 @@ _FIRST_IDEOGRAPH, _LAST_IDEOGRAPH = 0x20000, 0x3FFFF  # planes of ideographs alo
 _CODE_POINTS = 0x110000
 
 
+# First words of the Unicode names of letters that are written without spaces between words.
+WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+WITHOUT_SPACES += ("TAI THAM", "TAI LE", "NEW TAI", "TAI VIET")
+
+
+def is_written_without_spaces(character: str) -> bool:
+    """Whether a character is a letter of a script without spaces between words."""
+    return unicodedata.name(character, "").startswith(WITHOUT_SPACES)
+
+
 def script_of_language(language: str) -> str:
     """ISO 15924 code of a language's script, such as Latn; "" if the Unicode CLDR lacks the language."""
     code, *subtags = re.split("[-_]", language)

@@ -91,6 +91,13 @@ class Tokenizer:
         encoded = [np.append(self._from_sp[ids], np.int32(EOS)) for ids in self._processor.encode(list(lines))]
         return [np.insert(ids, 0, self.tag_id(tag)) for ids in encoded] if tag else encoded
 
+    def encode_inside(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encodes texts as they are written inside a line, without the space that begins one, and without EOS."""
+        if self.file_name == CODES_FILE_NAME:  # whose tokens are words
+            return [ids[:-1] for ids in self.encode(texts)]
+        boundary, *encoded = self.encode([RESERVED, *(RESERVED + text for text in texts)])  # which no merge crosses
+        return [ids[len(boundary) - 1 : -1] for ids in encoded]
+
     def encode_truncated(
         self, lines: Sequence[str], max_length: int, tag: str = ""
     ) -> tuple[list[np.ndarray], list[bool]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from transformer.data import text_inputs
+from transformer.data import scripts, text_inputs
 from transformer.data.batching import PAD_EXAMPLE, pad, round_up_to_power_of_two
 from transformer.data.tokenizer import UNK, Tokenizer
 from transformer.runtime.errors import UserError
@@ -102,6 +102,9 @@ def _encode(tokenizer: Tokenizer, prefix: str | None, phrases: Iterable[str] | N
             raise UserError(f"{where}: a translation is one line, so it cannot hold {text!r}; leave out the line break")
         if UNK in ids:
             raise UserError(f"{where}: the vocabulary cannot write {text!r}; ask for other words")
+    for i, inside in enumerate(tokenizer.encode_inside(texts[1:])):
+        if scripts.is_written_without_spaces(texts[1 + i][0]):  # it may follow another word directly
+            phrase_ids[i] = inside
     distinct = {ids.tobytes(): ids for ids in phrase_ids}
     return DecodingConstraints(prefix_ids, tuple(distinct.values()))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from sacrebleu.metrics import BLEU
 
 from transformer.config import DataConfig
-from transformer.data.scripts import script_of_language
+from transformer.data.scripts import WITHOUT_SPACES, script_of_language
 
 DEFAULT = "13a"
 PUBLISHED = "none -lc -s none"  # for published sets that are lowercased and tokenized: data.tokenized
@@ -24,11 +24,7 @@ BY_SCRIPT_CODE = {
     **dict.fromkeys("Hans Hant Hani".split(), "zh"),
     **dict.fromkeys("Jpan Hrkt Hira Kana Thai Laoo Khmr Mymr Tibt Lana Tale Talu Tavt".split(), "char"),
 }
-BY_UNICODE_NAME = {
-    "CJK": "zh",
-    **dict.fromkeys("HIRAGANA KATAKANA THAI LAO KHMER MYANMAR TIBETAN".split(), "char"),
-    **dict.fromkeys(("TAI THAM", "TAI LE", "NEW TAI", "TAI VIET"), "char"),
-}
+BY_UNICODE_NAME = {**dict.fromkeys(WITHOUT_SPACES, "char"), "CJK": "zh"}
 MIN_KANA_SHARE = 0.05  # Japanese has more than this share of kana; Chinese has next to none
 
 

@@ -54,12 +54,13 @@ CUT = -1
 """The id of a token that is cut off: its embedding is zero, its position encoding is not (see `cut_tokens`)."""
 
 
-def cut_tokens(ids_BT: Array, rate: float, key: Array) -> Array:
-    """Replaces each token but EOS and padding by CUT with probability `rate`.
+def cut_tokens(ids_BT: Array, rate: float, key: Array, num_tags: int = 0) -> Array:
+    """Replaces each token but EOS, padding and the first `num_tags` of a row by CUT with probability `rate`.
 
     The decoder's input of such a target has the same tokens cut off, and never BOS, which `shift_right` makes of EOS.
     """
-    keep_BT = token_keep_mask(key, rate, *ids_BT.shape) | (ids_BT == EOS) | (ids_BT == PAD)
+    is_tag_BT = jax.lax.broadcasted_iota(jnp.int32, ids_BT.shape, 1) < num_tags
+    keep_BT = token_keep_mask(key, rate, *ids_BT.shape) | (ids_BT == EOS) | (ids_BT == PAD) | is_tag_BT
     return jnp.where(keep_BT, ids_BT, CUT)
 
 

@@ -5,8 +5,8 @@
 - rdrop (Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks"): passes 1 and 2 have different dropout.
   L = NLL₁ + NLL₂ + α · ½ (KL(p₁ ‖ p₂) + KL(p₂ ‖ p₁)), the sum of both cross-entropies, not their mean.
 - simcut (Gao et al. 2022, "Bi-SimCut: A Simple Strategy for Boosting Neural Machine Translation"): pass 2 has the
-  embeddings of random tokens set to zero, in the source and in the decoder's input. L = NLL₁ + α · KL(p₁ ‖ p₂), and the
-  gradient reaches both passes.
+  embeddings of random tokens but tags set to zero, in the source and in the decoder's input.
+  L = NLL₁ + α · KL(p₁ ‖ p₂), and the gradient reaches both passes.
 
 NLL is label-smoothed, KL is of the predictions themselves; both are sums over target tokens. Both passes are one: row i
 of a batch becomes the neighbouring rows 2i and 2i + 1 of one with twice the rows. A device that holds consecutive rows
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from transformer.config import Config
+from transformer.config import Config, mixture
 from transformer.data.batching import Batch
 from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
@@ -66,6 +66,7 @@ def make_objective(model: ModelDef, config: Config, mesh: Mesh) -> Objective:
     """Returns (params, batch, dropout key) → the objective of `train.consistency`, to be minimized, and its sums."""
     packed, label_smoothing = config.data.batching == "pack", config.optimizer.label_smoothing
     consistency, weight = config.train.consistency, config.train.consistency_weight
+    num_tags = max((len(mixture.tags_of(entry)) for entry in config.data.mixture), default=0)
 
     def cross_entropy_only(params: Params, batch: Batch, key: Array) -> ObjectiveSums:
         logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key, packed)
@@ -79,9 +80,10 @@ def make_objective(model: ModelDef, config: Config, mesh: Mesh) -> Objective:
         return add_consistency(loss, 0.5 * kl_of_neighbours(logits_2BTV), twice.target_BT)
 
     def simcut(params: Params, batch: Batch, key: Array) -> ObjectiveSums:
-        dropout_key, *cutoff_keys = jax.random.split(key, 3)
+        dropout_key, source_key, target_key = jax.random.split(key, 3)
         rate = config.train.cutoff_rate
-        cut = Batch(*(cut_tokens(ids, rate, cut_key) for ids, cut_key in zip(batch, cutoff_keys, strict=True)))
+        cut_source_BS = cut_tokens(batch.source_BS, rate, source_key, num_tags)
+        cut = Batch(cut_source_BS, cut_tokens(batch.target_BT, rate, target_key))
         twice = Batch(*map(interleave, batch, cut))
         module = model.bind(params)
         module.has_cut_tokens = True

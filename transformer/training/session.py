@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import config_dict
 
 from transformer.checkpoints import best_metric
-from transformer.config import Config, schema, validation
+from transformer.config import Config, config_files, schema, validation
 from transformer.data import mixture_corpus, subword_dropout, tokenizer
 from transformer.evaluation.metrics import make_metric
 from transformer.runtime import files
@@ -66,6 +66,8 @@ def check_config(config: Config | config_dict.ConfigDict, workdir: str) -> Confi
       UserError: an unknown field, an invalid value, or fields that contradict each other.
     """
     if isinstance(config, Config):
+        if not config_files.saved_path(workdir):
+            validation.check_schedule(config)
         return validation.validate(dataclasses.asdict(config), strict=False)
     return validation.validate(config, workdir=workdir)
 
