@@ -17,6 +17,7 @@ attention; DIR/reports/ keeps the report of each evaluation. Of a model of sever
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -31,8 +32,10 @@ from transformer.runtime.logging import log_info
 
 if TYPE_CHECKING:
     from transformer.checkpoints.loading import RestoredModel
+    from transformer.evaluation.comparison import Comparison
     from transformer.evaluation.datasets import EvalDataset
     from transformer.evaluation.evaluator import EvalResult
+    from transformer.evaluation.systems import System
 
 NUM_SAMPLES = 5
 
@@ -63,17 +66,7 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Evaluates one checkpoint, with these decode fields in place of those of its config."""
     from transformer.checkpoints.loading import load_checkpoint
     from transformer.distributed import consistency
-    from transformer.evaluation import (
-        bleu_tokenizer,
-        datasets,
-        evaluator,
-        report,
-        results,
-        significance,
-        summary,
-        systems,
-    )
-    from transformer.evaluation import comparison as comparisons
+    from transformer.evaluation import datasets, evaluator, report, results, summary, systems
 
     if args.output and multihost.is_primary():
         check_writable(args.output, f"--output={args.output}")
@@ -111,18 +104,25 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     save_translations(result, args.output, results.translations_path(args.workdir, name))
     comparison = None
     if baseline:
-        _, sources, references = dataset
-        tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, references[0]).name
-        both = systems.label_pair(baseline, args.versus, systems.evaluated(args.workdir, restored, result.translations))
-        metrics = restored.config.eval.metric_names
-        with progress.phase("comparing the systems"):
-            comparison = comparisons.compare(both, sources, references, tokenizer, metrics=metrics)
-        log_info(f"\n{significance.format_table(both[1].label, both[0].label, comparison.tests[0])}\n")
-        log_info(comparisons.format_examples(comparison))
+        ours = systems.evaluated(args.workdir, restored, result.translations)
+        comparison = compare_with_baseline(systems.label_pair(baseline, args.versus, ours), dataset, restored)
     with progress.phase("writing the report"):
         report.write(args.workdir, name, restored, dataset, result, comparison)
     if multihost.is_primary():
         print(json.dumps(summary.as_json(restored, result, comparison)))
+
+
+def compare_with_baseline(pair: Sequence["System"], dataset: "EvalDataset", restored: "RestoredModel") -> "Comparison":
+    """Compares the evaluated model, the second of the pair, with a baseline; logs what differs."""
+    from transformer.evaluation import bleu_tokenizer, comparison, significance
+
+    _, sources, references = dataset
+    tokenizer = bleu_tokenizer.choose_bleu_tokenizer(restored.config.data, references[0]).name
+    with progress.phase("comparing the systems"):
+        found = comparison.compare(pair, sources, references, tokenizer, metrics=restored.config.eval.metric_names)
+    log_info(f"\n{significance.format_table(pair[1].label, pair[0].label, found.tests[0])}\n")
+    log_info(comparison.format_examples(found))
+    return found
 
 
 def evaluate_directions(

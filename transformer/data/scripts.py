@@ -57,8 +57,10 @@ _CODE_POINTS = 0x110000
 
 
 # First words of the Unicode names of letters that are written without spaces between words.
-WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
-WITHOUT_SPACES += ("TAI THAM", "TAI LE", "NEW TAI", "TAI VIET")
+WITHOUT_SPACES = (
+    *("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
+    *("TAI THAM", "TAI LE", "NEW TAI", "TAI VIET"),
+)
 
 
 def is_written_without_spaces(character: str) -> bool:

@@ -323,23 +323,28 @@ class TrainingLoop:
             raise DivergedError(
                 f"the run diverged: after update {step} the validation loss is {loss}; {DIVERGENCE_HINT}"
             )
-        best = self._config.train.best_metric
-        self.early_stopping = self.early_stopping.update(best_metric.score(best, scores) or 0.0)
+        score = best_metric.score(self._config.train.best_metric, scores) or 0.0
+        self.early_stopping = self.early_stopping.update(score)
         # A checkpoint that was resumed may have been saved with another search.
         context.checkpoints.update_metrics(step, {**scores, **self.early_stopping.to_metrics()}, self._config)
         self._validation_seconds += seconds
         self._write(writer, step, {**scores, "valid/seconds": seconds, **self._cost.metrics()})
-        shown = {"loss": f"validation loss {loss:.3f}"}
-        for name in metrics:
-            if name == best or name in self._config.eval.metric_names:
-                shown[name] = f"{METRICS[name].label} {scores[f'valid/{name}']:.2f}"
-        shown[best] += f", best {best_metric.format_score(best, self.early_stopping.best)}"
-        log_info(f"step {step:,} · {' · '.join(shown.values())} · {seconds:.0f} s · after {self._cost}")
+        self._log_scores(step, scores, seconds, metrics)
         if len(results) > 1:
             by_direction = " · ".join(f"{name} {result.scores['bleu']:.2f}" for name, result in results.items())
             log_info(f"  BLEU {by_direction}")
         for name, sample in samples.items():
             log_sample(*sample, name if len(samples) > 1 else "")
+
+    def _log_scores(self, step: int, scores: Mapping[str, float], seconds: float, metrics: Sequence[str]) -> None:
+        """Logs the validation loss and the scores that the config names, with the best so far."""
+        best = self._config.train.best_metric
+        shown = {"loss": f"validation loss {scores['valid/loss']:.3f}"}
+        for name in metrics:
+            if name == best or name in self._config.eval.metric_names:
+                shown[name] = f"{METRICS[name].label} {scores[f'valid/{name}']:.2f}"
+        shown[best] += f", best {best_metric.format_score(best, self.early_stopping.best)}"
+        log_info(f"step {step:,} · {' · '.join(shown.values())} · {seconds:.0f} s · after {self._cost}")
 
 
 def validation_scores(results: Mapping[str, EvalResult], metrics: Sequence[str]) -> dict[str, float]:
