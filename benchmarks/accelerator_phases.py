@@ -230,7 +230,7 @@ def beam_search(found: Findings) -> None:
         row = {
             "compile_s": round(compile_s, 1),
             "ms": round(1000 * seconds, 2),
-            "ms_a_step_at_least": round(1000 * seconds / max(int(lengths_B.max()), 1), 3),
+            "ms_a_step_at_most": round(1000 * seconds / max(int(lengths_B.max()), 1), 3),
             "sentences_per_s": round(rows / seconds, 1),
             "tokens_per_s": round(int(lengths_B.sum()) / seconds),
         }

@@ -59,7 +59,7 @@ def write_intervals(
     """Writes a chart with a row for each name: values as small dots, their mean, and half the width of its interval.
 
     A dashed line is at the mean of the first row. An interval ends at the latest as far beyond all values as these are
-    apart: one of two values may be a hundred times as wide. Writes nothing without rows.
+    apart, with an arrow: one of two values may be a hundred times as wide. Writes nothing without rows.
     """
     if not rows:
         return
@@ -92,6 +92,11 @@ def write_intervals(
         parts.append(text("end", NAME_WIDTH - 10, y + 4, name))
         if name in intervals:
             parts.append(line("interval", *intervals[name], y, y))
+            parts += [
+                text("mid", x(end), y + 4, arrow)
+                for end, arrow in ((lowest, "‹"), (highest, "›"))
+                if end in intervals[name]
+            ]
         parts += [f'<circle class="seed" cx="{x(value):.1f}" cy="{y:.1f}" r="2.5"/>' for value in values]
         tip = f"<title>{html.escape(name)}: {mean:.4g}</title>"
         parts.append(f'<circle class="dot s1" cx="{x(mean):.1f}" cy="{y:.1f}" r="4">{tip}</circle>')

@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
     """Parses the flags, measures and prints."""
     parser = command_line.config_parser("python -m transformer.benchmark", __doc__)
     parser.add_argument("--input", action="store_true", help="measure the input pipeline alone")
-    parser.add_argument("--num_steps", type=positive_int, default=50, help="updates to time (default: 50)")
+    steps_help = f"updates to time, in {ROUNDS} rounds (default: 50)"
+    parser.add_argument("--num_steps", type=positive_int, default=50, help=steps_help)
     config, args = command_line.parse_with_config(parser, argv)
     config = schema.with_absolute_paths(config)
     mixture_corpus.validate_sources(config.data)
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> None:
     tokenizer = vocabulary.get_or_train_tokenizer(tokenizers.inherit_tokenizer(config), corpus)
     ids = input_pipeline.training_ids(config, corpus, tokenizer)
     schedule = input_pipeline.make_batch_schedule(config, ids)
-    row = measure_input(schedule, ids, args.num_steps) if args.input else measure(config, schedule, ids, args.num_steps)
+    steps = max(args.num_steps // ROUNDS, 1)
+    row = measure_input(schedule, ids, steps) if args.input else measure(config, schedule, ids, steps)
     print(json.dumps({**row, **sizes(config, tokenizer.vocab_size)}))
 
 
@@ -71,11 +73,11 @@ def sizes(config: Config, vocab_size: int) -> Row:
     }
 
 
-def measure_input(schedule: BatchSchedule, ids: TokenIds, num_steps: int) -> Row:
+def measure_input(schedule: BatchSchedule, ids: TokenIds, steps_per_round: int) -> Row:
     """Real target tokens per second of the input pipeline, median of rounds."""
     rates = []
-    for start in range(0, ROUNDS * num_steps, num_steps):
-        batches = input_pipeline.train_iterator(schedule, ids, start=start, num_steps=start + num_steps)
+    for start in range(0, ROUNDS * steps_per_round, steps_per_round):
+        batches = input_pipeline.train_iterator(schedule, ids, start=start, num_steps=start + steps_per_round)
         since = time.perf_counter()
         tokens = sum(real_tokens(batch) for batch in batches)
         rates.append(tokens / (time.perf_counter() - since))
@@ -85,7 +87,7 @@ def measure_input(schedule: BatchSchedule, ids: TokenIds, num_steps: int) -> Row
     return row
 
 
-def measure(config: Config, schedule: BatchSchedule, ids: TokenIds, num_steps: int) -> Row:
+def measure(config: Config, schedule: BatchSchedule, ids: TokenIds, steps_per_round: int) -> Row:
     """Speed of training steps with input, median of rounds."""
     mesh = make_mesh(config.mesh)
     model = registry.ModelDef(config.model, config.data.vocab_size)
@@ -98,7 +100,6 @@ def measure(config: Config, schedule: BatchSchedule, ids: TokenIds, num_steps: i
     jax.block_until_ready(metrics)
     compile_s = time.perf_counter() - compile_since
     log_info(f"{len(schedule.buckets)} shapes compiled or loaded from the cache, and run once: {compile_s:.1f} s")
-    steps_per_round = max(num_steps // ROUNDS, 1)
     batches = input_pipeline.train_iterator(schedule, ids, start=0, num_steps=ROUNDS * steps_per_round)
     rounds = []
     for number in range(1, ROUNDS + 1):

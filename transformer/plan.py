@@ -139,8 +139,8 @@ def plan(config: Config, topology: Topology, length: int, effort: float, *, find
             return size
 
         units = aot.max_batch(needed, topology.chip.memory, rows // unit)
-        row["fit_batch_tokens"] = units * unit * length
-        row["fit_tokens_per_chip"] = units * unit * length // mesh.size
+        largest = length * rows_per_batch(units * unit * length, length) if units else 0  # as training rounds it down
+        row |= {"fit_batch_tokens": largest, "fit_tokens_per_chip": largest // mesh.size}
     return row
 
 

@@ -60,10 +60,11 @@ def _check_mesh(config: Config) -> None:
 
 def divisibility_error(mesh_field: str, shards: int, field: str, size: int) -> str:
     """The message for a mesh that cannot split a dimension of the model."""
-    return (
-        f"config.{mesh_field} = {shards} does not divide {field} = {size}; set {mesh_field} to "
-        f"{math.gcd(shards, size)}, or {field} to {round_up(size, shards)}"
-    )
+    error = f"config.{mesh_field} = {shards} does not divide {field} = {size}; set {mesh_field} to "
+    error += str(math.gcd(shards, size))
+    if field in ("model.mlp_dim", "data.vocab_size"):  # on which no other size depends
+        error += f", or {field} to {round_up(size, shards)}"
+    return error
 
 
 class Condition(NamedTuple):

@@ -186,12 +186,17 @@ def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
         changes["train.batch_tokens"] = batch_tokens
     effects = []
     for name, value in changes.items():
+        if value == validation.get_field(config, name):
+            continue
         changed_config = validation.replace_field(config, name, value)
         try:
             validation.check_consistency(changed_config, needs_data=False, strict=False)
         except UserError:  # of a mixture or an attention that does not support packed rows
             continue
         changed = _schedule(changed_config, ids)
+        has_fewer_shapes = has_many_shapes and (len(changed.buckets) < shapes or changed.steps_per_epoch > steps)
+        if changed.fill <= fill and not has_fewer_shapes:
+            continue
         effects.append(f"{name} = {value} gives fill {changed.fill:.2f}, shapes: {len(changed.buckets)}")
     return (
         f"shapes of batches: {shapes}, each of which is compiled, for {steps:,} batches {schedule.period}; "

@@ -186,7 +186,7 @@ def _shorten(text: str) -> str:
 
 
 def _tokens_table(config: Config, texts: dict[str, TextStats], ids: dict[str, TokenIds], tokenizer: Tokenizer) -> Table:
-    lengths = [{50: "median", 100: "longest"}.get(percent, f"{percent}%") for percent in PERCENTILES]
+    lengths = [{100: "longest"}.get(percent, f"{percent}%") for percent in PERCENTILES]
     title = f"Tokens of a vocabulary of {tokenizer.vocab_size:,}, without the ends of sentences"
     table = _table(title, ("split", "side"), ("tokens", "per word", "in bytes", "unknown", *lengths))
     for name, text in texts.items():

@@ -54,8 +54,8 @@ def sections(comparison: Comparison) -> list[str]:
                 ngram_tables(baseline, system.label, pair)
                 for system, pair in zip(comparison.systems[1:], comparison.ngrams, strict=True)
             ),
-            "How often each n-gram of up to four words matches the reference of its sentence. Log-odds: log((a + 1) / "
-            "(b + 1)).",
+            "How often each n-gram of up to four words matches the reference of its sentence. Log-odds: log((system + "
+            "1) / (baseline + 1)).",
         ),
         sentence_section(comparison),
     ]

@@ -51,15 +51,15 @@ class MetricsAccumulator:
         Raises:
           DivergedError: its loss or gradient is not finite.
         """
+        loss = float(metrics.loss.objective) / max(float(metrics.loss.tokens), 1)
         if not (math.isfinite(metrics.loss.objective) and math.isfinite(metrics.grad_norm)):
             raise DivergedError(
-                f"the run diverged: at update {step} the loss is {float(metrics.loss.objective)} and the gradient "
-                f"norm {float(metrics.grad_norm)}; it was not made, and {DIVERGENCE_HINT}",
+                f"the run diverged: at update {step} the loss is {loss} and the gradient norm "
+                f"{float(metrics.grad_norm)}; it was not made, and {DIVERGENCE_HINT}",
                 step,
             )
         if int(metrics.skipped) > self.skipped:
             self.skipped = int(metrics.skipped)
-            loss = float(metrics.loss.objective) / max(float(metrics.loss.tokens), 1)
             log_info(f"update {step:,} skipped: its loss of {loss:.3f} is a spike; {self.skipped:,} skipped so far")
         self.nll += float(metrics.loss.nll)
         self.correct += float(metrics.loss.correct)

@@ -267,7 +267,7 @@ def log_summary(context: RunContext, model: ModelDef) -> None:
     log_info(f"batch shapes, rows x (source, target): {shapes}")
     for line in schedule.summary():
         log_info(line)
-    peak, warmup = optimizer.peak_learning_rate(config), config.optimizer.warmup_steps
+    peak, warmup = optimizer.peak_learning_rate(config), min(config.optimizer.warmup_steps, config.train.num_steps)
     log_info(f"learning rate up to {peak:.2g}, after {warmup:,} updates")
     if warning := sharding.padding_warning(mesh, schedule, config.train.accumulation_steps):
         log_info(f"warning: {warning}")

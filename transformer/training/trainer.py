@@ -107,6 +107,7 @@ class StepPipeline:
             with jax.transfer_guard("disallow"):  # which is of each thread
                 return self._train_step.lower(self.state, batch).compile()
 
+        self.flush()  # the update at work, whose time would be taken for that of compiling
         compiling = f"compiling shape {len(self.programs) + 1} of {self._num_shapes}"
         log_info(compiling)
         with self.meter.compilation(), progress.phase(compiling), ThreadPoolExecutor(1) as pool:
