@@ -17,6 +17,7 @@ attention; DIR/reports/ keeps the report of each evaluation. Of a model of sever
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,15 +48,17 @@ def main(argv: list[str]) -> None:
 
     if args.watch and fields:
         raise UserError(f"--watch decodes as each checkpoint says; leave out --decode.{min(fields)}")
-    if args.watch and multihost.is_multiprocess(args):
-        raise UserError("--watch runs in one process; start it on one host alone")
-    if not args.watch:  # which may wait for the run to begin
+    if args.watch:  # beside training, which may have taken most of a GPU's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    else:  # as --watch may wait for the run to begin
         reject_missing_workdirs(args.workdir)
     with multihost.initialize(args):
+        if args.watch and multihost.process_count() > 1:
+            raise UserError("--watch runs in one process; start it on one host alone")
         log_info(f"{args.workdir}: loading JAX …")
-        from transformer.runtime import environment
+        from transformer.distributed import consistency
 
-        environment.enable_compilation_cache()
+        consistency.enable_compilation_cache()
         if args.watch:
             watch(args)
         else:

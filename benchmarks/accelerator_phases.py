@@ -38,7 +38,7 @@ from transformer.distributed.mesh import make_mesh
 from transformer.models import flops as cost
 from transformer.models.registry import ModelDef
 from transformer.planning import hlo, hlo_cost
-from transformer.planning.hardware import CHIPS
+from transformer.planning.hardware import chip_of
 from transformer.runtime import environment
 from transformer.training import train_step
 
@@ -332,7 +332,8 @@ def timed(function: Callable[..., Any], *arguments: Any, about: float = 0.5, smo
 
 def shares(found: Findings, flops_per_s: float, device: str, devices: int) -> Row:
     """FLOPs a second as shares of what the data sheet says and of what phase `probe` has measured."""
-    sheet = next((chip.flops for chip in CHIPS.values() if chip.name in device.lower() and chip.name != "cpu"), 0.0)
+    chip = chip_of(device)
+    sheet = chip.flops if chip else 0.0
     row: Row = {"tflops": round(flops_per_s / 1e12, 4)}
     for key, ceiling in (("mfu", sheet), ("mfu_of_measured", found.ceiling)):
         row |= {key: round(flops_per_s / ceiling / devices, 4)} if ceiling else {}

@@ -50,7 +50,7 @@ def read(folder: pathlib.Path, repeats: int) -> list[KernelTime]:
     totals: dict[str, tuple[float, int]] = {}
     for plane in devices or [plane for plane in planes if plane.name == "/host:CPU"]:
         lines = list(plane.lines)
-        streams = [line for line in lines if "Stream" in line.name]
+        streams = [line for line in lines if "Stream" in line.name or line.name == "XLA Ops"]  # of GPUs, of TPUs
         for line in streams or [line for line in lines if line.name != "python"]:
             for event in line.events:
                 ms, count = totals.get(event.name, (0.0, 0))

@@ -171,7 +171,7 @@ def main(argv: list[str]) -> None:
             if sys.stdin.isatty():
                 translate_interactively(translate, lines, sys.stdout.buffer)
             else:
-                translate_stream(translate, lines, sys.stdout.buffer, args.batch_size)
+                translate_stream(translate, lines, sys.stdout.buffer, args.batch_size or 16 * translator.rows)
     finally:
         translator.log_warnings()
 
@@ -198,8 +198,8 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size",
         type=positive_int,
-        default=256,
-        help="lines read before the first is written; typed ones are translated one by one",
+        help="lines read before the first is written; typed ones are translated one by one (default: 16 times "
+        "decode.batch_rows)",
     )
     parser.add_argument("--beam_size", type=positive_int, help="the same as --decode.beam_size")
     parser.add_argument(

@@ -24,7 +24,7 @@ from transformer.config.mixture import Direction
 from transformer.data import synthetic_corpus, text_files
 from transformer.data.synthetic_corpus import InputText, Shard, SyntheticCorpus
 from transformer.distributed import consistency, multihost
-from transformer.runtime import environment, progress, signals
+from transformer.runtime import progress, signals
 from transformer.runtime.errors import StoppedError, UserError
 from transformer.runtime.files import reject_missing_workdirs
 from transformer.runtime.logging import log_info
@@ -73,7 +73,7 @@ def translate_corpus(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     log_info(f"{text.num_lines:,} lines to translate; loading JAX and the model of {args.workdir} …")
     from transformer import inference
 
-    environment.enable_compilation_cache()
+    consistency.enable_compilation_cache()
     consistency.assert_same_code()
     model = inference.load(args.workdir, args.checkpoint, args.ensemble)
     direction = mixture.find_direction(model.primary.config.data, args.source_language, args.target_language)

@@ -94,13 +94,13 @@ def test_cudnn_is_asked_for_what_the_plain_path_computes(monkeypatch):
     assert set(asked) == {"cudnn"}
 
 
-def stand_in_for_cudnn(monkeypatch, factor=1.0):
+def stand_in_for_cudnn(monkeypatch, factor=1.0, shortest=2):
     """JAX's own reference, which refuses what cuDNN's attention refuses in training; returns what was asked for."""
     asked = []
 
     def reference(*qkv, implementation, **options):
         asked.append(implementation)
-        if any(array.shape[1] % 2 for array in qkv):
+        if any(array.shape[1] % 2 or array.shape[1] < shortest for array in qkv):
             raise NotImplementedError(f"Unsupported sequence length Q {qkv[0].shape[1]}, KV {qkv[1].shape[1]}.")
         wide = [factor * array.astype(jnp.float32) for array in qkv]
         return dot_product_attention(*wide, implementation="xla", **options).astype(qkv[0].dtype)
@@ -405,7 +405,7 @@ def test_a_trial_runs_forward_and_backward_on_all_devices_within_a_trace(monkeyp
     with jax.transfer_guard("disallow"):
         jax.jit(traced).lower(jax.ShapeDtypeStruct((), jnp.float32))
     assert result == [""]
-    assert asked == ["cudnn", "cudnn"]
+    assert asked == ["cudnn"] * 4
 
 
 def test_a_trial_notices_errors_and_wrong_numbers(monkeypatch):
@@ -415,6 +415,9 @@ def test_a_trial_notices_errors_and_wrong_numbers(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jax.nn, "dot_product_attention", fails)
         assert fused.try_cudnn(8) == "a trial failed with RuntimeError: no execution plans"
+    with monkeypatch.context() as patch:
+        stand_in_for_cudnn(patch, shortest=64)
+        assert "NotImplementedError: Unsupported sequence length Q 24" in fused.try_cudnn(8)
     stand_in_for_cudnn(monkeypatch, 1.1)
     assert re.fullmatch(r"in a trial its numbers were off by 0\.\d+ of their norm", fused.try_cudnn(8))
 

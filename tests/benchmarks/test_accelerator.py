@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from benchmarks import accelerator, findings, kernel_times
@@ -150,3 +152,15 @@ def test_kernels_are_summed_by_kind():
     assert kernel_times.by_kind(times) == {"product": 3.0, "elementwise": 1.5, "other": 0.5}
     summary = kernel_times.summary(times, most=1)
     assert (summary["busy_ms"], summary["kernels"], summary["top"]) == (5.0, 9, [["nvjet_tst_128x256", 2.0, 4]])
+
+
+@pytest.mark.parametrize("name", ["Stream #14(Compute)", "XLA Ops"])
+def test_only_kernels_of_a_device_are_counted(monkeypatch, tmp_path, name):
+    def line(name, event):
+        return SimpleNamespace(name=name, events=[SimpleNamespace(name=event, duration_ns=2e6)])
+
+    lines = [line(name, "gemm"), *(line(other, "all of it") for other in ("Steps", "XLA Modules"))]
+    profile = SimpleNamespace(planes=[SimpleNamespace(name="/device:X:0", lines=lines)])
+    monkeypatch.setattr(jax.profiler.ProfileData, "from_file", lambda path: profile)
+    (tmp_path / "a.xplane.pb").write_bytes(b"")
+    assert kernel_times.read(tmp_path, 1) == [KernelTime("gemm", 2.0, 1.0)]

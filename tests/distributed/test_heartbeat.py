@@ -140,7 +140,9 @@ def test_a_broken_collective_waits_to_know_who_went_away(ended, capsys):
     with pytest.raises(Ended):
         beats.abort(jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer"))
     assert set(ended) == {1}
-    assert f"{NAMES[1]} has been silent" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{NAMES[1]} has been silent" in said
+    assert "to see whether another host is the cause of: UNKNOWN: Gloo AllReduce failed" in said.splitlines()[0]
 
 
 def test_a_host_that_stood_still_itself_blames_nobody(ended, monkeypatch):

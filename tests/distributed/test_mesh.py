@@ -23,6 +23,7 @@ from transformer.models.loss import cross_entropy
 from transformer.planning import aot, hlo_cost
 from transformer.planning.hardware import parse_topology
 from transformer.planning.hlo import Program
+from transformer.runtime.errors import UserError
 from transformer.training import train_step
 
 V = 40
@@ -275,3 +276,9 @@ def test_fsdp_on_tpus_scatters_the_sums_of_gradients():
     gathers = [size for what, _, size in exchanged(text) if what == "all-gather"]
     layer = sum(4 * leaf.size for leaf in jax.tree.leaves(registry.ModelDef(config.model, 320).init(0)["decoder"][0]))
     assert max(gathers) <= layer + 4 * 320 * 512
+
+
+def test_one_host_of_a_tpu_slice_alone_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match="JAX finds the devices of 4 processes, and this command runs in 1: "):
+        make_mesh(MeshConfig())

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from transformer.planning import roofline
-from transformer.planning.hardware import CHIPS
+from transformer.planning.hardware import CHIPS, chip_of
 from transformer.planning.hlo_cost import Collective, KernelCost
 from transformer.planning.roofline import StepTimes
 
@@ -23,6 +23,18 @@ CHIP = CHIPS["v5e"]._replace(
 )
 def test_what_a_chip_must_send(kind, sent):
     assert roofline.sent_bytes(Collective(kind, ("data",), 4, 1, 100)) == sent
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA B200", "b200"), ("TPU v5 lite", "v5e")),
+        *(("TPU v5e", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"), ("TPU v6e", "v6e")),
+    ],
+)
+def test_a_chip_is_known_by_the_name_that_jax_gives_it(kind, name):
+    assert chip_of(kind) == CHIPS[name]
+    assert chip_of("cpu") is chip_of("TPU v4") is None
 
 
 def test_the_longest_of_three_is_the_bound():

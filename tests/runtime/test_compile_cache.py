@@ -41,6 +41,13 @@ def test_a_configured_folder_is_used(tmp_path):
     assert any((tmp_path / "mine").iterdir())
 
 
+def test_xla_writes_nothing_of_its_own_into_object_storage():
+    program = PROGRAM.partition("jax.jit(")[0] + "print(jax.config.jax_persistent_cache_enable_xla_caches)"
+    command, folder = [sys.executable, "-c", program], {"JAX_COMPILATION_CACHE_DIR": "gs://bucket/cache"}
+    result = subprocess.run(command, env={**os.environ, **folder}, capture_output=True, text=True, check=True)
+    assert result.stdout == "none\n"
+
+
 def test_programs_are_counted_while_it_is_entered():
     function = jax.jit(lambda x: x * 3.0)
     counter = CompileCounter()

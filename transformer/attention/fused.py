@@ -37,7 +37,7 @@ HEADS, ROWS = sharding.HEAD_AXES, sharding.ROW_AXES
 NUM_LANES = 128  # splash takes lengths that are multiples of it
 BLOCK = 512  # queries and keys of splash's largest block
 MIN_COMPUTE_CAPABILITY = 8.0  # compute capability: Ampere
-TRIAL_LENGTH = 64  # tokens on either side
+TRIAL_LENGTHS = ((64, 64), (24, 40))  # queries and keys: some versions of cuDNN fail below 64
 TRIAL_ERROR = 0.05  # of bfloat16 against float32, relative to the norm: ten times what rounding makes
 
 # Why the trial of cuDNN failed, by the width of a head; empty where it works.
@@ -161,19 +161,22 @@ def try_cudnn(width: int) -> str:
     """
     devices = jax.local_devices()
     mesh = make_mesh(MeshConfig(data=len(devices)), devices)
-    rng, shape = np.random.default_rng(0), (2 * len(devices), TRIAL_LENGTH, 2, width)
+    rng, longest = np.random.default_rng(0), max(max(lengths) for lengths in TRIAL_LENGTHS)
+    shape = (2 * len(devices), longest, 2, width)
     qkvg = [rng.standard_normal(shape).astype(jnp.bfloat16) for _ in "qkvg"]
-    lengths_B1 = rng.integers(1, TRIAL_LENGTH, (shape[0], 1))
-    kv_ids_BS = (np.arange(TRIAL_LENGTH) < lengths_B1).astype(np.int32)
+    kv_ids_BS = (np.arange(longest) < rng.integers(1, longest, (shape[0], 1))).astype(np.int32)
 
     def gradients(attend: Callable[..., Array], dtype: Any) -> list[np.ndarray]:
         def run(qkvg: list[Array], kv_ids_BS: Array) -> list[Array]:
-            *qkv, grad_BTHK = (array.astype(dtype) for array in qkvg)
+            q_BTHK, k_BSHK, v_BSHK, grad_BTHK = (array.astype(dtype) for array in qkvg)
             results: list[Array] = []
             with sharding.use_mesh(mesh):
-                for mask in (AttentionMask(causal=True), AttentionMask(kv_segment_ids_BS=kv_ids_BS)):
-                    out_BTHK, pull = jax.vjp(lambda *qkv, mask=mask: attend(*qkv, mask), *qkv)
-                    results += [out_BTHK, *pull(grad_BTHK)]
+                for T, S in TRIAL_LENGTHS:
+                    padded = AttentionMask(kv_segment_ids_BS=kv_ids_BS[:, :S])
+                    for mask, keys in ((AttentionMask(causal=True), T), (padded, S)):
+                        qkv = q_BTHK[:, :T], k_BSHK[:, :keys], v_BSHK[:, :keys]
+                        out_BTHK, pull = jax.vjp(lambda *qkv, mask=mask: attend(*qkv, mask), *qkv)
+                        results += [out_BTHK, *pull(grad_BTHK[:, :T])]
             return [array.astype(jnp.float32) for array in results]
 
         return jax.device_get(jax.jit(run)(*jax.device_put((qkvg, kv_ids_BS), sharding.batch_sharding(mesh))))

@@ -83,7 +83,7 @@ class Translator:
     def __init__(self, models: Sequence[ModelDef], tokenizer: Tokenizer, config: DecodeConfig, mesh: jax.sharding.Mesh):
         self._models = tuple(models)
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
-        self._rows = batch_rows(config, mesh)
+        self.rows = batch_rows(config, mesh)
         self._workers = platform.decode_threads(mesh)
         self._programs: dict[int, Callable[[Any, Any], Hypotheses]] = {}
         self._compiled: set[Any] = set()
@@ -219,10 +219,10 @@ class Translator:
             groups.setdefault(constraints.padded_sizes(), []).append(example)
         for sizes, members in sorted(groups.items(), reverse=True):
             lengths = request.sources.lengths[members]
-            for spec in reversed(eval_batches(lengths, np.zeros_like(lengths), lambda width: self._rows)):
+            for spec in reversed(eval_batches(lengths, np.zeros_like(lengths), lambda width: self.rows)):
                 is_real_B = spec.examples_B != PAD_EXAMPLE
                 examples_B = np.where(is_real_B, np.array(members)[spec.examples_B], PAD_EXAMPLE)
-                local_B = examples_B[sharding.local_row_indices(self._mesh, self._rows, rows="decode_batch")]
+                local_B = examples_B[sharding.local_row_indices(self._mesh, self.rows, rows="decode_batch")]
                 source_BS = request.sources.to_padded(local_B, spec.bucket.source)
                 keys_B2 = None if request.keys_N2 is None else request.keys_N2[np.maximum(local_B, 0)]
                 inputs = DecodeInputs(source_BS, keys_B2, *pad_constraints(request.constraints, local_B, sizes))

@@ -3,6 +3,7 @@
 Without the checks every process would train on, with rows of different batches.
 """
 
+import contextlib
 import os
 import time
 import uuid
@@ -11,10 +12,11 @@ from etils import epath
 
 from transformer.config import Config, mixture, schema, validation
 from transformer.distributed import multihost
-from transformer.runtime import object_storage
+from transformer.runtime import environment, object_storage
 from transformer.runtime.environment import code_digest, versions
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import write_atomic
+from transformer.runtime.logging import log_info
 
 # Seconds in which all processes must see a file that one wrote: network file systems take some.
 VISIBILITY_TIMEOUT_S = 15.0
@@ -75,7 +77,7 @@ def assert_shared_workdir(workdir: epath.Path) -> None:
     if multihost.process_count() == 1:
         return
     marker = multihost.broadcast_from_primary("marker of the workdir", lambda: _write_marker(workdir))
-    answers = multihost.allgather("workdir", str(_can_see(workdir, marker)))
+    answers = multihost.allgather("workdir", str(_can_see(workdir / MARKER_FILE, marker)))
     missing = [multihost.process_name(i) for i, answer in enumerate(answers) if answer != str(True)]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -91,14 +93,45 @@ def _write_marker(workdir: epath.Path) -> str:
     return marker
 
 
-def _can_see(workdir: epath.Path, marker: str) -> bool:
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs; of several processes only where all see the folder of the primary.
+
+    That alone writes programs. Where it finds one and others do not, it would not compile, and on GPUs these would wait
+    for its share of the tuning that processes divide.
+    """
+    environment.enable_compilation_cache()
+    if multihost.process_count() == 1:
+        return
+    import jax
+
+    folder = epath.Path(jax.config.read("jax_compilation_cache_dir"))
+    marker = multihost.broadcast_from_primary("marker of the compilation cache", lambda: uuid.uuid4().hex)
+    path = folder / f"{MARKER_FILE}-{marker}"
+    with contextlib.suppress(OSError):
+        if multihost.is_primary():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, marker)
+    answers = multihost.allgather("compilation cache", str(_can_see(path, marker)))
+    with contextlib.suppress(OSError):
+        if multihost.is_primary():
+            path.unlink()
+    if answers != [str(True)] * len(answers):
+        jax.config.update("jax_enable_compilation_cache", False)
+        log_info(
+            f"warning: not all hosts see {folder}, so programs are compiled at every start; set "
+            "JAX_COMPILATION_CACHE_DIR to a folder that all share"
+        )
+
+
+def _can_see(path: epath.Path, marker: str) -> bool:
+    """Whether a file begins with the marker, perhaps after a while."""
     deadline = time.monotonic() + VISIBILITY_TIMEOUT_S
     while True:
         try:
-            if (workdir / MARKER_FILE).read_text().startswith(marker):
+            if path.read_text().startswith(marker):
                 return True
-            if not object_storage.is_remote(workdir):
-                os.listdir(workdir)  # makes NFS look again
+            if not object_storage.is_remote(path):
+                os.listdir(path.parent)  # makes NFS look again
         except OSError:
             pass
         if time.monotonic() > deadline:

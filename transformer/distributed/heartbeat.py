@@ -57,7 +57,10 @@ class Heartbeat:
     def abort(self, error: BaseException) -> None:
         """Ends this process because of an error, and publishes it to the others."""
         if is_peer_failure(error):
-            deadline = time.monotonic() + self._timeout + 2 * self._pause + GRACE
+            seconds = self._timeout + 2 * self._pause + GRACE
+            reason = str(error).partition("\n")[0]
+            logging.log_error(f"waiting up to {seconds:.0f} s to see whether another host is the cause of: {reason}")
+            deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:  # which process went away is known a little later
                 self._check_peers(time.monotonic())
                 time.sleep(0.1)

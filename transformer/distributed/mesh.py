@@ -65,7 +65,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 def _all_devices() -> list[jax.Device]:
     try:
-        return jax.devices()
+        devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # an AssertionError without a plugin for the platform
         platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = str(error).partition("\n")[0] or "no such devices, or no plugin of jax for them"
@@ -73,6 +73,13 @@ def _all_devices() -> list[jax.Device]:
             f"JAX_PLATFORMS={platforms}: expected devices of that platform, found none: {reason}; install its driver "
             "and plugin, or set JAX_PLATFORMS=cpu"
         ) from error
+    if jax.process_count() != multihost.process_count():
+        raise UserError(
+            f"JAX finds the devices of {jax.process_count()} processes, and this command runs in "
+            f"{multihost.process_count()}: on one host of a TPU slice set TPU_PROCESS_BOUNDS=1,1,1 and "
+            "TPU_CHIPS_PER_PROCESS_BOUNDS to its own chips, such as 2,2,1"
+        )
+    return devices
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:

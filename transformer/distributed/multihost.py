@@ -90,8 +90,12 @@ def initialize(args: argparse.Namespace) -> Iterator[None]:
     import jax
 
     _group = group = _join(args)
-    lost_primary = f"{group.names[0]}, which all others depend on, has gone away"
-    with report_on_sigabrt(lost_primary, args.lost_host_exit_code):
+    if group.index:
+        aborted = f"{group.names[0]}, which all others depend on, has gone away, or XLA failed here, as said above"
+        code = args.lost_host_exit_code
+    else:
+        aborted, code = "XLA failed, as said above, and ended this process", 1
+    with report_on_sigabrt(aborted, code):
         group.heartbeat.start()
         stopped = None
         try:

@@ -78,10 +78,12 @@ def fused_attention_min_length() -> int:
 def compile_threads(mesh: Mesh) -> int:
     """Programs that are compiled at once, before the first update; 1: each when it is first needed.
 
-    An accelerator's compiler keeps one core busy, and the devices would wait for it again and again. A CPU's takes all
-    cores, and training begins earlier with one shape.
+    A TPU's compiler keeps one core busy, and the devices would wait for it again and again. A GPU's times candidates of
+    kernels on the GPU, which two at once would disturb (openxla/xla issue 41620), and a CPU's takes all cores: there
+    training begins earlier with one shape.
     """
-    return 1 if is_cpu(mesh) else min(environment.available_cpus(), MAX_COMPILE_THREADS)
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    return min(environment.available_cpus(), MAX_COMPILE_THREADS) if is_tpu else 1
 
 
 def copies_state_to_save() -> bool:
@@ -97,10 +99,10 @@ def copies_state_to_save() -> bool:
 def decode_rows(mesh: Mesh) -> int:
     """Sentences that are decoded at once.
 
-    An accelerator decodes 256 in about the time of 16; on a CPU they would wait for the slowest of them, and KV caches
-    and logits would not fit its cache: 32 at once take 1.26 times the CPU time of 16.
+    Each accelerator decodes 256 in about the time of 16; on a CPU they would wait for the slowest of them, and KV
+    caches and logits would not fit its cache: 32 at once take 1.26 times the CPU time of 16.
     """
-    return DECODE_ROWS_ON_CPU if is_cpu(mesh) else DECODE_ROWS
+    return DECODE_ROWS_ON_CPU if is_cpu(mesh) else DECODE_ROWS * mesh.size
 
 
 def decode_threads(mesh: Mesh) -> int:

@@ -59,6 +59,13 @@ CHIPS = {
 }
 
 
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls by this `device_kind`, such as "NVIDIA H200" or "TPU v5 lite"; None if it is unknown."""
+    kind = device_kind.lower().replace(" lite", "e")
+    kind = "tpu v5p" if kind == "tpu v5" else kind
+    return next((chip for chip in CHIPS.values() if chip.name in kind and chip.platform != "cpu"), None)
+
+
 def _gpu_target(name: str, kind: str, capability: int, cores: int, l2_cache: int, clock_ghz: float) -> str:
     """XLA's description of a GPU for ahead-of-time compilation, with the figures of XLA's own list of GPUs.
 

@@ -108,8 +108,11 @@ def enable_compilation_cache() -> None:
     import jax
 
     _leave_out_compilation()
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / cpu()))
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder() / cpu())
+    jax.config.update("jax_compilation_cache_dir", folder)
+    if "://" in folder:
+        # XLA's own caches, such as that of what it tunes for GPUs, would go there too, and XLA cannot write there.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -115,7 +115,7 @@ def exclusive_workdir(config: Config, folder: epath.PathLike) -> Iterator[epath.
     """Locks the workdir for the block; checks that all processes run the same code and config and see that folder."""
     path = epath.Path(folder)
     CheckpointManager(path)  # rejects a path that cannot hold checkpoints before anything is done
-    environment.enable_compilation_cache()
+    consistency.enable_compilation_cache()
     consistency.assert_same_code()
     consistency.assert_same_config(config)
     with workdir.acquire_lock(path) if multihost.is_primary() else contextlib.nullcontext():
