@@ -81,8 +81,9 @@ def _kept_programs():
     enable, least = environment.enable_compilation_cache, jax.config.jax_persistent_cache_min_compile_time_secs
 
     def enable_for_tests():
-        enable()
+        folder = enable()
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        return folder
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(environment, "enable_compilation_cache", enable_for_tests)

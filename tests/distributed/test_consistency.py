@@ -34,16 +34,14 @@ def test_hosts_that_agree_go_on(others, tmp_path):
 @pytest.mark.parametrize("sees", ["True", "False"])
 def test_programs_are_kept_where_all_hosts_see_the_folder(others, tmp_path, monkeypatch, capsys, sees):
     others["compilation cache"] = sees
-    monkeypatch.setattr(environment, "enable_compilation_cache", lambda: None)
-    was = jax.config.jax_enable_compilation_cache, jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(environment, "enable_compilation_cache", lambda: str(tmp_path / "cache"))
+    was = jax.config.jax_enable_compilation_cache
     try:
         jax.config.update("jax_enable_compilation_cache", True)
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
         consistency.enable_compilation_cache()
         assert jax.config.jax_enable_compilation_cache == (sees == "True")
     finally:
-        jax.config.update("jax_enable_compilation_cache", was[0])
-        jax.config.update("jax_compilation_cache_dir", was[1])
+        jax.config.update("jax_enable_compilation_cache", was)
     assert ("not all hosts see" in capsys.readouterr().err) == (sees == "False")
     assert list((tmp_path / "cache").iterdir()) == []
 

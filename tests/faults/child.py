@@ -105,8 +105,9 @@ def cache_everything() -> None:
     enable = environment.enable_compilation_cache
 
     def enabled():
-        enable()
+        folder = enable()
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        return folder
 
     environment.enable_compilation_cache = enabled
 

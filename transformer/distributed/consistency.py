@@ -99,12 +99,11 @@ def enable_compilation_cache() -> None:
     That alone writes programs. Where it finds one and others do not, it would not compile, and on GPUs these would wait
     for its share of the tuning that processes divide.
     """
-    environment.enable_compilation_cache()
+    folder = epath.Path(environment.enable_compilation_cache())
     if multihost.process_count() == 1:
         return
     import jax
 
-    folder = epath.Path(jax.config.read("jax_compilation_cache_dir"))
     marker = multihost.broadcast_from_primary("marker of the compilation cache", lambda: uuid.uuid4().hex)
     path = folder / f"{MARKER_FILE}-{marker}"
     with contextlib.suppress(OSError):

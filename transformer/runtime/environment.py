@@ -100,10 +100,10 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "transformer-jax")
 
 
-def enable_compilation_cache() -> None:
+def enable_compilation_cache() -> str:
     """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/transformer-jax.
 
-    Time to compile is left out of the time left that `progress` shows.
+    Returns the folder. Time to compile is left out of the time left that `progress` shows.
     """
     import jax
 
@@ -114,6 +114,7 @@ def enable_compilation_cache() -> None:
         # XLA's own caches, such as that of what it tunes for GPUs, would go there too, and XLA cannot write there.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return folder
 
 
 @functools.cache
