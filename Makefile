@@ -19,8 +19,8 @@ OTHER_TIERS = slow or hosts or faults or tpu or gpu
 .PHONY: demo test test-all lint faults test-tpu test-gpu tpu-compiler plan lock clean
 
 demo: $(VENV)/installed$(ACCELERATOR)
-	$(RUN) train.py --config=configs/demo.py --workdir=$(WORKDIR)
-	$(RUN) eval.py --workdir=$(WORKDIR) --checkpoint=best
+	$(RUN) train.py --config=configs/demo.py "--workdir=$(WORKDIR)"
+	$(RUN) eval.py "--workdir=$(WORKDIR)" --checkpoint=best
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not ($(OTHER_TIERS) or demos)" $(TESTS)
@@ -60,7 +60,7 @@ test-gpu:
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "expected Python 3.11 or newer, got $$($(PYTHON) --version 2>&1); set PYTHON=python3.12, say" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; } # half of one would be taken for a whole
 
 $(VENV)/installed: requirements.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV)"

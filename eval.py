@@ -137,8 +137,8 @@ def evaluate_directions(
 
     for flag in ("source", "versus", "test_set", "output"):
         if getattr(args, flag):
-            names = ", ".join(direction.name for direction in directions)
-            raise UserError(f"--{flag} is of one direction, got {names}: choose one by --target_language")
+            names, flags = ", ".join(each.name for each in directions), "--source_language and --target_language"
+            raise UserError(f"--{flag} is of one direction, got {names}: choose one by {flags}")
     loaded = []
     for direction in directions:  # all of them before the first is translated: one may be missing
         with multihost.primary_first("evaluation set"):

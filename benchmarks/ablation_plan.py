@@ -79,7 +79,7 @@ def load_changes(path: str, base: Config, flags: Sequence[str] = ()) -> dict[str
     flag, others = f"--changes={path}", f"those that come with the project: {', '.join(shipped())}"
     entries = config_files.call_file(flag, path, "get_changes", base, others=others, see="benchmarks/changes/demo.py")
     if not isinstance(entries, dict) or not entries.keys() - {BASE}:
-        raise UserError(f"{flag}: expected get_changes to return a dict of name → fields, got {entries!r}")
+        raise UserError(f"{flag}: expected name → fields of at least one change from get_changes, got {entries!r}")
     changes = {name: _change(f"{flag}: {name}", name, entry) for name, entry in {BASE: {}, **entries}.items()}
     given = {each.partition("=")[0] for each in flags}
     fields = {field: value for field, value in changes[BASE].fields.items() if f"--config.{field}" not in given}

@@ -3,11 +3,15 @@
 #   launch/ssh.sh hosts.txt --config=configs/wmt14.py:en_de_base --workdir=/shared/runs/base
 # hosts.txt names a machine a line; the first is the coordinator, and all must reach it by that name. On each, the
 # repository lies at DIRECTORY (by default the path it has here) with its .venv, and sees the same workdir.
-# Ctrl-C and SIGTERM reach the trainers, which save and stop; run the same command again to go on.
+# Ctrl-C, SIGTERM and the end of the terminal reach the trainers, which save and stop; run the same command again to go on.
 set -uo pipefail
 [ $# -ge 2 ] || { echo "usage: launch/ssh.sh HOSTFILE --config=FILE --workdir=DIR [train.py's flags]" >&2; exit 2; }
 
-mapfile -t machines < <(grep -v '^[[:space:]]*\(#\|$\)' "$1")
+machines=()
+while read -r machine _ || [ -n "$machine" ]; do # macOS's bash has no mapfile
+  machine=${machine%$'\r'}
+  case $machine in '' | '#'*) ;; *) machines+=("$machine") ;; esac
+done <"$1"
 shift
 [ "${#machines[@]}" -gt 0 ] || { echo "launch/ssh.sh: the host file names no machine" >&2; exit 2; }
 directory=${DIRECTORY:-$PWD}
@@ -25,6 +29,7 @@ stop() {
 }
 trap 'stop 15' TERM
 trap 'stop 2' INT
+trap 'trap "" HUP; stop 1' HUP
 
 for i in "${!machines[@]}"; do
   flags=$(printf '%q ' "$@" --coordinator="$coordinator" --num_processes="${#machines[@]}" --process_id="$i")

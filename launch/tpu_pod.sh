@@ -6,9 +6,10 @@
 # JAX learns of the other hosts from the TPU's own metadata. DATA_DIR names the folder of prepared data, a disk that
 # all hosts have mounted or a folder of each; CACHE_DIR that of compiled programs, such as gs://BUCKET/compiled: host 0
 # writes them, all read them. Before a host is taken away it gets SIGTERM: all save and stop with exit code 143, and the
-# same command goes on.
+# same command goes on. Ctrl-C ends this command alone; to stop the trainers:
+#   gcloud compute tpus tpu-vm ssh $TPU --zone=$ZONE --worker=all --command="pkill -TERM -f train.py"
 set -euo pipefail
-: "${TPU:?name of the TPU VM or queued resource}" "${ZONE:?its zone}"
+: "${TPU:?name of the TPU VM}" "${ZONE:?its zone}"
 on_all=(gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all)
 
 bundle=$(mktemp -d)/code.tar.gz

@@ -34,7 +34,9 @@ _LAZY = {
 }
 
 _program = os.path.abspath(sys.argv[0]) if sys.argv else ""
-_is_looked_up = sys.argv[:1] == ["-m"]  # as long as Python looks for the module of `python -m transformer.NAME`
+_module = next(iter(sys.orig_argv[sys.orig_argv.index("-m") + 1 :]), "") if "-m" in sys.orig_argv else ""
+# As long as Python looks for the module of `python -m transformer.NAME`, and not of another program.
+_is_looked_up = sys.argv[:1] == ["-m"] and _module.partition(".")[0] == "transformer"
 if _is_looked_up or _program in (os.path.join(os.path.dirname(__path__[0]), name) for name in ("train.py", "eval.py")):
     # Until training takes it, Ctrl-C ends a command at once and quietly, while it imports modules too.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -36,6 +36,8 @@ def run(command: Callable[[list[str]], object]) -> None:
     except SystemExit as error:  # of argparse, which has printed why
         code = error.code
     except (Exception, StoppedError) as error:
+        if object_storage.is_storage_error(error):
+            error = UserError(f"object storage: {error}; check the address, the credentials and the network")
         code = report_error(error)
     try:
         sys.stdout.flush()
@@ -218,7 +220,8 @@ def config_flags(argv: list[str], needs_data: bool = True, workdir: str = "") ->
         given = [saved]
     if len(given) != 1 or not given[0]:
         unless = f"; {workdir} holds no run to resume" if workdir and not given else ""
-        raise UserError(f"expected one --config=FILE, such as --config=configs/demo.py, got {len(given)}{unless}")
+        got = "an empty one" if given == [""] else len(given)
+        raise UserError(f"expected one --config=FILE, such as --config=configs/demo.py, got {got}{unless}")
     overrides = [_override(argument) for argument in mine if not argument.startswith("--config=")]
     is_saved = given[0].endswith(".json")
     if is_saved:

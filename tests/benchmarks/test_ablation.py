@@ -120,7 +120,7 @@ def trained(tmp_path: pathlib.Path) -> list[str]:
             "a: expected published scores such as {'bleu': 27.3}, got 27",
         ),
         ("{'../a': {'model.norm': 'pre'}}", "../a: expected a name of letters, digits"),
-        ("{'base': {'model.norm': 'pre'}}", "expected get_changes to return a dict of name → fields"),
+        ("{'base': {'model.norm': 'pre'}}", "expected name → fields of at least one change"),
         ("{'base': {'model.norm': 'per'}, 'a': {'model.norm': 'pre'}}", "base: config.model.norm: expected one of"),
         ("1 / 0", "line 1: ZeroDivisionError"),
     ],

@@ -32,12 +32,19 @@ LINES = ["the old house", "a new tree", "the cat sees a dog", "trees and houses"
 
 @functools.cache
 def make_parts(seed=0):
-    """Config, tokenizer, model, mesh and a fresh state."""
+    """Config, tokenizer, model, mesh and a state, whose moments are random numbers."""
     config = small_config(model={"num_layers": 1}, mesh={"data": 2}, train={"seed": seed})
     vocabulary = tokenizer.train(LINES, 280, "bpe")
     model = registry.ModelDef(config.model, vocabulary.vocab_size)
     mesh = make_mesh(config.mesh)
-    return config, vocabulary, model, mesh, train_step.init_state(model, config, mesh)
+    state, rng = train_step.init_state(model, config, mesh), np.random.default_rng(seed)
+
+    def drawn(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return jax.device_put(rng.standard_normal(leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    return config, vocabulary, model, mesh, state._replace(opt_state=jax.tree.map(drawn, state.opt_state))
 
 
 def save_three(workdir):

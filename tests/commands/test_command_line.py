@@ -450,6 +450,17 @@ def test_ctrl_c_ends_a_command_while_it_imports_and_leaves_other_programs_alone(
     assert ("SIG_DFL" in done.stdout) == ends
 
 
+def test_ctrl_c_of_a_module_that_imports_the_package_is_left_alone(tmp_path, root):
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "__init__.py").write_text("import transformer\n")
+    (tmp_path / "server" / "app.py").write_text("import signal\nprint(signal.getsignal(signal.SIGINT))\n")
+    command, paths = [sys.executable, "-m", "server.app"], {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **paths}, capture_output=True, text=True, check=True
+    )
+    assert "default_int_handler" in done.stdout
+
+
 def test_help_lists_every_field_with_default_meaning_and_bounds(capsys):
     with pytest.raises(SystemExit, match="0"):
         command_line.parse_with_config(command_line.config_parser("make.py", ""), ["make.py", "--help"])
@@ -492,6 +503,19 @@ def test_a_workdir_keeps_its_config(tmp_path, capsys):
         assert changed == dataclasses.replace(config, train=dataclasses.replace(config.train, keep_last=7))
     other = command_line.parse_with_config(parser, ["train.py", DEMO, f"--workdir={tmp_path}"])[0]
     assert other == parse(DEMO)[0]
+
+
+def test_steps_to_profile_that_a_saved_config_never_makes_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(parse(DEMO, "--config.train.num_steps=2000")[0].to_json())
+    with pytest.raises(UserError, match=r"the run ends at train\.num_steps = 2000"):
+        parse(f"--config={tmp_path}/config.json", "--config.train.profile_steps=3000:3010")
+
+
+def test_an_error_of_object_storage_is_a_message(capsys):
+    refused = type("NoCredentialsError", (Exception,), {"__module__": "botocore.exceptions"})
+    with pytest.raises(SystemExit, match="2"):
+        command_line.run(failing(refused("Unable to locate credentials")))
+    assert "object storage: Unable to locate credentials; check the address" in capsys.readouterr().err
 
 
 def test_widths_of_a_saved_config_follow_another_emb_dim(tmp_path):

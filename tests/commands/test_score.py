@@ -44,6 +44,13 @@ def test_lines_are_what_the_python_api_gives(command, workdir, tmp_path, monkeyp
     assert (tmp_path / "out").read_text() == "".join(f"{each.log_prob:.6f}\n" for each in scores)
 
 
+def test_an_ensemble_scores_by_the_mean_probability(command, workdir, tmp_path_factory):
+    other = save(tmp_path_factory.mktemp("runs") / "another", tokenizer.train(LINES, 300, "bpe"), seed=4)
+    both = transformer.load(workdir, ensemble=[other]).score(LINES, TARGETS)
+    lines = command(LINES, TARGETS, f"--ensemble={other}")
+    assert lines == "".join(f"{each.log_prob:.6f}\n" for each in both) != command(LINES, TARGETS)
+
+
 def test_the_mean_and_warnings_are_logged_once(workdir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(score, "GROUP", 2)
     files = write(tmp_path / "a", ["red", "", "cat", ""]), write(tmp_path / "b", ["red", "cat", "cat", ""])

@@ -299,6 +299,7 @@ def test_alignments_see_no_more_of_a_source_than_decoding(command, tmp_path):
         (["--decode.beam=3"], "config.decode: unknown field 'beam'; did you mean 'beam_size'"),
         (["--decode.beam_size=two"], "--decode.beam_size: expected int, got 'two'"),
         (["--decode=3"], "expected --decode.FIELD=VALUE"),
+        (["--n_best=2", "--alignments=x"], "--alignments and --attention are of one translation a line; leave out"),
         (["--beam_size=3", "--decode.beam_size=3"], "--beam_size and --decode.beam_size set the same"),
         (["--mbr=3", "--decode.method=sample"], "--mbr and --decode.method set the same"),
         (["--mbr=3", "--beam_size=2"], "beam_size = 2: read only with method = beam, got method = mbr"),

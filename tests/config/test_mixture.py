@@ -70,6 +70,12 @@ def test_fields_of_a_single_source_are_refused_with_a_mixture(name):
         validate(config_of(entry(), **{name: "other"}))
 
 
+@pytest.mark.parametrize("name", ["dir", "train", "valid", "columns"])
+def test_files_of_an_entry_that_reads_none_are_refused(name):
+    with pytest.raises(UserError, match=rf"entry 1, .*data.{name}: read only with name = 'text', got name = 'cldr'"):
+        validate(config_of({"name": "cldr", "source_language": "en", "target_language": "de", name: "1,2"}))
+
+
 def test_a_mixture_is_batched_by_bucket():
     with pytest.raises(UserError, match=r"data.batching = pack: a mixture makes rows of one sentence"):
         validate(config_of(entry(), batching="pack"))

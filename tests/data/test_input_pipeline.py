@@ -124,8 +124,20 @@ def test_batches_depend_on_the_step_alone(config, opened, start, hosts):
     ]
     assert {len(part) for part in parts} == {30 - start}
     for step, batch in enumerate(wanted):
-        together = np.concatenate([part[step].target_BT for part in parts])
-        np.testing.assert_array_equal(together, batch.target_BT)
+        for side in ("source_BS", "target_BT"):
+            together = np.concatenate([getattr(part[step], side) for part in parts])
+            np.testing.assert_array_equal(together, getattr(batch, side))
+
+
+@pytest.mark.parametrize("batching", ["bucket", "pack"])
+def test_the_seed_of_the_config_orders_the_data(config, opened, batching):
+    _, _, ids = opened
+    orders = []
+    for seed in (0, 1, 1):
+        changed = dataclasses.replace(config, data=dataclasses.replace(config.data, batching=batching))
+        changed = validation.replace_field(changed, "train.seed", seed)
+        orders.append(input_pipeline.make_batch_schedule(changed, ids).batch(0).examples_B.tolist())
+    assert orders[0] != orders[1] == orders[2]
 
 
 def test_long_pairs_are_dropped_and_counted(config, opened):

@@ -229,7 +229,7 @@ def test_a_manual_folder_of_one_s_own(tmp_path, filled):
 
 def test_a_manual_folder_that_is_not_there_or_not_asked_for_is_refused(tmp_path, filled):
     data = dataclasses.replace(filled("wmt_t2t_translate/de-en"), manual_dir=str(tmp_path / "none"))
-    with pytest.raises(UserError, match="none: the folder does not exist"):
+    with pytest.raises(UserError, match="none: expected a local folder"):
         corpus.open_corpus(data)
     with pytest.raises(UserError, match=r"manual_dir = .*: read only with name = wmt14_translate or wmt_t2t_translate"):
         validation.validate({"data": {"name": "cldr", "manual_dir": str(tmp_path)}})

@@ -66,6 +66,32 @@ def test_each_word_is_aligned_with_the_one_it_attends_to(parts):
     assert alignment.to_pharaoh([(0, 1), (2, 0)]) == "0-1 2-0"
 
 
+def test_weights_are_summed_over_the_pieces_of_a_source_word_and_averaged_over_heads(parts):
+    vocabulary = parts.tokenizer
+    source, target = (vocabulary.encode([line])[0] for line in ("qzq a", "dog"))
+    words = np.array(vocabulary.word_ids(source.tolist()))
+    pieces = (words == 0).sum()
+    assert pieces >= 3 > 1 == (words == 1).sum()
+    weights = np.zeros((1, 2, len(target), len(source)), np.float32)  # of each head, mean 0.45 against 0.4
+    weights[0, 0][:, words == 0], weights[0, 0][:, words == 1] = 0.9 / pieces, 0.6
+    weights[0, 1][:, words == 1] = 0.2
+    aligner = make(parts)
+    aligner.layer = 1
+    assert aligner.word_alignment(Attention(weights, source, target)) == [(0, 0)]
+
+
+def test_self_attention_is_that_of_the_model_too(parts):
+    sources, targets = ["old house", ""], ["dog cat sees", "dog"]
+    aligner = Aligner(parts.model, parts.tokenizer, parts.config.decode, parts.mesh, self_attention=True)
+    ((index, attention),) = aligner.attention(parts.params, sources, targets)
+    assert index == 0
+    ids = [parts.tokenizer.encode([side[0]])[0][None] for side in (sources, targets)]
+    wanted = jax.jit(lambda source, target: parts.model.bind(parts.params).self_attention(source, target))(*ids)
+    np.testing.assert_allclose(attention.encoder_LHSS, wanted[0][0], atol=1e-5)
+    np.testing.assert_allclose(attention.decoder_LHTT, wanted[1][0], atol=1e-5)
+    assert dict(make(parts).attention(parts.params, sources, targets))[0].encoder_LHSS is None
+
+
 def test_a_line_of_what_the_tokenizer_takes_for_a_space_has_no_words(parts):
     assert align(make(parts), parts.params, ["\u2581", "old house"], ["old house", "\u2581"]) == [[], []]
 

@@ -107,9 +107,10 @@ def test_samples_are_as_frequent_as_they_are_probable(fields):
     assert set(counts) <= set(expected)
 
 
-def test_scores_are_those_of_the_model_whatever_the_shape():
+@pytest.mark.parametrize("form", ["gnmt", "length"])
+def test_scores_are_those_of_the_model_whatever_the_shape(form):
     chains = random_chains(1, 4, 6, vocab_size=8, eos_logit=1.0)
-    result = draw(chains, 20, distribution={"temperature": 2.0, "top_k": 5})
+    result = draw(chains, 20, distribution={"temperature": 2.0, "top_k": 5, "length_penalty_form": form})
     for sentence in range(4):
         log_probs, got = log_softmax(chains[sentence]), texts(result, sentence)
         assert len(got) == 20
@@ -117,7 +118,8 @@ def test_scores_are_those_of_the_model_whatever_the_shape():
             value = sum(
                 log_probs[t, last, token] for t, (last, token) in enumerate(zip([BOS, *tokens], tokens, strict=False))
             )
-            assert result.scores_BN[sentence, slot] == pytest.approx(value / penalty(len(tokens), 0.6), rel=1e-4)
+            divisor = penalty(len(tokens), 0.6) if form == "gnmt" else len(tokens) ** 0.6
+            assert result.scores_BN[sentence, slot] == pytest.approx(value / divisor, rel=1e-4)
             assert result.finished_BN[sentence, slot] == (tokens[-1] == EOS)
             assert tokens[-1] == EOS or len(tokens) == 6
             assert EOS not in tokens[:-1]

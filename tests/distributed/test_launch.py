@@ -54,6 +54,8 @@ def test_the_jobset_names_one_number_of_hosts_and_flags_that_train_takes():
     (container,) = spec["template"]["spec"]["containers"]
     flags = dict(argument.split("=", 1) for argument in container["args"])
     assert spec["parallelism"] == spec["completions"] == int(flags["--num_processes"])
+    for rule in jobset["spec"]["failurePolicy"]["rules"]:
+        assert re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])  # JobSet refuses others
     name = jobset["metadata"]["name"]
     assert flags["--coordinator"].split(":")[0] == f"{name}-{job['name']}-0-0.{name}"
     port = container["ports"][0]["containerPort"]

@@ -14,6 +14,7 @@ from transformer.config import ModelConfig, default_config
 from transformer.config.validation import validate
 from transformer.data.batching import PAD_EXAMPLE, JaggedArray
 from transformer.data.tokenizer import BOS, EOS, PAD
+from transformer.models import base, layers
 from transformer.models.base import shift_right
 from transformer.models.registry import ModelDef
 from transformer.models.transformer import Transformer
@@ -69,6 +70,28 @@ def test_causality_by_gradient(norm):
     for t in range(TARGET.shape[1]):
         assert (reach(t)[t + 1 :] == 0).all()
         assert (reach(t)[: t + 1] > 0).all()
+
+
+def test_dropout_is_on_the_embedded_input_and_differs_everywhere(monkeypatch):
+    """Paper, section 5.4: on the sums of embeddings and positions, and on the output of each sublayer."""
+    keys, drop = [], layers.dropout
+
+    def noted(x, rate, key):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return drop(x, rate, key)
+
+    for module in (layers, base):
+        monkeypatch.setattr(module, "dropout", noted)
+    model = make(dropout_rate=0.5, mlp_dropout_rate=0.5)
+    ids = jnp.full((4, 64), 7, jnp.int32)
+    plain, dropped = (make(dropout_rate=rate)._embed("source", ids, None, jax.random.key(0)) for rate in (0.0, 0.5))
+    kept = np.asarray(dropped != 0)
+    assert abs(kept.mean() - 0.5) < 0.05
+    np.testing.assert_allclose(np.asarray(dropped)[kept], 2 * np.asarray(plain)[kept], rtol=1e-6)
+    keys.clear()
+    model(SOURCE, TARGET, jax.random.key(1))
+    # Of two layers each: encoder 2 residuals and a feed-forward block, decoder 3 and one; and both inputs.
+    assert len(set(keys)) == len(keys) == 2 * 3 + 2 * 4 + 2
 
 
 def test_source_padding_cannot_be_seen():
@@ -241,8 +264,8 @@ def test_weights_of_self_attention_are_those_that_the_layers_use(norm):
     assert (encoder_BLHSS[1, ..., 3:] == 0).all()  # padding
     assert (np.triu(np.asarray(decoder_BLHTT), 1) == 0).all()  # causal
     logits = model(SOURCE, TARGET)
-    for layers, weights in ((model.encoder, encoder_BLHSS), (model.decoder, decoder_BLHTT)):
-        for number, layer in enumerate(layers):
+    for stack, weights in ((model.encoder, encoder_BLHSS), (model.decoder, decoder_BLHTT)):
+        for number, layer in enumerate(stack):
             attention, given_BHTT = layer.attention, weights[:, number]
 
             def given(y, same, mask, key=None, rotation=None, weights=None, attention=attention, given_BHTT=given_BHTT):

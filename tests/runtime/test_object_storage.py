@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -155,6 +156,16 @@ def test_a_log_is_copied_in_the_background(bucket, monkeypatch):
         log.close()
 
 
+def test_listings_are_never_those_of_a_while_ago():
+    """Whatever opens the first address of a process, even where TensorFlow is installed."""
+    program = (
+        "import os; from transformer.runtime import object_storage; import fsspec; from etils import epath\n"
+        "assert [fsspec.config.conf[kind]['use_listings_cache'] for kind in ('gs', 's3')] == [False, False]\n"
+        "assert hasattr(epath.Path('s3://bucket/run')._backend, 'fs') and os.environ['EPATH_USE_TF'] == 'false'"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 def test_one_process_at_a_time_holds_a_folder(bucket, quick):
     path, losers = epath.Path(bucket) / "held" / "lock", []
     with object_storage.Lock(path, "process 1 on a", losers.append):
@@ -165,6 +176,22 @@ def test_one_process_at_a_time_holds_a_folder(bucket, quick):
     object_storage.Lock(path, "process 2 on b", losers.append).close()
     assert not path.exists()
     assert not losers
+
+
+def test_of_processes_that_come_at_once_one_holds_a_folder(bucket, quick):
+    path, barrier = epath.Path(bucket) / "raced" / "lock", threading.Barrier(3)
+
+    def lock(number):
+        barrier.wait()
+        try:
+            return object_storage.Lock(path, f"process {number}", [].append)
+        except object_storage.LockHeldError:
+            return None
+
+    with ThreadPoolExecutor(3) as pool:
+        held = [each for each in pool.map(lock, range(3)) if each]
+    assert len(held) == 1
+    held[0].close()
 
 
 @pytest.mark.slow

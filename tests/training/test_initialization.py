@@ -12,6 +12,7 @@ import pytest
 from tests.checkpoints.test_manager import flip, make_parts, save, save_three
 from tests.conftest import small_config
 from transformer import command_line
+from transformer.checkpoints.manager import CheckpointManager
 from transformer.config import MixtureEntry, schema, validation, warm_start
 from transformer.data import tokenizer
 from transformer.distributed.mesh import make_mesh
@@ -68,6 +69,18 @@ def test_params_are_those_of_the_checkpoint_and_all_else_is_new(saved, which, ad
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
     assert {leaf.sharding.mesh.size for leaf in jax.tree.leaves(state.params)} == {4}
     assert "starting from the params of" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("which", "added"), [("latest", 3), ("average:1", 0)])
+def test_of_a_base_with_a_moving_average_that_is_what_a_checkpoint_means(tmp_path, which, added):
+    config, vocabulary, _, _, state = make_parts()
+    config = validation.replace_field(config, "train.ema_decay", 0.9)
+    moved = jax.tree.map(lambda leaf: leaf + np.float32(3), state.params)
+    CheckpointManager(tmp_path).save(state._replace(ema=moved), config, vocabulary, {}, {})
+    vocabulary.save(tmp_path / "tokenizer")
+    got = first_state(config_of(tmp_path, init_checkpoint=which)).params
+    jax.tree.map(lambda new, old: np.testing.assert_allclose(new, np.asarray(old) + added, 1e-6), got, state.params)
 
 
 def test_the_average_is_updated_apart_from_the_params(saved):

@@ -30,8 +30,8 @@ class Clock:
 def test_means_are_over_tokens_not_over_batches():
     clock = Clock()
     meter = MetricsAccumulator(clock=clock)
-    meter.add(metrics(nll=10, tokens=5), 1, slots=8, flops=0)
-    meter.add(metrics(nll=90, tokens=15), 2, slots=24, flops=0)
+    meter.add(metrics(nll=10, tokens=5, norm=2.0), 1, slots=8, flops=0)
+    meter.add(metrics(nll=90, tokens=15, norm=4.0)._replace(learning_rate=np.float32(0.25)), 2, slots=24, flops=0)
     clock.now += 4
     summary = meter.summary()
     assert summary["train/loss"] == 5.0
@@ -39,6 +39,8 @@ def test_means_are_over_tokens_not_over_batches():
     assert summary["train/fill"] == 20 / 32
     assert summary["train/step_ms"] == 2000
     assert summary["train/accuracy"] == 6 / 20
+    assert summary["train/grad_norm"] == 3.0  # of updates
+    assert summary["train/learning_rate"] == 0.25  # the newest
 
 
 def test_consistency_is_a_mean_over_tokens_where_there_is_one():

@@ -21,6 +21,7 @@ from transformer.evaluation import evaluator
 from transformer.models import registry
 from transformer.models.loss import cross_entropy
 from transformer.training import train_step
+from transformer.training.optimizer import make_schedule
 
 V = 40
 
@@ -65,7 +66,20 @@ def test_golden_one_step():
     assert metrics.loss.tokens == 41
     np.testing.assert_allclose(metrics.loss.nll / metrics.loss.tokens, 4.063321, rtol=1e-4)
     np.testing.assert_allclose(metrics.grad_norm, 1.767131, rtol=1e-4)
+    np.testing.assert_allclose(metrics.learning_rate, make_schedule(setup()[0])(0), rtol=1e-6)
     np.testing.assert_allclose(np.abs(query).sum(), 55.44878, rtol=1e-4)
+
+
+def test_an_update_that_is_not_finite_changes_nothing():
+    config, mesh, model, update = setup()
+    state, _ = update(train_step.init_state(model, config, mesh), sharding.shard_batch(mesh, draw_batch()))
+    poisoned = jax.tree.map(lambda leaf: leaf, state.params)
+    poisoned["decoder"][0]["mlp"]["bias_in"] = poisoned["decoder"][0]["mlp"]["bias_in"].at[0].set(jnp.nan)
+    state = state._replace(params=poisoned)
+    before = jax.device_get(state)
+    after, metrics = update(state, sharding.shard_batch(mesh, draw_batch(seed=1)))
+    assert not np.isfinite(metrics.loss.objective)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
 
 
 def test_the_loss_falls_on_one_batch_and_goes_on_falling():

@@ -750,6 +750,7 @@ def test_validation_is_of_the_sample_and_its_search(data, tmp_path, monkeypatch,
 
     def noted(self, params, sources, *args, **kwargs):
         evaluated.append(sources)
+        assert self._config.decode.beam_size == 1
         return evaluate(self, params, sources, *args, **kwargs)
 
     monkeypatch.setattr(Evaluator, "evaluate", noted)

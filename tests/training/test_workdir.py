@@ -64,7 +64,7 @@ def test_a_longer_run_of_a_schedule_with_an_end_is_refused_with_the_reason_and_w
         )
     assert "train.num_steps: 20 → 30" in str(refusal.value)
     assert "The cosine schedule ends at train.num_steps" in str(refusal.value)
-    assert f"to start from its params, set train.init_from={folder} and choose a new workdir" in str(refusal.value)
+    assert f"choose a new workdir, with train.init_from={folder} to start from its params" in str(refusal.value)
 
 
 @pytest.mark.parametrize(

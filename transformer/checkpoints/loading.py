@@ -219,7 +219,7 @@ def resolve_steps(manager: CheckpointManager, selector: str) -> list[int]:
         what, field = ("with a validation score", "train.keep_best") if is_best else ("to average", "train.keep_last")
         raise UserError(
             f"{manager.folder}: expected {count:,} valid checkpoints {what}, found {len(steps):,} of "
-            f"{len(available):,}; ask for fewer, or raise {field} before training on"
+            f"{len(available):,}; ask for fewer, or train on with {field} at least {count}"
         )
     # Where a damaged checkpoint was reported, that may have been the one with the score.
     nothing_reported = unscored == available[::-1] and steps == available[-1:]

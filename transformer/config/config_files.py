@@ -24,7 +24,8 @@ def saved_path(workdir: str) -> str:
     if not workdir or object_storage.unsupported_reason(workdir):
         return ""
     path = epath.Path(workdir).expanduser() / files.CONFIG_FILE
-    return str(path) if path.exists() else ""
+    with files.user_error_on_oserror(f"{path}"):
+        return str(path) if path.exists() else ""
 
 
 def load(path: str) -> config_dict.ConfigDict:
@@ -58,7 +59,7 @@ def call_file(flag: str, file: str, function: str, *arguments: Any, others: str,
       UserError: no such file or function, or an error inside it.
     """
     if os.path.exists(file) and not os.path.isfile(file):
-        raise UserError(f"{flag}: expected a file that ends in .py, got a folder, pipe or device")
+        raise UserError(f"{flag}: expected a file, such as the config.json of a workdir, got a folder, pipe or device")
     if not os.path.isfile(file):
         raise UserError(f"{flag}: no such file; {others}")
     try:

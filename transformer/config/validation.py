@@ -63,7 +63,8 @@ def divisibility_error(mesh_field: str, shards: int, field: str, size: int) -> s
     error = f"config.{mesh_field} = {shards} does not divide {field} = {size}; set {mesh_field} to "
     error += str(math.gcd(shards, size))
     if field in ("model.mlp_dim", "data.vocab_size"):  # on which no other size depends
-        error += f", or {field} to {round_up(size, shards)}"
+        what = "train a vocabulary of" if field == "data.vocab_size" else f"set {field} to"
+        error += f", or in a new run {what} {round_up(size, shards)}"
     return error
 
 
@@ -203,7 +204,7 @@ def check_consistency(
     if strict or {"train.best_metric", "eval.metrics"} & set(given):
         _check_best_metric(config)
     profiled, steps = schema.parse_steps(config.train.profile_steps), config.train.num_steps
-    if strict and profiled and profiled[0] > steps:
+    if (strict or {"train.profile_steps", "train.num_steps"} & set(given)) and profiled and profiled[0] > steps:
         raise UserError(
             f"config.train.profile_steps = {config.train.profile_steps}: the run ends at train.num_steps = {steps}; "
             "name earlier steps"
@@ -395,7 +396,8 @@ def _check_combinations(config: Config) -> None:
     if model.positions == "learned" and longest > model.max_positions:
         raise UserError(
             f"config.model.max_positions: learned positions must cover the longest sequence, {longest} = max({row}, "
-            f"decode.max_source_tokens + decode.max_extra_length), got {model.max_positions}"
+            f"decode.max_source_tokens + decode.max_extra_length), got {model.max_positions}; lower these, or raise "
+            "max_positions in a new run"
         )
     if model.family == "convolutional" and model.kernel_width % 2 == 0:
         raise UserError(f"config.model.kernel_width: expected an odd number, got {model.kernel_width}")
@@ -551,6 +553,9 @@ def _check_mixture(config: Config, needs_data: bool) -> None:
         )
     for number, entry in enumerate(data.mixture, 1):
         with mixture.entry_errors(number, entry):
+            of_text = [name for name in ("columns", *schema.TEXT_PATH_FIELDS) if getattr(entry, name)]
+            if of_text and entry.name != "text":
+                raise UserError(f"config.data.{of_text[0]}: read only with name = 'text', got name = {entry.name!r}")
             _check_data(mixture.entry_data(data, entry), needs_data)
     mixture.check_tags(data)
     mixture.check_stages(data, config.train.num_steps)

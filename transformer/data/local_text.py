@@ -122,7 +122,8 @@ def _find_in_folder(folder: str, languages: tuple[str, str]) -> dict[str, tuple[
             hint = _pair_file_hint(folder) if stem == "train" else ""
             raise UserError(
                 f"{folder}: expected {stem}.{languages[0]} and {stem}.{languages[1]}, each perhaps with one of "
-                f"{', '.join(text_files.COMPRESSIONS)}; found {available}{hint}"
+                f"{', '.join(text_files.COMPRESSIONS)}; found {available}{hint}. The endings are those of "
+                "data.source_language and data.target_language"
             )
     validation = [stem for stem in VALIDATION_STEMS if stem in complete]
     if len(validation) > 1:

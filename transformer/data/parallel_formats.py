@@ -121,10 +121,9 @@ def _read_tsv(path: epath.PathLike, columns: tuple[int, int] | None) -> Iterator
     for number, line in _strip_trailing_blank_lines(text_files.read_lines(path)):
         cells = line.split("\t")
         if columns is None and len(cells) != 2:
-            raise UserError(
-                f"{path}, line {number}: expected two columns, source tab target, got {len(cells)}; "
-                "fix the line, or pick two columns with config.data.columns, as in '1,2'"
-            )
+            advice = "; separate them by a tab" if len(cells) == 1 else ", or pick two with config.data.columns='1,2'"
+            expected = f"{path}, line {number}: expected two columns, source tab target, got {len(cells)}"
+            raise UserError(f"{expected}; fix the line{advice}")
         source, target = columns or (0, 1)
         if max(source, target) >= len(cells):
             raise UserError(

@@ -168,7 +168,7 @@ class WmtBuilder(ParallelTextBuilder, skip_registration=True):  # type: ignore[c
                 "config.data.data_dir to one and copy the prepared folder afterwards"
             )
         if self._manual_dir and not os.path.isdir(self._manual_dir):
-            raise UserError(f"config.data.manual_dir = {self._manual_dir}: the folder does not exist; check the path")
+            raise UserError(f"config.data.manual_dir = {self._manual_dir}: expected a local folder; check the path")
         all_subcorpora = itertools.chain.from_iterable(self._subcorpora.values())
         self._files = self._downloads.download(
             archive for subcorpus in all_subcorpora for archive in subcorpus.archives

@@ -68,7 +68,7 @@ def assert_same_data(data: str, tokenizer: str) -> None:
     assert_equal(
         "the data",
         f"digest {data[:16]}, vocabulary {tokenizer[:16]}",
-        "copy the same files to every host, or set data.dir and data.data_dir to a folder that all share",
+        "copy the same files to every host, or put the text and data.data_dir into folders that all share",
     )
 
 

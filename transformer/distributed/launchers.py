@@ -69,7 +69,8 @@ def detect_cluster(environment: Mapping[str, str]) -> str | None:
         raise UserError(
             f"started by {started.name} as one of several, and JAX does not learn from it where process 0 is (of Open "
             "MPI it knows versions up to 4); give --coordinator=HOST:PORT of process 0 "
-            f"--num_processes=${started.size} --process_id=${started.rank}"
+            f"--num_processes=${started.size} --process_id=${started.rank}, all of it inside bash -c '…' in single "
+            "quotes, so that each process fills them in (docs/multihost.md)"
         )
     if environment.keys() >= set(SLURM_STEP):
         # An interactive shell of salloc may be a step of one task, which keeps the SLURM_NTASKS of the job.

@@ -69,10 +69,10 @@ def _all_devices() -> list[jax.Device]:
     except (RuntimeError, AssertionError) as error:  # an AssertionError without a plugin for the platform
         platforms = os.environ.get("JAX_PLATFORMS", "")
         reason = str(error).partition("\n")[0] or "no such devices, or no plugin of jax for them"
-        raise UserError(
-            f"JAX_PLATFORMS={platforms}: expected devices of that platform, found none: {reason}; install its driver "
-            "and plugin, or set JAX_PLATFORMS=cpu"
-        ) from error
+        found = f"JAX_PLATFORMS={platforms}: expected devices of that platform, found none: {reason}; install"
+        if not platforms:
+            found = f"JAX cannot start its devices: {reason}; mend"
+        raise UserError(f"{found} their driver and plugin, or set JAX_PLATFORMS=cpu") from error
     if jax.process_count() != multihost.process_count():
         raise UserError(
             f"JAX finds the devices of {jax.process_count()} processes, and this command runs in "
@@ -95,9 +95,10 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
         raise UserError(f"config: {named} asks for {fixed} devices: found only {devices} devices; set smaller sizes")
     if -1 in sizes and devices % fixed:
         filling = MESH_AXES[sizes.index(-1)]
+        advice = f"mesh.{filling} to {devices // fixed} to use {devices // fixed * fixed} of them, or "
         raise UserError(
             f"config: {named}: the {devices} devices cannot be divided by {fixed} to fill mesh.{filling}; set "
-            f"mesh.{filling} to {devices // fixed} to use {devices // fixed * fixed} of them, or other sizes"
+            f"{advice if jax.process_count() == 1 else ''}other sizes"
         )
     return tuple(devices // fixed if size == -1 else size for size in sizes)
 

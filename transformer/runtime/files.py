@@ -44,6 +44,9 @@ def reject_missing_workdirs(*workdirs: epath.PathLike) -> None:
     """Raises a UserError for a workdir that is not there."""
     for workdir in workdirs:
         if not epath.Path(workdir).is_dir():
+            if object_storage.is_remote(workdir):  # it may be there, and the storage does not show it
+                with user_error_on_oserror(f"{workdir}"), contextlib.suppress(FileNotFoundError):
+                    object_storage.filesystem(workdir).ls(os.fspath(workdir))
             raise UserError(f"{workdir}: expected a folder that train.py wrote, found none")
 
 

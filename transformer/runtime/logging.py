@@ -12,7 +12,7 @@ from transformer.runtime.errors import StoppedError, UserError, is_out_of_memory
 
 OUT_OF_MEMORY_ADVICE = (
     "in training set model.remat=full, also when resuming, or in a new workdir raise train.accumulation_steps or lower "
-    "train.batch_tokens; in decoding lower decode.batch_rows or decode.beam_size; or free space on the disk"
+    "train.batch_tokens; in decoding set decode.batch_rows=8 or lower decode.beam_size; or free space on the disk"
 )
 
 

@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fsspec
 from etils import epath
 
 from transformer.runtime import environment, progress
@@ -32,6 +33,13 @@ LOCK_TIMEOUT_S = 25.0  # seconds without one after which the lock is taken over
 # Seconds in which two processes that take a lock at once find out, on storage without conditional writes.
 LOCK_SETTLE_S = 1.0
 SYNC_INTERVAL_S = 20.0  # seconds between two copies of a log
+
+
+# Before the first address is opened, whose file system etils keeps: it is fsspec's, even where TensorFlow is installed,
+# and without a cache of listings, as others write there too.
+os.environ.setdefault("EPATH_USE_TF", "false")
+for _kind in ("gs", "gcs", "s3"):
+    fsspec.config.conf.setdefault(_kind, {})["use_listings_cache"] = False
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -54,11 +62,7 @@ def unsupported_reason(path: epath.PathLike) -> str | None:
 
 
 def filesystem(path: epath.PathLike) -> Any:
-    """The fsspec file system of an address, without a cache of listings, as others write there too."""
-    import fsspec
-
-    for kind in ("gs", "gcs", "s3"):
-        fsspec.config.conf.setdefault(kind, {})["use_listings_cache"] = False
+    """The fsspec file system of an address."""
     return epath.Path(path)._backend.fs(os.fspath(path)) if is_remote(path) else fsspec.filesystem("file")
 
 

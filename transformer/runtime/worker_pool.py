@@ -116,8 +116,8 @@ class WorkerPool(Generic[T, R]):
                 reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 future.set_exception(
                     WorkerEndedError(
-                        f"a worker process ended ({reason}): if the machine ran out of memory, take fewer with "
-                        f"--workers, and run again: what is done is kept ({type(broken).__name__})"
+                        f"a worker process ended ({reason}): if the machine ran out of memory, prepare the data by "
+                        f"python -m transformer.prepare --workers=1: what is done is kept ({type(broken).__name__})"
                     )
                 )
                 continue

@@ -15,8 +15,8 @@ from transformer.runtime.logging import log_info
 from transformer.training.train_step import StepMetrics
 
 DIVERGENCE_HINT = (
-    "no checkpoint of it is kept, only earlier ones. In a new workdir lower optimizer.learning_rate, raise "
-    "optimizer.warmup_steps or set optimizer.clip_norm; train.init_from=OLD_WORKDIR starts from its last checkpoint"
+    "no checkpoint of it is kept. In a new workdir lower optimizer.learning_rate, raise optimizer.warmup_steps or set "
+    "optimizer.clip_norm; with earlier checkpoints, train.init_from=OLD_WORKDIR starts from the last of them"
 )
 
 

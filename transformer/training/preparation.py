@@ -16,7 +16,7 @@ from transformer.attention import fused
 from transformer.checkpoints import best_metric
 from transformer.checkpoints.manager import CheckpointManager, Metrics, score_definition
 from transformer.checkpoints.state import TrainState
-from transformer.config import Config
+from transformer.config import Config, schema
 from transformer.data import input_pipeline, mixture_corpus, vocabulary
 from transformer.data import tokenizer as tokenizers
 from transformer.data.batching import Batch, BatchSchedule
@@ -272,7 +272,13 @@ def log_summary(context: RunContext, model: ModelDef) -> None:
     if warning := sharding.padding_warning(mesh, schedule, config.train.accumulation_steps):
         log_info(f"warning: {warning}")
     if mesh.size < jax.device_count():
-        log_info(f"warning: config.mesh uses {mesh.size} of {jax.device_count()} devices; mesh.data=-1 takes all")
+        fits = jax.device_count() % (mesh.size // mesh.shape["data"]) == 0
+        log_info(
+            f"warning: config.mesh uses {mesh.size} of {jax.device_count()} devices{'; mesh.data=-1 takes all' * fits}"
+        )
+    profiled = schema.parse_steps(config.train.profile_steps)
+    if profiled and profiled[0] <= (resume.step or 0):
+        log_info(f"warning: train.profile_steps = {config.train.profile_steps} are done already; name later steps")
     if resume.step:
         log_info(f"resuming after step {resume.step:,}")
         saved_on = context.checkpoints.manifest(resume.step).host

@@ -87,17 +87,17 @@ def check_resume_config(workdir: epath.Path, old: Config, config: Config) -> lis
     ]
     if conflicts:
         raise UserError(
-            f"{workdir}: holds a run with another config: {'; '.join(map(str, conflicts))}.{_reason(conflicts, old)} "
-            f"With the workdir alone, train.py resumes it with its own config; to start from its params, set "
-            f"train.init_from={workdir} and choose a new workdir"
+            f"{workdir}: holds a run with another config: {'; '.join(map(str, conflicts))}."
+            f"{_reason(conflicts, config)} With the workdir alone, train.py resumes it with its own config; for "
+            f"another run choose a new workdir, with train.init_from={workdir} to start from its params"
         )
     return [str(change) for change in changes]
 
 
-def _reason(conflicts: list[schema.FieldDiff], old: Config) -> str:
+def _reason(conflicts: list[schema.FieldDiff], config: Config) -> str:
     if ("train", "num_steps") not in {(change.section, change.field) for change in conflicts}:
         return ""
-    return f" The {old.optimizer.schedule} schedule ends at train.num_steps, so another number is another run."
+    return f" The {config.optimizer.schedule} schedule ends at train.num_steps, so another number is another run."
 
 
 def run_id(workdir: epath.Path, checkpoint: str, id_of_checkpoint: str | None) -> str:
