@@ -9,8 +9,11 @@ The same command on every host of a Slurm job, an Open MPI job or a TPU slice tr
 A config file is Python and runs. Exit codes are listed in transformer/command_line.py.
 """
 
+import shlex
+
 from transformer import command_line
 from transformer.distributed import multihost
+from transformer.runtime import commands
 from transformer.runtime.logging import log_info
 from transformer.training.session import train
 
@@ -25,7 +28,8 @@ def main(argv: list[str]) -> None:
     config, args = command_line.parse_with_config(parser, argv)
     with multihost.initialize(args):
         train(config, args.workdir)
-        log_info(f"evaluate it: python eval.py --workdir={args.workdir} --checkpoint=best")
+        workdir = shlex.quote(args.workdir)
+        log_info(f"evaluate it: {commands.spelled('eval')} --workdir={workdir} --checkpoint=best")
 
 
 if __name__ == "__main__":

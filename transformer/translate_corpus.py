@@ -24,7 +24,7 @@ from transformer.config.mixture import Direction
 from transformer.data import synthetic_corpus, text_files
 from transformer.data.synthetic_corpus import InputText, Shard, SyntheticCorpus
 from transformer.distributed import consistency, multihost
-from transformer.runtime import progress, signals
+from transformer.runtime import commands, progress, signals
 from transformer.runtime.errors import StoppedError, UserError
 from transformer.runtime.files import reject_missing_workdirs
 from transformer.runtime.logging import log_info
@@ -223,7 +223,7 @@ def finish(corpus: SyntheticCorpus, check_stop: Callable[[], None]) -> None:
     languages = f"--config.data.source_language={source.suffix[1:]} --config.data.target_language={target.suffix[1:]}"
     log_info(f"{source} and {target}: {corpus.num_lines(range(corpus.num_shards)):,} pairs")
     log_info(
-        "train on them: python train.py --config=configs/text.py --workdir=WORKDIR "
+        f"train on them: {commands.spelled('train')} --config=configs/text.py --workdir=WORKDIR "
         f"--config.data.dir={corpus.folder} {languages}"
     )
 

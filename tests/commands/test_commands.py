@@ -99,3 +99,10 @@ def test_other_packages_may_import_this_one_while_they_are_run():
         commands.reject_non_commands(argv)
     with pytest.raises(SystemExit, match="2"):
         commands.reject_non_commands(["python", "-X", "utf8", "-m", "transformer.training.train_step"])
+
+
+def test_train_and_eval_are_named_as_they_are_started(monkeypatch, tmp_path):
+    assert commands.spelled("eval") == "python eval.py"
+    (tmp_path / "transformer").mkdir()
+    monkeypatch.setattr(commands, "_PACKAGE", tmp_path / "transformer")  # as where the package is installed
+    assert commands.spelled("train") == "transformer train"

@@ -14,6 +14,7 @@ from transformer.decoding.translator import Translator
 from transformer.evaluation.datasets import EvalDataset
 from transformer.evaluation.results import set_names
 from transformer.models.flops import TrainingCost
+from transformer.runtime import commands
 from transformer.runtime.errors import UserError
 from transformer.runtime.files import CONFIG_FILE
 
@@ -162,6 +163,6 @@ def newest_translations(workdir: epath.PathLike, dataset: EvalDataset) -> epath.
     if not found:
         raise UserError(
             f"{workdir}: expected translations of {dataset.name} in translations/, found none of these sentences; run "
-            f"python eval.py --workdir={workdir} on the same set first"
+            f"{commands.spelled('eval')} --workdir={workdir} on the same set first"
         )
     return max(found)[2]

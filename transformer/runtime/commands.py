@@ -24,6 +24,11 @@ def find() -> dict[str, pathlib.Path]:
     return files
 
 
+def spelled(name: str) -> str:
+    """How train or eval is started: by its file in a checkout, by the program where the package is installed."""
+    return f"python {name}.py" if (_PACKAGE.parent / f"{name}.py").is_file() else f"transformer {name}"
+
+
 def _module(path: pathlib.Path) -> str:
     """The module name of a file for -m; train or eval for those beside the package."""
     module = ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
