@@ -102,6 +102,8 @@ def test_other_packages_may_import_this_one_while_they_are_run():
 
 
 def test_train_and_eval_are_named_as_they_are_started(monkeypatch, tmp_path):
+    from transformer.runtime import commands
+
     assert commands.spelled("eval") == "python eval.py"
     (tmp_path / "transformer").mkdir()
     monkeypatch.setattr(commands, "_PACKAGE", tmp_path / "transformer")  # as where the package is installed
