@@ -60,7 +60,7 @@ test-gpu:
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "expected Python 3.11 or newer, got $$($(PYTHON) --version 2>&1); set PYTHON=python3.12, say" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; } # half of one would be taken for a whole
+	$(PYTHON) -m venv $(VENV) || { rm -f $(VENV)/bin/python; exit 2; } # half of one would be taken for a whole
 
 $(VENV)/installed: requirements.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV)"

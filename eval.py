@@ -54,10 +54,11 @@ def main(argv: list[str]) -> None:
         reject_missing_workdirs(args.workdir)
     with multihost.initialize(args):
         if args.watch and multihost.process_count() > 1:
-            raise UserError("--watch runs in one process; start it on one host alone")
+            raise UserError("--watch runs in one process, and this is one of several; start it on one machine alone")
         log_info(f"{args.workdir}: loading JAX …")
         from transformer.distributed import consistency
 
+        consistency.assert_same_code()
         consistency.enable_compilation_cache()
         if args.watch:
             watch(args)
@@ -68,12 +69,10 @@ def main(argv: list[str]) -> None:
 def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Evaluates one checkpoint, with these decode fields in place of those of its config."""
     from transformer.checkpoints.loading import load_checkpoint
-    from transformer.distributed import consistency
     from transformer.evaluation import datasets, evaluator, report, results, summary, systems
 
     if args.output and multihost.is_primary():
         check_writable(args.output, f"--output={args.output}")
-    consistency.assert_same_code()
     restored = load_checkpoint(args.workdir, args.checkpoint)
     if args.metrics:
         restored = dataclasses.replace(restored, config=dataclasses.replace(restored.config, eval=args.metrics))

@@ -186,7 +186,7 @@ def training(
     plan = input_pipeline.make_batch_schedule(config, ids)
     (bucket,) = plan.buckets
     found.put(rows=bucket.rows, source=bucket.source, target=bucket.target, attention=attention)
-    row = benchmark.measure(config, plan, ids, 5 if found.smoke else 50)
+    row = benchmark.measure(config, plan, ids, 1 if found.smoke else 10)
     flops_per_s = float(row["flops_per_s"] or 0)
     found.put(**row, slots_per_s=round(1000 * bucket.rows * bucket.target / float(row["step_ms"] or 1)))
     found.put(**shares(found, flops_per_s, jax.devices()[0].device_kind, jax.device_count()))

@@ -36,7 +36,10 @@ for i in "${!machines[@]}"; do
   remote="cd $(printf %q "$directory") && echo \$\$ >$mark.$i && "
   remote+="{ [ ! -e $mark.$i.stop ] || exit \$(cat $mark.$i.stop); } && "
   remote+="exec ${PYTHON:-.venv/bin/python} train.py $flags"
-  ssh -o BatchMode=yes "${machines[$i]}" "bash -c $(printf %q "$remote")" </dev/null 2> >(sed -u "s/^/[$i] /" >&2) &
+  (
+    trap '' HUP # the sessions outlive the terminal until the trainers have saved
+    exec ssh -o BatchMode=yes "${machines[$i]}" "bash -c $(printf %q "$remote")" </dev/null 2> >(sed -u "s/^/[$i] /" >&2)
+  ) &
   sessions[i]=$!
 done
 

@@ -34,9 +34,9 @@ _LAZY = {
 }
 
 _program = os.path.abspath(sys.argv[0]) if sys.argv else ""
-_module = next(iter(sys.orig_argv[sys.orig_argv.index("-m") + 1 :]), "") if "-m" in sys.orig_argv else ""
+_names = {argument.removeprefix("-m").partition(".")[0] for argument in sys.orig_argv}
 # As long as Python looks for the module of `python -m transformer.NAME`, and not of another program.
-_is_looked_up = sys.argv[:1] == ["-m"] and _module.partition(".")[0] == "transformer"
+_is_looked_up = sys.argv[:1] == ["-m"] and __name__ in _names
 if _is_looked_up or _program in (os.path.join(os.path.dirname(__path__[0]), name) for name in ("train.py", "eval.py")):
     # Until training takes it, Ctrl-C ends a command at once and quietly, while it imports modules too.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -44,6 +44,11 @@ if _is_looked_up:
     from transformer.runtime import commands
 
     commands.reject_non_commands(sys.orig_argv)
+
+
+def __dir__() -> list[str]:
+    """Public names, before their first use too."""
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

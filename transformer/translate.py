@@ -31,6 +31,8 @@ from transformer.runtime.errors import StoppedError, UserError
 from transformer.runtime.files import open_atomic, user_error_on_oserror
 from transformer.runtime.logging import log_info
 
+MAX_LINES = 4096  # read before the first is written, by default
+
 Item = TypeVar("Item")
 
 
@@ -171,7 +173,8 @@ def main(argv: list[str]) -> None:
             if sys.stdin.isatty():
                 translate_interactively(translate, lines, sys.stdout.buffer)
             else:
-                translate_stream(translate, lines, sys.stdout.buffer, args.batch_size or 16 * translator.rows)
+                batch_size = args.batch_size or min(16 * translator.rows, MAX_LINES)
+                translate_stream(translate, lines, sys.stdout.buffer, batch_size)
     finally:
         translator.log_warnings()
 
@@ -199,7 +202,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
         "--batch_size",
         type=positive_int,
         help="lines read before the first is written; typed ones are translated one by one (default: 16 times "
-        "decode.batch_rows)",
+        f"the sentences decoded at once, at most {MAX_LINES:,})",
     )
     parser.add_argument("--beam_size", type=positive_int, help="the same as --decode.beam_size")
     parser.add_argument(

@@ -73,8 +73,8 @@ def translate_corpus(args: argparse.Namespace, fields: dict[str, Any]) -> None:
     log_info(f"{text.num_lines:,} lines to translate; loading JAX and the model of {args.workdir} …")
     from transformer import inference
 
-    consistency.enable_compilation_cache()
     consistency.assert_same_code()
+    consistency.enable_compilation_cache()
     model = inference.load(args.workdir, args.checkpoint, args.ensemble)
     direction = mixture.find_direction(model.primary.config.data, args.source_language, args.target_language)
     corpus = open_corpus(args, fields, text, model, direction)

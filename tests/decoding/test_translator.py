@@ -334,7 +334,7 @@ def test_a_model_and_itself_are_the_model(parts, usual):
 def answering(parts, tokens, lengths, scores, finished, **fields):
     """A translator whose device gives these hypotheses, [N, T] and [N], for each sentence."""
     translator, params = make(parts, **fields)
-    rows = translator._rows
+    rows = translator.rows
     batch = Hypotheses(*(np.stack([np.array(values)] * rows) for values in (tokens, lengths, scores, finished)))
     translator._execute = lambda *_: batch
     return translator, params

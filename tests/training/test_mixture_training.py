@@ -198,6 +198,21 @@ def test_a_corpus_is_translated_in_the_direction_that_is_chosen(folder, whole, t
     assert (tmp_path / "out" / "train.fr").read_bytes().decode().split("\n")[:-1] == expected
 
 
+def test_attention_and_alignments_are_of_the_direction(whole, tmp_path, monkeypatch):
+    model = transformer.load(whole)
+    vocabulary, tags = model.tokenizer, []
+    for language in ("de", "fr"):
+        (attention,) = model.attention(["red cat"], ["x"], target_language=language)
+        tags.append(vocabulary.pieces(attention.source[:1])[0])
+        assert attention.weights_LHTS.shape[3] == len(attention.source) == 1 + len(vocabulary.encode(["red cat"])[0])
+    assert tags == ["<2de>", "<2fr>"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"red cat\n")))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    path = tmp_path / "align"
+    translate.main(["translate", f"--workdir={whole}", "--target_language=fr", f"--alignments={path}"])
+    assert {int(link.split("-")[0]) for link in path.read_text().split()} <= {0, 1}  # the tag is no word
+
+
 def test_evaluation_reports_all_directions_in_one_table(whole, capsys):
     rows = "--decode.batch_rows=4"  # another than the config's, which is no other decoding
     evaluation.main(["eval.py", f"--workdir={whole}", "--split=val", rows])

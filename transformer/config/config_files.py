@@ -59,7 +59,7 @@ def call_file(flag: str, file: str, function: str, *arguments: Any, others: str,
       UserError: no such file or function, or an error inside it.
     """
     if os.path.exists(file) and not os.path.isfile(file):
-        raise UserError(f"{flag}: expected a file, such as the config.json of a workdir, got a folder, pipe or device")
+        raise UserError(f"{flag}: expected a file that ends in .py, got a folder, pipe or device")
     if not os.path.isfile(file):
         raise UserError(f"{flag}: no such file; {others}")
     try:

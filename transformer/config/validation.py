@@ -189,7 +189,7 @@ def check_consistency(
       given: fields set on the command line or in a call, such as model.family, which must apply whatever their value.
     """
     if config.data.mixture:
-        _check_mixture(config, needs_data)
+        _check_mixture(config, needs_data, strict)
     else:
         _check_data(config.data, needs_data)
     for name, condition in inapplicable_fields(config).items():
@@ -264,7 +264,7 @@ def get_field(config: Config, name: str) -> Any:
 
 
 def replace_field(config: Config, name: str, value: Any) -> Config:
-    """The config with another value of section.field."""
+    """The config with another value of section.field; widths that equal emb_dim follow it."""
     section, field = name.split(".")
     widths = config.model.widths_of_emb_dim() if name == "model.emb_dim" else {}
     replaced = dataclasses.replace(getattr(config, section), **widths, **{field: value})
@@ -535,7 +535,7 @@ def _check_data(data: DataConfig, needs_data: bool) -> None:
         raise UserError("config.data: data.dir has its own val files; leave the valid fields empty")
 
 
-def _check_mixture(config: Config, needs_data: bool) -> None:
+def _check_mixture(config: Config, needs_data: bool, strict: bool) -> None:
     data = config.data
     if data.batching == "pack":
         raise UserError(
@@ -554,7 +554,7 @@ def _check_mixture(config: Config, needs_data: bool) -> None:
     for number, entry in enumerate(data.mixture, 1):
         with mixture.entry_errors(number, entry):
             of_text = [name for name in ("columns", *schema.TEXT_PATH_FIELDS) if getattr(entry, name)]
-            if of_text and entry.name != "text":
+            if strict and of_text and entry.name != "text":
                 raise UserError(f"config.data.{of_text[0]}: read only with name = 'text', got name = {entry.name!r}")
             _check_data(mixture.entry_data(data, entry), needs_data)
     mixture.check_tags(data)

@@ -142,8 +142,10 @@ def _load_metadata(data: prepared.PreparedDataset, languages: tuple[str, str]) -
     if not path.exists() or (content := parse_checksummed_json(path.read_bytes())) is None:
         return None
     *key, metadata = content
+    if key != [METADATA_VERSION, data.digest()]:
+        return None
     metadata.pop("longest", None)  # which earlier versions wrote
-    return CorpusMetadata(**metadata) if key == [METADATA_VERSION, data.digest()] else None
+    return CorpusMetadata(**metadata)
 
 
 def _metadata_path(folder: epath.Path, languages: tuple[str, str]) -> epath.Path:

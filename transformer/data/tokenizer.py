@@ -36,7 +36,7 @@ NUM_FIXED = 4 + 256  # special ids and bytes
 OPTION_HINT = "Increase vocab_size or decrease character_coverage with --character_coverage option."
 MIN_COVERAGE = 0.98  # the least that SentencePiece accepts
 MAX_COUNTED_LINES = 200_000  # enough to determine the alphabet
-# Of more lines a sample. Those of unigram take 3 kB each in training; a vocabulary that is cached already stays in use.
+# Of a larger corpus, a sample. Lines of unigram take 3 kB each; a vocabulary that is cached already stays in use.
 MAX_TRAINING_LINES = {"bpe": 2_000_000, "unigram": 600_000}
 # In bytes; SentencePiece skips longer lines. Its default limit is changed only if it would skip some, because the model
 # file contains the limit.

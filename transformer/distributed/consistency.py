@@ -20,6 +20,7 @@ from transformer.runtime.logging import log_info
 
 # Seconds in which all processes must see a file that one wrote: network file systems take some.
 VISIBILITY_TIMEOUT_S = 15.0
+CACHE_VISIBILITY_TIMEOUT_S = 5.0  # of a cache, which a run can do without
 MARKER_FILE = "hosts"  # the file by which processes check that they share a workdir
 
 
@@ -77,7 +78,7 @@ def assert_shared_workdir(workdir: epath.Path) -> None:
     if multihost.process_count() == 1:
         return
     marker = multihost.broadcast_from_primary("marker of the workdir", lambda: _write_marker(workdir))
-    answers = multihost.allgather("workdir", str(_can_see(workdir / MARKER_FILE, marker)))
+    answers = multihost.allgather("workdir", str(_can_see(workdir / MARKER_FILE, marker, VISIBILITY_TIMEOUT_S)))
     missing = [multihost.process_name(i) for i, answer in enumerate(answers) if answer != str(True)]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -96,8 +97,8 @@ def _write_marker(workdir: epath.Path) -> str:
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between runs; of several processes only where all see the folder of the primary.
 
-    That alone writes programs. Where it finds one and others do not, it would not compile, and on GPUs these would wait
-    for its share of the tuning that processes divide.
+    The primary alone writes programs. Where it finds one and others do not, it would not compile, and on GPUs the
+    others would wait for its share of the tuning that processes divide.
     """
     folder = epath.Path(environment.enable_compilation_cache())
     if multihost.process_count() == 1:
@@ -106,12 +107,12 @@ def enable_compilation_cache() -> None:
 
     marker = multihost.broadcast_from_primary("marker of the compilation cache", lambda: uuid.uuid4().hex)
     path = folder / f"{MARKER_FILE}-{marker}"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):  # whatever the storage raises
         if multihost.is_primary():
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, marker)
-    answers = multihost.allgather("compilation cache", str(_can_see(path, marker)))
-    with contextlib.suppress(OSError):
+    answers = multihost.allgather("compilation cache", str(_can_see(path, marker, CACHE_VISIBILITY_TIMEOUT_S)))
+    with contextlib.suppress(Exception):
         if multihost.is_primary():
             path.unlink()
     if answers != [str(True)] * len(answers):
@@ -122,16 +123,16 @@ def enable_compilation_cache() -> None:
         )
 
 
-def _can_see(path: epath.Path, marker: str) -> bool:
+def _can_see(path: epath.Path, marker: str, seconds: float) -> bool:
     """Whether a file begins with the marker, perhaps after a while."""
-    deadline = time.monotonic() + VISIBILITY_TIMEOUT_S
+    deadline = time.monotonic() + seconds
     while True:
         try:
             if path.read_text().startswith(marker):
                 return True
             if not object_storage.is_remote(path):
                 os.listdir(path.parent)  # makes NFS look again
-        except OSError:
+        except Exception:  # whatever the storage raises
             pass
         if time.monotonic() > deadline:
             return False

@@ -56,7 +56,7 @@ class Heartbeat:
 
     def abort(self, error: BaseException) -> None:
         """Ends this process because of an error, and publishes it to the others."""
-        if is_peer_failure(error):
+        if len(self._names) > 1 and is_peer_failure(error):
             seconds = self._timeout + 2 * self._pause + GRACE
             reason = str(error).partition("\n")[0]
             logging.log_error(f"waiting up to {seconds:.0f} s to see whether another host is the cause of: {reason}")

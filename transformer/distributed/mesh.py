@@ -71,7 +71,7 @@ def _all_devices() -> list[jax.Device]:
         reason = str(error).partition("\n")[0] or "no such devices, or no plugin of jax for them"
         found = f"JAX_PLATFORMS={platforms}: expected devices of that platform, found none: {reason}; install"
         if not platforms:
-            found = f"JAX cannot start its devices: {reason}; mend"
+            found = f"JAX cannot start its devices: {reason}; install again"
         raise UserError(f"{found} their driver and plugin, or set JAX_PLATFORMS=cpu") from error
     if jax.process_count() != multihost.process_count():
         raise UserError(

@@ -90,12 +90,9 @@ def initialize(args: argparse.Namespace) -> Iterator[None]:
     import jax
 
     _group = group = _join(args)
-    if group.index:
-        aborted = f"{group.names[0]}, which all others depend on, has gone away, or XLA failed here, as said above"
-        code = args.lost_host_exit_code
-    else:
-        aborted, code = "XLA failed, as said above, and ended this process", 1
-    with report_on_sigabrt(aborted, code):
+    gone = "another host" if group.index == 0 else f"{group.names[0]}, which all others depend on,"
+    aborted = f"{gone} has gone away, or XLA failed here, as the lines above say"
+    with report_on_sigabrt(aborted, args.lost_host_exit_code):
         group.heartbeat.start()
         stopped = None
         try:

@@ -33,6 +33,7 @@ LOCK_TIMEOUT_S = 25.0  # seconds without one after which the lock is taken over
 # Seconds in which two processes that take a lock at once find out, on storage without conditional writes.
 LOCK_SETTLE_S = 1.0
 SYNC_INTERVAL_S = 20.0  # seconds between two copies of a log
+CLIENTS = ("gcsfs", "s3fs", "botocore", "aiobotocore", "aiohttp", "google")  # packages of the storage client
 
 
 # Before the first address is opened, whose file system etils keeps: it is fsspec's, even where TensorFlow is installed,
@@ -68,7 +69,8 @@ def filesystem(path: epath.PathLike) -> Any:
 
 def is_storage_error(error: BaseException) -> bool:
     """Whether an error comes from the storage client: of access, buckets or the network."""
-    return type(error).__module__.split(".")[0] in ("gcsfs", "s3fs", "botocore", "aiobotocore", "aiohttp", "google")
+    module = type(error).__module__
+    return module.split(".")[0] in CLIENTS and not module.startswith("google.protobuf")
 
 
 def upload(local: epath.PathLike, folder: epath.PathLike) -> None:

@@ -151,7 +151,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 def peak_learning_rate(config: Config) -> float:
     """The highest rate of the schedule, that of the end of the warm-up."""
     step = min(max(config.optimizer.warmup_steps, 1), config.train.num_steps)
-    return float(make_schedule(config)(step - 1))
+    return float(jax.device_get(make_schedule(config)(step - 1)))
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:

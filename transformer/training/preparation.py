@@ -115,8 +115,8 @@ def exclusive_workdir(config: Config, folder: epath.PathLike) -> Iterator[epath.
     """Locks the workdir for the block; checks that all processes run the same code and config and see that folder."""
     path = epath.Path(folder)
     CheckpointManager(path)  # rejects a path that cannot hold checkpoints before anything is done
-    consistency.enable_compilation_cache()
     consistency.assert_same_code()
+    consistency.enable_compilation_cache()
     consistency.assert_same_config(config)
     with workdir.acquire_lock(path) if multihost.is_primary() else contextlib.nullcontext():
         consistency.assert_shared_workdir(path)
@@ -277,7 +277,7 @@ def log_summary(context: RunContext, model: ModelDef) -> None:
             f"warning: config.mesh uses {mesh.size} of {jax.device_count()} devices{'; mesh.data=-1 takes all' * fits}"
         )
     profiled = schema.parse_steps(config.train.profile_steps)
-    if profiled and profiled[0] <= (resume.step or 0):
+    if profiled and profiled[0] <= (resume.step or 0) and not (context.workdir / "plugins" / "profile").exists():
         log_info(f"warning: train.profile_steps = {config.train.profile_steps} are done already; name later steps")
     if resume.step:
         log_info(f"resuming after step {resume.step:,}")
