@@ -75,7 +75,8 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         check_writable(args.output, f"--output={args.output}")
     restored = load_checkpoint(args.workdir, args.checkpoint)
     if args.metrics:
-        restored = dataclasses.replace(restored, config=dataclasses.replace(restored.config, eval=args.metrics))
+        chosen = dataclasses.replace(restored.config.eval, metrics=args.metrics.metrics)
+        restored = dataclasses.replace(restored, config=dataclasses.replace(restored.config, eval=chosen))
     saved = restored.config.decode
     changed = {
         name: value
@@ -224,6 +225,8 @@ def parse(rest: list[str]) -> argparse.Namespace:
     command_line.reject_overwriting(args.output, (args.source, args.versus, *args.reference))
     if args.versus_checkpoint and not args.versus:
         raise UserError("--versus_checkpoint goes with --versus=DIR, got none")
+    if args.versus_checkpoint and epath.Path(args.versus).is_file():
+        raise UserError(f"--versus_checkpoint goes with --versus=DIR, got the file {args.versus}")
     for flag in ("checkpoint", "output", "versus", "metrics"):
         if args.watch and getattr(args, flag):
             raise UserError(f"--watch scores every checkpoint by itself; leave out --{flag}")

@@ -190,6 +190,7 @@ def update(*arguments, **options):
     cpu_s = usage.ru_utime + usage.ru_stime
     print(json.dumps({"cpu_s": cpu_s, "hashed": hashed[0], "pss_mb": pss * 1024 / 1e6}), flush=True)
     os._exit(0)
+update.lower = update
 train_step.make_train_step = lambda *arguments, **options: update
 session.train(config, sys.argv[1])
 """

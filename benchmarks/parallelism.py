@@ -111,6 +111,8 @@ def equal_config(family: str, width: int, dtype: str = "float32", attention: str
     def config(width: int) -> Config:
         return family_config(family, width, dtype, attention)
 
+    if family == "attention":
+        return config(width)
     target = params(family_config("attention", width))
     number = bisect.bisect_left(range(width), target, lo=1, key=lambda number: params(config(8 * number)))
     candidates = [config(8 * n) for n in (max(number - 1, 1), number)]

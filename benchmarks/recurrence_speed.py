@@ -8,12 +8,12 @@ one JSON object.
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
 
 from transformer.command_line import command_parser, positive_int, reexec_with_malloc_settings, run
+from transformer.runtime import environment
 from transformer.runtime.errors import UserError
 from transformer.runtime.logging import log_info
 
@@ -72,7 +72,7 @@ def ours_ms(batch: int, length: int, width: int) -> float:
 
 def torch_ms(python: str, sizes: list[int]) -> float:
     """Median milliseconds of torch.nn.LSTM with a thread for each core."""
-    numbers = [str(number) for number in (*sizes, REPEATS, os.cpu_count() or 1)]
+    numbers = [str(number) for number in (*sizes, REPEATS, environment.available_cpus())]
     process = subprocess.run([python, "-c", TORCH, *numbers], capture_output=True, text=True)
     if process.returncode:
         last = (process.stderr.strip().splitlines() or [""])[-1]

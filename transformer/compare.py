@@ -46,9 +46,8 @@ def main(argv: list[str]) -> None:
     log_info(str(tokenizer))
     metrics = (args.metrics or config.eval).metric_names
     with progress.phase("comparing the systems"):
-        result = comparison.compare(
-            compared, dataset.sources, dataset.references, tokenizer.name, training, metrics=metrics
-        )
+        lines, name = (dataset.sources, dataset.references), os.path.basename(args.frequency_corpus or "training text")
+        result = comparison.compare(compared, *lines, tokenizer.name, training, name, metrics=metrics)
     for system, tests in zip(compared[1:], result.tests, strict=True):
         log_info(f"\n{significance.format_table(system.label, compared[0].label, tests)}\n")
     subtitle = f"{dataset.name}, {len(dataset.references[0]):,} sentences · " + " · ".join(
@@ -103,8 +102,15 @@ def load_test_set(args: argparse.Namespace) -> tuple[EvalDataset, Config, Iterab
     files = args.source, args.reference or None
     dataset = load_eval_dataset(data, args.split, *files, args.test_set, direction)
     if training is None and not args.source and not args.test_set:
-        training = (target for _, target in corpus.open_corpus(direction.data).split("train"))
+        training = (target for each in _sources(data, direction) for _, target in corpus.open_corpus(each).train)
     return dataset, dataclasses.replace(config, data=direction.data), training
+
+
+def _sources(data: DataConfig, direction: mixture.Direction) -> list[DataConfig]:
+    """The data sections of all training text of a direction."""
+    languages = direction.data.source_language, direction.data.target_language
+    entries = [each for each in data.mixture if (each.source_language, each.target_language) == languages]
+    return [mixture.entry_data(data, each) for each in entries] or [direction.data]
 
 
 def load_systems(paths: list[str], dataset: EvalDataset) -> list[System]:

@@ -318,6 +318,12 @@ def test_pruning_keeps_the_newest_and_the_best(workdir, keep_last, keep_best, le
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == left
 
 
+def test_a_damaged_checkpoint_takes_no_place_of_the_best(workdir):
+    (workdir / "checkpoints" / "9" / "config.json").write_text("{")
+    CheckpointManager(workdir).prune(1, 1)
+    assert CheckpointManager(workdir).steps() == [9, 10, 100]  # it is not deleted either
+
+
 def test_nothing_in_a_checkpoint_is_executed(workdir):
     """A manifest that is code is no manifest."""
     (workdir / "checkpoints" / "100" / manager.MANIFEST).write_text("__import__('os').system('touch hacked')")

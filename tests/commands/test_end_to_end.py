@@ -264,6 +264,7 @@ def test_watching_scores_what_is_there_and_ends_on_a_signal(averaged):
         (["--watch", "--checkpoint=best"], "leave out --checkpoint"),
         (["--watch", "--versus=x"], "leave out --versus"),
         (["--versus_checkpoint=best"], "goes with --versus"),
+        (["--versus=README.md", "--versus_checkpoint=best"], "goes with --versus=DIR, got the file"),
         (["--versus=x", "--output=x"], "would overwrite"),
         (["--versus=x", "--output=./x"], "would overwrite"),
         (["--versus=none"], "none: there is no such file"),

@@ -54,6 +54,8 @@ def test_words_are_counted_in_the_training_text_where_it_is_given():
     result = comparison.compare(SYSTEMS[:2], [], [["cat cat"] * 60], "13a", training=["cat"] * 5, samples=20)
     assert result.breakdowns[2].counts == {"5-9": 120}
     assert "training text" in result.breakdowns[2].x_label
+    result = comparison.compare(SYSTEMS[:2], [], [["cat"] * 60], "13a", ["cat"], "wiki.de", samples=20)
+    assert "wiki.de" in result.breakdowns[2].x_label
 
 
 def test_ngrams_are_those_that_one_system_matches_more_often():

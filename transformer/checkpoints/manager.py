@@ -232,6 +232,13 @@ class CheckpointManager(contextlib.AbstractContextManager):
             return False
         return True
 
+    def _has_its_files(self, step: int) -> bool:
+        """Whether the files of a checkpoint are there in their sizes."""
+        with contextlib.suppress(CorruptCheckpointError):
+            self.verify(step, content=False)
+            return True
+        return False
+
     def latest_valid_step(self) -> int | None:
         """The newest step that verifies; None without any checkpoint.
 
@@ -307,8 +314,10 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
     def _prune(self, keep_last: int, keep_best: int) -> None:
         available = self.steps()
-        best = self.steps_by_metric(available)
-        keep = {*available[-keep_last:], *(best[-keep_best:] if keep_best else [])}
+        ranked = self.steps_by_metric(available)[::-1]
+        damaged = set() if not keep_best else {step for step in ranked if not self._has_its_files(step)}
+        best = [step for step in ranked if step not in damaged][:keep_best]
+        keep = {*available[-keep_last:], *best, *damaged}
         surplus = [step for step in available if step not in keep]
         if surplus and self.is_valid(available[-1], content=False):  # its files were just hashed
             for step in surplus:

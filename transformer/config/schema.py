@@ -390,7 +390,8 @@ class TrainConfig:
     )
     spike_factor: float = _field(
         0.0,
-        "skips updates whose loss is over this times the mean of about the last 50; 0: off",
+        "skips updates whose loss is over this times the mean of about the last 50; the schedule does not count them; "
+        "0: off",
         low=0,
     )
     max_skipped_updates: int = _field(

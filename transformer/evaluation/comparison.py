@@ -93,6 +93,7 @@ def compare(
     references: Sequence[Sequence[str]],
     tokenizer: str,
     training: Iterable[str] | None = None,
+    training_name: str = "training text",
     samples: int = 0,
     metrics: Sequence[str] = DEFAULT_METRICS,
 ) -> Comparison:
@@ -104,6 +105,7 @@ def compare(
       references: one or several lists, each as long as the translations.
       tokenizer: of BLEU, also for words, named as in `choose_bleu_tokenizer`.
       training: text of the target language in which words are counted; None: the first references.
+      training_name: of that text, for charts.
       samples: of the significance tests, as in `paired_tests`.
       metrics: to compare by; the first two also by length, and `metrics.sentence_metric` by sentence.
 
@@ -126,7 +128,7 @@ def compare(
     breakdowns = [
         by_length(name, systems, references, group_by_length(lengths), side, tokenizer) for name in metrics[:2]
     ]
-    breakdowns.append(by_frequency(words, reference_words, counts, "training text" if training else "references"))
+    breakdowns.append(by_frequency(words, reference_words, counts, training_name if training else "references"))
     matches = [count_matches(each, reference_words) for each in words]
     ranking = sentence_metric(metrics)
     totals = collections.Counter(ngram for line in reference_words for ngram in ngrams_of(line))

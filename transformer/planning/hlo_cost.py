@@ -22,6 +22,7 @@ _NO_TRAFFIC = {
     *("partition-id", "replica-id", "iota", "opt-barrier", "domain", "add-dependency", "async-start", "async-update"),
 }
 _SLICE_OPCODES = ("dynamic-slice", "slice", "gather")
+_UPDATE_OPCODES = ("dynamic-update-slice", "scatter")
 
 
 class Collective(NamedTuple):
@@ -233,11 +234,16 @@ def _fusion_hbm_bytes(run: InstructionRun, program: Program) -> int:
     """
     inside = program.computations.get(run.instruction.attribute("calls").lstrip("%"), {})
     read = 0
-    updated = {}  # parameter that is updated in place → size of the update
+    updated = {}  # parameter that is updated in place → size of the whole
+    update_bytes = 0
     for inner in inside.values():
-        if inner.opcode in ("dynamic-update-slice", "scatter"):
-            update = inside[inner.operands[-1 if inner.opcode == "scatter" else 1]]
-            updated[_resolve_alias(inside, inner.operands[0]).name] = update.result[0].size
+        if inner.opcode in _UPDATE_OPCODES:
+            whole = _resolve_alias(inside, inner.operands[0])
+            while whole.opcode in _UPDATE_OPCODES:  # of several one after the other
+                whole = _resolve_alias(inside, whole.operands[0])
+            if whole.opcode == "parameter":
+                updated[whole.name] = _hbm_size(inner.result)
+                update_bytes += inside[inner.operands[-1 if inner.opcode == "scatter" else 1]].result[0].size
     for inner in inside.values():
         if inner.opcode != "parameter" or not _hbm_size(inner.result) or inner.name in updated:
             continue
@@ -246,9 +252,8 @@ def _fusion_hbm_bytes(run: InstructionRun, program: Program) -> int:
             read += sum(user.result[0].size for user, _ in uses)
         else:
             read += _hbm_size(inner.result)
-    if updated:
-        return read + 2 * sum(updated.values())
-    return read + _hbm_size(run.instruction.result)
+    written = max(_hbm_size(run.instruction.result) - sum(updated.values()), 0)
+    return read + 2 * update_bytes + written
 
 
 def _uses(computation: Computation, name: str) -> Iterator[tuple[Instruction, str]]:
