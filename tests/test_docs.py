@@ -204,7 +204,7 @@ def test_readme_example_translates(monkeypatch):
             calls.append({})
             return [TargetScore(0.0, [], [])]
 
-    monkeypatch.setattr(inference, "load", lambda workdir, checkpoint: Model())
+    monkeypatch.setattr(inference, "load", lambda workdir, checkpoint, ensemble: Model())
     exec(compile(body, "README.md", "exec"), {})
     for options in calls:
         decode = {name: value for name, value in options.items() if name in schema.field_names("decode")}

@@ -13,13 +13,16 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ml_collections import config_dict
+
     from transformer.config import Config, default_config
-    from transformer.inference import TranslationModel, load
+    from transformer.inference import TranslationModel
     from transformer.runtime.errors import UserError
-    from transformer.training.session import train
+    from transformer.training.session import TrainingResult
 
 __version__ = "0.1.0"
 __all__ = ["Config", "TranslationModel", "UserError", "default_config", "load", "train"]
@@ -29,8 +32,6 @@ _LAZY = {
     "TranslationModel": "transformer.inference",
     "UserError": "transformer.runtime.errors",
     "default_config": "transformer.config",
-    "load": "transformer.inference",
-    "train": "transformer.training.session",
 }
 
 _program = os.path.abspath(sys.argv[0]) if sys.argv else ""
@@ -44,6 +45,22 @@ if _is_looked_up:
     from transformer.runtime import commands
 
     commands.reject_non_commands(sys.orig_argv)
+
+
+def load(
+    workdir: str | os.PathLike, checkpoint: str | int = "latest", ensemble: Sequence[str | os.PathLike] = ()
+) -> "TranslationModel":
+    """Loads the trained model of a workdir: see `transformer.inference.load`."""
+    from transformer import inference
+
+    return inference.load(workdir, checkpoint, ensemble)
+
+
+def train(config: "Config | config_dict.ConfigDict", workdir: str | os.PathLike) -> "TrainingResult":
+    """Trains in a workdir, or resumes the run there: see `transformer.training.session.train`."""
+    from transformer.training import session
+
+    return session.train(config, workdir)
 
 
 def __dir__() -> list[str]:

@@ -102,7 +102,8 @@ def load_test_set(args: argparse.Namespace) -> tuple[EvalDataset, Config, Iterab
     files = args.source, args.reference or None
     dataset = load_eval_dataset(data, args.split, *files, args.test_set, direction)
     if training is None and not args.source and not args.test_set:
-        training = (target for each in _sources(data, direction) for _, target in corpus.open_corpus(each).train)
+        splits = (corpus.open_corpus(each).split("train") for each in _sources(data, direction))
+        training = (target for split in splits for _, target in split)
     return dataset, dataclasses.replace(config, data=direction.data), training
 
 
