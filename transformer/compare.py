@@ -46,8 +46,15 @@ def main(argv: list[str]) -> None:
     log_info(str(tokenizer))
     metrics = (args.metrics or config.eval).metric_names
     with progress.phase("comparing the systems"):
-        lines, name = (dataset.sources, dataset.references), os.path.basename(args.frequency_corpus or "training text")
-        result = comparison.compare(compared, *lines, tokenizer.name, training, name, metrics=metrics)
+        result = comparison.compare(
+            compared,
+            dataset.sources,
+            dataset.references,
+            tokenizer.name,
+            training,
+            os.path.basename(args.frequency_corpus or "training text"),
+            metrics=metrics,
+        )
     for system, tests in zip(compared[1:], result.tests, strict=True):
         log_info(f"\n{significance.format_table(system.label, compared[0].label, tests)}\n")
     subtitle = f"{dataset.name}, {len(dataset.references[0]):,} sentences · " + " · ".join(

@@ -194,8 +194,8 @@ def fill_warning(config: Config, ids: TokenIds, schedule: BatchSchedule) -> str:
         except UserError:  # of a mixture or an attention that does not support packed rows
             continue
         changed = _schedule(changed_config, ids)
-        has_fewer_shapes = has_many_shapes and (len(changed.buckets) < shapes or changed.steps_per_epoch > steps)
-        if changed.fill <= fill and not has_fewer_shapes:
+        compiles_less = has_many_shapes and (len(changed.buckets) < shapes or changed.steps_per_epoch > steps)
+        if changed.fill <= fill and not compiles_less:
             continue
         effects.append(f"{name} = {value} gives fill {changed.fill:.2f}, shapes: {len(changed.buckets)}")
     return (
