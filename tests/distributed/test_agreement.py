@@ -74,7 +74,8 @@ def test_a_slow_host_is_named_when_it_stays_slow(two_hosts):
     slowest = host_metrics.StragglerDetector()
     assert slowest.update(measured(10, 60)) == ""
     assert slowest.update(measured(10, 60)) == (
-        "the others wait for host 1: 60 ms of its own an update, usual are 10; it waits for its data 50% of the time"
+        "the others wait for host 1: it takes 60 ms of host time per update, the others 10 (median), and waits for "
+        "data 50% of the time"
     )
     assert slowest.update(measured(60, 10)) == ""
 

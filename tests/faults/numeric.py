@@ -46,8 +46,7 @@ def poisoned(place: str, value: float, updates: range = range(AT, AT + 1), seed:
         def bad(params, batch, key):
             total, sums = objective(params, batch, key)
             change = jnp.multiply if place == "scale" else jnp.add
-            loss = sums.loss._replace(objective=change(sums.loss.objective, poison))
-            return change(total, poison), sums._replace(loss=loss)
+            return change(total, poison), sums._replace(objective=change(sums.objective, poison))
 
         if place == "params":
             params = jax.tree.map(lambda leaf: leaf + poison, params)

@@ -14,10 +14,9 @@ from transformer.training.objective import TrainingLoss
 from transformer.training.train_step import StepMetrics
 
 
-def metrics(nll=10.0, tokens=5.0, objective=12.0, norm=2.0):
-    return StepMetrics(
-        TrainingLoss(*map(np.float32, (objective, nll, 3.0, tokens))), np.float32(norm), np.float32(0.1), np.float32(6)
-    )
+def metrics(nll=10.0, tokens=5.0, objective=12.0, norm=2.0, consistency=None):
+    loss = TrainingLoss(*map(np.float32, (objective, nll, 3.0, tokens)), consistency)
+    return StepMetrics(loss, *map(np.float32, (norm, 0.1, 6)), skipped=np.int32(0))
 
 
 class Clock:
@@ -30,8 +29,10 @@ class Clock:
 def test_means_are_over_tokens_not_over_batches():
     clock = Clock()
     meter = MetricsAccumulator(clock=clock)
-    meter.add(metrics(nll=10, tokens=5, norm=2.0), 1, slots=8, flops=0)
-    meter.add(metrics(nll=90, tokens=15, norm=4.0)._replace(learning_rate=np.float32(0.25)), 2, slots=24, flops=0)
+    meter.add(metrics(nll=10, tokens=5, norm=2.0), 1, token_positions=8, flops=0)
+    meter.add(
+        metrics(nll=90, tokens=15, norm=4.0)._replace(learning_rate=np.float32(0.25)), 2, token_positions=24, flops=0
+    )
     clock.now += 4
     summary = meter.summary()
     assert summary["train/loss"] == 5.0
@@ -45,11 +46,11 @@ def test_means_are_over_tokens_not_over_batches():
 
 def test_consistency_is_a_mean_over_tokens_where_there_is_one():
     meter = MetricsAccumulator(clock=Clock())
-    meter.add(metrics(tokens=5), 1, slots=8, flops=0)
+    meter.add(metrics(tokens=5), 1, token_positions=8, flops=0)
     assert "train/consistency" not in meter.summary()
     meter.reset()
     for consistency, tokens in ((2.0, 5), (6.0, 15)):
-        meter.add(metrics(tokens=tokens)._replace(consistency=np.float32(consistency)), 1, slots=8, flops=0)
+        meter.add(metrics(tokens=tokens, consistency=np.float32(consistency)), 1, token_positions=8, flops=0)
     assert meter.summary()["train/consistency"] == 0.4
     assert meter.summary()["train/loss"] == 1.0
     meter.reset()
@@ -59,7 +60,7 @@ def test_consistency_is_a_mean_over_tokens_where_there_is_one():
 def test_time_spent_elsewhere_is_left_out():
     clock = Clock()
     meter = MetricsAccumulator(clock=clock)
-    meter.add(metrics(), 1, slots=8, flops=0)
+    meter.add(metrics(), 1, token_positions=8, flops=0)
     clock.now += 1
     with meter.pause():
         clock.now += 1000
@@ -71,14 +72,14 @@ def test_time_spent_elsewhere_is_left_out():
 @pytest.mark.parametrize("bad", [{"objective": math.nan}, {"objective": math.inf}, {"norm": math.nan}])
 def test_what_is_no_number_stops_the_run_and_names_the_update(bad):
     with pytest.raises(DivergedError, match="at update 7 the loss is") as diverged:
-        MetricsAccumulator().add(metrics(**bad), 7, slots=8, flops=0)
+        MetricsAccumulator().add(metrics(**bad), 7, token_positions=8, flops=0)
     assert diverged.value.step == 7
 
 
 def test_a_skipped_update_is_logged_and_counted(capsys):
     meter = MetricsAccumulator(skipped=2)
     for step, skipped in ((1, 2), (2, 3), (3, 3)):
-        meter.add(metrics()._replace(skipped=np.int32(skipped)), step, slots=8, flops=0)
+        meter.add(metrics()._replace(skipped=np.int32(skipped)), step, token_positions=8, flops=0)
     assert capsys.readouterr().err == "update 2 skipped: its loss of 2.400 is a spike; 3 skipped so far\n"
     assert meter.summary()["train/skipped_updates"] == 3
 
@@ -86,12 +87,12 @@ def test_a_skipped_update_is_logged_and_counted(capsys):
 def test_the_training_cost_continues_after_a_resume():
     clock = Clock()
     meter = MetricsAccumulator(TrainingCost(flops=1e18, tokens=1000, source_tokens=2000, seconds=3600), clock)
-    meter.add(metrics(tokens=5), 1, slots=8, flops=3e18)
+    meter.add(metrics(tokens=5), 1, token_positions=8, flops=3e18)
     clock.now += 30
     meter.reset()
     with meter.pause():
         clock.now += 1000
-    meter.add(metrics(tokens=7), 2, slots=8, flops=3e18)
+    meter.add(metrics(tokens=7), 2, token_positions=8, flops=3e18)
     clock.now += 60
     assert meter.cost() == TrainingCost(flops=7e18, tokens=1012, source_tokens=2012, seconds=3690)
     assert MetricsAccumulator().cost().seconds < 1

@@ -235,7 +235,9 @@ def test_evaluation_reports_all_directions_in_one_table(whole, capsys):
     assert (whole / "reports" / "4.validation.html").read_text() == page
     names = {path.name for path in (whole / "translations").glob("*.txt")}
     assert {"4.validation.en-de.txt", "4.validation.en-fr.txt"} <= names
-    with pytest.raises(UserError, match="--versus is of one direction, got en-de, en-fr: choose one by --source_lang"):
+    with pytest.raises(
+        UserError, match="--versus applies to one direction, got en-de, en-fr: choose one by --source_lang"
+    ):
         evaluation.main(["eval.py", f"--workdir={whole}", "--split=val", f"--versus={whole}"])
     with pytest.raises(UserError, match=r"--versus=.*: no direction en to es: this model translates en-de, en-fr"):
         systems.baseline_system(whole, "latest", None, ("en", "es"))

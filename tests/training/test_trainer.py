@@ -52,7 +52,8 @@ class FakeStep(FakeUpdate):
     def update(self, state, batch):
         self.events.append(f"run {batch.source_BS}")
         loss = jax.device_put(np.float32(next(self.losses)))
-        metrics = StepMetrics(TrainingLoss(loss, loss, loss, jax.device_put(np.float32(4))), loss, loss, loss)
+        tokens, skipped = jax.device_put((np.float32(4), np.int32(0)))
+        metrics = StepMetrics(TrainingLoss(loss, loss, loss, tokens, None), loss, loss, loss, skipped)
         return state._replace(step=state.step), metrics
 
 
@@ -70,13 +71,13 @@ def make_updates(losses, monkeypatch):
 
 def test_metrics_are_read_while_the_next_update_runs(monkeypatch):
     updates, fake = make_updates([1, 2, 3], monkeypatch)
-    for _ in range(3):
-        updates.dispatch()
+    for step in (1, 2, 3):
+        updates.dispatch(step)
     assert fake.events == ["run 0", "run 1", "read 1", "run 2", "read 2"]
     updates.flush()
     updates.flush()
     assert fake.events[5:] == ["read 3"]
-    assert (updates.meter.updates, updates.meter.slots) == (3, 18)
+    assert (updates.meter.updates, updates.meter.token_positions) == (3, 18)
     assert updates.meter.cost()._replace(seconds=0) == TrainingCost(flops=30, tokens=12, source_tokens=6)
 
 
@@ -96,8 +97,8 @@ def test_time_to_compile_is_left_out_of_the_speed_but_not_of_the_cost(monkeypatc
     monkeypatch.setattr(FakeStep, "compile", slow_compile)
     monkeypatch.setattr(FakeStep, "update", slow_update)
     updates, _ = make_updates([1, 2], monkeypatch)
-    updates.dispatch()
-    updates.dispatch()
+    updates.dispatch(1)
+    updates.dispatch(2)
     updates.flush()
     assert updates.meter.summary()["train/target_tokens_per_s"] == 8 / 4
     assert updates.meter.summary()["train/step_ms"] == 2000
@@ -122,7 +123,7 @@ def test_a_signal_is_answered_while_a_shape_is_compiled(monkeypatch, capfd):
     monkeypatch.setattr(FakeStep, "compile", compile_slowly)
     monkeypatch.setattr(signals, "log_info", note)
     with signals.catch_stop_signals() as stop_signal:
-        updates.dispatch()
+        updates.dispatch(1)
         assert stop_signal() == signal.SIGTERM
     ((when, message),) = answered
     assert when < compiled[0] - 0.1
@@ -133,10 +134,10 @@ def test_a_signal_is_answered_while_a_shape_is_compiled(monkeypatch, capfd):
 
 def test_a_loss_that_is_no_number_stops_at_its_update(monkeypatch):
     updates, _ = make_updates([1, np.nan, 3], monkeypatch)
-    updates.dispatch()
-    updates.dispatch()
+    updates.dispatch(1)
+    updates.dispatch(2)
     with pytest.raises(DivergedError, match="at update 2 "):
-        updates.dispatch()
+        updates.dispatch(3)
 
 
 WORDS = ["red", "green", "blue", "old", "new", "house", "tree", "cat", "dog", "sees"]
@@ -271,9 +272,9 @@ def test_nothing_recompiles_once_each_bucket_was_seen(data, tmp_path, monkeypatc
     monkeypatch.setattr(train_step, "make_train_step", train_step.make_train_step.__wrapped__)  # shares no program
     counter = CompileCounter()
 
-    def counted(pipeline):
+    def counted(pipeline, step):
         with counter:
-            DISPATCH(pipeline)
+            DISPATCH(pipeline, step)
 
     monkeypatch.setattr(trainer.StepPipeline, "dispatch", counted)
     fit(config_of(data), tmp_path)
@@ -425,9 +426,9 @@ def stop_at(monkeypatch, update):
     """Sends this process a SIGTERM while that update is dispatched."""
     dispatch = DISPATCH
 
-    def interrupted(self):
-        dispatch(self)
-        if self._step == update:
+    def interrupted(self, step):
+        dispatch(self, step)
+        if step == update:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(trainer.StepPipeline, "dispatch", interrupted)

@@ -102,8 +102,8 @@ def test_training_reads_nothing_but_metrics(guarded, family, remat, batching, em
     update, state = train_step.make_train_step(model, config, mesh), train_step.init_state(model, config, mesh)
     place = functools.partial(sharding.shard_batch, mesh, num_micro_batches=parts)
     updates = trainer.StepPipeline(update, state, map(draw_batch, [8] * 3), place, lambda _: 0.0, TrainingCost(), 1)
-    for _ in range(3):
-        updates.dispatch()
+    for step in (1, 2, 3):
+        updates.dispatch(step)
     updates.flush()
     assert int(jax.device_get(updates.state.step)) == updates.meter.updates == 3
 

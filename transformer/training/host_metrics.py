@@ -59,7 +59,8 @@ class StragglerDetector:
         self._suspect = slowest if is_slow else -1
         if not is_slow or last_suspect != slowest:
             return ""
+        waiting = hosts[slowest]["input_wait"]
         return (
-            f"the others wait for {multihost.process_name(slowest)}: {longest:,.0f} ms of its own an update, usual are "
-            f"{usual:,.0f}; it waits for its data {hosts[slowest]['input_wait']:.0%} of the time"
+            f"the others wait for {multihost.process_name(slowest)}: it takes {longest:,.0f} ms of host time per "
+            f"update, the others {usual:,.0f} (median), and waits for data {waiting:.0%} of the time"
         )

@@ -24,7 +24,7 @@ class WarmStart(NamedTuple):
 
     Attributes:
       selector: `train.init_checkpoint`.
-      steps: of the checkpoints that it selects, oldest first.
+      steps: the steps of the selected checkpoints, oldest first.
       config: of that run.
       run_id: of that run; empty if an earlier version trained it.
     """
@@ -52,7 +52,7 @@ def resolve_warm_start(config: Config) -> WarmStart | None:
     base_config = checkpoints.config(steps[-1])
     if differences := _model_differences(base_config, config):
         raise UserError(
-            f"config.train.init_from = {folder}: its model is another one: {'; '.join(differences)}. Set these fields "
+            f"config.train.init_from = {folder}: its model differs: {'; '.join(differences)}. Set these fields "
             "as there or leave them out, or train from the beginning"
         )
     if vocabulary and checkpoints.tokenizer(steps[-1]).digest != vocabulary.digest:

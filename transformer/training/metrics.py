@@ -40,12 +40,13 @@ class MetricsAccumulator:
 
     def reset(self) -> None:
         """Starts the next log line."""
-        self.nll = self.correct = self.tokens = self.slots = self.input_wait = self.grad_norm = self.learning_rate = 0.0
-        self._device_seconds, self.updates = 0.0, 0
+        self.nll = self.correct = self.tokens = self.grad_norm = self.learning_rate = 0.0
+        self.updates = self.token_positions = 0
+        self.input_wait = self._device_seconds = 0.0
         self.consistency: float | None = None
         self._start = self._clock()
 
-    def add(self, metrics: StepMetrics, step: int, *, slots: int, flops: float) -> None:
+    def add(self, metrics: StepMetrics, step: int, *, token_positions: int, flops: float) -> None:
         """Adds one update's metrics, already on the host.
 
         Raises:
@@ -55,7 +56,7 @@ class MetricsAccumulator:
         if not (math.isfinite(metrics.loss.objective) and math.isfinite(metrics.grad_norm)):
             raise DivergedError(
                 f"the run diverged: at update {step} the loss is {loss} and the gradient norm "
-                f"{float(metrics.grad_norm)}; it was not made, and {DIVERGENCE_HINT}",
+                f"{float(metrics.grad_norm)}; it was not applied; {DIVERGENCE_HINT}",
                 step,
             )
         if int(metrics.skipped) > self.skipped:
@@ -63,12 +64,12 @@ class MetricsAccumulator:
             log_info(f"update {step:,} skipped: its loss of {loss:.3f} is a spike; {self.skipped:,} skipped so far")
         self.nll += float(metrics.loss.nll)
         self.correct += float(metrics.loss.correct)
-        if metrics.consistency is not None:
-            self.consistency = (self.consistency or 0.0) + float(metrics.consistency)
+        if metrics.loss.consistency is not None:
+            self.consistency = (self.consistency or 0.0) + float(metrics.loss.consistency)
         self.tokens += float(metrics.loss.tokens)
         self.grad_norm += float(metrics.grad_norm)
         self.learning_rate = float(metrics.learning_rate)
-        self.slots += slots
+        self.token_positions += token_positions
         self.updates += 1
         self._cost = self._cost._replace(
             flops=self._cost.flops + flops,
@@ -107,15 +108,15 @@ class MetricsAccumulator:
         """Times of this process since the last reset; `host_ms` leaves out the wait for the devices."""
         seconds = self._seconds()
         return {
-            "step_ms": self._ms_of_update(seconds),
-            "host_ms": self._ms_of_update(seconds - self._device_seconds),
+            "step_ms": self._ms_per_update(seconds),
+            "host_ms": self._ms_per_update(seconds - self._device_seconds),
             "input_wait": self.input_wait / seconds,
         }
 
     def _seconds(self) -> float:
         return max(self._clock() - self._start, 1e-9)
 
-    def _ms_of_update(self, seconds: float) -> float:
+    def _ms_per_update(self, seconds: float) -> float:
         return 1000 * seconds / max(self.updates, 1)
 
     def summary(self) -> dict[str, float]:
@@ -130,8 +131,8 @@ class MetricsAccumulator:
             "train/learning_rate": self.learning_rate,
             "train/skipped_updates": self.skipped,
             "train/target_tokens_per_s": self.tokens / seconds,
-            "train/step_ms": self._ms_of_update(seconds),
-            "train/fill": self.tokens / max(self.slots, 1),
+            "train/step_ms": self._ms_per_update(seconds),
+            "train/fill": self.tokens / max(self.token_positions, 1),
             "train/input_wait": self.input_wait / seconds,
         }
 

@@ -9,8 +9,7 @@
   L = NLL₁ + α · KL(p₁ ‖ p₂), and the gradient reaches both passes.
 
 NLL is label-smoothed, KL is of the predictions themselves; both are sums over target tokens. Both passes are one: row i
-of a batch becomes the neighbouring rows 2i and 2i + 1 of one with twice the rows. A device that holds consecutive rows
-then holds both of each pair, and no logits travel.
+of a batch becomes two neighbouring rows of one with twice the rows (see `divergence`).
 
 B batch, S source length, T target length, V vocabulary.
 """
@@ -28,8 +27,9 @@ from transformer.data.batching import Batch
 from transformer.data.tokenizer import PAD
 from transformer.distributed import sharding
 from transformer.models.base import cut_tokens
-from transformer.models.loss import cross_entropy, kl_of_neighbours
+from transformer.models.loss import cross_entropy
 from transformer.models.registry import ModelDef, Params
+from transformer.training.divergence import interleave, kl_of_neighbours
 
 
 class TrainingLoss(NamedTuple):
@@ -38,48 +38,42 @@ class TrainingLoss(NamedTuple):
     Attributes:
       objective: what is minimized, L above: label-smoothed cross-entropy, with rdrop of both passes, and weighted
         consistency.
-      nll, correct: of whole inputs, with rdrop the mean of both passes; as in `LossSums`, field by field.
+      nll, correct: as in `LossSums`, of whole inputs; with rdrop the mean of both passes.
       tokens: how many there are.
+      consistency: KL divergence without its weight, with rdrop the mean of both directions; None without
+        `train.consistency`.
     """
 
     objective: Array
     nll: Array
     correct: Array
     tokens: Array
+    consistency: Array | None
 
 
-class ObjectiveSums(NamedTuple):
-    """The loss, and what `train.consistency` adds to it.
-
-    Attributes:
-      consistency: KL divergence without its weight, with rdrop the mean of both directions; None without.
-    """
-
-    loss: TrainingLoss
-    consistency: Array | None = None
-
-
-Objective = Callable[[Params, Batch, Array], tuple[Array, ObjectiveSums]]
+Objective = Callable[[Params, Batch, Array], tuple[Array, TrainingLoss]]
 
 
 def make_objective(model: ModelDef, config: Config, mesh: Mesh) -> Objective:
-    """Returns (params, batch, dropout key) → the objective of `train.consistency`, to be minimized, and its sums."""
+    """Returns (params, batch, key of dropout and cutoff) → the objective, to be minimized, and the whole loss."""
     packed, label_smoothing = config.data.batching == "pack", config.optimizer.label_smoothing
-    consistency, weight = config.train.consistency, config.train.consistency_weight
+    weight = config.train.consistency_weight
     num_tags = max((len(mixture.tags_of(entry)) for entry in config.data.mixture), default=0)
 
-    def cross_entropy_only(params: Params, batch: Batch, key: Array) -> ObjectiveSums:
+    def cross_entropy_only(params: Params, batch: Batch, key: Array) -> TrainingLoss:
         logits_BTV = model.bind(params)(batch.source_BS, batch.target_BT, key, packed)
-        return ObjectiveSums(TrainingLoss(*cross_entropy(logits_BTV, batch.target_BT, label_smoothing)))
+        sums = cross_entropy(logits_BTV, batch.target_BT, label_smoothing)
+        return TrainingLoss(sums.smoothed_nll, sums.nll, sums.correct, sums.tokens, consistency=None)
 
-    def rdrop(params: Params, batch: Batch, key: Array) -> ObjectiveSums:
+    def rdrop(params: Params, batch: Batch, key: Array) -> TrainingLoss:
         twice = Batch(*(interleave(ids, ids) for ids in batch))
         logits_2BTV = model.bind(params)(twice.source_BS, twice.target_BT, key, packed)
         both = cross_entropy(logits_2BTV, twice.target_BT, label_smoothing)
-        loss = TrainingLoss(both.smoothed_nll, 0.5 * both.nll, 0.5 * both.correct, 0.5 * both.tokens)
-        return add_consistency(loss, 0.5 * kl_of_neighbours(logits_2BTV), twice.target_BT)
+        consistency = 0.5 * sum_over_tokens(kl_of_neighbours(logits_2BTV), twice.target_BT)
+        objective = both.smoothed_nll + weight * consistency
+        return TrainingLoss(objective, 0.5 * both.nll, 0.5 * both.correct, 0.5 * both.tokens, consistency)
 
-    def simcut(params: Params, batch: Batch, key: Array) -> ObjectiveSums:
+    def simcut(params: Params, batch: Batch, key: Array) -> TrainingLoss:
         dropout_key, source_key, target_key = jax.random.split(key, 3)
         rate = config.train.cutoff_rate
         cut_source_BS = cut_tokens(batch.source_BS, rate, source_key, num_tags)
@@ -89,23 +83,21 @@ def make_objective(model: ModelDef, config: Config, mesh: Mesh) -> Objective:
         module.has_cut_tokens = True
         logits_2BTV = module(twice.source_BS, twice.target_BT, dropout_key, packed)
         target_2BT = interleave(batch.target_BT, jnp.full_like(batch.target_BT, PAD))  # none for the rows cut off
-        loss = TrainingLoss(*cross_entropy(logits_2BTV, target_2BT, label_smoothing))
-        return add_consistency(loss, kl_of_neighbours(logits_2BTV), target_2BT)
+        sums = cross_entropy(logits_2BTV, target_2BT, label_smoothing)
+        consistency = sum_over_tokens(kl_of_neighbours(logits_2BTV), target_2BT)
+        objective = sums.smoothed_nll + weight * consistency
+        return TrainingLoss(objective, sums.nll, sums.correct, sums.tokens, consistency)
 
-    def add_consistency(loss: TrainingLoss, divergence_2BT: Array, target_2BT: Array) -> ObjectiveSums:
-        consistency = jnp.where(target_2BT != PAD, divergence_2BT, 0.0).sum()
-        return ObjectiveSums(loss._replace(objective=loss.objective + weight * consistency), consistency)
+    loss_of = {"none": cross_entropy_only, "rdrop": rdrop, "simcut": simcut}[config.train.consistency]
 
-    sums_of = {"none": cross_entropy_only, "rdrop": rdrop, "simcut": simcut}[consistency]
-
-    def objective(params: Params, batch: Batch, key: Array) -> tuple[Array, ObjectiveSums]:
+    def objective(params: Params, batch: Batch, key: Array) -> tuple[Array, TrainingLoss]:
         with sharding.use_mesh(mesh):
-            sums = sums_of(params, batch, key)
-        return sums.loss.objective, sums
+            loss = loss_of(params, batch, key)
+        return loss.objective, loss
 
     return objective
 
 
-def interleave(first: Array, second: Array) -> Array:
-    """Two arrays [B, ...] → one [2B, ...], whose rows 2i and 2i + 1 are rows i of both."""
-    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+def sum_over_tokens(values_BT: Array, target_BT: Array) -> Array:
+    """The sum over positions without padding."""
+    return jnp.where(target_BT != PAD, values_BT, 0.0).sum()

@@ -51,7 +51,8 @@ class ResumePoint:
     Attributes:
       step: of the checkpoint; None for a new run.
       metrics: recorded with the checkpoint.
-      config: of this session, with the checkpoint's choice of `train.best_metric`.
+      config: of this session, with the checkpoint's choice of `train.best_metric`; of a new run it may be auto still,
+        which `RunContext.config` is not.
       changes: fields of the config that changed since the checkpoint, as 'section.field: old → new'.
       scores_comparable: whether validation scores mean the same as those recorded before.
       warm_start: the params of another run that a new run starts from.
@@ -72,10 +73,10 @@ class TrainingData:
     """Both splits, and the training split tokenized and scheduled.
 
     Attributes:
-      validation: of each direction of translation.
-      digests: of both splits, as checkpoints keep them.
+      validation: one split per direction of translation.
+      digests: those of both splits, as checkpoints keep them.
       best_metric: as decided for a new run, from eval.metrics and the validation references.
-      ids: of the training split.
+      ids: token ids of the training split.
     """
 
     train: Split | MixtureSplit
@@ -101,7 +102,7 @@ class RunContext:
 
     @property
     def checkpoints(self) -> CheckpointManager:
-        """Of the workdir."""
+        """The checkpoints of this run's workdir."""
         return self.resume.checkpoints
 
     @property
@@ -274,7 +275,8 @@ def log_summary(context: RunContext, model: ModelDef) -> None:
     if mesh.size < jax.device_count():
         fits = jax.device_count() % (mesh.size // mesh.shape["data"]) == 0
         log_info(
-            f"warning: config.mesh uses {mesh.size} of {jax.device_count()} devices{'; mesh.data=-1 takes all' * fits}"
+            f"warning: config.mesh uses {mesh.size} of {jax.device_count()} devices"
+            f"{'; mesh.data=-1 takes all' if fits else ''}"
         )
     profiled = schema.parse_steps(config.train.profile_steps)
     if profiled and profiled[0] <= (resume.step or 0) and not (context.workdir / "plugins" / "profile").exists():

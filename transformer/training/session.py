@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TrainingResult(NamedTuple):
-    """What a session of training leaves.
+    """The outcome of a training session.
 
     Attributes:
       workdir: of the run, which `transformer.load` takes.
@@ -43,7 +43,7 @@ def train(config: Config | config_dict.ConfigDict, workdir: str | os.PathLike) -
       workdir: folder or address of the run; made if it is missing.
 
     Raises:
-      UserError: of its kinds, see `transformer.runtime.errors`.
+      UserError: or one of its subclasses, see `transformer.runtime.errors`.
       StoppedError: by SIGTERM, SIGINT or SIGHUP, after saving; a BaseException, as KeyboardInterrupt is.
     """
     try:

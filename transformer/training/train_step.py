@@ -44,15 +44,13 @@ class StepMetrics(NamedTuple):
       grad_norm: of the mean gradient, before clipping.
       source_tokens: without padding, EOS included.
       skipped: number of updates of the run skipped because of a loss spike, int32.
-      consistency: the sum over target tokens of what `train.consistency` adds, without its weight; None without.
     """
 
     loss: TrainingLoss
     grad_norm: jax.Array
     learning_rate: jax.Array
     source_tokens: jax.Array
-    skipped: Any = 0
-    consistency: Any = None
+    skipped: jax.Array
 
 
 def state_shardings(model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
@@ -103,24 +101,24 @@ def abstract_state(model: ModelDef, config: Config, mesh: Mesh) -> TrainState:
 def make_train_step(
     model: ModelDef, config: Config, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Returns the jitted update. It donates its state argument: continue with the state that it returns.
+    """Returns the jitted step. It donates its state argument: continue with the state that it returns.
 
     It returns the state unchanged if the loss or the gradient is not finite.
 
     Raises:
       UserError: the config forces an attention kernel that the mesh's devices cannot run.
     """
-    fused.check_supported(config, mesh)
+    fused.check_supported(config, mesh)  # again, for those who call this without `preparation`
     optimizer, schedule = make_optimizer(config), make_schedule(config)
     objective = make_objective(model, config, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         # Made here: a key made outside would be a constant, read back from an accelerator while the step is lowered.
-        dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-        key = jax.random.fold_in(dropout_key, state.step)
+        run_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)  # 1: not the key of initialization
+        key = jax.random.fold_in(run_key, state.step)
         params_of_gradient = gradient_params(config.optimizer, state.params, state.opt_state)
-        parts = config.train.accumulation_steps
-        grad_sums, (loss, consistency) = accumulate_gradients(objective, params_of_gradient, batch, key, parts)
+        num_micro_batches = config.train.accumulation_steps
+        grad_sums, loss = accumulate_gradients(objective, params_of_gradient, batch, key, num_micro_batches)
         # The sums run over all rows of all devices, so these are gradients of the mean over the global batch's tokens.
         tokens = jnp.maximum(loss.tokens, 1.0)
         grads = jax.tree.map(lambda grad: grad / tokens, grad_sums)
@@ -133,7 +131,6 @@ def make_train_step(
             learning_rate=schedule(state.step - num_skipped(state.opt_state)),
             source_tokens=(batch.source_BS != PAD).sum(dtype=jnp.float32),
             skipped=num_skipped(opt_state),
-            consistency=consistency,
         )
         ema = None if state.ema is None else update_ema(state.ema, params, state.step, config.train.ema_decay)
         is_bad = ~(jnp.isfinite(loss.objective) & jnp.isfinite(metrics.grad_norm))
@@ -149,12 +146,12 @@ def make_train_step(
 
 
 def compile_shapes(
-    update: Any, state: TrainState, batches: Sequence[Batch], threads: int
+    jitted_step: Any, state: TrainState, batches: Sequence[Batch], threads: int
 ) -> dict[tuple[int, ...], Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]]:
-    """Compiles the update ahead for batches of these shapes, several at once; returns batch_shape → program.
+    """Compiles the step ahead for batches of these shapes, several at once; returns batch_shape → program.
 
     Args:
-      update: of `make_train_step`.
+      jitted_step: of `make_train_step`.
       state: or its shapes and shardings.
       batches: shapes and shardings.
       threads: programs compiled at once.
@@ -162,7 +159,7 @@ def compile_shapes(
     with ThreadPoolExecutor(threads) as pool, progress.phase("compiling", len(batches), "shapes") as compiling:
 
         def compile_for(batch: Batch) -> Any:
-            program = update.lower(state, batch).compile()
+            program = jitted_step.lower(state, batch).compile()
             compiling.advance()
             return program
 
@@ -171,7 +168,7 @@ def compile_shapes(
 
 
 def batch_shape(batch: Batch) -> tuple[int, ...]:
-    """Rows, source and target width: what a compiled update depends on."""
+    """Rows, source and target width: what a compiled step depends on."""
     return (*np.shape(batch.source_BS), np.shape(batch.target_BT)[-1])
 
 

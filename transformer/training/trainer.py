@@ -61,7 +61,7 @@ class StepPipeline:
 
     Attributes:
       state: after the last update dispatched.
-      programs: the update compiled for each shape of batches so far.
+      programs: the step compiled for each shape of batches so far.
     """
 
     def __init__(
@@ -78,32 +78,30 @@ class StepPipeline:
         self.state, self.meter = state, MetricsAccumulator(cost, skipped=num_skipped)
         self._train_step, self._batches, self._shard, self._flops_of = train_step, batches, shard, flops_of
         self._num_shapes, self.programs = num_shapes, dict[tuple[int, ...], Any]()
-        self._step = int(jax.device_get(state.step))
         self._unread: tuple[StepMetrics, int, dict[str, Any]] | None = None
 
     def compile_ahead(self, batches: Sequence[Batch], threads: int) -> None:
-        """Compiles the update for batches of these shapes, several at once."""
+        """Compiles the step for batches of these shapes, several at once."""
         with self.meter.compilation():
             self.programs = compile_shapes(self._train_step, self.state, batches, threads)
 
-    def dispatch(self) -> None:
-        """Starts one update; nothing but the batch travels to the devices, and nothing back."""
+    def dispatch(self, step: int) -> None:
+        """Starts update `step`; nothing but the batch travels to the devices, and nothing back."""
         waiting_since = time.perf_counter()
         batch = next(self._batches)
         self.meter.input_wait += time.perf_counter() - waiting_since
         with jax.transfer_guard("disallow"):
             sharded = self._shard(batch)
-            update = self.programs.get(batch_shape(sharded)) or self._compile(sharded)
+            program = self.programs.get(batch_shape(sharded)) or self._compile(sharded)
             with self.meter.device_wait():
-                self.state, metrics = update(self.state, sharded)
+                self.state, metrics = program(self.state, sharded)
         self.flush()
-        self._step += 1
-        self._unread = metrics, self._step, {"slots": sharded.target_BT.size, "flops": self._flops_of(sharded)}
+        self._unread = metrics, step, {"token_positions": sharded.target_BT.size, "flops": self._flops_of(sharded)}
 
     def _compile(self, batch: Batch) -> Any:
-        """The update for a batch of a new shape; in a thread, as this one handles no signal while it compiles."""
+        """The step for batches of a new shape; in a thread, as this one handles no signal while it compiles."""
 
-        def compile_update() -> Any:
+        def compile_step() -> Any:
             with jax.transfer_guard("disallow"):  # which is of each thread
                 return self._train_step.lower(self.state, batch).compile()
 
@@ -111,7 +109,7 @@ class StepPipeline:
         compiling = f"compiling shape {len(self.programs) + 1} of {self._num_shapes}"
         log_info(compiling)
         with self.meter.compilation(), progress.phase(compiling), ThreadPoolExecutor(1) as pool:
-            program = self.programs[batch_shape(batch)] = pool.submit(compile_update).result()
+            program = self.programs[batch_shape(batch)] = pool.submit(compile_step).result()
         return program
 
     def flush(self) -> None:
@@ -167,17 +165,22 @@ class TrainingLoop:
 
     def run(self, state: TrainState) -> None:
         """Trains until `train.num_steps` or early stopping."""
-        context, train = self.context, self._config.train
+        context = self.context
         # The last session may have been stopped before it could validate.
-        pending_eval = self._is_due(context.start, train.eval_every_steps) and VALID_BLEU not in context.resume.metrics
-        if not pending_eval and self._should_stop(context.start):
-            return
+        is_due = self._is_due(context.start, self._config.train.eval_every_steps)
+        pending_eval = is_due and VALID_BLEU not in context.resume.metrics
+        if pending_eval or not self._is_finished(context.start):
+            self._run(state, pending_eval)
+        self._log_why_finished(self.step)
+
+    def _run(self, state: TrainState, pending_eval: bool) -> None:
+        context, train = self.context, self._config.train
         dump = workdir.dump_batch_on_divergence(context.workdir, context.data.schedule, context.data.train)
         writer_opened = open_metric_writer(context.workdir, context.start, train.num_steps)
         with dump, writer_opened as writer, context.checkpoints:
             if pending_eval:
                 self.evaluate(state.eval_params, context.start, writer)
-                if self._should_stop(context.start):
+                if self._is_finished(context.start):
                     return
             pipeline = self._start_pipeline(state)
             del state  # its buffers are donated to the first update
@@ -185,7 +188,7 @@ class TrainingLoop:
             with StepProfiler(context.workdir, schema.parse_steps(train.profile_steps)) as profiler:
                 for step in range(context.start + 1, train.num_steps + 1):
                     profiler.start(step)
-                    pipeline.dispatch()
+                    pipeline.dispatch(step)
                     if profiler.ends_with(step):
                         pipeline.flush()
                         with pipeline.meter.pause():
@@ -195,7 +198,7 @@ class TrainingLoop:
                         signal_number = preemption()
                     self.step = step
                     self._after_update(pipeline, step, writer, signal_number)
-                    if self._should_stop(step):
+                    if self._is_finished(step):
                         return
 
     def _start_pipeline(self, state: TrainState) -> StepPipeline:
@@ -265,25 +268,31 @@ class TrainingLoop:
         self.metrics |= metrics
         writer.write(step, metrics)
 
-    def _should_stop(self, step: int) -> bool:
-        """Whether training is over; logs why, unless this session has done its last step."""
-        train, stale = self._config.train, self.early_stopping.stale
-        if train.early_stopping_patience and stale >= train.early_stopping_patience:
+    def _stops_early(self) -> bool:
+        patience = self._config.train.early_stopping_patience
+        return 0 < patience <= self.early_stopping.stale
+
+    def _is_finished(self, step: int) -> bool:
+        return self._stops_early() or step >= self._config.train.num_steps
+
+    def _log_why_finished(self, step: int) -> None:
+        """Logs why there is no further update, unless this session has done the last of `train.num_steps`."""
+        train = self._config.train
+        if self._stops_early():
             best = best_metric.format_score(train.best_metric, self.early_stopping.best)
             title = "validation loss" if train.best_metric == "loss" else METRICS[train.best_metric].label
+            stale = self.early_stopping.stale
             log_info(f"step {step:,}: {stale:,} validations without a better {title} than {best}, so the run ends here")
-            return True
-        if step == self.context.start >= train.num_steps:
+        elif step == self.context.start:
             fixed = validation.schedule_depends_on_num_steps(self._config)
-            advice = "longer runs of its schedule need another workdir" if fixed else "raise train.num_steps"
+            advice = "its schedule ends here; start a longer run in a new workdir" if fixed else "raise train.num_steps"
             log_info(f"{self.context.workdir}: trained for {step:,} steps; {advice}")
-        return step >= train.num_steps
 
     def _is_due(self, step: int, every: int) -> bool:
         return step > 0 and (step % every == 0 or step == self._config.train.num_steps)
 
     def _save(self, state: TrainState, step: int) -> None:
-        """Begins to save if the params are finite: the last loss read is that of the params before them."""
+        """Starts saving, unless a param is non-finite: the last loss that was read precedes these params."""
         if not all_finite(state.params):
             raise DivergedError(f"the run diverged: update {step} made non-finite params; {DIVERGENCE_HINT}", step)
         data, run_ids = self.context.data, self.context.resume.run_ids
@@ -297,6 +306,7 @@ class TrainingLoop:
 
         A stop signal interrupts it, as it may take longer than the time that is left; the next session repeats it.
         """
+        context = self.context
 
         def stop_if_signalled(_: int) -> None:
             signal_number = self._stop_signal()
@@ -304,12 +314,11 @@ class TrainingLoop:
                 context.checkpoints.wait()
                 raise signals.preempted(signal_number, step)
 
-        context, validated = self.context, self.context.data.validation
         count = self._config.eval.validation_sentences
         metrics = best_metric.validation_metrics(self._config)
         results, samples = {}, {}
         with progress.phase(f"validation at step {step:,}"):
-            for direction, split in validated:
+            for direction, split in context.data.validation:
                 sources, references = (fixed_sample(lines, count) for lines in (split.sources(), split.targets()))
                 result = context.evaluator.evaluate(
                     params, sources, [references], metrics=metrics, progress=stop_if_signalled, direction=direction

@@ -46,7 +46,7 @@ def acquire_lock(workdir: epath.Path) -> IO[str] | object_storage.Lock:
         holder = (workdir / LOCK_FILE).read_text().strip() or "another process"
         raise WorkdirError(f"{workdir}: held by {holder}; wait for it, stop it, or choose another workdir") from error
     except OSError as error:
-        log_info(f"warning: {workdir} cannot be locked ({error}); see to it that no other run uses it")
+        log_info(f"warning: {workdir} cannot be locked ({error}); make sure that no other run uses it")
     file.truncate(0)
     since = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     file.write(f"{multihost.process_description()} since {since}\n")
