@@ -52,7 +52,7 @@ def choose(implementation: str, q_BTHK: Array, v_BSHK: Array, mask: AttentionMas
     queries, keys = q_BTHK.shape[1], v_BSHK.shape[1]
     is_forced = FUSED_ATTENTION_PLATFORMS.get(implementation) == platforms.current()
     is_auto = implementation == "auto" or implementation in FUSED
-    # The lengths of an exported program are symbols, which cannot be compared: it names its attention.
+    # Lengths come last: in an exported program, which names its attention, they are symbols and cannot be compared.
     may_fuse = is_forced or (is_auto and queries * keys >= platforms.fused_attention_min_length() ** 2)
     kernel = fused.select_kernel(q_BTHK, v_BSHK, mask, dropout_rate) if may_fuse else ""
     return resolve(implementation, queries, keys, kernel)

@@ -60,10 +60,12 @@ def check_supported(config: Config, mesh: Mesh) -> None:
     reason = _unsupported_reason(kernel, mesh.devices.flat[0], spec)
     # The devices of an ahead-of-time compilation cannot run anything.
     needs_trial = not reason and _is_local(mesh) and _may_choose_cudnn(config)
-    if attention in FUSED_ATTENTION_PLATFORMS and (reason := reason or (_trial(spec.key_width) if needs_trial else "")):
-        raise UserError(f"config.model.attention = {attention}: {reason}; auto chooses a supported one")
-    result = ("works" if cudnn_works(spec.key_width) else "fails") if needs_trial else ""
-    environment.set_trials({"cuDNN attention": result} if result else {})
+    failure = _trial(spec.key_width) if needs_trial else ""
+    if attention in FUSED_ATTENTION_PLATFORMS and (reason or failure):
+        raise UserError(f"config.model.attention = {attention}: {reason or failure}; auto chooses a supported one")
+    if failure:
+        _warn_once(spec.key_width, failure)
+    environment.set_trials({"cuDNN attention": "fails" if failure else "works"} if needs_trial else {})
 
 
 def try_for_translating(config: Config) -> None:
@@ -127,11 +129,16 @@ def cudnn_works(width: int) -> bool:
 
     All processes must call it with the same width. A failed trial is logged once.
     """
-    is_first = width not in _trials
     failure = _trial(width)
-    if failure and is_first and not unsupported_gpu_reason(jax.local_devices()[0]):
-        log_info(f"warning: no attention by cuDNN: {failure}; auto takes plain or blockwise attention")
+    if failure and not unsupported_gpu_reason(jax.local_devices()[0]):
+        _warn_once(width, failure)
     return not failure
+
+
+@functools.cache
+def _warn_once(width: int, failure: str) -> None:
+    """Logs why heads of this width do without cuDNN."""
+    log_info(f"warning: attention by cuDNN is off: {failure}; auto takes plain or blockwise attention")
 
 
 def _trial(width: int) -> str:
@@ -188,7 +195,7 @@ def try_cudnn(width: int) -> str:
     expected = gradients(dot_product_attention, jnp.float32)
     errors = [np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in zip(actual, expected, strict=True)]
     worst = float(np.max(errors))
-    return "" if worst < TRIAL_ERROR else f"in a trial its numbers were off by {worst:.2g} of their norm"
+    return "" if worst < TRIAL_ERROR else f"in a trial its relative error was {worst:.2g}"
 
 
 def cudnn_attention(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, mask: AttentionMask) -> Array:

@@ -25,8 +25,8 @@ from transformer.runtime.rounding import round_up
 Axes = tuple[str | None, ...]
 
 
-# A mesh axis splits the first axis of an array that has it here: `fsdp` splits the rows of an activation, whose width
-# stays whole, and the width of a param.
+# Of an array's logical axes, the first that lists a mesh axis is split over it: `fsdp` splits activations by `batch`,
+# which precedes `embed`, and params by `embed`.
 LOGICAL_AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "decode_batch": MESH_AXES,  # every device searches translations of its own rows

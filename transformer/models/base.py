@@ -3,7 +3,9 @@
 An architecture is a `Seq2SeqModel` that overrides the methods below without a body of their own; its cache has the
 methods `reorder` and `resize`. docs/extending.md names the other places that know architectures.
 
-B batch, S source length, T target length, D model width, N beams, V vocabulary.
+B batch, S source length, T target length, D model width, N beams, V vocabulary, H heads, L layers.
+
+Names of params in a model's attributes are part of the checkpoint format: renaming one breaks old checkpoints.
 """
 
 from typing import Any, NamedTuple
@@ -155,14 +157,17 @@ class Seq2SeqModel(nnx.Module):
         return self.embeddings["shared" if self.config.share_embeddings else name]
 
     def _position_encodings(self, side: str, length: int, position_ids_BT: Array | None = None) -> Array:
-        """Position encodings of 0 … length - 1, or of given positions: float32 [1 or B, length, D]."""
-        if self.config.positions == "sinusoidal":
+        """Position encodings of 0 … length - 1, or of given positions below it: float32 [1, length, D] or [B, T, D]."""
+        positions = self.config.positions
+        if positions == "sinusoidal":
             table_TD = jnp.asarray(sinusoidal_position_encoding(length, self.config.emb_dim))
-        else:
+        elif positions == "learned":
             table = self.source_positions if side == "source" else self.target_positions
             # Beyond the table there is only padding: config validation ensures that every sentence fits.
             rows = jnp.minimum(jnp.arange(length), table.shape[0] - 1)
             table_TD = read_param(table)[rows]
+        else:
+            raise ValueError(f"model.positions = {positions}: not added to embeddings")
         return table_TD[None] if position_ids_BT is None else jnp.take(table_TD, position_ids_BT, axis=0)
 
     def _embed(self, side: str, ids: Array, positions: Array | None, key: Key) -> Array:
@@ -181,7 +186,7 @@ class Seq2SeqModel(nnx.Module):
 
 
 def gather_beams(values: jax.Array, beams: jax.Array) -> jax.Array:
-    """values [B, M, ...], beams int32 [B, N] within 0..M-1 → [B, N, ...]; batched, so that B stays sharded."""
+    """values [B, M, ...] of M beams, beams int32 [B, N] in 0 … M - 1 → [B, N, ...]; batched: B stays sharded."""
     indices = beams.reshape(beams.shape + (1,) * (values.ndim - 2))
     return jnp.take_along_axis(values, indices, axis=1, mode="promise_in_bounds")
 

@@ -103,10 +103,14 @@ class DecoderLayer(nnx.Module):
         return scale_by_sqrt_half(x_BTD + scale_by_sqrt_half(convolved_BTD + context_BTD)), weights_BTS
 
     def step(
-        self, x_BND: Array, y_BND: Array, source: SourceStates, keys_BSD: Array, previous_BNWD: Array
+        self, x_BND: Array, y_BND: Array, source: SourceStates, keys_BSD: Array, previous: Array
     ) -> tuple[Array, Array, Array]:
-        """Computes one position of every beam: state, updated cache and cross-attention weights."""
-        window_BNWD = jnp.concatenate([previous_BNWD, x_BND[:, :, None]], axis=2)
+        """Computes one position of every beam from the last W - 1, `previous` [B, N, W - 1, D].
+
+        Returns:
+          State, updated cache and cross-attention weights.
+        """
+        window_BNWD = jnp.concatenate([previous, x_BND[:, :, None]], axis=2)
         convolved_BND = self.convolution.glu(window_BNWD.reshape(*window_BNWD.shape[:2], -1))
         x_BND, weights_BNS = self.attend(x_BND, convolved_BND, y_BND, source, keys_BSD)
         return x_BND, window_BNWD[:, :, 1:], weights_BNS

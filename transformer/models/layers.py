@@ -69,7 +69,7 @@ ACTIVATIONS |= {"swiglu": ACTIVATIONS["silu"], "geglu": ACTIVATIONS["gelu"]}
 
 
 class FeedForward(nnx.Module):
-    """f(x W1 + b1) W2 + b2, f the rectifier (paper, equation 2) or another activation.
+    """f(x W1 + b1) W2 + b2, f = ReLU (paper, equation 2) or another activation.
 
     Gated: (f(x W3 + b3) ⊙ (x W1 + b1)) W2 + b2 (Shazeer 2020).
     """
@@ -160,12 +160,12 @@ class MultiHeadAttention(nnx.Module):
             weights.append(dot_product.attention_weights(q_BTHK, k_BSHK, mask))
         return self.project(attend(self.implementation, q_BTHK, k_BSHK, v_BSHK, mask, self.dropout_rate, dropout_key))
 
-    def attend_cached(self, x_BND: Array, k_BHKS: Array, v_BHSK: Array, mask: AttentionMask) -> Array:
-        """Attends from `x_BND` to projected keys and values, those of the source while decoding."""
+    def attend_to_source(self, x_BND: Array, k_BHKS: Array, v_BHSK: Array, mask: AttentionMask) -> Array:
+        """Cross-attention of each beam to the source, whose keys and values were computed before."""
         return self.project(dot_product.decode_attention(self.queries(x_BND), k_BHKS, v_BHSK, mask))
 
-    def cached_attention_weights(self, x_BND: Array, k_BHKS: Array, mask: AttentionMask) -> Array:
-        """Weights of each query and key: float32 [B, H, N, S]."""
+    def source_attention_weights(self, x_BND: Array, k_BHKS: Array, mask: AttentionMask) -> Array:
+        """The weights of `attend_to_source`: float32 [B, H, N, S]."""
         return dot_product.decode_attention_weights(self.queries(x_BND), k_BHKS, mask)
 
 

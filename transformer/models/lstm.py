@@ -1,11 +1,11 @@
 """LSTM encoder–decoder in the style of GNMT (Wu et al. 2016).
 
-The first encoder layer is bidirectional, half of the width each; the others, but the first of the decoder, have
-residual connections. The first decoder layer computes the queries of cross-attention, and all layers above it, and here
-the output too, receive its context, as in the GNMT of MLPerf: so attention runs for all target positions at once and
-only the recurrence is sequential.
+The first encoder layer is bidirectional, half of the width each. All layers but the first of the encoder and of the
+decoder have residual connections. The first decoder layer computes the queries of cross-attention, and all layers above
+it, and here the output too, receive its context, as in the GNMT of MLPerf: so attention runs for all target positions
+at once and only the recurrence is sequential.
 
-B batch, S source length, T target length, D model width, N beams, G gates of an LSTM.
+B batch, S source length, T target length, D model width, N beams, H width of a state, G = 4 H its gates.
 """
 
 import functools

@@ -59,8 +59,8 @@ def _normalize_forward(
     normed = centred * inverse
     out = normed * jnp.broadcast_to(scale_D, x.shape)
     out = out if bias_D is None else out + jnp.broadcast_to(bias_D, x.shape)
-    saved = normed if platforms.norm_saves_normed() else (x, mean)
-    return out.astype(x.dtype), (saved, inverse, scale_D, bias_D)
+    saved = (normed, None, None) if platforms.norm_saves_normed() else (None, x, mean)
+    return out.astype(x.dtype), (*saved, inverse, scale_D, bias_D)
 
 
 def _normalize_backward(
@@ -70,9 +70,9 @@ def _normalize_backward(
 
     RMSNorm subtracts no mean of g.
     """
-    normed, inverse, scale_D, bias_D = residuals
-    if isinstance(normed, tuple):
-        x, mean, inverse = jax.lax.optimization_barrier((*normed, inverse))
+    normed, x, mean, inverse, scale_D, bias_D = residuals
+    if normed is None:
+        x, mean, inverse = jax.lax.optimization_barrier((x, mean, inverse))
         normed = _centre(x.astype(jnp.float32), mean) * inverse
     grad_f32 = grad.astype(jnp.float32)
     leading = tuple(range(grad.ndim - 1))

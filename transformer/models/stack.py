@@ -63,5 +63,9 @@ def apply_layers(
             x_BTD = maybe_remat(lambda x, key, layer=layer: call(layer, x, key))(x_BTD, key)
         return x_BTD
     graphdef, params = nnx.split(stack)
-    body = maybe_remat(lambda x, layer: (call(nnx.merge(graphdef, layer[0]), x, layer[1]), None))
-    return jax.lax.scan(body, x_BTD, (params, keys_L))[0]
+
+    def body(x_BTD: Array, layer: tuple[Any, Key]) -> tuple[Array, None]:
+        layer_params, key = layer
+        return call(nnx.merge(graphdef, layer_params), x_BTD, key), None
+
+    return jax.lax.scan(maybe_remat(body), x_BTD, (params, keys_L))[0]

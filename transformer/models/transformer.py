@@ -75,6 +75,13 @@ def packed_positions(mask: AttentionMask) -> Array | None:
     return None if mask.q_segment_ids_BT is None else position_ids(mask.q_segment_ids_BT)
 
 
+class DecoderWeights(NamedTuple):
+    """Attention weights of the decoder, to which each layer appends its own; layers must not be in a scan."""
+
+    self_attention: list[Array]
+    cross_attention: list[Array]
+
+
 class EncoderLayer(nnx.Module):
     """Self-attention, then feed-forward."""
 
@@ -92,7 +99,7 @@ class EncoderLayer(nnx.Module):
         rotation: Rotation | None = None,
         weights: list[Array] | None = None,
     ) -> Array:
-        """Returns [B, S, D]; appends the attention weights, float32 [B, H, S, S], to a list."""
+        """Returns [B, S, D]; appends the attention weights, float32 [B, H, S, S], to `weights`."""
         keys = split_key(key, 4)
         x_BSD = self.attention_residual(
             x_BSD, lambda y: self.attention(y, y, mask, keys[0], rotation, weights), keys[1]
@@ -119,15 +126,16 @@ class DecoderLayer(nnx.Module):
         cross_mask: AttentionMask,
         key: Key,
         rotation: Rotation | None = None,
-        weights: list[Array] | None = None,
+        weights: DecoderWeights | None = None,
     ) -> Array:
-        """Returns [B, T, D]; appends the weights of self-attention, then of cross-attention, to a list."""
+        """Returns [B, T, D]; appends the attention weights, float32 [B, H, T, T] and [B, H, T, S], to `weights`."""
         keys = split_key(key, 6)
+        self_weights, cross_weights = weights or (None, None)
         x_BTD = self.attention_residual(
-            x_BTD, lambda y: self.attention(y, y, self_mask, keys[0], rotation, weights), keys[1]
+            x_BTD, lambda y: self.attention(y, y, self_mask, keys[0], rotation, self_weights), keys[1]
         )
         x_BTD = self.cross_residual(
-            x_BTD, lambda y: self.cross(y, encoded_BSD, cross_mask, keys[2], weights=weights), keys[3]
+            x_BTD, lambda y: self.cross(y, encoded_BSD, cross_mask, keys[2], weights=cross_weights), keys[3]
         )
         return self.mlp_residual(x_BTD, lambda y: self.mlp(y, keys[4]), keys[5])
 
@@ -155,8 +163,8 @@ class DecoderLayer(nnx.Module):
 
         y_BND, weights_BNS = self.cross_residual.before(x_BND), None
         if return_attention:
-            weights_BNS = self.cross.cached_attention_weights(y_BND, source_kv[0], mask).mean(axis=1)
-        x_BND = self.cross_residual.after(x_BND, self.cross.attend_cached(y_BND, *source_kv, mask))
+            weights_BNS = self.cross.source_attention_weights(y_BND, source_kv[0], mask).mean(axis=1)
+        x_BND = self.cross_residual.after(x_BND, self.cross.attend_to_source(y_BND, *source_kv, mask))
         return self.mlp_residual(x_BND, self.mlp), cache, weights_BNS
 
 
@@ -200,11 +208,11 @@ class Transformer(Seq2SeqModel):
             return layer(x_BTD, encoded_BSD, self_mask, cross_mask, layer_key, rotation)
 
         x_BTD = apply_layers(self.decoder, x_BTD, keys, self.config.remat, call)
-        return self._logits(x_BTD)  # which applies decoder_norm
+        return self._final_logits(x_BTD)
 
     def cross_attention(self, source_BS: Array, target_BT: Array) -> Array:
         """Implements `Seq2SeqModel.cross_attention`."""
-        return self._decoder_attention(source_BS, target_BT)[1]
+        return jnp.stack(self._decoder_weights(source_BS, target_BT).cross_attention, axis=1)
 
     def self_attention(self, source_BS: Array, target_BT: Array) -> tuple[Array, Array]:
         """Implements `Seq2SeqModel.self_attention`."""
@@ -213,17 +221,17 @@ class Transformer(Seq2SeqModel):
         weights: list[Array] = []
         for layer in unstack_layers(self.encoder):
             x_BSD = layer(x_BSD, mask, None, rotation, weights)
-        return jnp.stack(weights, axis=1), self._decoder_attention(source_BS, target_BT)[0]
+        decoder_weights = self._decoder_weights(source_BS, target_BT).self_attention
+        return jnp.stack(weights, axis=1), jnp.stack(decoder_weights, axis=1)
 
-    def _decoder_attention(self, source_BS: Array, target_BT: Array) -> tuple[Array, Array]:
-        """Weights of self-attention and of cross-attention: [B, L, H, T, T] and [B, L, H, T, S]."""
+    def _decoder_weights(self, source_BS: Array, target_BT: Array) -> DecoderWeights:
         encoded_BSD = self.encode(source_BS)
         x_BTD, rotation = self._embed_with_positions("target", shift_right(target_BT))
         self_mask, cross_mask = decoder_masks(source_BS, target_BT)
-        weights: list[Array] = []  # of self-attention and cross-attention in turn
+        weights = DecoderWeights([], [])
         for layer in unstack_layers(self.decoder):
             x_BTD = layer(x_BTD, encoded_BSD, self_mask, cross_mask, None, rotation, weights)
-        return jnp.stack(weights[0::2], axis=1), jnp.stack(weights[1::2], axis=1)
+        return weights
 
     def init_decode(
         self, source_BS: Array, beams: int, max_length: int, cache_length: int | None = None
@@ -255,8 +263,8 @@ class Transformer(Seq2SeqModel):
         return_attention: bool = False,
     ) -> tuple[Array, KVCache, Array | None]:
         """Implements `Seq2SeqModel.decode_step`."""
-        max_length = cache.beam_history_BNT.shape[2]
-        x_BND, rotation = self._embed_with_positions("target", inputs_BN, position[None, None], max_length=max_length)
+        cache_length = cache.beam_history_BNT.shape[2]
+        x_BND, rotation = self._embed_with_positions("target", inputs_BN, position[None, None], length=cache_length)
         beam_BN1 = jax.lax.broadcasted_iota(jnp.int32, (*inputs_BN.shape, 1), 1)
         history_BNT = jax.lax.dynamic_update_slice_in_dim(cache.beam_history_BNT, beam_BN1, position, axis=2)
         read_history_BNT = history_BNT if self.attends_across_beams else None
@@ -268,30 +276,32 @@ class Transformer(Seq2SeqModel):
                 x_BND, source_kv, source.mask, layer_cache, read_history_BNT, position, rotation, is_returned
             )
             layer_caches.append(layer_cache)
-        return self._logits(x_BND), KVCache(layer_caches, history_BNT), attention_BNS
+        return self._final_logits(x_BND), KVCache(layer_caches, history_BNT), attention_BNS
 
     def _embed_with_positions(
         self,
         side: str,
-        ids_BT: Array,
+        ids: Array,
         position_ids_BT: Array | None = None,
         key: Key = None,
-        max_length: int | None = None,
+        length: int | None = None,
     ) -> tuple[Array, Rotation | None]:
-        """Embeds ids at 0 … T - 1 or given positions, int32 [B or 1, T or 1] below max_length.
+        """Embeds ids, [B, T] or [B, N], at 0 … T - 1 or at given positions, int32 [B or 1, T or 1].
 
         Rotary positions are not added but returned, as the rotation of queries and keys in the self-attention of all
         layers.
+
+        Args:
+          length: given positions are below it; None: the width of `ids`.
         """
-        length = ids_BT.shape[1] if max_length is None else max_length
+        length = ids.shape[1] if length is None else length
         if self.config.positions != "rotary":
             encodings = self._position_encodings(side, length, position_ids_BT)
-            return self._embed(side, ids_BT, encodings, key), None
+            return self._embed(side, ids, encodings, key), None
         positions_BT = jnp.arange(length, dtype=jnp.int32)[None] if position_ids_BT is None else position_ids_BT
         rotation = rotation_at(positions_BT, self.config.qkv_dim // self.config.num_heads)
-        return self._embed(side, ids_BT, None, key), rotation
+        return self._embed(side, ids, None, key), rotation
 
-    def _logits(self, x: Array) -> Array:
-        if self.config.norm == "pre":
-            x = self.decoder_norm(x)
-        return super()._logits(x)
+    def _final_logits(self, x: Array) -> Array:
+        """Logits of the decoder's last states, which pre-norm layers leave without a norm."""
+        return self._logits(self.decoder_norm(x) if self.config.norm == "pre" else x)
