@@ -167,16 +167,22 @@ def main(argv: list[str]) -> None:
     stdin = text_files.decode_lines(sys.stdin.buffer, "stdin")
     lines = read_aligned_lines(stdin, args.prefix_file, args.constraint_file)
     # With the fields of this command: alignments truncate a long source as decoding does.
+    stopped = None
     try:
         trained = dataclasses.replace(model.primary.with_decode(fields), source_tag=tag)
         with alignment_writer(args, trained) as write_alignments:
             if sys.stdin.isatty():
-                translate_interactively(translate, lines, sys.stdout.buffer)
+                try:
+                    translate_interactively(translate, lines, sys.stdout.buffer)
+                except StoppedError as error:  # a usual end: the alignments so far are kept
+                    stopped = error
             else:
                 batch_size = args.batch_size or min(16 * translator.rows, MAX_LINES)
                 translate_stream(translate, lines, sys.stdout.buffer, batch_size)
     finally:
         translator.log_warnings()
+    if stopped:
+        raise stopped
 
 
 def _add_shorthands(fields: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:

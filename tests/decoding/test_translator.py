@@ -97,6 +97,19 @@ def test_rows_are_filled_up_to_the_devices(parts, usual):
     assert translator.translate(params, LINES[:3]) == usual[:3]
 
 
+def test_wide_batches_have_fewer_rows(parts, usual, monkeypatch):
+    """Their caches grow with the width: a device that holds 256 rows of 128 tokens may not hold 256 of 512."""
+    monkeypatch.setattr(translators, "MAX_SOURCE_TOKENS", 32)
+    translator, params = make(parts, batch_rows=4)
+    shapes, execute = [], translator._execute
+    monkeypatch.setattr(
+        translator, "_execute", lambda *args: (shapes.append(args[-1].source_BS.shape), execute(*args))[1]
+    )
+    assert translator.translate(params, LINES) == usual
+    assert {width: rows for rows, width in shapes} == {width: min(4, 32 // width) for _, width in shapes}
+    assert len({rows for rows, _ in shapes}) > 1
+
+
 @pytest.mark.slow
 def test_by_default_a_cpu_decodes_16_rows_at_once(parts, usual, fresh_programs):
     """The same programs as of a run that has 16 in its config, as earlier versions wrote it: the same bytes."""

@@ -446,7 +446,7 @@ class DecodeConfig:
     max_extra_length: int = _field(50, "a translation has at most source length + this many tokens", low=1)
     batch_rows: int = _field(
         0,
-        "sentences decoded at once, whatever --batch_size is; 0: 16 on a CPU, 256 on each GPU or TPU",
+        "sentences decoded at once, fewer if long, whatever --batch_size is; 0: 16 on a CPU, 256 on each GPU or TPU",
         low=0,
     )
     max_source_tokens: int = _field(512, "longer sources are truncated to this many tokens", low=2)

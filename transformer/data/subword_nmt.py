@@ -16,6 +16,7 @@ from transformer.runtime.errors import UserError
 VERSION = "#version: 0.2"
 END_OF_WORD = "</w>"
 CONTINUATION_MARKER = "@@"
+MAX_CACHED_WORDS = 1 << 20  # of a corpus with ever new words, such as addresses
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 Merges = tuple[tuple[str, str], ...]
 
@@ -43,7 +44,7 @@ class BpeSegmenter:
 
     def __init__(self, merges: Merges):
         self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}
-        self._pieces = functools.cache(self._split)
+        self._pieces = functools.lru_cache(MAX_CACHED_WORDS)(self._split)
 
     def segment(self, line: str) -> list[str]:
         """The subword tokens of a line, whose words are separated by single spaces."""

@@ -24,7 +24,7 @@ from transformer.runtime.errors import UserError
 Alignment = list[tuple[int, int]]
 """Pairs (source word, target word), counted from 0, sorted."""
 
-MAX_CELLS = 1 << 16  # attention weights of one head over all rows of a batch, so that long sentences fit in memory
+MAX_CELLS = 1 << 16  # attention weights of one head over the rows of a device, so that long sentences fit in memory
 
 
 class Attention(NamedTuple):
@@ -88,7 +88,7 @@ class Aligner:
         target, _ = encode([translations[i] for i in indices], config.max_target_tokens)
 
         def rows_of(width: int) -> int:
-            return batch_rows(self._config, self._mesh, MAX_CELLS // width**2)
+            return batch_rows(self._config, self._mesh, MAX_CELLS * self._mesh.size // width**2)
 
         for i, (weights_LHTS, of_self) in map_pairs(self._weights, self._mesh, params, source, target, rows_of):
             S, T = len(source[i]), len(target[i])

@@ -22,7 +22,7 @@ from transformer.distributed import sharding
 from transformer.models.loss import target_log_probs
 from transformer.models.registry import ModelDef, Params
 
-MAX_BATCH_TOKENS = 1 << 14  # of a batch, whose logits are MAX_BATCH_TOKENS * V floats
+MAX_BATCH_TOKENS = 1 << 14  # of a batch on a device, whose logits are MAX_BATCH_TOKENS * V floats
 
 
 class TargetScore(NamedTuple):
@@ -93,7 +93,7 @@ class Scorer:
         """Log-probability of each target token, float32, in the order of the pairs; all are ids."""
 
         def rows_of(width: int) -> int:
-            return batch_rows(config, self._mesh, MAX_BATCH_TOKENS // width)
+            return batch_rows(config, self._mesh, MAX_BATCH_TOKENS * self._mesh.size // width)
 
         log_probs: list[np.ndarray] = [np.zeros(0, np.float32)] * len(target)
         for i, log_probs_T in map_pairs(self._log_probs, self._mesh, tuple(params), source, target, rows_of):

@@ -1,7 +1,8 @@
 """Sentences → translations: encode, batch, search, detokenize, restore the order.
 
 The device sees a few fixed shapes only: the shape of a sentence depends on its own length and constraints, and the
-number of rows on `decode.batch_rows`. So a translation does not depend on batch size, order or the other sentences.
+number of rows on that shape and `decode.batch_rows`. So a translation does not depend on batch size, order or the other
+sentences.
 
 B rows, S source length, P longest prefix, K phrases of a sentence, L longest phrase.
 """
@@ -36,6 +37,9 @@ from transformer.runtime.progress import phase
 # Held to compile a program and, on several devices, to start one: threads start programs one by one, so that all
 # devices see them in the same order.
 _DISPATCH_LOCK = threading.Lock()
+MAX_SOURCE_TOKENS = (
+    1 << 15
+)  # of a batch on a device: 256 rows of 128; wider batches have fewer rows, so that caches fit
 MAX_CONCURRENT_WIDTH = 64  # wider batches run alone on a CPU: their caches are large, and they keep all cores busy
 
 Item = TypeVar("Item")
@@ -219,14 +223,17 @@ class Translator:
             groups.setdefault(constraints.padded_sizes(), []).append(example)
         for sizes, members in sorted(groups.items(), reverse=True):
             lengths = request.sources.lengths[members]
-            for spec in reversed(eval_batches(lengths, np.zeros_like(lengths), lambda width: self.rows)):
+            for spec in reversed(eval_batches(lengths, np.zeros_like(lengths), self._rows_of)):
                 is_real_B = spec.examples_B != PAD_EXAMPLE
                 examples_B = np.where(is_real_B, np.array(members)[spec.examples_B], PAD_EXAMPLE)
-                local_B = examples_B[sharding.local_row_indices(self._mesh, self.rows, rows="decode_batch")]
+                local_B = examples_B[sharding.local_row_indices(self._mesh, len(examples_B), rows="decode_batch")]
                 source_BS = request.sources.to_padded(local_B, spec.bucket.source)
                 keys_B2 = None if request.keys_N2 is None else request.keys_N2[np.maximum(local_B, 0)]
                 inputs = DecodeInputs(source_BS, keys_B2, *pad_constraints(request.constraints, local_B, sizes))
                 yield _Batch(request.indices[examples_B[is_real_B]], inputs)
+
+    def _rows_of(self, width: int) -> int:
+        return batch_rows(self._config, self._mesh, MAX_SOURCE_TOKENS * self._mesh.size // width)
 
     def _max_in_flight(self, batch: _Batch) -> int:
         """Batches that may run while the next one is prepared or the last one detokenized."""

@@ -57,7 +57,7 @@ def write(
     # An accelerator rounds products of float32 to TF32 or bfloat16 by default, in the JAX format too.
     is_exact = precision == "float32" and (format_name == "ctranslate2" or jax.default_backend() == "cpu")
     if not is_exact:  # the wide tolerance would hide a small mistake
-        with tempfile.TemporaryDirectory() as exact, jax.default_matmul_precision("highest"):
+        with tempfile.TemporaryDirectory(dir=folder.parent) as exact, jax.default_matmul_precision("highest"):
             compare(trained, "float32", write_program(trained, pathlib.Path(exact), format_name, "float32"), "float32")
     with jax.default_matmul_precision("highest" if format_name == "ctranslate2" else None):
         tolerance = "bfloat16" if precision == "float32" and not is_exact else precision
