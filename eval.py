@@ -15,10 +15,12 @@ attention; DIR/reports/ keeps the report of each evaluation. Of a model of sever
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> None:
     args = parse(rest)
 
     if args.watch and fields:
-        raise UserError(f"--watch decodes as each checkpoint says; leave out --decode.{min(fields)}")
+        raise UserError(f"--watch uses the decode settings of each checkpoint; leave out --decode.{min(fields)}")
     if args.watch:  # beside training, which may have taken most of a GPU's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     else:  # as --watch may wait for the run to begin
@@ -100,19 +102,17 @@ def evaluate(args: argparse.Namespace, fields: dict[str, Any]) -> None:
         checkpoint = args.versus_checkpoint or ("latest" if args.checkpoint.isdecimal() else args.checkpoint)
         languages = data.source_language, data.target_language
         baseline = systems.baseline_system(args.versus, checkpoint, dataset, languages, fields)
-    result = evaluator.CheckpointEvaluator(dataset).evaluate(restored)
+    name = results.result_name(args.workdir, restored, dataset, changed)
+    save = functools.partial(save_translations, args.output, results.translations_path(args.workdir, name))
+    result = evaluator.CheckpointEvaluator(dataset).evaluate(restored, on_translated=save)
     log_samples(dataset, result)
     log_info(summary.format_table(restored, dataset, result))
-    name = results.result_name(args.workdir, restored, dataset, changed)
-    save_translations(result, args.output, results.translations_path(args.workdir, name))
     comparison = None
     if baseline:
         ours = systems.evaluated(args.workdir, restored, result.translations)
         comparison = compare_with_baseline(systems.label_pair(baseline, args.versus, ours), dataset, restored)
-    with progress.phase("writing the report"):
+    with print_last(summary.as_json(restored, result, comparison)), progress.phase("writing the report"):
         report.write(args.workdir, name, restored, dataset, result, comparison)
-    if multihost.is_primary():
-        print(json.dumps(summary.as_json(restored, result, comparison)))
 
 
 def compare_with_baseline(pair: Sequence["System"], dataset: "EvalDataset", restored: "RestoredModel") -> "Comparison":
@@ -138,7 +138,7 @@ def evaluate_directions(
     for flag in ("source", "versus", "test_set", "output"):
         if getattr(args, flag):
             names, flags = ", ".join(each.name for each in directions), "--source_language and --target_language"
-            raise UserError(f"--{flag} is of one direction, got {names}: choose one by {flags}")
+            raise UserError(f"--{flag} applies to one direction, got {names}: choose one by {flags}")
     loaded = []
     for direction in directions:  # all of them before the first is translated: one may be missing
         with multihost.primary_first("evaluation set"):
@@ -148,32 +148,40 @@ def evaluate_directions(
         loaded.append((direction, own, dataset))
     evaluated, scorer = {}, evaluator.CheckpointEvaluator(loaded[0][2])
     for direction, own, dataset in loaded:
-        result = scorer.evaluate(own, dataset)
-        log_samples(dataset, result, 1)
         name = results.result_name(args.workdir, own, dataset, changed)
-        save_translations(result, None, results.translations_path(args.workdir, name))
+        save = functools.partial(save_translations, None, results.translations_path(args.workdir, name))
+        result = scorer.evaluate(own, dataset, save)
+        log_samples(dataset, result, 1)
         evaluated[direction.name] = summary.Evaluated(own, dataset, result)
     log_info(summary.format_directions(restored, evaluated))
     first, of_first = next(iter(evaluated.items()))
     split = of_first.dataset.name.removesuffix(f".{first}")  # validation, where --split=val
-    with progress.phase("writing the report"):
+    with print_last(summary.directions_as_json(evaluated)), progress.phase("writing the report"):
         page = directions_report.build(args.workdir, restored, evaluated, split)
         reports.save(args.workdir, f"{restored.tag}.{split}{results.decode_suffix(changed)}", page)
-    if multihost.is_primary():
-        print(json.dumps(summary.directions_as_json(evaluated)))
+
+
+@contextlib.contextmanager
+def print_last(scores: dict[str, Any]) -> Iterator[None]:
+    """Prints scores as JSON after the block, even if that fails."""
+    try:
+        yield
+    finally:
+        if multihost.is_primary():
+            print(json.dumps(scores), flush=True)
 
 
 @multihost.primary_only
-def save_translations(result: "EvalResult", output: str | None, default: epath.Path) -> None:
+def save_translations(output: str | None, default: epath.Path, translations: list[str]) -> None:
     """Writes translations to `output` or else to the workdir; logs a warning if the latter is not writable."""
     from transformer.evaluation import results
 
     try:
-        results.write_translations(result.translations, output or default)
+        results.write_translations(translations, output or default)
     except UserError as error:
         if output:
             raise
-        log_info(f"warning: no file of translations: {error}")
+        log_info(f"warning: translations were not saved: {error}")
         return
     log_info(f"translations: {output or default}")
 

@@ -226,7 +226,7 @@ def test_a_difference_is_held_against_chance(workdir, averaged, folder, tmp_path
     shutil.rmtree(averaged / "translations", ignore_errors=True)
     (averaged / "translations").write_text("no folder: a workdir that cannot be written costs no scores\n")
     result = run("eval.py", f"--workdir={averaged}", "--checkpoint=150", f"--versus={averaged}")
-    assert b"warning: no file of translations" in result.stderr
+    assert b"warning: translations were not saved" in result.stderr
     versus = report_of(result)["versus"]
     assert (versus["bleu"]["difference"], versus["bleu"]["bootstrap_p"], versus["name"]) == (
         0,

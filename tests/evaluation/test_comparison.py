@@ -33,6 +33,18 @@ def test_scores_by_length_are_those_of_the_groups(compared):
     assert all(interval > 0 for intervals in bleu.intervals for interval in intervals.values())
 
 
+def test_lengths_of_very_many_sentences_have_no_intervals(compared, monkeypatch):
+    """sacreBLEU's bootstrap would hold 1,000 copies of their statistics at once."""
+    monkeypatch.setattr(comparison, "MAX_RESAMPLED", 5)
+    groups = {"0-10": range(5), "11-20": range(5, 11)}
+    found = comparison.by_length("bleu", SYSTEMS, [REFERENCES], groups, "source", "13a")
+    assert found.intervals == []
+    monkeypatch.setattr(comparison, "MAX_RESAMPLED", 6)
+    resampled = comparison.by_length("bleu", SYSTEMS, [REFERENCES], groups, "source", "13a")
+    assert found.scores == resampled.scores
+    assert "± " not in comparison_html.breakdown_table(found, SYSTEMS)
+
+
 def test_without_sources_the_lengths_are_those_of_the_references():
     result = comparison.compare(SYSTEMS[:2], [], [REFERENCES], "13a", samples=20)
     assert result.breakdowns[0].key == "bleu_by_reference_length"

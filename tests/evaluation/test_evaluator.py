@@ -90,6 +90,29 @@ def test_the_report_holds_a_translation_for_each_sentence(evaluator):
     }
 
 
+def test_a_device_takes_no_more_than_fits_however_many_trained(evaluator, monkeypatch):
+    """A model trained on 64 devices is evaluated on one."""
+    one, _, model, vocabulary = evaluator
+    config = small_config(model={"num_layers": 1}, train={"batch_tokens": 64 * 25_000})
+    mesh = make_mesh(config.mesh)
+    shards = sharding.num_shards("batch", mesh)
+    assert scoring.Evaluator(model, vocabulary, config, mesh)._rows_of(64) == 256 * shards
+    assert one._rows_of(64) == shards
+
+
+def test_translations_are_handed_over_before_they_are_scored(evaluator, monkeypatch):
+    evaluator, params, _, _ = evaluator
+    taken = []
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.evaluate(params, HYPOTHESES, [REFERENCES], on_translated=taken.extend)
+    assert len(taken) == len(HYPOTHESES)
+
+
 def test_an_empty_set_is_evaluated(evaluator):
     evaluator, params, _, _ = evaluator
     report = evaluator.evaluate(params, [], [[]])

@@ -1,5 +1,6 @@
 """Scores are sacreBLEU's own, and what only older papers compare with is named so."""
 
+import os
 import re
 import subprocess
 import sys
@@ -273,8 +274,6 @@ def comet(monkeypatch):
 
 
 def test_comet_is_read_from_the_cache_and_never_fetched(comet):
-    import os
-
     assert metrics.comet_score(["a", "b"], ["x", "y"], [["x", "z"]]) == {}
     comet.hub.cached = "/cache/model.ckpt"
     assert metrics.comet_score(["a", "b"], ["x", "y"], [["x", "z"]]) == {
@@ -282,7 +281,32 @@ def test_comet_is_read_from_the_cache_and_never_fetched(comet):
         "comet_signature": "comet|model.ckpt",
     }
     assert comet.loaded == ["/cache/model.ckpt"]
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_cache_is_read_by_a_package_that_was_imported_offline(comet, monkeypatch):
+    """`huggingface_hub` reads the variable once, when it is imported."""
+    import_module = metrics.importlib.import_module
+    imported = []
+
+    def noted(name):
+        imported.append((name, os.environ["HF_HUB_OFFLINE"]))
+        return import_module(name)
+
+    monkeypatch.setattr(metrics.importlib, "import_module", noted)
+    comet.hub.cached = "/cache/model.ckpt"
+    metrics.comet_score(["a"], ["x"], [["x"]])
+    assert imported == [("huggingface_hub", "1"), ("comet", "1")]
+
+
+def test_a_comet_that_fails_leaves_the_other_scores(comet, capsys):
+    comet.hub.cached = "/cache/model.ckpt"
+
+    def fails(path):
+        raise RuntimeError("no weights")
+
+    sys.modules["comet"].load_from_checkpoint = fails
+    assert metrics.comet_score(["a"], ["x"], [["x"]]) == {}
+    assert "warning: no COMET, which failed with RuntimeError: no weights" in capsys.readouterr().err
 
 
 def test_comet_s_weights_may_be_a_file(comet, monkeypatch, tmp_path):

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 from transformer.evaluation import significance
 from transformer.evaluation.bleu_tokenizer import split_words
-from transformer.evaluation.metrics import DEFAULT_METRICS, METRICS, group_by_length, sentence_metric, sentence_scores
+from transformer.evaluation.metrics import (
+    DEFAULT_METRICS,
+    METRICS,
+    group_by_length,
+    make_metric,
+    sentence_metric,
+    sentence_scores,
+)
 from transformer.evaluation.significance import PairedTestResult, paired_tests, score_with_interval
 from transformer.evaluation.systems import System
 from transformer.runtime import progress
@@ -20,6 +27,7 @@ from transformer.runtime import progress
 FREQUENCIES = {"0": 0, "1": 1, "2-4": 4, "5-9": 9, "10-99": 99, "100-999": 999, "1000+": math.inf}  # group → largest
 MAX_NGRAM, NUM_NGRAMS = 4, 10  # longest n-grams; shown of each side
 NUM_EXAMPLES = 5  # gains, and losses, shown on the terminal
+MAX_RESAMPLED = 20_000  # sentences of a length, beyond which sacreBLEU's bootstrap takes over a gigabyte
 SMOOTHING = 1.0  # added to each count of matches
 
 Words = Sequence[Sequence[str]]
@@ -161,19 +169,29 @@ def by_length(
     side: str,
     tokenizer: str,
 ) -> Breakdown:
-    """A corpus metric of the sentences of each length, with bootstrap intervals."""
+    """A corpus metric of the sentences of each length, with bootstrap intervals unless these are very many."""
     scores: list[dict[str, float]] = [{} for _ in systems]
     intervals: list[dict[str, float]] = [{} for _ in systems]
+    resamples = max(map(len, groups.values()), default=0) <= MAX_RESAMPLED
     for group, members in groups.items():
         group_references = [[lines[i] for i in members] for lines in references]
         for number, system in enumerate(systems):
             lines = [system.translations[i] for i in members]
-            scored = score_with_interval(metric, lines, group_references, tokenizer)
-            scores[number][group], intervals[number][group] = scored
+            if resamples:
+                scored = score_with_interval(metric, lines, group_references, tokenizer)
+                scores[number][group], intervals[number][group] = scored
+            else:
+                scores[number][group] = make_metric(metric, tokenizer).corpus_score(lines, group_references).score
     counts = {group: len(members) for group, members in groups.items()}
     title = f"{METRICS[metric].label} by {side} length"
     return Breakdown(
-        f"{metric}_by_{side}_length", title, f"words of the {side}", "sentences", counts, scores, intervals
+        f"{metric}_by_{side}_length",
+        title,
+        f"words of the {side}",
+        "sentences",
+        counts,
+        scores,
+        intervals if resamples else [],
     )
 
 

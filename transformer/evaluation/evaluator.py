@@ -17,6 +17,7 @@ from transformer.config import Config, DataConfig
 from transformer.config.mixture import Direction
 from transformer.data.batching import PAD_EXAMPLE, Batch, JaggedArray, eval_batches, make_batch, select_rows
 from transformer.data.tokenizer import Tokenizer
+from transformer.decoding.scorer import MAX_BATCH_TOKENS
 from transformer.decoding.translator import Translator
 from transformer.distributed import consistency, sharding
 from transformer.evaluation import bleu_tokenizer
@@ -94,11 +95,13 @@ class Evaluator:
         metrics: Sequence[str] = DEFAULT_METRICS,
         progress: Callable[[int], None] = lambda count: None,
         direction: Direction | None = None,
+        on_translated: Callable[[list[str]], None] = lambda translations: None,
     ) -> EvalResult:
         """Translates and scores every sentence once; the loss is of the first reference.
 
         Args:
           direction: of the sentences; None for that of the config, without a tag.
+          on_translated: takes the translations before they are scored, which may take long or be interrupted.
           progress: called after each batch with the number of sentences translated in it, 0 while losses are computed.
         """
         start, (data, tag, _) = time.perf_counter(), direction or Direction(self._config.data)
@@ -114,6 +117,7 @@ class Evaluator:
 
             translations = self.translator.translate([params], sources, advance, tag)
         self.translator.log_warnings()
+        on_translated(translations)
         tokenizer = bleu_tokenizer.choose_bleu_tokenizer(data, references[0]).name
         with phase("computing scores"):
             scores = score(translations, references, metrics, tokenizer)
@@ -165,9 +169,13 @@ class Evaluator:
         return CrossEntropy(mean, tokens, words=sum(len(line.split()) + 1 for line in scored))
 
     def _rows_of(self, width: int) -> int:
-        """The number of rows of this width that go through the model at once in training, as they fit into memory."""
-        multiple, train = sharding.num_shards("batch", self._mesh), self._config.train
-        return max(train.batch_tokens // train.accumulation_steps // width // multiple, 1) * multiple
+        """The number of rows of this width that go through the model at once.
+
+        As many as in training at most, which fit there; fewer where training had more devices, or smaller ones here.
+        """
+        shards, train = sharding.num_shards("batch", self._mesh), self._config.train
+        tokens = min(train.batch_tokens // train.accumulation_steps, MAX_BATCH_TOKENS * shards)
+        return max(tokens // width // shards, 1) * shards
 
 
 def make_eval_step(model: ModelDef, mesh: Mesh) -> Callable[[Params, Batch], LossSums]:
@@ -199,12 +207,18 @@ class CheckpointEvaluator:
         self._compiled_for: tuple[Config, str] | None = None
         self._logged_for: tuple[Any, ...] | None = None
 
-    def evaluate(self, restored: RestoredModel, dataset: EvalDataset | None = None) -> EvalResult:
+    def evaluate(
+        self,
+        restored: RestoredModel,
+        dataset: EvalDataset | None = None,
+        on_translated: Callable[[list[str]], None] = lambda translations: None,
+    ) -> EvalResult:
         """Translates every sentence once; computes the metrics of the config and what belongs to them.
 
         Args:
           restored: in the direction of the data set.
           dataset: in place of the default one.
+          on_translated: as in `Evaluator.evaluate`.
 
         Raises:
           DivergedError: the loss is not finite.
@@ -222,7 +236,9 @@ class CheckpointEvaluator:
             self._evaluator = Evaluator(restored.model, restored.tokenizer, restored.config, restored.mesh)
             self._compiled_for = key
         direction = Direction(data, restored.source_tag)
-        result = self._evaluator.evaluate(restored.params, sources, references, metrics, direction=direction)
+        result = self._evaluator.evaluate(
+            restored.params, sources, references, metrics, direction=direction, on_translated=on_translated
+        )
         if not math.isfinite(result.loss):
             raise DivergedError(f"{restored.description}: its loss is {result.loss}; evaluate another")
         language = data.target_language

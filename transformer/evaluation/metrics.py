@@ -24,6 +24,7 @@ from sacrebleu.metrics.base import Metric, Score, Signature
 from transformer.config import EvalConfig
 from transformer.evaluation.bleu_tokenizer import DEFAULT, TOKENIZED, make_bleu
 from transformer.runtime.errors import UserError
+from transformer.runtime.logging import log_info
 
 Scores = dict[str, Any]
 DEFAULT_METRICS = EvalConfig().metric_names
@@ -315,11 +316,13 @@ def comet_score(sources: Sequence[str], hypotheses: Sequence[str], references: S
     path = find_comet_weights()
     if path is None or not hypotheses:
         return {}
-    os.environ["HF_HUB_OFFLINE"] = "1"  # its encoder is read from the cache too
-    package = importlib.import_module("comet")
-    model = package.load_from_checkpoint(path)
     rows = [{"src": s, "mt": h, "ref": r} for s, h, r in zip(sources, hypotheses, references[0], strict=True)]
-    prediction = model.predict(rows, batch_size=8, gpus=0, progress_bar=False)
+    try:
+        model = importlib.import_module("comet").load_from_checkpoint(path)
+        prediction = model.predict(rows, batch_size=8, gpus=0, progress_bar=False)
+    except Exception as error:  # of another package, beside scores that are computed
+        log_info(f"warning: no COMET, which failed with {type(error).__name__}: {error}")
+        return {}
     return {"comet": float(prediction.system_score), "comet_signature": f"comet|{epath.Path(path).name}"}
 
 
@@ -327,6 +330,7 @@ def find_comet_weights() -> str | None:
     """The file of COMET's weights; None if it or the package is not installed."""
     if importlib.util.find_spec("comet") is None:
         return None
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read once, by the import; COMET's encoder is read from the cache too
     if path := os.environ.get("COMET_CHECKPOINT"):
         if not os.path.isfile(path):
             raise UserError(f"COMET_CHECKPOINT={path}: expected a file of COMET's weights, but it is missing")
