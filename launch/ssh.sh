@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One training run on machines that ssh reaches without a password, from the repository's root:
-#   launch/ssh.sh hosts.txt --config=configs/wmt14.py:en_de_base --workdir=/shared/runs/base
+#   launch/ssh.sh hosts.txt --config=configs/wmt14.py:en_de_base --workdir=/shared/runs/base \
+#     --config.model.dtype=bfloat16
 # hosts.txt names a machine a line; the first is the coordinator, and all must reach it by that name. On each, the
 # repository lies at DIRECTORY (by default the path it has here) with its .venv, and sees the same workdir.
 # Ctrl-C, SIGTERM and the end of the terminal reach the trainers, which save and stop; run the same command again to go on.
