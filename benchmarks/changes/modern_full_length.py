@@ -13,12 +13,13 @@ from transformer.config import Config
 
 
 def get_changes(base: Config) -> dict[str, dict[str, Any]]:
-    """The paper's recipe, the best change of half the schedule, and regularizers with it."""
+    """The paper's recipe, the best changes of half the schedule, and regularizers with the best."""
     changes = modern.get_changes(base)
     return {
         "base": {"eval.validation_beam_size": 1},
         "paper": changes["paper"],
         "rotary": changes["rotary"],
+        "rotary-rms-swiglu": changes["rotary"] | changes["rms"] | changes["swiglu"] | {"comment": "the best three"},
         "rotary-dropout0.3": changes["rotary"] | {"model.dropout_rate": 0.3, "comment": "0.2 in the base"},
         "rotary-simcut": changes["rotary"] | changes["simcut"],
     }
