@@ -22,8 +22,8 @@ train.batch_tokens counts padding; the paper's batches have about 25,000 tokens 
 
 Checkpoints are as many updates apart as the paper made in ten minutes. On devices where that takes seconds, saving
 would hold up training: train with --config.train.num_steps=288000 --config.train.checkpoint_every_steps=6000
---config.train.eval_every_steps=6000 first (big; base: 92500, 3000, 3000), and resume without these flags for the last
-20 (5) checkpoints.
+--config.train.eval_every_steps=6000 first (big; base: 92500, 3000, 3000), then by the same command without these three
+flags, --config included, for the last 20 (5) checkpoints.
 
 Data for German: TFDS's wmt_t2t_translate, tensor2tensor's choice of WMT14 with a later News Commentary (v13), 4.6M
 pairs, of four archives (1.7 GB); wmt14_translate/de-en has v9. eval.py --test_set=wmt14/full scores sacreBLEU's own
