@@ -236,7 +236,7 @@ def disk_error(name):
 
 def hold():
     """Stops at step 3, for ever."""
-    around(trainer.StepPipeline, "dispatch", lambda: (mark("held"), time.sleep(600)), when=lambda self: self._step == 2)
+    around(trainer.StepPipeline, "dispatch", lambda: (mark("held"), time.sleep(600)), when=lambda _, step: step == 3)
 
 
 def step_is(at):
@@ -288,7 +288,7 @@ PLANTS = {
     ),
     "pause in saving": pause_in_saving(1.0),
     "pause in compiling": lambda: around(
-        trainer.StepPipeline, "dispatch", lambda: mark("compiling"), when=lambda self: self._unread is None
+        trainer.StepPipeline, "dispatch", lambda: mark("compiling"), when=lambda self, _: self._unread is None
     ),
     "long save": pause_in_saving(60.0),
     "disk error": disk_error("write_atomic"),
