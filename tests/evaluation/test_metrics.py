@@ -281,6 +281,7 @@ def test_comet_is_read_from_the_cache_and_never_fetched(comet):
         "comet_signature": "comet|model.ckpt",
     }
     assert comet.loaded == ["/cache/model.ckpt"]
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 def test_the_cache_is_read_by_a_package_that_was_imported_offline(comet, monkeypatch):

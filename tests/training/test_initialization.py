@@ -102,7 +102,9 @@ def test_what_is_only_for_training_may_differ_and_the_model_may_not(saved):
     config = config_of(saved, other)
     kept = dataclasses.replace(config, model=dataclasses.replace(config.model, max_positions=99))  # no longer possible
     assert initialization.resolve_warm_start(kept).steps == [100]
-    with pytest.raises(UserError, match=r"its model differs: model\.mlp_dim: 32 → 64; model\.norm: 'post' → 'pre'\. Set"):
+    with pytest.raises(
+        UserError, match=r"its model differs: model\.mlp_dim: 32 → 64; model\.norm: 'post' → 'pre'\. Set"
+    ):
         initialization.resolve_warm_start(config_of(saved, {"norm": "pre", "mlp_dim": 64}))
 
 
@@ -181,7 +183,9 @@ def test_a_config_file_may_leave_sizes_open_and_a_flag_does_not(saved, tmp_path)
     assert (result.model.emb_dim, result.model.qkv_dim, result.model.num_layers) == (16, 16, 1)
     given, _ = command_line.parse_with_config(parser, [*flags, "--config.model.mlp_dim=2048"])
     assert (given.model.emb_dim, given.model.mlp_dim) == (16, 2048)
-    with pytest.raises(UserError, match=r"its model differs: model\.mlp_dim: 32 → 2048\. Set these fields as there or leave"):
+    with pytest.raises(
+        UserError, match=r"its model differs: model\.mlp_dim: 32 → 2048\. Set these fields as there or leave"
+    ):
         initialization.resolve_warm_start(dataclasses.replace(given, data=config_of(saved).data))
 
 

@@ -63,9 +63,8 @@ def check_supported(config: Config, mesh: Mesh) -> None:
     failure = _trial(spec.key_width) if needs_trial else ""
     if attention in FUSED_ATTENTION_PLATFORMS and (reason or failure):
         raise UserError(f"config.model.attention = {attention}: {reason or failure}; auto chooses a supported one")
-    if failure:
-        _warn_once(spec.key_width, failure)
-    environment.set_trials({"cuDNN attention": "fails" if failure else "works"} if needs_trial else {})
+    result = ("works" if cudnn_works(spec.key_width) else "fails") if needs_trial else ""
+    environment.set_trials({"cuDNN attention": result} if result else {})
 
 
 def try_for_translating(config: Config) -> None:
